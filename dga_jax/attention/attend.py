@@ -1,0 +1,96 @@
+"""The op: plan, summarise, attend."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dga_jax.attention import check
+from dga_jax.attention.aggregate import summarise
+from dga_jax.attention.documents import find_documents
+from dga_jax.attention.plan import GroupPlan, plan_groups
+from dga_jax.attention.reference import reference_attention
+from dga_jax.config import DGAConfig
+from pallas_kernels.grouped_attention import grouped_attention
+
+
+def dynamic_group_attention(
+    query: Float[Array, "B L H D"],
+    key: Float[Array, "B L N D"],
+    value: Float[Array, "B L N D"],
+    *,
+    config: DGAConfig,
+    plan: GroupPlan | None = None,
+    lengths: Int[Array, "B"] | None = None,
+    segment_ids: Int[Array, "B L"] | None = None,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B L H D"]:
+    """Causal attention over focal tokens, merged groups and the raw tokens of one open group.
+
+    Zhang et al., ICML 2025 (arXiv 2505.22107), Algorithm 1, masked before the softmax. Query i
+    attends, in one softmax, to the focal tokens j ≤ i, to the groups that end by then, each a
+    weighted mean of m tokens' keys and values (Eq. 14), and to the raw members of the group whose
+    span it lies in.
+
+    Args:
+      query: any float dtype, which all arrays share. Softmax statistics are float32.
+      key: N KV heads, N dividing H; query head h belongs to KV head ⌊h / (H/N)⌋.
+      value: as key.
+      config: every switch of the mechanism.
+      plan: fixes the split. Default: `plan_groups(query, key, config=config, ...)`.
+      lengths: tokens of each row, the rest being right padding. Default: all L.
+      segment_ids: runs of equal ids are documents packed in a row; a negative id is padding. Each
+        row and document is computed exactly as it would be alone; padded queries give 0.
+      scale: of the attention logits, default 1/√D. The choice of focal tokens always uses 1/√D,
+        and the merge weights follow `config.aggregation_scale`.
+      implementation: None for the fastest that applies, "reference" for the masks written out,
+        or another name that `explain` lists.
+
+    Returns:
+      The query's shape and dtype. Differentiable in query, key and value.
+
+    Raises:
+      ValueError: names the argument that does not fit and what it must be.
+      NotImplementedError: if the named implementation cannot compute this call, and why.
+    """
+    check.query_and_key(query, key)
+    check.value_like_key(value, key)
+    check.softmax_scale(scale)
+    B, L, _, D = query.shape
+    check.rows(B, L, lengths, segment_ids)
+    padded = lengths is not None or segment_ids is not None
+    if plan is None:
+        plan = plan_groups(query, key, config=config, lengths=lengths, segment_ids=segment_ids)
+    else:
+        documents = find_documents(B, L, lengths, segment_ids) if padded else None
+        check.plan_fits(plan, config, query, key, documents)
+    scale = D**-0.5 if scale is None else scale
+
+    if plan.padded:  # Whatever lies in the padding, it must not reach a sum.
+        token_BxLx1x1 = plan.documents.is_token[..., None, None]
+        query, key, value = (jnp.where(token_BxLx1x1, x, 0) for x in (query, key, value))
+    if implementation == "reference":
+        out_BxLxHxD = reference_attention(
+            query, key, value, plan.focal_mask, plan.documents, config=config, scale=scale
+        )
+    else:
+        bias = float(np.log(config.group_size)) if config.group_logit_bias == "log_size" else 0.0
+        out_BxLxHxD = grouped_attention(
+            query,
+            *summarise(query, key, value, plan),
+            plan.bounds,
+            scale=scale,
+            max_window=max_window(config),
+            group_bias=bias,
+            implementation=implementation,
+        )
+    if plan.broken is not None:
+        out_BxLxHxD = jnp.where(plan.broken[..., None, None], jnp.nan, out_BxLxHxD)
+    return out_BxLxHxD
+
+
+def max_window(config: DGAConfig) -> int:
+    """The most raw tokens of unfinished groups that a query sees."""
+    if config.selection == "streaming":
+        return (config.local_window + 1) * config.block_size
+    return config.group_size

@@ -1,0 +1,1 @@
+"""Attention kernels, one folder per op. They know arrays and index ranges, nothing of models."""
