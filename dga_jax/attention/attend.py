@@ -1,11 +1,12 @@
 """The op: plan, summarise, attend."""
 
+import math
+
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention import check
-from dga_jax.attention.aggregate import summarise
+from dga_jax.attention.aggregate import summarise, Summaries
 from dga_jax.attention.documents import find_documents
 from dga_jax.attention.plan import GroupPlan, plan_groups
 from dga_jax.attention.reference import reference_attention
@@ -64,29 +65,60 @@ def dynamic_group_attention(
     else:
         documents = find_documents(B, L, lengths, segment_ids) if padded else None
         check.plan_fits(plan, config, query, key, documents)
-    scale = D**-0.5 if scale is None else scale
-
-    if plan.padded:  # Whatever lies in the padding, it must not reach a sum.
-        token_BxLx1x1 = plan.documents.is_token[..., None, None]
-        query, key, value = (jnp.where(token_BxLx1x1, x, 0) for x in (query, key, value))
+    query, key, value = hide_padding(plan, query, key, value)
     if implementation == "reference":
-        out_BxLxHxD = reference_attention(
-            query, key, value, plan.focal_mask, plan.documents, config=config, scale=scale
+        return mark_broken(
+            plan,
+            reference_attention(
+                query,
+                key,
+                value,
+                plan.focal_mask,
+                plan.documents,
+                config=config,
+                scale=D**-0.5 if scale is None else scale,
+            ),
         )
-    else:
-        bias = float(np.log(config.group_size)) if config.group_logit_bias == "log_size" else 0.0
-        out_BxLxHxD = grouped_attention(
-            query,
-            *summarise(query, key, value, plan),
-            plan.bounds,
-            scale=scale,
-            max_window=max_window(config),
-            group_bias=bias,
-            implementation=implementation,
-        )
-    if plan.broken is not None:
-        out_BxLxHxD = jnp.where(plan.broken[..., None, None], jnp.nan, out_BxLxHxD)
-    return out_BxLxHxD
+    summaries = summarise(query, key, value, plan)
+    return attend_summaries(query, summaries, plan, scale=scale, implementation=implementation)
+
+
+def hide_padding(plan: GroupPlan, *arrays: Array) -> tuple[Array, ...]:
+    """[B, L, ...] arrays with zeros in the padding: what lies there must not reach a sum."""
+    if not plan.padded:
+        return arrays
+    token_BxLx1x1 = plan.documents.is_token[..., None, None]
+    return tuple(jnp.where(token_BxLx1x1, array, 0) for array in arrays)
+
+
+def attend_summaries(
+    query: Float[Array, "B L H D"],
+    summaries: Summaries,
+    plan: GroupPlan,
+    *,
+    scale: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B L H D"]:
+    """Attention of every query to what the plan lets it see."""
+    config = plan.config
+    bias = math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0
+    out_BxLxHxD = grouped_attention(
+        query,
+        *summaries,
+        plan.bounds,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        max_window=max_window(config),
+        group_bias=bias,
+        implementation=implementation,
+    )
+    return mark_broken(plan, out_BxLxHxD)
+
+
+def mark_broken(plan: GroupPlan, out_BxLxHxD: Array) -> Array:
+    """NaN where a static bound was found broken under jit: loud rather than wrong."""
+    if plan.broken is None:
+        return out_BxLxHxD
+    return jnp.where(plan.broken[..., None, None], jnp.nan, out_BxLxHxD)
 
 
 def max_window(config: DGAConfig) -> int:

@@ -111,7 +111,7 @@ def select_focal_in_blocks(
     blocks = StreamingBlocks.of(documents, config)
     size = config.block_size
     start_Bxk = blocks.starts(num_blocks)
-    place_Bxkxs = start_Bxk[..., None] + jnp.arange(size)
+    place_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
     key_BxkxsxNxD = _take(key_BxLxNxD, place_Bxkxs)
     query_BxkxNxRxD = _take(query_BxLxHxD, place_Bxkxs[..., -1]).reshape(B, num_blocks, N, -1, D)
     scores_BxNxkxs = block_scores(query_BxkxNxRxD, key_BxkxsxNxD)

@@ -82,7 +82,7 @@ def _global_masks(focal_L: Array, document_L: Array, config: DGAConfig) -> Masks
     begun_LxG = same_LxL & first_L[None] & (i_L[None] <= i_L[:, None])
     unfinished_LxG = begun_LxG & ~sees_group_LxG
     complementary_LxL = (unfinished_LxG[:, :, None] & member_GxL[None]).any(axis=1)
-    raw_LxL = (focal_L & same_LxL) | (complementary_LxL & config.complementary)
+    raw_LxL = (focal_L[None] & same_LxL) | (complementary_LxL & config.complementary)
     return Masks(
         member=member_GxL,
         merge_query=last_G,
