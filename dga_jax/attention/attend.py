@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention import check
-from dga_jax.attention.aggregate import summarise, Summaries
+from dga_jax.attention.aggregate import Summaries, summarise
 from dga_jax.attention.documents import find_documents
 from dga_jax.attention.plan import GroupPlan, plan_groups
 from dga_jax.attention.reference import reference_attention
@@ -15,114 +15,115 @@ from pallas_kernels.grouped_attention import grouped_attention
 
 
 def dynamic_group_attention(
-    query: Float[Array, "B L H D"],
-    key: Float[Array, "B L N D"],
-    value: Float[Array, "B L N D"],
-    *,
-    config: DGAConfig,
-    plan: GroupPlan | None = None,
-    lengths: Int[Array, "B"] | None = None,
-    segment_ids: Int[Array, "B L"] | None = None,
-    scale: float | None = None,
-    implementation: str | None = None,
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  value: Float[Array, "B L N D"],
+  *,
+  config: DGAConfig,
+  plan: GroupPlan | None = None,
+  lengths: Int[Array, "B"] | None = None,
+  segment_ids: Int[Array, "B L"] | None = None,
+  scale: float | None = None,
+  implementation: str | None = None,
 ) -> Float[Array, "B L H D"]:
-    """Causal attention over focal tokens, merged groups and the raw tokens of one open group.
+  """Causal attention over focal tokens, merged groups and the raw tokens of one open group.
 
-    Zhang et al., ICML 2025 (arXiv 2505.22107), Algorithm 1, masked before the softmax. Query i
-    attends, in one softmax, to the focal tokens j ≤ i, to the groups that end by then, each a
-    weighted mean of m tokens' keys and values (Eq. 14), and to the raw members of the group whose
-    span it lies in.
+  Zhang et al., ICML 2025 (arXiv 2505.22107), Algorithm 1, masked before the softmax. Query i
+  attends, in one softmax, to the focal tokens j ≤ i, to the groups that end by then, each a
+  weighted mean of m tokens' keys and values (Eq. 14), and to the raw members of the group whose
+  span it lies in.
 
-    Args:
-      query: any float dtype, which all arrays share. Softmax statistics are float32.
-      key: N KV heads, N dividing H; query head h belongs to KV head ⌊h / (H/N)⌋.
-      value: as key.
-      config: every switch of the mechanism.
-      plan: fixes the split. Default: `plan_groups(query, key, config=config, ...)`.
-      lengths: tokens of each row, the rest being right padding. Default: all L.
-      segment_ids: runs of equal ids are documents packed in a row; a negative id is padding. Each
-        row and document is computed exactly as it would be alone; padded queries give 0.
-      scale: of the attention logits, default 1/√D. The choice of focal tokens always uses 1/√D,
-        and the merge weights follow `config.aggregation_scale`.
-      implementation: None for the fastest that applies, "reference" for the masks written out,
-        or another name that `explain` lists.
+  Args:
+    query: any float dtype, which all arrays share. Softmax statistics are float32.
+    key: N KV heads, N dividing H; query head h belongs to KV head ⌊h / (H/N)⌋.
+    value: as key.
+    config: every switch of the mechanism.
+    plan: fixes the split. Default: `plan_groups(query, key, config=config, ...)`.
+    lengths: tokens of each row, the rest being right padding. Default: all L.
+    segment_ids: runs of equal ids are documents packed in a row; a negative id is padding. Each
+      row and document is computed exactly as it would be alone; padded queries give 0.
+    scale: of the attention logits, default 1/√D. The choice of focal tokens always uses 1/√D,
+      and the merge weights follow `config.aggregation_scale`.
+    implementation: None for the fastest that applies, "reference" for the masks written out,
+      or another name that `explain` lists.
 
-    Returns:
-      The query's shape and dtype. Differentiable in query, key and value.
+  Returns:
+    The query's shape and dtype. Differentiable in query, key and value.
 
-    Raises:
-      ValueError: names the argument that does not fit and what it must be.
-      NotImplementedError: if the named implementation cannot compute this call, and why.
-    """
-    check.query_and_key(query, key)
-    check.value_like_key(value, key)
-    check.softmax_scale(scale)
-    B, L, _, D = query.shape
-    check.rows(B, L, lengths, segment_ids)
-    padded = lengths is not None or segment_ids is not None
-    if plan is None:
-        plan = plan_groups(query, key, config=config, lengths=lengths, segment_ids=segment_ids)
-    else:
-        documents = find_documents(B, L, lengths, segment_ids) if padded else None
-        check.plan_fits(plan, config, query, key, documents)
-    query, key, value = hide_padding(plan, query, key, value)
-    if implementation == "reference":
-        return mark_broken(
-            plan,
-            reference_attention(
-                query,
-                key,
-                value,
-                plan.focal_mask,
-                plan.documents,
-                config=config,
-                scale=D**-0.5 if scale is None else scale,
-            ),
-        )
-    summaries = summarise(query, key, value, plan)
-    return attend_summaries(query, summaries, plan, scale=scale, implementation=implementation)
+  Raises:
+    ValueError: names the argument that does not fit and what it must be.
+    NotImplementedError: if the named implementation cannot compute this call, and why.
+  """
+  check.query_and_key(query, key)
+  check.value_like_key(value, key)
+  check.softmax_scale(scale)
+  check.implementation(implementation)
+  B, L, _, D = query.shape
+  check.rows(B, L, lengths, segment_ids)
+  padded = lengths is not None or segment_ids is not None
+  if plan is None:
+    plan = plan_groups(query, key, config=config, lengths=lengths, segment_ids=segment_ids)
+  else:
+    documents = find_documents(B, L, lengths, segment_ids) if padded else None
+    check.plan_fits(plan, config, query, key, documents)
+  query, key, value = hide_padding(plan, query, key, value)
+  if implementation == "reference":
+    return mark_broken(
+      plan,
+      reference_attention(
+        query,
+        key,
+        value,
+        plan.focal_mask,
+        plan.documents,
+        config=config,
+        scale=D**-0.5 if scale is None else scale,
+      ),
+    )
+  summaries = summarise(query, key, value, plan)
+  return attend_summaries(query, summaries, plan, scale=scale, implementation=implementation)
 
 
 def hide_padding(plan: GroupPlan, *arrays: Array) -> tuple[Array, ...]:
-    """[B, L, ...] arrays with zeros in the padding: what lies there must not reach a sum."""
-    if not plan.padded:
-        return arrays
-    token_BxLx1x1 = plan.documents.is_token[..., None, None]
-    return tuple(jnp.where(token_BxLx1x1, array, 0) for array in arrays)
+  """[B, L, ...] arrays with zeros in the padding: what lies there must not reach a sum."""
+  if not plan.padded:
+    return arrays
+  token_BxLx1x1 = plan.documents.is_token[..., None, None]
+  return tuple(jnp.where(token_BxLx1x1, array, 0) for array in arrays)
 
 
 def attend_summaries(
-    query: Float[Array, "B L H D"],
-    summaries: Summaries,
-    plan: GroupPlan,
-    *,
-    scale: float | None = None,
-    implementation: str | None = None,
+  query: Float[Array, "B L H D"],
+  summaries: Summaries,
+  plan: GroupPlan,
+  *,
+  scale: float | None = None,
+  implementation: str | None = None,
 ) -> Float[Array, "B L H D"]:
-    """Attention of every query to what the plan lets it see."""
-    config = plan.config
-    bias = math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0
-    out_BxLxHxD = grouped_attention(
-        query,
-        *summaries,
-        plan.bounds,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
-        max_window=max_window(config),
-        group_bias=bias,
-        implementation=implementation,
-    )
-    return mark_broken(plan, out_BxLxHxD)
+  """Attention of every query to what the plan lets it see."""
+  config = plan.config
+  bias = math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0
+  out_BxLxHxD = grouped_attention(
+    query,
+    *summaries,
+    plan.bounds,
+    scale=query.shape[-1] ** -0.5 if scale is None else scale,
+    max_window=max_window(config),
+    group_bias=bias,
+    implementation=implementation,
+  )
+  return mark_broken(plan, out_BxLxHxD)
 
 
 def mark_broken(plan: GroupPlan, out_BxLxHxD: Array) -> Array:
-    """NaN where a static bound was found broken under jit: loud rather than wrong."""
-    if plan.broken is None:
-        return out_BxLxHxD
-    return jnp.where(plan.broken[..., None, None], jnp.nan, out_BxLxHxD)
+  """NaN where a static bound was found broken under jit: loud rather than wrong."""
+  if plan.broken is None:
+    return out_BxLxHxD
+  return jnp.where(plan.broken[..., None, None], jnp.nan, out_BxLxHxD)
 
 
 def max_window(config: DGAConfig) -> int:
-    """The most raw tokens of unfinished groups that a query sees."""
-    if config.selection == "streaming":
-        return (config.local_window + 1) * config.block_size
-    return config.group_size
+  """The most raw tokens of unfinished groups that a query sees."""
+  if config.selection == "streaming":
+    return (config.local_window + 1) * config.block_size
+  return config.group_size

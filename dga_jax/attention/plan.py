@@ -5,17 +5,16 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention import check
 from dga_jax.attention.documents import Documents, find_documents
 from dga_jax.attention.importance import (
-    importance_scores,
-    random_scores,
-    select_focal,
-    select_focal_in_blocks,
+  importance_scores,
+  random_scores,
+  select_focal,
+  select_focal_in_blocks,
 )
 from dga_jax.attention.layout import global_layout, Sizes, streaming_layout
 from dga_jax.config import DGAConfig
@@ -23,197 +22,195 @@ from pallas_kernels.grouped_attention import Bounds
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=[
-        "focal_mask",
-        "documents",
-        "focal_index",
-        "member_index",
-        "group_query",
-        "bounds",
-        "broken",
-    ],
-    meta_fields=["config", "padded"],
+  jax.tree_util.register_dataclass,
+  data_fields=[
+    "focal_mask",
+    "documents",
+    "focal_index",
+    "member_index",
+    "group_query",
+    "bounds",
+    "broken",
+  ],
+  meta_fields=["config", "padded"],
 )
 @dataclasses.dataclass(frozen=True)
 class GroupPlan:
-    """The split of each row and KV head into focal tokens and groups. A pytree.
+  """The split of each row and KV head into focal tokens and groups. A pytree.
 
-    Index arrays point into the row; entries that a row does not fill hold L.
+  Index arrays point into the row; entries that a row does not fill hold L.
 
-    Attributes:
-      focal_mask: the tokens that keep their own key and value.
-      documents: where documents lie in the rows.
-      focal_index: positions of the focal tokens, in order.
-      member_index: positions of each group's members, in order.
-      group_query: position of the query whose attention weighs a group's members.
-      bounds: what each query sees; its window runs over the members (global, random) or over the
-        row itself (streaming).
-      broken: queries whose row or document broke a static bound under jit, which is found out
-        only there; the op makes them NaN rather than wrong. None where no bound can break.
-      config: what the plan was made with.
-      padded: whether it was made with lengths or segment ids.
-    """
+  Attributes:
+    focal_mask: the tokens that keep their own key and value.
+    documents: where documents lie in the rows.
+    focal_index: positions of the focal tokens, in order.
+    member_index: positions of each group's members, in order.
+    group_query: position of the query whose attention weighs a group's members.
+    bounds: what each query sees; its window runs over the members (global, random) or over the
+      row itself (streaming).
+    broken: queries whose row or document broke a static bound under jit, which is found out
+      only there; the op makes them NaN rather than wrong. None where no bound can break.
+    config: what the plan was made with.
+    padded: whether it was made with lengths or segment ids.
+  """
 
-    focal_mask: Bool[Array, "B N L"]
-    documents: Documents
-    focal_index: Int[Array, "B N r"]
-    member_index: Int[Array, "B N k m"]
-    group_query: Int[Array, "B N k"]
-    bounds: Bounds
-    broken: Bool[Array, "B L"] | None
-    config: DGAConfig
-    padded: bool
+  focal_mask: Bool[Array, "B N L"]
+  documents: Documents
+  focal_index: Int[Array, "B N r"]
+  member_index: Int[Array, "B N k m"]
+  group_query: Int[Array, "B N k"]
+  bounds: Bounds
+  broken: Bool[Array, "B L"] | None
+  config: DGAConfig
+  padded: bool
 
-    @classmethod
-    def from_focal_mask(
-        cls,
-        focal_mask: Bool[Array, "B N L"],
-        *,
-        config: DGAConfig,
-        lengths: Int[Array, "B"] | None = None,
-        segment_ids: Int[Array, "B L"] | None = None,
-        max_focal: int | None = None,
-    ) -> "GroupPlan":
-        """The plan of any focal mask. A trailing partial group of a document stays raw.
-
-        Args:
-          focal_mask: True for tokens to keep. Under streaming selection every complete block
-            must hold f of them after the sinks; tokens of incomplete blocks do not count.
-          config: its selection says how groups are laid out (streaming: by block).
-          lengths: row lengths, for right padding.
-          segment_ids: documents packed in the rows.
-          max_focal: bound on the focal tokens of a row and head. Needed under jit (global and
-            random); outside, the mask is counted.
-
-        Raises:
-          ValueError: for a mask that is not bool [B, N, L], for one that does not fit the config
-            or the bound, or if a bound is missing under jit.
-        """
-        check.focal_mask(focal_mask)
-        B, _, L = focal_mask.shape
-        check.rows(B, L, lengths, segment_ids)
-        documents = find_documents(B, L, lengths, segment_ids)
-        focal_mask = focal_mask & documents.is_token[:, None]
-        max_documents = check.document_bound(config, L, documents, segment_ids)
-        broken = too_many_documents(documents, config, segment_ids)
-        if config.selection == "streaming":
-            check.focal_in_blocks(focal_mask, documents, config)
-            sizes = static_sizes(config, L, max_documents, exact=False)
-        else:
-            focal_B = focal_mask.sum(axis=-1).max(axis=-1)
-            most = check.focal_bound(focal_B, max_focal)
-            if check.is_traced(focal_B):
-                broken = (focal_B > most)[:, None] | (False if broken is None else broken)
-                fewest = 0
-            else:
-                fewest = int(focal_mask.sum(axis=-1).min())
-            groups = math.ceil((L - fewest) / config.group_size) + max_documents - 1
-            sizes = Sizes(focal=most, groups=groups)
-        padded = lengths is not None or segment_ids is not None
-        return _lay_out(focal_mask, documents, sizes, broken, config, padded)
-
-
-def plan_groups(
-    query: Float[Array, "B L H D"],
-    key: Float[Array, "B L N D"],
+  @classmethod
+  def from_focal_mask(
+    cls,
+    focal_mask: Bool[Array, "B N L"],
     *,
     config: DGAConfig,
     lengths: Int[Array, "B"] | None = None,
     segment_ids: Int[Array, "B L"] | None = None,
-) -> GroupPlan:
-    """Chooses focal tokens and groups for every row, document and KV head.
-
-    Global selection ranks keys by what sampled queries pay to them (Eq. 16, 17 of the paper);
-    streaming selection lets the last query of each block choose in it; random selection draws.
-    Each row and document is planned exactly as it would be alone. No gradient flows through.
+    max_focal: int | None = None,
+  ) -> "GroupPlan":
+    """The plan of any focal mask. A trailing partial group of a document stays raw.
 
     Args:
-      query: any float dtype. Query head h belongs to KV head ⌊h / (H/N)⌋.
-      key: same dtype as query.
-      config: see `DGAConfig`.
-      lengths: tokens of each row, the rest being right padding. Default: all L.
-      segment_ids: runs of equal ids are documents packed in a row; a negative id is padding.
+      focal_mask: True for tokens to keep. Under streaming selection every complete block
+        must hold f of them after the sinks; tokens of incomplete blocks do not count.
+      config: its selection says how groups are laid out (streaming: by block).
+      lengths: row lengths, for right padding.
+      segment_ids: documents packed in the rows.
+      max_focal: bound on the focal tokens of a row and head. Needed under jit (global and
+        random); outside, the mask is counted.
 
     Raises:
-      ValueError: names the argument that does not fit and what it must be.
+      ValueError: for a mask that is not bool [B, N, L], for one that does not fit the config
+        or the bound, or if a bound is missing under jit.
     """
-    check.query_and_key(query, key)
-    B, L, _, _ = query.shape
-    N = key.shape[2]
+    check.focal_mask(focal_mask)
+    B, _, L = focal_mask.shape
     check.rows(B, L, lengths, segment_ids)
-    query, key = jax.lax.stop_gradient((query, key))
     documents = find_documents(B, L, lengths, segment_ids)
-    padded = lengths is not None or segment_ids is not None
+    focal_mask = focal_mask & documents.is_token[:, None]
     max_documents = check.document_bound(config, L, documents, segment_ids)
-    sizes = static_sizes(config, L, max_documents, exact=not padded)
-    if config.selection == "streaming":
-        focal_BxNxL = select_focal_in_blocks(query, key, documents, sizes.groups, config)
-    else:
-        if config.selection == "global":
-            scores_BxNxL = importance_scores(query, key, documents, max_documents, config)
-        else:
-            scores_BxNxL = random_scores(documents, N, config.seed)
-        focal_BxNxL = select_focal(scores_BxNxL, documents, config)
     broken = too_many_documents(documents, config, segment_ids)
-    return _lay_out(focal_BxNxL, documents, sizes, broken, config, padded)
+    if config.selection == "streaming":
+      check.focal_in_blocks(focal_mask, documents, config)
+      sizes = static_sizes(config, L, max_documents, exact=False)
+    else:
+      focal_B = focal_mask.sum(axis=-1).max(axis=-1)
+      most = check.focal_bound(focal_B, max_focal)
+      if check.is_traced(focal_B):
+        broken = (focal_B > most)[:, None] | (False if broken is None else broken)
+        fewest = 0
+      else:
+        fewest = int(focal_mask.sum(axis=-1).min())
+      groups = math.ceil((L - fewest) / config.group_size) + max_documents - 1
+      sizes = Sizes(focal=most, groups=groups)
+    padded = lengths is not None or segment_ids is not None
+    return _lay_out(focal_mask, documents, sizes, broken, config, padded)
+
+
+def plan_groups(
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  *,
+  config: DGAConfig,
+  lengths: Int[Array, "B"] | None = None,
+  segment_ids: Int[Array, "B L"] | None = None,
+) -> GroupPlan:
+  """Chooses focal tokens and groups for every row, document and KV head.
+
+  Global selection ranks keys by what sampled queries pay to them (Eq. 16, 17 of the paper);
+  streaming selection lets the last query of each block choose in it; random selection draws.
+  Each row and document is planned exactly as it would be alone. No gradient flows through.
+
+  Args:
+    query: any float dtype. Query head h belongs to KV head ⌊h / (H/N)⌋.
+    key: same dtype as query.
+    config: see `DGAConfig`.
+    lengths: tokens of each row, the rest being right padding. Default: all L.
+    segment_ids: runs of equal ids are documents packed in a row; a negative id is padding.
+
+  Raises:
+    ValueError: names the argument that does not fit and what it must be.
+  """
+  check.query_and_key(query, key)
+  B, L, _, _ = query.shape
+  N = key.shape[2]
+  check.rows(B, L, lengths, segment_ids)
+  query, key = jax.lax.stop_gradient((query, key))
+  documents = find_documents(B, L, lengths, segment_ids)
+  padded = lengths is not None or segment_ids is not None
+  max_documents = check.document_bound(config, L, documents, segment_ids)
+  sizes = static_sizes(config, L, max_documents, exact=not padded)
+  if config.selection == "streaming":
+    focal_BxNxL = select_focal_in_blocks(query, key, documents, sizes.groups, config)
+  else:
+    if config.selection == "global":
+      scores_BxNxL = importance_scores(query, key, documents, max_documents, config)
+    else:
+      scores_BxNxL = random_scores(documents, N, config.seed)
+    focal_BxNxL = select_focal(scores_BxNxL, documents, config)
+  broken = too_many_documents(documents, config, segment_ids)
+  return _lay_out(focal_BxNxL, documents, sizes, broken, config, padded)
 
 
 def static_sizes(config: DGAConfig, length: int, max_documents: int, *, exact: bool) -> Sizes:
-    """How many focal tokens and groups a row of `length` can have at most.
+  """How many focal tokens and groups a row of `length` can have at most.
 
-    Args:
-      exact: every row is one document of the full length, and the sizes are exact.
-    """
-    m = config.group_size
-    if config.selection == "streaming":
-        sinks = min(length, config.sink_tokens)
-        in_one = (length - sinks) // config.block_size
-        blocks = in_one if max_documents == 1 else length // config.block_size
-        return Sizes(
-            focal=min(length, sinks * max_documents + config.focal_in_block * blocks),
-            groups=blocks,
-        )
-    quotas = config.focal_quota(length)
-    if exact:
-        return Sizes(focal=int(quotas[-1]), groups=(length - int(quotas[-1])) // m)
-    if max_documents == 1:
-        groups = (np.arange(length + 1) - quotas) // m
-        return Sizes(focal=int(quotas.max()), groups=int(groups.max()))
-    at_rate = int(config.focal_at_rate(np.array(length)))
-    each = max(config.min_focal_tokens, config.sink_tokens) + m
+  Args:
+    exact: every row is one document of the full length, and the sizes are exact.
+  """
+  m = config.group_size
+  if config.selection == "streaming":
+    sinks = min(length, config.sink_tokens)
+    in_one = (length - sinks) // config.block_size
+    blocks = in_one if max_documents == 1 else length // config.block_size
     return Sizes(
-        focal=min(length, at_rate + max_documents * each), groups=(length - at_rate) // m
+      focal=min(length, sinks * max_documents + config.focal_in_block * blocks),
+      groups=blocks,
     )
+  quotas = config.focal_quota(length)
+  if exact:
+    return Sizes(focal=int(quotas[-1]), groups=(length - int(quotas[-1])) // m)
+  if max_documents == 1:
+    groups = (np.arange(length + 1) - quotas) // m
+    return Sizes(focal=int(quotas.max()), groups=int(groups.max()))
+  at_rate = int(config.focal_at_rate(np.array(length)))
+  each = max(config.min_focal_tokens, config.sink_tokens) + m
+  return Sizes(focal=min(length, at_rate + max_documents * each), groups=(length - at_rate) // m)
 
 
 def too_many_documents(
-    documents: Documents, config: DGAConfig, segment_ids: Array | None
+  documents: Documents, config: DGAConfig, segment_ids: Array | None
 ) -> Bool[Array, "B L"] | None:
-    """Documents beyond the promised bound; None where there is no promise or it was checked."""
-    if config.max_documents is None or segment_ids is None or not check.is_traced(segment_ids):
-        return None
-    return documents.index >= config.max_documents
+  """Documents beyond the promised bound; None where there is no promise or it was checked."""
+  if config.max_documents is None or segment_ids is None or not check.is_traced(segment_ids):
+    return None
+  return documents.index >= config.max_documents
 
 
 def _lay_out(
-    focal_BxNxL: Array,
-    documents: Documents,
-    sizes: Sizes,
-    broken: Array | None,
-    config: DGAConfig,
-    padded: bool,
+  focal_BxNxL: Array,
+  documents: Documents,
+  sizes: Sizes,
+  broken: Array | None,
+  config: DGAConfig,
+  padded: bool,
 ) -> GroupPlan:
-    lay_out = streaming_layout if config.selection == "streaming" else global_layout
-    layout = lay_out(focal_BxNxL, documents, sizes, config)
-    return GroupPlan(
-        focal_mask=focal_BxNxL,
-        documents=documents,
-        focal_index=layout.focal_index,
-        member_index=layout.member_index,
-        group_query=layout.group_query,
-        bounds=layout.bounds,
-        broken=broken,
-        config=config,
-        padded=padded,
-    )
+  lay_out = streaming_layout if config.selection == "streaming" else global_layout
+  layout = lay_out(focal_BxNxL, documents, sizes, config)
+  return GroupPlan(
+    focal_mask=focal_BxNxL,
+    documents=documents,
+    focal_index=layout.focal_index,
+    member_index=layout.member_index,
+    group_query=layout.group_query,
+    bounds=layout.bounds,
+    broken=broken,
+    config=config,
+    padded=padded,
+  )

@@ -13,143 +13,130 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.documents import Documents
 from dga_jax.config import DGAConfig
+from pallas_kernels.grouped_attention.reference import masked_softmax
 
 
 class Masks(NamedTuple):
-    """One row and KV head. Rows are queries (or groups), columns tokens (or groups)."""
+  """One row and KV head. Rows are queries (or groups), columns tokens (or groups)."""
 
-    member: Bool[Array, "G L"]  # token j belongs to the group whose first member is g
-    merge_query: Int[Array, "G"]  # the query whose attention weighs the members of g
-    sees_token: Bool[Array, "L L"]
-    sees_group: Bool[Array, "L G"]
+  member: Bool[Array, "G L"]  # token j belongs to the group whose first member is g
+  merge_query: Int[Array, "G"]  # the query whose attention weighs the members of g
+  sees_token: Bool[Array, "L L"]
+  sees_group: Bool[Array, "L G"]
 
 
 def reference_attention(
-    query: Float[Array, "B L H D"],
-    key: Float[Array, "B L N D"],
-    value: Float[Array, "B L N D"],
-    focal_mask: Bool[Array, "B N L"],
-    documents: Documents,
-    *,
-    config: DGAConfig,
-    scale: float,
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  value: Float[Array, "B L N D"],
+  focal_mask: Bool[Array, "B N L"],
+  documents: Documents,
+  *,
+  config: DGAConfig,
+  scale: float,
 ) -> Float[Array, "B L H D"]:
-    """Dynamic Group Attention with L×L masks. Differentiable; computes in float32."""
-    B, L, H, D = query.shape
-    N = key.shape[2]
+  """Dynamic Group Attention with L×L masks. Differentiable; computes in float32."""
+  B, L, H, D = query.shape
+  N = key.shape[2]
 
-    def of_head(q_LxRxD: Array, k_LxD: Array, v_LxD: Array, focal_L: Array, docs: Array) -> Array:
-        masks = write_masks(focal_L, docs, config)
-        return _attend(q_LxRxD, k_LxD, v_LxD, masks, config, scale)
+  def of_head(q_LxRxD: Array, k_LxD: Array, v_LxD: Array, focal_L: Array, docs: Array) -> Array:
+    masks = write_masks(focal_L, docs, config)
+    return _attend(q_LxRxD, k_LxD, v_LxD, masks, config, scale)
 
-    of_row = jax.vmap(of_head, in_axes=(1, 1, 1, 0, None), out_axes=1)
-    q_BxLxNxRxD = query.reshape(B, L, N, H // N, D)
-    out_BxLxNxRxD = jax.vmap(of_row)(q_BxLxNxRxD, key, value, focal_mask, documents.index)
-    return out_BxLxNxRxD.reshape(B, L, H, D)
+  of_row = jax.vmap(of_head, in_axes=(1, 1, 1, 0, None), out_axes=1)
+  q_BxLxNxRxD = query.reshape(B, L, N, H // N, D)
+  out_BxLxNxRxD = jax.vmap(of_row)(q_BxLxNxRxD, key, value, focal_mask, documents.index)
+  return out_BxLxNxRxD.reshape(B, L, H, D)
 
 
-def write_masks(
-    focal_L: Bool[Array, "L"], document_L: Int[Array, "L"], config: DGAConfig
-) -> Masks:
-    """Sections 1 and 3 of the specification, literally."""
-    if config.selection == "streaming":
-        return _streaming_masks(focal_L, document_L, config)
-    return _global_masks(focal_L, document_L, config)
+def write_masks(focal_L: Bool[Array, "L"], document_L: Int[Array, "L"], config: DGAConfig) -> Masks:
+  """Sections 1 and 3 of the specification, literally."""
+  if config.selection == "streaming":
+    return _streaming_masks(focal_L, document_L, config)
+  return _global_masks(focal_L, document_L, config)
 
 
 def _global_masks(focal_L: Array, document_L: Array, config: DGAConfig) -> Masks:
-    m = config.group_size
-    i_L = jnp.arange(focal_L.size)
-    same_LxL = _same_document(document_L)
-    not_later_LxL = i_L[:, None] >= i_L[None, :]
-    loose_L = ~focal_L & (document_L >= 0)
-    rank_L = (same_LxL & loose_L[None] & not_later_LxL).sum(axis=1) - 1
-    first_L = loose_L & (rank_L % m == 0)
-    member_GxL = (
-        same_LxL
-        & first_L[:, None]
-        & loose_L[None]
-        & (rank_L[:, None] // m == rank_L[None, :] // m)
-    )
-    whole_G = member_GxL.sum(axis=1) == m
-    last_G = jnp.where(member_GxL, i_L[None], -1).max(axis=1)
-    if config.visibility == "inclusive":
-        over_LxG = last_G[None] <= i_L[:, None]
-    else:
-        over_LxG = last_G[None] < i_L[:, None]
-    sees_group_LxG = same_LxL & whole_G[None] & over_LxG
-    # Raw members of the one group that is begun and not seen merged.
-    begun_LxG = same_LxL & first_L[None] & (i_L[None] <= i_L[:, None])
-    unfinished_LxG = begun_LxG & ~sees_group_LxG
-    complementary_LxL = (unfinished_LxG[:, :, None] & member_GxL[None]).any(axis=1)
-    raw_LxL = (focal_L[None] & same_LxL) | (complementary_LxL & config.complementary)
-    return Masks(
-        member=member_GxL,
-        merge_query=last_G,
-        sees_token=raw_LxL & not_later_LxL,
-        sees_group=sees_group_LxG,
-    )
+  m = config.group_size
+  i_L = jnp.arange(focal_L.size)
+  same_LxL = _same_document(document_L)
+  not_later_LxL = i_L[:, None] >= i_L[None, :]
+  loose_L = ~focal_L & (document_L >= 0)
+  rank_L = (same_LxL & loose_L[None] & not_later_LxL).sum(axis=1) - 1
+  first_L = loose_L & (rank_L % m == 0)
+  member_GxL = (
+    same_LxL & first_L[:, None] & loose_L[None] & (rank_L[:, None] // m == rank_L[None, :] // m)
+  )
+  whole_G = member_GxL.sum(axis=1) == m
+  last_G = jnp.where(member_GxL, i_L[None], -1).max(axis=1)
+  if config.visibility == "inclusive":
+    over_LxG = last_G[None] <= i_L[:, None]
+  else:
+    over_LxG = last_G[None] < i_L[:, None]
+  sees_group_LxG = same_LxL & whole_G[None] & over_LxG
+  # Raw members of the one group that is begun and not seen merged.
+  begun_LxG = same_LxL & first_L[None] & (i_L[None] <= i_L[:, None])
+  unfinished_LxG = begun_LxG & ~sees_group_LxG
+  complementary_LxL = (unfinished_LxG[:, :, None] & member_GxL[None]).any(axis=1)
+  raw_LxL = (focal_L[None] & same_LxL) | (complementary_LxL & config.complementary)
+  return Masks(
+    member=member_GxL,
+    merge_query=last_G,
+    sees_token=raw_LxL & not_later_LxL,
+    sees_group=sees_group_LxG,
+  )
 
 
 def _streaming_masks(focal_L: Array, document_L: Array, config: DGAConfig) -> Masks:
-    i_L = jnp.arange(focal_L.size)
-    same_LxL = _same_document(document_L)
-    not_later_LxL = i_L[:, None] >= i_L[None, :]
-    place_L = (same_LxL & not_later_LxL).sum(axis=1) - 1 - config.sink_tokens
-    sink_L = (document_L >= 0) & (place_L < 0)
-    block_L = jnp.where(sink_L, -1, place_L // config.block_size)
-    same_block_LxL = same_LxL & (block_L[:, None] == block_L[None, :]) & (block_L >= 0)[None]
-    whole_L = same_block_LxL.sum(axis=1) == config.block_size
-    loose_L = ~focal_L & whole_L
-    group_LxL = same_block_LxL & loose_L[:, None] & loose_L[None]
-    first_L = loose_L & ((group_LxL & not_later_LxL).sum(axis=1) == 1)
-    member_GxL = group_LxL & first_L[:, None]
-    block_end_G = jnp.where(same_block_LxL, i_L[None], -1).max(axis=1)
-    near_LxL = same_LxL & (block_L[None] >= block_L[:, None] - config.local_window)
-    kept_LxL = same_LxL & (focal_L & whole_L)[None]
-    raw_LxL = (same_LxL & sink_L[None]) | near_LxL | kept_LxL
-    return Masks(
-        member=member_GxL,
-        merge_query=block_end_G,
-        sees_token=raw_LxL & not_later_LxL,
-        sees_group=same_LxL & first_L[None] & ~near_LxL & not_later_LxL,
-    )
+  i_L = jnp.arange(focal_L.size)
+  same_LxL = _same_document(document_L)
+  not_later_LxL = i_L[:, None] >= i_L[None, :]
+  place_L = (same_LxL & not_later_LxL).sum(axis=1) - 1 - config.sink_tokens
+  sink_L = (document_L >= 0) & (place_L < 0)
+  block_L = jnp.where(sink_L, -1, place_L // config.block_size)
+  same_block_LxL = same_LxL & (block_L[:, None] == block_L[None, :]) & (block_L >= 0)[None]
+  whole_L = same_block_LxL.sum(axis=1) == config.block_size
+  loose_L = ~focal_L & whole_L
+  group_LxL = same_block_LxL & loose_L[:, None] & loose_L[None]
+  first_L = loose_L & ((group_LxL & not_later_LxL).sum(axis=1) == 1)
+  member_GxL = group_LxL & first_L[:, None]
+  block_end_G = jnp.where(same_block_LxL, i_L[None], -1).max(axis=1)
+  near_LxL = same_LxL & (block_L[None] >= block_L[:, None] - config.local_window)
+  kept_LxL = same_LxL & (focal_L & whole_L)[None]
+  raw_LxL = (same_LxL & sink_L[None]) | near_LxL | kept_LxL
+  return Masks(
+    member=member_GxL,
+    merge_query=block_end_G,
+    sees_token=raw_LxL & not_later_LxL,
+    sees_group=same_LxL & first_L[None] & ~near_LxL & not_later_LxL,
+  )
 
 
 def _same_document(document_L: Array) -> Array:
-    return (document_L[:, None] == document_L[None, :]) & (document_L >= 0)[None]
+  return (document_L[:, None] == document_L[None, :]) & (document_L >= 0)[None]
 
 
 def _attend(
-    q_LxRxD: Array, k_LxD: Array, v_LxD: Array, masks: Masks, config: DGAConfig, scale: float
+  q_LxRxD: Array, k_LxD: Array, v_LxD: Array, masks: Masks, config: DGAConfig, scale: float
 ) -> Array:
-    dtype = q_LxRxD.dtype
-    q_LxRxD, k_LxD, v_LxD = (x.astype(jnp.float32) for x in (q_LxRxD, k_LxD, v_LxD))
-    merge_scale = q_LxRxD.shape[-1] ** -0.5 if config.aggregation_scale == "head_dim" else 1.0
-    q_GxRxD = q_LxRxD[masks.merge_query]
-    weights_GxRxL = _softmax(
-        merge_scale * jnp.einsum("grd,ld->grl", q_GxRxD, k_LxD, precision="highest"),
-        masks.member[:, None],
-    )
-    weights_GxL = weights_GxRxL.mean(axis=1)
-    group_key_GxD = jnp.dot(weights_GxL, k_LxD, precision="highest").astype(dtype)
-    group_value_GxD = jnp.dot(weights_GxL, v_LxD, precision="highest").astype(dtype)
+  dtype = q_LxRxD.dtype
+  q_LxRxD, k_LxD, v_LxD = (x.astype(jnp.float32) for x in (q_LxRxD, k_LxD, v_LxD))
+  merge_scale = q_LxRxD.shape[-1] ** -0.5 if config.aggregation_scale == "head_dim" else 1.0
+  q_GxRxD = q_LxRxD[masks.merge_query]
+  weights_GxRxL = masked_softmax(
+    merge_scale * jnp.einsum("grd,ld->grl", q_GxRxD, k_LxD, precision="highest"),
+    masks.member[:, None],
+  )
+  weights_GxL = weights_GxRxL.mean(axis=1)
+  group_key_GxD = jnp.dot(weights_GxL, k_LxD, precision="highest").astype(dtype)
+  group_value_GxD = jnp.dot(weights_GxL, v_LxD, precision="highest").astype(dtype)
 
-    keys_SxD = jnp.concatenate([k_LxD, group_key_GxD.astype(jnp.float32)])
-    values_SxD = jnp.concatenate([v_LxD, group_value_GxD.astype(jnp.float32)])
-    sees_LxS = jnp.concatenate([masks.sees_token, masks.sees_group], axis=1)
-    logits_LxRxS = scale * jnp.einsum("lrd,sd->lrs", q_LxRxD, keys_SxD, precision="highest")
-    if config.group_logit_bias == "log_size":
-        is_group_S = jnp.arange(keys_SxD.shape[0]) >= k_LxD.shape[0]
-        logits_LxRxS += jnp.log(config.group_size) * is_group_S[None, None]
-    attention_LxRxS = _softmax(logits_LxRxS, sees_LxS[:, None])
-    return jnp.einsum("lrs,sd->lrd", attention_LxRxS, values_SxD, precision="highest").astype(dtype)
-
-
-def _softmax(logits: Array, mask: Array) -> Array:
-    """Mask before the softmax; rows without anything to see give zeros."""
-    logits = jnp.where(mask, logits, -jnp.inf)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.where(jnp.isneginf(top), 0, top)))
-    total = weights.sum(axis=-1, keepdims=True)
-    return weights / jnp.where(total == 0, 1, total)
+  keys_SxD = jnp.concatenate([k_LxD, group_key_GxD.astype(jnp.float32)])
+  values_SxD = jnp.concatenate([v_LxD, group_value_GxD.astype(jnp.float32)])
+  sees_LxS = jnp.concatenate([masks.sees_token, masks.sees_group], axis=1)
+  logits_LxRxS = scale * jnp.einsum("lrd,sd->lrs", q_LxRxD, keys_SxD, precision="highest")
+  if config.group_logit_bias == "log_size":
+    is_group_S = jnp.arange(keys_SxD.shape[0]) >= k_LxD.shape[0]
+    logits_LxRxS += jnp.log(config.group_size) * is_group_S[None, None]
+  attention_LxRxS = masked_softmax(logits_LxRxS, sees_LxS[:, None])
+  return jnp.einsum("lrs,sd->lrd", attention_LxRxS, values_SxD, precision="highest").astype(dtype)

@@ -20,90 +20,93 @@ from dga_jax.config import DGAConfig
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CompactCache:
-    """Keys and values of one layer. Entries that are not yet written are zero.
+  """Keys and values of one layer, or with a leading axis of several.
 
-    Attributes:
-      compact_key: C entries: the prefix, then f focal tokens and one group for every block.
-      compact_value: likewise.
-      raw_key: ring of w + 1 blocks of raw tokens, the current block among them.
-      raw_value: likewise.
-      length: tokens that each sequence has seen.
-      origin: position at which blocks begin; earlier tokens are in the prefix.
-      prefix: entries of the prefix.
-      prefix_focal: how many of them are focal tokens; groups follow.
-    """
+  Heads come before entries, so that decoding reads contiguous memory. Entries that are not yet
+  written are zero.
 
-    compact_key: Float[Array, "B C N D"]
-    compact_value: Float[Array, "B C N D"]
-    raw_key: Float[Array, "B W N D"]
-    raw_value: Float[Array, "B W N D"]
-    length: Int[Array, "B"]
-    origin: Int[Array, "B"]
-    prefix: Int[Array, "B"]
-    prefix_focal: Int[Array, "B"]
+  Attributes:
+    compact_key: C entries: the prefix, then f focal tokens and one group for every block.
+    compact_value: likewise.
+    raw_key: ring of w + 1 blocks of raw tokens, the current block among them.
+    raw_value: likewise.
+    length: tokens that each sequence has seen.
+    origin: position at which blocks begin; earlier tokens are in the prefix.
+    prefix: entries of the prefix.
+    prefix_focal: how many of them are focal tokens; groups follow.
+  """
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of keys and values."""
-        arrays = (self.compact_key, self.compact_value, self.raw_key, self.raw_value)
-        return sum(array.size * array.dtype.itemsize for array in arrays)
+  compact_key: Float[Array, "*layers B N C D"]
+  compact_value: Float[Array, "*layers B N C D"]
+  raw_key: Float[Array, "*layers B N W D"]
+  raw_value: Float[Array, "*layers B N W D"]
+  length: Int[Array, "*layers B"]
+  origin: Int[Array, "*layers B"]
+  prefix: Int[Array, "*layers B"]
+  prefix_focal: Int[Array, "*layers B"]
+
+  @property
+  def bytes(self) -> int:
+    """Bytes of keys and values."""
+    arrays = (self.compact_key, self.compact_value, self.raw_key, self.raw_value)
+    return sum(array.size * array.dtype.itemsize for array in arrays)
 
 
 class CacheSize(NamedTuple):
-    """Tokens' worth of keys and values that a cache holds for a sequence and layer."""
+  """Tokens' worth of keys and values that a cache holds for a sequence and layer."""
 
-    compact: int
-    raw: int
+  compact: int
+  raw: int
 
-    @property
-    def total(self) -> int:
-        """Compact entries and raw tokens."""
-        return self.compact + self.raw
+  @property
+  def total(self) -> int:
+    """Compact entries and raw tokens."""
+    return self.compact + self.raw
 
 
 def cache_size(
-    config: DGAConfig, max_length: int, *, prompt: int = 0, ragged: bool = False
+  config: DGAConfig, max_length: int, *, prompt: int = 0, ragged: bool = False
 ) -> CacheSize:
-    """Exact size of the cache of sequences of `max_length` tokens.
+  """Exact size of the cache of sequences of `max_length` tokens.
 
-    Streaming: s + (f + 1)·⌊(L − s)/m'⌋ compact entries and (w + 1)·m' raw ones. Global and random:
-    r + k of the prompt, (f + 1) for every m' tokens after it, and m' raw ones.
+  Streaming: s + (f + 1)·⌊(L − s)/m'⌋ compact entries and (w + 1)·m' raw ones. Global and random:
+  r + k of the prompt, (f + 1) for every m' tokens after it, and m' raw ones.
 
-    Args:
-      max_length: tokens of a sequence, prompt and new ones together.
-      prompt: tokens of the (padded) prompt that selection looks at as a whole.
-      ragged: prompts may be shorter; the size is then the largest of theirs.
-    """
-    raw = (config.local_window + 1) * config.block_size
-    per_block = config.focal_in_block + 1
-    if config.selection == "streaming":
-        sinks = min(config.sink_tokens, max_length)
-        return CacheSize(sinks + per_block * ((max_length - sinks) // config.block_size), raw)
-    quotas = config.focal_quota(prompt)
-    entries = quotas + (np.arange(prompt + 1) - quotas) // config.group_size
-    most = int(entries.max()) if ragged else int(entries[-1])
-    begun = max(prompt, min(config.sink_tokens, max_length))
-    blocks = (max_length - (begun if not ragged else prompt)) // config.block_size
-    return CacheSize(max(most, min(config.sink_tokens, max_length)) + per_block * blocks, raw)
+  Args:
+    max_length: tokens of a sequence, prompt and new ones together.
+    prompt: tokens of the (padded) prompt that selection looks at as a whole.
+    ragged: prompts may be shorter; the size is then the largest of theirs.
+  """
+  raw = (config.local_window + 1) * config.block_size
+  per_block = config.focal_in_block + 1
+  if config.selection == "streaming":
+    sinks = min(config.sink_tokens, max_length)
+    return CacheSize(sinks + per_block * ((max_length - sinks) // config.block_size), raw)
+  quotas = config.focal_quota(prompt)
+  entries = quotas + (np.arange(prompt + 1) - quotas) // config.group_size
+  most = int(entries.max()) if ragged else int(entries[-1])
+  begun = max(prompt, min(config.sink_tokens, max_length))
+  blocks = (max_length - (begun if not ragged else prompt)) // config.block_size
+  return CacheSize(max(most, min(config.sink_tokens, max_length)) + per_block * blocks, raw)
 
 
 def empty_cache(
-    config: DGAConfig, batch: int, max_length: int, heads: int, head_dim: int, dtype: DTypeLike
+  config: DGAConfig, batch: int, max_length: int, heads: int, head_dim: int, dtype: DTypeLike
 ) -> CompactCache:
-    """A cache that has seen nothing; decoding can start from it."""
-    size = cache_size(config, max_length)
-    compact = jnp.zeros((batch, size.compact, heads, head_dim), dtype)
-    raw = jnp.zeros((batch, size.raw, heads, head_dim), dtype)
-    zero_B = jnp.zeros(batch, jnp.int32)
-    sinks_B = zero_B + config.sink_tokens
-    return CompactCache(compact, compact, raw, raw, zero_B, sinks_B, sinks_B, sinks_B)
+  """A cache that has seen nothing; decoding can start from it."""
+  size = cache_size(config, max_length)
+  compact = jnp.zeros((batch, heads, size.compact, head_dim), dtype)
+  raw = jnp.zeros((batch, heads, size.raw, head_dim), dtype)
+  zero_B = jnp.zeros(batch, jnp.int32)
+  sinks_B = zero_B + config.sink_tokens
+  return CompactCache(compact, compact, raw, raw, zero_B, sinks_B, sinks_B, sinks_B)
 
 
-def ring_age(block_B: Array, ring: int, config: DGAConfig) -> tuple[Array, Array]:
-    """How many blocks before the current one each raw slot's block lies, and the place in it."""
-    slot_W = jnp.arange(ring)
-    window = config.local_window + 1
-    age_BxW = (block_B[:, None] - slot_W[None] // config.block_size) % window
-    return age_BxW, slot_W % config.block_size
-
-
+def ring_age(
+  block_B: Int[Array, "B"], config: DGAConfig
+) -> tuple[Int[Array, "B W"], Int[Array, "W"]]:
+  """How many blocks before the current one each raw slot's block lies, and the place in it."""
+  window = config.local_window + 1
+  slot_W = jnp.arange(window * config.block_size)
+  age_BxW = (block_B[:, None] - slot_W[None] // config.block_size) % window
+  return age_BxW, slot_W % config.block_size

@@ -58,8 +58,6 @@ def test_merging_mostly_worsens_the_condition_number_of_gaussian_values():
 def test_noise_of_a_group_falls_as_its_size_not_as_its_square():
   """Theorem 2's 1/m² has one noise per group, divided by m; independent noise gives 1/m."""
   rng = np.random.default_rng(0)
-  variance = {
-    m: rng.standard_normal((20000, m)).mean(axis=1).var() for m in (1, 4, 16)
-  }
+  variance = {m: rng.standard_normal((20000, m)).mean(axis=1).var() for m in (1, 4, 16)}
   np.testing.assert_allclose(variance[4] / variance[1], 1 / 4, rtol=0.05)
   np.testing.assert_allclose(variance[16] / variance[1], 1 / 16, rtol=0.05)

@@ -36,12 +36,21 @@ def test_xla_equals_reference(name, data):
 def test_half_precision_is_as_exact_as_plain_attention(selection, dtype):
   """Error against float32 at most twice (gradients three times) that of dense attention."""
   config = DGAConfig(selection=selection, min_focal_tokens=0)
-  B, L, H, N, D = 1, 600, 4, 2, 64
+  B, L, H, N, D = 1, 500, 4, 2, 32
   half = arrays(3, B, L, H, N, D, dtype)
   full = tuple(x.astype(jnp.float32) for x in half)
 
+  def plain(q, k, v):
+    """Causal attention, products of the input dtype with float32 sums."""
+    k, v = (x.repeat(H // N, axis=2) for x in (k, v))
+    s_BxHxLxL = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32) / D**0.5
+    s_BxHxLxL = jnp.where(jnp.tri(L, dtype=bool)[None, None], s_BxHxLxL, -jnp.inf)
+    w_BxHxLxL = jax.nn.softmax(s_BxHxLxL).astype(q.dtype)
+    out = jnp.einsum("bhlm,bmhd->blhd", w_BxHxLxL, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype)
+
   def dense(q, k, v, t):
-    out, pull = jax.vjp(lambda *x: jax.nn.dot_product_attention(*x, is_causal=True), q, k, v)
+    out, pull = jax.vjp(plain, q, k, v)
     return out, *pull(t)
 
   def errors(f):
@@ -50,7 +59,7 @@ def test_half_precision_is_as_exact_as_plain_attention(selection, dtype):
       for x, y in zip(f(half), f(full), strict=True)
     ]
 
-  plain = errors(lambda x: jax.jit(dense)(*x))
+  bounds = errors(lambda x: jax.jit(dense)(*x))
   # In half precision the scores round too: hold the choice of focal tokens fixed.
   plan = plan_groups(half[0], half[1], config=config)
 
@@ -65,7 +74,7 @@ def test_half_precision_is_as_exact_as_plain_attention(selection, dtype):
 
   got = jax.jit(lambda x: ours(x, "xla"))(half)
   want = jax.jit(lambda x: ours(x, "reference"))(full)
-  for name, x, y, bound, times in zip(NAMES, got, want, plain, (2, 3, 3, 3), strict=True):
+  for name, x, y, bound, times in zip(NAMES, got, want, bounds, (2, 3, 3, 3), strict=True):
     assert x.dtype == dtype
     error = float(jnp.linalg.norm(x.astype(jnp.float32) - y) / jnp.linalg.norm(y))
     assert error <= times * bound, (name, error, bound)
@@ -82,11 +91,10 @@ def test_jit_vmap_checkpoint_and_blocks_agree(monkeypatch):
     return dynamic_group_attention(q, k, v, config=config, implementation="xla")
 
   want = jax.jit(op)(q, k, v)
-  mapped = jax.vmap(lambda q, k, v: op(q[None], k[None], v[None])[0])(q, k, v)
+  mapped = jax.jit(jax.vmap(lambda q, k, v: op(q[None], k[None], v[None])[0]))(q, k, v)
   np.testing.assert_allclose(mapped, want, atol=1e-6)
-  np.testing.assert_allclose(jax.checkpoint(op)(q, k, v), want, atol=1e-6)
   monkeypatch.setattr(xla, "BLOCK_Q", 16)
-  np.testing.assert_allclose(op(q, k, v), want, atol=1e-6)
+  np.testing.assert_allclose(jax.jit(jax.checkpoint(op))(q, k, v), want, atol=1e-6)
 
 
 def test_a_row_that_sees_nothing_gives_zeros_and_finite_gradients():

@@ -1,0 +1,364 @@
+"""Checkpoints of a run: WORKDIR/checkpoints/STEP, written and read with orbax.
+
+A checkpoint holds these items, so that a reader takes only what it needs:
+
+  params     the model's parameters, a plain nested dict of arrays
+  training   everything else the trainer needs: optimizer state and step
+  data       the state of the training data's iterator
+  config     JSON: {"model": ModelConfig, ...the rest of the training config}
+  tokenizer  JSON: what `dga_jax.tokenizer` needs to make the tokenizer again
+  checksums  uint32 of params and of training
+
+A step's folder gets its final name when everything in it is written, so a save that is killed or
+runs out of disk never looks like a checkpoint. Damage done later is found by the checksums.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tokenizers
+from absl import logging
+from flax import nnx
+from jaxtyping import Array, PyTree, UInt32
+
+from dga_jax.model import Decoder, ModelConfig
+from dga_jax.tokenizer import Tokenizer
+
+# Fields of ModelConfig that may differ between training and use: they change how the parameters
+# are used, not what they are.
+_FREE_MODEL_FIELDS = frozenset({"attention", "dga", "dtype", "remat", "rope_base", "rope_scaling"})
+
+
+class CheckpointError(RuntimeError):
+  """A checkpoint is missing, damaged, foreign or could not be written."""
+
+
+class Checkpoints:
+  """The checkpoints of one run, for the trainer: saves in the background, keeps the newest.
+
+  Args:
+    workdir: the run's folder; checkpoints lie in its subfolder `checkpoints`.
+    keep: how many of the newest to keep. The one with the lowest held-out loss stays as well.
+  """
+
+  def __init__(self, workdir: str | Path, *, keep: int) -> None:
+    self.directory = _checkpoint_directory(workdir)
+    policies = ocp.checkpoint_managers
+    self._manager = ocp.CheckpointManager(
+      self.directory,
+      options=ocp.CheckpointManagerOptions(
+        cleanup_tmp_directories=True,
+        best_fn=lambda metrics: metrics["eval_loss"],
+        best_mode="min",
+        preservation_policy=policies.AnyPreservationPolicy(
+          [
+            policies.LatestN(keep),
+            policies.BestN(
+              get_metric_fn=lambda metrics: metrics["eval_loss"],
+              reverse=True,
+              n=1,
+            ),
+          ]
+        ),
+      ),
+    )
+    self._saving: int | None = None
+
+  @property
+  def latest_step(self) -> int | None:
+    """The newest finished checkpoint's step, or None."""
+    return self._manager.latest_step()
+
+  def save(
+    self,
+    step: int,
+    *,
+    params: PyTree[Array],
+    training: PyTree[Array],
+    data: ocp.args.CheckpointArgs,
+    config: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    eval_loss: float | None = None,
+  ) -> None:
+    """Copies the state to the host and writes it in the background.
+
+    The arrays may be donated as soon as this returns. `data` is the orbax argument that saves the
+    data iterator (`grain.checkpoint.CheckpointSave`). `config` must have the entry "model".
+
+    Raises:
+      CheckpointError: this save, or the one before it, failed.
+    """
+    self.wait()
+    self._saving = step
+    items = ocp.args.Composite(
+      params=ocp.args.StandardSave(params),
+      training=ocp.args.StandardSave(training),
+      data=data,
+      config=ocp.args.JsonSave(dict(config)),
+      tokenizer=ocp.args.JsonSave(json.loads(tokenizer.to_json())),
+      checksums=ocp.args.StandardSave(_checksums(params, training)),
+    )
+    # A checkpoint that was not evaluated is never the best.
+    metrics = {"eval_loss": math.inf if eval_loss is None else eval_loss}
+    try:
+      self._manager.save(step, args=items, metrics=metrics, force=True)
+    except Exception as error:
+      raise self._save_failed(error) from error
+
+  def raise_if_failed(self) -> None:
+    """Returns at once; raises CheckpointError if the save in the background has failed."""
+    if self._saving is not None and not self._manager.is_saving_in_progress():
+      self.wait()
+
+  def wait(self) -> None:
+    """Waits for the save in the background; raises CheckpointError if it failed."""
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      raise self._save_failed(error) from error
+    self._saving = None
+
+  def restore(
+    self,
+    step: int,
+    *,
+    params: PyTree[jax.ShapeDtypeStruct],
+    training: PyTree[jax.ShapeDtypeStruct],
+    data: ocp.args.CheckpointArgs,
+  ) -> tuple[PyTree[Array], PyTree[Array]]:
+    """Reads a checkpoint; the data iterator in `data` is set to the state it had.
+
+    Args:
+      step: which one.
+      params: shapes, dtypes and shardings of the parameters.
+      training: the same for the trainer's own state.
+      data: the orbax argument that restores the data iterator.
+
+    Returns:
+      (params, training).
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    targets = {"params": params, "training": training}
+    restored = _read_arrays(self.directory, step, targets, data=data)
+    return restored["params"], restored["training"]
+
+  def read_config(self, step: int) -> dict[str, Any]:
+    """The config saved with a step."""
+    return _read_json(self.directory, step, "config")
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+    """Waits for the save in the background, whose failure raises unless something else did."""
+    try:
+      self.wait()
+    except CheckpointError as error:
+      if exc_type is None:
+        raise
+      logging.error("%s", error)
+    self._manager.close()
+
+  def _save_failed(self, error: Exception) -> CheckpointError:
+    step, self._saving = self._saving, None
+    steps = list_steps(self.directory.parent)
+    remains = (
+      f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
+    )
+    return CheckpointError(
+      f"Saving the checkpoint of step {step} in {self.directory} failed: {_first_line(error)} "
+      f"Nothing of it counts as a checkpoint; {remains}. Make room (or mend the disk) and start "
+      "the same command again: it goes on from there."
+    )
+
+
+def list_steps(workdir: str | Path) -> list[int]:
+  """The steps of the finished checkpoints in a run's folder, ascending."""
+  directory = _checkpoint_directory(workdir)
+  if not directory.is_dir():
+    return []
+  found = ocp.path.step.standard_name_format().find_all(directory)
+  return sorted(metadata.step for metadata in found)
+
+
+def load_model(
+  workdir: str | Path, step: int | None = None, *, config: ModelConfig | None = None
+) -> tuple[Decoder, ModelConfig, Tokenizer]:
+  """The trained decoder of a run, on the first device.
+
+  Args:
+    workdir: the run's folder, the trainer's --workdir.
+    step: which checkpoint; None for the newest.
+    config: use the parameters with this config instead of the saved one, for example with another
+      attention kind. What shapes or feeds the parameters must agree.
+
+  Returns:
+    (decoder, its config, the tokenizer it was trained with).
+
+  Raises:
+    CheckpointError: no checkpoint there, a damaged one, or one of another program.
+    ValueError: `config` disagrees with the saved one in what shapes the parameters.
+  """
+  steps = list_steps(workdir)
+  if not steps:
+    raise CheckpointError(
+      f"There is no checkpoint in {_checkpoint_directory(workdir)}. Train one first: python -m "
+      f"train.main --config=configs/quickstart.py --workdir={workdir}"
+    )
+  if step is not None and step not in steps:
+    raise CheckpointError(f"There is no checkpoint of step {step} in {workdir}; there are {steps}.")
+  step = steps[-1] if step is None else step
+
+  directory = _checkpoint_directory(workdir)
+  saved = ModelConfig.from_dict(_read_json(directory, step, "config")["model"])
+  if config is not None:
+    _check_agreement(saved, config)
+  config = config or saved
+  tokenizer = _read_tokenizer(directory, step)
+  graphdef, variables = abstract_decoder(config)
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+    nnx.to_pure_dict(variables),
+  )
+  params = _read_arrays(directory, step, {"params": target})["params"]
+  return nnx.merge(graphdef, params), config, tokenizer
+
+
+def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+  """A decoder's structure, and the shapes and axis names of its parameters; computes nothing.
+
+  `nnx.merge(structure, params)` with params as a nested dict of arrays is the decoder.
+  """
+  return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+
+def _checkpoint_directory(workdir: str | Path) -> Path:
+  return Path(workdir).absolute() / "checkpoints"
+
+
+def _check_agreement(saved: ModelConfig, given: ModelConfig) -> None:
+  for field in dataclasses.fields(ModelConfig):
+    was, wanted = getattr(saved, field.name), getattr(given, field.name)
+    if field.name not in _FREE_MODEL_FIELDS and was != wanted:
+      raise ValueError(
+        f"config.{field.name} is {wanted!r}, but the checkpoint was trained with {was!r}; only "
+        f"{sorted(_FREE_MODEL_FIELDS)} may differ."
+      )
+
+
+def _read(directory: Path, step: int, items: Mapping[str, ocp.args.CheckpointArgs]) -> Any:
+  with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+    return reader.restore(directory / str(step), args=ocp.args.Composite(**items))
+
+
+def _read_arrays(
+  directory: Path,
+  step: int,
+  targets: Mapping[str, PyTree[jax.ShapeDtypeStruct]],
+  **others: ocp.args.CheckpointArgs,
+) -> dict[str, PyTree[Array]]:
+  """Reads array items, compares them with their checksums, and restores other items."""
+  stored = {name: jax.ShapeDtypeStruct((), jnp.uint32) for name in ("params", "training")}
+  items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
+  items["checksums"] = ocp.args.StandardRestore(stored)
+  try:
+    restored = _read(directory, step, items | others)
+  except Exception as error:
+    raise _damaged(directory, step, _first_line(error)) from error
+  for name in targets:
+    if int(_checksum(restored[name])) != int(restored["checksums"][name]):
+      raise _damaged(directory, step, f"the checksum of '{name}' does not fit its content.")
+  return {name: restored[name] for name in targets}
+
+
+def _read_json(directory: Path, step: int, item: str) -> dict[str, Any]:
+  path = directory / str(step)
+  if not (path / item).is_dir():
+    raise CheckpointError(
+      f"{path} is not a checkpoint of this project: it has no item '{item}'. Name the --workdir "
+      "of a run of train.main."
+    )
+  try:
+    return _read(directory, step, {item: ocp.args.JsonRestore()})[item]
+  except Exception as error:
+    raise _damaged(directory, step, _first_line(error)) from error
+
+
+def _read_tokenizer(directory: Path, step: int) -> Tokenizer:
+  text = json.dumps(_read_json(directory, step, "tokenizer"))
+  try:
+    return Tokenizer(tokenizers.Tokenizer.from_str(text))
+  except Exception as error:  # The library raises plain Exception.
+    raise _damaged(directory, step, _first_line(error)) from error
+
+
+def _damaged(directory: Path, step: int, reason: str) -> CheckpointError:
+  """The error for a checkpoint that cannot be read, with the newest one that can."""
+  path = directory / str(step)
+  steps = list_steps(directory.parent)
+  good = next((other for other in reversed(steps) if _is_sound(directory, other)), None)
+  remedy = (
+    "No other checkpoint there can be read."
+    if good is None
+    else f"The last good one is of step {good}: use it with --step={good}, or delete {path} and "
+    "start the training again to go on from there."
+  )
+  return CheckpointError(f"The checkpoint {path} is damaged: {reason} {remedy}")
+
+
+def _is_sound(directory: Path, step: int) -> bool:
+  """Whether every item of a checkpoint can be read; only asked when another one is damaged."""
+  items = {name: ocp.args.StandardRestore() for name in ("params", "training", "checksums")}
+  items |= {name: ocp.args.JsonRestore() for name in ("config", "tokenizer")}
+  try:
+    restored = _read(directory, step, items)
+    return all(
+      int(_checksum(restored[name])) == int(restored["checksums"][name])
+      for name in ("params", "training")
+    )
+  except Exception:
+    return False
+
+
+def _checksums(params: PyTree[Array], training: PyTree[Array]) -> dict[str, UInt32[Array, ""]]:
+  return {"params": _checksum(params), "training": _checksum(training)}
+
+
+@jax.jit
+def _checksum(tree: PyTree[Array]) -> UInt32[Array, ""]:
+  """Σ (2i + 1)·word_i mod 2³² over each array's words, combined over the arrays.
+
+  Integer sums do not depend on their order, so the value is the same however the arrays are
+  sharded; odd factors are invertible, so no change of a single word goes unnoticed. The compressed
+  array files carry no checksum of their own.
+  """
+  total = jnp.uint32(0)
+  for leaf in jax.tree.leaves(tree):
+    words = _words(leaf)
+    factors = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
+    total = total * jnp.uint32(31) + jnp.sum(words * factors, dtype=jnp.uint32)
+  return total
+
+
+def _words(array: Array) -> UInt32[Array, " n"]:
+  """An array's bits as 32-bit words, one or more to an element."""
+  bits = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
+  return jax.lax.bitcast_convert_type(array, bits).reshape(-1).astype(jnp.uint32)
+
+
+def _first_line(error: Exception) -> str:
+  """An error's message without the file library's details; its end, too, says what happened."""
+  line = (str(error).strip().splitlines() or [""])[0]
+  if len(line) > 400:
+    line = f"{line[:200]} ... {line[-200:]}"
+  return f"{type(error).__name__}: {line}"

@@ -1,0 +1,76 @@
+"""Attention kinds: one small object each, made from the model's config by name."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from dga_jax.model.attention_kinds.dense import DenseAttention
+from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
+from dga_jax.model.config import ModelConfig
+
+
+class AttentionKind(Protocol):
+  """What the decoder asks of an attention kind; queries and keys carry their rotary positions.
+
+  Segment ids: consecutive runs of equal ids are documents, a negative id is padding, whose output
+  is 0. Lengths: rows are right-padded, and the output is 0 from the length on.
+  """
+
+  def attend(
+    self,
+    q_BxLxHxD: Float[Array, "B L H D"],
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    *,
+    segment_ids: Int[Array, "B L"] | None,
+    lengths: Int[Array, "B"] | None,
+  ) -> Float[Array, "B L H D"]:
+    """Causal attention over whole sequences."""
+
+  def init_cache(
+    self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+  ) -> Any:
+    """An empty cache of one layer: a pytree of arrays."""
+
+  def prefill(
+    self,
+    q_BxLxHxD: Float[Array, "B L H D"],
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    *,
+    lengths: Int[Array, "B"] | None,
+    max_length: int,
+  ) -> tuple[Float[Array, "B L H D"], Any]:
+    """Attends over a right-padded prompt and stores it in a new cache for max_length tokens."""
+
+  def decode(
+    self,
+    q_BxHxD: Float[Array, "B H D"],
+    k_BxNxD: Float[Array, "B N D"],
+    v_BxNxD: Float[Array, "B N D"],
+    cache: Any,
+    layer: Int[Array, ""],
+  ) -> tuple[Float[Array, "B H D"], Any]:
+    """Appends one token to every sequence and attends to all that its cache holds.
+
+    `cache` holds all layers, stacked on a leading axis, and `layer` says which one is meant. So
+    a token is written in place, where taking a layer out and putting it back would copy it.
+    """
+
+
+def _dense(config: ModelConfig) -> AttentionKind:
+  del config
+  return DenseAttention()
+
+
+def _dga(config: ModelConfig) -> AttentionKind:
+  return DynamicGroupAttention(config.dga)
+
+
+_FACTORIES: dict[str, Callable[[ModelConfig], AttentionKind]] = {"dense": _dense, "dga": _dga}
+
+
+def make_attention(config: ModelConfig) -> AttentionKind:
+  """The attention kind that `config.attention` names."""
+  return _FACTORIES[config.attention](config)

@@ -1,0 +1,71 @@
+"""Dynamic Group Attention as an attention kind: the op, and the compact cache."""
+
+import dataclasses
+
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from dga_jax.attention import dynamic_group_attention
+from dga_jax.cache import CompactCache, decode_step, empty_cache, prefill
+from dga_jax.config import DGAConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicGroupAttention:
+  """See `dga_jax.dynamic_group_attention` and `dga_jax.cache`."""
+
+  config: DGAConfig
+
+  def attend(
+    self,
+    q_BxLxHxD: Float[Array, "B L H D"],
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    *,
+    segment_ids: Int[Array, "B L"] | None,
+    lengths: Int[Array, "B"] | None,
+  ) -> Float[Array, "B L H D"]:
+    """The op, over whole sequences."""
+    return dynamic_group_attention(
+      q_BxLxHxD,
+      k_BxLxNxD,
+      v_BxLxNxD,
+      config=self.config,
+      segment_ids=segment_ids,
+      lengths=lengths,
+    )
+
+  def init_cache(
+    self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+  ) -> CompactCache:
+    """An empty compact cache for `max_length` tokens a sequence."""
+    return empty_cache(self.config, batch, max_length, num_kv_heads, head_dim, dtype)
+
+  def prefill(
+    self,
+    q_BxLxHxD: Float[Array, "B L H D"],
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    *,
+    lengths: Int[Array, "B"] | None,
+    max_length: int,
+  ) -> tuple[Float[Array, "B L H D"], CompactCache]:
+    """Attends over a right-padded prompt and stores its summaries."""
+    return prefill(
+      q_BxLxHxD,
+      k_BxLxNxD,
+      v_BxLxNxD,
+      self.config,
+      lengths_B=lengths,
+      max_length=max_length,
+    )
+
+  def decode(
+    self,
+    q_BxHxD: Float[Array, "B H D"],
+    k_BxNxD: Float[Array, "B N D"],
+    v_BxNxD: Float[Array, "B N D"],
+    cache: CompactCache,
+    layer: Int[Array, ""],
+  ) -> tuple[Float[Array, "B H D"], CompactCache]:
+    """Appends one token and attends to the compact part and the raw tokens."""
+    return decode_step(q_BxHxD, k_BxNxD, v_BxNxD, cache, layer, self.config)

@@ -1,0 +1,194 @@
+"""Configuration of the decoder: frozen dataclasses, checked when made, to and from JSON dicts."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Any, get_args, Literal, Self
+
+from dga_jax.config import DGAConfig
+
+RopeKind = Literal["linear", "llama3"]
+AttentionName = Literal["dga", "dense"]
+RematName = Literal["none", "full", "dots"]
+DtypeName = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies are stretched beyond the context that a model was trained on.
+
+  Attributes:
+    kind: "linear" divides every frequency by `factor`; "llama3" divides the low ones, keeps the
+      high ones and blends between them (see rope.inverse_frequencies).
+    factor: by how much the context grows, at least 1.
+    low_freq_factor: wavelengths above original_max_position / low_freq_factor are stretched.
+    high_freq_factor: wavelengths below original_max_position / high_freq_factor are kept.
+    original_max_position: context length in tokens of the training before stretching.
+  """
+
+  kind: RopeKind
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_position: int = 8192
+
+  def __post_init__(self) -> None:
+    _require_choice(self, "kind", RopeKind)
+    _require_number(self, "factor", least=1.0)
+    _require_number(self, "low_freq_factor", above=0.0)
+    _require_number(self, "high_freq_factor", above=self.low_freq_factor)
+    _require_positive_int(self, "original_max_position")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A LLaMA-family decoder.
+
+  Attributes:
+    vocab_size: V, entries of the embedding table.
+    num_layers: decoder layers.
+    embed_dim: E, width of the residual stream.
+    num_heads: H, query heads.
+    num_kv_heads: N, key and value heads; H must be a multiple of N.
+    head_dim: D, width of one head; even, since RoPE rotates pairs.
+    mlp_dim: F, inner width of SwiGLU.
+    rope_base: base of the rotary wavelengths.
+    rope_scaling: stretch of the rotary frequencies, None for none.
+    norm_eps: added to the mean square in RMSNorm.
+    tie_embeddings: whether the embedding table is the unembedding too.
+    attention: attention kind, "dga" or "dense".
+    dga: switches of the "dga" kind; the others ignore it.
+    dtype: of activations and of weights while they are used.
+    param_dtype: of the stored (master) weights.
+    remat: what the backward pass recomputes in each layer: "none" of it; "full", all from the
+      layer's input; "dots", all but the outputs of products with weights.
+  """
+
+  vocab_size: int
+  num_layers: int
+  embed_dim: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  rope_base: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  norm_eps: float = 1e-5
+  tie_embeddings: bool = False
+  attention: AttentionName = "dga"
+  dga: DGAConfig = dataclasses.field(default_factory=DGAConfig)
+  dtype: DtypeName = "bfloat16"
+  param_dtype: DtypeName = "float32"
+  remat: RematName = "none"
+
+  def __post_init__(self) -> None:
+    for name in _SIZES:
+      _require_positive_int(self, name)
+    if self.num_heads % self.num_kv_heads:
+      raise _error(self, "num_heads", f"a multiple of num_kv_heads={self.num_kv_heads}")
+    if self.head_dim % 2:
+      raise _error(self, "head_dim", "even, since RoPE rotates pairs of channels")
+    _require_number(self, "rope_base", above=0.0)
+    _require_number(self, "norm_eps", above=0.0)
+    _require_instance(self, "rope_scaling", RopeScaling, type(None))
+    _require_instance(self, "tie_embeddings", bool)
+    _require_instance(self, "dga", DGAConfig)
+    _require_choice(self, "attention", AttentionName)
+    _require_choice(self, "remat", RematName)
+    _require_choice(self, "dtype", DtypeName)
+    _require_choice(self, "param_dtype", DtypeName)
+
+  def to_dict(self) -> dict[str, Any]:
+    """This config as nested plain dicts that JSON can store."""
+    return dataclasses.asdict(self)
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    """The inverse of `to_dict`; absent keys take their defaults.
+
+    Args:
+      values: field names to values; `dga` and `rope_scaling` may be mappings themselves.
+
+    Raises:
+      ValueError: an unknown or missing key, named with its path, or a value that makes no sense.
+    """
+    values = dict(values)
+    if isinstance(values.get("dga"), Mapping):
+      values["dga"] = dataclass_from_dict(DGAConfig, values["dga"], path="model.dga")
+    if isinstance(values.get("rope_scaling"), Mapping):
+      values["rope_scaling"] = dataclass_from_dict(
+        RopeScaling, values["rope_scaling"], path="model.rope_scaling"
+      )
+    return dataclass_from_dict(cls, values, path="model")
+
+
+def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], *, path: str) -> T:
+  """Makes the dataclass `cls` from `values`.
+
+  Args:
+    cls: a dataclass.
+    values: its field names to values.
+    path: where `values` stands in the whole config, for messages.
+
+  Raises:
+    ValueError: a key that is no field, with the closest field, or a missing field.
+  """
+  fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+  for key in values:
+    if key not in fields:
+      close = difflib.get_close_matches(str(key), fields, n=1)
+      hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}."
+      raise ValueError(f"{path} has the unknown key {key!r}; {hint}")
+  missing = [
+    name
+    for name, field in fields.items()
+    if name not in values
+    and field.default is dataclasses.MISSING
+    and field.default_factory is dataclasses.MISSING
+  ]
+  if missing:
+    raise ValueError(f"{path} lacks {', '.join(missing)}.")
+  return cls(**values)
+
+
+_SIZES = (
+  "vocab_size",
+  "num_layers",
+  "embed_dim",
+  "num_heads",
+  "num_kv_heads",
+  "head_dim",
+  "mlp_dim",
+)
+
+
+def _error(config: object, name: str, wants: str) -> ValueError:
+  got = getattr(config, name)
+  return ValueError(f"{type(config).__name__}.{name} is {got!r}; it must be {wants}.")
+
+
+def _require_choice(config: object, name: str, choices: Any) -> None:
+  if getattr(config, name) not in get_args(choices):
+    raise _error(config, name, f"one of {', '.join(map(repr, get_args(choices)))}")
+
+
+def _require_instance(config: object, name: str, *types: type) -> None:
+  if not isinstance(getattr(config, name), types):
+    raise _error(config, name, f"of type {' or '.join(t.__name__ for t in types)}")
+
+
+def _require_positive_int(config: object, name: str) -> None:
+  value = getattr(config, name)
+  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    raise _error(config, name, "an integer of at least 1")
+
+
+def _require_number(
+  config: object, name: str, *, above: float = -math.inf, least: float = -math.inf
+) -> None:
+  value = getattr(config, name)
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not (is_number and math.isfinite(value) and value > above and value >= least):
+    bound = f"at least {least}" if least > -math.inf else f"greater than {above}"
+    raise _error(config, name, f"a finite number {bound}")

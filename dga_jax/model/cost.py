@@ -1,0 +1,73 @@
+"""Sizes and costs by formula: parameters, and floating-point operations of a training token."""
+
+import math
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dga_jax.config import DGAConfig
+from dga_jax.model.config import ModelConfig
+from dga_jax.model.decoder import Decoder
+
+
+def parameter_count(config: ModelConfig) -> int:
+  """Number of parameters, by abstract evaluation: nothing is allocated."""
+  model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def flops_per_token(config: ModelConfig, context_length: int) -> float:
+  """Operations that training needs for one token of a sequence of `context_length` tokens.
+
+    6·P + 12·layers·H·D·keys
+
+  P counts the weights that a token is multiplied with, the unembedding among them and the lookup
+  of the embedding not: two operations each forward, four backward. A query's attention takes
+  q·K and w·V, each 2·D operations a key forward and twice that backward. `keys` is the mean over
+  causal queries of the keys that the attention kind attends to, see `mean_keys`. Recomputation
+  (remat), and what DGA spends on choosing and merging, is not counted, so that utilisation
+  (MFU) made from this number is a lower bound.
+  """
+  heads = config.num_heads * config.head_dim
+  kv_heads = config.num_kv_heads * config.head_dim
+  attention = config.embed_dim * (2 * heads + 2 * kv_heads)
+  mlp = 3 * config.embed_dim * config.mlp_dim
+  weights = config.num_layers * (attention + mlp) + config.embed_dim * config.vocab_size
+  return 6 * weights + 12 * config.num_layers * heads * mean_keys(config, context_length)
+
+
+def mean_keys(config: ModelConfig, context_length: int) -> float:
+  """Keys that a query attends to, averaged over the positions of a sequence.
+
+  Dense: (L + 1)/2. DGA: focal tokens + groups + raw tokens of the unfinished group or block.
+  Exact for streaming; global and random selection are counted with the inclusive rule and with
+  focal tokens spread evenly, which no real choice is far from.
+  """
+  if context_length < 1:
+    raise ValueError(f"context_length is {context_length}; it must be at least 1.")
+  seen_L = np.arange(1, context_length + 1)
+  if config.attention == "dense":
+    keys_L = seen_L
+  elif config.dga.selection == "streaming":
+    keys_L = _streaming_keys(config.dga, seen_L)
+  else:
+    keys_L = _global_keys(config.dga, seen_L)
+  return float(keys_L.mean())
+
+
+def _streaming_keys(dga: DGAConfig, seen_L: np.ndarray) -> np.ndarray:
+  sinks_L = np.minimum(seen_L, dga.sink_tokens)
+  block_L, raw_L = np.divmod(np.maximum(seen_L - sinks_L - 1, 0), dga.block_size)
+  own_L = np.where(seen_L > dga.sink_tokens, raw_L + 1, 0)
+  window_L = np.minimum(block_L, dga.local_window) * dga.block_size
+  summaries_L = np.maximum(block_L - dga.local_window, 0) * (dga.focal_in_block + 1)
+  return sinks_L + own_L + window_L + summaries_L
+
+
+def _global_keys(dga: DGAConfig, seen_L: np.ndarray) -> np.ndarray:
+  L = len(seen_L)
+  r = int(dga.focal_quota(L)[L])
+  other_L = seen_L * (L - r) // L
+  groups_L, raw_L = np.divmod(other_L, dga.group_size)
+  return seen_L - other_L + groups_L + (raw_L if dga.complementary else 0)

@@ -1,0 +1,266 @@
+"""The decoder: embedding, stacked layers run by one scan, unembedding; training and decoding."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dga_jax.attention import check
+from dga_jax.attention.documents import find_documents
+from dga_jax.model.attention_kinds import AttentionKind, make_attention
+from dga_jax.model.config import ModelConfig
+from dga_jax.model.layers import DecoderLayer, rms_norm, weight
+from dga_jax.model.rope import inverse_frequencies, rope_table
+from dga_jax.model.unembedding import logits
+
+_REMAT_POLICIES = {
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderCache:
+  """State of decoding.
+
+  Attributes:
+    layers: the attention kind's cache of one layer, each array with a leading axis of layers.
+    length: tokens that each sequence has seen, so the position of its next one.
+  """
+
+  layers: Any
+  length: Int[Array, "B"]
+
+
+class Decoder(nnx.Module):
+  """LLaMA-family language model over token ids.
+
+  Every parameter names its axes in its metadata (`out_sharding`): "layers" for the stacked one,
+  and "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab".
+  """
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    self.config = config
+    V, E = config.vocab_size, config.embed_dim
+    # The table's fan-in is that of an unembedding, so tied and untied tables start alike.
+    self.embedding = weight(config, (V, E), ("vocab", "embed"), inputs=(1,), rngs=rngs)
+    self.layers = _stacked_layers(config, rngs=rngs)
+    self.norm = rms_norm(config, rngs=rngs)
+    if not config.tie_embeddings:
+      self.unembedding = weight(config, (E, V), ("embed", "vocab"), inputs=(0,), rngs=rngs)
+
+  def __call__(
+    self,
+    tokens_BxL: Int[Array, "B L"],
+    *,
+    segment_ids: Int[Array, "B L"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+  ) -> Float[Array, "B L V"]:
+    """Logits of the token after each position, float32; arguments as for `hidden`."""
+    return self.unembed(self.hidden(tokens_BxL, segment_ids=segment_ids, lengths=lengths))
+
+  def hidden(
+    self,
+    tokens_BxL: Int[Array, "B L"],
+    *,
+    segment_ids: Int[Array, "B L"] | None = None,
+    lengths: Int[Array, "B"] | None = None,
+  ) -> Float[Array, "B L E"]:
+    """Final normalised states, before the unembedding.
+
+    With `unembed` on slices of it, a loss never holds all [B, L, V] float32 logits at once.
+
+    Args:
+      tokens_BxL: token ids.
+      segment_ids: packed documents, consecutive runs of equal ids; negative ids are padding.
+        Tokens attend, and positions count, inside their own document.
+      lengths: tokens of each right-padded row.
+
+    Returns:
+      [B, L, E] in config.dtype. States of padding have no meaning.
+
+    Raises:
+      ValueError: a wrong rank, shape or dtype, an empty sequence, or (outside jit) lengths
+        beyond L.
+    """
+    _check_inputs(tokens_BxL, segment_ids, lengths)
+    tokens_BxL, segment_ids, lengths = jax.tree.map(jnp.asarray, (tokens_BxL, segment_ids, lengths))
+    kind = self._attention_kind()
+
+    def attend(q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, *_: Any) -> tuple[Array, None]:
+      o_BxLxHxD = kind.attend(
+        q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, segment_ids=segment_ids, lengths=lengths
+      )
+      return o_BxLxHxD, None
+
+    B, L = tokens_BxL.shape
+    positions_BxL = find_documents(B, L, None, segment_ids).position
+    states_BxLxE, _ = self._run_layers(tokens_BxL, positions_BxL, attend)
+    return states_BxLxE
+
+  def unembed(self, states: Float[Array, "*S E"]) -> Float[Array, "*S V"]:
+    """Logits of states from `hidden`, accumulated and returned in float32."""
+    config = self.config
+    table_ExV = self.embedding[...].T if config.tie_embeddings else self.unembedding[...]
+    return logits(states, table_ExV.astype(config.dtype))
+
+  def init_cache(self, batch_size: int, max_length: int) -> DecoderCache:
+    """An empty cache that holds sequences of up to `max_length` tokens, prompt included."""
+    if batch_size < 1 or max_length < 1:
+      raise ValueError(
+        f"init_cache got batch_size={batch_size}, max_length={max_length}; both must be at least 1."
+      )
+    config = self.config
+    layer = self._attention_kind().init_cache(
+      batch_size, max_length, config.num_kv_heads, config.head_dim, jnp.dtype(config.dtype)
+    )
+    layers = jax.tree.map(
+      lambda array: jnp.broadcast_to(array[None], (config.num_layers, *array.shape)), layer
+    )
+    return DecoderCache(layers=layers, length=jnp.zeros(batch_size, jnp.int32))
+
+  def prefill(
+    self,
+    tokens_BxL: Int[Array, "B L"],
+    lengths_B: Int[Array, "B"] | None = None,
+    *,
+    max_length: int,
+  ) -> tuple[Float[Array, "B V"], DecoderCache]:
+    """Reads right-padded prompts.
+
+    Args:
+      tokens_BxL: token ids.
+      lengths_B: tokens of each prompt, from 1 to L; None if all have L.
+      max_length: tokens that the cache is to hold for a sequence, prompt included.
+
+    Returns:
+      The float32 logits of each prompt's last token, and the cache to decode from.
+
+    Raises:
+      ValueError: as for `hidden`, and if L exceeds max_length.
+    """
+    _check_inputs(tokens_BxL, None, lengths_B)
+    B, L = tokens_BxL.shape
+    if max_length < L:
+      raise ValueError(
+        f"max_length is {max_length}, but tokens hold prompts of up to {L} tokens: raise "
+        "max_length (prompt and new tokens together) or shorten the prompts."
+      )
+    tokens_BxL, lengths_B = jax.tree.map(jnp.asarray, (tokens_BxL, lengths_B))
+    kind = self._attention_kind()
+
+    def attend(q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, *_: Any) -> tuple[Array, Any]:
+      return kind.prefill(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, lengths=lengths_B, max_length=max_length)
+
+    positions_BxL = jnp.broadcast_to(jnp.arange(L)[None, :], (B, L))
+    states_BxLxE, layers = self._run_layers(tokens_BxL, positions_BxL, attend)
+    length_B = jnp.full(B, L) if lengths_B is None else lengths_B
+    last_BxE = jnp.take_along_axis(states_BxLxE, length_B[:, None, None] - 1, axis=1)[:, 0]
+    return self.unembed(last_BxE), DecoderCache(layers, length_B.astype(jnp.int32))
+
+  def decode(
+    self, tokens_B: Int[Array, "B"], cache: DecoderCache
+  ) -> tuple[Float[Array, "B V"], DecoderCache]:
+    """Appends one token to every sequence.
+
+    Static shapes: jit it once, with the cache donated, and call it for every token. A cache that
+    is full cannot raise under jit; do not decode beyond the max_length it was made for.
+
+    Args:
+      tokens_B: the next token of every sequence.
+      cache: from `prefill`, `init_cache` or `decode`.
+
+    Returns:
+      The float32 logits of the token after it, and the new cache.
+
+    Raises:
+      ValueError: tokens that are not one for every sequence of the cache.
+    """
+    if jnp.shape(tokens_B) != cache.length.shape:
+      raise ValueError(
+        f"tokens is {list(jnp.shape(tokens_B))}; the cache wants {list(cache.length.shape)}."
+      )
+    kind = self._attention_kind()
+
+    def attend(
+      q_Bx1xHxD: Array, k_Bx1xNxD: Array, v_Bx1xNxD: Array, caches: Any, layer: Array
+    ) -> tuple[Array, Any]:
+      o_BxHxD, caches = kind.decode(
+        q_Bx1xHxD[:, 0], k_Bx1xNxD[:, 0], v_Bx1xNxD[:, 0], caches, layer
+      )
+      return o_BxHxD[:, None], caches
+
+    states_Bx1xE, layers = self._run_layers(
+      tokens_B[:, None], cache.length[:, None], attend, cache.layers
+    )
+    return self.unembed(states_Bx1xE[:, 0]), DecoderCache(layers, cache.length + 1)
+
+  def _attention_kind(self) -> AttentionKind:
+    return make_attention(self.config)
+
+  def _run_layers(
+    self,
+    tokens_BxL: Int[Array, "B L"],
+    positions_BxL: Int[Array, "B L"],
+    attend: Callable[..., tuple[Array, Any]],
+    caches: Any = None,
+  ) -> tuple[Float[Array, "B L E"], Any]:
+    """Embeds, scans the layers, normalises.
+
+    Args:
+      tokens_BxL: token ids.
+      positions_BxL: the rotary position of each.
+      attend: of (q, k, v, caches, layer), to the attention's output and either `caches` with that
+        layer's part updated or, where there are none, what is to be stacked over layers.
+      caches: of all layers, stacked. They are carried through the scan, which updates them in
+        place, where scanning over them would copy them.
+    """
+    config = self.config
+    omega_C = inverse_frequencies(
+      config.head_dim, base=config.rope_base, scaling=config.rope_scaling
+    )
+    rope = rope_table(positions_BxL, omega_C)
+    structure, params = nnx.split(self.layers)
+
+    def layer(carry: tuple[Array, Any], xs: tuple[Any, Array]) -> tuple[tuple[Array, Any], Any]:
+      (x_BxLxE, caches), (layer_params, index) = carry, xs
+      x_BxLxE, made = nnx.merge(structure, layer_params)(
+        x_BxLxE, rope, lambda q, k, v: attend(q, k, v, caches, index)
+      )
+      return ((x_BxLxE, None), made) if caches is None else ((x_BxLxE, made), None)
+
+    if config.remat != "none":
+      # Inside a scan XLA cannot merge the recomputation away, so preventing it would only cost.
+      layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
+    x_BxLxE = self.embedding[tokens_BxL].astype(config.dtype)
+    (x_BxLxE, updated), made = jax.lax.scan(
+      layer, (x_BxLxE, caches), (params, jnp.arange(config.num_layers))
+    )
+    return self.norm(x_BxLxE).astype(config.dtype), made if caches is None else updated
+
+
+def _stacked_layers(config: ModelConfig, *, rngs: nnx.Rngs) -> DecoderLayer:
+  """All layers in one module whose parameters have a leading axis named "layers"."""
+
+  @nnx.split_rngs(splits=config.num_layers)
+  @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+  def stack(rngs: nnx.Rngs) -> DecoderLayer:
+    return DecoderLayer(config, rngs=rngs)
+
+  return stack(rngs)
+
+
+def _check_inputs(tokens: Array, segment_ids: Array | None, lengths: Array | None) -> None:
+  if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+    raise ValueError(
+      f"tokens is {jnp.result_type(tokens)}{list(jnp.shape(tokens))}; it must be int[B, L]."
+    )
+  B, L = jnp.shape(tokens)
+  if B == 0 or L == 0:
+    raise ValueError(f"tokens is [{B}, {L}]; it must hold at least one sequence of one token.")
+  check.rows(B, L, lengths, segment_ids)

@@ -1,0 +1,154 @@
+"""The parts of one decoder layer: weights with logical axis names, SelfAttention, SwiGLU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dga_jax.model.config import ModelConfig
+from dga_jax.model.rope import apply_rope, RopeTable
+
+# (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), rotated by position, -> (o_BxLxHxD, what became of a cache).
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+def axis_names(*names: str) -> dict[str, Any]:
+  """Parameter metadata that names each axis; rules later map the names to mesh axes.
+
+  Parameters are not sharded while they are made ("eager" in Flax), so that making a model needs
+  neither a mesh nor rules. `nnx.get_partition_spec` reads the names.
+  """
+  return {"out_sharding": names, "eager_sharding": False}
+
+
+def weight(
+  config: ModelConfig,
+  shape: tuple[int, ...],
+  names: tuple[str, ...],
+  *,
+  inputs: tuple[int, ...],
+  variance: float = 1.0,
+  rngs: nnx.Rngs,
+) -> nnx.Param[Array]:
+  """A weight drawn from a normal truncated at two deviations, of variance `variance`/fan_in.
+
+  Args:
+    config: gives the dtype of the stored weight.
+    shape: of the weight.
+    names: the logical name of each axis.
+    inputs: the axes that the product sums over; fan_in is their size.
+    variance: of an output whose inputs have variance 1.
+    rngs: source of the `params` key.
+  """
+  init = jax.nn.initializers.variance_scaling(
+    variance,
+    "fan_in",
+    "truncated_normal",
+    in_axis=inputs,
+    out_axis=tuple(axis for axis in range(len(shape)) if axis not in inputs),
+  )
+  value = init(rngs.params(), shape, jnp.dtype(config.param_dtype))
+  return nnx.Param(value, **axis_names(*names))
+
+
+def residual_variance(config: ModelConfig) -> float:
+  """Variance of the projections that write to the residual stream: 1/(2·num_layers).
+
+  A deep stream is the sum of 2·num_layers such outputs. Scaled so, their sum has the variance of
+  one alone, and the stream does not grow with depth (Radford et al., 2019, GPT-2).
+  """
+  return 1.0 / (2 * config.num_layers)
+
+
+def rms_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+  """RMSNorm (Zhang and Sennrich, arXiv 1910.07467), y = x/√(mean x² + ε)·scale.
+
+  Statistics and result are float32; the caller casts the result.
+  """
+  return nnx.RMSNorm(
+    config.embed_dim,
+    epsilon=config.norm_eps,
+    dtype=jnp.float32,
+    param_dtype=jnp.dtype(config.param_dtype),
+    scale_metadata=axis_names("embed"),
+    rngs=rngs,
+  )
+
+
+class SelfAttention(nnx.Module):
+  """Projections around attention: query, key, value (rotated by position) and output."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    self.dtype = jnp.dtype(config.dtype)
+    E, H, N, D = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+    kv_names = ("embed", "kv_heads", "head_dim")
+    self.query = weight(config, (E, H, D), ("embed", "heads", "head_dim"), inputs=(0,), rngs=rngs)
+    self.key = weight(config, (E, N, D), kv_names, inputs=(0,), rngs=rngs)
+    self.value = weight(config, (E, N, D), kv_names, inputs=(0,), rngs=rngs)
+    self.out = weight(
+      config,
+      (H, D, E),
+      ("heads", "head_dim", "embed"),
+      inputs=(0, 1),
+      variance=residual_variance(config),
+      rngs=rngs,
+    )
+
+  def __call__(
+    self, x_BxLxE: Float[Array, "B L E"], rope: RopeTable, attend: Attend
+  ) -> tuple[Float[Array, "B L E"], Any]:
+    """Projects, rotates, lets `attend` mix positions, and projects back."""
+    q_BxLxHxD = jnp.einsum("BLE,EHD->BLHD", x_BxLxE, self.query[...].astype(self.dtype))
+    k_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, self.key[...].astype(self.dtype))
+    v_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, self.value[...].astype(self.dtype))
+    o_BxLxHxD, cache = attend(apply_rope(q_BxLxHxD, rope), apply_rope(k_BxLxNxD, rope), v_BxLxNxD)
+    out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, self.out[...].astype(self.dtype))
+    return out_BxLxE, cache
+
+
+class SwiGLU(nnx.Module):
+  """SwiGLU (Shazeer, arXiv 2002.05202): (silu(x·W_gate) ⊙ x·W_up)·W_down."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    self.dtype = jnp.dtype(config.dtype)
+    E, F = config.embed_dim, config.mlp_dim
+    self.gate = weight(config, (E, F), ("embed", "mlp"), inputs=(0,), rngs=rngs)
+    self.up = weight(config, (E, F), ("embed", "mlp"), inputs=(0,), rngs=rngs)
+    self.down = weight(
+      config,
+      (F, E),
+      ("mlp", "embed"),
+      inputs=(0,),
+      variance=residual_variance(config),
+      rngs=rngs,
+    )
+
+  def __call__(self, x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+    """The equation above, in the compute dtype."""
+    gate_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, self.gate[...].astype(self.dtype))
+    up_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, self.up[...].astype(self.dtype))
+    inner_BxLxF = jax.nn.silu(gate_BxLxF) * up_BxLxF
+    return jnp.einsum("BLF,FE->BLE", inner_BxLxF, self.down[...].astype(self.dtype))
+
+
+class DecoderLayer(nnx.Module):
+  """x + attention(norm(x)), then x + SwiGLU(norm(x)), in the compute dtype."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    self.dtype = jnp.dtype(config.dtype)
+    self.attention_norm = rms_norm(config, rngs=rngs)
+    self.attention = SelfAttention(config, rngs=rngs)
+    self.mlp_norm = rms_norm(config, rngs=rngs)
+    self.mlp = SwiGLU(config, rngs=rngs)
+
+  def __call__(
+    self, x_BxLxE: Float[Array, "B L E"], rope: RopeTable, attend: Attend
+  ) -> tuple[Float[Array, "B L E"], Any]:
+    """One layer; returns its output, and the second result of `attend`."""
+    normed_BxLxE = self.attention_norm(x_BxLxE).astype(self.dtype)
+    attended_BxLxE, cache = self.attention(normed_BxLxE, rope, attend)
+    x_BxLxE = x_BxLxE + attended_BxLxE
+    return x_BxLxE + self.mlp(self.mlp_norm(x_BxLxE).astype(self.dtype)), cache

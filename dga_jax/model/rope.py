@@ -1,0 +1,58 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864) in the half-split form of LLaMA."""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dga_jax.model.config import RopeScaling
+
+
+class RopeTable(NamedTuple):
+  """Cosines and sines of every position's angles, float32."""
+
+  cos: Float[Array, "B L C"]  # C = D/2
+  sin: Float[Array, "B L C"]
+
+
+def inverse_frequencies(
+  head_dim: int, *, base: float, scaling: RopeScaling | None = None
+) -> np.ndarray:
+  """Angles per position ω_c, in radians, of the D/2 channel pairs.
+
+  ω_c = base^(−2c/D). "linear" scaling takes ω_c/factor. "llama3" scaling (LLaMA 3.1) goes by the
+  wavelength λ = 2π/ω: with s = (original_max_position/λ − low_freq_factor) /
+  (high_freq_factor − low_freq_factor) clipped to [0, 1], it takes (1 − s)·ω/factor + s·ω.
+
+  Returns:
+    float64 [D/2]; the positions multiply it in float32.
+  """
+  omega_C = base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  if scaling is None:
+    return omega_C
+  if scaling.kind == "linear":
+    return omega_C / scaling.factor
+  turns_C = scaling.original_max_position * omega_C / (2 * math.pi)  # original length over λ
+  span = scaling.high_freq_factor - scaling.low_freq_factor
+  keep_C = np.clip((turns_C - scaling.low_freq_factor) / span, 0.0, 1.0)
+  return (1 - keep_C) * omega_C / scaling.factor + keep_C * omega_C
+
+
+def rope_table(positions_BxL: Int[Array, "B L"], inverse_frequencies_C: np.ndarray) -> RopeTable:
+  """Cosines and sines of position·ω_c, in float32 whatever the compute dtype."""
+  omega_C = jnp.asarray(inverse_frequencies_C, jnp.float32)
+  angle_BxLxC = positions_BxL.astype(jnp.float32)[:, :, None] * omega_C[None, None, :]
+  return RopeTable(jnp.cos(angle_BxLxC), jnp.sin(angle_BxLxC))
+
+
+def apply_rope(x_BxLxHxD: Float[Array, "B L H D"], table: RopeTable) -> Float[Array, "B L H D"]:
+  """Rotates channel c with channel c + D/2 by the angle of each position.
+
+  Computed in float32, returned in the input's dtype.
+  """
+  x1, x2 = jnp.split(x_BxLxHxD.astype(jnp.float32), 2, axis=-1)
+  cos, sin = table.cos[:, :, None, :], table.sin[:, :, None, :]
+  rotated = jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+  return rotated.astype(x_BxLxHxD.dtype)

@@ -1,0 +1,108 @@
+"""What makes no sense raises ValueError at trace time, naming the argument."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dga_jax import DGAConfig, dynamic_group_attention, GroupPlan, plan_groups
+
+CONFIG = DGAConfig(group_size=4, min_focal_tokens=0)
+Q = jnp.zeros((2, 12, 4, 8))
+K = jnp.zeros((2, 12, 2, 8))
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [
+    ("group_size", 0),
+    ("group_size", 2.5),
+    ("importance_rate", -0.1),
+    ("importance_rate", 1.01),
+    ("importance_rate", float("nan")),
+    ("min_focal_tokens", -1),
+    ("selection", "best"),
+    ("visibility", "all"),
+    ("aggregation_scale", "sqrt"),
+    ("group_logit_bias", 1.0),
+    ("complementary", 1),
+    ("sink_tokens", -4),
+    ("local_window", 2),
+    ("focal_per_block", 0),
+    ("max_documents", 0),
+    ("seed", None),
+  ],
+)
+def test_config(name, value):
+  with pytest.raises(ValueError, match=name):
+    DGAConfig(**{name: value})
+
+
+def test_config_combinations():
+  with pytest.raises(ValueError, match="complementary"):
+    DGAConfig(selection="streaming", complementary=False)
+  with pytest.raises(ValueError, match="n_random"):
+    DGAConfig(n_recent=0, n_random=0)
+  with pytest.raises(TypeError, match="group_sise"):
+    DGAConfig(group_sise=4)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"query": Q[0]}, r"query has shape \(12, 4, 8\)"),
+    ({"key": K[..., :4]}, "key has shape"),
+    ({"key": jnp.zeros((2, 12, 3, 8)), "value": jnp.zeros((2, 12, 3, 8))}, "divide query heads"),
+    ({"value": K[:, :6]}, "value has shape"),
+    ({"query": Q.astype(jnp.bfloat16)}, "cast them to one dtype"),
+    ({"value": K.astype(jnp.float16)}, "value is float16"),
+    ({"query": Q.astype(jnp.int32)}, "query has dtype int32"),
+    ({"query": Q[:, :0], "key": K[:, :0], "value": K[:, :0]}, "empty dimension"),
+    ({"lengths": np.array([3, 13])}, "lengths has values from 3 to 13"),
+    ({"lengths": np.array([3.0, 4.0])}, "lengths is float"),
+    ({"lengths": np.array([3])}, "lengths is int"),
+    ({"segment_ids": np.zeros((2, 11), np.int32)}, "segment_ids is int32"),
+    ({"scale": -1.0}, "scale is -1.0"),
+    ({"scale": float("nan")}, "scale is nan"),
+    ({"implementation": "fastest"}, "implementation is 'fastest'"),
+  ],
+)
+def test_op(changes, message):
+  arguments = {"query": Q, "key": K, "value": K, "config": CONFIG} | changes
+  with pytest.raises(ValueError, match=message):
+    dynamic_group_attention(**arguments)
+
+
+def test_documents_need_a_bound_under_jit():
+  ids = np.zeros((2, 12), np.int32)
+  op = jax.jit(lambda ids, c: plan_groups(Q, K, config=c, segment_ids=ids), static_argnums=1)
+  with pytest.raises(ValueError, match="max_documents"):
+    op(ids, CONFIG)
+  op(ids, dataclasses.replace(CONFIG, selection="streaming"))
+  three = np.repeat([[0, 1, 2]], 2, axis=0).repeat(4, axis=1)
+  with pytest.raises(ValueError, match="3 documents in a row"):
+    plan_groups(Q, K, config=dataclasses.replace(CONFIG, max_documents=2), segment_ids=three)
+
+
+def test_plan_must_fit():
+  plan = plan_groups(Q, K, config=CONFIG)
+  with pytest.raises(ValueError, match="They must be the same"):
+    other = dataclasses.replace(CONFIG, group_size=3)
+    dynamic_group_attention(Q, K, K, config=other, plan=plan)
+  with pytest.raises(ValueError, match=r"plan\.focal_mask has shape"):
+    dynamic_group_attention(Q[:, :6], K[:, :6], K[:, :6], config=CONFIG, plan=plan)
+  with pytest.raises(ValueError, match="plan was made for other lengths"):
+    dynamic_group_attention(Q, K, K, config=CONFIG, plan=plan, lengths=np.array([3, 4]))
+
+
+def test_focal_masks():
+  with pytest.raises(ValueError, match="focal_mask is float32"):
+    GroupPlan.from_focal_mask(jnp.zeros((1, 1, 5)), config=CONFIG)
+  mask = jnp.ones((1, 1, 12), bool)
+  with pytest.raises(ValueError, match="keeps 12 tokens in a row; max_focal is 3"):
+    GroupPlan.from_focal_mask(mask, config=CONFIG, max_focal=3)
+  with pytest.raises(ValueError, match=r"keeps \[5\] tokens in the block at row 0, position 0"):
+    streaming = dataclasses.replace(CONFIG, selection="streaming")
+    GroupPlan.from_focal_mask(mask, config=streaming)

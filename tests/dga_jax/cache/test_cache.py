@@ -1,0 +1,167 @@
+"""Prefill and decoding over the compact cache, and its exact size."""
+
+import dataclasses
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax.cache import cache_size, decode_step, empty_cache, prefill
+from tests.dga_jax.attention.cases import arrays, CONFIGS
+from tests.dga_jax.oracle import Oracle, softmax
+
+TOTAL, PROMPT = 64, 32
+forward = jax.jit(dynamic_group_attention, static_argnames="config")
+STREAMING = [name for name in CONFIGS if name.startswith("streaming")]
+
+
+LAYER = 1
+
+
+def stack(cache):
+  """The cache as the middle one of three layers; the others hold NaN."""
+  return jax.tree.map(lambda x: jnp.stack([jnp.full_like(x, _poison(x)), x, x + _poison(x)]), cache)
+
+
+def _poison(x):
+  return jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 10**6
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def continue_from(q, k, v, lengths, *, config):
+  """Prefills each row's first tokens and decodes the next; [B, steps, H, D] of both parts."""
+  B = q.shape[0]
+  outside = jnp.arange(PROMPT)[None] >= lengths[:, None]
+  prompt = [jnp.where(outside[..., None, None], jnp.nan, x[:, :PROMPT]) for x in (q, k, v)]
+  out, cache = prefill(*prompt, config, lengths_B=lengths, max_length=TOTAL)
+
+  def step(cache, t):
+    token = [x[jnp.arange(B), lengths + t] for x in (q, k, v)]
+    o, cache = decode_step(*token, cache, LAYER, config)
+    return cache, o
+
+  cache, decoded = jax.lax.scan(step, stack(cache), jnp.arange(TOTAL - PROMPT))
+  return out, jnp.moveaxis(decoded, 0, 1), cache
+
+
+@pytest.mark.parametrize("name", STREAMING)
+@settings(max_examples=6)
+@given(lengths=st.lists(st.integers(0, PROMPT), min_size=2, max_size=2), seed=st.integers(0, 9))
+def test_streaming_prefill_equals_token_by_token_decoding(name, lengths, seed):
+  """For every prompt length and flush phase, sinks and local window included."""
+  config = CONFIGS[name]
+  q, k, v, _ = arrays(seed, 2, TOTAL, 4, 2, 4)
+  want = forward(q, k, v, config=config)
+  out, decoded, cache = continue_from(q, k, v, jnp.array(lengths), config=config)
+  np.testing.assert_array_equal(cache.length[LAYER], np.array(lengths) + TOTAL - PROMPT)
+  for b, length in enumerate(lengths):
+    np.testing.assert_allclose(out[b, :length], want[b, :length], atol=1e-5)
+    following = want[b, length : length + TOTAL - PROMPT]
+    np.testing.assert_allclose(decoded[b], following, atol=1e-5)
+
+
+class DecodingOracle:
+  """Section 2 of the specification in lists: compact entries and a buffer, one KV head."""
+
+  def __init__(self, oracle, n):
+    self.c, self.n, self.o = oracle.config, n, oracle
+    focal = sorted(oracle.focal(n))
+    self.entries = [(oracle.k[j, n], oracle.v[j, n], 0.0) for j in focal]
+    bias = np.log(self.c.group_size) if self.c.group_logit_bias == "log_size" else 0.0
+    self.bias = bias
+    for group in oracle.groups(set(focal)):
+      self.entries.append((*oracle.merged(n, *group), bias))
+    self.buffer = []
+
+  def step(self, q_RxD, k, v):
+    self.buffer.append((k, v, 0.0))
+    keys, values, biases = (np.array(x) for x in zip(*self.entries, *self.buffer, strict=True))
+    D = q_RxD.shape[-1]
+    out = [softmax(keys @ q / np.sqrt(D) + biases) @ values for q in q_RxD]
+    if len(self.buffer) == self.c.block_size:
+      self.flush(q_RxD)
+    return np.array(out)
+
+  def flush(self, q_RxD):
+    keys, values, _ = (np.array(x) for x in zip(*self.buffer, strict=True))
+    D = q_RxD.shape[-1]
+    scores = sum(softmax(keys @ q / np.sqrt(D)) for q in q_RxD)
+    order = np.argsort(-scores, kind="stable")
+    kept, rest = order[: self.c.focal_in_block], order[self.c.focal_in_block :]
+    scale = D**-0.5 if self.c.aggregation_scale == "head_dim" else 1.0
+    weights = np.mean([softmax(keys[rest] @ q * scale) for q in q_RxD], axis=0)
+    self.entries += [(keys[j], values[j], 0.0) for j in kept]
+    self.entries.append((weights @ keys[rest], weights @ values[rest], self.bias))
+    self.buffer = []
+
+
+@pytest.mark.parametrize("name", ["global", "global-no-complementary-bias", "random-sinks-bias"])
+def test_decoding_after_a_global_prefill_follows_the_decode_rule(name):
+  config = dataclasses.replace(CONFIGS[name], max_documents=None)
+  q, k, v, _ = arrays(1, 2, TOTAL, 4, 2, 4)
+  lengths = [32, 19]
+  _, decoded, cache = continue_from(q, k, v, jnp.array(lengths), config=config)
+  for b, length in enumerate(lengths):
+    oracle = Oracle(q[b, :length], k[b, :length], v[b, :length], config)
+    for n in range(2):
+      rule = DecodingOracle(oracle, n)
+      for t in range(TOTAL - PROMPT):
+        i, heads = length + t, slice(2 * n, 2 * n + 2)
+        token = [np.asarray(x, np.float64) for x in (q[b, i, heads], k[b, i, n], v[b, i, n])]
+        np.testing.assert_allclose(decoded[b, t, heads], rule.step(*token), atol=1e-5)
+      assert len(rule.entries) <= cache.compact_key.shape[-2]
+
+
+def test_a_prompt_shorter_than_the_sinks_is_completed_by_decoding():
+  """All tokens are exact until the first flush, so attention is dense."""
+  config = dataclasses.replace(CONFIGS["global"], sink_tokens=6)
+  q, k, v, _ = arrays(1, 2, TOTAL, 4, 2, 4)
+  lengths = jnp.array([2, 0])
+  _, decoded, _ = continue_from(q, k, v, lengths, config=config)
+  dense = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+  for b, length in enumerate((2, 0)):
+    exact = 6 + config.block_size - length
+    np.testing.assert_allclose(decoded[b, :exact], dense[b, length : length + exact], atol=1e-5)
+
+
+def test_decoding_can_start_from_an_empty_cache():
+  config = CONFIGS["streaming-sinks-window"]
+  q, k, v, _ = arrays(0, 1, 40, 4, 2, 4)
+  want = forward(q, k, v, config=config)
+  cache = stack(empty_cache(config, 1, 40, 2, 4, jnp.float32))
+  step = jax.jit(lambda *x: decode_step(*x, LAYER, config))
+  for i in range(40):
+    out, cache = step(q[:, i], k[:, i], v[:, i], cache)
+    np.testing.assert_allclose(out, want[:, i], atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [4096, 8192, 16384, 32768])
+def test_cache_size_is_the_formula_and_the_arrays(length):
+  config = DGAConfig(min_focal_tokens=0)
+  streaming = dataclasses.replace(config, selection="streaming")
+  r = int(config.focal_quota(length)[length])
+  assert cache_size(config, length, prompt=length).total == r + (length - r) // 16 + 18
+  assert cache_size(streaming, length).total == 3 * (length // 18) + 18
+  x = jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16)
+  for c in (config, streaming):
+    _, cache = jax.eval_shape(
+      lambda q, k, v, c=c: prefill(q, k, v, c, lengths_B=None, max_length=length), x, x, x
+    )
+    total = cache_size(c, length, prompt=length).total
+    assert cache.compact_key.shape[2] + cache.raw_key.shape[2] == total
+    assert cache.bytes == 2 * 2 * total * 4 * 64 * 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_size_covers_every_ragged_prompt(name):
+  """No sequence outgrows its cache: the compact part holds all that its length asks for."""
+  config = CONFIGS[name]
+  for length in range(PROMPT + 1):
+    alone = cache_size(config, TOTAL - PROMPT + length, prompt=length)
+    together = cache_size(config, TOTAL, prompt=PROMPT, ragged=True)
+    assert alone.compact <= together.compact

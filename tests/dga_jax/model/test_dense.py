@@ -1,0 +1,66 @@
+"""The dense attention kind on its own: padding, a full cache, cuDNN."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dga_jax.model.attention_kinds.dense import DenseAttention
+
+
+def test_a_full_cache_keeps_its_tokens() -> None:
+  kind = DenseAttention()
+  rng = np.random.default_rng(0)
+  cache = jax.tree.map(lambda x: x[None], kind.init_cache(2, 3, 1, 8, jnp.float32))
+  for _ in range(3):
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 8)), jnp.float32) for _ in range(3))
+    o, cache = kind.decode(q, k, v, cache, jnp.array(0))
+  o, beyond = kind.decode(q, k + 1, v + 1, cache, jnp.array(0))
+  np.testing.assert_array_equal(beyond.key, cache.key)
+  assert np.isfinite(o).all()
+
+
+def test_padded_queries_give_zero_in_value_and_gradient() -> None:
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8))
+  segment_ids = jnp.array([[1, 1, 2, 2, -1], [-1, -1, -1, -1, -1]])
+  lengths = jnp.array([3, 0])
+  for keywords, is_token in [
+    ({"segment_ids": segment_ids, "lengths": None}, segment_ids >= 0),
+    ({"segment_ids": None, "lengths": lengths}, jnp.arange(5)[None] < lengths[:, None]),
+  ]:
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, keywords: dict = keywords) -> jax.Array:
+      return DenseAttention().attend(q, k, v, **keywords)
+
+    padding = ~np.asarray(is_token)
+    assert not np.asarray(attend(q, k, v))[padding].any()
+    gradients = jax.grad(lambda *qkv: (attend(*qkv) ** 2).sum(), argnums=(0, 1, 2))(q, k, v)
+    for gradient in gradients:
+      assert np.isfinite(gradient).all()
+      assert not np.asarray(gradient)[padding].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [512, 301])
+def test_cudnn_is_taken_and_as_exact_as_xla(length: int) -> None:
+  shapes = ((2, length, 8, 64), (2, length, 2, 64), (2, length, 2, 64))
+  keys = jax.random.split(jax.random.key(0), 3)
+  qkv = [jax.random.normal(*pair, jnp.bfloat16) for pair in zip(keys, shapes, strict=True)]
+  lengths = jnp.array([length, length // 2])
+
+  def attend(kind: DenseAttention, *qkv: jax.Array) -> jax.Array:
+    return kind.attend(*qkv, segment_ids=None, lengths=lengths).astype(jnp.float32)
+
+  def values_and_gradients(kind: DenseAttention, qkv: list[jax.Array]) -> list[jax.Array]:
+    loss = lambda *qkv: (attend(kind, *qkv) ** 2).sum()  # noqa: E731
+    return [attend(kind, *qkv), *jax.grad(loss, argnums=(0, 1, 2))(*qkv)]
+
+  program = jax.jit(lambda *qkv: attend(DenseAttention(), *qkv)).lower(*qkv).as_text()
+  assert "cudnn" in program
+  with jax.default_matmul_precision("highest"):
+    exact = values_and_gradients(DenseAttention("xla"), [x.astype(jnp.float32) for x in qkv])
+  xla = values_and_gradients(DenseAttention("xla"), qkv)
+  cudnn = values_and_gradients(DenseAttention(), qkv)
+  for want, plain, got, bound in zip(exact, xla, cudnn, (2, 3, 3, 3), strict=True):
+    error = np.abs(got.astype(jnp.float32) - want).max()
+    assert error <= bound * np.abs(plain.astype(jnp.float32) - want).max()

@@ -1,0 +1,258 @@
+"""Saving and loading: what comes back, and what every kind of damage says."""
+
+import dataclasses
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from dga_jax.checkpoint import CheckpointError, Checkpoints, list_steps, load_model
+from dga_jax.model import Decoder, ModelConfig
+from dga_jax.tokenizer import Tokenizer
+
+# Orbax abandons the other reads of a checkpoint when one fails.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+CONFIG = ModelConfig(
+  vocab_size=257,
+  num_layers=2,
+  embed_dim=8,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  mlp_dim=16,
+  attention="dense",
+  dtype="float32",
+)
+TOKENS = jnp.arange(6)[None]
+
+
+@pytest.fixture(scope="module")
+def params() -> Any:
+  return nnx.to_pure_dict(nnx.state(Decoder(CONFIG, rngs=nnx.Rngs(1)), nnx.Param))
+
+
+def save(checkpoints: Checkpoints, step: int, params: Any, loss: float | None = None) -> None:
+  checkpoints.save(
+    step,
+    params=params,
+    training={"step": jnp.int32(step), "moment": jax.tree.map(lambda x: x * step, params)},
+    data=ocp.args.JsonSave({"next_index": step}),
+    config={"model": CONFIG.to_dict()},
+    tokenizer=Tokenizer.byte_level(),
+    eval_loss=loss,
+  )
+
+
+@pytest.fixture
+def workdir(params: Any, tmp_path: Path) -> Path:
+  """A run with the checkpoints 2 and 4."""
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    save(checkpoints, 2, params)
+    save(checkpoints, 4, params)
+  return tmp_path
+
+
+def largest_file(folder: Path) -> Path:
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def test_the_loaded_model_is_the_saved_one(workdir: Path, params: Any) -> None:
+  model, config, tokenizer = load_model(workdir)
+  assert config == CONFIG
+  expected = nnx.merge(nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))[0], params)
+  np.testing.assert_array_equal(model(TOKENS), expected(TOKENS))
+  assert tokenizer.to_json() == Tokenizer.byte_level().to_json()
+
+
+def test_training_state_comes_back(workdir: Path, params: Any) -> None:
+  with Checkpoints(workdir, keep=2) as checkpoints:
+    assert checkpoints.latest_step == 4
+    target = jax.eval_shape(lambda: params)
+    restored, training = checkpoints.restore(
+      2,
+      params=target,
+      training={"step": jax.ShapeDtypeStruct((), jnp.int32), "moment": target},
+      data=ocp.args.JsonRestore(),
+    )
+  assert int(training["step"]) == 2
+  jax.tree.map(np.testing.assert_array_equal, restored, params)
+  jax.tree.map(
+    np.testing.assert_array_equal, training["moment"], jax.tree.map(lambda x: x * 2, params)
+  )
+
+
+def test_keeps_the_newest_and_the_best(params: Any, tmp_path: Path) -> None:
+  losses = {1: None, 2: 1.0, 3: 3.0, 4: None, 5: 2.0, 6: None}
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (1, 2, 3, 4):
+      save(checkpoints, step, params, losses[step])
+  # What was best is known to a later process too.
+  with Checkpoints(tmp_path, keep=2) as checkpoints:
+    for step in (5, 6):
+      save(checkpoints, step, params, losses[step])
+  assert list_steps(tmp_path) == [2, 5, 6]
+
+
+def test_arrays_may_be_donated_while_they_are_saved(params: Any, tmp_path: Path) -> None:
+  ours = jax.tree.map(jnp.copy, params)
+  with Checkpoints(tmp_path, keep=1) as checkpoints:
+    save(checkpoints, 1, ours)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+    jax.block_until_ready(overwrite(ours))
+  model, _, _ = load_model(tmp_path)
+  jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model, nnx.Param)), params)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+  with pytest.raises(CheckpointError, match=r"no checkpoint in .*checkpoints.*train\.main"):
+    load_model(tmp_path)
+
+
+def test_no_such_step(workdir: Path) -> None:
+  with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 .*\[2, 4\]"):
+    load_model(workdir, step=3)
+
+
+def test_a_foreign_checkpoint(tmp_path: Path) -> None:
+  with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+    manager.save(1, args=ocp.args.Composite(model=ocp.args.StandardSave({"w": jnp.ones(3)})))
+  with pytest.raises(CheckpointError, match=r"not a checkpoint of this project.*'config'"):
+    load_model(tmp_path)
+  with (
+    Checkpoints(tmp_path, keep=1) as checkpoints,
+    pytest.raises(CheckpointError, match="not a checkpoint of this project"),
+  ):
+    checkpoints.read_config(1)
+
+
+def test_a_folder_that_only_looks_like_a_checkpoint(tmp_path: Path) -> None:
+  (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+  with pytest.raises(CheckpointError, match=r"checkpoints/7 .*no item 'config'"):
+    load_model(tmp_path)
+
+
+def truncate(path: Path) -> None:
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+@pytest.mark.parametrize("item", ["params", "training"])
+def test_damaged_arrays(damage: Any, item: str, workdir: Path, params: Any) -> None:
+  damage(largest_file(workdir / "checkpoints" / "4" / item))
+  match = r"checkpoints/4 is damaged: .*last good one is of step 2.*--step=2, or delete .*/4 "
+  if item == "params":
+    with pytest.raises(CheckpointError, match=match):
+      load_model(workdir)
+  else:
+    load_model(workdir)
+  target = jax.eval_shape(lambda: params)
+  with Checkpoints(workdir, keep=2) as checkpoints, pytest.raises(CheckpointError, match=match):
+    checkpoints.restore(
+      4,
+      params=target,
+      training={"step": jax.ShapeDtypeStruct((), jnp.int32), "moment": target},
+      data=ocp.args.JsonRestore(),
+    )
+  load_model(workdir, step=2)
+
+
+@pytest.mark.parametrize("item", ["config", "tokenizer"])
+def test_damaged_texts(item: str, workdir: Path) -> None:
+  truncate(largest_file(workdir / "checkpoints" / "4" / item))
+  with pytest.raises(CheckpointError, match=r"checkpoints/4 is damaged: .*--step=2"):
+    load_model(workdir)
+
+
+def test_every_checkpoint_damaged(workdir: Path) -> None:
+  for step in (2, 4):
+    truncate(largest_file(workdir / "checkpoints" / str(step) / "params"))
+  with pytest.raises(CheckpointError, match="No other checkpoint there can be read"):
+    load_model(workdir)
+
+
+def test_another_attention_kind_reads_the_same_parameters(workdir: Path, params: Any) -> None:
+  other = dataclasses.replace(CONFIG, rope_base=500000.0, dtype="bfloat16")
+  model, config, _ = load_model(workdir, config=other)
+  assert config == other
+  jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model, nnx.Param)), params)
+
+
+def test_a_config_that_disagrees(workdir: Path) -> None:
+  with pytest.raises(ValueError, match=r"config\.mlp_dim is 24, .* trained with 16"):
+    load_model(workdir, config=dataclasses.replace(CONFIG, mlp_dim=24))
+
+
+def test_a_config_that_was_tampered_with(workdir: Path) -> None:
+  path = largest_file(workdir / "checkpoints" / "4" / "config")
+  values = json.loads(path.read_text())
+  values["model"]["mlp_dim"] = 24
+  path.write_text(json.dumps(values))
+  with pytest.raises(CheckpointError, match=r"checkpoints/4 is damaged: .*shape"):
+    load_model(workdir)
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+  """Writes beyond `size` bytes of a file fail, as on a full disk."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def save_and_wait(checkpoints: Checkpoints, params: Any) -> None:
+  save(checkpoints, 6, params)
+  checkpoints.wait()
+
+
+def save_and_poll(checkpoints: Checkpoints, params: Any) -> None:
+  save(checkpoints, 6, params)
+  while True:
+    checkpoints.raise_if_failed()
+
+
+@pytest.mark.parametrize("save_6", [save_and_wait, save_and_poll])
+def test_a_save_without_room(save_6: Any, workdir: Path, params: Any) -> None:
+  match = r"step 6 in .*checkpoints failed: .*checkpoint of step 4 is intact"
+  with (
+    Checkpoints(workdir, keep=1) as checkpoints,
+    files_of_at_most(2000),
+    pytest.raises(CheckpointError, match=match),
+  ):
+    save_6(checkpoints, params)
+  assert list_steps(workdir) == [2, 4]
+  load_model(workdir)
+  # Once there is room, a new process goes on and clears up.
+  with Checkpoints(workdir, keep=1) as checkpoints:
+    save(checkpoints, 6, params)
+  assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["6"]
+  load_model(workdir)
+
+
+def test_what_a_killed_save_leaves_is_no_checkpoint(workdir: Path, params: Any) -> None:
+  whole = workdir / "checkpoints" / "4"
+  shutil.copytree(whole, workdir / "checkpoints" / "6.orbax-checkpoint-tmp")
+  assert list_steps(workdir) == [2, 4]
+  with Checkpoints(workdir, keep=3) as checkpoints:
+    assert checkpoints.latest_step == 4
+    save(checkpoints, 6, params)
+  assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]

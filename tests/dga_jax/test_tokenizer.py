@@ -1,0 +1,128 @@
+"""Tokenizers: exact round trips, streaming that never splits a character, saved and loaded."""
+
+import itertools
+import pathlib
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+from dga_jax.tokenizer import END_TOKEN, FILE_NAME, Tokenizer
+
+# Every character that UTF-8 can hold, with those of one to four bytes equally likely.
+UNICODE = st.text(
+  st.one_of(
+    st.characters(max_codepoint=0x7F),
+    st.characters(min_codepoint=0x80, max_codepoint=0x7FF),
+    st.characters(min_codepoint=0x800, max_codepoint=0xFFFF, exclude_categories=["Cs"]),
+    st.characters(min_codepoint=0x10000),
+  )
+)
+CORPUS = ["def add(a, b):\n    return a + b\n" * 3, "naïve café, 東京 and 🙂🙂🙂 <|end|>"]
+
+
+@pytest.fixture(scope="module", params=["byte", "bpe"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+  return Tokenizer.byte_level() if request.param == "byte" else Tokenizer.train_bpe(CORPUS, 300)
+
+
+@hypothesis.given(text=UNICODE)
+def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+  assert all(0 <= token < tokenizer.vocab_size for token in ids)
+
+
+@hypothesis.given(data=st.data())
+def test_streamed_pieces_are_the_whole_text_and_hold_no_part_of_a_character(
+  tokenizer: Tokenizer, data: st.DataObject
+) -> None:
+  text = data.draw(UNICODE)
+  pieces = list(tokenizer.decode_stream(tokenizer.encode(text)))
+  assert "".join(pieces) == text
+  # U+FFFD could only come from a character that was cut, unless the text itself holds it.
+  hypothesis.assume("\N{REPLACEMENT CHARACTER}" not in text)
+  assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+
+
+@hypothesis.given(ids=st.lists(st.integers(0, 400)))
+def test_any_ids_can_be_decoded(tokenizer: Tokenizer, ids: list[int]) -> None:
+  content = b"".join(map(tokenizer.token_bytes, ids))
+  assert tokenizer.decode(ids) == content.decode(errors="replace")
+
+
+def test_pieces_come_as_soon_as_they_are_whole() -> None:
+  tokenizer = Tokenizer.byte_level()
+  stream = tokenizer.decode_stream(iter(tokenizer.encode("aé")))
+  assert list(itertools.islice(stream, 3)) == ["a", "", "é"]
+
+
+def test_unfinished_and_wrong_bytes_are_replaced() -> None:
+  tokenizer = Tokenizer.byte_level()
+  assert list(tokenizer.decode_stream([0xC3, ord("x"), 0xE2, 0x82])) == [
+    "",
+    "\ufffdx",
+    "",
+    "",
+    "\ufffd",
+  ]
+
+
+def test_text_never_encodes_to_the_end_token(tokenizer: Tokenizer) -> None:
+  assert tokenizer.end_id not in tokenizer.encode(f"a{END_TOKEN}b {END_TOKEN}")
+  assert tokenizer.decode([tokenizer.end_id]) == ""
+
+
+def test_byte_ids_are_bytes() -> None:
+  tokenizer = Tokenizer.byte_level()
+  text = "".join(map(chr, range(1, 300)))
+  assert tokenizer.encode(text) == list(text.encode())
+  assert (tokenizer.vocab_size, tokenizer.end_id) == (257, 256)
+
+
+def test_a_batch_is_encoded_as_its_texts(tokenizer: Tokenizer) -> None:
+  assert tokenizer.encode_batch(CORPUS) == [tokenizer.encode(text) for text in CORPUS]
+
+
+def test_bpe_training_is_repeatable_and_merges() -> None:
+  first, second = (Tokenizer.train_bpe(iter(CORPUS), 300) for _ in range(2))
+  assert first.to_json() == second.to_json()
+  assert first.vocab_size == 300
+  assert len(first.encode(CORPUS[0])) < len(CORPUS[0]) / 2
+
+
+def test_saved_and_loaded_it_is_the_same(tokenizer: Tokenizer, tmp_path: pathlib.Path) -> None:
+  path = tokenizer.save(tmp_path / "new")
+  assert [path] == list((tmp_path / "new").iterdir())
+  loaded = Tokenizer.load(tmp_path / "new")
+  assert loaded.to_json() == tokenizer.to_json()
+  assert (loaded.vocab_size, loaded.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
+  # This is a property that the library does not save.
+  assert loaded.end_id not in loaded.encode(END_TOKEN)
+
+
+def test_words(tmp_path: pathlib.Path) -> None:
+  tokenizer = Tokenizer.words(["k0", "v0"])
+  assert tokenizer.encode(" k0  v0\nk0") == [1, 2, 1]
+  assert tokenizer.decode([1, 2, 0]) == "k0 v0 "
+  assert tokenizer.encode("") == []
+  tokenizer.save(tmp_path)
+  assert Tokenizer.load(tmp_path).decode([2]) == "v0 "
+  with pytest.raises(ValueError, match="'k7'"):
+    tokenizer.encode("k0 k7")
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path: pathlib.Path) -> None:
+  with pytest.raises(FileNotFoundError, match=FILE_NAME):
+    Tokenizer.load(tmp_path)
+  whole = Tokenizer.byte_level().to_json()
+  for content in ("", "{}", whole[: len(whole) // 2], whole.replace(END_TOKEN, "<|other|>")):
+    (tmp_path / FILE_NAME).write_text(content)
+    with pytest.raises(ValueError, match=FILE_NAME):
+      Tokenizer.load(tmp_path)
+
+
+def test_too_small_a_vocabulary_is_refused() -> None:
+  with pytest.raises(ValueError, match="vocab_size is 256"):
+    Tokenizer.train_bpe(CORPUS, 256)

@@ -1,0 +1,75 @@
+"""The import rules of the architecture, read off the syntax tree of every file."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# What each folder may import, at module level or inside a function. The standard library is free.
+# In dga_jax these are for command modules, and for what reads and writes files.
+COMMANDS = {"absl", "orbax", "tokenizers", "tqdm"}
+ALLOWED = {
+  "pallas_kernels": {"jax", "jaxtyping", "numpy", "pallas_kernels"},
+  "dga_jax": {"dga_jax", "flax", "jax", "jaxtyping", "numpy", "pallas_kernels"} | COMMANDS,
+  "configs": {"configs", "ml_collections"},
+}
+ABOVE = {  # of folders free to use any library: which of ours they may not import
+  "train": {"benchmarks", "configs", "tests"},
+  "benchmarks": {"tests"},
+}
+COMMAND_MODULES = {"analyse", "checkpoint", "convert", "evaluate", "generate", "tokenizer"}
+FOLDERS = sorted(ALLOWED.keys() | ABOVE.keys())
+
+
+def imported(source: str) -> set[str]:
+  """Top-level packages that a module imports, the standard library aside."""
+  names: set[str] = set()
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Import):
+      names.update(alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      names.add("." if node.level else node.module or "")
+  return {name.partition(".")[0] or "a relative import" for name in names} - sys.stdlib_module_names
+
+
+def forbidden(folder: str, path: Path) -> set[str]:
+  """What the file imports and, lying in `folder`, may not."""
+  found = imported(path.read_text())
+  if folder in ABOVE:
+    return found & (ABOVE[folder] | {"a relative import"})
+  allowed = ALLOWED[folder]
+  if folder == "dga_jax" and path.stem not in COMMAND_MODULES:
+    allowed = allowed - COMMANDS
+  return found - allowed
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_imports_point_down(folder: str) -> None:
+  broken = {
+    str(path.relative_to(ROOT)): sorted(names)
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if (names := forbidden(folder, path))
+  }
+  assert not broken
+
+
+@pytest.mark.parametrize(
+  ("folder", "source", "expected"),
+  [
+    ("pallas_kernels", "import jax, dga_jax.config", {"dga_jax"}),
+    ("dga_jax", "def f():\n  from train import loop", {"train"}),
+    ("dga_jax", "import absl.logging", {"absl"}),
+    ("dga_jax", "from . import config", {"a relative import"}),
+    ("train", "import optax, os\nfrom configs.quickstart import get_config", {"configs"}),
+    ("configs", "import dataclasses\nimport jax\nimport ml_collections", {"jax"}),
+  ],
+)
+def test_the_rules_see_a_breach(
+  folder: str, source: str, expected: set[str], tmp_path: Path
+) -> None:
+  path = tmp_path / "module.py"
+  path.write_text(source)
+  assert forbidden(folder, path) == expected
