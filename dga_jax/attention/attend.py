@@ -1,7 +1,9 @@
 """The op: plan, summarise, attend."""
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -11,7 +13,8 @@ from dga_jax.attention.documents import find_documents
 from dga_jax.attention.plan import GroupPlan, plan_groups
 from dga_jax.attention.reference import reference_attention
 from dga_jax.config import DGAConfig
-from pallas_kernels.grouped_attention import grouped_attention
+from pallas_kernels.grouped_attention import grouped_attention, refusals
+from pallas_kernels.target import find_target
 
 
 def dynamic_group_attention(
@@ -84,6 +87,40 @@ def dynamic_group_attention(
   return attend_summaries(query, summaries, plan, scale=scale, implementation=implementation)
 
 
+def explain(
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  value: Float[Array, "B L N D"],
+  *,
+  config: DGAConfig,
+  lengths: Int[Array, "B"] | None = None,
+  segment_ids: Int[Array, "B L"] | None = None,
+) -> dict[str, str]:
+  """Which implementation `dynamic_group_attention` takes by itself, and why not the others.
+
+  Takes the op's arguments, or `jax.ShapeDtypeStruct`s of them, and computes nothing.
+
+  Returns:
+    For every implementation, in the order in which they are tried, "taken", "applies" or the
+    reason why it does not.
+  """
+  reasons: dict[str, str | None] = {}
+  target = find_target(query)
+
+  def trace(query: Array, key: Array, value: Array) -> Array:
+    plan = plan_groups(query, key, config=config, lengths=lengths, segment_ids=segment_ids)
+    summaries = summarise(query, key, value, plan)
+    options = kernel_options(query, config, scale=None)
+    reasons.update(refusals(target, query, *summaries, plan.bounds, **options))
+    return query
+
+  jax.eval_shape(trace, query, key, value)
+  taken = next(name for name, reason in reasons.items() if reason is None)
+  return {
+    name: "taken" if name == taken else reason or "applies" for name, reason in reasons.items()
+  }
+
+
 def hide_padding(plan: GroupPlan, *arrays: Array) -> tuple[Array, ...]:
   """[B, L, ...] arrays with zeros in the padding: what lies there must not reach a sum."""
   if not plan.padded:
@@ -101,16 +138,12 @@ def attend_summaries(
   implementation: str | None = None,
 ) -> Float[Array, "B L H D"]:
   """Attention of every query to what the plan lets it see."""
-  config = plan.config
-  bias = math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0
   out_BxLxHxD = grouped_attention(
     query,
     *summaries,
     plan.bounds,
-    scale=query.shape[-1] ** -0.5 if scale is None else scale,
-    max_window=max_window(config),
-    group_bias=bias,
     implementation=implementation,
+    **kernel_options(query, plan.config, scale),
   )
   return mark_broken(plan, out_BxLxHxD)
 
@@ -122,8 +155,11 @@ def mark_broken(plan: GroupPlan, out_BxLxHxD: Array) -> Array:
   return jnp.where(plan.broken[..., None, None], jnp.nan, out_BxLxHxD)
 
 
-def max_window(config: DGAConfig) -> int:
-  """The most raw tokens of unfinished groups that a query sees."""
-  if config.selection == "streaming":
-    return (config.local_window + 1) * config.block_size
-  return config.group_size
+def kernel_options(query: Array, config: DGAConfig, scale: float | None) -> dict[str, Any]:
+  """Keyword arguments of `grouped_attention`."""
+  streaming = config.selection == "streaming"
+  return {
+    "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+    "group_bias": math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0,
+    "max_window": (config.local_window + 1) * config.block_size if streaming else config.group_size,
+  }

@@ -83,7 +83,7 @@ def streaming_layout(
   """
   f, size, sinks = config.focal_in_block, config.block_size, config.sink_tokens
   blocks = StreamingBlocks.of(documents, config)
-  focal_BxNxL &= blocks.complete[:, None] | blocks.sink[:, None]
+  focal_BxNxL = (focal_BxNxL & blocks.complete[:, None]) | blocks.sink[:, None]
   member_BxNxL = blocks.complete[:, None] & ~focal_BxNxL
   B, N, _ = focal_BxNxL.shape
 

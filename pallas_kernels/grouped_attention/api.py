@@ -1,72 +1,129 @@
 """The one entry to grouped attention: checks shapes, picks an implementation, says which."""
 
+import functools
+import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.grouped_attention.bounds import Bounds
 from pallas_kernels.grouped_attention.reference import grouped_attention_reference
 from pallas_kernels.grouped_attention.xla import grouped_attention_xla
+from pallas_kernels.target import find_target, Target
+
+
+def _mosaic_gpu(*arrays: Any, **options: Any) -> Array:
+  # Imported when used: it loads a compiler that most machines have no use for.
+  from pallas_kernels.grouped_attention.mosaic_gpu_attention import grouped_attention_mosaic_gpu
+
+  return grouped_attention_mosaic_gpu(*arrays, **options)
+
+
+def _triton(*arrays: Any, **options: Any) -> Array:
+  from pallas_kernels.grouped_attention.triton_attention import grouped_attention_triton
+
+  return grouped_attention_triton(*arrays, **options)
+
+
+class _Backend(NamedTuple):
+  attend: Callable[..., Array]
+  runs_on: Callable[[Target], bool]
+  wants: str
+
 
 # In the order in which they are tried when none is named. "reference" is never chosen by itself.
-_BACKENDS: dict[str, Callable[..., Any]] = {
-    "xla": grouped_attention_xla,
+_BACKENDS = {
+  "mosaic_gpu": _Backend(_mosaic_gpu, lambda t: t.capability == 9.0, "a Hopper GPU"),
+  "triton": _Backend(_triton, lambda t: (t.capability or 0) >= 8.0, "an Ampere or newer GPU"),
+  "xla": _Backend(grouped_attention_xla, lambda t: True, "any device"),
 }
 IMPLEMENTATIONS = ("reference", *_BACKENDS)
 
 
 def grouped_attention(
-    query: Float[Array, "B L H D"],
-    focal_key: Float[Array, "B r N D"],
-    focal_value: Float[Array, "B r N D"],
-    group_key: Float[Array, "B k N D"],
-    group_value: Float[Array, "B k N D"],
-    window_key: Float[Array, "B w N D"],
-    window_value: Float[Array, "B w N D"],
-    bounds: Bounds,
-    *,
-    scale: float,
-    max_window: int,
-    group_bias: float = 0.0,
-    implementation: str | None = None,
+  query: Float[Array, "B L H D"],
+  focal_key: Float[Array, "B r N D"],
+  focal_value: Float[Array, "B r N D"],
+  group_key: Float[Array, "B k N D"],
+  group_value: Float[Array, "B k N D"],
+  window_key: Float[Array, "B w N D"],
+  window_value: Float[Array, "B w N D"],
+  bounds: Bounds,
+  *,
+  scale: float,
+  max_window: int,
+  group_bias: float = 0.0,
+  implementation: str | None = None,
 ) -> Float[Array, "B L H D"]:
-    """One softmax per query over a range of each of three key sources.
+  """One softmax per query over a range of each of three key sources.
 
-    With s over focal [focal_start, focal_end), groups [group_start, group_end) and window
-    [window_start, window_end) of query (b, i) and KV head n = ⌊h / R⌋:
+  With s over focal [focal_start, focal_end), groups [group_start, group_end) and window
+  [window_start, window_end) of query (b, i) and KV head n = ⌊h / R⌋:
 
-        out = Σ_s softmax_s(scale · q·k_s + bias_s) v_s,   bias_s = group_bias for groups, else 0
+      out = Σ_s softmax_s(scale · q·k_s + bias_s) v_s,   bias_s = group_bias for groups, else 0
 
-    Softmax statistics are float32. Queries that see nothing give 0, in value and gradient.
+  Softmax statistics are float32. Queries that see nothing give 0, in value and gradient.
 
-    Args:
-      query: any float dtype; all arrays share it.
-      bounds: int32 ranges per query; see `Bounds`. Entries outside all ranges must be finite.
-      scale: of the logits.
-      max_window: static bound on window_end − window_start of one query.
-      group_bias: added to the logits of groups.
-      implementation: a name of `IMPLEMENTATIONS`, or None for the fastest that applies.
+  Args:
+    query: any float dtype; all arrays share it.
+    bounds: int32 ranges per query; see `Bounds`. Entries outside all ranges must be finite.
+    scale: of the logits.
+    max_window: static bound on window_end − window_start of one query.
+    group_bias: added to the logits of groups.
+    implementation: a name of `IMPLEMENTATIONS`, or None for the fastest that applies.
 
-    Raises:
-      ValueError: if the implementation is unknown.
-      NotImplementedError: if it cannot compute this call; the message says why.
-    """
-    arrays = (query, focal_key, focal_value, group_key, group_value, window_key, window_value)
-    options = {"scale": scale, "group_bias": group_bias, "max_window": max_window}
-    if implementation == "reference":
-        return grouped_attention_reference(*arrays, bounds, **options)
-    if implementation is not None:
-        if implementation not in _BACKENDS:
-            raise ValueError(
-                f"implementation is {implementation!r}; it must be None or one of"
-                f" {IMPLEMENTATIONS}."
-            )
-        return _BACKENDS[implementation](*arrays, bounds, **options)
-    refusals = []
-    for name, backend in _BACKENDS.items():
-        try:
-            return backend(*arrays, bounds, **options)
-        except NotImplementedError as refusal:
-            refusals.append(f"{name}: {refusal}")
-    raise NotImplementedError("no implementation applies: " + "; ".join(refusals))
+  Raises:
+    ValueError: if the implementation is unknown.
+    NotImplementedError: if it cannot compute this call; the message says why.
+  """
+  arrays = (query, focal_key, focal_value, group_key, group_value, window_key, window_value)
+  options: dict[str, Any] = {
+    "scale": scale,
+    "group_bias": group_bias,
+    "max_window": max_window,
+  }
+  if implementation == "reference":
+    return grouped_attention_reference(*arrays, bounds, **options)
+  if implementation is not None and implementation not in _BACKENDS:
+    raise ValueError(
+      f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}."
+    )
+  target = find_target(*arrays)
+  names = _BACKENDS if implementation is None else [implementation]
+  refusals = []
+  for name in names:
+    try:
+      out = _attend(name, target, *arrays, bounds, **options)
+    except NotImplementedError as refusal:
+      refusals.append(f"{name}: {refusal}")
+    else:
+      logging.getLogger(__name__).debug("took %s; refused: %s", name, refusals or "none")
+      return out
+  raise NotImplementedError("; ".join(refusals))
+
+
+def refusals(target: Target, *arrays: Any, **options: Any) -> dict[str, str | None]:
+  """Why each implementation cannot compute a call, None for those that can; runs nothing.
+
+  Args:
+    target: the device it is for.
+    arrays: the positional arguments of `grouped_attention`, or their shapes.
+    options: its keyword arguments but for `implementation`.
+  """
+  reasons: dict[str, str | None] = {}
+  for name in _BACKENDS:
+    try:
+      jax.eval_shape(functools.partial(_attend, name, target, **options), *arrays)
+      reasons[name] = None
+    except NotImplementedError as refusal:
+      reasons[name] = str(refusal)
+  return reasons
+
+
+def _attend(name: str, target: Target, *arrays: Any, **options: Any) -> Array:
+  backend = _BACKENDS[name]
+  if not backend.runs_on(target):
+    raise NotImplementedError(f"it runs on {backend.wants}, and this call is for {target}")
+  return backend.attend(*arrays, **options)

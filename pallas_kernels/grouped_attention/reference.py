@@ -2,65 +2,71 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.grouped_attention.bounds import Bounds
 
 
 def grouped_attention_reference(
-    query: Float[Array, "B L H D"],
-    focal_key: Float[Array, "B r N D"],
-    focal_value: Float[Array, "B r N D"],
-    group_key: Float[Array, "B k N D"],
-    group_value: Float[Array, "B k N D"],
-    window_key: Float[Array, "B w N D"],
-    window_value: Float[Array, "B w N D"],
-    bounds: Bounds,
-    *,
-    scale: float,
-    group_bias: float,
-    max_window: int,
+  query: Float[Array, "B L H D"],
+  focal_key: Float[Array, "B r N D"],
+  focal_value: Float[Array, "B r N D"],
+  group_key: Float[Array, "B k N D"],
+  group_value: Float[Array, "B k N D"],
+  window_key: Float[Array, "B w N D"],
+  window_value: Float[Array, "B w N D"],
+  bounds: Bounds,
+  *,
+  scale: float,
+  group_bias: float,
+  max_window: int,
 ) -> Float[Array, "B L H D"]:
-    """See `grouped_attention`; holds B·H·L·(r + k + w) logits at once."""
-    del max_window
-    B, L, H, D = query.shape
-    N = focal_key.shape[2]
-    q_BxLxNxRxD = query.reshape(B, L, N, H // N, D).astype(jnp.float32)
-    key_BxSxNxD = jnp.concatenate([focal_key, group_key, window_key], axis=1).astype(jnp.float32)
-    value_BxSxNxD = jnp.concatenate([focal_value, group_value, window_value], axis=1)
-    visible_BxnxLxS = jnp.concatenate(
-        [
-            in_range(focal_key.shape[1], bounds.focal_start, bounds.focal_end),
-            in_range(group_key.shape[1], bounds.group_start, bounds.group_end),
-            in_range(window_key.shape[1], bounds.window_start, bounds.window_end),
-        ],
-        axis=-1,
-    )
-    bias_S = jnp.concatenate(
-        [
-            jnp.zeros(focal_key.shape[1]),
-            jnp.full(group_key.shape[1], group_bias),
-            jnp.zeros(window_key.shape[1]),
-        ]
-    )
-    logits_BxNxRxLxS = scale * jnp.einsum(
-        "blnrd,bsnd->bnrls", q_BxLxNxRxD, key_BxSxNxD, precision="highest"
-    ) + bias_S[None, None, None, None, :]
-    visible_BxnxRxLxS = visible_BxnxLxS[:, :, None]
-    weights_BxNxRxLxS = jax.nn.softmax(
-        logits_BxNxRxLxS, axis=-1, where=visible_BxnxRxLxS, initial=-1e30
-    )
-    weights_BxNxRxLxS = jnp.where(visible_BxnxRxLxS, weights_BxNxRxLxS, 0)
-    out_BxLxNxRxD = jnp.einsum(
-        "bnrls,bsnd->blnrd",
-        weights_BxNxRxLxS,
-        value_BxSxNxD.astype(jnp.float32),
-        precision="highest",
-    )
-    return out_BxLxNxRxD.reshape(B, L, H, D).astype(query.dtype)
+  """See `grouped_attention`; holds B·H·L·(r + k + w) logits at once."""
+  del max_window
+  B, L, H, D = query.shape
+  N = focal_key.shape[2]
+  q_BxLxNxRxD = query.reshape(B, L, N, H // N, D).astype(jnp.float32)
+  key_BxSxNxD = jnp.concatenate([focal_key, group_key, window_key], axis=1).astype(jnp.float32)
+  value_BxSxNxD = jnp.concatenate([focal_value, group_value, window_value], axis=1)
+  visible_BxnxLxS = jnp.concatenate(
+    [
+      in_range(focal_key.shape[1], bounds.focal_start, bounds.focal_end),
+      in_range(group_key.shape[1], bounds.group_start, bounds.group_end),
+      in_range(window_key.shape[1], bounds.window_start, bounds.window_end),
+    ],
+    axis=-1,
+  )
+  bias_S = jnp.concatenate(
+    [
+      jnp.zeros(focal_key.shape[1]),
+      jnp.full(group_key.shape[1], group_bias),
+      jnp.zeros(window_key.shape[1]),
+    ]
+  )
+  logits_BxNxRxLxS = (
+    scale * jnp.einsum("blnrd,bsnd->bnrls", q_BxLxNxRxD, key_BxSxNxD, precision="highest")
+    + bias_S[None, None, None, None, :]
+  )
+  weights_BxNxRxLxS = masked_softmax(logits_BxNxRxLxS, visible_BxnxLxS[:, :, None])
+  out_BxLxNxRxD = jnp.einsum(
+    "bnrls,bsnd->blnrd",
+    weights_BxNxRxLxS,
+    value_BxSxNxD.astype(jnp.float32),
+    precision="highest",
+  )
+  return out_BxLxNxRxD.reshape(B, L, H, D).astype(query.dtype)
 
 
 def in_range(size: int, start: Array, end: Array) -> Array:
-    """[..., size] bool: whether entry s lies in [start, end)."""
-    entry = jnp.arange(size, dtype=jnp.int32).reshape((1,) * start.ndim + (size,))
-    return (start[..., None] <= entry) & (entry < end[..., None])
+  """[..., size] bool: whether entry s lies in [start, end)."""
+  entry = jnp.arange(size, dtype=jnp.int32).reshape((1,) * start.ndim + (size,))
+  return (start[..., None] <= entry) & (entry < end[..., None])
+
+
+def masked_softmax(logits: Float[Array, "*s n"], mask: Bool[Array, "*s n"]) -> Float[Array, "*s n"]:
+  """Softmax over the last axis where the mask holds; 0 elsewhere and in rows without any."""
+  logits = jnp.where(mask, logits, -jnp.inf)
+  top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+  weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0, top))
+  total = weights.sum(axis=-1, keepdims=True)
+  return weights / jnp.where(total == 0, 1, total)

@@ -17,106 +17,108 @@ BLOCK_Q = 256
 
 
 def grouped_attention_xla(
-    query: Float[Array, "B L H D"],
-    focal_key: Float[Array, "B r N D"],
-    focal_value: Float[Array, "B r N D"],
-    group_key: Float[Array, "B k N D"],
-    group_value: Float[Array, "B k N D"],
-    window_key: Float[Array, "B w N D"],
-    window_value: Float[Array, "B w N D"],
-    bounds: Bounds,
-    *,
-    scale: float,
-    group_bias: float,
-    max_window: int,
+  query: Float[Array, "B L H D"],
+  focal_key: Float[Array, "B r N D"],
+  focal_value: Float[Array, "B r N D"],
+  group_key: Float[Array, "B k N D"],
+  group_value: Float[Array, "B k N D"],
+  window_key: Float[Array, "B w N D"],
+  window_value: Float[Array, "B w N D"],
+  bounds: Bounds,
+  *,
+  scale: float,
+  group_bias: float,
+  max_window: int,
 ) -> Float[Array, "B L H D"]:
-    """See `grouped_attention`."""
-    B, L, H, D = query.shape
-    N = focal_key.shape[2]
-    R = H // N
-    block = min(BLOCK_Q, L)
-    blocks = math.ceil(L / block)
-    slab = min(block + max_window, window_key.shape[1])
+  """See `grouped_attention`."""
+  B, L, H, D = query.shape
+  N = focal_key.shape[2]
+  R = H // N
+  block = min(BLOCK_Q, L)
+  blocks = math.ceil(L / block)
+  slab = min(block + max_window, window_key.shape[1])
 
-    q_TxBxNxRxbxD = _split(query.reshape(B, L, N, R, D).transpose(0, 2, 3, 1, 4), blocks, block)
-    bounds_Txnxb = jax.tree.map(lambda x: _split(x[..., None], blocks, block)[..., 0], bounds)
+  q_TxBxNxRxbxD = _split(query.reshape(B, L, N, R, D).transpose(0, 2, 3, 1, 4), blocks, block)
+  bounds_Txnxb = jax.tree.map(lambda x: _split(x[..., None], blocks, block)[..., 0], bounds)
 
-    # The window of a block of queries is one piece of the window list. All pieces are cut out
-    # before the loop: inside, their transpose would touch the whole list once a block.
-    slab_start_TxBxn = bounds_Txnxb.window_start[..., 0]
-    slab_start_TxBxn = jnp.minimum(slab_start_TxBxn, window_key.shape[1] - slab)
-    slab_key = _slabs(_heads_first(window_key), slab_start_TxBxn, slab)
-    slab_value = _slabs(_heads_first(window_value), slab_start_TxBxn, slab)
+  # The window of a block of queries is one piece of the window list. All pieces are cut out
+  # before the loop: inside, their transpose would touch the whole list once a block.
+  slab_start_TxBxn = bounds_Txnxb.window_start[..., 0]
+  slab_start_TxBxn = jnp.minimum(slab_start_TxBxn, window_key.shape[1] - slab)
+  slab_key = _slabs(_heads_first(window_key), slab_start_TxBxn, slab)
+  slab_value = _slabs(_heads_first(window_value), slab_start_TxBxn, slab)
 
-    # Held in float32, so that their gradients, summed block by block, are too.
-    to_BxNxSxD = lambda *x: _heads_first(jnp.concatenate(x, axis=1).astype(jnp.float32))
-    summary_key_BxNxSxD = to_BxNxSxD(focal_key, group_key)
-    summary_value_BxNxSxD = to_BxNxSxD(focal_value, group_value)
-    r, k = focal_key.shape[1], group_key.shape[1]
-    bias_S = jnp.concatenate([jnp.zeros(r), jnp.full(k, group_bias), jnp.zeros(slab)])
+  # Held in float32, so that their gradients, summed block by block, are too.
+  def summaries(*x_BxSxNxD: Array) -> Float[Array, "B N S D"]:
+    return _heads_first(jnp.concatenate(x_BxSxNxD, axis=1).astype(jnp.float32))
 
-    @jax.checkpoint
-    def attend(block_inputs: tuple) -> Array:
-        q_BxNxRxbxD, seen, start_Bxn, key_BxNxwxD, value_BxNxwxD = block_inputs
-        visible_Bxnx1xbxS = jnp.concatenate(
-            [
-                in_range(r, seen.focal_start, seen.focal_end),
-                in_range(k, seen.group_start, seen.group_end),
-                in_range(
-                    slab,
-                    seen.window_start - start_Bxn[..., None],
-                    seen.window_end - start_Bxn[..., None],
-                ),
-            ],
-            axis=-1,
-        )[:, :, None]
-        logits_BxNxRxbxS = jnp.concatenate(
-            [
-                _product("bnrqd,bnsd->bnrqs", q_BxNxRxbxD, keys.astype(query.dtype))
-                for keys in (summary_key_BxNxSxD, key_BxNxwxD)
-            ],
-            axis=-1,
-        )
-        logits_BxNxRxbxS = logits_BxNxRxbxS * scale + bias_S.reshape(1, 1, 1, 1, -1)
-        logits_BxNxRxbxS = jnp.where(visible_Bxnx1xbxS, logits_BxNxRxbxS, -jnp.inf)
-        top = jax.lax.stop_gradient(logits_BxNxRxbxS.max(axis=-1, keepdims=True))
-        weights = jnp.exp(logits_BxNxRxbxS - jnp.where(jnp.isneginf(top), 0, top))
-        total = weights.sum(axis=-1, keepdims=True)
-        weights = weights.astype(query.dtype)
-        out_BxNxRxbxD = _product(
-            "bnrqs,bnsd->bnrqd", weights[..., : r + k], summary_value_BxNxSxD.astype(query.dtype)
-        ) + _product("bnrqs,bnsd->bnrqd", weights[..., r + k :], value_BxNxwxD)
-        return (out_BxNxRxbxD / jnp.where(total == 0, 1, total)).astype(query.dtype)
+  summary_key_BxNxSxD = summaries(focal_key, group_key)
+  summary_value_BxNxSxD = summaries(focal_value, group_value)
+  r, k = focal_key.shape[1], group_key.shape[1]
+  bias_S = jnp.concatenate([jnp.zeros(r), jnp.full(k, group_bias), jnp.zeros(slab)])
 
-    out_TxBxNxRxbxD = jax.lax.map(
-        attend, (q_TxBxNxRxbxD, bounds_Txnxb, slab_start_TxBxn, slab_key, slab_value)
+  @jax.checkpoint
+  def attend(block_inputs: tuple) -> Array:
+    q_BxNxRxbxD, seen, start_Bxn, key_BxNxwxD, value_BxNxwxD = block_inputs
+    visible_Bxnx1xbxS = jnp.concatenate(
+      [
+        in_range(r, seen.focal_start, seen.focal_end),
+        in_range(k, seen.group_start, seen.group_end),
+        in_range(
+          slab,
+          seen.window_start - start_Bxn[..., None],
+          seen.window_end - start_Bxn[..., None],
+        ),
+      ],
+      axis=-1,
+    )[:, :, None]
+    logits_BxNxRxbxS = jnp.concatenate(
+      [
+        _product("bnrqd,bnsd->bnrqs", q_BxNxRxbxD, keys.astype(query.dtype))
+        for keys in (summary_key_BxNxSxD, key_BxNxwxD)
+      ],
+      axis=-1,
     )
-    out_BxTxbxNxRxD = out_TxBxNxRxbxD.transpose(1, 0, 4, 2, 3, 5)
-    return out_BxTxbxNxRxD.reshape(B, blocks * block, H, D)[:, :L]
+    logits_BxNxRxbxS = logits_BxNxRxbxS * scale + bias_S.reshape(1, 1, 1, 1, -1)
+    logits_BxNxRxbxS = jnp.where(visible_Bxnx1xbxS, logits_BxNxRxbxS, -jnp.inf)
+    top = jax.lax.stop_gradient(logits_BxNxRxbxS.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits_BxNxRxbxS - jnp.where(jnp.isneginf(top), 0, top))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = weights.astype(query.dtype)
+    out_BxNxRxbxD = _product(
+      "bnrqs,bnsd->bnrqd", weights[..., : r + k], summary_value_BxNxSxD.astype(query.dtype)
+    ) + _product("bnrqs,bnsd->bnrqd", weights[..., r + k :], value_BxNxwxD)
+    return (out_BxNxRxbxD / jnp.where(total == 0, 1, total)).astype(query.dtype)
+
+  out_TxBxNxRxbxD = jax.lax.map(
+    attend, (q_TxBxNxRxbxD, bounds_Txnxb, slab_start_TxBxn, slab_key, slab_value)
+  )
+  out_BxTxbxNxRxD = out_TxBxNxRxbxD.transpose(1, 0, 4, 2, 3, 5)
+  return out_BxTxbxNxRxD.reshape(B, blocks * block, H, D)[:, :L]
 
 
 def _heads_first(x_BxSxNxD: Array) -> Array:
-    return x_BxSxNxD.transpose(0, 2, 1, 3)
+  return x_BxSxNxD.transpose(0, 2, 1, 3)
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _split(x: Array, blocks: int, block: int) -> Array:
-    """[..., L, D] to [blocks, ..., block, D]; the last entry is repeated to fill the last block."""
-    short = blocks * block - x.shape[-2]
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, short), (0, 0)], mode="edge")
-    x = x.reshape(*x.shape[:-2], blocks, block, x.shape[-1])
-    return jnp.moveaxis(x, -3, 0)
+  """[..., L, D] to [blocks, ..., block, D]; the last entry is repeated to fill the last block."""
+  short = blocks * block - x.shape[-2]
+  x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, short), (0, 0)], mode="edge")
+  x = x.reshape(*x.shape[:-2], blocks, block, x.shape[-1])
+  return jnp.moveaxis(x, -3, 0)
 
 
 def _slabs(x_BxNxwxD: Array, start_TxBxn: Array, size: int) -> Array:
-    """[T, B, N, size, D]: for every block of queries its piece of the window list."""
-    B, N, _, D = x_BxNxwxD.shape
-    start_TxBxN = jnp.broadcast_to(start_TxBxn, (start_TxBxn.shape[0], B, N))
+  """[T, B, N, size, D]: for every block of queries its piece of the window list."""
+  B, N, _, D = x_BxNxwxD.shape
+  start_TxBxN = jnp.broadcast_to(start_TxBxn, (start_TxBxn.shape[0], B, N))
 
-    def cut(x_wxD: Array, start: Array) -> Array:
-        return jax.lax.dynamic_slice(x_wxD, (start, jnp.zeros_like(start)), (size, D))
+  def cut(x_wxD: Array, start: Array) -> Array:
+    return jax.lax.dynamic_slice(x_wxD, (start, jnp.zeros_like(start)), (size, D))
 
-    return jax.vmap(jax.vmap(jax.vmap(cut)), in_axes=(None, 0))(x_BxNxwxD, start_TxBxN)
+  return jax.vmap(jax.vmap(jax.vmap(cut)), in_axes=(None, 0))(x_BxNxwxD, start_TxBxN)

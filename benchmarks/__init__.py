@@ -1,0 +1,1 @@
+"""One module per table of the README; `./workspace bench NAME` runs it."""

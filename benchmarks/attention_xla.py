@@ -1,0 +1,116 @@
+"""Dynamic Group Attention in plain XLA against dense attention in plain XLA.
+
+  ./workspace bench attention_xla
+
+B = 1, 8 heads, D = 64, float32, γ = 0.1, m = 16, no floor on focal tokens. Each length is timed in
+one process, alternating, on fresh random inputs; the spread is the least and the most of the
+runs. Ratios are to the faster of two dense programs: all heads at once, which at 16K does not fit
+24 GB with its backward pass, and head by head. Temporaries are what the compiled program reports.
+
+FLOPs of the products, forward: dense 4·H·D·L² (the masked half is computed too); DGA
+4·H·D·L·(r + k + 256 + m), 256 being the block of queries.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+from absl import app, flags
+
+from benchmarks.timing import alternate, environment
+from dga_jax import DGAConfig, dynamic_group_attention
+
+_LENGTHS = flags.DEFINE_list("lengths", ["2048", "4096", "8192", "16384"], "Sequence lengths.")
+_REPEATS = flags.DEFINE_integer("repeats", 5, "Timed rounds.", lower_bound=1)
+
+H, D = 8, 64
+
+
+def dense(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """The peer."""
+  return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
+
+
+def dense_by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """The same, one head at a time: an eighth of the memory."""
+  heads = jax.lax.map(
+    lambda qkv: dense(*(x[:, :, None] for x in qkv))[:, :, 0],
+    tuple(x.transpose(2, 0, 1, 3) for x in (q, k, v)),
+  )
+  return heads.transpose(1, 2, 0, 3)
+
+
+def dga(selection: Any) -> Callable[..., jax.Array]:
+  """The op at the paper's settings without a floor."""
+  config = DGAConfig(selection=selection, min_focal_tokens=0)
+
+  def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return dynamic_group_attention(q, k, v, config=config, implementation="xla")
+
+  return attend
+
+
+def both_ways(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
+  """Output and gradients, with a cotangent as last argument."""
+
+  def run(q: jax.Array, k: jax.Array, v: jax.Array, t: jax.Array) -> Any:
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, pull(t)
+
+  return run
+
+
+def compile_all(length: int, backward: bool) -> dict[str, Any]:
+  """The programs for a length."""
+  x = jax.ShapeDtypeStruct((1, length, H, D), jnp.float32)
+  kinds = {
+    "dense": dense,
+    "dense by head": dense_by_head,
+    "streaming": dga("streaming"),
+    "global": dga("global"),
+  }
+  return {
+    name: jax.jit(both_ways(attend)).lower(x, x, x, x).compile()
+    if backward
+    else jax.jit(lambda q, k, v, t, attend=attend: attend(q, k, v)).lower(x, x, x, x).compile()
+    for name, attend in kinds.items()
+  }
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints one row per length and direction."""
+  del argv
+  print(f"{environment()}; B=1 H={H} D={D} float32, γ=0.1 m=16, no floor; median (least–most)")
+  for backward in (False, True):
+    direction = "forward + backward" if backward else "forward"
+    for length in map(int, _LENGTHS.value):
+      programs = compile_all(length, backward)
+      temporaries = {
+        name: program.memory_analysis().temp_size_in_bytes for name, program in programs.items()
+      }
+      room = psutil.virtual_memory().available
+      for name in [name for name, size in temporaries.items() if size > 0.9 * room]:
+        print(f"{length}: {name} needs {temporaries[name] / 1e9:.1f} GB and was not run")
+        del programs[name]
+
+      def inputs(key: jax.Array, length: int = length) -> tuple[jax.Array, ...]:
+        return tuple(
+          jax.random.normal(k, (1, length, H, D), jnp.float32) for k in jax.random.split(key, 4)
+        )
+
+      times = alternate(programs, inputs, repeats=_REPEATS.value, label=f"{direction} {length}")
+      for name, taken in times.items():
+        ratio = (
+          f"{times['dense'].median / taken.median:.2f} times dense" if "dense" in times else ""
+        )
+        print(
+          f"{direction:18} {length:6} {name:9} {taken!s:32} {ratio:18}"
+          f" temporaries {temporaries[name] / 1e6:.0f} MB",
+          flush=True,
+        )
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,54 @@
+"""Tokens and bytes of the compact cache beside the paper's closed form and a dense cache.
+
+  ./workspace bench cache_size
+
+γ = 0.1, m = 16, no floor. Counts are read off the arrays of a real prefill; bytes are for
+LLaMA2-7B in 16 bit (32 layers, 32 KV heads, D = 128, keys and values).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from absl import app
+
+from benchmarks.timing import environment
+from dga_jax import DGAConfig
+from dga_jax.cache import cache_size, prefill
+
+BYTES_PER_TOKEN = 2 * 32 * 32 * 128 * 2
+
+
+def live_tokens(selection: Any, length: int) -> int:
+  """Entries and raw tokens in the arrays that a prefill of one small head leaves."""
+  config = DGAConfig(selection=selection, min_focal_tokens=0)
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 1, length, 1, 16))
+  _, cache = jax.jit(lambda q, k, v: prefill(q, k, v, config, lengths_B=None, max_length=length))(
+    q, k, v
+  )
+  live = cache.compact_key.shape[2] + cache.raw_key.shape[2]
+  formula = cache_size(config, length, prompt=length).total
+  if live != formula:
+    raise AssertionError(f"{selection} at {length}: arrays hold {live} tokens, formula {formula}")
+  return live
+
+
+def main(argv: Sequence[str]) -> None:
+  """Prints one row per length."""
+  del argv
+  print(environment())
+  print("| context | closed form | global | streaming | dense | saved (global, streaming) |")
+  print("| --- | --- | --- | --- | --- | --- |")
+  for length in (4096, 8192, 16384, 32768):
+    closed = round(0.1 * length + (length - 0.1 * length) / 16 + 16)
+    counts = {name: live_tokens(name, length) for name in ("global", "streaming")}
+    cells = [
+      f"{tokens} ({tokens * BYTES_PER_TOKEN / 2**30:.2f} GB)"
+      for tokens in (closed, counts["global"], counts["streaming"], length)
+    ]
+    saved = ", ".join(f"{1 - tokens / length:.1%}" for tokens in counts.values())
+    print(f"| {length} | {' | '.join(cells)} | {saved} |", flush=True)
+
+
+if __name__ == "__main__":
+  app.run(main)

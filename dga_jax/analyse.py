@@ -1,0 +1,91 @@
+"""What a plan does, as small arrays to look at: what each query sees, and how tokens merge."""
+
+import enum
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dga_jax.attention import check
+from dga_jax.attention.aggregate import merge
+from dga_jax.attention.plan import GroupPlan
+
+
+class Seen(enum.IntEnum):
+  """How a query sees a token."""
+
+  UNSEEN = 0
+  FOCAL = 1  # by its own key and value, for good
+  MERGED = 2  # through its group
+  RAW = 3  # by its own key and value, until it is merged or chosen
+
+
+def visibility(plan: GroupPlan, *, row: int = 0, head: int = 0) -> Int[np.ndarray, "L L"]:
+  """How each query (first axis) sees each token (second axis): codes of `Seen`, int8.
+
+  Written out query by query: for rows short enough to look at.
+
+  Args:
+    plan: made outside jit.
+    row: which row of the batch.
+    head: which KV head.
+
+  Raises:
+    IndexError: the plan has no such row or head.
+  """
+  focal_r = np.asarray(plan.focal_index)[row, head]
+  member_kxm = np.asarray(plan.member_index)[row, head]
+  B, N, L = plan.focal_mask.shape
+  window_W = np.arange(L) if plan.config.selection == "streaming" else member_kxm.reshape(-1)
+  # Bounds that all heads share are stored once.
+  ranges_L = (np.broadcast_to(bound, (B, N, L))[row, head] for bound in plan.bounds)
+  seen_LxL = np.full((L, L), Seen.UNSEEN, np.int8)
+  for i, (focal, focal_end, group, group_end, window, window_end) in enumerate(
+    zip(*ranges_L, strict=True)
+  ):
+    seen_LxL[i, focal_r[focal:focal_end]] = Seen.FOCAL
+    seen_LxL[i, member_kxm[group:group_end]] = Seen.MERGED
+    seen_LxL[i, window_W[window:window_end]] = Seen.RAW
+  return seen_LxL
+
+
+def merge_weights(
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  plan: GroupPlan,
+  *,
+  row: int = 0,
+  head: int = 0,
+) -> Float[np.ndarray, "k L"]:
+  """The weight with which each group merges each token (Eq. 14 of the paper), float32.
+
+  A group's weights sum to 1. They are 0 for tokens that are no members of it, and for groups
+  that the row does not fill.
+
+  Args:
+    query: what the plan was made with, or anything of that shape.
+    key: likewise.
+    plan: the groups.
+    row: which row of the batch.
+    head: which KV head.
+
+  Raises:
+    ValueError: the plan was made for other shapes.
+    IndexError: the plan has no such row or head.
+  """
+  check.query_and_key(query, key)
+  check.plan_fits(plan, plan.config, query, key, None)
+  member_kxm = np.asarray(plan.member_index)[row, head]
+  group_query_k = np.asarray(plan.group_query)[row, head]
+  _, L, H, _ = query.shape
+  R = H // key.shape[2]
+  q_LxRxD, k_LxD = query[row, :, head * R : (head + 1) * R], key[row, :, head]
+  q_kxRxD = jnp.take(q_LxRxD, group_query_k, axis=0, mode="fill", fill_value=0)
+  k_kxmxD = jnp.take(k_LxD, member_kxm, axis=0, mode="fill", fill_value=0)
+  # The weighted mean of one-hot values is the weights.
+  one_hot_kxmxL = jax.nn.one_hot(member_kxm, L)
+  _, weights_kx1xL = merge(
+    q_kxRxD[:, None], k_kxmxD[:, :, None], one_hot_kxmxL[:, :, None], plan.config
+  )
+  return np.asarray(weights_kx1xL[:, 0])

@@ -1,0 +1,63 @@
+"""Which device a computation is for, so that its kernels can be chosen while tracing."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+# Compute capability by what a device's kind contains, for devices that are described and absent.
+_CAPABILITIES = {
+  "B200": 10.0,
+  "H200": 9.0,
+  "H100": 9.0,
+  "L40": 8.9,
+  "L4": 8.9,
+  "A10": 8.6,
+  "A100": 8.0,
+  "T4": 7.5,
+  "V100": 7.0,
+}
+
+
+class Target(NamedTuple):
+  """A kind of device."""
+
+  platform: str  # "cpu", "gpu" or "tpu"
+  kind: str
+  capability: float | None  # compute capability of an NVIDIA GPU, None elsewhere or if unknown
+
+  def __str__(self) -> str:
+    return f"{self.kind} ({self.platform})"
+
+
+def find_target(*arrays: Any) -> Target:
+  """The device of a mesh in force, else of the arrays, else the one that jax runs on.
+
+  A mesh may be abstract and name a device that is absent (`jax.sharding.AbstractMesh` with an
+  `abstract_device`): programs compiled for it get its kernels.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  meshes = [mesh, *(getattr(jax.typeof(x).sharding, "mesh", None) for x in arrays)]
+  for found in meshes:
+    device = getattr(found, "abstract_device", None)
+    if device is not None and device.platform is not None:
+      return _target(device.platform, device.device_kind, None)
+  for x in arrays:
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
+      return _of_device(next(iter(x.devices())))
+  default = jax.config.jax_default_device
+  if isinstance(default, jax.Device):
+    return _of_device(default)
+  return _of_device(jax.devices(default)[0])
+
+
+def _of_device(device: jax.Device) -> Target:
+  capability = getattr(device, "compute_capability", None)
+  return _target(device.platform, device.device_kind, capability)
+
+
+def _target(platform: str, kind: str, capability: Any) -> Target:
+  platform = "gpu" if platform in ("cuda", "rocm") else platform
+  if capability is None and platform == "gpu":
+    longest_first = sorted(_CAPABILITIES, key=len, reverse=True)
+    capability = next((_CAPABILITIES[name] for name in longest_first if name in kind), None)
+  return Target(platform, kind, None if capability is None else float(capability))

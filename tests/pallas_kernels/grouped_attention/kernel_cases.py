@@ -1,0 +1,226 @@
+"""Inputs for the kernels' tests: bounds of every kind, and the error criterion."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.reference import grouped_attention_reference
+from pallas_kernels.grouped_attention.xla import grouped_attention_xla
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One call. `documents` holds per row the documents' lengths; what they leave is padding."""
+
+  documents: tuple[tuple[int, ...], ...]
+  length: int
+  query_heads: int = 2
+  kv_heads: int = 1
+  head_dim: int = 64
+  group_size: int = 4
+  focal_rate: float = 0.25
+  streaming: bool = False
+  shared_bounds: bool = False
+  group_bias: float = 0.0
+  dtype: str = "float32"
+
+  def inputs(self, seed: int = 0) -> tuple[list[jax.Array], Bounds, dict[str, Any]]:
+    """The seven arrays, the bounds and the keyword arguments of `grouped_attention`."""
+    rng = np.random.default_rng(seed)
+    bound_heads = 1 if self.shared_bounds else self.kv_heads
+    make = self._streaming_row if self.streaming else self._sorted_row
+    fields_BxnxFxL = np.stack(
+      [np.stack([make(rng, row) for _ in range(bound_heads)]) for row in self.documents]
+    )
+    bounds = Bounds(*(jnp.asarray(x, jnp.int32) for x in np.moveaxis(fields_BxnxFxL, 2, 0)))
+    # Some entries more than any query sees, as static sizes leave them.
+    sizes = [int(getattr(bounds, f"{s}_end").max()) + 3 for s in ("focal", "group", "window")]
+    B, D = len(self.documents), self.head_dim
+    shapes = [(B, self.length, self.query_heads, D)]
+    shapes += [(B, size, self.kv_heads, D) for size in sizes for _ in range(2)]
+    arrays = [jnp.asarray(rng.normal(size=s), self.dtype) for s in shapes]
+    block = self.group_size + 1 if self.streaming else self.group_size
+    options = {"scale": D**-0.5, "group_bias": self.group_bias, "max_window": block}
+    return arrays, bounds, options
+
+  def _sorted_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
+    """Global selection: prefixes of focal tokens and groups, a window of the other tokens."""
+    m = self.group_size
+    base = np.zeros(3, int)
+    columns = []
+    for length in documents:
+      focal = rng.random(length) < self.focal_rate
+      seen_f = np.cumsum(focal)
+      seen_c = np.cumsum(~focal)
+      groups = seen_c // m
+      zero = np.zeros(length, int)
+      row = np.stack([zero, seen_f, zero, groups, groups * m, seen_c])
+      columns.append(row + np.repeat(base, 2)[:, None])
+      base += [seen_f[-1], groups[-1], seen_c[-1]]
+    return self._pad(columns, base)
+
+  def _streaming_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
+    """Streaming: one focal token and one group a finished block, the window is the original."""
+    del rng
+    block = self.group_size + 1
+    base = np.zeros(3, int)
+    columns = []
+    for length in documents:
+      i = np.arange(length)
+      zero = np.zeros(length, int)
+      row = np.stack([zero, i // block, zero, i // block, i // block * block, i + 1])
+      columns.append(row + np.repeat(base, 2)[:, None])
+      base += [length // block, length // block, length]
+    return self._pad(columns, base)
+
+  def _pad(self, columns: list[np.ndarray], base: np.ndarray) -> np.ndarray:
+    """Padded queries see the empty range at each source's end."""
+    used = sum(c.shape[1] for c in columns)
+    empty = np.repeat(np.repeat(base, 2)[:, None], self.length - used, axis=1)
+    return np.concatenate([*columns, empty], axis=1)
+
+
+CASES = {
+  "plain": Case(documents=((100,),), length=100),
+  "exact_tiles": Case(documents=((128,),), length=128, query_heads=4, kv_heads=2),
+  "ragged": Case(documents=((97,), (5,)), length=97, query_heads=4, kv_heads=1),
+  "packed": Case(
+    documents=((40, 33, 1, 20), (90,)), length=100, query_heads=8, kv_heads=1, group_size=3
+  ),
+  "fully_masked_row": Case(documents=((), (70,)), length=70),
+  "all_focal": Case(documents=((70,),), length=70, focal_rate=1.0),
+  "no_focal": Case(documents=((70,),), length=70, focal_rate=0.0),
+  "bias": Case(documents=((90,),), length=90, group_bias=1.4),
+  "streaming": Case(documents=((100,), (61,)), length=100, streaming=True, query_heads=4),
+  "streaming_packed": Case(
+    documents=((51, 44),), length=99, streaming=True, shared_bounds=True, kv_heads=2
+  ),
+  "wide_window": Case(documents=((130,),), length=130, streaming=True, group_size=59),
+  "wide_head": Case(documents=((70,),), length=70, head_dim=128),
+  "widest_head": Case(documents=((70,),), length=70, head_dim=256),
+}
+
+# Larger than the tiles that a GPU runs, in its own dtypes.
+GPU_CASES = {
+  "plain": Case(documents=((1000,),), length=1000, head_dim=128, dtype="bfloat16"),
+  "long": Case(
+    documents=((4100,),),
+    length=4100,
+    head_dim=128,
+    query_heads=4,
+    kv_heads=1,
+    group_size=16,
+    focal_rate=0.1,
+    dtype="bfloat16",
+  ),
+  "ragged": Case(
+    documents=((777,), (5,), (640,)), length=777, query_heads=4, kv_heads=1, dtype="float16"
+  ),
+  "packed": Case(
+    documents=((400, 333, 1, 150), (901,)),
+    length=1003,
+    query_heads=8,
+    kv_heads=1,
+    group_size=16,
+    head_dim=128,
+    dtype="bfloat16",
+  ),
+  "one_head_each": Case(
+    documents=((640,),), length=640, query_heads=2, kv_heads=2, head_dim=128, dtype="bfloat16"
+  ),
+  "fully_masked_row": Case(documents=((), (600,)), length=600, dtype="bfloat16"),
+  "all_focal": Case(documents=((600,),), length=600, focal_rate=1.0, dtype="bfloat16"),
+  "no_focal": Case(documents=((600,),), length=600, focal_rate=0.0, dtype="bfloat16"),
+  "bias": Case(documents=((600,),), length=600, group_bias=1.4, dtype="bfloat16"),
+  "streaming": Case(
+    documents=((1000,), (615,)),
+    length=1000,
+    streaming=True,
+    query_heads=4,
+    group_size=16,
+    head_dim=128,
+    dtype="bfloat16",
+  ),
+  "streaming_packed": Case(
+    documents=((511, 470),),
+    length=990,
+    streaming=True,
+    shared_bounds=True,
+    query_heads=4,
+    kv_heads=2,
+    group_size=16,
+    dtype="bfloat16",
+  ),
+  "wide_window": Case(
+    documents=((1500,),), length=1500, streaming=True, group_size=399, dtype="bfloat16"
+  ),
+  "widest_head": Case(
+    documents=((700,),), length=700, head_dim=256, query_heads=4, kv_heads=1, dtype="bfloat16"
+  ),
+}
+
+
+def structs_and_options(*, head_dim: int, dtype: str) -> tuple[tuple, dict[str, Any]]:
+  """Shapes of a call and its cotangent, for lowering without data; and its keywords."""
+  B, L, H, N = 2, 1000, 4, 2
+  shapes = [(B, L, H, head_dim)]
+  shapes += [(B, size, N, head_dim) for size in (211, 117, L) for _ in range(2)]
+  arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+  bounds = Bounds(*[jax.ShapeDtypeStruct((B, N, L), jnp.int32)] * 6)
+  return (arrays, bounds, arrays[0]), {"scale": 0.1, "group_bias": 0.0, "max_window": 16}
+
+
+GRADIENTS = (
+  "query",
+  "focal_key",
+  "focal_value",
+  "group_key",
+  "group_value",
+  "window_key",
+  "window_value",
+)
+
+
+def values_and_gradients(
+  attention: Callable[..., jax.Array],
+  arrays: list[jax.Array],
+  bounds: Bounds,
+  options: dict[str, Any],
+  seed: int = 1,
+) -> dict[str, np.ndarray]:
+  """The output and the gradients of Σ out · random, by name."""
+  dout = jax.random.normal(jax.random.key(seed), arrays[0].shape, jnp.float32)
+
+  def run(arrays: list[jax.Array], dout: jax.Array) -> Any:
+    out, vjp = jax.vjp(lambda *a: attention(*a, bounds, **options), *arrays)
+    return out, vjp(dout.astype(out.dtype))
+
+  out, grads = jax.jit(run)(arrays, dout)
+  named = {"out": out, **dict(zip(GRADIENTS, grads, strict=True))}
+  return {name: np.asarray(x, np.float32) for name, x in named.items()}
+
+
+def relative_error(x: np.ndarray, expected: np.ndarray) -> float:
+  """‖x − expected‖ / ‖expected‖, and the plain norm where the expected one is 0."""
+  return float(np.linalg.norm(x - expected) / (np.linalg.norm(expected) or 1.0))
+
+
+def check_against_reference(attention: Callable[..., jax.Array], case: Case, seed: int = 0) -> None:
+  """Error at most 2x (gradients 3x) that of the plain implementation in the same dtype."""
+  arrays, bounds, options = case.inputs(seed)
+  exact = [x.astype(jnp.float32) for x in arrays]
+  with jax.default_matmul_precision("highest"):
+    expected = values_and_gradients(grouped_attention_reference, exact, bounds, options)
+    plain = values_and_gradients(grouped_attention_xla, arrays, bounds, options)
+  actual = values_and_gradients(attention, arrays, bounds, options)
+  for name, value in actual.items():
+    # Two correct float32 programs differ by the order of their sums.
+    floor = 2e-6 if case.dtype == "float32" else 0.0
+    allowed = max((2 if name == "out" else 3) * relative_error(plain[name], expected[name]), floor)
+    error = relative_error(value, expected[name])
+    assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"

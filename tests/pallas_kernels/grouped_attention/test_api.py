@@ -1,0 +1,50 @@
+"""The choice of an implementation, and the one that runs anywhere."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dga_jax import DGAConfig, dynamic_group_attention, explain
+from pallas_kernels.grouped_attention.xla import grouped_attention_xla
+from pallas_kernels.target import find_target
+from tests.pallas_kernels.grouped_attention.kernel_cases import CASES, check_against_reference
+from tests.pallas_kernels.h100 import abstract_mesh, lower_for_h100
+
+CONFIG = DGAConfig(min_focal_tokens=0)
+SHAPE = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
+ARRAY = jnp.zeros((1, 32, 4, 64), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["packed", "streaming_packed", "fully_masked_row", "no_focal"])
+def test_xla_equals_reference(name):
+  check_against_reference(grouped_attention_xla, CASES[name])
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="states what a CPU is told")
+def test_a_cpu_takes_xla_and_hears_why_not_the_others():
+  reasons = explain(ARRAY, ARRAY, ARRAY, config=CONFIG)
+  assert reasons["xla"] == "taken"
+  assert "Hopper" in reasons["mosaic_gpu"]
+  assert "cpu" in reasons["triton"]
+  with pytest.raises(NotImplementedError, match="triton: it runs on an Ampere or newer GPU"):
+    dynamic_group_attention(ARRAY, ARRAY, ARRAY, config=CONFIG, implementation="triton")
+
+
+def test_an_absent_gpu_gets_its_own_kernels():
+  """The mesh decides, not the backend that happens to run here."""
+  with jax.sharding.use_abstract_mesh(abstract_mesh()):
+    assert explain(SHAPE, SHAPE, SHAPE, config=CONFIG)["mosaic_gpu"] == "taken"
+    assert find_target(ARRAY).capability == 9.0
+  text = lower_for_h100(
+    lambda q, k, v: dynamic_group_attention(q, k, v, config=CONFIG), SHAPE, SHAPE, SHAPE
+  )
+  assert "mosaic_gpu" in text
+
+
+def test_reasons_name_what_does_not_fit():
+  odd = jax.ShapeDtypeStruct((1, 256, 4, 48), jnp.bfloat16)
+  with jax.sharding.use_abstract_mesh(abstract_mesh()):
+    reasons = explain(odd, odd, odd, config=CONFIG)
+  assert "head_dim is 48" in reasons["mosaic_gpu"]
+  assert "head_dim is 48" in reasons["triton"]
+  assert reasons["xla"] == "taken"

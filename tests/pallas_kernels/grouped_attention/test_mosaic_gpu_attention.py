@@ -1,0 +1,95 @@
+"""The Mosaic GPU kernels against the oracle, in interpret mode and, with a Hopper GPU, for real."""
+
+import functools
+import os
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.mosaic_gpu_attention import grouped_attention_mosaic_gpu
+from tests.pallas_kernels.grouped_attention.kernel_cases import (
+  check_against_reference,
+  GPU_CASES,
+  structs_and_options,
+  values_and_gradients,
+)
+from tests.pallas_kernels.h100 import compile_for_h100, lower_for_h100, needs_cuda_compiler
+
+_COMMAND = "tests.pallas_kernels.grouped_attention.interpret_mosaic_gpu"
+
+
+# Two heads a tile of work and packing; one head a tile, shared bounds and the original keys.
+@pytest.mark.parametrize("name", ["packed", "streaming_packed"])
+def test_interpreted_kernels_equal_reference_without_races(name: str):
+  result = subprocess.run(
+    [sys.executable, "-m", _COMMAND, name],
+    env=os.environ | {"NPROC": "16", "JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+  assert "RACE DETECTED" not in result.stdout
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_lowers_for_h100(head_dim: int, dtype: str):
+  args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
+  program = lower_for_h100(_gradients(options), *args)
+  assert program.count("mosaic_gpu_v2") >= 5  # forward, dq and a dk/dv kernel for each source
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_compiles_for_h100(head_dim: int):
+  args, options = structs_and_options(head_dim=head_dim, dtype="bfloat16")
+  compile_for_h100(_gradients(options), *args)
+
+
+def _gradients(options: dict[str, Any]) -> Any:
+  attention = functools.partial(grouped_attention_mosaic_gpu, **options)
+
+  def run(arrays: list[jax.Array], bounds: Bounds, dout: jax.Array) -> Any:
+    out, vjp = jax.vjp(lambda *arrays: attention(*arrays, bounds), *arrays)
+    return out, vjp(dout)
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ("head_dim", "dtype", "changes", "message"),
+  [
+    (256, "bfloat16", {}, "head_dim is 256"),
+    (64, "float32", {}, "dtype is float32"),
+    (64, "bfloat16", {"scale": -1.0}, "scale is -1.0"),
+  ],
+)
+def test_refuses_what_it_cannot_do(
+  head_dim: int, dtype: str, changes: dict[str, float], message: str
+):
+  args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
+  with pytest.raises(NotImplementedError, match=message):
+    jax.eval_shape(_gradients(options | changes), *args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [n for n in GPU_CASES if n != "widest_head"])
+def test_gpu_equals_reference(name: str):
+  check_against_reference(grouped_attention_mosaic_gpu, GPU_CASES[name])
+
+
+@pytest.mark.gpu
+def test_gpu_runs_repeat_bit_for_bit():
+  arrays, bounds, options = GPU_CASES["packed"].inputs()
+  first, second = (
+    values_and_gradients(grouped_attention_mosaic_gpu, arrays, bounds, options) for _ in range(2)
+  )
+  for name, value in first.items():
+    np.testing.assert_array_equal(value, second[name], err_msg=name)

@@ -1,0 +1,121 @@
+"""The Triton-lowered kernels against the oracle, in interpret mode and, with a GPU, for real."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_attention.block_sizes import TritonBlocks, TritonTile
+from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.triton_attention import grouped_attention_triton
+from tests.pallas_kernels.grouped_attention.kernel_cases import (
+  CASES,
+  check_against_reference,
+  GPU_CASES,
+  structs_and_options,
+  values_and_gradients,
+)
+from tests.pallas_kernels.h100 import (
+  compile_for_h100,
+  lower_for_h100,
+  needs_cuda_compiler,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+_SMALL = TritonTile(block_q=32, block_k=16, num_warps=4, num_stages=1)
+_interpreted = functools.partial(
+  grouped_attention_triton,
+  blocks=TritonBlocks(forward=_SMALL, dq=_SMALL, dkdv=_SMALL),
+  interpret=True,
+)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_equal_reference(name: str):
+  check_against_reference(_interpreted, CASES[name])
+
+
+def test_low_precision_equals_plain_attention_within_twice_its_error():
+  check_against_reference(_interpreted, dataclasses.replace(CASES["ragged"], dtype="bfloat16"))
+
+
+def test_queries_that_see_nothing_have_zero_output_and_gradient():
+  arrays, bounds, options = CASES["fully_masked_row"].inputs()
+  results = values_and_gradients(_interpreted, arrays, bounds, options)
+  for name, value in results.items():
+    assert not value[0].any(), name
+    assert np.isfinite(value).all(), name
+
+
+def test_gradients_of_unseen_entries_are_zero():
+  arrays, bounds, options = CASES["plain"].inputs()
+  results = values_and_gradients(_interpreted, arrays, bounds, options)
+  for source in ("focal", "group", "window"):
+    used = int(getattr(bounds, f"{source}_end").max())
+    for part in ("key", "value"):
+      gradient = results[f"{source}_{part}"]
+      assert gradient.shape[1] > used
+      assert not gradient[:, used:].any()
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_lowers_for_h100(head_dim: int, dtype: str):
+  args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
+  program = lower_for_h100(_gradients(options), *args)
+  for name in ("forward", "dq", "dkdv"):
+    assert f"grouped_attention_{name}" in program
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_compiles_for_h100(head_dim: int):
+  args, options = structs_and_options(head_dim=head_dim, dtype="bfloat16")
+  compile_for_h100(_gradients(options), *args)
+
+
+def _gradients(options: dict[str, Any]) -> Any:
+  attention = functools.partial(grouped_attention_triton, **options)
+
+  def run(arrays: list[jax.Array], bounds: Bounds, dout: jax.Array) -> Any:
+    out, vjp = jax.vjp(lambda *arrays: attention(*arrays, bounds), *arrays)
+    return out, vjp(dout)
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ("head_dim", "dtype", "message"),
+  [(80, "bfloat16", "head_dim is 80"), (64, "float64", "dtype is float64")],
+)
+def test_refuses_what_it_cannot_do(head_dim: int, dtype: str, message: str):
+  with jax.enable_x64(dtype == "float64"):
+    args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
+    with pytest.raises(NotImplementedError, match=message):
+      jax.eval_shape(_gradients(options), *args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpu_equals_reference(name: str):
+  check_against_reference(grouped_attention_triton, GPU_CASES[name])
+
+
+@pytest.mark.gpu
+def test_gpu_float32_equals_reference():
+  case = dataclasses.replace(GPU_CASES["ragged"], dtype="float32")
+  check_against_reference(grouped_attention_triton, case)
+
+
+@pytest.mark.gpu
+def test_gpu_runs_repeat_bit_for_bit():
+  arrays, bounds, options = GPU_CASES["packed"].inputs()
+  first, second = (
+    values_and_gradients(grouped_attention_triton, arrays, bounds, options) for _ in range(2)
+  )
+  for name, value in first.items():
+    np.testing.assert_array_equal(value, second[name], err_msg=name)

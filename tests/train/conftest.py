@@ -1,0 +1,135 @@
+"""A tiny run: generated text, byte tokens, a dense decoder of a few thousand parameters."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+from dga_jax.model import ModelConfig
+from train.config import to_dict, TrainConfig
+from train.data.config import DataConfig
+
+ROOT = Path(__file__).parents[2]
+WORDS = ("the", "key", "of", "each", "block", "opens", "one", "more", "door", "and", "a", "lock")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A folder with train-*.txt and held-out.txt, some KB of words."""
+  folder = tmp_path_factory.mktemp("corpus")
+  rng = random.Random(0)
+  for name in ("train-0", "train-1", "train-2", "held-out"):
+    text = " ".join(rng.choice(WORDS) for _ in range(800))
+    (folder / f"{name}.txt").write_text(text)
+  return folder
+
+
+@pytest.fixture(scope="session")
+def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+  """12 steps of 4 sequences of 32 bytes, evaluated every 6, saved every 3."""
+  return TrainConfig(
+    model=ModelConfig(
+      vocab_size=257,
+      num_layers=2,
+      embed_dim=16,
+      num_heads=2,
+      num_kv_heads=1,
+      head_dim=8,
+      mlp_dim=32,
+      attention="dense",
+      dtype="float32",
+    ),
+    data=DataConfig(
+      sequence_length=32,
+      train_files=(str(corpus / "train-*.txt"),),
+      validation_files=(str(corpus / "held-out.txt"),),
+      tokenizer="byte",
+      cache_dir=str(tmp_path_factory.mktemp("data")),
+    ),
+    num_steps=12,
+    batch_size=4,
+    grad_accumulation=2,
+    learning_rate=1e-2,
+    warmup_steps=2,
+    loss_chunk=16,
+    log_every=3,
+    eval_every=6,
+    eval_batches=2,
+    checkpoint_every=3,
+  )
+
+
+@pytest.fixture(scope="session")
+def config_file(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """`config` as a file for --config."""
+  path = tmp_path_factory.mktemp("configs") / "tiny.py"
+  path.write_text(
+    "import ml_collections\n\n\n"
+    "def get_config():\n"
+    f"  return ml_collections.ConfigDict({to_dict(config)!r})\n"
+  )
+  return path
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+  """Settings of a cache of compiled functions, shared by all tests and their processes.
+
+  The tiny run takes a second, and its compilation ten.
+  """
+  return {
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": "0",
+    "jax_persistent_cache_min_entry_size_bytes": "-1",
+  }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cached_compilation(compilation_cache: dict[str, str]) -> Iterator[None]:
+  before = {name: getattr(jax.config, name) for name in compilation_cache}
+  for name, value in compilation_cache.items():
+    kind = type(before[name]) if before[name] is not None else str
+    jax.config.update(name, kind(value))
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+type StartTrainer = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture(scope="session")
+def start_trainer(config_file: Path, compilation_cache: dict[str, str]) -> StartTrainer:
+  """Starts `python -m train.main` in a process of its own: (workdir, *overrides) -> Popen."""
+  settings = {name.upper(): value for name, value in compilation_cache.items()}
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"} | settings
+
+  def start(workdir: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "train.main", f"--config={config_file}"]
+    return subprocess.Popen(
+      [*command, f"--workdir={workdir}", *overrides],
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  return start
+
+
+@pytest.fixture(scope="session")
+def run_trainer(start_trainer: StartTrainer) -> Callable[..., tuple[int, str]]:
+  """Runs the trainer to its end: (workdir, *overrides) -> (exit status, output)."""
+
+  def run(workdir: Path, *overrides: str) -> tuple[int, str]:
+    process = start_trainer(workdir, *overrides)
+    output, _ = process.communicate(timeout=240)
+    return process.returncode, output
+
+  return run

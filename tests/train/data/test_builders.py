@@ -1,0 +1,188 @@
+"""Data sets are built once and whole: cached, rebuilt on change, safe when stopped half-way."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from dga_jax.tokenizer import Tokenizer
+from train.data.config import DataConfig
+from train.data.files import Corpus, Split
+from train.data.local_text import build_local_text
+from train.data.text import text_source
+
+SHORT = [f"document {n}\r\n\tüber 東京 \N{GRINNING FACE}" for n in range(40)]
+
+
+@pytest.fixture
+def text_file(tmp_path: pathlib.Path) -> pathlib.Path:
+  path = tmp_path / "text.txt"
+  path.write_bytes("\0".join(SHORT).encode())
+  return path
+
+
+def config_of(path: pathlib.Path, **changes: Any) -> DataConfig:
+  values: dict[str, Any] = {"sequence_length": 64, "tokenizer": "byte", **changes}
+  return DataConfig(train_files=(str(path),), **values)
+
+
+def modified(folder: pathlib.Path) -> dict[pathlib.Path, int]:
+  return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_documents_come_back_unchanged_and_in_order(
+  text_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  corpus = Corpus.find((str(text_file),), ())
+  builder = build_local_text(corpus, tmp_path / "cache")
+  splits: tuple[Split, ...] = ("train", "validation")
+  for split in splits:
+    texts = [example["text"].decode() for example in builder.as_data_source(split)]
+    assert texts == list(corpus.documents(split))
+    assert texts
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_a_second_build_reads_the_first(
+  text_file: pathlib.Path, tmp_path: pathlib.Path, tokenizer: str
+) -> None:
+  config = config_of(text_file, tokenizer=tokenizer, vocab_size=300)
+  first = text_source(config, tmp_path / "cache", seed=0)
+  files = modified(tmp_path / "cache")
+  second = text_source(config, tmp_path / "cache", seed=0)
+  assert modified(tmp_path / "cache") == files
+  assert first.fingerprint == second.fingerprint
+  assert first.tokenizer.to_json() == second.tokenizer.to_json()
+
+
+def test_a_changed_file_or_tokenizer_is_built_anew(
+  text_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  def build(**changes: Any) -> str:
+    return text_source(config_of(text_file, **changes), tmp_path / "cache", seed=0).fingerprint
+
+  fingerprints = {build(), build(tokenizer="bpe", vocab_size=300)}
+  files = modified(tmp_path / "cache")
+  text_file.write_bytes(text_file.read_bytes().replace(b"document 7", b"dokument 7"))
+  fingerprints.add(build())
+  assert len(fingerprints) == 3
+  # What was there is still there for the run that began with it.
+  assert files.items() <= modified(tmp_path / "cache").items()
+
+
+@pytest.mark.parametrize("content", ["", "\n \0 \n"])
+def test_a_corpus_without_text_is_refused(
+  tmp_path: pathlib.Path, text_file: pathlib.Path, content: str
+) -> None:
+  blank = tmp_path / "blank.txt"
+  blank.write_text(content)
+  with pytest.raises(ValueError, match="train_files hold no text"):
+    text_source(config_of(blank), tmp_path / "cache", seed=0)
+  with pytest.raises(ValueError, match="no held-out text: validation_files are blank"):
+    text_source(config_of(text_file, validation_files=(str(blank),)), tmp_path / "cache", seed=0)
+
+
+def test_too_few_documents_to_hold_out_are_refused_with_the_remedy(tmp_path: pathlib.Path) -> None:
+  path = tmp_path / "one.txt"
+  path.write_text("one document")
+  with pytest.raises(ValueError, match="Name text in validation_files"):
+    text_source(config_of(path), tmp_path / "cache", seed=0)
+
+
+def test_a_file_that_is_no_text_is_named_and_leaves_nothing(tmp_path: pathlib.Path) -> None:
+  (tmp_path / "good.txt").write_text("good")
+  (tmp_path / "image.txt").write_bytes(b"\x89PNG\r\n")
+  with pytest.raises(ValueError, match=r"image\.txt is not UTF-8 text"):
+    text_source(config_of(tmp_path / "*.txt"), tmp_path / "cache", seed=0)
+  assert modified(tmp_path / "cache") == {}
+
+
+def test_a_build_that_another_run_finished_first_is_read(
+  text_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  corpus = Corpus.find((str(text_file),), ())
+
+  class Overtaken(Corpus):
+    def documents(self, split: Split) -> Iterator[str]:
+      yield from corpus.documents(split)
+      if split == "validation":
+        build_local_text(corpus, tmp_path / "cache")
+
+  builder = build_local_text(
+    Overtaken(corpus.train_files, corpus.validation_files), tmp_path / "cache"
+  )
+  texts = [example["text"].decode() for example in builder.as_data_source("train")]
+  assert texts == list(corpus.documents("train"))
+
+
+# Runs in a process of its own, which may break: builds with a bound on the size of files (what a
+# full disk does to a writer), without it, or killed by the last document that it reads.
+_CHILD = """
+import os, pathlib, resource, signal, sys
+from train.data import files
+from train.data.config import DataConfig
+from train.data.pipeline import load_data
+
+how, path, workdir = sys.argv[1:]
+if how == "full":
+  resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+if how == "killed":
+  read_documents = files.read_documents
+  def dying(path):
+    yield from read_documents(path)
+    os.kill(os.getpid(), signal.SIGKILL)
+  files.read_documents = dying
+data = load_data(DataConfig(train_files=(path,), tokenizer="byte"), workdir, seed=0, batch_size=2)
+next(iter(data.train)), list(data.validation)
+assert "tensorflow" not in sys.modules
+print(data.fingerprint)
+"""
+
+
+def test_a_killed_or_failed_build_leaves_nothing_that_passes_as_whole(
+  tmp_path: pathlib.Path,
+) -> None:
+  path = tmp_path / "text.txt"
+  # Text that compresses badly, so that it is larger than the bound on files.
+  path.write_text("\0".join(str(hash((n, "text"))) * 20 for n in range(200)))
+
+  def child(how: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(_CHILD)]
+    return subprocess.run(
+      [*command, how, str(path), str(tmp_path / "workdir")],
+      capture_output=True,
+      text=True,
+      check=False,
+      cwd=pathlib.Path(__file__).parents[3],
+    )
+
+  full = child("full")
+  assert full.returncode == 1
+  assert re.search(r"OSError: Could not write the data set to .*local_text.*Free some", full.stderr)
+  assert modified(tmp_path / "workdir") == {}
+  assert child("killed").returncode == -9
+  whole = child("whole")
+  assert whole.returncode == 0, whole.stderr
+  config = DataConfig(train_files=(str(path),), tokenizer="byte")
+  undisturbed = text_source(config, tmp_path / "elsewhere", seed=0)
+  assert whole.stdout.strip() == undisturbed.fingerprint
+  assert whole.stdout.strip().split("-")[0] in {
+    folder.name for folder in (tmp_path / "workdir/data").iterdir()
+  }
+
+
+def test_a_damaged_tokenizer_in_the_cache_is_named(
+  text_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  config = config_of(text_file, tokenizer="bpe", vocab_size=300)
+  text_source(config, tmp_path / "cache", seed=0)
+  (saved,) = (tmp_path / "cache").rglob("tokenizer.json")
+  assert Tokenizer.load(saved.parent).vocab_size == 300
+  saved.write_text(saved.read_text()[:100])
+  with pytest.raises(ValueError, match=re.escape(str(saved))):
+    text_source(config, tmp_path / "cache", seed=0)

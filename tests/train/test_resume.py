@@ -1,0 +1,100 @@
+"""A run that is killed and started again is the run that nobody disturbed, bit for bit."""
+
+import json
+import random
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+STEPS = 40
+OVERRIDES = (f"--config.num_steps={STEPS}", "--config.checkpoint_every=2", "--config.eval_every=10")
+TIMING = {"step_seconds", "tokens_per_second", "mfu"}
+
+type StartTrainer = Callable[..., subprocess.Popen[str]]
+type RunTrainer = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run_trainer: RunTrainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  workdir = tmp_path_factory.mktemp("undisturbed")
+  status, output = run_trainer(workdir, *OVERRIDES)
+  assert status == 0, output
+  return workdir
+
+
+def records(workdir: Path) -> list[dict[str, Any]]:
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  return [
+    {name: value for name, value in json.loads(line).items() if name not in TIMING}
+    for line in lines
+  ]
+
+
+def final_arrays(workdir: Path) -> list[np.ndarray]:
+  folder = workdir / "checkpoints" / str(STEPS)
+  with ocp.StandardCheckpointer() as reader:
+    return [
+      np.asarray(x)
+      for x in jax.tree.leaves([reader.restore(folder / item) for item in ("params", "training")])
+    ]
+
+
+def assert_same_run(workdir: Path, undisturbed: Path) -> None:
+  assert records(workdir) == records(undisturbed)
+  for ours, theirs in zip(final_arrays(workdir), final_arrays(undisturbed), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def kill_after(process: subprocess.Popen[str], workdir: Path, seconds: float) -> bool:
+  """Kills the trainer some time after its first metrics; False if it was done before that."""
+  metrics = workdir / "metrics.jsonl"
+  size = metrics.stat().st_size if metrics.exists() else 0
+  while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
+    time.sleep(0.02)
+  time.sleep(seconds)
+  process.kill()
+  process.communicate()
+  return process.returncode != 0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_moments(
+  seed: int, start_trainer: StartTrainer, run_trainer: RunTrainer, undisturbed: Path, tmp_path: Path
+) -> None:
+  rng = random.Random(seed)
+  kills = 0
+  for _ in range(3):
+    kills += kill_after(start_trainer(tmp_path, *OVERRIDES), tmp_path, rng.uniform(0, 1.5))
+  status, output = run_trainer(tmp_path, *OVERRIDES)
+  assert status == 0, output
+  assert kills > 0
+  assert_same_run(tmp_path, undisturbed)
+
+
+def test_steps_are_neither_lost_nor_doubled(undisturbed: Path) -> None:
+  steps = [record["step"] for record in records(undisturbed) if "loss" in record]
+  assert steps == list(range(1, STEPS + 1))
+  held_out = [record["step"] for record in records(undisturbed) if "eval_loss" in record]
+  assert held_out == list(range(0, STEPS + 1, 10))
+
+
+def test_a_finished_run_says_so(run_trainer: RunTrainer, undisturbed: Path) -> None:
+  before = (undisturbed / "metrics.jsonl").read_text()
+  status, output = run_trainer(undisturbed, *OVERRIDES)
+  assert status == 0, output
+  assert f"all {STEPS} steps are done" in output
+  assert (undisturbed / "metrics.jsonl").read_text() == before
+
+
+def test_another_config_is_refused(run_trainer: RunTrainer, undisturbed: Path) -> None:
+  status, output = run_trainer(undisturbed, *OVERRIDES, "--config.model.dga.group_size=8")
+  assert status != 0
+  assert "config.model.dga.group_size is 8" in output
+  assert "Traceback" not in output

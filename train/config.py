@@ -1,0 +1,221 @@
+"""The training config: frozen dataclasses made from the ConfigDict of a configs/*.py file."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from dga_jax.model.config import dataclass_from_dict, ModelConfig
+from train.data.config import DataConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW (Loshchilov and Hutter, 2019) with clipping and a cosine schedule.
+
+  Attributes:
+    b1: decay of the first moment.
+    b2: decay of the second moment.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled, on matrices alone; norms' scales and other vectors do not decay.
+    clip_norm: bound on the global norm of the gradient.
+    final_rate: the learning rate at the last step, as a share of the peak.
+  """
+
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+  final_rate: float = 0.1
+
+  def __post_init__(self) -> None:
+    for name in ("b1", "b2"):
+      _require_number(self, name, "in [0, 1)", lambda x: 0 <= x < 1)
+    for name in ("eps", "clip_norm"):
+      _require_number(self, name, "above 0", lambda x: x > 0)
+    _require_number(self, "weight_decay", "of at least 0", lambda x: x >= 0)
+    _require_number(self, "final_rate", "in [0, 1]", lambda x: 0 <= x <= 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Everything that defines a training run.
+
+  Attributes:
+    model: the decoder.
+    data: the corpus, the tokenizer and how batches are made of them.
+    optimizer: AdamW.
+    seed: of the initial parameters and of the data's order.
+    num_steps: optimizer steps.
+    batch_size: sequences of one optimizer step, over all processes.
+    grad_accumulation: micro-batches that a step's batch is cut into, to save memory.
+    learning_rate: the peak, reached after `warmup_steps`.
+    warmup_steps: steps of the linear rise from 0.
+    loss_chunk: tokens of a sequence whose logits exist at a time.
+    log_every: steps between log lines.
+    eval_every: steps between evaluations on the held-out data.
+    eval_batches: batches of one evaluation; 0 evaluates nothing.
+    checkpoint_every: steps between checkpoints.
+    keep_checkpoints: newest checkpoints that are kept, besides the best.
+  """
+
+  model: ModelConfig
+  data: DataConfig
+  optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  seed: int = 0
+  num_steps: int = 1000
+  batch_size: int = 8
+  grad_accumulation: int = 1
+  learning_rate: float = 1e-3
+  warmup_steps: int = 100
+  loss_chunk: int = 512
+  log_every: int = 10
+  eval_every: int = 100
+  eval_batches: int = 8
+  checkpoint_every: int = 100
+  keep_checkpoints: int = 2
+
+  def __post_init__(self) -> None:
+    for name in ("seed", "warmup_steps", "eval_batches"):
+      _require_int(self, name, least=0)
+    for name in _POSITIVE:
+      _require_int(self, name, least=1)
+    _require_number(self, "learning_rate", "of at least 0", lambda x: x >= 0)
+    if self.batch_size % self.grad_accumulation:
+      raise ValueError(
+        f"config.grad_accumulation is {self.grad_accumulation}; it must divide config.batch_size, "
+        f"which is {self.batch_size}."
+      )
+    if self.warmup_steps >= self.num_steps:
+      raise ValueError(
+        f"config.warmup_steps is {self.warmup_steps}; it must be below config.num_steps, which is "
+        f"{self.num_steps}."
+      )
+
+
+_POSITIVE = (
+  "num_steps",
+  "batch_size",
+  "grad_accumulation",
+  "loss_chunk",
+  "log_every",
+  "eval_every",
+  "checkpoint_every",
+  "keep_checkpoints",
+)
+
+# What may change when a run is taken up again: it does not change what is computed.
+_FREE_ON_RESUME = frozenset(
+  {
+    "log_every",
+    "eval_every",
+    "eval_batches",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "data.cache_dir",
+    "data.prefetch_batches",
+  }
+)
+
+
+def make_config(values: Mapping[str, Any]) -> TrainConfig:
+  """The config dataclasses of nested values (a ConfigDict or what `to_dict` gave).
+
+  Raises:
+    ValueError: an unknown key (with the closest known one) or a value that makes no sense.
+  """
+  return _build(TrainConfig, values, "config")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+  """The config as nested dicts for JSON; `make_config` reads it back."""
+  return dataclasses.asdict(config)
+
+
+def known_keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:
+  """Every dotted key that a config may set, such as `model.dga.group_size`."""
+  for name, nested in _fields(cls).items():
+    yield prefix + name
+    if nested is not None:
+      yield from known_keys(nested, f"{prefix}{name}.")
+
+
+def check_key(key: str) -> None:
+  """Raises ValueError with the closest known key if `key`, dotted, is no config key."""
+  keys = list(known_keys())
+  if key in keys:
+    return
+  # A right name at the wrong level is the commonest slip, then a misspelt one.
+  name = key.rpartition(".")[2]
+  same_name = [known for known in keys if known.rpartition(".")[2] == name]
+  close = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.0)
+  raise ValueError(f"There is no config key 'config.{key}'. Did you mean 'config.{close[0]}'?")
+
+
+def check_resumable(now: TrainConfig, saved: Mapping[str, Any]) -> None:
+  """Raises ValueError if a run would not go on as the one that was saved.
+
+  Args:
+    now: the config given.
+    saved: `to_dict` of the config in the checkpoint.
+  """
+  ours, theirs = _flatten(to_dict(now)), _flatten(saved)
+  for key in sorted(ours.keys() | theirs.keys()):
+    if key in _FREE_ON_RESUME or ours.get(key) == theirs.get(key):
+      continue
+    raise ValueError(
+      f"config.{key} is {ours.get(key)!r}, but the run in this workdir was started with "
+      f"{theirs.get(key)!r}. Give it the old value, or another --workdir to start a new run."
+    )
+
+
+def _build(cls: type, values: Any, path: str) -> Any:
+  """Makes the dataclass `cls`, whose fields may be dataclasses, of a mapping."""
+  fields = _fields(cls)
+  arguments = {}
+  for name in values:
+    if name not in fields:
+      check_key(f"{path}.{name}".removeprefix("config."))
+    value, nested = values[name], fields[name]
+    if nested is not None and value is not None:
+      value = _build(nested, value, f"{path}.{name}")
+    arguments[name] = tuple(value) if isinstance(value, list) else value
+  return dataclass_from_dict(cls, arguments, path=path)
+
+
+def _fields(cls: type) -> dict[str, type | None]:
+  """A dataclass's fields, each with the dataclass that it holds, if it holds one."""
+  hints = typing.get_type_hints(cls)
+  return {field.name: _nested(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _nested(hint: Any) -> type | None:
+  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  flat: dict[str, Any] = {}
+  for name, value in values.items():
+    if isinstance(value, Mapping):
+      flat |= _flatten(value, f"{prefix}{name}.")
+    else:
+      flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def _require_int(config: object, name: str, *, least: int) -> None:
+  value = getattr(config, name)
+  if not isinstance(value, int) or isinstance(value, bool) or value < least:
+    raise ValueError(f"config.{name} is {value!r}; it must be an integer of at least {least}.")
+
+
+def _require_number(config: object, name: str, wants: str, holds: Callable[[float], bool]) -> None:
+  value = getattr(config, name)
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not (is_number and math.isfinite(value) and holds(value)):
+    raise ValueError(f"config.{name} is {value!r}; it must be a finite number {wants}.")

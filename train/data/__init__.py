@@ -1,0 +1,1 @@
+"""From files or code-made tasks to batches of token ids."""

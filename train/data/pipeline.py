@@ -1,0 +1,105 @@
+"""Batches of token ids, for training without end and for one pass over the held-out data.
+
+A batch is a dict of arrays [rows, L]:
+  inputs: int32 tokens.
+  targets: int32, the token after each input.
+  segment_ids: int32, the documents of a row numbered from 1; -1 is padding.
+  loss_mask: bool, where the target is to be learnt.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+import grain
+import numpy as np
+from jaxtyping import Shaped
+
+from dga_jax.tokenizer import Tokenizer
+from train.data.config import DataConfig
+from train.data.recall import recall_source
+from train.data.rows import padding_row, Row
+from train.data.text import text_source
+
+type Batch = dict[str, Shaped[np.ndarray, "B L"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a training run reads.
+
+  Attributes:
+    tokenizer: between text and the ids of the batches.
+    fingerprint: changes with the text and the tokenizer; a run may go on only with the data that
+      it began with.
+    train: batches without end; text comes once per epoch, in a new order in each. Its iterators
+      have `get_state` and `set_state`, and grain.checkpoint keeps them in orbax checkpoints. The
+      state is {"next_index": batches taken}, the same in every process.
+    validation: the held-out rows, once and always in the same order; rows of padding fill up the
+      last batch.
+  """
+
+  tokenizer: Tokenizer
+  fingerprint: str
+  train: grain.IterDataset[Batch]
+  validation: grain.IterDataset[Batch]
+
+
+def load_data(
+  config: DataConfig,
+  workdir: str | os.PathLike[str],
+  *,
+  seed: int,
+  batch_size: int,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Data:
+  """Prepares the data, or finds them prepared, and makes this process's batches.
+
+  A global batch is the same for any number of processes: process p of P gets its rows
+  p * batch_size / P, ..., (p + 1) * batch_size / P - 1.
+
+  Args:
+    config: what to read and how to cut it.
+    workdir: the prepared files go to its folder "data", unless config.cache_dir is set.
+    seed: of the order of the training rows or of the recall task, 0 to 2**32 - 1.
+    batch_size: rows of a global batch.
+    process_index: number of this process.
+    process_count: number of processes, a divisor of batch_size.
+
+  Raises:
+    FileNotFoundError: a file or pattern of the config that matches nothing.
+    OSError: the prepared files could not be written.
+    ValueError: files that cannot be read as text, or arguments that make no sense.
+  """
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(
+      f"batch_size is {batch_size}; it must be a positive multiple of the number of processes, "
+      f"which is {process_count}."
+    )
+  if config.kind == "text":
+    cache = pathlib.Path(config.cache_dir or pathlib.Path(workdir) / "data").expanduser()
+    source = text_source(config, cache, seed)
+  else:
+    source = recall_source(config, seed)
+
+  def batches(rows: grain.MapDataset[Row]) -> grain.IterDataset[Batch]:
+    # Batches of one process's size, dealt out in turn, keep a global batch's rows in order. There
+    # is no remainder; told so, grain counts endless batches of one row without an overflow.
+    local_batches = rows.batch(batch_size // process_count, drop_remainder=True)
+    dealt = local_batches[process_index::process_count]
+    threads = min(1, config.prefetch_batches)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch_batches)
+    return dealt.to_iter_dataset(options)
+
+  validation = source.validation
+  missing = -len(validation) % batch_size
+  if missing:
+    padding = grain.MapDataset.source([padding_row(config.sequence_length)] * missing)
+    validation = grain.MapDataset.concatenate([validation, padding])
+  return Data(
+    tokenizer=source.tokenizer,
+    fingerprint=source.fingerprint,
+    train=batches(source.train),
+    validation=batches(validation),
+  )

@@ -1,0 +1,41 @@
+"""What a source of data hands to the pipeline: rows of tokens that can be read at random."""
+
+import dataclasses
+
+import grain
+import numpy as np
+from jaxtyping import Shaped
+
+from dga_jax.tokenizer import Tokenizer
+
+# One row of a batch: inputs, targets and segment_ids int32, loss_mask bool (see pipeline.py).
+type Row = dict[str, Shaped[np.ndarray, "L"]]
+
+PADDING_SEGMENT = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A corpus or a task, tokenised and cut into rows.
+
+  Attributes:
+    tokenizer: between text and the ids of the rows.
+    fingerprint: of the text and the tokenizer.
+    train: training rows in their final order, without end.
+    validation: the held-out rows, each once.
+  """
+
+  tokenizer: Tokenizer
+  fingerprint: str
+  train: grain.MapDataset[Row]
+  validation: grain.MapDataset[Row]
+
+
+def padding_row(length: int) -> Row:
+  """A row without a document."""
+  return {
+    "inputs": np.zeros(length, np.int32),
+    "targets": np.zeros(length, np.int32),
+    "segment_ids": np.full(length, PADDING_SEGMENT, np.int32),
+    "loss_mask": np.zeros(length, bool),
+  }

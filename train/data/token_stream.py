@@ -1,0 +1,116 @@
+"""Tokenised documents: one long stream of ids in array_record blocks, read at random."""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Int
+from tqdm import tqdm
+
+from dga_jax.tokenizer import Tokenizer
+from train.data.building import build, LocalBuilder
+from train.data.files import Split
+from train.data.local_text import LocalText
+
+# Tokens of a record: a row of some thousand tokens is read from a few records.
+_BLOCK = 4096
+# Characters that are encoded at a time, on all cores.
+_ENCODE_CHARACTERS = 4_000_000
+
+
+class TokenStream:
+  """A split's documents, one after the other: end, document, end, document, ..., end.
+
+  The token after each position is the one to predict there, up to and including the end token of
+  each document: end token and document are the inputs, document and end token the targets.
+
+  Attributes:
+    ends_N: int64 positions of the end tokens, one more than documents; document i has its inputs
+      in ends_N[i]:ends_N[i + 1] and its targets one position further.
+  """
+
+  def __init__(self, blocks: Sequence[Mapping[str, Any]], end_id: int) -> None:
+    self._blocks = blocks
+    ends = [
+      np.flatnonzero(block["tokens"] == end_id) + index * _BLOCK
+      for index, block in enumerate(blocks)
+    ]
+    self.ends_N = np.concatenate(ends)
+
+  def read(self, start: int, stop: int) -> Int[np.ndarray, "T"]:
+    """The int32 tokens at positions start, ..., stop - 1."""
+    first, last = start // _BLOCK, (stop - 1) // _BLOCK
+    tokens = np.concatenate([self._blocks[index]["tokens"] for index in range(first, last + 1)])
+    return tokens[start - first * _BLOCK : stop - first * _BLOCK]
+
+
+class TokenizedText(LocalBuilder):
+  """The splits of a LocalText as blocks of a token stream, with one feature, `tokens`."""
+
+  feature: ClassVar = {"tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32)}
+
+  def __init__(
+    self, text: LocalText, tokenizer: Tokenizer, data_dir: str | os.PathLike[str]
+  ) -> None:
+    self._text = text
+    self._tokenizer = tokenizer
+    super().__init__(data_dir)
+
+  def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    documents = self._text.as_data_source(split)
+    progress = tqdm(documents, f"Encoding {split} documents", unit=" documents", disable=None)
+    texts = (document["text"].decode() for document in progress)
+    for index, block in enumerate(token_blocks(texts, self._tokenizer)):
+      yield index, {"tokens": block}
+
+
+def build_token_stream(
+  text: LocalText, tokenizer: Tokenizer, data_dir: str | os.PathLike[str]
+) -> TokenizedText:
+  """The tokens of a text data set as a data set under data_dir, which has to change with both.
+
+  Raises:
+    OSError: the data set could not be written.
+  """
+  return build(lambda: TokenizedText(text, tokenizer, data_dir))
+
+
+def token_blocks(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, "T"]]:
+  """The int32 token stream of texts in blocks of one length; the last may be shorter."""
+  pending: list[np.ndarray] = []
+  size = 0
+  for piece in _stream(texts, tokenizer):
+    pending.append(piece)
+    size += len(piece)
+    if size >= _BLOCK:
+      tokens = np.concatenate(pending)
+      size = len(tokens) % _BLOCK
+      whole = len(tokens) - size
+      yield from tokens[:whole].reshape(-1, _BLOCK)
+      pending = [tokens[whole:]]
+  if size:
+    yield np.concatenate(pending)
+
+
+def _stream(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+  """The stream in pieces of whole documents, each with its end token."""
+  end = np.array([tokenizer.end_id], np.int32)
+  yield end
+  for group in _groups(texts):
+    for ids in tokenizer.encode_batch(group):
+      yield np.array(ids, np.int32)
+      yield end
+
+
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+  group: list[str] = []
+  size = 0
+  for text in texts:
+    group.append(text)
+    size += len(text)
+    if size >= _ENCODE_CHARACTERS:
+      yield group
+      group, size = [], 0
+  yield group

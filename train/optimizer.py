@@ -1,0 +1,56 @@
+"""AdamW with linear warm-up, cosine decay and clipping by the global norm (optax)."""
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jaxtyping import PyTree
+
+from train.config import TrainConfig
+
+
+def make_schedule(config: TrainConfig) -> optax.Schedule:
+  """Learning rate by the number of steps done before.
+
+  Step 1 takes the first part of a line from 0 to the peak at step `warmup_steps`; a cosine then
+  falls to `final_rate` of the peak at the last step.
+  """
+  rate_after = optax.warmup_cosine_decay_schedule(
+    init_value=0.0,
+    peak_value=config.learning_rate,
+    warmup_steps=config.warmup_steps,
+    decay_steps=config.num_steps,
+    end_value=config.learning_rate * config.optimizer.final_rate,
+  )
+  return lambda steps_before: rate_after(steps_before + 1)
+
+
+def make_optimizer(config: TrainConfig, variables: nnx.State) -> optax.GradientTransformation:
+  """AdamW for parameters given as a nested dict.
+
+  Args:
+    config: the training config.
+    variables: the model's parameters, possibly abstract, with the names of their axes.
+  """
+  settings = config.optimizer
+  return optax.chain(
+    optax.clip_by_global_norm(settings.clip_norm),
+    optax.adamw(
+      make_schedule(config),
+      b1=settings.b1,
+      b2=settings.b2,
+      eps=settings.eps,
+      weight_decay=settings.weight_decay,
+      mask=decay_mask(variables),
+    ),
+  )
+
+
+def decay_mask(variables: nnx.State) -> PyTree[bool]:
+  """Which parameters decay: those with two axes or more, not counting that of stacked layers."""
+  names = nnx.to_pure_dict(nnx.get_partition_spec(variables))
+  return jax.tree.map(
+    lambda axes: sum(axis != "layers" for axis in axes) >= 2,
+    names,
+    is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+  )

@@ -1,0 +1,91 @@
+"""Trains the quickstart's model, then shows what came of it.
+
+  python -m train.quickstart
+
+It runs two commands, which it prints, and which can be given by hand as well.
+"""
+
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+
+from dga_jax.checkpoint import list_steps
+from train.metrics import FILE_NAME, read_metrics
+
+_RESTART = flags.DEFINE_bool("restart", False, "Delete the run that is there and start anew.")
+_CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Config file of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run.")
+
+PROMPT = '''class Stack:
+    """A last-in, first-out stack."""
+
+    def __init__(self, items=None):
+'''
+
+
+def main(argv: list[str]) -> None:
+  """Runs the quickstart by the flags."""
+  del argv
+  workdir = Path(_WORKDIR.value)
+  if _RESTART.value:
+    shutil.rmtree(workdir, ignore_errors=True)
+  sys.exit(quickstart(_CONFIG.value, workdir))
+
+
+def quickstart(config: str, workdir: Path) -> int:
+  """Trains to the end, or goes on with the run in `workdir`; generates; prints a summary.
+
+  Returns:
+    The exit status of the first command that failed, or 0.
+  """
+  start = time.perf_counter()
+  before = list_steps(workdir)
+  if before:
+    _say(f"{workdir} holds a run up to step {before[-1]}; --restart would start anew.")
+  status = _run("train.main", f"--config={config}", f"--workdir={workdir}")
+  if status:
+    _say(f"Training failed. Given again, the command goes on in {workdir}; --restart starts anew.")
+    return status
+  minutes = (time.perf_counter() - start) / 60
+  status = _run(
+    "dga_jax.generate", f"--workdir={workdir}", f"--prompt={PROMPT}", "--max_new_tokens=200"
+  )
+  if status:
+    return status
+  took = "" if list_steps(workdir) == before else f"Training took {minutes:.1f} minutes.\n"
+  _say(f"{took}{summary(workdir)}")
+  return 0
+
+
+def summary(workdir: Path) -> str:
+  """Held-out loss at the start and at the end, and where things lie."""
+  held_out = [record for record in read_metrics(workdir) if "eval_loss" in record]
+  losses = "".join(
+    f"Held-out loss at step {record['step']:>4}: {record['eval_loss']:.3f} nats per token, "
+    f"{record['eval_bits_per_byte']:.2f} bits per byte\n"
+    for record in (held_out[0], held_out[-1])
+  )
+  return (
+    f"{losses}"
+    f"Plots:       {workdir}/loss.png, {workdir}/loss_by_position.png\n"
+    f"Metrics:     {workdir}/{FILE_NAME}, {workdir}/tensorboard\n"
+    f"Checkpoints: {workdir}/checkpoints"
+  )
+
+
+def _run(module: str, *arguments: str) -> int:
+  _say(f"$ python -m {module} {shlex.join(arguments)}")
+  return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+
+
+def _say(text: str) -> None:
+  print(f"\n{text}", flush=True)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,123 @@
+"""One optimizer step: the state and a batch in, the state and a few scalars out."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32, PyTree
+
+from dga_jax.checkpoint import abstract_decoder
+from dga_jax.model import Decoder
+from train.config import TrainConfig
+from train.loss import token_losses
+from train.optimizer import make_optimizer, make_schedule
+
+type Batch = dict[str, Array]
+type Scalars = dict[str, Float[Array, ""]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that a step changes: a plain pytree, donated from step to step.
+
+  Attributes:
+    params: the model's parameters as a nested dict of arrays (the float32 masters).
+    optimizer: optax's state.
+    step: optimizer steps done.
+  """
+
+  params: PyTree[Array]
+  optimizer: optax.OptState
+  step: Int32[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Functions:
+  """What the loop calls, jitted.
+
+  Attributes:
+    graphdef: the decoder's structure; with the parameters `nnx.merge` makes the decoder of it.
+    init: makes the state before the first step.
+    step: one step; the state given to it is donated. Its scalars are the loss (nats per token),
+      accuracy, grad_norm before clipping, param_norm after the step, learning_rate and tokens
+      (those with a loss).
+  """
+
+  graphdef: nnx.GraphDef
+  init: Callable[[], TrainState]
+  step: Callable[[TrainState, Batch], tuple[TrainState, Scalars]]
+
+
+def make_functions(config: TrainConfig) -> Functions:
+  """The jitted functions of a training run."""
+  graphdef, variables = abstract_decoder(config.model)
+  optimizer = make_optimizer(config, variables)
+  schedule = make_schedule(config)
+
+  # Parameters and optimizer state are made in one jitted function: under a mesh they are then
+  # created in shards and never whole.
+  def init() -> TrainState:
+    model = Decoder(config.model, rngs=nnx.Rngs(config.seed))
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+    loss, accuracy, grads = mean_gradient(config, graphdef, state.params, batch)
+    updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+    params = optax.apply_updates(state.params, updates)
+    scalars = {
+      "loss": loss,
+      "accuracy": accuracy,
+      "grad_norm": optax.tree.norm(grads),
+      "param_norm": optax.tree.norm(params),
+      "learning_rate": jnp.float32(schedule(state.step)),
+      "tokens": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
+    }
+    return TrainState(params, optimizer_state, state.step + 1), scalars
+
+  return Functions(graphdef, jax.jit(init), jax.jit(step, donate_argnums=0))
+
+
+def mean_gradient(
+  config: TrainConfig, graphdef: nnx.GraphDef, params: PyTree[Array], batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""], PyTree[Array]]:
+  """Loss, accuracy and gradient, each the mean over the batch's tokens with a loss.
+
+  The batch is cut into `grad_accumulation` micro-batches, one after the other. Each adds its sum
+  divided by the token count of the whole batch: exact, however the tokens are spread.
+  """
+  tokens = jnp.maximum(jnp.sum(batch["loss_mask"], dtype=jnp.float32), 1.0)
+
+  def loss_share(
+    params: PyTree[Array], micro_batch: Batch
+  ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    loss_BxL, correct_BxL = batch_losses(config, graphdef, params, micro_batch)
+    mask_BxL = micro_batch["loss_mask"]
+    correct = jnp.sum(correct_BxL & mask_BxL, dtype=jnp.float32)
+    return jnp.sum(loss_BxL, where=mask_BxL) / tokens, correct / tokens
+
+  def accumulate(sums: PyTree[Array], micro_batch: Batch) -> tuple[PyTree[Array], None]:
+    shares = jax.value_and_grad(loss_share, has_aux=True)(params, micro_batch)
+    return jax.tree.map(jnp.add, sums, shares), None
+
+  zeros = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
+  ((loss, accuracy), grads), _ = jax.lax.scan(accumulate, zeros, micro_batches(config, batch))
+  return loss, accuracy, grads
+
+
+def batch_losses(
+  config: TrainConfig, graphdef: nnx.GraphDef, params: PyTree[Array], batch: Batch
+) -> tuple[Float[Array, "B L"], Bool[Array, "B L"]]:
+  """Loss of every token, and whether its target is the most likely token; see `token_losses`."""
+  model = nnx.merge(graphdef, params)
+  hidden_BxLxE = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
+  return token_losses(model.unembed, hidden_BxLxE, batch["targets"], chunk=config.loss_chunk)
+
+
+def micro_batches(config: TrainConfig, batch: Batch) -> Batch:
+  """The batch's arrays [B, ...] as [grad_accumulation, B / grad_accumulation, ...]."""
+  return {name: x.reshape(config.grad_accumulation, -1, *x.shape[1:]) for name, x in batch.items()}
