@@ -3,7 +3,7 @@
   python -m train.main --config=configs/recall.py --workdir=runs/recall \
     --config.model.attention=dense
 
-Training begins with rows of 16 tasks of 32 tokens and 8 pairs and reaches full difficulty at
+Training begins with rows of 16 tasks, each of 32 tokens and 8 pairs, and reaches full difficulty at
 step 1000; held-out rows are at full difficulty all along. Guessing a value of the context is right
 once in 16 answers.
 """

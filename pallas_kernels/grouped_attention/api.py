@@ -31,12 +31,19 @@ class _Backend(NamedTuple):
   attend: Callable[..., Array]
   runs_on: Callable[[Target], bool]
   wants: str
+  by_name_only: str | None = None  # why it is not chosen by itself
 
+
+_UNPROVEN = "chosen by name alone until its gradients are compared with the reference on a GPU"
 
 # In the order in which they are tried when none is named. "reference" is never chosen by itself.
 _BACKENDS = {
-  "mosaic_gpu": _Backend(_mosaic_gpu, lambda t: t.capability == 9.0, "a Hopper GPU"),
-  "triton": _Backend(_triton, lambda t: (t.capability or 0) >= 8.0, "an Ampere or newer GPU"),
+  "mosaic_gpu": _Backend(
+    _mosaic_gpu, lambda t: t.capability == 9.0, "a Hopper GPU", by_name_only=_UNPROVEN
+  ),
+  "triton": _Backend(
+    _triton, lambda t: (t.capability or 0) >= 8.0, "an Ampere or newer GPU", by_name_only=_UNPROVEN
+  ),
   "xla": _Backend(grouped_attention_xla, lambda t: True, "any device"),
 }
 IMPLEMENTATIONS = ("reference", *_BACKENDS)
@@ -91,10 +98,13 @@ def grouped_attention(
       f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}."
     )
   target = find_target(*arrays)
-  names = _BACKENDS if implementation is None else [implementation]
+  if implementation is not None:
+    return _attend(implementation, target, *arrays, bounds, **options)
   refusals = []
-  for name in names:
+  for name, backend in _BACKENDS.items():
     try:
+      if backend.by_name_only is not None:
+        raise NotImplementedError(backend.by_name_only)
       out = _attend(name, target, *arrays, bounds, **options)
     except NotImplementedError as refusal:
       refusals.append(f"{name}: {refusal}")
@@ -105,7 +115,7 @@ def grouped_attention(
 
 
 def refusals(target: Target, *arrays: Any, **options: Any) -> dict[str, str | None]:
-  """Why each implementation cannot compute a call, None for those that can; runs nothing.
+  """Why each implementation is not taken by itself, None for those that apply; runs nothing.
 
   Args:
     target: the device it is for.
@@ -116,7 +126,7 @@ def refusals(target: Target, *arrays: Any, **options: Any) -> dict[str, str | No
   for name in _BACKENDS:
     try:
       jax.eval_shape(functools.partial(_attend, name, target, **options), *arrays)
-      reasons[name] = None
+      reasons[name] = _BACKENDS[name].by_name_only
     except NotImplementedError as refusal:
       reasons[name] = str(refusal)
   return reasons
@@ -125,5 +135,7 @@ def refusals(target: Target, *arrays: Any, **options: Any) -> dict[str, str | No
 def _attend(name: str, target: Target, *arrays: Any, **options: Any) -> Array:
   backend = _BACKENDS[name]
   if not backend.runs_on(target):
-    raise NotImplementedError(f"it runs on {backend.wants}, and this call is for {target}")
+    raise NotImplementedError(
+      f"{name} runs on {backend.wants}, and this call is for {target}; see dga_jax.explain"
+    )
   return backend.attend(*arrays, **options)

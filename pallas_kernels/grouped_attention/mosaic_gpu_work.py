@@ -34,8 +34,11 @@ def operand_smem(shape: tuple[int, ...], dtype: Any) -> Any:
 def vary_like[T](x: Array, results: T) -> T:
   """Kernel results, marked inside a shard_map as varying over the mesh axes that x varies over."""
 
+  def varying(x: Array) -> frozenset[Any]:
+    return jax.typeof(x).manual_axis_type.varying
+
   def mark(result: Array) -> Array:
-    axes = tuple(jax.typeof(x).vma - jax.typeof(result).vma)
+    axes = tuple(varying(x) - varying(result))
     return lax.pcast(result, axes, to="varying") if axes else result
 
   return jax.tree.map(mark, results)

@@ -19,9 +19,9 @@ needs_cuda_compiler = pytest.mark.skipif(
 )
 
 
-def lower_for_h100(function: Callable[..., Any], *args: Any) -> str:
+def lower_for_h100(function: Callable[..., Any], *args: Any, devices: int = 1) -> str:
   """The program that XLA gets: kernels are lowered, not yet compiled."""
-  with jax.sharding.use_abstract_mesh(abstract_mesh()):
+  with jax.sharding.use_abstract_mesh(abstract_mesh(devices)):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -44,7 +44,7 @@ def compile_for_h100(function: Callable[..., Any], *args: Any) -> Any:
   return lowered.compile()
 
 
-def abstract_mesh() -> AbstractMesh:
-  """One H100, described and absent."""
+def abstract_mesh(devices: int = 1) -> AbstractMesh:
+  """H100s, described and absent, along one axis "heads"."""
   device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
-  return AbstractMesh((1,), ("_",), axis_types=(AxisType.Auto,), abstract_device=device)
+  return AbstractMesh((devices,), ("heads",), axis_types=(AxisType.Auto,), abstract_device=device)

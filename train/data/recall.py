@@ -51,13 +51,15 @@ def recall_source(config: DataConfig, seed: int) -> Source:
 def difficulty(config: RecallConfig, length: int, index: int) -> tuple[int, int]:
   """Tokens and pairs of each task in the training row `index`, at row length `length`.
 
-  The curriculum's stages are equally long. From one to the next the tokens double and the pairs
-  grow by an equal factor; after it there are `length` tokens and config.num_pairs pairs.
+  From one stage of the curriculum to the next the tokens double and the pairs grow by an equal
+  factor; after it there are `length` tokens and config.num_pairs pairs. The first stage, in which
+  a model has to find out about copying, takes half of the curriculum, the others equal shares.
   """
   doublings = (length // config.first_length).bit_length() - 1
   if index >= config.curriculum_rows or not doublings:
     return length, config.num_pairs
-  stage = doublings * index // config.curriculum_rows
+  later_stage = 1 + (doublings - 1) * (2 * index - config.curriculum_rows) // config.curriculum_rows
+  stage = max(0, min(later_stage, doublings - 1))
   growth = config.num_pairs / config.first_pairs
   # Rounded down, for which 15.999... is meant to be 16.
   num_pairs = int(config.first_pairs * growth ** (stage / doublings) + 1e-6)

@@ -7,6 +7,7 @@ In the cache folder, <corpus> holds the documents (local_text), the tokenizer tr
 
 import hashlib
 import pathlib
+import sys
 
 import grain
 from absl import logging
@@ -94,6 +95,6 @@ def _tokenizer(config: DataConfig, text: LocalText, folder: pathlib.Path) -> Tok
     return Tokenizer.load(folder)
   logging.info("Training a BPE tokenizer of %d tokens.", config.vocab_size)
   documents = (example["text"].decode() for example in text.as_data_source("train"))
-  tokenizer = Tokenizer.train_bpe(documents, config.vocab_size)
+  tokenizer = Tokenizer.train_bpe(documents, config.vocab_size, progress=sys.stderr.isatty())
   tokenizer.save(folder)
   return tokenizer

@@ -88,8 +88,8 @@ def test_documents_need_a_bound_under_jit():
 
 def test_plan_must_fit():
   plan = plan_groups(Q, K, config=CONFIG)
+  other = dataclasses.replace(CONFIG, group_size=3)
   with pytest.raises(ValueError, match="They must be the same"):
-    other = dataclasses.replace(CONFIG, group_size=3)
     dynamic_group_attention(Q, K, K, config=other, plan=plan)
   with pytest.raises(ValueError, match=r"plan\.focal_mask has shape"):
     dynamic_group_attention(Q[:, :6], K[:, :6], K[:, :6], config=CONFIG, plan=plan)
@@ -103,6 +103,6 @@ def test_focal_masks():
   mask = jnp.ones((1, 1, 12), bool)
   with pytest.raises(ValueError, match="keeps 12 tokens in a row; max_focal is 3"):
     GroupPlan.from_focal_mask(mask, config=CONFIG, max_focal=3)
+  streaming = dataclasses.replace(CONFIG, selection="streaming")
   with pytest.raises(ValueError, match=r"keeps \[5\] tokens in the block at row 0, position 0"):
-    streaming = dataclasses.replace(CONFIG, selection="streaming")
     GroupPlan.from_focal_mask(mask, config=streaming)

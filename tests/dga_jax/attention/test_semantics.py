@@ -50,35 +50,35 @@ def test_equals_causal_attention(config, implementation):
   np.testing.assert_allclose(out, dense(q, k, v), atol=2e-6)
 
 
+# Figure 1 of the paper, with its 1-based numbers.
+GOLDEN_CONFIG = DGAConfig(group_size=3, min_focal_tokens=0)
+GOLDEN_FOCAL = (4, 7, 9)
+GOLDEN_COMPLEMENTARY = {1: {1}, 2: {1, 2}, 5: {5}, 6: {5, 6}, 7: {5, 6}}
+
+
 class TestGoldenExample:
-  """Figure 1 of the paper, with its 1-based numbers."""
-
-  config = DGAConfig(group_size=3, min_focal_tokens=0)
-  focal = (4, 7, 9)
-  complementary = {1: {1}, 2: {1, 2}, 3: set(), 4: set(), 5: {5}, 6: {5, 6}, 7: {5, 6}, 8: set()}
-
   def test_masks(self):
-    mask = np.isin(np.arange(1, 10), self.focal)
-    masks = write_masks(jnp.asarray(mask), jnp.zeros(9, jnp.int32), self.config)
+    mask = np.isin(np.arange(1, 10), GOLDEN_FOCAL)
+    masks = write_masks(jnp.asarray(mask), jnp.zeros(9, jnp.int32), GOLDEN_CONFIG)
     members = {g + 1: set(np.flatnonzero(masks.member[g]) + 1) for g in (0, 4)}
     assert members == {1: {1, 2, 3}, 5: {5, 6, 8}}
     assert not np.delete(masks.member, (0, 4), axis=0).any()
     for i in range(1, 10):
       tokens = set(np.flatnonzero(masks.sees_token[i - 1]) + 1)
-      assert tokens - set(self.focal) == self.complementary.get(i, set()), i
-      assert tokens & set(self.focal) == {j for j in self.focal if j <= i}
+      assert tokens - set(GOLDEN_FOCAL) == GOLDEN_COMPLEMENTARY.get(i, set()), i
+      assert tokens & set(GOLDEN_FOCAL) == {j for j in GOLDEN_FOCAL if j <= i}
       assert masks.sees_group[i - 1, 0] == (i >= 3)
       assert masks.sees_group[i - 1, 4] == (i >= 8)
 
   def test_ranges(self):
-    plan = fixed_mask_plan([f - 1 for f in self.focal], 9, self.config)
-    np.testing.assert_array_equal(plan.focal_index[0, 0] + 1, self.focal)
+    plan = fixed_mask_plan([f - 1 for f in GOLDEN_FOCAL], 9, GOLDEN_CONFIG)
+    np.testing.assert_array_equal(plan.focal_index[0, 0] + 1, GOLDEN_FOCAL)
     np.testing.assert_array_equal(plan.member_index[0, 0] + 1, [[1, 2, 3], [5, 6, 8]])
     members = np.array([1, 2, 3, 5, 6, 8])
     for i in range(1, 10):
       start, end = (int(x[0, 0, i - 1]) for x in plan.bounds[4:])
-      assert set(members[start:end]) == self.complementary.get(i, set()), i
-      assert plan.bounds.focal_end[0, 0, i - 1] == sum(f <= i for f in self.focal)
+      assert set(members[start:end]) == GOLDEN_COMPLEMENTARY.get(i, set()), i
+      assert plan.bounds.focal_end[0, 0, i - 1] == sum(f <= i for f in GOLDEN_FOCAL)
       assert plan.bounds.group_end[0, 0, i - 1] == (i >= 3) + (i >= 8)
 
 

@@ -26,17 +26,18 @@ def test_a_cpu_takes_xla_and_hears_why_not_the_others():
   assert reasons["xla"] == "taken"
   assert "Hopper" in reasons["mosaic_gpu"]
   assert "cpu" in reasons["triton"]
-  with pytest.raises(NotImplementedError, match="triton: it runs on an Ampere or newer GPU"):
+  with pytest.raises(NotImplementedError, match="triton runs on an Ampere or newer GPU"):
     dynamic_group_attention(ARRAY, ARRAY, ARRAY, config=CONFIG, implementation="triton")
 
 
 def test_an_absent_gpu_gets_its_own_kernels():
   """The mesh decides, not the backend that happens to run here."""
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
-    assert explain(SHAPE, SHAPE, SHAPE, config=CONFIG)["mosaic_gpu"] == "taken"
+    assert "by name" in explain(SHAPE, SHAPE, SHAPE, config=CONFIG)["mosaic_gpu"]
     assert find_target(ARRAY).capability == 9.0
   text = lower_for_h100(
-    lambda q, k, v: dynamic_group_attention(q, k, v, config=CONFIG), SHAPE, SHAPE, SHAPE
+    lambda q, k, v: dynamic_group_attention(q, k, v, config=CONFIG, implementation="mosaic_gpu"),
+    *(SHAPE, SHAPE, SHAPE),
   )
   assert "mosaic_gpu" in text
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.grouped_attention.bounds import Bounds
 from pallas_kernels.grouped_attention.mosaic_gpu_attention import grouped_attention_mosaic_gpu
@@ -18,7 +19,12 @@ from tests.pallas_kernels.grouped_attention.kernel_cases import (
   structs_and_options,
   values_and_gradients,
 )
-from tests.pallas_kernels.h100 import compile_for_h100, lower_for_h100, needs_cuda_compiler
+from tests.pallas_kernels.h100 import (
+  abstract_mesh,
+  compile_for_h100,
+  lower_for_h100,
+  needs_cuda_compiler,
+)
 
 _COMMAND = "tests.pallas_kernels.grouped_attention.interpret_mosaic_gpu"
 
@@ -44,6 +50,18 @@ def test_lowers_for_h100(head_dim: int, dtype: str):
   args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
   program = lower_for_h100(_gradients(options), *args)
   assert program.count("mosaic_gpu_v2") >= 5  # forward, dq and a dk/dv kernel for each source
+
+
+def test_lowers_inside_a_shard_map_over_heads():
+  args, options = structs_and_options(head_dim=64, dtype="bfloat16")
+  heads = PartitionSpec(None, None, "heads")
+  sharded = jax.shard_map(
+    _gradients(options),
+    mesh=abstract_mesh(2),
+    in_specs=([heads] * 7, PartitionSpec(None, "heads"), heads),
+    out_specs=(heads, (heads,) * 7),
+  )
+  lower_for_h100(sharded, *args, devices=2)
 
 
 @needs_cuda_compiler

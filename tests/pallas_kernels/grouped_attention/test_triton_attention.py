@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.grouped_attention.block_sizes import TritonBlocks, TritonTile
 from pallas_kernels.grouped_attention.bounds import Bounds
@@ -19,6 +20,7 @@ from tests.pallas_kernels.grouped_attention.kernel_cases import (
   values_and_gradients,
 )
 from tests.pallas_kernels.h100 import (
+  abstract_mesh,
   compile_for_h100,
   lower_for_h100,
   needs_cuda_compiler,
@@ -69,6 +71,18 @@ def test_lowers_for_h100(head_dim: int, dtype: str):
   program = lower_for_h100(_gradients(options), *args)
   for name in ("forward", "dq", "dkdv"):
     assert f"grouped_attention_{name}" in program
+
+
+def test_lowers_inside_a_shard_map_over_heads():
+  args, options = structs_and_options(head_dim=64, dtype="bfloat16")
+  heads = PartitionSpec(None, None, "heads")
+  sharded = jax.shard_map(
+    _gradients(options),
+    mesh=abstract_mesh(2),
+    in_specs=([heads] * 7, PartitionSpec(None, "heads"), heads),
+    out_specs=(heads, (heads,) * 7),
+  )
+  lower_for_h100(sharded, *args, devices=2)
 
 
 @needs_cuda_compiler

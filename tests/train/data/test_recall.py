@@ -88,12 +88,15 @@ def test_a_row_is_a_function_of_seed_split_and_index(
 
 
 def test_tasks_grow_stage_by_stage_to_full_difficulty() -> None:
-  config = RecallConfig(num_pairs=32, first_pairs=4, first_length=32, curriculum_rows=6)
-  stages = [difficulty(config, 256, index) for index in range(8)]
-  assert stages == [(32, 4)] * 2 + [(64, 8)] * 2 + [(128, 16)] * 2 + [(256, 32)] * 2
+  config = RecallConfig(num_pairs=32, first_pairs=4, first_length=32, curriculum_rows=8)
+  stages = [difficulty(config, 256, index) for index in range(10)]
+  assert stages == [(32, 4)] * 4 + [(64, 8)] * 2 + [(128, 16)] * 2 + [(256, 32)] * 2
+  two_stages = [difficulty(config, 64, index) for index in range(10)]
+  assert two_stages == [(32, 4)] * 8 + [(64, 32)] * 2
   at_once = dataclasses.replace(config, curriculum_rows=0)
   assert difficulty(at_once, 256, 0) == difficulty(config, 256, 10**12) == (256, 32)
   assert difficulty(config, 32, 0) == (32, 32)
+  assert [difficulty(config, 256, index)[1] for index in (0, 4, 6, 8)] == [4, 8, 16, 32]
 
 
 def test_places_and_answers_are_spread_evenly() -> None:
