@@ -8,16 +8,16 @@ from configs import base
 def get_config() -> ConfigDict:
   """Streaming selection: causal, and the same function in training and decoding."""
   config = base.get_config()
-  config.num_steps = 280
+  config.num_steps = 300
   config.batch_size = 1
-  config.learning_rate = 3e-3
+  config.learning_rate = 4e-3
   config.warmup_steps = 20
   config.loss_chunk = 128
-  config.eval_every = 70
+  config.eval_every = 75
   config.eval_batches = 12
-  config.checkpoint_every = 70
+  config.checkpoint_every = 75
 
-  config.model.num_layers = 4
+  config.model.num_layers = 3
   config.model.embed_dim = 256
   config.model.num_heads = 4
   config.model.num_kv_heads = 2

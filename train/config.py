@@ -195,7 +195,10 @@ def _fields(cls: type) -> dict[str, type | None]:
 
 def _nested(hint: Any) -> type | None:
   options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-  return next((option for option in options if dataclasses.is_dataclass(option)), None)
+  for option in options:
+    if isinstance(option, type) and dataclasses.is_dataclass(option):
+      return option
+  return None
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

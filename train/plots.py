@@ -45,7 +45,7 @@ def _plot_loss(path: Path, train: list[dict], held_out: list[dict]) -> None:
     axes.plot(steps, smoothed, color="tab:blue", label="training, smoothed")
   if held_out:
     steps = [record["step"] for record in held_out]
-    losses = [record["eval_loss"] for record in held_out]
+    losses = np.array([record["eval_loss"] for record in held_out])
     axes.plot(steps, losses, "o--", color="tab:orange", markersize=4, label="held out")
   axes.legend()
   figure.savefig(path)

@@ -47,8 +47,8 @@ def dynamic_group_attention(
       row and document is computed exactly as it would be alone; padded queries give 0.
     scale: of the attention logits, default 1/√D. The choice of focal tokens always uses 1/√D,
       and the merge weights follow `config.aggregation_scale`.
-    implementation: None for the fastest that applies, "reference" for the masks written out,
-      or another name that `explain` lists.
+    implementation: None for the one that `explain` says is taken, "reference" for the masks
+      written out, or another name that `explain` lists.
 
   Returns:
     The query's shape and dtype. Differentiable in query, key and value.

@@ -47,8 +47,10 @@ class Decoder(nnx.Module):
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
     self.config = config
     V, E = config.vocab_size, config.embed_dim
-    # The table's fan-in is that of an unembedding, so tied and untied tables start alike.
-    self.embedding = weight(config, (V, E), ("vocab", "embed"), inputs=(1,), rngs=rngs)
+    # A tied table also makes logits, whose fan-in is E. Otherwise tokens start at the scale 1 of
+    # what layers add to them: smaller, and attention learns to tell them apart much later.
+    fan_in = (1,) if config.tie_embeddings else ()
+    self.embedding = weight(config, (V, E), ("vocab", "embed"), inputs=fan_in, rngs=rngs)
     self.layers = _stacked_layers(config, rngs=rngs)
     self.norm = rms_norm(config, rngs=rngs)
     if not config.tie_embeddings:

@@ -79,7 +79,8 @@ def grouped_attention(
     scale: of the logits.
     max_window: static bound on window_end − window_start of one query.
     group_bias: added to the logits of groups.
-    implementation: a name of `IMPLEMENTATIONS`, or None for the fastest that applies.
+    implementation: a name of `IMPLEMENTATIONS`, or None for the first that applies and is
+        not marked as chosen by name only.
 
   Raises:
     ValueError: if the implementation is unknown.
@@ -123,10 +124,10 @@ def refusals(target: Target, *arrays: Any, **options: Any) -> dict[str, str | No
     options: its keyword arguments but for `implementation`.
   """
   reasons: dict[str, str | None] = {}
-  for name in _BACKENDS:
+  for name, backend in _BACKENDS.items():
     try:
       jax.eval_shape(functools.partial(_attend, name, target, **options), *arrays)
-      reasons[name] = _BACKENDS[name].by_name_only
+      reasons[name] = backend.by_name_only
     except NotImplementedError as refusal:
       reasons[name] = str(refusal)
   return reasons

@@ -1,6 +1,7 @@
 """Saving and loading: what comes back, and what every kind of damage says."""
 
 import dataclasses
+import gc
 import json
 import resource
 import shutil
@@ -55,12 +56,13 @@ def save(checkpoints: Checkpoints, step: int, params: Any, loss: float | None = 
 
 
 @pytest.fixture
-def workdir(params: Any, tmp_path: Path) -> Path:
+def workdir(params: Any, tmp_path: Path) -> Iterator[Path]:
   """A run with the checkpoints 2 and 4."""
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     save(checkpoints, 2, params)
     save(checkpoints, 4, params)
-  return tmp_path
+  yield tmp_path
+  gc.collect()  # Orbax's abandoned tasks complain when they are collected: here, not at the end.
 
 
 def largest_file(folder: Path) -> Path:

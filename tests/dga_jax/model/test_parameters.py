@@ -88,7 +88,12 @@ def test_creation_under_a_mesh_with_rules() -> None:
   constraints = lowered.as_text()
   assert '[{"model"}, {"data"}]' in constraints  # embedding
   assert '[{}, {"data"}, {"model"}, {}]' in constraints  # query
-  assert np.std(state["embedding"][...]) == pytest.approx(1 / 4, rel=0.1)
+  assert np.std(state["embedding"][...]) == pytest.approx(1, rel=0.1)
+
+
+def test_a_tied_embedding_starts_at_the_scale_of_an_unembedding() -> None:
+  tied = Decoder(dataclasses.replace(CONFIG, tie_embeddings=True), rngs=nnx.Rngs(0))
+  assert np.std(tied.embedding[...]) == pytest.approx(CONFIG.embed_dim**-0.5, rel=0.1)
 
 
 def test_master_weights_stay_float32_under_bfloat16_compute() -> None:
