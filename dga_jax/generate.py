@@ -8,7 +8,7 @@ Prompts of a file (--prompt_file, one a line) go through the model together, as 
 from collections.abc import Sequence
 from pathlib import Path
 
-from absl import app, flags
+from absl import app, flags, logging
 from tqdm import tqdm
 
 from dga_jax.checkpoint import CheckpointError, load_model
@@ -35,6 +35,7 @@ def main(argv: Sequence[str]) -> None:
   """Prints the text as it comes, then one line of figures."""
   if len(argv) > 1:
     raise app.UsageError(f"{argv[1]!r} is no flag; quote prompts that hold spaces.")
+  logging.set_verbosity(logging.WARNING)  # The checkpoint library reports every read.
   try:
     texts = read_prompts()
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
