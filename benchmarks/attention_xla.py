@@ -101,13 +101,12 @@ def main(argv: Sequence[str]) -> None:
         )
 
       times = alternate(programs, inputs, repeats=_REPEATS.value, label=f"{direction} {length}")
+      dense_seconds = min(taken.median for name, taken in times.items() if "dense" in name)
       for name, taken in times.items():
-        ratio = (
-          f"{times['dense'].median / taken.median:.2f} times dense" if "dense" in times else ""
-        )
         print(
-          f"{direction:18} {length:6} {name:9} {taken!s:32} {ratio:18}"
-          f" temporaries {temporaries[name] / 1e6:.0f} MB",
+          f"{direction:18} {length:6} {name:13} {taken!s:32}"
+          f" {dense_seconds / taken.median:5.2f} times the faster dense"
+          f"  temporaries {temporaries[name] / 1e6:.0f} MB",
           flush=True,
         )
 
