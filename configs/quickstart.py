@@ -3,8 +3,9 @@
   ./workspace quickstart
 
 or, as its first half, python -m train.main --config=configs/quickstart.py --workdir=DIR. On two
-CPU cores it trained in 4.7 minutes: held-out loss 8.87 at the start and 5.41 nats per token at the
-end (3.63 and 2.22 bits per byte).
+CPU cores (AMD EPYC) with nothing else to do it trained in 3.9 minutes, 4.5 million parameters on
+0.6 million tokens: held-out loss 8.78 at the start and 4.87 nats per token at the end (3.60 and
+2.00 bits per byte).
 """
 
 from ml_collections import ConfigDict
@@ -30,7 +31,6 @@ def get_config() -> ConfigDict:
   config.model.num_kv_heads = 2
   config.model.head_dim = 64
   config.model.mlp_dim = 768
-  config.model.tie_embeddings = True
   config.model.dtype = "float32"  # A CPU computes faster in it than in bfloat16.
   config.model.dga.selection = "streaming"
   config.model.dga.group_size = 16

@@ -7,8 +7,9 @@ Training begins with rows of 16 tasks, each of 32 tokens and 8 pairs, and reache
 step 1000; held-out rows are at full difficulty all along. Guessing a value of the context is right
 once in 16 answers.
 
-On two CPU cores dense attention took 6.6 minutes and answered 100.0 % of the held-out questions
-(94 % at step 1000). Without the override the same model trains with DGA, streaming selection.
+On two CPU cores (AMD EPYC) with nothing else to do dense attention took 4.2 minutes and answered
+100.0 % of the held-out questions (94 % at step 1000). Without the override the same model trains
+with DGA, streaming selection, blocks of 18 tokens: 3.4 minutes and 91.5 % (58 % at step 1000).
 """
 
 from ml_collections import ConfigDict
