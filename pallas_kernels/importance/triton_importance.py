@@ -1,0 +1,54 @@
+"""Importance of keys through Pallas-Triton: two passes over the keys, no logits in memory.
+
+The first finds each sampled query's logsumexp, the second sums the columns of the softmax. JAX
+will remove this backend, hence files of its own.
+"""
+
+import math
+import warnings
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from pallas_kernels.grouped_attention.tile_spans import LOG2_E
+from pallas_kernels.importance.triton_logsumexp import triton_logsumexp
+from pallas_kernels.importance.triton_rows import importance_tile, ImportanceTile, make_rows
+from pallas_kernels.importance.triton_scores import triton_scores
+
+# Raised while lowering, thus long after any function here has returned.
+warnings.filterwarnings(
+  "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
+)
+
+DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
+
+
+def sampled_importance_triton(
+  query_BxSxHxD: Float[Array, "B S H D"],
+  key_BxLxNxD: Float[Array, "B L N D"],
+  start_BxS: Int[Array, "B S"],
+  end_BxS: Int[Array, "B S"],
+  *,
+  tile: ImportanceTile | None = None,
+  interpret: bool = False,
+) -> Float[Array, "B N L"]:
+  """See `sampled_importance`. `tile` overrides the sizes, `interpret` runs on a CPU.
+
+  Raises:
+    NotImplementedError: for a dtype other than float16, bfloat16 and float32.
+  """
+  if key_BxLxNxD.dtype not in DTYPES:
+    raise NotImplementedError(
+      f"dtype is {key_BxLxNxD.dtype}; this backend has float16, bfloat16 and float32."
+    )
+  _, S, H, D = query_BxSxHxD.shape
+  N = key_BxLxNxD.shape[2]
+  heads_per_kv = H // N
+  tile = tile or importance_tile(S * heads_per_kv, D, key_BxLxNxD.dtype.itemsize)
+  rows = make_rows(query_BxSxHxD, start_BxS, end_BxS, N, tile.block_q)
+  scale2 = LOG2_E / math.sqrt(D)
+  lse2_BxNxQ = triton_logsumexp(rows, key_BxLxNxD, scale2, tile, interpret=interpret)
+  return triton_scores(
+    rows, lse2_BxNxQ, key_BxLxNxD, scale2, heads_per_kv, tile, interpret=interpret
+  )

@@ -1,0 +1,41 @@
+"""The one entry to selection by score: picks the implementation for the device."""
+
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels.select.ranges import Ranges
+from pallas_kernels.select.xla import select_highest_xla
+from pallas_kernels.target import find_target
+
+IMPLEMENTATIONS = ("triton", "xla")
+
+
+def select_highest(
+  scores_BxNxL: Float[Array, "B N L"], ranges: Ranges, *, implementation: str | None = None
+) -> Bool[Array, "B N L"]:
+  """Exactly the `quota` highest scores of each range, ties to the earlier position.
+
+  0.0 and −0.0 are equal; NaN is lower than −∞. Positions in no range are False. All
+  implementations give the same mask, bit for bit.
+
+  Args:
+    scores_BxNxL: float32.
+    ranges: of the rows, the same for all N.
+    implementation: "triton" (Ampere and newer GPUs) or "xla" (any device); None for the first
+        that runs on the device at hand.
+
+  Raises:
+    ValueError: if the implementation is unknown.
+  """
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise ValueError(
+      f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}."
+    )
+  if implementation is None:
+    capability = find_target(scores_BxNxL).capability or 0
+    implementation = "triton" if capability >= 8.0 else "xla"
+  if implementation == "xla":
+    return select_highest_xla(scores_BxNxL, ranges)
+  # Imported when used: it loads a compiler that most machines have no use for.
+  from pallas_kernels.select.triton_select import select_highest_triton
+
+  return select_highest_triton(scores_BxNxL, ranges)
