@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention import check
-from dga_jax.attention.aggregate import merge
+from dga_jax.attention.aggregate import merge_scale
 from dga_jax.attention.plan import GroupPlan
+from pallas_kernels.summarise import merge
 
 
 class Seen(enum.IntEnum):
@@ -86,6 +87,9 @@ def merge_weights(
   # The weighted mean of one-hot values is the weights.
   one_hot_kxmxL = jax.nn.one_hot(member_kxm, L)
   _, weights_kx1xL = merge(
-    q_kxRxD[:, None], k_kxmxD[:, :, None], one_hot_kxmxL[:, :, None], plan.config
+    q_kxRxD[:, None],
+    k_kxmxD[:, :, None],
+    one_hot_kxmxL[:, :, None],
+    scale=merge_scale(plan.config, query.shape[-1]),
   )
   return np.asarray(weights_kx1xL[:, 0])

@@ -1,86 +1,84 @@
-"""From a plan to the keys and values of focal tokens and of merged groups."""
+"""From tokens to what attention reads: focal tokens, merged groups, and the raw window."""
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.plan import GroupPlan
+from dga_jax.attention.documents import Documents
+from dga_jax.attention.plan import GroupPlan, plan_chosen_blocks, plan_groups, Rows
 from dga_jax.config import DGAConfig
+from pallas_kernels.summarise import Entries, summarise, summarise_blocks
 
 
-class Summaries(NamedTuple):
-  """The three key sources of grouped attention."""
-
-  focal_key: Float[Array, "B r N D"]
-  focal_value: Float[Array, "B r N D"]
-  group_key: Float[Array, "B k N D"]
-  group_value: Float[Array, "B k N D"]
-  window_key: Float[Array, "B w N D"]
-  window_value: Float[Array, "B w N D"]
-
-
-def summarise(
+def plan_and_summarise(
   query_BxLxHxD: Float[Array, "B L H D"],
   key_BxLxNxD: Float[Array, "B L N D"],
   value_BxLxNxD: Float[Array, "B L N D"],
-  plan: GroupPlan,
-) -> Summaries:
-  """Picks focal tokens, merges groups, and lays out the window."""
-  B, _, H, D = query_BxLxHxD.shape
-  N, k, m = plan.member_index.shape[1:]
-  member_BxNxkm = plan.member_index.reshape(B, N, k * m)
-  member_key_BxkmxNxD = take_rows(key_BxLxNxD, member_BxNxkm)
-  member_value_BxkmxNxD = take_rows(value_BxLxNxD, member_BxNxkm)
-  query_BxLxNxRD = query_BxLxHxD.reshape(B, -1, N, H // N * D)
-  group_query_BxkxNxRxD = take_rows(query_BxLxNxRD, plan.group_query).reshape(B, k, N, H // N, D)
-  group_key_BxkxNxD, group_value_BxkxNxD = merge(
-    group_query_BxkxNxRxD,
-    member_key_BxkmxNxD.reshape(B, k, m, N, D),
-    member_value_BxkmxNxD.reshape(B, k, m, N, D),
-    plan.config,
-  )
-  streaming = plan.config.selection == "streaming"
-  return Summaries(
-    focal_key=take_rows(key_BxLxNxD, plan.focal_index),
-    focal_value=take_rows(value_BxLxNxD, plan.focal_index),
-    group_key=group_key_BxkxNxD,
-    group_value=group_value_BxkxNxD,
-    window_key=key_BxLxNxD if streaming else member_key_BxkmxNxD,
-    window_value=value_BxLxNxD if streaming else member_value_BxkmxNxD,
-  )
-
-
-def merge(
-  query: Float[Array, "*B N R D"],
-  key: Float[Array, "*B m N D"],
-  value: Float[Array, "*B m N D"],
+  *,
   config: DGAConfig,
-) -> tuple[Float[Array, "*B N D"], Float[Array, "*B N D"]]:
-  """Merges the m members of each group (Eq. 14 of the paper).
+  plan: GroupPlan | None = None,
+  lengths: Int[Array, "B"] | None = None,
+  segment_ids: Int[Array, "B L"] | None = None,
+  implementation: str | None = None,
+) -> tuple[GroupPlan, Float[Array, "B L H D"], Entries]:
+  """Makes the plan, unless it is given, and lays out what attention reads under it.
 
-  w = softmax over members of (q · K_j · scale), averaged over the R query heads of a KV head;
-  Kⁿ = Σ w_j K_j and Vⁿ = Σ w_j V_j. Sums are float32, results have the input dtype.
+  Args:
+    plan: decides on the split.
+    lengths: tokens of each row, the rest being right padding.
+    segment_ids: runs of equal ids are documents packed in a row; a negative id is padding.
+    implementation: None or "xla"; see `pallas_kernels.summarise`.
+
+  Returns:
+    The plan, the query to go on with, and the entries. Padding is hidden in all of them.
   """
-  scale = query.shape[-1] ** -0.5 if config.aggregation_scale == "head_dim" else 1.0
-  logits = jnp.einsum("...nrd,...mnd->...nrm", query, key, preferred_element_type=jnp.float32)
-  weights = jax.nn.softmax(logits * scale, axis=-1).mean(axis=-2)
+  scale = merge_scale(config, query_BxLxHxD.shape[-1])
+  # Sinks stand among the blocks' focal tokens: they take the way through the plan's indices.
+  if plan is None and config.selection == "streaming" and config.sink_tokens == 0:
+    rows = Rows.of(*key_BxLxNxD.shape[:2], config, lengths, segment_ids)
+    start_Bxk = rows.block_starts(config)
+    query, key, value = hide_padding(
+      rows.documents, rows.padded, query_BxLxHxD, key_BxLxNxD, value_BxLxNxD
+    )
+    query, entries, chosen_BxNxkxf = summarise_blocks(
+      query,
+      key,
+      value,
+      start_Bxk,
+      members=config.group_size,
+      focal=config.focal_in_block,
+      scale=scale,
+      implementation=implementation,
+    )
+    return plan_chosen_blocks(rows, start_Bxk, chosen_BxNxkxf, config), query, entries
+  if plan is None:
+    plan = plan_groups(
+      query_BxLxHxD, key_BxLxNxD, config=config, lengths=lengths, segment_ids=segment_ids
+    )
+  query, key, value = hide_padding(
+    plan.documents, plan.padded, query_BxLxHxD, key_BxLxNxD, value_BxLxNxD
+  )
+  query, entries = summarise(
+    query,
+    key,
+    value,
+    plan.focal_index,
+    plan.member_index,
+    plan.group_query,
+    scale=scale,
+    reorder_window=config.selection != "streaming",
+    implementation=implementation,
+  )
+  return plan, query, entries
 
-  def weighted(x: Array) -> Array:
-    total = jnp.einsum("...nm,...mnd->...nd", weights, x.astype(jnp.float32), precision="highest")
-    return total.astype(x.dtype)
 
-  return weighted(key), weighted(value)
+def merge_scale(config: DGAConfig, head_dim: int) -> float:
+  """Of the logits of merge weights."""
+  return head_dim**-0.5 if config.aggregation_scale == "head_dim" else 1.0
 
 
-def take_rows(
-  x_BxLxNxD: Float[Array, "B L N D"], index_BxNxS: Int[Array, "B N S"]
-) -> Float[Array, "B S N D"]:
-  """Each head's own selection of positions; zeros for L and beyond."""
-
-  def of_head(x_LxD: Array, index_S: Array) -> Array:
-    return x_LxD.at[index_S].get(mode="fill", fill_value=0)
-
-  of_row = jax.vmap(of_head, in_axes=(1, 0), out_axes=1)
-  return jax.vmap(of_row)(x_BxLxNxD, index_BxNxS)
+def hide_padding(documents: Documents, padded: bool, *arrays: Array) -> tuple[Array, ...]:
+  """[B, L, ...] arrays with zeros in the padding: what lies there must not reach a sum."""
+  if not padded:
+    return arrays
+  token_BxLx1x1 = documents.is_token[..., None, None]
+  return tuple(jnp.where(token_BxLx1x1, array, 0) for array in arrays)

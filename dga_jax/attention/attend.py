@@ -8,12 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention import check
-from dga_jax.attention.aggregate import Summaries, summarise
+from dga_jax.attention.aggregate import hide_padding, plan_and_summarise
 from dga_jax.attention.documents import find_documents
 from dga_jax.attention.plan import GroupPlan, plan_groups
 from dga_jax.attention.reference import reference_attention
 from dga_jax.config import DGAConfig
 from pallas_kernels.grouped_attention import grouped_attention, refusals
+from pallas_kernels.summarise import Entries
 from pallas_kernels.target import find_target
 
 
@@ -63,28 +64,35 @@ def dynamic_group_attention(
   check.implementation(implementation)
   B, L, _, D = query.shape
   check.rows(B, L, lengths, segment_ids)
-  padded = lengths is not None or segment_ids is not None
-  if plan is None:
-    plan = plan_groups(query, key, config=config, lengths=lengths, segment_ids=segment_ids)
-  else:
+  if plan is not None:
+    padded = lengths is not None or segment_ids is not None
     documents = find_documents(B, L, lengths, segment_ids) if padded else None
     check.plan_fits(plan, config, query, key, documents)
-  query, key, value = hide_padding(plan, query, key, value)
+  rows = {"lengths": lengths, "segment_ids": segment_ids}
   if implementation == "reference":
-    return mark_broken(
-      plan,
-      reference_attention(
-        query,
-        key,
-        value,
-        plan.focal_mask,
-        plan.documents,
-        config=config,
-        scale=D**-0.5 if scale is None else scale,
-      ),
+    if plan is None:
+      plan = plan_groups(query, key, config=config, **rows)
+    query, key, value = hide_padding(plan.documents, plan.padded, query, key, value)
+    out_BxLxHxD = reference_attention(
+      query,
+      key,
+      value,
+      plan.focal_mask,
+      plan.documents,
+      config=config,
+      scale=D**-0.5 if scale is None else scale,
     )
-  summaries = summarise(query, key, value, plan)
-  return attend_summaries(query, summaries, plan, scale=scale, implementation=implementation)
+    return mark_broken(plan, out_BxLxHxD)
+  plan, query, entries = plan_and_summarise(
+    query,
+    key,
+    value,
+    config=config,
+    plan=plan,
+    implementation="xla" if implementation == "xla" else None,
+    **rows,
+  )
+  return attend_entries(query, entries, plan, scale=scale, implementation=implementation)
 
 
 def explain(
@@ -108,10 +116,11 @@ def explain(
   target = find_target(query)
 
   def trace(query: Array, key: Array, value: Array) -> Array:
-    plan = plan_groups(query, key, config=config, lengths=lengths, segment_ids=segment_ids)
-    summaries = summarise(query, key, value, plan)
+    plan, query, entries = plan_and_summarise(
+      query, key, value, config=config, lengths=lengths, segment_ids=segment_ids
+    )
     options = kernel_options(query, config, scale=None)
-    reasons.update(refusals(target, query, *summaries, plan.bounds, **options))
+    reasons.update(refusals(target, query, *entries, plan.bounds, **options))
     return query
 
   jax.eval_shape(trace, query, key, value)
@@ -121,17 +130,9 @@ def explain(
   }
 
 
-def hide_padding(plan: GroupPlan, *arrays: Array) -> tuple[Array, ...]:
-  """[B, L, ...] arrays with zeros in the padding: what lies there must not reach a sum."""
-  if not plan.padded:
-    return arrays
-  token_BxLx1x1 = plan.documents.is_token[..., None, None]
-  return tuple(jnp.where(token_BxLx1x1, array, 0) for array in arrays)
-
-
-def attend_summaries(
+def attend_entries(
   query: Float[Array, "B L H D"],
-  summaries: Summaries,
+  entries: Entries,
   plan: GroupPlan,
   *,
   scale: float | None = None,
@@ -140,7 +141,7 @@ def attend_summaries(
   """Attention of every query to what the plan lets it see."""
   out_BxLxHxD = grouped_attention(
     query,
-    *summaries,
+    *entries,
     plan.bounds,
     implementation=implementation,
     **kernel_options(query, plan.config, scale),

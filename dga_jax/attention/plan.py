@@ -3,22 +3,20 @@
 import dataclasses
 import functools
 import math
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention import check
 from dga_jax.attention.documents import Documents, find_documents
-from dga_jax.attention.importance import (
-  importance_scores,
-  random_scores,
-  select_focal,
-  select_focal_in_blocks,
-)
-from dga_jax.attention.layout import global_layout, Sizes, streaming_layout
+from dga_jax.attention.importance import importance_scores, random_scores, select_focal
+from dga_jax.attention.layout import global_layout, Sizes, streaming_layout, StreamingBlocks
 from dga_jax.config import DGAConfig
 from pallas_kernels.grouped_attention import Bounds
+from pallas_kernels.summarise import choose_in_blocks
 
 
 @functools.partial(
@@ -110,7 +108,8 @@ class GroupPlan:
       groups = math.ceil((L - fewest) / config.group_size) + max_documents - 1
       sizes = Sizes(focal=most, groups=groups)
     padded = lengths is not None or segment_ids is not None
-    return _lay_out(focal_mask, documents, sizes, broken, config, padded)
+    rows = Rows(documents, max_documents, sizes, broken, padded)
+    return _lay_out(focal_mask, rows, config)
 
 
 def plan_groups(
@@ -140,22 +139,75 @@ def plan_groups(
   check.query_and_key(query, key)
   B, L, _, _ = query.shape
   N = key.shape[2]
-  check.rows(B, L, lengths, segment_ids)
   query, key = jax.lax.stop_gradient((query, key))
-  documents = find_documents(B, L, lengths, segment_ids)
-  padded = lengths is not None or segment_ids is not None
-  max_documents = check.document_bound(config, L, documents, segment_ids)
-  sizes = static_sizes(config, L, max_documents, exact=not padded)
+  rows = Rows.of(B, L, config, lengths, segment_ids)
   if config.selection == "streaming":
-    focal_BxNxL = select_focal_in_blocks(query, key, documents, sizes.groups, config)
+    start_Bxk = rows.block_starts(config)
+    chosen_BxNxkxf = choose_in_blocks(
+      query, key, start_Bxk, size=config.block_size, focal=config.focal_in_block
+    )
+    return plan_chosen_blocks(rows, start_Bxk, chosen_BxNxkxf, config)
+  if config.selection == "global":
+    scores_BxNxL = importance_scores(query, key, rows.documents, rows.max_documents, config)
   else:
-    if config.selection == "global":
-      scores_BxNxL = importance_scores(query, key, documents, max_documents, config)
-    else:
-      scores_BxNxL = random_scores(documents, N, config.seed)
-    focal_BxNxL = select_focal(scores_BxNxL, documents, config)
-  broken = too_many_documents(documents, config, segment_ids)
-  return _lay_out(focal_BxNxL, documents, sizes, broken, config, padded)
+    scores_BxNxL = random_scores(rows.documents, N, config.seed)
+  return _lay_out(select_focal(scores_BxNxL, rows.documents, config), rows, config)
+
+
+def plan_chosen_blocks(
+  rows: "Rows",
+  start_Bxk: Int[Array, "B k"],
+  chosen_BxNxkxf: Int[Array, "B N k f"],
+  config: DGAConfig,
+) -> GroupPlan:
+  """The streaming plan whose block at start_Bxk keeps its tokens at the chosen places."""
+  B, N, _, _ = chosen_BxNxkxf.shape
+  sink_BxL = StreamingBlocks.of(rows.documents, config).sink
+  focal_BxNxkf = (start_Bxk[:, None, :, None] + chosen_BxNxkxf).reshape(B, N, -1)
+  row_Bx1, head_1xN = jnp.arange(B)[:, None, None], jnp.arange(N)[None, :, None]
+  mask_BxNxL = jnp.broadcast_to(sink_BxL[:, None], (B, N, sink_BxL.shape[1]))
+  mask_BxNxL = mask_BxNxL.at[row_Bx1, head_1xN, focal_BxNxkf].set(True, mode="drop")
+  return _lay_out(mask_BxNxL, rows, config)
+
+
+class Rows(NamedTuple):
+  """What a plan knows of its rows before anything is selected."""
+
+  documents: Documents
+  max_documents: int
+  sizes: Sizes
+  broken: Array | None  # where a promised bound was found broken
+  padded: bool
+
+  @classmethod
+  def of(
+    cls,
+    batch: int,
+    length: int,
+    config: DGAConfig,
+    lengths: Int[Array, "B"] | None,
+    segment_ids: Int[Array, "B L"] | None,
+  ) -> "Rows":
+    """Checks and reads row lengths and segment ids.
+
+    Raises:
+      ValueError: names the argument that does not fit and what it must be.
+    """
+    check.rows(batch, length, lengths, segment_ids)
+    documents = find_documents(batch, length, lengths, segment_ids)
+    padded = lengths is not None or segment_ids is not None
+    max_documents = check.document_bound(config, length, documents, segment_ids)
+    return cls(
+      documents=documents,
+      max_documents=max_documents,
+      sizes=static_sizes(config, length, max_documents, exact=not padded),
+      broken=too_many_documents(documents, config, segment_ids),
+      padded=padded,
+    )
+
+  def block_starts(self, config: DGAConfig) -> Int[Array, "B k"]:
+    """First position of every complete streaming block, L for none."""
+    return StreamingBlocks.of(self.documents, config).starts(self.sizes.groups)
 
 
 def static_sizes(config: DGAConfig, length: int, max_documents: int, *, exact: bool) -> Sizes:
@@ -193,24 +245,17 @@ def too_many_documents(
   return documents.index >= config.max_documents
 
 
-def _lay_out(
-  focal_BxNxL: Array,
-  documents: Documents,
-  sizes: Sizes,
-  broken: Array | None,
-  config: DGAConfig,
-  padded: bool,
-) -> GroupPlan:
+def _lay_out(focal_BxNxL: Array, rows: Rows, config: DGAConfig) -> GroupPlan:
   lay_out = streaming_layout if config.selection == "streaming" else global_layout
-  layout = lay_out(focal_BxNxL, documents, sizes, config)
+  layout = lay_out(focal_BxNxL, rows.documents, rows.sizes, config)
   return GroupPlan(
     focal_mask=focal_BxNxL,
-    documents=documents,
+    documents=rows.documents,
     focal_index=layout.focal_index,
     member_index=layout.member_index,
     group_query=layout.group_query,
     bounds=layout.bounds,
-    broken=broken,
+    broken=rows.broken,
     config=config,
-    padded=padded,
+    padded=rows.padded,
   )

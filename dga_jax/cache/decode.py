@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.attention.aggregate import merge, take_rows
-from dga_jax.attention.importance import block_scores
+from dga_jax.attention.aggregate import merge_scale
 from dga_jax.cache.state import CompactCache, ring_age
 from dga_jax.config import DGAConfig
 from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.summarise import block_scores, merge, take_rows
 
 
 def decode_step(
@@ -169,7 +169,7 @@ def _flush(
     q_BxNxRxD,
     take_rows(key_BxsxNxD, member_BxNxm),
     take_rows(value_BxsxNxD, member_BxNxm),
-    config,
+    scale=merge_scale(config, D),
   )
   full_B = ~place.in_prefix & (place.offset == size - 1)
   first_B = cache.prefix[layer] + (f + 1) * place.block

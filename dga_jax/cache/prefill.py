@@ -1,13 +1,14 @@
-"""The cache after a prompt: one pass of the op, whose summaries become the compact part."""
+"""The cache after a prompt: one pass of the op, whose entries become the compact part."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.aggregate import Summaries, summarise, take_rows
-from dga_jax.attention.attend import attend_summaries, hide_padding
-from dga_jax.attention.plan import GroupPlan, plan_groups
+from dga_jax.attention.aggregate import hide_padding, plan_and_summarise
+from dga_jax.attention.attend import attend_entries
+from dga_jax.attention.plan import GroupPlan
 from dga_jax.cache.state import cache_size, CompactCache, ring_age
 from dga_jax.config import DGAConfig
+from pallas_kernels.summarise import Entries, take_rows
 
 
 def prefill(
@@ -27,35 +28,48 @@ def prefill(
     lengths_B: tokens of each prompt; None where all have L, and the cache is then exact.
     max_length: tokens that the cache is to hold for a sequence, prompt included, at least L.
   """
-  plan = plan_groups(query_BxLxHxD, key_BxLxNxD, config=config, lengths=lengths_B)
-  query, key, value = hide_padding(plan, query_BxLxHxD, key_BxLxNxD, value_BxLxNxD)
-  summaries = summarise(query, key, value, plan)
-  out_BxLxHxD = attend_summaries(query, summaries, plan, scale=scale, implementation=implementation)
-  return out_BxLxHxD, cache_prompt(key, value, plan, summaries, max_length=max_length)
+  plan, query, entries = plan_and_summarise(
+    query_BxLxHxD,
+    key_BxLxNxD,
+    value_BxLxNxD,
+    config=config,
+    lengths=lengths_B,
+    implementation="xla" if implementation == "xla" else None,
+  )
+  out_BxLxHxD = attend_entries(query, entries, plan, scale=scale, implementation=implementation)
+  key, value = hide_padding(plan.documents, plan.padded, key_BxLxNxD, value_BxLxNxD)
+  return out_BxLxHxD, cache_prompt(key, value, plan, entries, max_length=max_length)
 
 
 def cache_prompt(
   key_BxLxNxD: Float[Array, "B L N D"],
   value_BxLxNxD: Float[Array, "B L N D"],
   plan: GroupPlan,
-  summaries: Summaries,
+  entries: Entries,
   *,
   max_length: int,
 ) -> CompactCache:
-  """The cache after right-padded prompts, from their plan and summaries."""
+  """The cache after right-padded prompts, from their plan and entries."""
   config = plan.config
   B, L, N, _D = key_BxLxNxD.shape
+  r, k = plan.focal_index.shape[-1], plan.group_query.shape[-1]
+  entries = entries._replace(  # without what kernels leave behind them
+    focal_key=entries.focal_key[:, :r],
+    focal_value=entries.focal_value[:, :r],
+    group_key=entries.group_key[:, :k],
+    group_value=entries.group_value[:, :k],
+  )
   ragged = plan.padded
   size = cache_size(config, max_length, prompt=L, ragged=ragged)
   length_B = plan.documents.length[:, 0]
   sinks_B = jnp.full(B, config.sink_tokens, jnp.int32)
   if config.selection == "streaming":
-    compact = _interleaved(summaries, config)
+    compact = _interleaved(entries, config)
     origin_B = prefix_B = prefix_focal_B = sinks_B
   else:
     focal_B = plan.focal_mask.sum(axis=-1, dtype=jnp.int32)[:, 0]
     groups_B = (length_B - focal_B) // config.group_size
-    compact = _joined(summaries, focal_B)
+    compact = _joined(entries, focal_B)
     # A prompt shorter than the sinks is all focal, and the next tokens complete them.
     whole_B = length_B >= sinks_B
     origin_B = jnp.maximum(length_B, sinks_B)
@@ -76,7 +90,7 @@ def cache_prompt(
   )
 
 
-def _interleaved(summaries: Summaries, config: DGAConfig) -> tuple[Array, Array]:
+def _interleaved(entries: Entries, config: DGAConfig) -> tuple[Array, Array]:
   """Sinks, then for every block its f focal tokens and its group."""
   f = config.focal_in_block
 
@@ -89,24 +103,24 @@ def _interleaved(summaries: Summaries, config: DGAConfig) -> tuple[Array, Array]
     return jnp.concatenate([focal_BxrxNxD[:, :sinks], blocks.reshape(B, k * (f + 1), N, D)], axis=1)
 
   return (
-    interleave(summaries.focal_key, summaries.group_key),
-    interleave(summaries.focal_value, summaries.group_value),
+    interleave(entries.focal_key, entries.group_key),
+    interleave(entries.focal_value, entries.group_value),
   )
 
 
-def _joined(summaries: Summaries, focal_B: Array) -> tuple[Array, Array]:
+def _joined(entries: Entries, focal_B: Array) -> tuple[Array, Array]:
   """Each row's own focal tokens, and its groups right behind them."""
-  B, r, N, _ = summaries.focal_key.shape
-  entries = jnp.arange(r + summaries.group_key.shape[1])[None]
-  source_BxS = jnp.where(entries < focal_B[:, None], entries, entries - focal_B[:, None] + r)
+  B, r, N, _ = entries.focal_key.shape
+  slot = jnp.arange(r + entries.group_key.shape[1])[None]
+  source_BxS = jnp.where(slot < focal_B[:, None], slot, slot - focal_B[:, None] + r)
   source_BxNxS = jnp.broadcast_to(source_BxS[:, None], (B, N, source_BxS.shape[1]))
 
   def join(focal_BxrxNxD: Array, group_BxkxNxD: Array) -> Array:
     return take_rows(jnp.concatenate([focal_BxrxNxD, group_BxkxNxD], axis=1), source_BxNxS)
 
   return (
-    join(summaries.focal_key, summaries.group_key),
-    join(summaries.focal_value, summaries.group_value),
+    join(entries.focal_key, entries.group_key),
+    join(entries.focal_value, entries.group_value),
   )
 
 
