@@ -7,10 +7,12 @@ will remove this backend, hence files of its own.
 import math
 import warnings
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from pallas_kernels.grouped_attention.reference import in_range
 from pallas_kernels.grouped_attention.tile_spans import LOG2_E
 from pallas_kernels.importance.triton_logsumexp import triton_logsumexp
 from pallas_kernels.importance.triton_rows import importance_tile, ImportanceTile, make_rows
@@ -44,11 +46,12 @@ def sampled_importance_triton(
     )
   _, S, H, D = query_BxSxHxD.shape
   N = key_BxLxNxD.shape[2]
-  heads_per_kv = H // N
-  tile = tile or importance_tile(S * heads_per_kv, D, key_BxLxNxD.dtype.itemsize)
+  tile = tile or importance_tile(S * H // N, D, key_BxLxNxD.dtype.itemsize)
   rows = make_rows(query_BxSxHxD, start_BxS, end_BxS, N, tile.block_q)
   scale2 = LOG2_E / math.sqrt(D)
   lse2_BxNxQ = triton_logsumexp(rows, key_BxLxNxD, scale2, tile, interpret=interpret)
-  return triton_scores(
-    rows, lse2_BxNxQ, key_BxLxNxD, scale2, heads_per_kv, tile, interpret=interpret
-  )
+  paid_BxNxL = triton_scores(rows, lse2_BxNxQ, key_BxLxNxD, scale2, tile, interpret=interpret)
+  # Ranges that are known while compiling would have XLA count on the host, for seconds.
+  start_BxS, end_BxS = jax.lax.optimization_barrier((start_BxS, end_BxS))
+  count_BxL = in_range(key_BxLxNxD.shape[1], start_BxS, end_BxS).sum(axis=1)
+  return paid_BxNxL / jnp.maximum(1, count_BxL)[:, None]

@@ -8,9 +8,16 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_attention.tile_spans import like, loop_span, LOWEST, Span
+from pallas_kernels.grouped_attention.tile_spans import like, loop_span, LOWEST
 from pallas_kernels.grouped_attention.triton_tiles import dot
-from pallas_kernels.importance.triton_rows import ImportanceTile, load_keys, Rows
+from pallas_kernels.importance.triton_rows import (
+  chunk_grid,
+  chunk_span,
+  ImportanceTile,
+  load_keys,
+  Rows,
+  seen_mask,
+)
 
 
 def triton_logsumexp(
@@ -20,26 +27,16 @@ def triton_logsumexp(
 
   Programs share the keys out in chunks, each with a maximum and a sum of its own.
   """
-  B, N, Q, E = rows.query.shape
   L, D = key_BxLxNxD.shape[1], key_BxLxNxD.shape[3]
-  chunk = tile.chunk_tiles * tile.block_k
-  chunks = pl.cdiv(L, chunk)
+  grid, row_specs, key_spec = chunk_grid(rows, key_BxLxNxD, tile)
+  _, N, chunks, B = grid
   partial = pl.BlockSpec((None, None, None, tile.block_q), lambda t, n, c, b: (b, n, c, t))
   top, total = pl.pallas_call(
-    functools.partial(_kernel, length=L, head_dim=D, scale2=scale2, chunk=chunk, tile=tile),
-    # Programs that read the same keys run next to each other.
-    grid=(Q // tile.block_q, N, chunks, B),
-    in_specs=[
-      Rows(
-        query=pl.BlockSpec((None, None, tile.block_q, E), lambda t, n, c, b: (b, n, t, 0)),
-        start=pl.BlockSpec((None, tile.block_q), lambda t, n, c, b: (b, t)),
-        end=pl.BlockSpec((None, tile.block_q), lambda t, n, c, b: (b, t)),
-        span=pl.BlockSpec((None, None, 4), lambda t, n, c, b: (b, t, 0)),
-      ),
-      pl.BlockSpec((None, L, None, E), lambda t, n, c, b: (b, 0, n, 0)),
-    ],
+    functools.partial(_kernel, length=L, head_dim=D, scale2=scale2, tile=tile),
+    grid=grid,
+    in_specs=[row_specs, key_spec],
     out_specs=[partial, partial],
-    out_shape=[like(key_BxLxNxD, (B, N, chunks, Q), jnp.float32)] * 2,
+    out_shape=[like(key_BxLxNxD, (B, N, chunks, rows.query.shape[2]), jnp.float32)] * 2,
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
     name="importance_logsumexp",
@@ -58,19 +55,10 @@ def _kernel(
   length: int,
   head_dim: int,
   scale2: float,
-  chunk: int,
   tile: ImportanceTile,
 ) -> None:
   block_k = tile.block_k
-  first_key = pl.program_id(2) * chunk
-  last_key = jnp.minimum(first_key + chunk, length)
-  first, full_first, full_last, last = (rows.span[i] for i in range(4))
-  span = Span(
-    first=jnp.maximum(first, first_key),
-    full_first=jnp.maximum(full_first, first_key),
-    full_last=jnp.minimum(full_last, last_key),
-    last=jnp.minimum(last, last_key),
-  )
+  _, last_key, span = chunk_span(rows, length, tile)
   q_QxE = rows.query[...]
 
   def step(first: Array, masked: bool, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -78,11 +66,7 @@ def _kernel(
     k_KxE = load_keys(key_ref, first, block_k, last_key if masked else None, head_dim)
     logits2_QxK = dot(q_QxE, k_KxE, trans_b=True) * scale2
     if masked:
-      key_1xK = (first + jnp.arange(block_k))[None]
-      from_Q = rows.start[...]
-      to_Q = jnp.minimum(rows.end[...], last_key)
-      seen_QxK = (from_Q[:, None] <= key_1xK) & (key_1xK < to_Q[:, None])
-      logits2_QxK = jnp.where(seen_QxK, logits2_QxK, -jnp.inf)
+      logits2_QxK = jnp.where(seen_mask(rows, first, last_key, block_k), logits2_QxK, -jnp.inf)
     new_top_Q = jnp.maximum(top_Q, logits2_QxK.max(axis=1))
     weights_QxK = jnp.exp2(logits2_QxK - new_top_Q[:, None])
     return new_top_Q, total_Q * jnp.exp2(top_Q - new_top_Q) + weights_QxK.sum(axis=1)

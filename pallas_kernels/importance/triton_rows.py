@@ -18,13 +18,18 @@ from pallas_kernels.grouped_attention.tile_spans import Span
 
 @dataclasses.dataclass(frozen=True)
 class ImportanceTile:
-  """Rows × keys of one product, key tiles that a program of the first pass goes through."""
+  """Rows × keys of one product, how many of them a program does, how Triton compiles it."""
 
   block_q: int
   block_k: int
   chunk_tiles: int
   num_warps: int
   num_stages: int
+
+  @property
+  def chunk(self) -> int:
+    """Keys that one program goes through."""
+    return self.chunk_tiles * self.block_k
 
 
 def importance_tile(rows: int, head_dim: int, itemsize: int) -> ImportanceTile:
@@ -89,6 +94,47 @@ def make_rows(
     last=end_BxTxq.max(axis=-1),
   )
   return Rows(jnp.pad(query_BxNxQxD, pad), start_BxQ, end_BxQ, jnp.stack(span, axis=-1))
+
+
+def chunk_grid(
+  rows: Rows, key_BxLxNxD: Array, tile: ImportanceTile
+) -> tuple[tuple[int, ...], Rows, pl.BlockSpec]:
+  """A grid of (block of rows, KV head, chunk of keys, batch), and the specs of rows and keys.
+
+  Programs that read the same keys run next to each other. Each is given all keys of its head.
+  """
+  B, N, Q, E = rows.query.shape
+  L = key_BxLxNxD.shape[1]
+  grid = (Q // tile.block_q, N, pl.cdiv(L, tile.chunk), B)
+  row = pl.BlockSpec((None, tile.block_q), lambda t, n, c, b: (b, t))
+  specs = Rows(
+    query=pl.BlockSpec((None, None, tile.block_q, E), lambda t, n, c, b: (b, n, t, 0)),
+    start=row,
+    end=row,
+    span=pl.BlockSpec((None, None, 4), lambda t, n, c, b: (b, t, 0)),
+  )
+  return grid, specs, pl.BlockSpec((None, L, None, E), lambda t, n, c, b: (b, 0, n, 0))
+
+
+def chunk_span(rows: Rows, length: int, tile: ImportanceTile) -> tuple[Array, Array, Span]:
+  """First and last key of a program's chunk, and the `Span` of it that its rows see."""
+  first_key = pl.program_id(2) * tile.chunk
+  last_key = jnp.minimum(first_key + tile.chunk, length)
+  first, full_first, full_last, last = (rows.span[i] for i in range(4))
+  span = Span(
+    first=jnp.maximum(first, first_key),
+    full_first=jnp.maximum(full_first, first_key),
+    full_last=jnp.minimum(full_last, last_key),
+    last=jnp.minimum(last, last_key),
+  )
+  return first_key, last_key, span
+
+
+def seen_mask(rows: Rows, first: Array, last_key: Array, block: int) -> Array:
+  """[Q, block] bool: which keys from `first` on, and before `last_key`, each row sees."""
+  key_1xK = (first + jnp.arange(block))[None]
+  end_Q = jnp.minimum(rows.end[...], last_key)
+  return (rows.start[...][:, None] <= key_1xK) & (key_1xK < end_Q[:, None])
 
 
 def load_keys(

@@ -8,9 +8,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_attention.tile_spans import like
+from pallas_kernels.grouped_attention.tile_spans import like, loop_span
 from pallas_kernels.grouped_attention.triton_tiles import dot
-from pallas_kernels.importance.triton_rows import ImportanceTile, load_keys, Rows
+from pallas_kernels.importance.triton_rows import (
+  chunk_grid,
+  chunk_span,
+  ImportanceTile,
+  load_keys,
+  Rows,
+  seen_mask,
+)
 
 
 def triton_scores(
@@ -18,87 +25,70 @@ def triton_scores(
   lse2_BxNxQ: Array,
   key_BxLxNxD: Array,
   scale2: float,
-  heads_per_kv: int,
   tile: ImportanceTile,
   *,
   interpret: bool,
 ) -> Array:
-  """Scores [B, N, L]: Σ 2^(scale2 · q·k − lse2) over a key's rows / its sampled queries."""
-  B, N, Q, E = rows.query.shape
+  """What the rows pay to each key, [B, N, L]: Σ 2^(scale2 · q·k − lse2) over those that see it.
+
+  Each program sums over one block of rows, for one chunk of keys.
+  """
   L, D = key_BxLxNxD.shape[1], key_BxLxNxD.shape[3]
-  row = pl.BlockSpec((None, Q), lambda n, t, b: (b, 0))
-  return pl.pallas_call(
-    functools.partial(
-      _kernel, length=L, head_dim=D, scale2=scale2, heads_per_kv=heads_per_kv, tile=tile
-    ),
-    # The keys of all heads at one position lie next to each other in memory.
-    grid=(N, pl.cdiv(L, tile.block_k), B),
+  grid, row_specs, key_spec = chunk_grid(rows, key_BxLxNxD, tile)
+  blocks, N, _, B = grid
+  paid_BxNxTxL = pl.pallas_call(
+    functools.partial(_kernel, length=L, head_dim=D, scale2=scale2, tile=tile),
+    grid=grid,
     in_specs=[
-      Rows(
-        query=pl.BlockSpec((None, None, Q, E), lambda n, t, b: (b, n, 0, 0)),
-        start=row,
-        end=row,
-        span=pl.BlockSpec((None, Q // tile.block_q, 4), lambda n, t, b: (b, 0, 0)),
-      ),
-      pl.BlockSpec((None, None, Q), lambda n, t, b: (b, n, 0)),
-      pl.BlockSpec((None, tile.block_k, None, E), lambda n, t, b: (b, t, n, 0)),
+      row_specs,
+      pl.BlockSpec((None, None, tile.block_q), lambda t, n, c, b: (b, n, t)),
+      key_spec,
     ],
-    out_specs=pl.BlockSpec((None, None, tile.block_k), lambda n, t, b: (b, n, t)),
-    out_shape=like(key_BxLxNxD, (B, N, L), jnp.float32),
+    out_specs=pl.BlockSpec((None, None, None, L), lambda t, n, c, b: (b, n, t, 0)),
+    out_shape=like(key_BxLxNxD, (B, N, blocks, L), jnp.float32),
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
     name="importance_scores",
   )(rows, lse2_BxNxQ, key_BxLxNxD)
+  return paid_BxNxTxL.sum(axis=2)
 
 
 def _kernel(
   rows: Rows,
   lse2_ref: Any,
   key_ref: Any,
-  scores_ref: Any,
+  paid_ref: Any,
   *,
   length: int,
   head_dim: int,
   scale2: float,
-  heads_per_kv: int,
   tile: ImportanceTile,
 ) -> None:
-  block_q, block_k = tile.block_q, tile.block_k
-  first_key = pl.program_id(1) * block_k
-  keys_left = None if length % block_k == 0 else length - first_key
-  k_KxE = load_keys(key_ref, 0, block_k, keys_left, head_dim)
-  key_Kx1 = (first_key + jnp.arange(block_k))[:, None]
+  block_k = tile.block_k
+  first_key, last_key, span = chunk_span(rows, length, tile)
+  # Tiles lie on multiples of their size, so that what is seen and what is not share none.
+  span = span._replace(first=lax.div(span.first, block_k) * block_k)
+  q_QxE = rows.query[...]
+  lse2_Qx1 = lse2_ref[...][:, None]
 
-  def add(block: Array, masked: bool, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-    paid_K, seen_K = carry
-    part = pl.ds(block * block_q, block_q)
-    logits2_KxQ = dot(k_KxE, rows.query[part, :], trans_b=True) * scale2
+  def put(first: Array, paid_K: Array) -> None:
+    part = paid_ref.at[pl.ds(first, block_k)]
+    plgpu.store(part, paid_K, mask=first + jnp.arange(block_k) < last_key)
+
+  def step(first: Array, masked: bool, carry: int) -> int:
+    k_KxE = load_keys(key_ref, first, block_k, last_key if masked else None, head_dim)
+    logits2_QxK = dot(q_QxE, k_KxE, trans_b=True) * scale2
     if masked:
-      seen_KxQ = (rows.start[part][None] <= key_Kx1) & (key_Kx1 < rows.end[part][None])
-      logits2_KxQ = jnp.where(seen_KxQ, logits2_KxQ, -jnp.inf)
-      seen_K += seen_KxQ.astype(jnp.int32).sum(axis=1)
-    else:
-      seen_K += block_q
-    return paid_K + jnp.exp2(logits2_KxQ - lse2_ref[part][None]).sum(axis=1), seen_K
+      logits2_QxK = jnp.where(seen_mask(rows, first, last_key, block_k), logits2_QxK, -jnp.inf)
+    put(first, jnp.exp2(logits2_QxK - lse2_Qx1).sum(axis=0))
+    return carry
 
-  def step(block: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-    first, full_first, full_last, last = (rows.span[block, i] for i in range(4))
-    meets = (first < first_key + block_k) & (first_key < last)
-    full = (full_first <= first_key) & (first_key + block_k <= full_last)
-    return lax.cond(
-      full,
-      lambda carry: add(block, False, carry),
-      lambda carry: lax.cond(meets, lambda c: add(block, True, c), lambda c: c, carry),
-      carry,
-    )
+  def put_zeros(first: Array, last: Array) -> None:
+    tiles = lax.div(jnp.maximum(last - first, 0) + (block_k - 1), block_k)
+    zeros = jnp.zeros((block_k,), jnp.float32)
+    lax.fori_loop(0, tiles, lambda t, _: put(first + t * block_k, zeros), None)
 
-  nothing = (jnp.zeros((block_k,), jnp.float32), jnp.zeros((block_k,), jnp.int32))
-  blocks = rows.span.shape[0]
-  paid_K, seen_K = lax.fori_loop(0, blocks, step, nothing)
-  # Every query that sees a key counts once for each of its heads.
-  queries_K = lax.div(jnp.maximum(seen_K, heads_per_kv), heads_per_kv)
-  scores_K = paid_K / queries_K.astype(jnp.float32)
-  if length % block_k == 0:
-    scores_ref[...] = scores_K
-  else:
-    plgpu.store(scores_ref, scores_K, mask=jnp.arange(block_k) < keys_left)
+  seen_tiles = lax.div(jnp.maximum(span.last - span.first, 0) + (block_k - 1), block_k)
+  put_zeros(first_key, jnp.minimum(span.first, last_key))
+  put_zeros(jnp.minimum(span.first, last_key) + seen_tiles * block_k, last_key)
+  loop_span(span, block_k, step, 0, has_full_tiles=length >= block_k)
