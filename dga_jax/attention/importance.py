@@ -1,13 +1,16 @@
 """How important each key is, and which tokens stay focal. No gradient flows through here."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.attention.documents import Documents, positions
-from dga_jax.attention.layout import StreamingBlocks
+from dga_jax.attention.documents import Documents, find_documents, positions
 from dga_jax.config import DGAConfig
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.importance import sampled_importance
+from pallas_kernels.select import Ranges, select_highest
 
 
 def importance_scores(
@@ -23,35 +26,27 @@ def importance_scores(
   the document and `n_random` earlier ones, summed over the query heads of a KV head. A key that
   no sampled query sees scores 0. Float32 whatever the input.
   """
-  B, L, H, D = query_BxLxHxD.shape
+  B, L = query_BxLxHxD.shape[:2]
   N = key_BxLxNxD.shape[2]
   samples = min(L, config.n_recent + config.n_random)
+  start_BxC, _ = documents.extents(max_documents)
 
-  def of_document(scores_BxNxL: Array, document: Array) -> tuple[Array, None]:
-    inside_BxL = documents.index == document
-    sample_BxS, drawn_BxS = sample_queries(documents, inside_BxL, samples, config)
+  def of_document(document: Array | int) -> Array:
+    sample_BxS, drawn_BxS = sample_queries(documents, documents.index == document, samples, config)
     q_BxSxHxD = jnp.take_along_axis(query_BxLxHxD, sample_BxS[..., None, None], axis=1)
-    sees_BxSxL = (
-      drawn_BxS[..., None]
-      & inside_BxL[:, None]
-      & (positions(inside_BxL)[None, None] <= sample_BxS[..., None])
-    )
+    start_Bx1 = jax.lax.dynamic_slice_in_dim(start_BxC, document, 1, axis=1)
+    end_BxS = jnp.where(drawn_BxS, sample_BxS + 1, 0)
+    start_BxS = jnp.broadcast_to(start_Bx1, end_BxS.shape)
+    return sampled_importance(q_BxSxHxD, key_BxLxNxD, start_BxS, end_BxS)
 
-    def of_kv_head(heads: tuple[Array, Array]) -> Array:
-      q_BxSxRxD, k_BxLxD = heads
-      logits_BxRxSxL = jnp.einsum(
-        "bsrd,bld->brsl", q_BxSxRxD, k_BxLxD, preferred_element_type=jnp.float32
-      ) / jnp.sqrt(jnp.float32(D))
-      paid_BxRxSxL = masked_softmax(logits_BxRxSxL, sees_BxSxL[:, None])
-      return paid_BxRxSxL.sum(axis=(1, 2)) / jnp.maximum(1, sees_BxSxL.sum(axis=1))
-
-    q_NxBxSxRxD = jnp.moveaxis(q_BxSxHxD.reshape(B, samples, N, H // N, D), 2, 0)
-    paid_NxBxL = jax.lax.map(of_kv_head, (q_NxBxSxRxD, jnp.moveaxis(key_BxLxNxD, 2, 0)))
-    return scores_BxNxL + jnp.moveaxis(paid_NxBxL, 0, 1), None
-
-  scores_BxNxL = jnp.zeros((B, N, L), jnp.float32)
-  each = jnp.arange(max_documents, dtype=jnp.int32)
-  return jax.lax.scan(of_document, scores_BxNxL, each)[0]
+  if max_documents == 1:
+    return of_document(0)
+  return jax.lax.fori_loop(
+    0,
+    max_documents,
+    lambda document, scores_BxNxL: scores_BxNxL + of_document(document),
+    jnp.zeros((B, N, L), jnp.float32),
+  )
 
 
 def sample_queries(
@@ -62,6 +57,24 @@ def sample_queries(
   Recent queries first. The rest are those whose draw is highest; a position's draw depends on
   the seed and on its place in the document alone, so that padding and packing change nothing.
   """
+  B, L = inside_BxL.shape
+  if documents.whole_rows:
+    # The same positions whatever the data: no program has to draw and sort them again.
+    with jax.ensure_compile_time_eval():
+      sample_S = np.asarray(_sample_whole_row(L, samples, config))
+    return jnp.broadcast_to(sample_S, (B, samples)), jnp.ones((B, samples), bool)
+  return _sample(documents, inside_BxL, samples, config)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample_whole_row(length: int, samples: int, config: DGAConfig) -> Int[Array, "S"]:
+  documents = find_documents(1, length, None, None)
+  return _sample(documents, documents.is_token, samples, config)[0][0]
+
+
+def _sample(
+  documents: Documents, inside_BxL: Array, samples: int, config: DGAConfig
+) -> tuple[Array, Array]:
   recent_BxL = documents.position >= documents.length - config.n_recent
   draw_BxL = uniform_by_position(jax.random.key(config.seed), documents.position)
   priority_BxL = jnp.where(inside_BxL, jnp.where(recent_BxL, 2.0, draw_BxL), -1.0)
@@ -76,65 +89,19 @@ def random_scores(documents: Documents, heads: int, seed: int) -> Float[Array, "
 
 
 def select_focal(
-  scores_BxNxL: Float[Array, "B N L"], documents: Documents, config: DGAConfig
-) -> Bool[Array, "B N L"]:
-  """The quota's highest scores of each document, ties to the earlier position; sinks first."""
-  B, N, L = scores_BxNxL.shape
-  sink_BxL = documents.position < config.sink_tokens
-  scores_BxNxL = jnp.where(sink_BxL[:, None], jnp.inf, scores_BxNxL)
-  last = jnp.iinfo(jnp.int32).max
-  document_BxL = jnp.where(documents.is_token, documents.index, last)
-  document_BxNxL = jnp.broadcast_to(document_BxL[:, None], (B, N, L))
-  i_BxNxL = jnp.broadcast_to(positions(document_BxL), (B, N, L))
-  *_, by_rank_BxNxL = jax.lax.sort((document_BxNxL, -scores_BxNxL, i_BxNxL), num_keys=3)
-  rank_BxNxL = jnp.put_along_axis(
-    jnp.zeros_like(i_BxNxL), by_rank_BxNxL, i_BxNxL, axis=-1, inplace=False
-  )
-  tokens_before_BxL = jnp.cumsum(documents.is_token, axis=-1) - 1 - documents.position
-  quota_BxL = jnp.asarray(config.focal_quota(L))[documents.length]
-  in_quota_BxNxL = rank_BxNxL - tokens_before_BxL[:, None] < quota_BxL[:, None]
-  return in_quota_BxNxL & documents.is_token[:, None]
-
-
-def select_focal_in_blocks(
-  query_BxLxHxD: Float[Array, "B L H D"],
-  key_BxLxNxD: Float[Array, "B L N D"],
+  scores_BxNxL: Float[Array, "B N L"],
   documents: Documents,
-  num_blocks: int,
+  max_documents: int,
   config: DGAConfig,
 ) -> Bool[Array, "B N L"]:
-  """Sinks, and in every complete block the f tokens that its last query attends to most.
-
-  The scores are that query's softmax(q Kᵀ / √D) over the block alone, summed over the query
-  heads of a KV head; ties go to the earlier token.
-  """
-  B, L, N, D = key_BxLxNxD.shape
-  blocks = StreamingBlocks.of(documents, config)
-  size = config.block_size
-  start_Bxk = blocks.starts(num_blocks)
-  place_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
-  key_BxkxsxNxD = _take(key_BxLxNxD, place_Bxkxs)
-  query_BxkxNxRxD = _take(query_BxLxHxD, place_Bxkxs[..., -1]).reshape(B, num_blocks, N, -1, D)
-  scores_BxNxkxs = block_scores(query_BxkxNxRxD, key_BxkxsxNxD)
-  _, chosen_BxNxkxf = jax.lax.top_k(scores_BxNxkxs, config.focal_in_block)
-  focal_BxNxkf = (start_Bxk[:, None, :, None] + chosen_BxNxkxf).reshape(B, N, -1)
-  row_Bx1, head_1xN = jnp.arange(B)[:, None, None], jnp.arange(N)[None, :, None]
-  mask_BxNxL = jnp.broadcast_to(blocks.sink[:, None], (B, N, L))
-  return mask_BxNxL.at[row_Bx1, head_1xN, focal_BxNxkf].set(True, mode="drop")
-
-
-def block_scores(
-  query: Float[Array, "*B N R D"], key: Float[Array, "*B s N D"]
-) -> Float[Array, "B N *k s"]:
-  """What one query pays to each key of its block: softmax(q Kᵀ / √D), summed over R heads."""
-  logits = jnp.einsum("...nrd,...snd->...nrs", query, key, preferred_element_type=jnp.float32)
-  scores = jax.nn.softmax(logits / jnp.sqrt(jnp.float32(query.shape[-1])), axis=-1).sum(axis=-2)
-  return jnp.moveaxis(scores, -2, 1)
-
-
-def _take(x_BxLxNxD: Array, index: Array) -> Array:
-  """Rows of each batch entry by position; zeros for L and beyond."""
-  return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x_BxLxNxD, index)
+  """The quota's highest scores of each document, ties to the earlier position; sinks first."""
+  L = scores_BxNxL.shape[-1]
+  if config.sink_tokens:
+    sink_BxL = documents.position < config.sink_tokens
+    scores_BxNxL = jnp.where(sink_BxL[:, None], jnp.inf, scores_BxNxL)
+  start_BxC, length_BxC = documents.extents(max_documents)
+  quota_BxC = jnp.asarray(config.focal_quota(L))[length_BxC]
+  return select_highest(scores_BxNxL, Ranges(start_BxC, length_BxC, quota_BxC))
 
 
 def uniform_by_position(key: Array, position_BxL: Int[Array, "B L"]) -> Float[Array, "B L"]:

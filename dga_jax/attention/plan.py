@@ -151,7 +151,8 @@ def plan_groups(
     scores_BxNxL = importance_scores(query, key, rows.documents, rows.max_documents, config)
   else:
     scores_BxNxL = random_scores(rows.documents, N, config.seed)
-  return _lay_out(select_focal(scores_BxNxL, rows.documents, config), rows, config)
+  focal_BxNxL = select_focal(scores_BxNxL, rows.documents, rows.max_documents, config)
+  return _lay_out(focal_BxNxL, rows, config)
 
 
 def plan_chosen_blocks(
