@@ -34,7 +34,8 @@ def plan_and_summarise(
   scale = merge_scale(config, query_BxLxHxD.shape[-1])
   # Sinks stand among the blocks' focal tokens: they take the way through the plan's indices.
   if plan is None and config.selection == "streaming" and config.sink_tokens == 0:
-    rows = Rows.of(*key_BxLxNxD.shape[:2], config, lengths, segment_ids)
+    B, L = key_BxLxNxD.shape[:2]
+    rows = Rows.of(B, L, config, lengths, segment_ids)
     start_Bxk = rows.block_starts(config)
     query, key, value = hide_padding(
       rows.documents, rows.padded, query_BxLxHxD, key_BxLxNxD, value_BxLxNxD

@@ -1,126 +1,86 @@
 """Forward kernel of summarise, through Pallas-Triton: each token's key and value read once.
 
-A program holds a few groups, all their rows side by side in registers. Under streaming selection
-the rows are whole blocks, of which it first chooses the focal ones.
+A program holds a tile of groups. Their queries against all their rows is one small product, of
+which each query keeps its own group's part. Under streaming selection the rows are whole blocks,
+of which it first chooses the focal ones.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.summarise.triton_rows import like, load_rows, store_rows, tile, whole
-
-
-class GroupTile(NamedTuple):
-  """The tile of one program. Static."""
-
-  groups: int  # G, a power of two
-  lanes: int  # P, rows of a group, rounded up to a power of two
-
-  @classmethod
-  def of(cls, rows: int, head_dim: int) -> "GroupTile":
-    """For groups of `rows` rows: as many as registers hold."""
-    lanes = pl.next_power_of_2(rows)
-    return cls(max(1, 64 * 128 // (lanes * head_dim)), lanes)
-
-  @property
-  def multiple(self) -> int:
-    """What the number of groups is padded to; attention kernels want eights."""
-    return max(8, self.groups)
-
-  def rows_spec(self, row: Array) -> pl.BlockSpec:
-    """A tile of row indices [B, n, k, P]; n is N or 1."""
-    shared = row.shape[1] == 1
-    return pl.BlockSpec(
-      (None, None, self.groups, self.lanes), lambda t, n, b: (b, 0 if shared else n, t, 0)
-    )
-
-  def query_spec(self, last: Array) -> pl.BlockSpec:
-    """A tile of query indices [B, n, k]."""
-    shared = last.shape[1] == 1
-    return pl.BlockSpec((None, None, self.groups), lambda t, n, b: (b, 0 if shared else n, t))
-
-
-def heads_spec(query: Array, num_kv_heads: int) -> pl.BlockSpec:
-  """All queries of the heads that share a KV head, of [B, L, H, D]."""
-  _, L, H, D = query.shape
-  return pl.BlockSpec((None, L, H // num_kv_heads, D), lambda t, n, b: (b, 0, n, 0))
-
-
-def group_logits(
-  q_ref: Any, last_G: Array, k_GxPxD: Array, *, length: int
-) -> list[tuple[Array, Array]]:
-  """For each query head of the KV head: its query [G, D] and its products with the rows [G, P]."""
-  queries = [load_rows(q_ref, last_G, r, length=length) for r in range(q_ref.shape[1])]
-  queries = [q.astype(jnp.float32) for q in queries]
-  return [(q_GxD, (k_GxPxD * q_GxD[:, None]).sum(axis=-1)) for q_GxD in queries]
-
-
-def masked_softmax(logits_GxP: Array, mask_GxP: Array) -> Array:
-  """Softmax over the lanes of the mask, 0 elsewhere. Every group has such a lane."""
-  logits_GxP = jnp.where(mask_GxP, logits_GxP, -jnp.inf)
-  weights_GxP = jnp.exp(logits_GxP - logits_GxP.max(axis=1)[:, None])
-  return weights_GxP / weights_GxP.sum(axis=1)[:, None]
+from pallas_kernels.summarise.group_tile import block_softmax, GroupTile
+from pallas_kernels.summarise.triton_rows import (
+  dot,
+  like,
+  load_rows,
+  per_tile,
+  store_rows,
+  tile,
+  whole,
+)
 
 
 def merge_rows(
   query: Array,
   key: Array,
   value: Array,
-  row_BxnxkxP: Array,
-  last_Bxnxk: Array,
+  row_BxnxtxT: Array,
+  last_BxnxtxM: Array,
   *,
-  rows: int,
+  group_tile: GroupTile,
   focal: int,
   scale: float,
   reorder: bool,
-  group_tile: GroupTile,
   interpret: bool,
 ) -> list[Array]:
   """Group keys and values [B, k, N, D], and further pairs as asked.
 
   Args:
-    row_BxnxkxP: each group's rows, L where there is none; k is a multiple of group_tile.multiple.
-    last_Bxnxk: the query that weighs them, L for none.
-    rows: rows that a group has, at most P.
-    focal: how many of them stay focal, chosen here: gives their keys and values [B, k·focal, N,
-      D] and places in the block [B, N, k, focal].
+    row_BxnxtxT: each tile's rows; n is N or 1. See `GroupTile.indices`.
+    last_BxnxtxM: the queries that weigh them.
+    focal: how many rows of each group stay focal, chosen here: gives their keys and values
+      [B, k·focal, N, D] and their places in the group [B, N, k, focal].
     scale: of the merge logits.
     reorder: also writes the rows one after the other, [B, k·rows, N, D].
   """
   B, L, N, D = key.shape
-  k = last_Bxnxk.shape[-1]
-  G = group_tile.groups
-  outs = [(k, G), (k, G)]
-  outs += [(k * focal, G * focal)] * 2 if focal else []
-  outs += [(k * rows, G * rows)] * 2 if reorder else []
-  out_shape = [like(key, (B, S, N, D), key.dtype) for S, _ in outs]
-  out_specs = [tile(x, count) for x, (_, count) in zip(out_shape, outs, strict=True)]
+  tiles, G, rows = row_BxnxtxT.shape[2], group_tile.groups, group_tile.rows
+  counts = [G, G]
+  counts += [G * focal] * 2 if focal else []
+  counts += [G * rows] * 2 if reorder else []
+  out_shape = [like(key, (B, tiles * count, N, D), key.dtype) for count in counts]
+  out_specs = [tile(count, D) for count in counts]
   if focal:
-    out_shape.append(like(key, (B, N, k, focal), jnp.int32))
+    out_shape.append(like(key, (B, N, tiles * G, focal), jnp.int32))
     out_specs.append(pl.BlockSpec((None, None, G, focal), lambda t, n, b: (b, n, t, 0)))
   merged: list[Array] = pl.pallas_call(
     functools.partial(
-      _merge_kernel, length=L, rows=rows, focal=focal, scale=scale, reorder=reorder
+      _merge_kernel,
+      length=L,
+      group_tile=group_tile,
+      focal=focal,
+      scale=scale,
+      reorder=reorder,
     ),
-    grid=(k // G, N, B),
+    grid=(tiles, N, B),
     in_specs=[
-      heads_spec(query, N),
-      whole(key),
-      whole(value),
-      group_tile.rows_spec(row_BxnxkxP),
-      group_tile.query_spec(last_Bxnxk),
+      whole(query, group_tile.heads),
+      whole(key, None),
+      whole(value, None),
+      per_tile(row_BxnxtxT),
+      per_tile(last_BxnxtxM),
     ],
     out_specs=out_specs,
     out_shape=out_shape,
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
     name="summarise_merge",
-  )(query, key, value, row_BxnxkxP, last_Bxnxk)
+  )(query, key, value, row_BxnxtxT, last_BxnxtxM)
   return merged
 
 
@@ -132,66 +92,98 @@ def _merge_kernel(
   last_ref: Any,
   *out_refs: Any,
   length: int,
-  rows: int,
+  group_tile: GroupTile,
   focal: int,
   scale: float,
   reorder: bool,
 ) -> None:
-  row_GxP = row_ref[...]
-  G, P = row_GxP.shape
+  row_T = row_ref[...]
   D = k_ref.shape[-1]
-  row_T = row_GxP.reshape(G * P)
+  q_MxD = load_rows(
+    q_ref, last_ref[...], jnp.arange(group_tile.queries) % group_tile.heads, length=length
+  )
   k_TxD, v_TxD = (load_rows(ref, row_T, length=length) for ref in (k_ref, v_ref))
-  k_GxPxD, v_GxPxD = (x.reshape(G, P, D).astype(jnp.float32) for x in (k_TxD, v_TxD))
-  logits = [x for _, x in group_logits(q_ref, last_ref[...], k_GxPxD, length=length)]
-  lane_GxP = jnp.broadcast_to(jnp.arange(P)[None], (G, P))
-  member_GxP = lane_GxP < rows
-  *out_refs, chosen_ref = out_refs if focal else (*out_refs, None)
-  pairs = [out_refs[i : i + 2] for i in range(0, len(out_refs), 2)]
-  group_out, focal_out, window_out = pairs[0], pairs[1] if focal else None, pairs[-1]
+  logits_MxT = dot(q_MxD, k_TxD, trans_b=True)
+  mask_MxT, holds_SxT = group_tile.weighs(), group_tile.holds()
+  member_T = jnp.arange(group_tile.width) < group_tile.groups * group_tile.rows
   if focal:
-    scores_GxP = sum(masked_softmax(x * D**-0.5, member_GxP) for x in logits)
-    member_GxP = _choose(
-      scores_GxP, member_GxP, lane_GxP, (k_GxPxD, v_GxPxD), focal_out, chosen_ref
+    scores_T = block_softmax(logits_MxT * D**-0.5, mask_MxT).sum(axis=0)
+    chosen_ref = out_refs[-1]
+    focal_SxF = _choose(scores_T, holds_SxT, focal)
+    chosen_T = _store_focal(
+      focal_SxF, row_T, (k_ref, v_ref), out_refs[2:4], chosen_ref, group_tile, length
     )
-  weights_GxP = sum(masked_softmax(x * scale, member_GxP) for x in logits) / len(logits)
-  for x_GxPxD, out_ref in ((k_GxPxD, group_out[0]), (v_GxPxD, group_out[1])):
-    out_ref[...] = (weights_GxP[..., None] * x_GxPxD).sum(axis=1).astype(out_ref.dtype)
+    member_T &= ~chosen_T
+    mask_MxT &= member_T[None]
+  weights_T = block_softmax(logits_MxT * scale, mask_MxT).sum(axis=0) / group_tile.heads
+  member_SxT = holds_SxT & member_T[None]
+  weights_SxT = jnp.where(member_SxT, weights_T[None], 0.0)
+  slot_S = jnp.arange(group_tile.slots)
+  for x_TxD, out_ref in ((k_TxD, out_refs[0]), (v_TxD, out_refs[1])):
+    merged_SxD = _weighted(weights_SxT, member_SxT, x_TxD)
+    store_rows(out_ref, slot_S, merged_SxD, length=group_tile.groups)
   if reorder:
-    place_GxP = jnp.arange(G)[:, None] * rows + lane_GxP
-    place_T = jnp.where(lane_GxP < rows, place_GxP, G * rows).reshape(G * P)
-    for x_TxD, out_ref in ((k_TxD, window_out[0]), (v_TxD, window_out[1])):
-      store_rows(out_ref, place_T, x_TxD, length=G * rows)
+    place_T, rows = jnp.arange(group_tile.width), group_tile.groups * group_tile.rows
+    for x_TxD, out_ref in ((k_TxD, out_refs[2]), (v_TxD, out_refs[3])):
+      store_rows(out_ref, place_T, x_TxD, length=rows)
 
 
-def _choose(
-  scores_GxP: Array,
-  member_GxP: Array,
-  lane_GxP: Array,
-  tokens: tuple[Array, Array],
-  focal_out: Any,
-  chosen_ref: Any,
-) -> Array:
-  """Stores the lanes of highest score, in position order; gives the mask of the others."""
-  G, P = scores_GxP.shape
-  focal = chosen_ref.shape[-1]
+def _weighted(weights_SxT: Array, member_SxT: Array, x_TxD: Array) -> Array:
+  """weights @ x, exact to float32. A row that is not finite makes its own group NaN alone."""
+  wide_TxD = x_TxD.astype(jnp.float32)
+  odd_T = (wide_TxD - wide_TxD).sum(axis=1) != 0  # inf − inf is NaN
+  x_TxD = jnp.where(odd_T[:, None], 0, x_TxD).astype(x_TxD.dtype)
+  high_SxT = weights_SxT.astype(x_TxD.dtype)
+  merged_SxD = dot(high_SxT, x_TxD)
+  if x_TxD.dtype != jnp.float32:  # what the narrow weights leave over
+    merged_SxD += dot((weights_SxT - high_SxT.astype(jnp.float32)).astype(x_TxD.dtype), x_TxD)
+  odd_S = jnp.where(member_SxT & odd_T[None], 1, 0).max(axis=1) > 0
+  return jnp.where(odd_S[:, None], jnp.nan, merged_SxD)
+
+
+def _choose(scores_T: Array, holds_SxT: Array, focal: int) -> list[Array]:
+  """The rows of highest score in each group, ascending; T where a group does not exist."""
+  T = scores_T.shape[0]
   # As a sort would have it, NaN is the largest.
-  scores_GxP = jnp.where(scores_GxP == scores_GxP, scores_GxP, jnp.inf)
-  chosen_GxP = lane_GxP < 0
+  scores_T = jnp.where(scores_T == scores_T, scores_T, jnp.inf)
+  row_SxT = jnp.broadcast_to(jnp.arange(T)[None], holds_SxT.shape)
+  left_SxT = holds_SxT
   for _ in range(focal):
-    left_GxP = member_GxP & ~chosen_GxP
-    left_score_GxP = jnp.where(left_GxP, scores_GxP, -1.0)
-    is_top_GxP = left_GxP & (left_score_GxP == left_score_GxP.max(axis=1)[:, None])
-    first_G = jnp.where(is_top_GxP, lane_GxP, P).min(axis=1)
-    chosen_GxP |= lane_GxP == first_G[:, None]
-  place_G = jnp.full((G,), -1, jnp.int32)
-  for j in range(focal):
-    later_GxP = chosen_GxP & (lane_GxP > place_G[:, None])
-    place_G = jnp.where(later_GxP, lane_GxP, P).min(axis=1)
-    chosen_ref[:, j] = place_G
-    is_it_GxPx1 = (lane_GxP == place_G[:, None])[..., None]
-    slot_G = jnp.arange(G) * focal + j
-    for x_GxPxD, out_ref in zip(tokens, focal_out, strict=True):
-      x_GxD = jnp.where(is_it_GxPx1, x_GxPxD, 0).sum(axis=1)
-      store_rows(out_ref, slot_G, x_GxD, length=G * focal)
-  return member_GxP & ~chosen_GxP
+    score_SxT = jnp.where(left_SxT, scores_T[None], -1.0)
+    top_SxT = left_SxT & (score_SxT == score_SxT.max(axis=1)[:, None])
+    first_S = jnp.where(top_SxT, row_SxT, T).min(axis=1)
+    left_SxT &= row_SxT != first_S[:, None]
+  chosen_SxT = holds_SxT & ~left_SxT
+  found: list[Array] = []
+  for _ in range(focal):
+    later_SxT = chosen_SxT & (row_SxT > found[-1][:, None]) if found else chosen_SxT
+    found.append(jnp.where(later_SxT, row_SxT, T).min(axis=1))
+  return found
+
+
+def _store_focal(
+  focal_SxF: list[Array],
+  row_T: Array,
+  token_refs: tuple[Any, Any],
+  out_refs: Any,
+  chosen_ref: Any,
+  group_tile: GroupTile,
+  length: int,
+) -> Array:
+  """Writes the focal rows and their places in the group; tells which rows they are."""
+  T, G = group_tile.width, group_tile.groups
+  slot_S = jnp.arange(group_tile.slots)
+  chosen_T = jnp.arange(T) < 0
+  for j, place_S in enumerate(focal_SxF):
+    is_it_SxT = jnp.arange(T)[None] == place_S[:, None]
+    chosen_T |= jnp.where(is_it_SxT, 1, 0).max(axis=0) > 0
+    exists_S = slot_S < G
+    at = chosen_ref.at[slot_S, jnp.full(slot_S.shape, j)]
+    plgpu.store(at, place_S - slot_S * group_tile.rows, mask=exists_S)
+    source_S = jnp.where(is_it_SxT, row_T[None], 0).sum(axis=1)
+    source_S = jnp.where(exists_S, source_S, length)
+    target_S = jnp.where(exists_S, slot_S * len(focal_SxF) + j, G * len(focal_SxF))
+    for ref, out_ref in zip(token_refs, out_refs, strict=True):
+      x_SxD = load_rows(ref, source_S, length=length)
+      store_rows(out_ref, target_S, x_SxD, length=G * len(focal_SxF))
+  return chosen_T

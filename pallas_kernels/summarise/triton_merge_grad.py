@@ -16,68 +16,63 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.summarise.triton_merge import (
-  group_logits,
-  GroupTile,
-  heads_spec,
-  masked_softmax,
+from pallas_kernels.summarise.group_tile import block_softmax, GroupTile
+from pallas_kernels.summarise.triton_rows import (
+  dot,
+  like,
+  load_rows,
+  per_tile,
+  store_rows,
+  tile,
+  whole,
 )
-from pallas_kernels.summarise.triton_rows import like, load_rows, store_rows, tile, whole
 
 
 def merge_rows_grad(
   operands: tuple[Array, Array, Array],
-  row_BxNxkxP: Array,
-  last_BxNxk: Array,
+  row_BxNxtxT: Array,
+  last_BxNxtxM: Array,
   dgroup: tuple[Array, Array],
   dwindow: tuple[Array, Array] | None,
   onto: tuple[Array, Array, Array],
   *,
-  rows: int,
-  scale: float,
   group_tile: GroupTile,
+  scale: float,
   interpret: bool,
 ) -> tuple[Array, Array, Array]:
   """Adds the gradients of merging onto those of query, key and value, in place.
 
   Args:
     operands: query, key and value.
-    row_BxNxkxP: the members of groups, as for `merge_rows`.
-    last_BxNxk: the query that weighs them.
+    row_BxNxtxT: the members of groups by tile; see `GroupTile.indices`.
+    last_BxNxtxM: the queries that weigh them.
     dgroup: cotangents of the merged keys and values [B, k, N, D].
     dwindow: cotangents of the members' keys and values one after the other, [B, k·rows, N, D]:
       they then take the place of what `onto` holds in a member's row, which is not read.
     onto: gradients that are there already: of the query, and of keys and values.
-    rows: members of a group.
     scale: of the merge logits.
   """
   query, key, value = operands
-  B, L, N, _ = key.shape
-  k = last_BxNxk.shape[-1]
-  G = group_tile.groups
-  tokens = whole(key)
-  inputs = [query, key, value, row_BxNxkxP, last_BxNxk, *dgroup]
-  in_specs = [
-    heads_spec(query, N),
-    tokens,
-    tokens,
-    group_tile.rows_spec(row_BxNxkxP),
-    group_tile.query_spec(last_BxNxk),
-    tile(dgroup[0], G),
-    tile(dgroup[1], G),
-  ]
+  B, L, N, D = key.shape
+  G, tokens, queries = group_tile.groups, whole(key, None), whole(query, group_tile.heads)
+  inputs = [query, key, value, row_BxNxtxT, last_BxNxtxM, *dgroup]
+  in_specs = [queries, tokens, tokens, per_tile(row_BxNxtxT), per_tile(last_BxNxtxM)]
+  in_specs += [tile(G, D)] * 2
   if dwindow is not None:
     inputs += dwindow
-    in_specs += [tile(dwindow[0], G * rows)] * 2
-  gradient_specs = [heads_spec(query, N), tokens, tokens]
+    in_specs += [tile(G * group_tile.rows, D)] * 2
   first = len(inputs)
   summed: tuple[Array, Array, Array] = pl.pallas_call(
     functools.partial(
-      _merge_grad_kernel, length=L, rows=rows, scale=scale, has_window=dwindow is not None
+      _merge_grad_kernel,
+      length=L,
+      group_tile=group_tile,
+      scale=scale,
+      has_window=dwindow is not None,
     ),
-    grid=(k // G, N, B),
-    in_specs=in_specs + gradient_specs,
-    out_specs=gradient_specs,
+    grid=(row_BxNxtxT.shape[2], N, B),
+    in_specs=[*in_specs, queries, tokens, tokens],
+    out_specs=[queries, tokens, tokens],
     out_shape=[like(x, x.shape, x.dtype) for x in onto],
     input_output_aliases={first + i: i for i in range(3)},
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -97,43 +92,42 @@ def _merge_grad_kernel(
   dgroup_value_ref: Any,
   *refs: Any,
   length: int,
-  rows: int,
+  group_tile: GroupTile,
   scale: float,
   has_window: bool,
 ) -> None:
   *dwindow, dq_ref, dk_ref, dv_ref, dq_out, dk_out, dv_out = refs
-  row_GxP, last_G = row_ref[...], last_ref[...]
-  G, P = row_GxP.shape
-  D = k_ref.shape[-1]
-  row_T = row_GxP.reshape(G * P)
-  k_GxPxD, v_GxPxD = (
-    load_rows(ref, row_T, length=length).reshape(G, P, D).astype(jnp.float32)
-    for ref in (k_ref, v_ref)
+  row_T, last_M = row_ref[...], last_ref[...]
+  head_M = jnp.arange(group_tile.queries) % group_tile.heads
+  slot_S = jnp.arange(group_tile.slots)
+  q_MxD = load_rows(q_ref, last_M, head_M, length=length)
+  k_TxD, v_TxD = (load_rows(ref, row_T, length=length) for ref in (k_ref, v_ref))
+  dkey_SxD, dvalue_SxD = (
+    load_rows(ref, slot_S, length=group_tile.groups) for ref in (dgroup_key_ref, dgroup_value_ref)
   )
-  lane_GxP = jnp.broadcast_to(jnp.arange(P)[None], (G, P))
-  member_GxP = lane_GxP < rows
-  dkey_GxD = dgroup_key_ref[...].astype(jnp.float32)
-  dvalue_GxD = dgroup_value_ref[...].astype(jnp.float32)
-  dw_GxP = (k_GxPxD * dkey_GxD[:, None] + v_GxPxD * dvalue_GxD[:, None]).sum(axis=-1)
-  heads = group_logits(q_ref, last_G, k_GxPxD, length=length)
-  w_GxP = jnp.zeros((G, P), jnp.float32)
-  dk_GxPxD = jnp.zeros((G, P, D), jnp.float32)
-  for r, (q_GxD, logits_GxP) in enumerate(heads):
-    p_GxP = masked_softmax(logits_GxP * scale, member_GxP) / len(heads)
-    w_GxP += p_GxP
-    mean_G = (p_GxP * dw_GxP).sum(axis=1) * len(heads)
-    dl_GxP = scale * p_GxP * (dw_GxP - mean_G[:, None])
-    dk_GxPxD += dl_GxP[..., None] * q_GxD[:, None]
-    dq_GxD = (dl_GxP[..., None] * k_GxPxD).sum(axis=1)
-    dq_GxD += load_rows(dq_ref, last_G, r, length=length).astype(jnp.float32)
-    store_rows(dq_out, last_G, dq_GxD, r, length=length)
-  dk_GxPxD += w_GxP[..., None] * dkey_GxD[:, None]
-  dv_GxPxD = w_GxP[..., None] * dvalue_GxD[:, None]
-  place_GxP = jnp.where(member_GxP, jnp.arange(G)[:, None] * rows + lane_GxP, G * rows)
-  for i, (d_GxPxD, ref, out) in enumerate(((dk_GxPxD, dk_ref, dk_out), (dv_GxPxD, dv_ref, dv_out))):
-    d_TxD = d_GxPxD.reshape(G * P, D)
+  mask_MxT, holds_SxT = group_tile.weighs(), group_tile.holds()
+  dtype = k_TxD.dtype
+  dw_SxT = dot(dkey_SxD, k_TxD, trans_b=True) + dot(dvalue_SxD, v_TxD, trans_b=True)
+  dw_T = jnp.where(holds_SxT, dw_SxT, 0.0).sum(axis=0)
+  p_MxT = block_softmax(dot(q_MxD, k_TxD, trans_b=True) * scale, mask_MxT)
+  mean_M = (p_MxT * dw_T[None]).sum(axis=1)
+  dl_MxT = scale / group_tile.heads * p_MxT * (dw_T[None] - mean_M[:, None])
+  dl_MxT = dl_MxT.astype(dtype)
+  w_T = p_MxT.sum(axis=0) / group_tile.heads
+  w_TxS = jnp.where(holds_SxT, w_T[None], 0.0).astype(dtype).T
+
+  dq_MxD = dot(dl_MxT, k_TxD)
+  dq_MxD += load_rows(dq_ref, last_M, head_M, length=length).astype(jnp.float32)
+  store_rows(dq_out, last_M, dq_MxD, head_M, length=length)
+  place_T = jnp.arange(group_tile.width)
+  for i, (d_TxD, ref, out) in enumerate(
+    (
+      (dot(w_TxS, dkey_SxD) + dot(dl_MxT.T, q_MxD), dk_ref, dk_out),
+      (dot(w_TxS, dvalue_SxD), dv_ref, dv_out),
+    )
+  ):
     if has_window:
-      there = load_rows(dwindow[i], place_GxP.reshape(G * P), length=G * rows)
+      there = load_rows(dwindow[i], place_T, length=group_tile.groups * group_tile.rows)
     else:
       there = load_rows(ref, row_T, length=length)
     store_rows(out, row_T, d_TxD + there.astype(jnp.float32), length=length)

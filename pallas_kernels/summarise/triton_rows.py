@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -17,41 +17,53 @@ def like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
-def whole(x: Array) -> pl.BlockSpec:
-  """All rows of one head of [B, L, N, D], for a grid of (tile, N, B)."""
-  return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda t, n, b: (b, 0, n, 0))
+def whole(x: Array, heads: int | None) -> pl.BlockSpec:
+  """All rows of one head of [B, L, N, D], or of `heads` of them, for a grid of (tile, N, B)."""
+  return pl.BlockSpec((None, x.shape[1], heads, x.shape[3]), lambda t, n, b: (b, 0, n, 0))
 
 
-def tile(x: Array, rows: int) -> pl.BlockSpec:
+def tile(rows: int, head_dim: int) -> pl.BlockSpec:
   """A tile of `rows` rows of one head of [B, S, N, D]."""
-  return pl.BlockSpec((None, rows, None, x.shape[3]), lambda t, n, b: (b, t, n, 0))
+  return pl.BlockSpec((None, rows, None, head_dim), lambda t, n, b: (b, t, n, 0))
 
 
-def load_rows(ref: Any, index_T: Array, *more: Any, length: int) -> Array:
-  """[T, D] rows of a reference [L, ..., D]; zeros where the index is `length` or beyond."""
-  at, mask_TxD = _rows_at(ref, index_T, more, length)
+def per_tile(index: Array) -> pl.BlockSpec:
+  """A tile's entries of an index array [B, n, tiles, entries]; n is N or 1."""
+  shared = index.shape[1] == 1
+  return pl.BlockSpec(
+    (None, None, None, index.shape[3]), lambda t, n, b: (b, 0 if shared else n, t, 0)
+  )
+
+
+def dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
+  """a @ b in float32; float32 operands are not rounded to tf32."""
+  return lax.dot_general(
+    a,
+    b,
+    (((1,), (1 if trans_b else 0,)), ((), ())),
+    precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def load_rows(ref: Any, index_T: Array, *head_T: Array, length: int) -> Array:
+  """[T, D] rows of a reference [L, D], or [L, R, D] and a head each; zeros from `length` on."""
+  at, mask_TxD = _rows_at(ref, index_T, head_T, length)
   return plgpu.load(at, mask=mask_TxD, other=0)
 
 
-def store_rows(ref: Any, index_T: Array, x_TxD: Array, *more: Any, length: int) -> None:
+def store_rows(ref: Any, index_T: Array, x_TxD: Array, *head_T: Array, length: int) -> None:
   """The inverse of `load_rows`: rows whose index is `length` or beyond are not stored."""
-  at, mask_TxD = _rows_at(ref, index_T, more, length)
+  at, mask_TxD = _rows_at(ref, index_T, head_T, length)
   plgpu.store(at, x_TxD.astype(ref.dtype), mask=mask_TxD)
 
 
-def _rows_at(ref: Any, index_T: Array, more: tuple[Any, ...], length: int) -> tuple[Any, Array]:
+def _rows_at(ref: Any, index_T: Array, head_T: tuple[Array, ...], length: int) -> tuple[Any, Array]:
   """The rows as one pointer an element, and which of them exist."""
   shape = (*index_T.shape, ref.shape[-1])
-  index_TxD = jnp.broadcast_to(index_T[:, None], shape)
+  index = [jnp.broadcast_to(i_T[:, None], shape) for i_T in (index_T, *head_T)]
   column_TxD = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
-  return ref.at[(index_TxD, *more, column_TxD)], index_TxD < length
-
-
-def pad_index(index: Array, axis: int, multiple: int, length: int) -> Array:
-  """The index array with `length`, which points nowhere, up to a multiple of entries."""
-  widths = [(0, 0)] * index.ndim
-  widths[axis] = (0, -index.shape[axis] % multiple)
-  return jnp.pad(index, widths, constant_values=length)
+  return ref.at[(*index, column_TxD)], index[0] < length
 
 
 def gather_rows(
@@ -64,8 +76,8 @@ def gather_rows(
   gathered: tuple[Array, Array] = pl.pallas_call(
     functools.partial(_gather_kernel, length=L),
     grid=(S // ROWS, N, B),
-    in_specs=[whole(key), whole(value), _index_spec()],
-    out_specs=[tile(out, ROWS), tile(out, ROWS)],
+    in_specs=[whole(key, None), whole(value, None), _index_spec()],
+    out_specs=[tile(ROWS, D), tile(ROWS, D)],
     out_shape=[out, out],
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
@@ -94,13 +106,13 @@ def scatter_rows(
 
   No index occurs twice; S is a multiple of ROWS, and `rows` may hold more.
   """
-  _, L, N, _ = onto[0].shape
+  _, L, N, D = onto[0].shape
   B, S = index_BxNxS.shape[0], index_BxNxS.shape[-1]
-  specs = [whole(onto[0]), whole(onto[1])]
+  specs = [whole(onto[0], None), whole(onto[1], None)]
   scattered: tuple[Array, Array] = pl.pallas_call(
     functools.partial(_scatter_kernel, length=L, add=add),
     grid=(S // ROWS, N, B),
-    in_specs=[tile(rows[0], ROWS), tile(rows[1], ROWS), _index_spec(), *specs],
+    in_specs=[tile(ROWS, D), tile(ROWS, D), _index_spec(), *specs],
     out_specs=specs,
     out_shape=[like(x, x.shape, x.dtype) for x in onto],
     input_output_aliases={3: 0, 4: 1},

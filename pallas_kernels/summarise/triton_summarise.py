@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.summarise.entries import block_indices, Entries
-from pallas_kernels.summarise.triton_merge import GroupTile, merge_rows
+from pallas_kernels.summarise.group_tile import GroupTile, pad_index
+from pallas_kernels.summarise.triton_merge import merge_rows
 from pallas_kernels.summarise.triton_merge_grad import merge_rows_grad
-from pallas_kernels.summarise.triton_rows import gather_rows, pad_index, ROWS, scatter_rows
+from pallas_kernels.summarise.triton_rows import gather_rows, ROWS, scatter_rows
 
 # Raised while lowering, thus long after any function here has returned.
 warnings.filterwarnings(
@@ -99,18 +100,16 @@ def _summarise_fwd(
   focal_index, member_index, group_query = indices
   L, m = key.shape[1], member_index.shape[-1]
   focal = gather_rows(key, value, pad_index(focal_index, 2, ROWS, L), interpret=static.interpret)
-  group_tile, row, last = _group_rows(member_index, group_query, key)
+  group_tile = _group_tile(query, key, m)
   group_key, group_value, *window = merge_rows(
     query,
     key,
     value,
-    row,
-    last,
-    rows=m,
+    *group_tile.indices(member_index, group_query, L),
+    group_tile=group_tile,
     focal=0,
     scale=static.scale,
     reorder=static.reorder,
-    group_tile=group_tile,
     interpret=static.interpret,
   )
   entries = Entries(*focal, group_key, group_value, *(window or (key, value)))
@@ -137,47 +136,38 @@ def _summarise_blocks_fwd(
   query: Array, key: Array, value: Array, start: Array, static: _Static
 ) -> tuple[tuple[Array, Entries, Array], tuple]:
   L, size = key.shape[1], static.members + static.focal
-  group_tile = GroupTile.of(size, key.shape[-1])
-  start_Bxk = pad_index(start, 1, group_tile.multiple, L)
-  lane_P = jnp.arange(group_tile.lanes, dtype=jnp.int32)[None, None]
-  exists = (lane_P < size) & (start_Bxk[..., None] < L)
-  row_BxkxP = jnp.where(exists, start_Bxk[..., None] + lane_P, L)
+  group_tile = _group_tile(query, key, size)
+  row_BxkxP = start[..., None] + jnp.arange(size, dtype=jnp.int32)[None, None]
+  row_BxkxP = jnp.where(start[..., None] < L, row_BxkxP, L)
   group_key, group_value, focal_key, focal_value, chosen = merge_rows(
     query,
     key,
     value,
-    row_BxkxP[:, None],
-    row_BxkxP[:, None, :, size - 1],
-    rows=size,
+    *group_tile.indices(row_BxkxP[:, None], row_BxkxP[:, None, :, -1], L),
+    group_tile=group_tile,
     focal=static.focal,
     scale=static.scale,
     reorder=False,
-    group_tile=group_tile,
     interpret=static.interpret,
   )
   entries = Entries(focal_key, focal_value, group_key, group_value, key, value)
-  return (query, entries, chosen), (query, key, value, start_Bxk, chosen)
+  return (query, entries, chosen), (query, key, value, start, chosen)
 
 
 def _summarise_blocks_bwd(static: _Static, residuals: tuple, cotangents: tuple) -> tuple:
-  query, key, value, start_Bxk, chosen = residuals
+  query, key, value, start, chosen = residuals
   dquery, d, _ = cotangents
-  indices = block_indices(start_Bxk, chosen, static.members, key.shape[1])
+  chosen = chosen[:, :, : start.shape[1]]
+  indices = block_indices(start, chosen, static.members, key.shape[1])
   return *_add_gradients(query, key, value, indices, dquery, d, static), None
 
 
 _summarise_blocks.defvjp(_summarise_blocks_fwd, _summarise_blocks_bwd)
 
 
-def _group_rows(
-  member_index: Array, group_query: Array, key: Array
-) -> tuple[GroupTile, Array, Array]:
-  """Index arrays padded to the tiles of the kernels."""
-  L, D = key.shape[1], key.shape[-1]
-  group_tile = GroupTile.of(member_index.shape[-1], D)
-  row = pad_index(member_index, 3, group_tile.lanes, L)
-  row = pad_index(row, 2, group_tile.multiple, L)
-  return group_tile, row, pad_index(group_query, 2, group_tile.multiple, L)
+def _group_tile(query: Array, key: Array, rows: int) -> GroupTile:
+  _, _, N, D = key.shape
+  return GroupTile.of(rows, query.shape[2] // N, D)
 
 
 def _add_gradients(
@@ -192,26 +182,34 @@ def _add_gradients(
   """Gradients of query, key and value: every token is focal, or a member, or neither."""
   focal_index, member_index, group_query = indices
   L = key.shape[1]
-  group_tile, row, last = _group_rows(member_index, group_query, key)
+  group_tile = _group_tile(query, key, member_index.shape[-1])
+  row, last = group_tile.indices(member_index, group_query, L)
+  focal_index = pad_index(focal_index, 2, ROWS, L)
+  num_groups, num_focal = row.shape[2] * group_tile.groups, focal_index.shape[2]
   window = (d.window_key, d.window_value)
   onto = (jnp.zeros_like(key), jnp.zeros_like(value)) if static.reorder else window
   dquery, dkey, dvalue = merge_rows_grad(
     (query, key, value),
     row,
     last,
-    (d.group_key, d.group_value),
+    (_at_least(d.group_key, num_groups), _at_least(d.group_value, num_groups)),
     window if static.reorder else None,
     (dquery, *onto),
-    rows=member_index.shape[-1],
-    scale=static.scale,
     group_tile=group_tile,
+    scale=static.scale,
     interpret=static.interpret,
   )
   dkey, dvalue = scatter_rows(
-    (d.focal_key, d.focal_value),
+    (_at_least(d.focal_key, num_focal), _at_least(d.focal_value, num_focal)),
     (dkey, dvalue),
-    pad_index(focal_index, 2, ROWS, L),
+    focal_index,
     add=not static.reorder,
     interpret=static.interpret,
   )
   return dquery, dkey, dvalue
+
+
+def _at_least(x_BxSxNxD: Array, rows: int) -> Array:
+  """With rows of zeros, up to whole tiles of the backward pass."""
+  short = max(0, rows - x_BxSxNxD.shape[1])
+  return jnp.pad(x_BxSxNxD, ((0, 0), (0, short), (0, 0), (0, 0))) if short else x_BxSxNxD
