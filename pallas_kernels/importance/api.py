@@ -25,12 +25,12 @@ def sampled_importance(
   Not differentiable: it ranks keys.
 
   Args:
-    query_BxSxHxD: float16, bfloat16 or float32. Head h belongs to KV head ⌊h / (H/N)⌋.
+    query_BxSxHxD: any float dtype. Head h belongs to KV head ⌊h / (H/N)⌋.
     key_BxLxNxD: same dtype.
     start_BxS: int32, first key that a query sees.
     end_BxS: int32, at most L. A query with end ≤ start sees nothing and counts nowhere.
-    implementation: "triton" (Ampere and newer GPUs) or "xla" (any device); None for the first
-        that runs on the device at hand.
+    implementation: "triton" (Ampere and newer GPUs; no float64) or "xla" (any device); None for
+        the first that does.
 
   Returns:
     float32; 0 for keys that no query sees. A non-finite key makes NaN of the scores of all keys
@@ -38,6 +38,7 @@ def sampled_importance(
 
   Raises:
     ValueError: if the implementation is unknown.
+    NotImplementedError: if it cannot compute this call.
   """
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
@@ -45,8 +46,9 @@ def sampled_importance(
     )
   arrays = (query_BxSxHxD, key_BxLxNxD, start_BxS, end_BxS)
   if implementation is None:
-    target = find_target(query_BxSxHxD, key_BxLxNxD)
-    implementation = "triton" if (target.capability or 0) >= 8.0 else "xla"
+    capability = find_target(query_BxSxHxD, key_BxLxNxD).capability or 0
+    fits = capability >= 8.0 and key_BxLxNxD.dtype.itemsize <= 4
+    implementation = "triton" if fits else "xla"
   if implementation == "xla":
     return sampled_importance_xla(*arrays)
   # Imported when used: it loads a compiler that most machines have no use for.

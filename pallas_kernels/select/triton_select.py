@@ -25,9 +25,11 @@ warnings.filterwarnings(
   "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
 )
 
-# Scores that a program holds in registers: 32 in each of the 1024 threads that it can have.
-MAX_CHUNK = 2**15
-_PER_THREAD = 32
+# A program has at most 1024 threads. A range of up to 32 scores a thread is read once and stays
+# in registers; a longer one is read once a pass, in chunks that leave registers to spare.
+_IN_REGISTERS = 2**15
+_CHUNK = 2**14
+_PER_THREAD = 16
 
 _LOWEST = -(2**31)  # no score has this key, and no candidate threshold is as low
 
@@ -48,7 +50,7 @@ def select_highest_triton(
     raise NotImplementedError(f"dtype is {scores_BxNxL.dtype}; this backend has float32.")
   B, N, L = scores_BxNxL.shape
   C = ranges.start.shape[1]
-  chunk = chunk or min(MAX_CHUNK, pl.next_power_of_2(L))
+  chunk = chunk or (pl.next_power_of_2(L) if L <= _IN_REGISTERS else _CHUNK)
   row = pl.BlockSpec((None, None, L), lambda c, n, b: (b, n, 0))
   of_range = pl.BlockSpec((None, None), lambda c, n, b: (b, c))
   mask_BxNxL = pl.pallas_call(
