@@ -44,14 +44,19 @@ def sampled_importance_triton(
     raise NotImplementedError(
       f"dtype is {key_BxLxNxD.dtype}; this backend has float16, bfloat16 and float32."
     )
-  _, S, H, D = query_BxSxHxD.shape
-  N = key_BxLxNxD.shape[2]
-  tile = tile or importance_tile(S * H // N, D, key_BxLxNxD.dtype.itemsize)
+  S, H, D = query_BxSxHxD.shape[1:]
+  L, N = key_BxLxNxD.shape[1:3]
+  heads_per_kv = H // N
+  tile = tile or importance_tile(S * heads_per_kv, L, D, key_BxLxNxD.dtype.itemsize)
   rows = make_rows(query_BxSxHxD, start_BxS, end_BxS, N, tile.block_q)
   scale2 = LOG2_E / math.sqrt(D)
-  lse2_BxNxQ = triton_logsumexp(rows, key_BxLxNxD, scale2, tile, interpret=interpret)
-  paid_BxNxL = triton_scores(rows, lse2_BxNxQ, key_BxLxNxD, scale2, tile, interpret=interpret)
+  lse2_BxNxCxQ = triton_logsumexp(
+    rows, key_BxLxNxD, scale2, heads_per_kv, tile, interpret=interpret
+  )
+  paid_BxNxL = triton_scores(
+    rows, lse2_BxNxCxQ, key_BxLxNxD, scale2, heads_per_kv, tile, interpret=interpret
+  )
   # Ranges that are known while compiling would have XLA count on the host, for seconds.
   start_BxS, end_BxS = jax.lax.optimization_barrier((start_BxS, end_BxS))
-  count_BxL = in_range(key_BxLxNxD.shape[1], start_BxS, end_BxS).sum(axis=1)
+  count_BxL = in_range(L, start_BxS, end_BxS).sum(axis=1)
   return paid_BxNxL / jnp.maximum(1, count_BxL)[:, None]

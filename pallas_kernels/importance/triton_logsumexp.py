@@ -11,62 +11,65 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.grouped_attention.tile_spans import like, loop_span, LOWEST
 from pallas_kernels.grouped_attention.triton_tiles import dot
 from pallas_kernels.importance.triton_rows import (
+  Chunk,
   chunk_grid,
-  chunk_span,
   ImportanceTile,
   load_keys,
   Rows,
-  seen_mask,
 )
 
 
 def triton_logsumexp(
-  rows: Rows, key_BxLxNxD: Array, scale2: float, tile: ImportanceTile, *, interpret: bool
+  rows: Rows,
+  key_BxLxNxD: Array,
+  scale2: float,
+  heads_per_kv: int,
+  tile: ImportanceTile,
+  *,
+  interpret: bool,
 ) -> Array:
-  """Base-2 logsumexp [B, N, Q] of scale2 · q·k over each row's keys; 0 for rows without any.
+  """Base-2 logsumexp [B, N, chunks, Q] of scale2 · q·k over the keys of a chunk.
 
-  Programs share the keys out in chunks, each with a maximum and a sum of its own.
+  `LOWEST` for rows that see none of them.
   """
   L, D = key_BxLxNxD.shape[1], key_BxLxNxD.shape[3]
   grid, row_specs, key_spec = chunk_grid(rows, key_BxLxNxD, tile)
   _, N, chunks, B = grid
-  partial = pl.BlockSpec((None, None, None, tile.block_q), lambda t, n, c, b: (b, n, c, t))
-  top, total = pl.pallas_call(
-    functools.partial(_kernel, length=L, head_dim=D, scale2=scale2, tile=tile),
+  return pl.pallas_call(
+    functools.partial(
+      _kernel, length=L, head_dim=D, scale2=scale2, heads_per_kv=heads_per_kv, tile=tile
+    ),
     grid=grid,
     in_specs=[row_specs, key_spec],
-    out_specs=[partial, partial],
-    out_shape=[like(key_BxLxNxD, (B, N, chunks, rows.query.shape[2]), jnp.float32)] * 2,
+    out_specs=pl.BlockSpec((None, None, None, tile.block_q), lambda t, n, c, b: (b, n, c, t)),
+    out_shape=like(key_BxLxNxD, (B, N, chunks, rows.query.shape[2]), jnp.float32),
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
     name="importance_logsumexp",
   )(rows, key_BxLxNxD)
-  highest_BxNxQ = top.max(axis=2)
-  total_BxNxQ = (total * jnp.exp2(top - highest_BxNxQ[:, :, None])).sum(axis=2)
-  return jnp.where(total_BxNxQ == 0, 0, highest_BxNxQ + jnp.log2(total_BxNxQ))
 
 
 def _kernel(
   rows: Rows,
   key_ref: Any,
-  top_ref: Any,
-  total_ref: Any,
+  lse2_ref: Any,
   *,
   length: int,
   head_dim: int,
   scale2: float,
+  heads_per_kv: int,
   tile: ImportanceTile,
 ) -> None:
   block_k = tile.block_k
-  _, last_key, span = chunk_span(rows, length, tile)
+  chunk = Chunk.of_program(rows, length, heads_per_kv, tile)
   q_QxE = rows.query[...]
 
   def step(first: Array, masked: bool, carry: tuple[Array, Array]) -> tuple[Array, Array]:
     top_Q, total_Q = carry
-    k_KxE = load_keys(key_ref, first, block_k, last_key if masked else None, head_dim)
+    k_KxE = load_keys(key_ref, first, block_k, chunk.last if masked else None, head_dim)
     logits2_QxK = dot(q_QxE, k_KxE, trans_b=True) * scale2
     if masked:
-      logits2_QxK = jnp.where(seen_mask(rows, first, last_key, block_k), logits2_QxK, -jnp.inf)
+      logits2_QxK = jnp.where(chunk.seen(first, block_k), logits2_QxK, -jnp.inf)
     new_top_Q = jnp.maximum(top_Q, logits2_QxK.max(axis=1))
     weights_QxK = jnp.exp2(logits2_QxK - new_top_Q[:, None])
     return new_top_Q, total_Q * jnp.exp2(top_Q - new_top_Q) + weights_QxK.sum(axis=1)
@@ -75,6 +78,8 @@ def _kernel(
     jnp.full((tile.block_q,), LOWEST, jnp.float32),
     jnp.zeros((tile.block_q,), jnp.float32),
   )
-  top_ref[...], total_ref[...] = loop_span(
-    span, block_k, step, start, has_full_tiles=length >= block_k
-  )
+  has_full_tiles = length >= block_k
+  top_Q, total_Q = loop_span(chunk.span(), block_k, step, start, has_full_tiles=has_full_tiles)
+  nothing_Q = total_Q == 0
+  lse2_Q = top_Q + jnp.log2(jnp.where(nothing_Q, 1, total_Q))
+  lse2_ref[...] = jnp.where(nothing_Q, LOWEST, lse2_Q)

@@ -9,7 +9,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -32,21 +32,29 @@ class ImportanceTile:
     return self.chunk_tiles * self.block_k
 
 
-def importance_tile(rows: int, head_dim: int, itemsize: int) -> ImportanceTile:
-  """Tiles for the rows of a KV head, the head dim and an operand size in bytes.
+# Each program of the second pass combines what all chunks found in the first.
+_MAX_CHUNKS = 64
 
-  An operand tile takes at most 32 KiB, so that two keep to the 99 KiB of shared memory that any
-  Ampere or newer GPU has.
+
+def importance_tile(rows: int, keys: int, head_dim: int, itemsize: int) -> ImportanceTile:
+  """Tiles for the rows and keys of a KV head, the head dim and an operand size in bytes.
+
+  An operand tile takes at most 32 KiB, so that three and the sums of a tile fit the 99 KiB of
+  shared memory that any Ampere or newer GPU has.
   """
+  least = pl.cdiv(keys, _MAX_CHUNKS)
   if itemsize > 2:
     # Exact float32 products unroll into scalar code: small tiles keep its compile time down.
-    return ImportanceTile(block_q=32, block_k=16, chunk_tiles=64, num_warps=8, num_stages=1)
+    chunk_tiles = max(64, pl.cdiv(least, 16))
+    return ImportanceTile(
+      block_q=32, block_k=16, chunk_tiles=chunk_tiles, num_warps=8, num_stages=1
+    )
   fits = max(16, min(128, 2**15 // (itemsize * padded_dim(head_dim))))
   block_q = min(fits, max(16, pl.next_power_of_2(rows)))
   return ImportanceTile(
     block_q=block_q,
     block_k=fits,
-    chunk_tiles=1024 // fits,
+    chunk_tiles=max(1024 // fits, pl.cdiv(least, fits)),
     num_warps=8 if block_q * fits > 64 * 64 else 4,
     num_stages=2,
   )
@@ -58,42 +66,26 @@ def padded_dim(head_dim: int) -> int:
 
 
 class Rows(NamedTuple):
-  """The sampled queries of each KV head: arrays outside a kernel, references inside, or specs."""
+  """The sampled queries of each KV head: arrays outside a kernel, references inside, or specs.
+
+  Row s·R + r is head r of sampled query s.
+  """
 
   query: Any  # [B, N, Q, E]
-  start: Any  # [B, Q] int32
-  end: Any  # [B, Q] int32; rows that see nothing have the range [0, 0)
-  span: Any  # [B, row blocks, 4] int32: the `Span` of keys that a block of rows sees
+  start: Any  # [B, S] int32
+  end: Any  # [B, S] int32
 
 
 def make_rows(
   query_BxSxHxD: Array, start_BxS: Array, end_BxS: Array, kv_heads: int, block_q: int
 ) -> Rows:
-  """Lays the queries out by KV head and pads them to whole blocks with rows that see nothing."""
+  """Lays the queries out by KV head, padded to whole blocks and to a power of two of columns."""
   B, S, H, D = query_BxSxHxD.shape
   R = H // kv_heads
   query_BxNxSxRxD = query_BxSxHxD.reshape(B, S, kv_heads, R, D).transpose(0, 2, 1, 3, 4)
   query_BxNxQxD = query_BxNxSxRxD.reshape(B, kv_heads, S * R, D)
-  short = -(S * R) % block_q
-  pad = ((0, 0), (0, 0), (0, short), (0, padded_dim(D) - D))
-  sees_BxS = start_BxS < end_BxS
-
-  def by_row(bound_BxS: Array) -> Array:
-    bound_BxS = jnp.where(sees_BxS, bound_BxS, 0).astype(jnp.int32)
-    return jnp.pad(jnp.repeat(bound_BxS, R, axis=1), ((0, 0), (0, short)))
-
-  start_BxQ, end_BxQ = by_row(start_BxS), by_row(end_BxS)
-  start_BxTxq = start_BxQ.reshape(B, -1, block_q)
-  end_BxTxq = end_BxQ.reshape(B, -1, block_q)
-  nowhere = jnp.iinfo(jnp.int32).max
-  first_BxTxq = jnp.where(start_BxTxq < end_BxTxq, start_BxTxq, nowhere)
-  span = Span(
-    first=first_BxTxq.min(axis=-1),
-    full_first=start_BxTxq.max(axis=-1),
-    full_last=end_BxTxq.min(axis=-1),
-    last=end_BxTxq.max(axis=-1),
-  )
-  return Rows(jnp.pad(query_BxNxQxD, pad), start_BxQ, end_BxQ, jnp.stack(span, axis=-1))
+  pad = ((0, 0), (0, 0), (0, -(S * R) % block_q), (0, padded_dim(D) - D))
+  return Rows(jnp.pad(query_BxNxQxD, pad), start_BxS, end_BxS)
 
 
 def chunk_grid(
@@ -104,37 +96,52 @@ def chunk_grid(
   Programs that read the same keys run next to each other. Each is given all keys of its head.
   """
   B, N, Q, E = rows.query.shape
-  L = key_BxLxNxD.shape[1]
+  L, S = key_BxLxNxD.shape[1], rows.start.shape[1]
   grid = (Q // tile.block_q, N, pl.cdiv(L, tile.chunk), B)
-  row = pl.BlockSpec((None, tile.block_q), lambda t, n, c, b: (b, t))
-  specs = Rows(
-    query=pl.BlockSpec((None, None, tile.block_q, E), lambda t, n, c, b: (b, n, t, 0)),
-    start=row,
-    end=row,
-    span=pl.BlockSpec((None, None, 4), lambda t, n, c, b: (b, t, 0)),
-  )
-  return grid, specs, pl.BlockSpec((None, L, None, E), lambda t, n, c, b: (b, 0, n, 0))
+  bound = pl.BlockSpec((None, S), lambda t, n, c, b: (b, 0))
+  query = pl.BlockSpec((None, None, tile.block_q, E), lambda t, n, c, b: (b, n, t, 0))
+  keys = pl.BlockSpec((None, L, None, E), lambda t, n, c, b: (b, 0, n, 0))
+  return grid, Rows(query, bound, bound), keys
 
 
-def chunk_span(rows: Rows, length: int, tile: ImportanceTile) -> tuple[Array, Array, Span]:
-  """First and last key of a program's chunk, and the `Span` of it that its rows see."""
-  first_key = pl.program_id(2) * tile.chunk
-  last_key = jnp.minimum(first_key + tile.chunk, length)
-  first, full_first, full_last, last = (rows.span[i] for i in range(4))
-  span = Span(
-    first=jnp.maximum(first, first_key),
-    full_first=jnp.maximum(full_first, first_key),
-    full_last=jnp.minimum(full_last, last_key),
-    last=jnp.minimum(last, last_key),
-  )
-  return first_key, last_key, span
+class Chunk(NamedTuple):
+  """The keys that a program goes through, and which of them its rows see."""
 
+  first: Array
+  last: Array
+  start: Array  # [Q]
+  end: Array  # [Q]
 
-def seen_mask(rows: Rows, first: Array, last_key: Array, block: int) -> Array:
-  """[Q, block] bool: which keys from `first` on, and before `last_key`, each row sees."""
-  key_1xK = (first + jnp.arange(block))[None]
-  end_Q = jnp.minimum(rows.end[...], last_key)
-  return (rows.start[...][:, None] <= key_1xK) & (key_1xK < end_Q[:, None])
+  @classmethod
+  def of_program(cls, rows: Rows, length: int, heads_per_kv: int, tile: ImportanceTile) -> "Chunk":
+    """Rows that only fill a block see nothing."""
+    first = pl.program_id(2) * tile.chunk
+    last = jnp.minimum(first + tile.chunk, length)
+    row_Q = pl.program_id(0) * tile.block_q + jnp.arange(tile.block_q)
+    samples = rows.start.shape[0]
+    sample_Q = jnp.minimum(lax.div(row_Q, heads_per_kv), samples - 1)
+    end_Q = jnp.minimum(plgpu.load(rows.end.at[sample_Q]), last)
+    return cls(
+      first=first,
+      last=last,
+      start=jnp.maximum(plgpu.load(rows.start.at[sample_Q]), first),
+      end=jnp.where(row_Q < samples * heads_per_kv, end_Q, first),
+    )
+
+  def span(self) -> Span:
+    """The range of keys that any row sees, and the range that all see."""
+    sees_Q = self.start < self.end
+    return Span(
+      first=jnp.where(sees_Q, self.start, self.last).min(),
+      full_first=self.start.max(),
+      full_last=self.end.min(),
+      last=jnp.where(sees_Q, self.end, self.first).max(),
+    )
+
+  def seen(self, first: Array, block: int) -> Array:
+    """[Q, block] bool: which keys from `first` on each row sees."""
+    key_1xK = (first + jnp.arange(block))[None]
+    return (self.start[:, None] <= key_1xK) & (key_1xK < self.end[:, None])
 
 
 def load_keys(
