@@ -26,9 +26,7 @@ def importance_scores(
   the document and `n_random` earlier ones, summed over the query heads of a KV head. A key that
   no sampled query sees scores 0. Float32 whatever the input.
   """
-  B, L = query_BxLxHxD.shape[:2]
-  N = key_BxLxNxD.shape[2]
-  samples = min(L, config.n_recent + config.n_random)
+  samples = min(query_BxLxHxD.shape[1], config.n_recent + config.n_random)
   start_BxC, _ = documents.extents(max_documents)
 
   def of_document(document: Array | int) -> Array:
@@ -39,13 +37,14 @@ def importance_scores(
     start_BxS = jnp.broadcast_to(start_Bx1, end_BxS.shape)
     return sampled_importance(q_BxSxHxD, key_BxLxNxD, start_BxS, end_BxS)
 
+  first_BxNxL = of_document(0)
   if max_documents == 1:
-    return of_document(0)
+    return first_BxNxL
   return jax.lax.fori_loop(
-    0,
+    1,
     max_documents,
     lambda document, scores_BxNxL: scores_BxNxL + of_document(document),
-    jnp.zeros((B, N, L), jnp.float32),
+    first_BxNxL,
   )
 
 

@@ -7,7 +7,6 @@ will remove this backend, hence files of its own.
 import math
 import warnings
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
@@ -56,7 +55,5 @@ def sampled_importance_triton(
   paid_BxNxL = triton_scores(
     rows, lse2_BxNxCxQ, key_BxLxNxD, scale2, heads_per_kv, tile, interpret=interpret
   )
-  # Ranges that are known while compiling would have XLA count on the host, for seconds.
-  start_BxS, end_BxS = jax.lax.optimization_barrier((start_BxS, end_BxS))
   count_BxL = in_range(L, start_BxS, end_BxS).sum(axis=1)
   return paid_BxNxL / jnp.maximum(1, count_BxL)[:, None]
