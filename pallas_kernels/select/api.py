@@ -14,8 +14,8 @@ def select_highest(
 ) -> Bool[Array, "B N L"]:
   """Exactly the `quota` highest scores of each range, ties to the earlier position.
 
-  0.0 and −0.0 are equal; NaN is lower than −∞. Positions in no range are False. All
-  implementations give the same mask, bit for bit.
+  0.0 and −0.0 are equal; NaN is lower than −∞; XLA on a CPU takes subnormals for zeros. Positions
+  in no range are False. On one device all implementations give the same mask, bit for bit.
 
   Args:
     scores_BxNxL: float32.
