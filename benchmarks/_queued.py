@@ -19,9 +19,9 @@ class Contender:
   draw: Callable[[jax.Array], tuple[Any, ...]]
 
 
-def compare(
-  contenders: dict[str, Contender], *, rounds: int, repeats: int, seed: int
-) -> tuple[dict[str, Times], dict[str, str]]:
+def compare[Name](
+  contenders: dict[Name, Contender], *, rounds: int, repeats: int, seed: int
+) -> tuple[dict[Name, Times], dict[Name, str]]:
   """Times every contender once a round, each time on new random inputs.
 
   A sample is `repeats` calls queued one after the other, divided by their number, so that the
@@ -30,8 +30,8 @@ def compare(
   Returns:
     Seconds of one call by name, and by name why a contender does not run here.
   """
-  samples: dict[str, list[float]] = {}
-  refused: dict[str, str] = {}
+  samples: dict[Name, list[float]] = {}
+  refused: dict[Name, str] = {}
   for name, contender in contenders.items():
     try:
       jax.block_until_ready(contender.run(*contender.draw(jax.random.key(seed))))

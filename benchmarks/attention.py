@@ -1,26 +1,37 @@
-"""Dynamic Group Attention against the fastest dense attention: the kernel alone and the whole op.
+"""Dynamic Group Attention against the fastest dense attention, on a GPU.
 
     ./workspace bench attention --lengths=8192,16384,32768,131072
     ./workspace bench attention --lengths=32768 --kv_heads=32 --backward
 
-Batch 1. Prints one row a contender: milliseconds (median, lowest, highest of the rounds), how many
-times faster than cuDNN's dense causal attention in the same process, and for the kernel alone its
-rate: 4·D·H·L·(mean number of entries that a query sees), times 7/2 more with the backward pass.
+Batch 1, m = 16, importance rate 0.1. One row a contender: milliseconds (median, lowest, highest
+of the rounds, each on new random inputs), how many times faster than cuDNN's dense causal
+attention in the same process. "op" is all of it; "summaries" is what comes before attention:
+importance, selection, reordering and merging; "kernel" is attention alone, with its rate for
+4·D·H·L·(mean number of entries that a query sees) operations, 9/2 of it with the backward pass.
+
+Compiling takes longer than measuring. It can be done ahead, on a machine without a GPU:
+
+    ./workspace bench attention --lengths=32768 --compile_to=runs/programs
+    ./workspace bench attention --lengths=32768 --compiled=runs/programs    # on the GPU
 """
 
 import functools
+import pathlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax import Array
+from tqdm import tqdm
 
-from benchmarks._inputs import attention_flops, grouped_inputs, Shape
+from benchmarks import _ahead
+from benchmarks._inputs import entries_seen, Shape
 from benchmarks._queued import compare, Contender
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax.attention.aggregate import plan_and_summarise
 from pallas_kernels.grouped_attention import Bounds, grouped_attention
 
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "16384", "32768"], "sequence lengths")
@@ -28,61 +39,151 @@ _HEADS = flags.DEFINE_integer("heads", 32, "query heads")
 _KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "head dim")
 _MIN_FOCAL = flags.DEFINE_integer("min_focal_tokens", 0, "floor on focal tokens (global selection)")
+_SELECTIONS = flags.DEFINE_multi_enum(
+  "selection",
+  ["streaming", "global"],
+  ["streaming", "global", "random"],
+  "selections; random spreads focal tokens evenly",
+)
 _BACKWARD = flags.DEFINE_bool("backward", False, "time forward and backward instead of forward")
 _IMPLEMENTATIONS = flags.DEFINE_list(
-  "implementations", ["mosaic_gpu", "triton"], "implementations of grouped attention"
+  "implementations", ["mosaic_gpu"], "implementations of grouped attention; also triton"
 )
+_PARTS = flags.DEFINE_list("parts", ["op", "summaries", "kernel"], "what to time")
+_EXAMPLE = flags.DEFINE_bool("example", True, "also time JAX's Mosaic GPU example (forward)")
 _ROUNDS = flags.DEFINE_integer("rounds", 11, "samples of each contender")
-_REPEATS = flags.DEFINE_integer("repeats", 5, "calls in a sample")
+_REPEATS = flags.DEFINE_integer("repeats", 20, "calls in a sample")
 _SEED = flags.DEFINE_integer("seed", 0, "of the random inputs")
+_COMPILE_TO = flags.DEFINE_string("compile_to", None, "compile into this folder, and stop")
+_COMPILED = flags.DEFINE_string("compiled", None, "folder of what --compile_to compiled")
 
 _PEER = "cuDNN dense"
+_EXAMPLE_NAME = "JAX's Mosaic GPU example"
 
 
 def main(argv: list[str]) -> None:
   """Prints a table for every length."""
   del argv
-  print(environment())
   passes = "forward + backward" if _BACKWARD.value else "forward"
+  shapes = [Shape(int(L), _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value) for L in _LENGTHS.value]
+  if _COMPILE_TO.value is not None:
+    for shape in shapes:
+      _compile(shape, _COMPILE_TO.value)
+    return
+  print(environment())
   print(f"{passes}; m = 16, importance rate 0.1, min_focal_tokens {_MIN_FOCAL.value}")
-  for length in map(int, _LENGTHS.value):
-    shape = Shape(length, _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value)
+  for shape in shapes:
     print(f"\n{shape}\n| contender | ms | lowest to highest | times cuDNN | TFLOP/s |")
     print("| --- | --- | --- | --- | --- |")
-    flops: dict[str, float] = {}
+    programs = _load if _COMPILED.value is not None else _jit
+    contenders = {
+      name: Contender(programs(shape, name, run), programs(shape, _drawn(name), draw))
+      for name, (run, draw) in _contenders(shape).items()
+    }
+    contenders[_PEER] = Contender(
+      jax.jit(_with_passes(_dense)), jax.jit(functools.partial(_tokens, shape))
+    )
     timings, refused = compare(
-      _contenders(shape, flops), rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=_SEED.value
+      contenders, rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=_SEED.value
     )
     for name, times in timings.items():
-      print(_row(name, times, timings.get(_PEER), flops.get(name)))
+      print(_row(shape, name, times, timings.get(_PEER), contenders[name].draw), flush=True)
     for name, reason in refused.items():
       print(f"| {name} | does not run: {reason} | | | |")
 
 
-def _contenders(shape: Shape, flops: dict[str, float]) -> dict[str, Contender]:
-  """Everything that is compared at one shape; notes the kernels' work in `flops`."""
-  dense = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
-  contenders = {_PEER: Contender(_timed(dense), shape.tokens)}
-  if not _BACKWARD.value:  # it has no causal backward
-    contenders["JAX's Mosaic GPU example"] = Contender(
-      jax.jit(_mosaic_gpu_example), lambda key: _half(shape.tokens(key))
-    )
-  selections: tuple[Literal["streaming", "global"], ...] = ("streaming", "global")
-  for selection in selections:
-    config = DGAConfig(selection=selection, min_focal_tokens=_MIN_FOCAL.value)
-    draw = functools.partial(grouped_inputs, shape, config)
-    work = attention_flops(shape, draw(jax.random.key(_SEED.value))[1])
+def _contenders(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+  """All but the peer: a function of some arrays and more, and what draws these from a key."""
+  tokens = functools.partial(_tokens, shape)
+  contenders: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+  if _EXAMPLE.value and not _BACKWARD.value:  # it has no causal backward
+    contenders[_EXAMPLE_NAME] = (_mosaic_gpu_example, functools.partial(_half_tokens, shape))
+  for selection in _SELECTIONS.value:
+    config: DGAConfig = DGAConfig(selection=selection, min_focal_tokens=_MIN_FOCAL.value)
+    if "summaries" in _PARTS.value and not _BACKWARD.value:
+      contenders[f"summaries, {selection}"] = (functools.partial(_summaries, config), tokens)
     for name in _IMPLEMENTATIONS.value:
-      kernel = functools.partial(_kernel, config=config, implementation=name)
-      contenders[f"kernel, {selection}, {name}"] = Contender(_timed(kernel), draw)
-      flops[f"kernel, {selection}, {name}"] = work * (4.5 if _BACKWARD.value else 1)
-      op = functools.partial(dynamic_group_attention, config=config, implementation=name)
-      contenders[f"op, {selection}, {name}"] = Contender(_timed(op), shape.tokens)
+      op, kernel = (_with_passes(functools.partial(f, config, name)) for f in (_op, _kernel))
+      if "op" in _PARTS.value:
+        contenders[f"op, {selection}, {name}"] = (op, tokens)
+      if "kernel" in _PARTS.value:
+        draw = functools.partial(shape.entries, config)
+        contenders[f"kernel, {selection}, {name}"] = (kernel, draw)
   return contenders
 
 
+def _drawn(name: str) -> str:
+  """The name of the program that draws a contender's inputs; many share one."""
+  if name == _EXAMPLE_NAME:
+    return "half tokens"
+  return f"entries, {name.split(', ')[1]}" if name.startswith("kernel") else "tokens"
+
+
+def _path(folder: str, shape: Shape, name: str) -> pathlib.Path:
+  passes = "both" if _BACKWARD.value and not name.startswith(("entries", "tokens")) else "forward"
+  slug = "".join(c if c.isalnum() else "_" for c in name)
+  sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}"
+  return pathlib.Path(folder) / sizes / f"{slug}_{passes}"
+
+
+def _jit(shape: Shape, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+  del shape, name
+  return jax.jit(function)
+
+
+def _load(shape: Shape, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+  del function
+  return _ahead.load(_path(_COMPILED.value, shape, name))
+
+
+def _compile(shape: Shape, folder: str) -> None:
+  """Compiles and stores every program of a shape that is not there yet."""
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype)
+  for name, (run, draw) in tqdm(_contenders(shape).items(), desc=str(shape)):
+    with jax.sharding.use_abstract_mesh(_ahead.abstract_mesh()):
+      inputs = jax.eval_shape(draw, key)
+    for program, function, args in ((name, run, inputs), (_drawn(name), draw, (key,))):
+      path = _path(folder, shape, program)
+      if not path.exists():
+        _ahead.store(path, _ahead.compile_for_h100(function, *args))
+
+
+def _tokens(shape: Shape, key: Array) -> tuple[Any]:
+  return (shape.tokens(key),)
+
+
+def _half_tokens(shape: Shape, key: Array) -> tuple[Any]:
+  """The example's buffers are float16."""
+  return (tuple(x.astype(jnp.float16) for x in shape.tokens(key)),)
+
+
+def _dense(arrays: tuple[Array, Array, Array]) -> Array:
+  return jax.nn.dot_product_attention(*arrays, is_causal=True, implementation="cudnn")
+
+
+def _mosaic_gpu_example(arrays: tuple[Array, Array, Array]) -> Array:
+  from jax.experimental.pallas.ops.gpu import attention_mgpu
+
+  config = attention_mgpu.TuningConfig(
+    block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
+  )
+  return attention_mgpu.attention(*arrays, config)
+
+
+def _summaries(config: DGAConfig, arrays: tuple[Array, Array, Array]) -> Any:
+  plan, _, entries = plan_and_summarise(*arrays, config=config)
+  # What is passed through would be copied here, and is not in the op.
+  reordered = entries if config.selection != "streaming" else entries[:4]
+  return reordered, plan.bounds
+
+
+def _op(config: DGAConfig, implementation: str, arrays: tuple[Array, Array, Array]) -> Array:
+  return dynamic_group_attention(*arrays, config=config, implementation=implementation)
+
+
 def _kernel(
-  arrays: tuple[Array, ...], bounds: Bounds, *, config: DGAConfig, implementation: str
+  config: DGAConfig, implementation: str, arrays: tuple[Array, ...], bounds: Bounds
 ) -> Array:
   window = config.block_size if config.selection == "streaming" else config.group_size
   call: Any = functools.partial(
@@ -94,36 +195,26 @@ def _kernel(
   return call(*arrays, bounds)
 
 
-def _timed(attention: Callable[..., Array]) -> Callable[..., Any]:
-  """The attention itself, or with its gradient in all float inputs."""
+def _with_passes(function: Callable[..., Array]) -> Callable[..., Any]:
+  """The function itself, or with its gradient in the arrays; the output stands in for its own."""
   if not _BACKWARD.value:
-    return jax.jit(attention)
+    return function
 
-  def with_gradient(*inputs: Any) -> Any:
-    out, vjp = jax.vjp(attention, *inputs)
-    return out, vjp(jax.lax.stop_gradient(out))
+  def with_gradient(arrays: tuple[Array, ...], *rest: Any) -> Any:
+    out, pull = jax.vjp(lambda arrays: function(arrays, *rest), arrays)
+    return out, pull(out)
 
-  return jax.jit(with_gradient)
-
-
-def _mosaic_gpu_example(q: Array, k: Array, v: Array) -> Array:
-  from jax.experimental.pallas.ops.gpu import attention_mgpu
-
-  config = attention_mgpu.TuningConfig(
-    block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
-  )
-  return attention_mgpu.attention(q, k, v, config)
+  return with_gradient
 
 
-def _half(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-  """The example's buffers are float16."""
-  return tuple(x.astype(jnp.float16) for x in arrays)
-
-
-def _row(name: str, times: Times, peer: Times | None, flops: float | None) -> str:
+def _row(shape: Shape, name: str, times: Times, peer: Times | None, draw: Any) -> str:
   ms = [f"{1e3 * x:.3f}" for x in times]
   faster = f"{peer.median / times.median:.2f}" if peer else ""
-  rate = f"{flops / times.median / 1e12:.0f}" if flops else ""
+  rate = ""
+  if name.startswith("kernel"):
+    seen = entries_seen(draw(jax.random.key(_SEED.value))[1])
+    flops = 4.0 * shape.D * shape.H * shape.L * seen * (4.5 if _BACKWARD.value else 1)
+    rate = f"{flops / times.median / 1e12:.0f} ({seen:.0f} entries a query)"
   return f"| {name} | {ms[0]} | {ms[1]} to {ms[2]} | {faster} | {rate} |"
 
 

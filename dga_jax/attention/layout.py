@@ -154,10 +154,12 @@ def _count_before(x: Array) -> Array:
   return jnp.cumsum(x, axis=-1) - x
 
 
-def _at_start(x: Array, documents: Documents) -> Array:
-  """The value of x at the first token of each token's document; padding keeps its own."""
-  start = documents.start if x.ndim == 2 else documents.start[:, None]
-  return jnp.take_along_axis(x, start, axis=-1)
+def _at_start(count_before: Array, documents: Documents) -> Array:
+  """A `_count_before` at the first token of each token's document; padding keeps its own."""
+  if documents.whole_rows:
+    return jnp.zeros_like(count_before)
+  start = documents.start if count_before.ndim == 2 else documents.start[:, None]
+  return jnp.take_along_axis(count_before, start, axis=-1)
 
 
 def _place(slot: Array, chosen: Array, size: int) -> Array:

@@ -208,6 +208,10 @@ class Rows(NamedTuple):
 
   def block_starts(self, config: DGAConfig) -> Int[Array, "B k"]:
     """First position of every complete streaming block, L for none."""
+    if self.documents.whole_rows:
+      blocks = jnp.arange(self.sizes.groups, dtype=jnp.int32)
+      start_k = config.sink_tokens + config.block_size * blocks
+      return jnp.broadcast_to(start_k, (self.documents.index.shape[0], *start_k.shape))
     return StreamingBlocks.of(self.documents, config).starts(self.sizes.groups)
 
 

@@ -27,6 +27,14 @@ def _triton(*arrays: Any, **options: Any) -> Array:
   return grouped_attention_triton(*arrays, **options)
 
 
+def _jax_triton(*arrays: Any, **options: Any) -> Array:
+  try:
+    from pallas_kernels.grouped_attention.jax_triton_forward import grouped_attention_jax_triton
+  except ModuleNotFoundError as missing:
+    raise NotImplementedError(f"{missing.name} is not installed; see WORKSPACE.md") from missing
+  return grouped_attention_jax_triton(*arrays, **options)
+
+
 class _Backend(NamedTuple):
   attend: Callable[..., Array]
   runs_on: Callable[[Target], bool]
@@ -34,15 +42,15 @@ class _Backend(NamedTuple):
   by_name_only: str | None = None  # why it is not chosen by itself
 
 
-_UNPROVEN = "chosen by name alone until its gradients are compared with the reference on a GPU"
-
 # In the order in which they are tried when none is named. "reference" is never chosen by itself.
 _BACKENDS = {
-  "mosaic_gpu": _Backend(
-    _mosaic_gpu, lambda t: t.capability == 9.0, "a Hopper GPU", by_name_only=_UNPROVEN
-  ),
-  "triton": _Backend(
-    _triton, lambda t: (t.capability or 0) >= 8.0, "an Ampere or newer GPU", by_name_only=_UNPROVEN
+  "mosaic_gpu": _Backend(_mosaic_gpu, lambda t: t.capability == 9.0, "a Hopper GPU"),
+  "triton": _Backend(_triton, lambda t: (t.capability or 0) >= 8.0, "an Ampere or newer GPU"),
+  "jax_triton": _Backend(
+    _jax_triton,
+    lambda t: (t.capability or 0) >= 8.0,
+    "an Ampere or newer GPU",
+    by_name_only="chosen by name alone: it has no backward pass",
   ),
   "xla": _Backend(grouped_attention_xla, lambda t: True, "any device"),
 }

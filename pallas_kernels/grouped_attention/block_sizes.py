@@ -1,9 +1,17 @@
-"""Tile sizes of the GPU kernels: a small table of measured ones, a rule for everything else."""
+"""Tile sizes of the GPU kernels: a table of measured ones, and a rule for everything else.
+
+`benchmarks/tune_attention.py --write` measures tiles and writes the table, `tuned_blocks.json`.
+"""
 
 import dataclasses
+import functools
+import json
+import pathlib
+from typing import Any
 
 import jax
 
+TABLE = pathlib.Path(__file__).with_name("tuned_blocks.json")
 H100_MULTIPROCESSORS = 132
 
 
@@ -26,12 +34,40 @@ class TritonBlocks:
   dkdv: TritonTile
 
 
-def triton_blocks(head_dim: int, itemsize: int) -> TritonBlocks:
-  """Tiles for a (padded) head dim and an operand size in bytes.
+@dataclasses.dataclass(frozen=True)
+class MosaicQueryTile:
+  """Of the kernels that hold queries: entries a step, and steps in flight."""
+
+  block_k: int
+  stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicKeyTile:
+  """Of the kernel that holds entries: queries a step, and steps in flight."""
+
+  block_q: int
+  stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicBlocks:
+  """Tiles of the three Mosaic GPU kernels."""
+
+  forward: MosaicQueryTile
+  dq: MosaicQueryTile
+  dkdv: MosaicKeyTile
+
+
+def triton_blocks(device_kind: str, head_dim: int, itemsize: int) -> TritonBlocks:
+  """Tiles for a device, a head dim and an operand size in bytes.
 
   The rule keeps an operand tile at 32 KiB or less, so that two stages of K and V and the query
   tile fit the 164 KiB of shared memory of an A100.
   """
+  tuned = _tuned(device_kind, "triton", head_dim, itemsize)
+  if tuned is not None:
+    return TritonBlocks(**{kernel: TritonTile(**tile) for kernel, tile in tuned.items()})
   if itemsize > 2:
     # Exact float32 products unroll into scalar code: small tiles keep its compile time down.
     tile = TritonTile(block_q=32, block_k=16, num_warps=8, num_stages=1)
@@ -52,43 +88,42 @@ def triton_blocks(head_dim: int, itemsize: int) -> TritonBlocks:
   )
 
 
-@dataclasses.dataclass(frozen=True)
-class MosaicQueryTile:
-  """Of the kernels that hold queries: entries a step, and steps in flight."""
+def mosaic_blocks(device_kind: str, head_dim: int) -> MosaicBlocks:
+  """Tiles for a device and a head dim of 64 or 128, with operands of 2 bytes.
 
-  block_k: int
-  stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class MosaicKeyTile:
-  """Of the kernel that holds entries: queries a step, and steps in flight."""
-
-  block_q: int
-  stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class MosaicBlocks:
-  """Tiles of the three Mosaic GPU kernels, and how many programs stay on the GPU."""
-
-  forward: MosaicQueryTile
-  dq: MosaicQueryTile
-  dkdv: MosaicKeyTile
-  programs: int
-
-
-def mosaic_blocks() -> MosaicBlocks:
-  """Tiles whose buffers fit the 227 KiB of shared memory of a Hopper, up to head dim 128.
-
-  On an H100, 32K tokens, head dim 128: forward 2.72 ms with 128 entries a step, 3.22 with 64.
+  The rule is what was fastest on an H100 at head dim 128; its buffers fit the 227 KiB of shared
+  memory of any Hopper.
   """
+  tuned = _tuned(device_kind, "mosaic_gpu", head_dim, 2)
+  if tuned is not None:
+    return MosaicBlocks(
+      forward=MosaicQueryTile(**tuned["forward"]),
+      dq=MosaicQueryTile(**tuned["dq"]),
+      dkdv=MosaicKeyTile(**tuned["dkdv"]),
+    )
   return MosaicBlocks(
     forward=MosaicQueryTile(block_k=128, stages=2),
     dq=MosaicQueryTile(block_k=64, stages=3),
     dkdv=MosaicKeyTile(block_q=64, stages=2),
-    programs=multiprocessors(),
   )
+
+
+def table_key(backend: str, head_dim: int, itemsize: int) -> str:
+  """A device's entry in the table."""
+  return f"{backend}, head_dim {head_dim}, {itemsize} bytes"
+
+
+def _tuned(
+  device_kind: str, backend: str, head_dim: int, itemsize: int
+) -> dict[str, dict[str, int]] | None:
+  entry: Any = _table().get(device_kind, {}).get(table_key(backend, head_dim, itemsize))
+  return entry
+
+
+@functools.cache
+def _table() -> dict[str, Any]:
+  table: dict[str, Any] = json.loads(TABLE.read_text())
+  return table
 
 
 def multiprocessors() -> int:

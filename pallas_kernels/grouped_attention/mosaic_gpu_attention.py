@@ -9,7 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels.grouped_attention.block_sizes import mosaic_blocks, MosaicBlocks
+from pallas_kernels.grouped_attention.block_sizes import (
+  mosaic_blocks,
+  MosaicBlocks,
+  multiprocessors,
+)
 from pallas_kernels.grouped_attention.bounds import Bounds
 from pallas_kernels.grouped_attention.mosaic_gpu_dkdv import ENTRIES, mosaic_gpu_dkdv
 from pallas_kernels.grouped_attention.mosaic_gpu_dq import mosaic_gpu_dq
@@ -23,6 +27,7 @@ from pallas_kernels.grouped_attention.tile_spans import (
   Sources,
   tile_spans,
 )
+from pallas_kernels.target import find_target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +36,7 @@ class _Static:
   group_bias: float
   max_window: int
   blocks: MosaicBlocks
+  programs: int
   interpret: Any
 
 
@@ -48,9 +54,12 @@ def grouped_attention_mosaic_gpu(
   group_bias: float,
   max_window: int,
   blocks: MosaicBlocks | None = None,
+  programs: int | None = None,
   interpret: Any = None,
 ) -> Float[Array, "B L H D"]:
   """See `grouped_attention`. `blocks` overrides the tile sizes, `interpret` runs on a CPU.
+
+  `programs` of them stay on the GPU and share the work, by default one a multiprocessor.
 
   Arrays whose lengths are no multiple of 8 are copied; L and the sources' sizes should be.
 
@@ -66,7 +75,9 @@ def grouped_attention_mosaic_gpu(
   if scale <= 0:
     raise NotImplementedError(f"scale is {scale}; this backend wants a positive one.")
   entries = (focal_key, focal_value, group_key, group_value, window_key, window_value)
-  static = _Static(scale, group_bias, max_window, blocks or mosaic_blocks(), interpret)
+  blocks = blocks or mosaic_blocks(find_target(query).kind, D)
+  programs = programs or multiprocessors()
+  static = _Static(scale, group_bias, max_window, blocks, programs, interpret)
   padded = tuple(_pad_rows(x, ENTRIES) for x in entries)
   return _attend(_pad_rows(query, ROW_UNIT), padded, bounds, static)[:, :L]
 
@@ -111,7 +122,7 @@ def _attend_fwd(
     group_bias=static.group_bias,
     max_window=static.max_window,
     tile=static.blocks.forward,
-    programs=static.blocks.programs,
+    programs=static.programs,
     interpret=static.interpret,
   )
   out, lse2 = vary_like(query, results)
@@ -135,20 +146,21 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     group_bias=static.group_bias,
     max_window=static.max_window,
     tile=static.blocks.dq,
-    programs=static.blocks.programs,
+    programs=static.programs,
     interpret=static.interpret,
   )
   tile = static.blocks.dkdv
   L = bounds.focal_start.shape[-1]
-  whole = query.shape[2] // entries[0].shape[2]
   sources = make_sources(entries, _pad_bounds(bounds, query.shape[1] + tile.block_q))
-  # Few long tiles in the prefixes: one query head a tile of work keeps the GPU busy. Many short
-  # ones in the window: all heads in one spare the partial sums.
+  whole = query.shape[2] // entries[0].shape[2]
+  # Few long tiles in the prefixes: half the query heads in a tile of work keep the GPU busy. Many
+  # short ones in the window: all heads in one spare the partial sums.
+  half = whole // 2 if whole % 2 == 0 else whole
   key_grads: list[Array] = []
-  for source, bias, heads in (
-    (sources.focal, 0.0, 1),
-    (sources.group, static.group_bias, 1),
-    (sources.window, 0.0, whole),
+  for name, source, bias, heads in (
+    ("focal", sources.focal, 0.0, half),
+    ("group", sources.group, static.group_bias, half),
+    ("window", sources.window, 0.0, whole),
   ):
     grads = mosaic_gpu_dkdv(
       query,
@@ -161,7 +173,8 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
       bias=bias,
       heads=heads,
       tile=tile,
-      programs=static.blocks.programs,
+      programs=static.programs,
+      name=name,
       interpret=static.interpret,
     )
     key_grads += [_sum_heads(x, source) for x in grads]

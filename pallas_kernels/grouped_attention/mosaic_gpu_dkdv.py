@@ -115,12 +115,14 @@ def mosaic_gpu_dkdv(
   heads: int,
   tile: MosaicKeyTile,
   programs: int,
+  name: str,
   interpret: Any = None,
 ) -> tuple[Array, Array]:
   """dk and dv of one source, summed over `heads` query heads each: [B, S, H / heads, D].
 
   In the operands' dtype where that is all of a KV head's, else in float32. S is padded to a
   multiple of 128 entries. Bounds hold tile.block_q more queries than L; spans: `query_spans`.
+  The name is the source's, for profiles.
   """
   B, _, H, D = query.shape
   _, S, N, _ = source.key.shape
@@ -164,7 +166,7 @@ def mosaic_gpu_dkdv(
     grid_names=("program",),
     num_threads=WORKERS + 1,
     thread_name="warpgroup",
-    kernel_name="grouped_attention_dkdv",
+    kernel_name=f"grouped_attention_dkdv_{name}",
     compiler_params=COMPILER_PARAMS,
     interpret=interpret,
   )(query, source, spans, lse2, delta, dout)

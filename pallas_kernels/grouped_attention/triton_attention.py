@@ -18,6 +18,7 @@ from pallas_kernels.grouped_attention.tile_spans import make_sources, pad_bounds
 from pallas_kernels.grouped_attention.triton_dkdv import triton_dkdv
 from pallas_kernels.grouped_attention.triton_dq import triton_dq
 from pallas_kernels.grouped_attention.triton_forward import triton_forward
+from pallas_kernels.target import find_target
 
 # Raised while lowering, thus long after any function here has returned.
 warnings.filterwarnings(
@@ -68,7 +69,7 @@ def grouped_attention_triton(
     x if x.shape[1] else jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype)
     for x in (focal_key, focal_value, group_key, group_value, window_key, window_value)
   )
-  blocks = blocks or triton_blocks(D, query.dtype.itemsize)
+  blocks = blocks or triton_blocks(find_target(query).kind, D, query.dtype.itemsize)
   static = _Static(scale, group_bias, max_window, blocks, interpret)
   return _attend(query, entries, bounds, static)
 

@@ -85,4 +85,5 @@ def block_softmax(logits_MxT: Array, mask_MxT: Array) -> Array:
   logits_MxT = jnp.where(mask_MxT, logits_MxT, -1e30)
   weights_MxT = jnp.where(mask_MxT, jnp.exp(logits_MxT - logits_MxT.max(axis=1)[:, None]), 0.0)
   total_M = weights_MxT.sum(axis=1)
-  return weights_MxT / jnp.where(total_M == 0, 1.0, total_M)[:, None]
+  weights_MxT /= jnp.where(total_M == 0, 1.0, total_M)[:, None]
+  return jnp.where(mask_MxT, weights_MxT, 0.0)  # a sum that is NaN is its own group's alone

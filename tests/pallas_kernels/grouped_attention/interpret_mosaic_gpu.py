@@ -24,13 +24,13 @@ _BLOCKS = MosaicBlocks(
   forward=MosaicQueryTile(block_k=64, stages=2),
   dq=MosaicQueryTile(block_k=64, stages=2),
   dkdv=MosaicKeyTile(block_q=64, stages=2),
-  programs=1,
 )
 
 if __name__ == "__main__":
   attention = functools.partial(
     grouped_attention_mosaic_gpu,
     blocks=_BLOCKS,
+    programs=1,
     interpret=plgpu.InterpretGPUParams(detect_races=True),
   )
   for name in sys.argv[1:]:

@@ -1,0 +1,58 @@
+"""Programs compiled for an H100 on a machine without one, and run on one later.
+
+Compiling these kernels takes minutes. Done ahead, the time of a GPU goes into measuring alone. The
+machine that compiles needs jax-cuda13-plugin and jax-cuda13-pjrt of the version that runs.
+"""
+
+import functools
+import pathlib
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
+
+_TARGET = pathlib.Path(__file__).with_name("h100_target.txtpb")
+
+
+def abstract_mesh(devices: int = 1) -> AbstractMesh:
+  """H100s, described and absent, along one axis "heads"."""
+  device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+  return AbstractMesh((devices,), ("heads",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
+@functools.cache
+def _h100() -> Any:
+  return topologies.get_topology_desc(
+    platform="cuda",
+    topology_name="h100",
+    topology="1x1x1",
+    target_config=_TARGET.read_text(),
+  ).devices[0]
+
+
+def compile_for_h100(function: Callable[..., Any], *args: Any) -> Any:
+  """Machine code for sm_90a; raises where a kernel overflows shared memory."""
+  sharding = SingleDeviceSharding(_h100())
+  placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+  with jax.sharding.use_abstract_mesh(abstract_mesh()):
+    lowered = jax.jit(function).lower(*placed)
+  return lowered.compile()
+
+
+def store(path: pathlib.Path, compiled: Any) -> None:
+  """Writes a compiled program."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_bytes(pickle.dumps(serialize(compiled)))
+
+
+def load(path: pathlib.Path) -> Callable[..., Any]:
+  """The program of `store`, on this machine's GPU. Load what you have written yourself alone."""
+  from jax.experimental.mosaic.gpu import core  # its programs look for the library this names
+
+  del core
+  program: Callable[..., Any] = deserialize_and_load(*pickle.loads(path.read_bytes()))
+  return program

@@ -1,0 +1,201 @@
+"""Forward kernel of grouped attention in Triton itself, called through jax_triton.
+
+The way out of Pallas's Triton lowering, which JAX will remove: the same walk as in
+`triton_forward.py`, with block specs become pointer arithmetic. Forward alone, and by name alone.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+import triton
+import triton.language as tl
+from jax import Array
+from jaxtyping import Float
+
+from pallas_kernels.grouped_attention.block_sizes import triton_blocks
+from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.tile_spans import LOG2_E
+from pallas_kernels.target import find_target
+
+
+def grouped_attention_jax_triton(
+  query: Float[Array, "B L H D"],
+  focal_key: Float[Array, "B r N D"],
+  focal_value: Float[Array, "B r N D"],
+  group_key: Float[Array, "B k N D"],
+  group_value: Float[Array, "B k N D"],
+  window_key: Float[Array, "B w N D"],
+  window_value: Float[Array, "B w N D"],
+  bounds: Bounds,
+  *,
+  scale: float,
+  group_bias: float,
+  max_window: int,
+) -> Float[Array, "B L H D"]:
+  """See `grouped_attention`.
+
+  Raises:
+    NotImplementedError: for a head dim that is no power of two of at least 16, a dtype other than
+      float16 and bfloat16, a source without entries, and when it is differentiated.
+  """
+  del max_window
+  D = query.shape[-1]
+  if D < 16 or D & (D - 1):
+    raise NotImplementedError(f"head_dim is {D}; this backend wants a power of two, 16 or more.")
+  if query.dtype not in (jnp.float16, jnp.bfloat16):
+    raise NotImplementedError(f"dtype is {query.dtype}; this backend has float16 and bfloat16.")
+  entries = (focal_key, focal_value, group_key, group_value, window_key, window_value)
+  if any(x.shape[1] == 0 for x in entries):
+    raise NotImplementedError("a key source has no entries; this backend wants one in each.")
+  return _forward(scale, group_bias, query, entries, bounds)
+
+
+def _call(
+  scale: float, group_bias: float, query: Array, entries: tuple[Array, ...], bounds: Bounds
+) -> Array:
+  B, L, H, D = query.shape
+  N = entries[0].shape[2]
+  tile = triton_blocks(find_target(query).kind, D, query.dtype.itemsize).forward
+  out: Array = jax_triton.triton_call(
+    query,
+    *entries,
+    *bounds,
+    kernel=_forward_kernel,
+    out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+    grid=(triton.cdiv(L, tile.block_q), H, B),
+    num_warps=tile.num_warps,
+    num_stages=tile.num_stages,
+    L=L,
+    H=H,
+    N=N,
+    D=D,
+    r=entries[0].shape[1],
+    k=entries[2].shape[1],
+    w=entries[4].shape[1],
+    bound_heads=bounds.focal_start.shape[1],
+    scale2=scale * LOG2_E,
+    bias2=group_bias * LOG2_E,
+    block_q=tile.block_q,
+    block_k=tile.block_k,
+  )
+  return out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _forward(
+  scale: float, group_bias: float, query: Array, entries: tuple[Array, ...], bounds: Bounds
+) -> Array:
+  return _call(scale, group_bias, query, entries, bounds)
+
+
+def _no_gradient(*args: object) -> tuple[Array, None]:
+  raise NotImplementedError("jax_triton has the forward pass alone; use 'triton' or 'xla'.")
+
+
+_forward.defvjp(_no_gradient, _no_gradient)
+
+
+@triton.jit
+def _forward_kernel(
+  q_ptr,
+  focal_key_ptr,
+  focal_value_ptr,
+  group_key_ptr,
+  group_value_ptr,
+  window_key_ptr,
+  window_value_ptr,
+  focal_start_ptr,
+  focal_end_ptr,
+  group_start_ptr,
+  group_end_ptr,
+  window_start_ptr,
+  window_end_ptr,
+  out_ptr,
+  L: tl.constexpr,
+  H: tl.constexpr,
+  N: tl.constexpr,
+  D: tl.constexpr,
+  r: tl.constexpr,
+  k: tl.constexpr,
+  w: tl.constexpr,
+  bound_heads: tl.constexpr,
+  scale2: tl.constexpr,
+  bias2: tl.constexpr,
+  block_q: tl.constexpr,
+  block_k: tl.constexpr,
+):
+  # Late queries see most: their programs start first.
+  first_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_q
+  head = tl.program_id(1)
+  batch = tl.program_id(2).to(tl.int64)
+  kv_head = head // (H // N)
+  bound_head = kv_head if bound_heads > 1 else 0
+  row_Q = first_row + tl.arange(0, block_q)
+  column_D = tl.arange(0, D)
+  inside_Q = row_Q < L
+  at_QxD = ((batch * L + row_Q[:, None]) * H + head) * D + column_D[None, :]
+  q_QxD = tl.load(q_ptr + at_QxD, mask=inside_Q[:, None], other=0.0)
+  # Rows past the end take the last one's bounds, so that these never decrease along the tile.
+  bound_Q = (batch * bound_heads + bound_head) * L + tl.minimum(row_Q, L - 1)
+
+  acc_QxD = tl.zeros([block_q, D], dtype=tl.float32)
+  top_Q = tl.full([block_q], -1e30, dtype=tl.float32)
+  total_Q = tl.zeros([block_q], dtype=tl.float32)
+  entry = kv_head * D + column_D  # of a row of keys or values
+  acc_QxD, top_Q, total_Q = _attend(
+    q_QxD, acc_QxD, top_Q, total_Q,
+    focal_key_ptr + batch * r * N * D, focal_value_ptr + batch * r * N * D, entry,
+    tl.load(focal_start_ptr + bound_Q), tl.load(focal_end_ptr + bound_Q),
+    scale2, 0.0, N * D, block_k,
+  )  # fmt: skip
+  acc_QxD, top_Q, total_Q = _attend(
+    q_QxD, acc_QxD, top_Q, total_Q,
+    group_key_ptr + batch * k * N * D, group_value_ptr + batch * k * N * D, entry,
+    tl.load(group_start_ptr + bound_Q), tl.load(group_end_ptr + bound_Q),
+    scale2, bias2, N * D, block_k,
+  )  # fmt: skip
+  acc_QxD, top_Q, total_Q = _attend(
+    q_QxD, acc_QxD, top_Q, total_Q,
+    window_key_ptr + batch * w * N * D, window_value_ptr + batch * w * N * D, entry,
+    tl.load(window_start_ptr + bound_Q), tl.load(window_end_ptr + bound_Q),
+    scale2, 0.0, N * D, block_k,
+  )  # fmt: skip
+  total_Q = tl.where(total_Q == 0, 1.0, total_Q)
+  out_QxD = (acc_QxD / total_Q[:, None]).to(out_ptr.dtype.element_ty)
+  tl.store(out_ptr + at_QxD, out_QxD, mask=inside_Q[:, None])
+
+
+@triton.jit
+def _attend(
+  q_QxD,
+  acc_QxD,
+  top_Q,
+  total_Q,
+  key_ptr,
+  value_ptr,
+  entry_D,
+  start_Q,
+  end_Q,
+  scale2: tl.constexpr,
+  bias2: tl.constexpr,
+  stride: tl.constexpr,
+  block_k: tl.constexpr,
+):
+  last = tl.max(end_Q)
+  for first in range(tl.min(start_Q), last, block_k):
+    at_K = first + tl.arange(0, block_k)
+    at_KxD = at_K[:, None] * stride + entry_D[None, :]
+    k_KxD = tl.load(key_ptr + at_KxD, mask=(at_K < last)[:, None], other=0.0)
+    v_KxD = tl.load(value_ptr + at_KxD, mask=(at_K < last)[:, None], other=0.0)
+    logits_QxK = tl.dot(q_QxD, tl.trans(k_KxD)) * scale2 + bias2
+    seen_QxK = (start_Q[:, None] <= at_K[None, :]) & (at_K[None, :] < end_Q[:, None])
+    logits_QxK = tl.where(seen_QxK, logits_QxK, -float("inf"))
+    new_top_Q = tl.maximum(top_Q, tl.max(logits_QxK, axis=1))
+    weights_QxK = tl.exp2(logits_QxK - new_top_Q[:, None])
+    fade_Q = tl.exp2(top_Q - new_top_Q)
+    acc_QxD = acc_QxD * fade_Q[:, None] + tl.dot(weights_QxK.to(v_KxD.dtype), v_KxD)
+    total_Q = total_Q * fade_Q + tl.sum(weights_QxK, axis=1)
+    top_Q = new_top_Q
+  return acc_QxD, top_Q, total_Q
