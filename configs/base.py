@@ -35,6 +35,8 @@ def get_config() -> ConfigDict:
   config.model.rope_scaling = placeholder(dict)
   config.model.norm_eps = 1e-5
   config.model.tie_embeddings = False
+  config.model.qkv_bias = False
+  config.model.qk_norm = False
   config.model.attention = "dga"
   config.model.dtype = "bfloat16"
   config.model.param_dtype = "float32"

@@ -57,6 +57,9 @@ class ModelConfig:
     rope_scaling: stretch of the rotary frequencies, None for none.
     norm_eps: added to the mean square in RMSNorm.
     tie_embeddings: whether the embedding table is the unembedding too.
+    qkv_bias: whether the query, key and value projections add a bias (Qwen 2.5).
+    qk_norm: whether an RMSNorm over each head's channels follows the query and key projections,
+      before RoPE (Qwen 3).
     attention: attention kind, "dga" or "dense".
     dga: switches of the "dga" kind; the others ignore it.
     dtype: of activations and of weights while they are used.
@@ -76,6 +79,8 @@ class ModelConfig:
   rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-5
   tie_embeddings: bool = False
+  qkv_bias: bool = False
+  qk_norm: bool = False
   attention: AttentionName = "dga"
   dga: DGAConfig = dataclasses.field(default_factory=DGAConfig)
   dtype: DtypeName = "bfloat16"
@@ -92,7 +97,8 @@ class ModelConfig:
     _require_number(self, "rope_base", above=0.0)
     _require_number(self, "norm_eps", above=0.0)
     _require_instance(self, "rope_scaling", RopeScaling, type(None))
-    _require_instance(self, "tie_embeddings", bool)
+    for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+      _require_instance(self, name, bool)
     _require_instance(self, "dga", DGAConfig)
     _require_choice(self, "attention", AttentionName)
     _require_choice(self, "remat", RematName)

@@ -37,7 +37,8 @@ STREAMING = {
 }
 GLOBAL = {"global": DGAConfig(group_size=2, importance_rate=0.25, min_focal_tokens=1)}
 MODEL = random_decoder(CONFIG)
-MODELS = {"dense": MODEL} | {
+PROJECTIONS = random_decoder(dataclasses.replace(CONFIG, qkv_bias=True, qk_norm=True))
+MODELS = {"dense": MODEL, "dense, bias and norm of the projections": PROJECTIONS} | {
   name: random_decoder(dataclasses.replace(CONFIG, attention="dga", dga=dga))
   for name, dga in (STREAMING | GLOBAL).items()
 }
@@ -66,7 +67,7 @@ def test_decoding_equals_teacher_forcing(kind: str, lengths: list[int], seed: in
     np.testing.assert_array_equal(cache.length, position_B + 1)
 
 
-@pytest.mark.parametrize("kind", STREAMING | {"dense": None})
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind not in GLOBAL])
 def test_decoding_from_an_empty_cache(kind: str) -> None:
   model, tokens_BxL = MODELS[kind], random_tokens(0)
   expected_BxLxV = full(model, tokens_BxL)
