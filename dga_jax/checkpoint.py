@@ -23,17 +23,19 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import tokenizers
 from absl import logging
 from flax import nnx
 from jaxtyping import Array, PyTree, UInt32
 
 from dga_jax.model import Decoder, ModelConfig
+from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.tokenizer import Tokenizer
 
 # Fields of ModelConfig that may differ between training and use: they change how the parameters
 # are used, not what they are.
-_FREE_MODEL_FIELDS = frozenset({"attention", "dga", "dtype", "remat", "rope_base", "rope_scaling"})
+_FREE_MODEL_FIELDS = frozenset(
+  {"attention", *ATTENTION_SETTINGS, "dtype", "remat", "rope_base", "rope_scaling"}
+)
 
 
 class CheckpointError(RuntimeError):
@@ -297,8 +299,8 @@ def _read_json(directory: Path, step: int, item: str) -> dict[str, Any]:
 def _read_tokenizer(directory: Path, step: int) -> Tokenizer:
   text = json.dumps(_read_json(directory, step, "tokenizer"))
   try:
-    return Tokenizer(tokenizers.Tokenizer.from_str(text))
-  except Exception as error:  # The library raises plain Exception.
+    return Tokenizer.from_json(text)
+  except ValueError as error:
     raise _damaged(directory, step, _first_line(error)) from error
 
 

@@ -72,8 +72,8 @@ def read_prompts() -> list[str]:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-  """A prompt's tokens, after the one that stands before every document in training."""
-  return [tokenizer.end_id, *tokenizer.encode(text)]
+  """A prompt's tokens, after those that stand before every document."""
+  return [*tokenizer.start_ids, *tokenizer.encode(text)]
 
 
 def print_as_it_comes(generator: Generator, tokenizer: Tokenizer, prompt: str) -> Generation:
