@@ -59,6 +59,19 @@ def get_config() -> ConfigDict:
   config.model.dga.focal_per_block = placeholder(int)
   config.model.dga.max_documents = placeholder(int)
 
+  config.model.sliding_window = ConfigDict({"window": 4096})
+  config.model.streaming_llm = ConfigDict({"sinks": 4, "window": 2000})
+  config.model.lm_infinite = ConfigDict({"global_tokens": 10, "local_window": 4096})
+  config.model.minference = ConfigDict()
+  config.model.minference.vertical = 1000
+  config.model.minference.slash = 6096
+  config.model.minference.last_queries = 64
+  config.model.minference.first_tokens = 30
+  config.model.minference.recent_distances = 100
+  config.model.top_k_eviction = ConfigDict({"heavy": 410, "recent": 410, "interval": 64})
+  config.model.kv_merger = ConfigDict({"budget": 2048, "heavy": 245, "recent": 512})
+  config.model.kv_merger.interval = 64
+
   config.data = ConfigDict()
   config.data.kind = "text"
   config.data.sequence_length = 2048

@@ -42,18 +42,34 @@ def mean_keys(config: ModelConfig, context_length: int) -> float:
 
   Dense: (L + 1)/2. DGA: focal tokens + groups + raw tokens of the unfinished group or block.
   Exact for streaming; global and random selection are counted with the inclusive rule and with
-  focal tokens spread evenly, which no real choice is far from.
+  focal tokens spread evenly, which no real choice is far from. Exact for the baselines, but that
+  MInference's vertical and slash keys are counted as if none were both: an upper bound.
   """
   if context_length < 1:
     raise ValueError(f"context_length is {context_length}; it must be at least 1.")
   seen_L = np.arange(1, context_length + 1)
-  if config.attention == "dense":
-    keys_L = seen_L
-  elif config.dga.selection == "streaming":
-    keys_L = _streaming_keys(config.dga, seen_L)
-  else:
-    keys_L = _global_keys(config.dga, seen_L)
-  return float(keys_L.mean())
+  return float(_seen_keys(config, seen_L).mean())
+
+
+def _seen_keys(config: ModelConfig, seen_L: np.ndarray) -> np.ndarray:
+  if config.attention == "dga":
+    streaming = config.dga.selection == "streaming"
+    return _streaming_keys(config.dga, seen_L) if streaming else _global_keys(config.dga, seen_L)
+  if config.attention in ("top_k_eviction", "kv_merger"):
+    heavy_hitters = config.top_k_eviction
+    budget, interval = heavy_hitters.heavy + heavy_hitters.recent, heavy_hitters.interval
+    if config.attention == "kv_merger":
+      budget, interval = config.kv_merger.budget, config.kv_merger.interval
+    whole_L = (seen_L - 1) // interval * interval
+    return np.minimum(whole_L, budget) + seen_L - whole_L
+  bounds = {
+    "dense": len(seen_L),
+    "sliding_window": config.sliding_window.window,
+    "streaming_llm": config.streaming_llm.sinks + config.streaming_llm.window,
+    "lm_infinite": config.lm_infinite.global_tokens + config.lm_infinite.local_window,
+    "minference": config.minference.vertical + config.minference.slash,
+  }
+  return np.minimum(seen_L, bounds[config.attention])
 
 
 def _streaming_keys(dga: DGAConfig, seen_L: np.ndarray) -> np.ndarray:
