@@ -175,33 +175,32 @@ class BoundedAttention:
 
     tokens_B = is_token_BxT.sum(axis=1, dtype=jnp.int32)
     paid_BxNxC = jax.lax.stop_gradient(weights).sum(axis=(2, 3))
-    cache = BoundedCache(
-      key, value, cache.received.at[layer].add(paid_BxNxC), cache.length.at[layer].add(tokens_B)
-    )
-    held_B += tokens_B
-    full_B = (tokens_B > 0) & (cache.length[layer] % self.interval == 0) & (held_B > self.budget)
+    received = cache.received.at[layer].add(paid_BxNxC)
+    tokens_B = is_token_BxT.sum(axis=1, dtype=jnp.int32)
+    cache = BoundedCache(key, value, received, cache.length.at[layer].add(tokens_B))
     if entries > self.budget:
-      cache = jax.lax.cond(
-        full_B.any(), lambda c: self._compress(c, layer, held_B, full_B), lambda c: c, cache
-      )
+      full_B = (tokens_B > 0) & (cache.length[layer] % self.interval == 0)
+      cache = self._compress(cache, layer, held_B + tokens_B, full_B)
     return o_BxTxNxRxD.reshape(B, T, H, D), cache
 
   def _compress(
     self, cache: BoundedCache, layer: Array, held_B: Array, full_B: Array
   ) -> BoundedCache:
-    key, value, received = cache.key[layer], cache.value[layer], cache.received[layer]
-    of_heads = jax.vmap(self.rule, in_axes=(0, 0, 0, None))
-    reduced = jax.vmap(of_heads)(key, value, received, held_B)
+    """Applies the rule to the rows whose interval is full and that hold more than the budget."""
+    full_B &= held_B > self.budget
 
-    def store(stacked: Array, old: Array, new: Array) -> Array:
-      fill = [(0, 0)] * new.ndim
-      fill[2] = (0, old.shape[2] - new.shape[2])
-      rows_B = full_B.reshape(-1, *(1,) * (old.ndim - 1))
-      return stacked.at[layer].set(jnp.where(rows_B, jnp.pad(new, fill), old))
+    def reduce(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+      of_heads = jax.vmap(self.rule, in_axes=(0, 0, 0, None))
+      return tuple(map(choose, arrays, jax.vmap(of_heads)(*arrays, held_B)))
 
-    return BoundedCache(
-      store(cache.key, key, reduced[0]),
-      store(cache.value, value, reduced[1]),
-      store(cache.received, received, reduced[2]),
-      cache.length,
-    )
+    def choose(old: Array, new: Array) -> Array:
+      free = [(0, 0)] * new.ndim
+      free[2] = (0, old.shape[2] - new.shape[2])
+      return jnp.where(full_B.reshape(-1, *(1,) * (old.ndim - 1)), jnp.pad(new, free), old)
+
+    # One layer goes through the conditional: with all of them XLA would copy them all.
+    stacked = (cache.key, cache.value, cache.received)
+    arrays = tuple(x[layer] for x in stacked)
+    arrays = jax.lax.cond(full_B.any(), reduce, lambda arrays: arrays, arrays)
+    stacked = tuple(x.at[layer].set(new) for x, new in zip(stacked, arrays, strict=True))
+    return BoundedCache(*stacked, cache.length)
