@@ -35,7 +35,8 @@ class Tokenizer:
 
   Attributes:
     vocab_size: number of tokens, the end token included.
-    end_id: id of the token that ends a document.
+    end_token: the token that ends a document.
+    end_id: its id.
     start_ids: ids of the tokens that stand before a document.
 
   Raises:
@@ -49,11 +50,6 @@ class Tokenizer:
     end_token: str = END_TOKEN,
     start_tokens: Sequence[str] = (END_TOKEN,),
   ) -> None:
-    for token in (end_token, *start_tokens):
-      if backend.token_to_id(token) is None:
-        raise ValueError(
-          f"The tokenizer lacks the token {token!r}, which ends or begins a document."
-        )
     # A document that spells the end token out holds ordinary characters.
     backend.encode_special_tokens = True
     backend.no_padding()
@@ -62,8 +58,9 @@ class Tokenizer:
     self._added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
     self._spelling = _spelling(backend)
     self._ours = {"end": end_token, "start": list(start_tokens)}
-    self.end_id: int = backend.token_to_id(end_token)
-    self.start_ids: tuple[int, ...] = tuple(map(backend.token_to_id, start_tokens))
+    self.end_token = end_token
+    self.end_id: int = _special_id(backend, end_token)
+    self.start_ids: tuple[int, ...] = tuple(_special_id(backend, t) for t in start_tokens)
     self.vocab_size: int = backend.get_vocab_size()
 
   @classmethod
@@ -216,6 +213,13 @@ class Tokenizer:
       byte = _BYTE_TOKEN.fullmatch(token)
       return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
     return f"{token} ".encode()
+
+
+def _special_id(backend: tokenizers.Tokenizer, token: str) -> int:
+  token_id = backend.token_to_id(token)
+  if token_id is None:
+    raise ValueError(f"The tokenizer lacks the token {token!r}, which ends or begins a document.")
+  return token_id
 
 
 def _spelling(backend: tokenizers.Tokenizer) -> _Spelling:

@@ -164,7 +164,7 @@ def test_a_byte_level_tokenizer_of_another_model() -> None:
 def test_a_spelling_that_is_not_known_is_refused() -> None:
   backend = sentencepiece()
   backend.decoder = decoders.WordPiece()
-  with pytest.raises(ValueError, match="decoder.*WordPiece.*must be"):
+  with pytest.raises(ValueError, match=r"decoder.*WordPiece.*must be"):
     Tokenizer.imported(backend, "</s>")
 
 
