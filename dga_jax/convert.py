@@ -5,8 +5,9 @@
   python -m dga_jax.convert --workdir=runs/imported --to_hf=exported
 
 LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3, SmolLM. The tokenizer comes along. An imported model
-attends as it did (densely, or Mistral by its window) unless --attention says otherwise; what it was
-made for is kept apart from what it is used with, so training and evaluation may choose anew.
+attends as it did (densely, or Mistral by its window) unless --attention says otherwise. That is no
+part of the weights: generation, training and evaluation may choose anew. With "dga" the settings
+are those of `dga_jax.config.RETROFIT`.
 """
 
 import dataclasses
@@ -14,17 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import jax.numpy as jnp
 from absl import app, flags, logging
 
-from dga_jax.checkpoint import CheckpointError, Checkpoints, list_steps
+from dga_jax.checkpoint import CheckpointError
+from dga_jax.config import RETROFIT
 from dga_jax.conversion.exporting import export_hugging_face
-from dga_jax.conversion.gguf_file import GGUFFile
-from dga_jax.conversion.hugging_face import HuggingFaceFolder
-from dga_jax.conversion.importing import import_params
-from dga_jax.conversion.placement import parse_mesh, shardings
-from dga_jax.conversion.source import Source
-from dga_jax.model import ModelConfig
+from dga_jax.conversion.importing import import_model, open_source
 from dga_jax.model.config import AttentionName, DtypeName
 
 _SOURCE = flags.DEFINE_string("source", None, "A Hugging Face folder or a GGUF file to import.")
@@ -78,9 +74,9 @@ def import_by_flags(path: Path) -> str:
   """Imports what is at `path` and returns a summary."""
   source = open_source(path)
   config = source.config()
-  changes: dict[str, Any] = {}
+  changes: dict[str, Any] = {"dga": RETROFIT}
   if _PARAM_DTYPE.value is not None:
-    changes = {"param_dtype": _PARAM_DTYPE.value, "dtype": _PARAM_DTYPE.value}
+    changes |= {"param_dtype": _PARAM_DTYPE.value, "dtype": _PARAM_DTYPE.value}
   for name, flag in (("dtype", _DTYPE), ("attention", _ATTENTION)):
     if flag.value is not None:
       changes[name] = flag.value
@@ -90,68 +86,6 @@ def import_by_flags(path: Path) -> str:
     Path(_WORKDIR.value),
     end_token=_END_TOKEN.value,
     mesh=_MESH.value,
-  )
-
-
-def open_source(path: Path) -> Source:
-  """A GGUF file or a Hugging Face folder, by what `path` is.
-
-  Raises:
-    FileNotFoundError: nothing there, or files are missing.
-    ValueError: a damaged file, or one of another kind.
-  """
-  if path.is_dir():
-    return HuggingFaceFolder(path)
-  return GGUFFile(path)
-
-
-def import_model(
-  source: Source,
-  config: ModelConfig,
-  workdir: Path,
-  *,
-  end_token: str | None = None,
-  mesh: str | None = None,
-) -> str:
-  """Writes a source's model as checkpoint 0 of `workdir`, all of it or nothing.
-
-  Args:
-    source: what to import.
-    config: how to store and use it.
-    workdir: a folder without checkpoints; it is made if need be.
-    end_token: in place of the end token that the source names.
-    mesh: a description for `parse_mesh`; None for one device.
-
-  Returns:
-    A summary of a few words.
-
-  Raises:
-    ValueError: `workdir` has a checkpoint, or the source is not what it should be.
-    CheckpointError: it could not be written.
-  """
-  if list_steps(workdir):
-    raise ValueError(f"{workdir} has a checkpoint already; name another --workdir.")
-  tokenizer = source.tokenizer(end_token)
-  if tokenizer.vocab_size > config.vocab_size:
-    raise ValueError(
-      f"The tokenizer has {tokenizer.vocab_size} tokens; the model's embedding has "
-      f"{config.vocab_size} rows, so it must have at most as many."
-    )
-  placed = None if mesh is None else shardings(config, parse_mesh(mesh))
-  params = import_params(source, config, placed)
-  with Checkpoints(workdir, keep=1) as checkpoints:
-    checkpoints.save(
-      0,
-      params=params,
-      training={"step": jnp.int32(0)},
-      data=None,
-      config={"model": config.to_dict(), "origin": dict(source.origin())},
-      tokenizer=tokenizer,
-    )
-  return (
-    f"{workdir} holds the model: {config.num_layers} layers of width {config.embed_dim}, "
-    f"vocabulary {config.vocab_size}, weights in {config.param_dtype}, attention "
-    f"{config.attention}."
   )
 
 

@@ -1,8 +1,9 @@
-"""Tensors of a `Source` to the decoder's parameters, one tensor at a time, into any sharding."""
+"""A `Source` to a checkpoint of ours: one tensor at a time, into any sharding."""
 
 import difflib
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,14 +14,79 @@ from jax.sharding import NamedSharding, Sharding, SingleDeviceSharding
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from dga_jax.checkpoint import abstract_decoder
+from dga_jax.checkpoint import abstract_decoder, Checkpoints, list_steps
+from dga_jax.conversion.gguf_file import GGUFFile
+from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.parameters import tensor_specs, TensorSpec
+from dga_jax.conversion.placement import parse_mesh, shardings
 from dga_jax.conversion.source import Source
 from dga_jax.model import ModelConfig
 
 
+def open_source(path: Path) -> Source:
+  """A GGUF file or a Hugging Face folder, by what `path` is.
+
+  Raises:
+    FileNotFoundError: nothing there, or files are missing.
+    ValueError: a damaged file, or one of another kind.
+  """
+  if path.is_dir():
+    return HuggingFaceFolder(path)
+  return GGUFFile(path)
+
+
+def import_model(
+  source: Source,
+  config: ModelConfig,
+  workdir: Path,
+  *,
+  end_token: str | None = None,
+  mesh: str | None = None,
+) -> str:
+  """Writes a source's model as checkpoint 0 of `workdir`, all of it or nothing.
+
+  Args:
+    source: what to import.
+    config: how to store and use it.
+    workdir: a folder without checkpoints; it is made if need be.
+    end_token: in place of the end token that the source names.
+    mesh: a description for `parse_mesh`; None for one device.
+
+  Returns:
+    A summary of a few words.
+
+  Raises:
+    ValueError: `workdir` has a checkpoint, or the source is not what it should be.
+    CheckpointError: it could not be written.
+  """
+  if list_steps(workdir):
+    raise ValueError(f"{workdir} has a checkpoint already; name another --workdir.")
+  tokenizer = source.tokenizer(end_token)
+  if tokenizer.vocab_size > config.vocab_size:
+    raise ValueError(
+      f"The tokenizer has {tokenizer.vocab_size} tokens; the model's embedding has "
+      f"{config.vocab_size} rows, so it must have at most as many."
+    )
+  placed = None if mesh is None else shardings(config, parse_mesh(mesh))
+  params = import_params(source, config, placed)
+  with Checkpoints(workdir, keep=1) as checkpoints:
+    checkpoints.save(
+      0,
+      params=params,
+      training={"step": jnp.int32(0)},
+      data=None,
+      config={"model": config.to_dict(), "origin": dict(source.origin())},
+      tokenizer=tokenizer,
+    )
+  return (
+    f"{workdir} holds the model: {config.num_layers} layers of width {config.embed_dim}, "
+    f"vocabulary {config.vocab_size}, weights in {config.param_dtype}, attention "
+    f"{config.attention}."
+  )
+
+
 def import_params(
-  source: Source, config: ModelConfig, shardings: PyTree[Sharding] | None = None
+  source: Source, config: ModelConfig, placed: PyTree[Sharding] | None = None
 ) -> dict[str, Any]:
   """The decoder's parameters in `config.param_dtype`, as a nested dict.
 
@@ -30,7 +96,7 @@ def import_params(
   Args:
     source: the checkpoint.
     config: of the decoder, as `source.config()` gave it or with other dtypes.
-    shardings: of every parameter, in the same nesting; None for the first device.
+    placed: the sharding of every parameter, in the same nesting; None for the first device.
 
   Raises:
     ValueError: missing or extra tensors, or a wrong shape, named.
@@ -43,7 +109,7 @@ def import_params(
   with tqdm(total=count, desc="reading tensors", unit="tensor", disable=None) as progress:
     for spec in specs:
       one_device = SingleDeviceSharding(jax.devices()[0])
-      sharding = one_device if shardings is None else _at(shardings, spec.path)
+      sharding = one_device if placed is None else _at(placed, spec.path)
       shape = _at(shapes, spec.path).shape
       _put(params, spec.path, _read(source, spec, config, shape, sharding, progress))
   return params

@@ -13,12 +13,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 from tokenizers import pre_tokenizers
 
-from dga_jax import convert
 from dga_jax.checkpoint import load_model
 from dga_jax.conversion.gguf_file import GGUFFile, half_split
 from dga_jax.conversion.gguf_tokenizer import tokenizer_from_metadata
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
-from dga_jax.conversion.importing import import_params
+from dga_jax.conversion.importing import import_model, import_params, open_source
 from dga_jax.conversion.parameters import tensor_specs
 from dga_jax.model import Decoder, ModelConfig, RopeScaling
 from dga_jax.model.rope import inverse_frequencies
@@ -110,8 +109,8 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
 
 
 def import_file(path: Path, workdir: Path) -> None:
-  source = convert.open_source(path)
-  convert.import_model(source, source.config(), workdir)
+  source = open_source(path)
+  import_model(source, source.config(), workdir)
 
 
 def rope_factors(config: ModelConfig) -> np.ndarray:
@@ -217,7 +216,7 @@ def test_truncated_files(whole: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"cut\.gguf is no whole GGUF file"):
       GGUFFile(copy)
   with pytest.raises(FileNotFoundError, match=r"no .*none\.gguf"):
-    convert.open_source(tmp_path / "none.gguf")
+    open_source(tmp_path / "none.gguf")
 
 
 @pytest.mark.parametrize(

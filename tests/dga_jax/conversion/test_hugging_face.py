@@ -16,10 +16,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 from safetensors.numpy import load_file, save_file
 
-from dga_jax import convert
 from dga_jax.checkpoint import list_steps, load_config, load_model
 from dga_jax.conversion.exporting import export_hugging_face
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
+from dga_jax.conversion.importing import import_model
 from dga_jax.conversion.placement import parse_mesh, shardings
 from dga_jax.model import Decoder
 
@@ -32,7 +32,7 @@ forward = nnx.jit(Decoder.__call__)
 def import_folder(folder: Path, workdir: Path, **changes: Any) -> str:
   source = HuggingFaceFolder(folder)
   config = dataclasses.replace(source.config(), **changes)
-  return convert.import_model(source, config, workdir)
+  return import_model(source, config, workdir)
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
