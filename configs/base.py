@@ -10,6 +10,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
   """The defaults: a small decoder with DGA on text. Placeholders are None until they are set."""
   config = ConfigDict()
+  config.init_from = placeholder(str)  # Workdir of a model to begin with.
   config.seed = 0
   config.num_steps = 1000
   config.batch_size = 8  # Sequences of a step, over all processes.

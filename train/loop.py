@@ -9,11 +9,12 @@ from absl import logging
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from dga_jax.checkpoint import Checkpoints
+from dga_jax.checkpoint import Checkpoints, load_tokenizer
 from train.config import check_resumable, to_dict, TrainConfig
 from train.data.pipeline import Data, load_data
 from train.errors import TrainingError
 from train.evaluate import evaluate, Evaluation, make_eval_step
+from train.initial import load_params, with_model_of
 from train.metrics import MetricsWriter
 from train.plots import plot_run
 from train.report import Reporter
@@ -40,12 +41,28 @@ def train(config: TrainConfig, workdir: Path) -> None:
     latest = checkpoints.latest_step
     saved = {} if latest is None else checkpoints.read_config(latest)
     fingerprint = saved.pop(_FINGERPRINT, None)
+    if "origin" in saved:
+      raise ValueError(
+        f"{workdir} holds an imported model. Train it in a folder of its own, with "
+        f"--config.init_from={workdir} and another --workdir."
+      )
+    tokenizer = None
+    if config.init_from is not None:
+      # A run that goes on needs what it began with no more.
+      begin = config.init_from if latest is None else workdir
+      config, tokenizer = with_model_of(config, begin), load_tokenizer(begin)
     if latest is not None:
       check_resumable(config, saved)
     if latest == config.num_steps:
       logging.info("The run in %s is finished: all %d steps are done.", workdir, latest)
       return
-    data = load_data(config.data, workdir, seed=config.seed, batch_size=config.batch_size)
+    data = load_data(
+      config.data,
+      workdir,
+      seed=config.seed,
+      batch_size=config.batch_size,
+      tokenizer=tokenizer,
+    )
     _check_data(config, data, fingerprint)
     try:
       with MetricsWriter(workdir, last_step=-1 if latest is None else latest) as metrics:
@@ -105,8 +122,11 @@ class _Run:
 
   def _first_state(self) -> TrainState:
     """The state to go on from; the data iterator is set to where it was then."""
-    if self._first_step is None:
+    if self._first_step is None and self._config.init_from is None:
       return self._functions.init()
+    if self._first_step is None:
+      logging.info("Beginning with the model in %s.", self._config.init_from)
+      return self._functions.begin(load_params(self._config))
     device = SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
