@@ -5,7 +5,6 @@ from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (safetensors makes bfloat16 arrays with it)
 import numpy as np
 from safetensors import safe_open, SafetensorError
 
