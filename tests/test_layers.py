@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[1]
 # In dga_jax these are for command modules, and for what reads and writes files.
 COMMANDS = {"absl", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import besides.
-FILE_LIBRARIES = {"conversion": {"gguf", "safetensors", "tokenizers", "tqdm"}}
+FILE_LIBRARIES = {
+  "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
+  "evaluation": {"matplotlib", "tqdm"},
+}
 ALLOWED = {
   "pallas_kernels": {"jax", "jaxtyping", "numpy", "pallas_kernels"},
   "dga_jax": {"dga_jax", "flax", "jax", "jaxtyping", "numpy", "pallas_kernels"} | COMMANDS,
