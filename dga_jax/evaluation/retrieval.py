@@ -48,9 +48,10 @@ _COLOURS = "amber black blue brown green grey orange purple red white".split()
 def passkey(rng: random.Random, depth: float, size: int) -> Puzzle:
   """One number, announced as the pass key."""
   del size
-  key = _number(rng)
-  sentence = f" The pass key is {key}. Remember it. {key} is the pass key."
-  return Puzzle([Hidden(depth, sentence)], "What is the pass key? The pass key is", key)
+  number = _number(rng)
+  fact = f"he pass key number is {number}."
+  question = "What is the pass key number? The pass key number is"
+  return Puzzle([Hidden(depth, f" T{fact} Remember it: t{fact}")], question, number)
 
 
 def needle(rng: random.Random, depth: float, size: int) -> Puzzle:
