@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from dga_jax.attention import GroupPlan, plan_groups
 from dga_jax.attention.aggregate import summarise
 from dga_jax.attention.attend import attend_summaries
+from dga_jax.attention.layout import streaming_layout
+from dga_jax.attention.plan import static_sizes
 from dga_jax.config import DGAConfig
 from pallas_kernels.grouped_attention.reference import masked_softmax
 
@@ -60,12 +62,14 @@ class AblatedDGA:
       raise ValueError(
         "segment_ids or lengths are given; ablations want whole rows of one document."
       )
-    if self.selection == "own":
-      plan = plan_groups(q_BxLxHxD, k_BxLxNxD, config=self.config)
-    else:
+    plan = plan_groups(q_BxLxHxD, k_BxLxNxD, config=self.config)
+    if self.selection != "own":
       scores = _random_scores if self.selection == "random" else received_later
       focal_BxNxL = focal_by_score(scores(q_BxLxHxD, k_BxLxNxD, self.config), self.config)
-      plan = GroupPlan.from_focal_mask(focal_BxNxL, config=self.config)
+      # Not GroupPlan.from_focal_mask, which counts the focal tokens of blocks and so needs values.
+      sizes = static_sizes(self.config, q_BxLxHxD.shape[1], max_documents=1, exact=True)
+      layout = streaming_layout(focal_BxNxL, plan.documents, sizes, self.config)
+      plan = dataclasses.replace(plan, focal_mask=focal_BxNxL, **layout._asdict())
     weighing = jnp.zeros_like(q_BxLxHxD) if self.merging == "mean" else q_BxLxHxD
     summaries = summarise(weighing, k_BxLxNxD, v_BxLxNxD, plan)
     return attend_summaries(q_BxLxHxD, summaries, self._hide(plan))
