@@ -1,5 +1,6 @@
 """The training loop: data in, steps, evaluations, checkpoints."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ from absl import logging
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from dga_jax.checkpoint import Checkpoints, load_tokenizer
+from dga_jax.checkpoint import Checkpoints
 from train.config import check_resumable, to_dict, TrainConfig
 from train.data.pipeline import Data, load_data
 from train.errors import TrainingError
 from train.evaluate import evaluate, Evaluation, make_eval_step
-from train.initial import load_params, with_model_of
+from train.initial import find_initial, load_params, ORIGIN
 from train.metrics import MetricsWriter
 from train.plots import plot_run
 from train.report import Reporter
@@ -40,17 +41,16 @@ def train(config: TrainConfig, workdir: Path) -> None:
   with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
     latest = checkpoints.latest_step
     saved = {} if latest is None else checkpoints.read_config(latest)
-    fingerprint = saved.pop(_FINGERPRINT, None)
-    if "origin" in saved:
+    if saved and "data" not in saved:
       raise ValueError(
         f"{workdir} holds an imported model. Train it in a folder of its own, with "
         f"--config.init_from={workdir} and another --workdir."
       )
-    tokenizer = None
-    if config.init_from is not None:
-      # A run that goes on needs what it began with no more.
-      begin = config.init_from if latest is None else workdir
-      config, tokenizer = with_model_of(config, begin), load_tokenizer(begin)
+    # A run that goes on needs the folder that it began with no more.
+    initial = find_initial(config, config.init_from if latest is None else str(workdir))
+    config = initial.config
+    fingerprint = saved.pop(_FINGERPRINT, None)
+    saved.pop(ORIGIN, None)
     if latest is not None:
       check_resumable(config, saved)
     if latest == config.num_steps:
@@ -61,12 +61,14 @@ def train(config: TrainConfig, workdir: Path) -> None:
       workdir,
       seed=config.seed,
       batch_size=config.batch_size,
-      tokenizer=tokenizer,
+      tokenizer=initial.tokenizer,
     )
     _check_data(config, data, fingerprint)
+    entries = {**initial.entries, _FINGERPRINT: data.fingerprint}
     try:
       with MetricsWriter(workdir, last_step=-1 if latest is None else latest) as metrics:
-        _Run(config, workdir, data, checkpoints, metrics, first_step=latest).to_the_end()
+        run = _Run(config, workdir, data, checkpoints, metrics, entries, first_step=latest)
+        run.to_the_end()
     except (TrainingError, OSError) as error:
       checkpoints.wait()
       last = checkpoints.latest_step
@@ -84,10 +86,12 @@ class _Run:
     data: Data,
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
+    entries: Mapping[str, Any],
     *,
     first_step: int | None,
   ) -> None:
     self._config = config
+    self._entries = dict(entries)  # of a checkpoint's config, beside the training config's
     self._workdir = workdir
     self._data = data
     self._checkpoints = checkpoints
@@ -159,7 +163,7 @@ class _Run:
       params=state.params,
       training=_training_items(state),
       data=grain.checkpoint.CheckpointSave(self._batches),
-      config=to_dict(self._config) | {_FINGERPRINT: self._data.fingerprint},
+      config=to_dict(self._config) | self._entries,
       tokenizer=self._data.tokenizer,
       eval_loss=None if evaluation is None else evaluation.loss,
     )

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dga_jax import DGAConfig
-from dga_jax.checkpoint import CheckpointError, load_model
+from dga_jax.checkpoint import CheckpointError, load_config, load_model
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
 from train.config import TrainConfig
@@ -48,6 +48,7 @@ def test_training_begins_with_the_model(
   # What the weights are comes from the import, how they are used from the config.
   own = {"attention": attention, "dga": DGA, "dtype": "float32", "param_dtype": "float32"}
   assert trained == dataclasses.replace(original, **own)
+  assert load_config(tmp_path)["origin"] == load_config(imported)["origin"]
 
   # The loss before the first step is the imported model's; it then falls.
   assert held_out[-1] < held_out[0] - 0.1
