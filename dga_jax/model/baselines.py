@@ -150,10 +150,11 @@ class TopKEvictionConfig(_Settings):
       raise ValueError("TopKEvictionConfig.heavy + recent is 0; it must be at least 1.")
 
   def with_budget(self, keys: int) -> Self:
-    """Half of `keys`, less the interval, for heavy hitters, the other half for recent tokens."""
-    heavy = (keys - self.interval) // 2
-    recent = keys - self.interval - heavy
-    return self._replace(keys, self.interval + 1, heavy=heavy, recent=recent)
+    """Half for heavy hitters and half for recent tokens, after the interval (at most an eighth)."""
+    interval = max(1, min(self.interval, keys // 8))
+    heavy = (keys - interval) // 2
+    changes = {"heavy": heavy, "recent": keys - interval - heavy, "interval": interval}
+    return self._replace(keys, 2, **changes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +187,9 @@ class KVMergerConfig(_Settings):
       )
 
   def with_budget(self, keys: int) -> Self:
-    """`keys` less the interval, heavy and recent tokens in the same proportion to the budget."""
-    budget = keys - self.interval
+    """`keys` less the interval (at most an eighth); heavy and recent tokens in proportion."""
+    interval = max(1, min(self.interval, keys // 8))
+    budget = keys - interval
     heavy, recent = (int(share * budget / self.budget) for share in (self.heavy, self.recent))
-    return self._replace(keys, self.interval + 2, budget=budget, heavy=heavy, recent=recent)
+    changes = {"budget": budget, "heavy": heavy, "recent": recent, "interval": interval}
+    return self._replace(keys, 3, **changes)
