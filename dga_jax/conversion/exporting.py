@@ -9,7 +9,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -121,14 +120,8 @@ def _stored_tensors(
       yield spec.name("hugging_face"), spec.to_stored(np.asarray(value), config)
       continue
     for layer in range(config.num_layers):
-      yield (
-        spec.name("hugging_face", layer),
-        spec.to_stored(np.asarray(_layer(value, layer)), config),
-      )
-
-
-def _layer(stacked: Array, layer: int) -> Array:
-  return stacked[layer]
+      name = spec.name("hugging_face", layer)
+      yield name, spec.to_stored(np.asarray(value[layer]), config)
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:

@@ -278,7 +278,9 @@ def test_words_before_merges(pre: str, text: str, words: list[str]) -> None:
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"model": "llama"}, "tokenizer.ggml.model='llama'; only 'gpt2'.*Hugging Face folder"),
+    ({"model": "t5"}, "tokenizer.ggml.model='t5'; 'gpt2'.*Hugging Face folder"),
+    ({"model": "llama"}, "lacks tokenizer.ggml.scores"),
+    ({"model": "llama", "token_type": [3, 4]}, "user-defined token"),
     ({"pre": "tekken"}, "tokenizer.ggml.pre='tekken'; known are 'gpt-2'"),
     ({"eos_token_id": None}, "lacks tokenizer.ggml.eos_token_id"),
   ],
@@ -286,6 +288,20 @@ def test_words_before_merges(pre: str, text: str, words: list[str]) -> None:
 def test_tokenizers_that_are_refused(changes: dict, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     tokenizer_from_metadata(metadata(**changes), None)
+
+
+def test_a_sentencepiece_vocabulary() -> None:
+  """Trained with SentencePiece, whose tokens of some texts are stored beside it."""
+  values = json.loads((GOLDEN.parent / "sentencepiece" / "expected.json").read_text())
+  texts = values.pop("texts")
+  ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
+  stored = {f"tokenizer.ggml.{k}": v for k, v in (values | ids | {"model": "llama"}).items()}
+  tokenizer = tokenizer_from_metadata(stored, None)
+  assert (tokenizer.start_ids, tokenizer.end_id) == ((1,), 2)
+  assert {text: tokenizer.encode(text) for text in texts} == texts
+  for text, tokens in texts.items():
+    if "▁" not in text:
+      assert tokenizer.decode(tokens) == (f" {text}" if text else "")
 
 
 def test_another_end_token() -> None:
