@@ -71,7 +71,8 @@ class Tokenizer:
       ValueError: as for the class.
     """
     encoding = backend.encode("a", add_special_tokens=True)
-    first = encoding.special_tokens_mask.index(0)
+    # The letter's own token is the first that no template adds; it may be missing as well.
+    first = [*encoding.special_tokens_mask, 0].index(0)
     return cls(backend, end_token=end_token, start_tokens=encoding.tokens[:first])
 
   @classmethod

@@ -57,16 +57,16 @@ def config_from_values(values: Mapping[str, Any], param_dtype: DtypeName) -> Mod
   known = {"sliding_attention"} if family.windowed else {"full_attention"}
   if other := set(values.get("layer_types") or ()) - known:
     raise ValueError(f"config.json has layer_types with {sorted(other)}; wanted are {known}.")
-  heads = _required(values, "num_attention_heads")
+  width, heads = _size(values, "hidden_size"), _size(values, "num_attention_heads")
   base, scaling = _rope(values)
   window = values.get("sliding_window", 4096) if family.windowed else None
   config = ModelConfig(
     vocab_size=_required(values, "vocab_size"),
     num_layers=_required(values, "num_hidden_layers"),
-    embed_dim=_required(values, "hidden_size"),
+    embed_dim=width,
     num_heads=heads,
     num_kv_heads=_optional(values, "num_key_value_heads", heads),
-    head_dim=_optional(values, "head_dim", _required(values, "hidden_size") // heads),
+    head_dim=_optional(values, "head_dim", width // heads),
     mlp_dim=_required(values, "intermediate_size"),
     rope_base=base,
     rope_scaling=scaling,
@@ -195,6 +195,13 @@ def _required(values: Mapping[str, Any], key: str) -> Any:
   if values.get(key) is None:
     raise ValueError(f"config.json lacks {key}.")
   return values[key]
+
+
+def _size(values: Mapping[str, Any], key: str) -> int:
+  value = _required(values, key)
+  if not isinstance(value, int) or value < 1:
+    raise ValueError(f"config.json has {key}={value!r}; it must be an integer of at least 1.")
+  return value
 
 
 def _optional[T](values: Mapping[str, Any], key: str, default: T) -> T:

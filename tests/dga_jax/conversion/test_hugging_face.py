@@ -199,6 +199,7 @@ def test_a_mesh_that_makes_no_sense(text: str, message: str) -> None:
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'; supported"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'; supported"),
     ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+    ({"num_attention_heads": 0}, "num_attention_heads=0; it must be an integer"),
     ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
     ({"num_key_value_heads": 3}, "num_heads is 4.*multiple of num_kv_heads=3"),
     ({"num_hidden_layers": 3}, r"lacks the tensors model\.layers\.2\..* and 4 more"),
