@@ -10,13 +10,19 @@ from dga_jax.evaluation.variants import Variant
 SHARES = (0.125, 0.25, 0.5)
 SINKS = 4
 RAW_TOKENS = 288  # of the local window, 16 blocks of m = 16
-_BASELINES = {
-  "sliding window": "sliding_window",
-  "StreamingLLM": "streaming_llm",
-  "LM-Infinite": "lm_infinite",
-  "top-k eviction": "top_k_eviction",
-  "KV merging": "kv_merger",
-}
+_DENSE_PROMPT = {"dense_prompt": True}
+_BASELINES: dict[str, dict[str, Any]] = {
+  "sliding window": {"attention": "sliding_window"},
+  "StreamingLLM": {"attention": "streaming_llm"},
+  "LM-Infinite": {"attention": "lm_infinite"},
+  "top-k eviction": {"attention": "top_k_eviction"},
+  "KV merging": {"attention": "kv_merger"},
+  # As published: the prompt costs what dense attention costs, and all of it votes.
+  "top-k eviction after a dense prompt": {
+    "attention": "top_k_eviction", "top_k_eviction": _DENSE_PROMPT,
+  },
+  "KV merging after a dense prompt": {"attention": "kv_merger", "kv_merger": _DENSE_PROMPT},
+}  # fmt: skip
 
 
 def core(length: int) -> Iterator[Variant]:
@@ -39,8 +45,8 @@ def shares(length: int) -> Iterator[Variant]:
 def papers(length: int) -> Iterator[Variant]:
   """Every baseline at its paper's setting."""
   del length
-  for name, attention in (_BASELINES | {"MInference": "minference"}).items():
-    yield Variant(f"{name}, paper", {"attention": attention})
+  for name, overrides in (_BASELINES | {"MInference": {"attention": "minference"}}).items():
+    yield Variant(f"{name}, paper", overrides)
 
 
 def grid(length: int) -> Iterator[Variant]:
@@ -115,8 +121,8 @@ def at_share(length: int, share: float, m: int, focal: int) -> DGAConfig | None:
 
 
 def _baselines(share: float) -> Iterator[Variant]:
-  for name, attention in _BASELINES.items():
-    yield Variant(f"{name}, {share:.3g}", {"attention": attention}, share)
+  for name, overrides in _BASELINES.items():
+    yield Variant(f"{name}, {share:.3g}", overrides, share)
 
 
 def _streaming(length: int, share: float) -> Iterator[Variant]:

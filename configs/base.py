@@ -70,8 +70,10 @@ def get_config() -> ConfigDict:
   config.model.minference.first_tokens = 30
   config.model.minference.recent_distances = 100
   config.model.top_k_eviction = ConfigDict({"heavy": 410, "recent": 410, "interval": 64})
+  config.model.top_k_eviction.dense_prompt = False
   config.model.kv_merger = ConfigDict({"budget": 2048, "heavy": 245, "recent": 512})
   config.model.kv_merger.interval = 64
+  config.model.kv_merger.dense_prompt = False
 
   config.data = ConfigDict()
   config.data.kind = "text"

@@ -1,5 +1,6 @@
 """Pictures of results."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ def plot_perplexity_by_position(records: Sequence[Mapping[str, Any]], path: Path
     middles = [(piece["from"] + piece["to"]) / 2 for piece in pieces]
     values = [math.exp(piece["loss"]) for piece in pieces]
     axes.plot(middles, values, label=record["variant"], **style)
+  _spread(axes, [math.exp(p["loss"]) for record in records for p in record["by_position"]])
   _legend(axes)
   figure.savefig(path)
 
@@ -55,16 +57,20 @@ def plot_against_share(
 ) -> None:
   """One line a method: a figure of merit against the share of the keys that it keeps.
 
-  A method that keeps all keys is drawn as a level line, for the others to be compared with.
+  A method that keeps all keys is drawn as a level line, for the others to be compared with; one
+  with several settings at the same share as points without a line.
   """
   figure, axes = _figure("Share of the keys kept", y_label)
   axes.set_title(title)
   for style, (name, points) in zip(_styles(len(methods)), methods.items(), strict=True):
-    if all(point.share > 0.99 for point in points):
-      level = dict(style, marker="", linestyle="--")
-      axes.axhline(points[0].value, label=name, **{k: v for k, v in level.items() if v})
-    else:
-      axes.plot(*zip(*sorted(points), strict=True), label=name, **style)
+    shares = sorted(point.share for point in points)
+    if shares[0] > 0.99:
+      axes.axhline(points[0].value, label=name, color=style["color"], linestyle="--")
+      continue
+    if any(b < 1.02 * a for a, b in itertools.pairwise(shares)):
+      style["linestyle"] = ""
+    axes.plot(*zip(*sorted(points), strict=True), label=name, **style)
+  _spread(axes, [point.value for points in methods.values() for point in points])
   axes.set_xscale("log")
   axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g} %")
   axes.xaxis.set_minor_formatter(lambda x, _: f"{100 * x:.2g} %")
@@ -165,6 +171,14 @@ def _styles(count: int) -> list[dict[str, Any]]:
     }
     for i in range(count)
   ]
+
+
+def _spread(axes: Axes, values: Sequence[float]) -> None:
+  """A logarithmic axis for values that lie far apart."""
+  if 0 < 4 * min(values) < max(values):
+    axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+      formatter("{x:.3g}")
 
 
 def _legend(axes: Axes) -> None:

@@ -119,7 +119,8 @@ class Family:
     config = variant.config(self.config, length)
     if config.attention == "dga":
       return config.dga.selection == "streaming"
-    return config.attention != "minference"
+    settings = getattr(config, config.attention, None)
+    return config.attention != "minference" and not getattr(settings, "dense_prompt", False)
 
   def budget(self, variant: Variant, length: int) -> "Budget":
     """What the variant keeps of a prompt of `length` tokens."""

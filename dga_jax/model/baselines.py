@@ -9,14 +9,17 @@ from typing import Any, ClassVar, Self
 
 
 class _Settings:
-  """Checks that every field is a whole number, and at least what `_LEAST` says (or 0)."""
+  """Checks that every field is a whole number, at least what `_LEAST` says (or 0), or a bool."""
 
   _LEAST: ClassVar[dict[str, int]] = {}
 
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):  # type: ignore[arg-type]
       value, least = getattr(self, field.name), self._LEAST.get(field.name, 0)
-      if not isinstance(value, int) or isinstance(value, bool) or value < least:
+      if isinstance(field.default, bool):
+        if not isinstance(value, bool):
+          raise ValueError(f"{type(self).__name__}.{field.name} is {value!r}; it must be a bool.")
+      elif not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(
           f"{type(self).__name__}.{field.name} is {value!r}; it must be an integer of at least"
           f" {least}."
@@ -136,11 +139,15 @@ class TopKEvictionConfig(_Settings):
     interval: tokens that are read between two evictions; the cache holds heavy + recent +
       interval. The paper evicts after each token (1); a longer interval keeps more and is read
       in blocks. The defaults keep 10 % and 10 % of 4096 tokens, the paper's budget.
+    dense_prompt: False evicts from the first token on: causal, and the cache is small throughout.
+      True reads a prompt with dense attention and evicts once at its end, when all queries of the
+      prompt have voted; whole sequences are then dense, and decoding is another function.
   """
 
   heavy: int = 410
   recent: int = 410
   interval: int = 64
+  dense_prompt: bool = False
 
   _LEAST: ClassVar = {"interval": 1}
 
@@ -148,6 +155,11 @@ class TopKEvictionConfig(_Settings):
     super().__post_init__()
     if self.heavy + self.recent < 1:
       raise ValueError("TopKEvictionConfig.heavy + recent is 0; it must be at least 1.")
+
+  @property
+  def entries(self) -> int:
+    """What an eviction leaves."""
+    return self.heavy + self.recent
 
   def with_budget(self, keys: int) -> Self:
     """Half for heavy hitters and half for recent tokens, after the interval (at most an eighth)."""
@@ -167,12 +179,14 @@ class KVMergerConfig(_Settings):
     recent: the last tokens, which stay unmerged.
     interval: tokens that are read between two mergings; the cache holds budget + interval. The
       default budget is half of 4096 tokens, the paper's larger one.
+    dense_prompt: as for TopKEvictionConfig.
   """
 
   budget: int = 2048
   heavy: int = 245
   recent: int = 512
   interval: int = 64
+  dense_prompt: bool = False
 
   _LEAST: ClassVar = {"budget": 2, "interval": 1}
 
@@ -185,6 +199,11 @@ class KVMergerConfig(_Settings):
         f"KVMergerConfig.budget is {self.budget}; it must be at least 2·heavy + recent + 1 ="
         f" {least}, so that enough neighbours can merge."
       )
+
+  @property
+  def entries(self) -> int:
+    """What a merging leaves."""
+    return self.budget
 
   def with_budget(self, keys: int) -> Self:
     """`keys` less the interval (at most an eighth); heavy and recent tokens in proportion."""

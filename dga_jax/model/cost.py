@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from dga_jax.config import DGAConfig
+from dga_jax.model.baselines import KVMergerConfig, TopKEvictionConfig
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.decoder import Decoder
 
@@ -55,13 +56,10 @@ def _seen_keys(config: ModelConfig, seen_L: np.ndarray) -> np.ndarray:
   if config.attention == "dga":
     streaming = config.dga.selection == "streaming"
     return _streaming_keys(config.dga, seen_L) if streaming else _global_keys(config.dga, seen_L)
-  if config.attention in ("top_k_eviction", "kv_merger"):
-    heavy_hitters = config.top_k_eviction
-    budget, interval = heavy_hitters.heavy + heavy_hitters.recent, heavy_hitters.interval
-    if config.attention == "kv_merger":
-      budget, interval = config.kv_merger.budget, config.kv_merger.interval
-    whole_L = (seen_L - 1) // interval * interval
-    return np.minimum(whole_L, budget) + seen_L - whole_L
+  if config.attention == "top_k_eviction":
+    return _bounded_keys(config.top_k_eviction, seen_L)
+  if config.attention == "kv_merger":
+    return _bounded_keys(config.kv_merger, seen_L)
   bounds = {
     "dense": len(seen_L),
     "sliding_window": config.sliding_window.window,
@@ -70,6 +68,13 @@ def _seen_keys(config: ModelConfig, seen_L: np.ndarray) -> np.ndarray:
     "minference": config.minference.vertical + config.minference.slash,
   }
   return np.minimum(seen_L, bounds[config.attention])
+
+
+def _bounded_keys(settings: TopKEvictionConfig | KVMergerConfig, seen_L: np.ndarray) -> np.ndarray:
+  if settings.dense_prompt:
+    return seen_L
+  whole_L = (seen_L - 1) // settings.interval * settings.interval
+  return np.minimum(whole_L, settings.entries) + seen_L - whole_L
 
 
 def _streaming_keys(dga: DGAConfig, seen_L: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ def test_the_report(tmp_path: Path) -> None:
   printed = run(workdir, documents, out, "--minutes=30")
   assert "4 cells are there, 0 are missing." in printed
   drawn = [Path(line) for line in printed if line.startswith(str(out))]
-  assert len(drawn) == 12
+  assert len(drawn) == 13
   assert all(path.stat().st_size > 100 for path in drawn)
   records = [json.loads(line) for line in (out / "quality.jsonl").read_text().splitlines()]
   assert {record["task"] for record in records} == {"perplexity", "retrieval", "ablation"}

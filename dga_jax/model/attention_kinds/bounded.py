@@ -4,7 +4,8 @@ Top-k eviction and KVMerger-style merging share this: tokens are appended; each 
 attention that it receives; and after every `interval` tokens a rule reduces the entries to
 `budget`. Entries lie in the order of their positions, so what a query sees is a prefix, and how
 many there are follows from the number of tokens. A whole sequence, a prompt and single tokens all
-go through `_advance`: the function is one and causal.
+go through `_advance`: the function is one and causal. With `dense_prompt` a prompt is read whole
+instead and compressed once at its end.
 """
 
 import dataclasses
@@ -51,12 +52,15 @@ class BoundedAttention:
     budget: entries that a compression leaves.
     interval: tokens between two compressions.
     rule: how entries are reduced.
+    dense_prompt: whether prompts, and whole sequences, are read with dense attention, and a prompt
+      is compressed once at its end. All its queries then decide what stays.
   """
 
   name: str
   budget: int
   interval: int
   rule: Rule
+  dense_prompt: bool = False
 
   def attend(
     self,
@@ -67,7 +71,7 @@ class BoundedAttention:
     segment_ids: Int[Array, "B L"] | None,
     lengths: Int[Array, "B"] | None,
   ) -> Float[Array, "B L H D"]:
-    """What token-by-token decoding gives; padded queries give 0.
+    """What reading a prompt gives; padded queries give 0.
 
     Raises:
       ValueError: for packed documents, each of which would need a cache of its own.
@@ -98,6 +102,12 @@ class BoundedAttention:
   ) -> tuple[Float[Array, "B L H D"], BoundedCache]:
     """Reads a right-padded prompt, an interval at a time."""
     B, L, N, D = k_BxLxNxD.shape
+    if self.dense_prompt:
+      keeping_all = dataclasses.replace(self, budget=L, dense_prompt=False)
+      o_BxLxHxD, everything = keeping_all.prefill(
+        q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, lengths=lengths, max_length=L
+      )
+      return o_BxLxHxD, self._compress_prompt(everything, max_length)
     size = min(self.interval, L)
     blocks = math.ceil(L / size)
     length_B = jnp.full(B, L) if lengths is None else lengths
@@ -141,6 +151,34 @@ class BoundedAttention:
     is_token_Bx1 = jnp.ones((q.shape[0], 1), bool)
     o_Bx1xHxD, cache = self._advance(q, k, v, is_token_Bx1, cache, layer)
     return o_Bx1xHxD[:, 0], cache
+
+  def _compress_prompt(self, prompt: BoundedCache, max_length: int) -> BoundedCache:
+    """From all tokens of a prompt to the cache: whole intervals compressed, the rest raw."""
+    B, N, L, D = prompt.key.shape
+    empty = self.init_cache(B, max_length, N, D, prompt.key.dtype)
+    entries = empty.key.shape[2]
+    whole_B = prompt.length // self.interval * self.interval
+    arrays = (prompt.key, prompt.value, prompt.received)
+    reduced = arrays if self.budget >= L else self._reduce(*arrays, whole_B)
+    rest_BxI = jnp.arange(min(self.interval, L))[None]
+    slot_BxI = jnp.minimum(whole_B, self.budget)[:, None] + rest_BxI
+    row_Bx1 = jnp.arange(B)[:, None]
+
+    def store(all_tokens: Array, few: Array) -> Array:
+      free = [(0, 0)] * few.ndim
+      free[2] = (0, entries - few.shape[2])
+      rest = all_tokens.at[row_Bx1, :, whole_B[:, None] + rest_BxI].get(mode="fill", fill_value=0)
+      return jnp.pad(few, free).at[row_Bx1, :, slot_BxI].set(rest, mode="drop")
+
+    key, value, received = map(store, arrays, reduced)
+    return BoundedCache(key, value, received, prompt.length)
+
+  def _reduce(
+    self, key: Array, value: Array, received: Array, held_B: Array
+  ) -> tuple[Array, Array, Array]:
+    """The rule, for every row and head."""
+    of_heads = jax.vmap(self.rule, in_axes=(0, 0, 0, None))
+    return jax.vmap(of_heads)(key, value, received, held_B)
 
   def _advance(
     self,
@@ -189,9 +227,9 @@ class BoundedAttention:
     """Applies the rule to the rows whose interval is full and that hold more than the budget."""
     full_B &= held_B > self.budget
 
-    def reduce(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-      of_heads = jax.vmap(self.rule, in_axes=(0, 0, 0, None))
-      return tuple(map(choose, arrays, jax.vmap(of_heads)(*arrays, held_B)))
+    def reduce(arrays: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+      key, value, received = map(choose, arrays, self._reduce(*arrays, held_B))
+      return key, value, received
 
     def choose(old: Array, new: Array) -> Array:
       free = [(0, 0)] * new.ndim
@@ -199,8 +237,11 @@ class BoundedAttention:
       return jnp.where(full_B.reshape(-1, *(1,) * (old.ndim - 1)), jnp.pad(new, free), old)
 
     # One layer goes through the conditional: with all of them XLA would copy them all.
-    stacked = (cache.key, cache.value, cache.received)
-    arrays = tuple(x[layer] for x in stacked)
-    arrays = jax.lax.cond(full_B.any(), reduce, lambda arrays: arrays, arrays)
-    stacked = tuple(x.at[layer].set(new) for x, new in zip(stacked, arrays, strict=True))
-    return BoundedCache(*stacked, cache.length)
+    one_layer = (cache.key[layer], cache.value[layer], cache.received[layer])
+    key, value, received = jax.lax.cond(full_B.any(), reduce, lambda same: same, one_layer)
+    return BoundedCache(
+      cache.key.at[layer].set(key),
+      cache.value.at[layer].set(value),
+      cache.received.at[layer].set(received),
+      cache.length,
+    )

@@ -35,7 +35,7 @@ def kv_merger(config: KVMergerConfig) -> BoundedAttention:
 
     return merged(key_CxD), merged(value_CxD), total(received_C)
 
-  return BoundedAttention("kv_merger", config.budget, config.interval, rule)
+  return BoundedAttention("kv_merger", config.budget, config.interval, rule, config.dense_prompt)
 
 
 def links(

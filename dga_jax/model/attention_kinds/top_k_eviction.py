@@ -21,8 +21,9 @@ def top_k_eviction(config: TopKEvictionConfig) -> BoundedAttention:
     kept_K = kept_entries(received_C, held, heavy=config.heavy, recent=config.recent)
     return key_CxD[kept_K], value_CxD[kept_K], received_C[kept_K]
 
-  budget = config.heavy + config.recent
-  return BoundedAttention("top_k_eviction", budget, config.interval, rule)
+  return BoundedAttention(
+    "top_k_eviction", config.entries, config.interval, rule, config.dense_prompt
+  )
 
 
 def kept_entries(

@@ -1,54 +1,34 @@
 """The baselines against their papers' rules written out token by token, and through the decoder."""
 
 import dataclasses
-import functools
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from dga_jax.model import Decoder, mean_keys, ModelConfig
-from dga_jax.model.attention_kinds import AttentionKind, make_attention
-from dga_jax.model.baselines import (
-  KVMergerConfig,
-  LMInfiniteConfig,
-  MInferenceConfig,
-  SlidingWindowConfig,
-  StreamingLLMConfig,
-  TopKEvictionConfig,
-)
+from dga_jax.model.attention_kinds import make_attention
+from dga_jax.model.baselines import MInferenceConfig, TopKEvictionConfig
+from tests.dga_jax.model.baseline_cases import (
+  B,
+  CAUSAL,
+  CONFIG,
+  D,
+  decode,
+  full,
+  H,
+  kind_of,
+  L,
+  N,
+  NEW,
+  prefill,
+  PROMPT,
+  R,
+  tokens_of,
+)  # fmt: skip
 from tests.dga_jax.model.random_decoder import random_decoder
-
-CONFIG = ModelConfig(
-  vocab_size=31,
-  num_layers=2,
-  embed_dim=16,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_dim=24,
-  rope_base=100.0,
-  dtype="float32",
-  sliding_window=SlidingWindowConfig(window=5),
-  streaming_llm=StreamingLLMConfig(sinks=3, window=4),
-  lm_infinite=LMInfiniteConfig(global_tokens=3, local_window=4),
-  minference=MInferenceConfig(
-    vertical=4, slash=5, last_queries=3, first_tokens=1, recent_distances=2
-  ),
-  top_k_eviction=TopKEvictionConfig(heavy=3, recent=2, interval=2),
-  kv_merger=KVMergerConfig(budget=7, heavy=1, recent=3, interval=3),
-)
-B, L, H, N, D = 3, 23, 4, 2, 8
-R = H // N
-CAUSAL = ("sliding_window", "streaming_llm", "lm_infinite", "top_k_eviction", "kv_merger")
-KINDS = (*CAUSAL, "minference")
-
-
-def kind_of(name: str) -> AttentionKind:
-  return make_attention(dataclasses.replace(CONFIG, attention=name))
 
 
 def attend(name: str, qkv: tuple, **rows) -> np.ndarray:
@@ -208,6 +188,49 @@ def test_bounded_caches_follow_their_rule(name, reduce, interval, budget, rotate
         assert len(entries) == budget
 
 
+@pytest.mark.parametrize("name", ["top_k_eviction", "kv_merger"])
+def test_a_dense_prompt_is_compressed_once(name: str, rotated) -> None:
+  """All queries vote, then whole intervals are reduced by the rule; the rest stays raw."""
+  reduce, interval = (evict, 2) if name == "top_k_eviction" else (merge, 3)
+  settings = dataclasses.replace(getattr(CONFIG, name), dense_prompt=True)
+  kind = make_attention(dataclasses.replace(CONFIG, attention=name, **{name: settings}))
+  lengths = jnp.array([23, 4, 14])
+  o, cache = jax.jit(lambda *qkv: kind.prefill(*qkv, lengths=lengths, max_length=30))(*rotated)
+  np.testing.assert_allclose(o, attend("dense", rotated, lengths=lengths), atol=2e-5)
+  q, k, v = (np.asarray(x, np.float64) for x in rotated)
+  for b, n in np.ndindex(B, N):
+    size = int(lengths[b])
+    entries = [[k[b, i, n], v[b, i, n], 0.0] for i in range(size)]
+    for i, h in itertools.product(range(size), range(n * R, (n + 1) * R)):
+      for j, weight in enumerate(softmax(k[b, : i + 1, n] @ q[b, i, h] / math.sqrt(D))):
+        entries[j][2] += weight
+    whole = size // interval * interval
+    kept = reduce(entries[:whole]) if whole > settings.entries else entries[:whole]
+    kept += entries[whole:]
+    for place, array in enumerate((cache.key, cache.value, cache.received)):
+      expected = np.array([entry[place] for entry in kept])
+      np.testing.assert_allclose(array[b, n, : len(kept)], expected, atol=3e-5)
+  assert cache.key.shape[2] == settings.entries + interval
+
+
+@pytest.mark.parametrize("name", ["top_k_eviction", "kv_merger"])
+def test_decoding_after_a_dense_prompt(name: str) -> None:
+  """While nothing is compressed it is dense attention; afterwards every step stays finite."""
+  settings = dataclasses.replace(getattr(CONFIG, name), dense_prompt=True)
+  config = dataclasses.replace(CONFIG, attention=name, **{name: settings})
+  model, tokens, rows = random_decoder(config), tokens_of(0), np.arange(B)
+  dense = full(random_decoder(dataclasses.replace(CONFIG, attention="dense")), tokens)
+  lengths = np.array([13, 2, 8])
+  logits, cache = prefill(model, tokens[:, :PROMPT], lengths)
+  np.testing.assert_allclose(logits, dense[rows, lengths - 1], atol=3e-5)
+  logits, cache = decode(model, tokens[rows, lengths], cache)
+  np.testing.assert_allclose(logits[1], dense[1, 2], atol=3e-5)
+  assert np.abs(logits[0] - dense[0, 13]).max() > 1e-3
+  for step in range(1, NEW):
+    logits, cache = decode(model, tokens[rows, lengths + step], cache)
+  assert np.isfinite(logits).all()
+
+
 def test_eviction_after_every_token_is_the_paper_s(rotated) -> None:
   """With interval 1 and the whole sequence in view, nothing is evicted and attention is dense."""
   wide = TopKEvictionConfig(heavy=L, recent=1, interval=1)
@@ -215,16 +238,6 @@ def test_eviction_after_every_token_is_the_paper_s(rotated) -> None:
   dense = attend("dense", rotated)
   o = make_attention(config).attend(*rotated, segment_ids=None, lengths=None)
   np.testing.assert_allclose(o, dense, atol=2e-5)
-
-
-PROMPT, NEW = 13, 10
-full = nnx.jit(Decoder.__call__)
-prefill = nnx.jit(functools.partial(Decoder.prefill, max_length=PROMPT + NEW))
-decode = nnx.jit(Decoder.decode)
-
-
-def tokens_of(seed: int) -> np.ndarray:
-  return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, (B, PROMPT + NEW))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -254,132 +267,3 @@ def test_minference_decodes_densely() -> None:
   np.testing.assert_allclose(logits, expected[rows, lengths - 1], atol=3e-5)
   logits, cache = decode(model, tokens[rows, lengths], cache)
   np.testing.assert_allclose(logits, expected[rows, lengths], atol=3e-5)
-
-
-ENTRIES = {
-  "sliding_window": 5,
-  "streaming_llm": 7,
-  "lm_infinite": 7,
-  "top_k_eviction": 7,
-  "kv_merger": 10,
-  "minference": 40,
-}
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_caches_hold_what_they_say(name: str) -> None:
-  model = random_decoder(dataclasses.replace(CONFIG, attention=name))
-  cache = model.init_cache(B, 40)
-  _, prompt = prefill(model, tokens_of(2)[:, :PROMPT], np.array([13, 2, 8]))
-  for layers, entries in ((cache.layers, ENTRIES[name]), (prompt.layers, min(23, ENTRIES[name]))):
-    wide = [x for x in jax.tree.leaves(layers) if x.ndim == 5]
-    assert {x.shape[-1] for x in wide} == {D}
-    assert sum(x.shape[-2] for x in wide) == 2 * entries
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_decoding_updates_the_cache_in_place(name: str) -> None:
-  config = dataclasses.replace(
-    CONFIG,
-    attention=name,
-    num_layers=24,
-    sliding_window=SlidingWindowConfig(512),
-    streaming_llm=StreamingLLMConfig(window=512),
-    lm_infinite=LMInfiniteConfig(local_window=512),
-    top_k_eviction=TopKEvictionConfig(256, 256),
-    kv_merger=KVMergerConfig(512, 32, 64),
-  )
-  model = random_decoder(config)
-  cache = jax.eval_shape(lambda: model.init_cache(B, 1024))
-  donated = jax.jit(lambda c: model.decode(jnp.zeros(B, int), c)[1], donate_argnums=0)
-  memory = donated.lower(cache).compile().memory_analysis()
-  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.ndim == 5)
-  assert memory.alias_size_in_bytes >= size
-  # Room for a few layers' work, but not for a copy of all layers.
-  assert memory.temp_size_in_bytes < size / 2
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_no_buffer_of_length_squared(name: str) -> None:
-  length = 4096
-  small = dataclasses.replace(
-    CONFIG,
-    attention=name,
-    num_heads=1,
-    num_kv_heads=1,
-    sliding_window=SlidingWindowConfig(64),
-    streaming_llm=StreamingLLMConfig(window=64),
-    lm_infinite=LMInfiniteConfig(local_window=64),
-    top_k_eviction=TopKEvictionConfig(32, 32),
-    kv_merger=KVMergerConfig(64, 4, 8),
-  )
-  x = jax.ShapeDtypeStruct((1, length, 1, D), jnp.float32)
-  whole = functools.partial(make_attention(small).attend, segment_ids=None, lengths=None)
-  memory = jax.jit(whole).lower(x, x, x).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < 4 * length**2 / 2
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_gradients_are_finite_and_padding_is_not_read(name: str, rotated) -> None:
-  lengths = jnp.array([23, 1, 12])
-  token = np.arange(L)[None, :, None, None] < np.asarray(lengths)[:, None, None, None]
-
-  def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return (kind_of(name).attend(q, k, v, segment_ids=None, lengths=lengths) ** 2).sum()
-
-  gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*rotated)
-  for gradient in gradients:
-    assert np.isfinite(gradient).all()
-    assert np.abs(np.where(token, gradient, 0)).max() > 0
-    assert not np.where(token, 0, gradient).any()
-
-
-@pytest.mark.parametrize("name", ["minference", "top_k_eviction", "kv_merger"])
-def test_packed_documents_are_refused_where_they_make_no_sense(name: str, rotated) -> None:
-  with pytest.raises(ValueError, match=f"segment_ids are given, but attention='{name}'"):
-    attend(name, rotated, segment_ids=jnp.zeros((B, L), int))
-
-
-@pytest.mark.parametrize("name", CAUSAL)
-def test_mean_keys_counts_what_is_attended(name: str) -> None:
-  settings = getattr(CONFIG, name)
-  seen = []
-  for i in range(50):
-    if name in ("top_k_eviction", "kv_merger"):
-      budget = 5 if name == "top_k_eviction" else 7
-      seen.append(
-        min(i // settings.interval * settings.interval, budget) + i % settings.interval + 1
-      )
-    else:
-      seen.append(min(i + 1, ENTRIES[name]))
-  assert mean_keys(dataclasses.replace(CONFIG, attention=name), 50) == pytest.approx(np.mean(seen))
-
-
-@pytest.mark.parametrize("name", KINDS)
-@pytest.mark.parametrize("keys", [40, 701])
-def test_budgets(name: str, keys: int) -> None:
-  settings = type(getattr(CONFIG, name))().with_budget(keys)
-  if name == "minference":
-    assert settings.vertical + settings.slash == keys
-    return
-  config = dataclasses.replace(CONFIG, attention=name, **{name: settings})
-  cache = make_attention(config).init_cache(1, 4096, 1, 8, jnp.float32)
-  assert sum(x.shape[2] for x in jax.tree.leaves(cache) if x.ndim == 4) == 2 * keys
-
-
-@pytest.mark.parametrize(
-  ("make", "message"),
-  [
-    (lambda: SlidingWindowConfig(0), r"SlidingWindowConfig\.window is 0.*at least 1"),
-    (lambda: StreamingLLMConfig(sinks=-1), r"StreamingLLMConfig\.sinks is -1"),
-    (lambda: LMInfiniteConfig(local_window=2.0), r"local_window is 2\.0"),
-    (lambda: MInferenceConfig(vertical=10), r"first_tokens is 30.*at most vertical=10"),
-    (lambda: TopKEvictionConfig(0, 0), r"heavy \+ recent is 0"),
-    (lambda: KVMergerConfig(budget=100, heavy=30, recent=40), r"budget is 100.*at least .* 101"),
-    (lambda: StreamingLLMConfig().with_budget(4), r"keys is 4.*at least 5"),
-    (lambda: TopKEvictionConfig().with_budget(1), r"keys is 1.*at least 2"),
-  ],
-)
-def test_settings_are_checked(make, message: str) -> None:
-  with pytest.raises(ValueError, match=message):
-    make()
