@@ -48,7 +48,7 @@ _LONG = flags.DEFINE_list("long", ["12288", "16384"], "Lengths with the base rai
 _LONG_BASE = flags.DEFINE_float("long_base", 4e5, "Base of RoPE there.")
 _MAX_DOCUMENTS = flags.DEFINE_integer("max_documents", 12, "Of them.", lower_bound=1)
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 32768, "Tokens that run together.")
-_TARGETS = flags.DEFINE_integer("targets", 128, "Last tokens that are decoded one by one.")
+_TARGETS = flags.DEFINE_integer("targets", 512, "Last tokens that are decoded one by one.")
 _SAMPLES = flags.DEFINE_integer("samples", 8, "Passkeys at each of five depths.", lower_bound=1)
 
 type _Variants = Callable[[int], Iterator[Variant]]

@@ -14,7 +14,7 @@ Tasks:
   longbench       LongBench-E from the folder --longbench
   many_documents  question answering over many documents (Liu et al.) from the file --questions
 
-Results are added to OUT/TASK.jsonl cell by cell, and the same command goes on where it stopped.
+Pictures need the extra "evaluate" (matplotlib). Results are added to OUT/TASK.jsonl cell by cell, and the same command goes on where it stopped.
 Pictures and a table (OUT/TASK.md) are drawn from all that the file holds.
 """
 

@@ -34,23 +34,31 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def perplexity_table(records: _Records) -> str:
-  """One line a record: budget, perplexity, and the last tokens by both rules."""
+  """One line a record: budget, perplexity, and the last tokens by both rules.
+
+  "over dense" divides by the perplexity of the variant "dense" at the same length, by decoding.
+  """
   header = [
     "variant", "length", "keys kept", "perplexity", "± (loss)",
-    "last tokens: whole sequence", "last tokens: decoding",
+    "last tokens: whole sequence", "last tokens: decoding", "over dense",
   ]  # fmt: skip
-  rows = [
-    [
-      record["variant"],
-      str(record["length"]),
-      f"{record['budget']['keys']:.0f} ({record['budget']['share']:.1%})",
-      f"{record['perplexity']:.3f}",
-      "" if record["standard_error"] is None else f"{record['standard_error']:.3f}",
-      f"{math.exp(record['last']['teacher_forced_loss']):.3f}",
-      f"{math.exp(record['last']['decoded_loss']):.3f}",
-    ]
-    for record in records
-  ]
+  dense = {r["length"]: r["last"]["decoded_loss"] for r in records if r["variant"] == "dense"}
+  rows = []
+  for record in records:
+    last, level = record["last"], dense.get(record["length"])
+    decoded = last["decoded_loss"]
+    rows.append(
+      [
+        record["variant"],
+        str(record["length"]),
+        f"{record['budget']['keys']:.0f} ({record['budget']['share']:.1%})",
+        f"{record['perplexity']:.3f}",
+        "" if record["standard_error"] is None else f"{record['standard_error']:.3f}",
+        f"{math.exp(last['teacher_forced_loss']):.3f}",
+        f"{math.exp(decoded):.3f}" + ("" if last["measured_by_decoding"] else " (same function)"),
+        "" if level is None else f"{math.exp(decoded - level):.4f}",
+      ]
+    )
   return markdown(header, rows)
 
 
