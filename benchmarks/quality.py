@@ -8,8 +8,10 @@ base of RoPE raised to 4e5, and DGA with one part swapped, for all layers and fo
 Decoding is measured token by token where it is not the same function as over whole sequences.
 
 Every cell is added to OUT/quality.jsonl as soon as it is there; the same command goes on where it
-stopped, and --minutes bounds a run. --cells is a regular expression on the cells' names, which
---list prints. Pictures and tables in OUT are drawn from all cells that the file holds.
+stopped, and --minutes bounds a run. Most of the time goes into compiling: --workers=4 does it for
+several cells at once, as far as the device's memory holds them. --cells is a regular expression on
+the cells' names, which --list prints. Pictures and tables in OUT are drawn from all cells that the
+file holds.
 """
 
 import functools
@@ -41,6 +43,7 @@ _CELLS = flags.DEFINE_string("cells", "", "Regular expression on cell names; def
 _LIST = flags.DEFINE_bool("list", False, "Only print the names of the cells.")
 _DRAW = flags.DEFINE_bool("draw", False, "Only draw what is there.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Begin no cell after that time.")
+_WORKERS = flags.DEFINE_integer("workers", 1, "Cells under way at once.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "To compute in.")
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "4096", "2048"], "Of perplexity.")
 _PASSKEYS = flags.DEFINE_list("passkeys", ["8192", "4096", "2048", "1024"], "Of prompts.")
@@ -74,7 +77,9 @@ def main(argv: Sequence[str]) -> None:
       return
     print(environment())
     origin = f"{_WORKDIR.value}, step {list_steps(_WORKDIR.value)[-1]}"
-    missing = cells.run_cells(chosen, records, origin=origin, minutes=_MINUTES.value)
+    missing = cells.run_cells(
+      chosen, records, origin=origin, minutes=_MINUTES.value, workers=_WORKERS.value
+    )
     print(f"{len(chosen) - missing} cells are there, {missing} are missing.")
   for path in draw(records, out):
     print(path)

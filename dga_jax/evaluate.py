@@ -14,8 +14,9 @@ Tasks:
   longbench       LongBench-E from the folder --longbench
   many_documents  question answering over many documents (Liu et al.) from the file --questions
 
-Pictures need the extra "evaluate" (matplotlib). Results are added to OUT/TASK.jsonl cell by cell, and the same command goes on where it stopped.
-Pictures and a table (OUT/TASK.md) are drawn from all that the file holds.
+Results are added to OUT/TASK.jsonl cell by cell, and the same command goes on where it stopped.
+Pictures and a table (OUT/TASK.md) are drawn from all that the file holds; they need the extra
+"evaluate" (matplotlib).
 """
 
 from collections.abc import Iterator, Sequence
@@ -69,9 +70,11 @@ def main(argv: Sequence[str]) -> None:
     family = Family(model, tokenizer.start_ids)
     step = list_steps(_WORKDIR.value)[-1] if _STEP.value is None else _STEP.value
     asked = list(_MAKERS[_TASK.value](family, tokenizer))
-    cells.run_cells(asked, records, origin=f"{_WORKDIR.value}, step {step}")
+    missing = cells.run_cells(asked, records, origin=f"{_WORKDIR.value}, step {step}")
     for path in report.write(_TASK.value, records.all(), out):
       print(path)
+    if missing:
+      raise SystemExit(f"error: {missing} of {len(asked)} cells failed; their messages are above.")
   except (CheckpointError, ValueError, OSError) as error:
     raise SystemExit(f"error: {error}") from error
 

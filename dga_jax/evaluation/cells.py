@@ -1,12 +1,15 @@
 """Cells of results: each is measured by itself, and what was measured is not measured again."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
@@ -52,32 +55,58 @@ class Cell:
 
 
 def run_cells(
-  cells: Sequence[Cell], records: Records, *, origin: str, minutes: float | None = None
+  cells: Sequence[Cell],
+  records: Records,
+  *,
+  origin: str,
+  minutes: float | None = None,
+  workers: int = 1,
 ) -> int:
   """Measures the cells that the records lack, and adds each as soon as it is there.
+
+  A cell that the device cannot run, for lack of memory above all, is named with the reason and
+  stays missing. Any other error ends the run.
 
   Args:
     origin: which checkpoint was measured, kept in every record.
     minutes: begins no cell after that time.
+    workers: cells under way at once. Programs are compiled on the host, several at a time, while
+      the device runs one; what they take of its memory adds up.
 
   Returns:
     How many cells are still missing.
   """
   missing = [cell for cell in cells if cell.key not in records]
-  begin = time.perf_counter()
-  done = 0
-  with tqdm(total=sum(cell.ticks for cell in missing), unit="batch") as bar:
-    for cell in missing:
-      if minutes is not None and time.perf_counter() - begin > 60 * minutes:
-        break
-      bar.set_description_str(cell.key)
-      cell_begin = time.perf_counter()
+  begin, left = time.perf_counter(), len(missing)
+
+  def measure(cell: Cell) -> tuple[Cell, dict[str, Any] | None]:
+    cell_begin = time.perf_counter()
+    if minutes is not None and cell_begin - begin > 60 * minutes:
+      return cell, None
+    try:
       result = cell.run(bar.update)
-      seconds = time.perf_counter() - cell_begin
-      common = {"seconds": seconds, "origin": origin, "environment": environment()}
-      records.add(cell.key, cell.fields | result | common | {"depends_on": cell.depends_on})
-      done += 1
-  return len(missing) - done
+    except jax.errors.JaxRuntimeError as error:
+      tqdm.write(f"{cell.key} failed: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+      return cell, None
+    return cell, result | {"seconds": time.perf_counter() - cell_begin}
+
+  with (
+    tqdm(total=sum(cell.ticks for cell in missing), unit="batch") as bar,
+    concurrent.futures.ThreadPoolExecutor(workers) as pool,
+  ):
+    futures = [pool.submit(measure, cell) for cell in missing]
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        cell, result = future.result()
+        if result is not None:
+          bar.set_description_str(cell.key)
+          common = {"origin": origin, "environment": environment(), "depends_on": cell.depends_on}
+          records.add(cell.key, cell.fields | result | common)
+          left -= 1
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+  return left
 
 
 def perplexity_cell(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from dga_jax.evaluation import report
@@ -67,6 +68,28 @@ def test_a_run_ends_in_time(tmp_path: Path) -> None:
     [cell(name, measured) for name in "abc"], Records(tmp_path / "r"), origin="o", minutes=0
   )
   assert (left, measured) == (3, [])
+
+
+def test_cells_that_the_device_cannot_run_stay_missing(tmp_path: Path, capsys) -> None:
+  def no_memory(tick):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
+
+  measured: list[str] = []
+  broken = Cell({"task": "t", "variant": "broken"}, 1, 1, no_memory)
+  path = tmp_path / "r"
+  cells = [cell("a", measured), broken, cell("b", measured)]
+  assert run_cells(cells, Records(path), origin="o", workers=2) == 1
+  assert sorted(measured) == ["a", "b"]
+  assert len(Records(path).all()) == 2
+  assert "failed: RESOURCE_EXHAUSTED: out of memory\n" in capsys.readouterr().err
+
+
+def test_other_errors_end_the_run(tmp_path: Path) -> None:
+  def mistake(tick):
+    raise ValueError("a mistake")
+
+  with pytest.raises(ValueError, match="a mistake"):
+    run_cells([Cell({"task": "t"}, 1, 1, mistake)], Records(tmp_path / "r"), origin="o")
 
 
 def test_a_line_cut_off_is_dropped_and_done_again(tmp_path: Path) -> None:
