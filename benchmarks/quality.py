@@ -151,8 +151,10 @@ class _Cells:
 def draw(records: Records, out: Path) -> Iterator[Path]:
   """Tables of each task, and a picture of each question."""
   everything = records.all()
+  lengths = {record["length"] for record in everything}
+  main = {variant.name for length in lengths for variant in variants_of.core(length)}
   for task in ("perplexity", "retrieval"):
-    yield from report.write(task, everything, out)
+    yield from report.write(task, everything, out, pictured=main)
   for record in everything:
     if record["task"] == "ablation":
       yield from _draw_ablation(record, out)

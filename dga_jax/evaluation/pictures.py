@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +76,7 @@ def plot_against_share(
   axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g} %")
   axes.xaxis.set_minor_formatter(lambda x, _: f"{100 * x:.2g} %")
   axes.tick_params(axis="x", which="minor", labelsize=7)
+  axes.grid(which="minor", alpha=0.15)
   _legend(axes)
   figure.savefig(path)
 
@@ -115,7 +117,7 @@ def plot_heat_maps(records: Sequence[Mapping[str, Any]], path: Path, *, title: s
   depths = sorted({record["depth"] for record in records})
   columns = min(4, len(names))
   rows = -(-len(names) // columns)
-  width, height = 1.6 + 0.62 * len(lengths), 1.4 + 0.34 * len(depths)
+  width, height = 1.6 + 0.62 * len(lengths), 1.2 + 0.3 * len(depths)
   figure = Figure(
     figsize=(0.8 + columns * width, 0.6 + rows * height), dpi=120, layout="constrained"
   )
@@ -128,7 +130,7 @@ def plot_heat_maps(records: Sequence[Mapping[str, Any]], path: Path, *, title: s
     for (row, column), share in np.ndenumerate(shares):
       if not np.isnan(share):
         axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
-    axes.set_title(name, fontsize=9)
+    axes.set_title(textwrap.fill(name, width=int(12 * width)), fontsize=8)
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=7)
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7)
     if place % columns == 0:

@@ -1,7 +1,7 @@
 """Tables and pictures of the records of a task."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,23 @@ from dga_jax.evaluation import pictures
 type _Records = Sequence[Mapping[str, Any]]
 
 
-def write(task: str, records: _Records, out: Path) -> list[Path]:
+def write(
+  task: str, records: _Records, out: Path, pictured: Collection[str] | None = None
+) -> list[Path]:
   """Writes OUT/TASK.md and the task's pictures; returns their paths.
 
   Args:
     task: a task of `python -m dga_jax.evaluate`.
     records: of `run_cells`; those of other tasks are passed over.
     out: a folder that exists.
+    pictured: variants that have a line or map of their own in pictures; None for all. The table
+      and the picture against the share of keys hold every variant.
   """
   own = [record for record in records if record["task"] == task]
   if not own:
     return []
-  table, *drawn = _WRITERS[task](own, out)
+  shown = [r for r in own if pictured is None or r["variant"] in pictured]
+  table, *drawn = _WRITERS[task](own, shown, out)
   path = out / f"{task}.md"
   path.write_text(f"{table}\n", encoding="utf-8")
   return [path, *drawn]
@@ -88,29 +93,33 @@ def by_method(records: _Records, value: Callable[[Mapping[str, Any]], float]) ->
   return methods
 
 
-def _perplexity(records: _Records, out: Path) -> list[Any]:
+def _perplexity(records: _Records, shown: _Records, out: Path) -> list[Any]:
   drawn: list[Any] = [perplexity_table(records)]
   for length in sorted({record["length"] for record in records}):
-    own = [record for record in records if record["length"] == length]
-    drawn.append(out / f"perplexity_by_position_{length}.png")
-    pictures.plot_perplexity_by_position(own, drawn[-1])
     drawn.append(out / f"perplexity_by_share_{length}.png")
     pictures.plot_against_share(
-      by_method(own, lambda record: math.exp(record["last"]["decoded_loss"])),
+      by_method(
+        [record for record in records if record["length"] == length],
+        lambda record: math.exp(record["last"]["decoded_loss"]),
+      ),
       drawn[-1],
       y_label="Perplexity of the last tokens, by decoding",
       title=f"{length} tokens",
     )
+    own = [record for record in shown if record["length"] == length]
+    if own:
+      drawn.append(out / f"perplexity_by_position_{length}.png")
+      pictures.plot_perplexity_by_position(own, drawn[-1])
     if any(record["restart"] for record in own):
       drawn.append(out / f"restart_{length}.png")
       pictures.plot_restart([record for record in own if record["restart"]], drawn[-1])
   return drawn
 
 
-def _retrieval(records: _Records, out: Path) -> list[Any]:
+def _retrieval(records: _Records, shown: _Records, out: Path) -> list[Any]:
   drawn: list[Any] = [retrieval_table(records)]
-  for puzzle in dict.fromkeys(record["puzzle"] for record in records):
-    own = [record for record in records if record["puzzle"] == puzzle]
+  for puzzle in dict.fromkeys(record["puzzle"] for record in shown):
+    own = [record for record in shown if record["puzzle"] == puzzle]
     drawn.append(out / f"{puzzle}.png")
     pictures.plot_retrieval(own, drawn[-1], title=puzzle)
     by_depth = [
@@ -123,8 +132,8 @@ def _retrieval(records: _Records, out: Path) -> list[Any]:
   return drawn
 
 
-def _longbench(records: _Records, out: Path) -> list[Any]:
-  del out
+def _longbench(records: _Records, shown: _Records, out: Path) -> list[Any]:
+  del shown, out
   buckets = ("0-4k", "4-8k", "8k+", "all")
   rows = [
     [record["dataset"], record["variant"], str(record["length"])]
@@ -134,8 +143,8 @@ def _longbench(records: _Records, out: Path) -> list[Any]:
   return [markdown(["data set", "variant", "length", *buckets], rows)]
 
 
-def _many_documents(records: _Records, out: Path) -> list[Any]:
-  del out
+def _many_documents(records: _Records, shown: _Records, out: Path) -> list[Any]:
+  del shown, out
   rows = [
     [
       record["variant"],
@@ -151,7 +160,7 @@ def _many_documents(records: _Records, out: Path) -> list[Any]:
   return [markdown(header, rows)]
 
 
-_WRITERS: dict[str, Callable[[_Records, Path], list[Any]]] = {
+_WRITERS: dict[str, Callable[[_Records, _Records, Path], list[Any]]] = {
   "perplexity": _perplexity,
   "retrieval": _retrieval,
   "longbench": _longbench,

@@ -128,9 +128,11 @@ def test_perplexity_and_its_pictures(tmp_path: Path) -> None:
   assert later["last"]["largest_difference"] > 10 * dense["last"]["largest_difference"]
   drawn = report.write("perplexity", records.all(), tmp_path)
   assert [path.name for path in drawn[1:]] == [
-    "perplexity_by_position_64.png", "perplexity_by_share_64.png", "restart_64.png",
+    "perplexity_by_share_64.png", "perplexity_by_position_64.png", "restart_64.png",
   ]  # fmt: skip
   assert all(map(is_png, drawn[1:]))
+  few = report.write("perplexity", records.all(), tmp_path, pictured=["another"])
+  assert few == drawn[:2]
   table = drawn[0].read_text().splitlines()
   assert table[3].startswith("| StreamingLLM, half | 64 | 32 (50.0%) |")
 
