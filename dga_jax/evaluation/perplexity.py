@@ -74,7 +74,7 @@ def measure_perplexity(
     )
   record["last"] = compare_last(loss_BxL, decoded_BxT) | {"measured_by_decoding": measured}
   record["restart"] = [
-    {"context": context, "loss": _restart_loss(family, variant, rows, context, settings, tick)}
+    {"context": context, "loss": _restart_loss(family, graphdef, rows, context, settings, tick)}
     for context in settings.contexts
   ]
   record["budget"] = dataclasses.asdict(family.budget(variant, length))
@@ -125,14 +125,14 @@ def compare_last(
 
 def _restart_loss(
   family: Family,
-  variant: Variant,
+  graphdef: nnx.GraphDef,
   rows: np.ndarray,
   context: int,
   settings: PerplexitySettings,
   tick: Callable[[], Any],
 ) -> float:
+  """Under the settings of whole rows: a share of the keys stays as many keys."""
   short = restarted(rows, context, settings.targets, family.start_ids)
-  graphdef: nnx.GraphDef = family.graphdef(variant, short.shape[1] - 1)
   total = 0.0
   for batch in batches(short, settings.batch_size):
     loss = teacher_forced(graphdef, family.params, fill(batch, settings.batch_size))

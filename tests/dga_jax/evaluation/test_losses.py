@@ -74,6 +74,16 @@ def test_the_restart_control_measures_the_last_tokens() -> None:
   )
 
 
+def test_a_restart_keeps_the_budget_of_whole_rows() -> None:
+  """Half of 48 keys see all of 8 + 4 tokens, so the loss there is that of dense attention."""
+  models, settings = family(), PerplexitySettings(batch_size=3, targets=4, contexts=(8,))
+  half = Variant("half", {"attention": "streaming_llm"}, keys=0.5)
+  dense = Variant("dense", {"attention": "dense"})
+  windowed, whole = (measure_perplexity(models, v, ROWS, settings) for v in (half, dense))
+  assert windowed["restart"][0]["loss"] == pytest.approx(whole["restart"][0]["loss"], abs=1e-5)
+  assert abs(windowed["loss"] - whole["loss"]) > 1e-4
+
+
 def test_summary() -> None:
   loss = np.array([[1.0, 2.0, 3.0, 6.0], [3.0, 4.0, 1.0, 0.0]])
   record = summarise(loss, buckets=2)
