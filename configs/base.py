@@ -10,6 +10,7 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
   """The defaults: a small decoder with DGA on text. Placeholders are None until they are set."""
   config = ConfigDict()
+  config.init_from = placeholder(str)  # Workdir of a model to begin with.
   config.seed = 0
   config.num_steps = 1000
   config.batch_size = 8  # Sequences of a step, over all processes.
@@ -35,6 +36,8 @@ def get_config() -> ConfigDict:
   config.model.rope_scaling = placeholder(dict)
   config.model.norm_eps = 1e-5
   config.model.tie_embeddings = False
+  config.model.qkv_bias = False
+  config.model.qk_norm = False
   config.model.attention = "dga"
   config.model.dtype = "bfloat16"
   config.model.param_dtype = "float32"
@@ -56,6 +59,21 @@ def get_config() -> ConfigDict:
   config.model.dga.local_window = 0
   config.model.dga.focal_per_block = placeholder(int)
   config.model.dga.max_documents = placeholder(int)
+
+  config.model.sliding_window = ConfigDict({"window": 4096})
+  config.model.streaming_llm = ConfigDict({"sinks": 4, "window": 2000})
+  config.model.lm_infinite = ConfigDict({"global_tokens": 10, "local_window": 4096})
+  config.model.minference = ConfigDict()
+  config.model.minference.vertical = 1000
+  config.model.minference.slash = 6096
+  config.model.minference.last_queries = 64
+  config.model.minference.first_tokens = 30
+  config.model.minference.recent_distances = 100
+  config.model.top_k_eviction = ConfigDict({"heavy": 410, "recent": 410, "interval": 64})
+  config.model.top_k_eviction.dense_prompt = False
+  config.model.kv_merger = ConfigDict({"budget": 2048, "heavy": 245, "recent": 512})
+  config.model.kv_merger.interval = 64
+  config.model.kv_merger.dense_prompt = False
 
   config.data = ConfigDict()
   config.data.kind = "text"

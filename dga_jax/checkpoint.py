@@ -4,8 +4,9 @@ A checkpoint holds these items, so that a reader takes only what it needs:
 
   params     the model's parameters, a plain nested dict of arrays
   training   everything else the trainer needs: optimizer state and step
-  data       the state of the training data's iterator
-  config     JSON: {"model": ModelConfig, ...the rest of the training config}
+  data       the state of the training data's iterator; imported models have none
+  config     JSON: {"model": ModelConfig, ...the rest of the training config, or "origin": what an
+             import knew of the model besides}
   tokenizer  JSON: what `dga_jax.tokenizer` needs to make the tokenizer again
   checksums  uint32 of params and of training
 
@@ -23,17 +24,19 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import tokenizers
 from absl import logging
 from flax import nnx
 from jaxtyping import Array, PyTree, UInt32
 
 from dga_jax.model import Decoder, ModelConfig
+from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.tokenizer import Tokenizer
 
 # Fields of ModelConfig that may differ between training and use: they change how the parameters
 # are used, not what they are.
-_FREE_MODEL_FIELDS = frozenset({"attention", "dga", "dtype", "remat", "rope_base", "rope_scaling"})
+_FREE_MODEL_FIELDS = frozenset(
+  {"attention", *ATTENTION_SETTINGS, "dtype", "remat", "rope_base", "rope_scaling"}
+)
 
 
 class CheckpointError(RuntimeError):
@@ -82,7 +85,7 @@ class Checkpoints:
     *,
     params: PyTree[Array],
     training: PyTree[Array],
-    data: ocp.args.CheckpointArgs,
+    data: ocp.args.CheckpointArgs | None,
     config: Mapping[str, Any],
     tokenizer: Tokenizer,
     eval_loss: float | None = None,
@@ -90,25 +93,28 @@ class Checkpoints:
     """Copies the state to the host and writes it in the background.
 
     The arrays may be donated as soon as this returns. `data` is the orbax argument that saves the
-    data iterator (`grain.checkpoint.CheckpointSave`). `config` must have the entry "model".
+    data iterator (`grain.checkpoint.CheckpointSave`), None for a model that was not trained here.
+    `config` must have the entry "model".
 
     Raises:
       CheckpointError: this save, or the one before it, failed.
     """
     self.wait()
     self._saving = step
-    items = ocp.args.Composite(
-      params=ocp.args.StandardSave(params),
-      training=ocp.args.StandardSave(training),
-      data=data,
-      config=ocp.args.JsonSave(dict(config)),
-      tokenizer=ocp.args.JsonSave(json.loads(tokenizer.to_json())),
-      checksums=ocp.args.StandardSave(_checksums(params, training)),
-    )
+    items = {
+      "params": ocp.args.StandardSave(params),
+      "training": ocp.args.StandardSave(training),
+      "config": ocp.args.JsonSave(dict(config)),
+      "tokenizer": ocp.args.JsonSave(json.loads(tokenizer.to_json())),
+      "checksums": ocp.args.StandardSave(_checksums(params, training)),
+    }
+    if data is not None:
+      items["data"] = data
     # A checkpoint that was not evaluated is never the best.
     metrics = {"eval_loss": math.inf if eval_loss is None else eval_loss}
     try:
-      self._manager.save(step, args=items, metrics=metrics, force=True)
+      arguments = ocp.args.Composite(**items)
+      self._manager.save(step, args=arguments, metrics=metrics, force=True)
     except Exception as error:
       raise self._save_failed(error) from error
 
@@ -208,16 +214,7 @@ def load_model(
     CheckpointError: no checkpoint there, a damaged one, or one of another program.
     ValueError: `config` disagrees with the saved one in what shapes the parameters.
   """
-  steps = list_steps(workdir)
-  if not steps:
-    raise CheckpointError(
-      f"There is no checkpoint in {_checkpoint_directory(workdir)}. Train one first: python -m "
-      f"train.main --config=configs/quickstart.py --workdir={workdir}"
-    )
-  if step is not None and step not in steps:
-    raise CheckpointError(f"There is no checkpoint of step {step} in {workdir}; there are {steps}.")
-  step = steps[-1] if step is None else step
-
+  step = _existing_step(workdir, step)
   directory = _checkpoint_directory(workdir)
   saved = ModelConfig.from_dict(_read_json(directory, step, "config")["model"])
   if config is not None:
@@ -234,6 +231,20 @@ def load_model(
   return nnx.merge(graphdef, params), config, tokenizer
 
 
+def load_config(workdir: str | Path, step: int | None = None) -> dict[str, Any]:
+  """The config saved with a checkpoint, the newest by default: {"model": ..., ...}.
+
+  Raises:
+    CheckpointError: no checkpoint there, a damaged one, or one of another program.
+  """
+  return _read_json(_checkpoint_directory(workdir), _existing_step(workdir, step), "config")
+
+
+def load_tokenizer(workdir: str | Path, step: int | None = None) -> Tokenizer:
+  """The tokenizer saved with a checkpoint; arguments and errors as for `load_config`."""
+  return _read_tokenizer(_checkpoint_directory(workdir), _existing_step(workdir, step))
+
+
 def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
   """A decoder's structure, and the shapes and axis names of its parameters; computes nothing.
 
@@ -244,6 +255,18 @@ def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 def _checkpoint_directory(workdir: str | Path) -> Path:
   return Path(workdir).absolute() / "checkpoints"
+
+
+def _existing_step(workdir: str | Path, step: int | None) -> int:
+  steps = list_steps(workdir)
+  if not steps:
+    raise CheckpointError(
+      f"There is no checkpoint in {_checkpoint_directory(workdir)}. Train one first: python -m "
+      f"train.main --config=configs/quickstart.py --workdir={workdir}"
+    )
+  if step is not None and step not in steps:
+    raise CheckpointError(f"There is no checkpoint of step {step} in {workdir}; there are {steps}.")
+  return steps[-1] if step is None else step
 
 
 def _check_agreement(saved: ModelConfig, given: ModelConfig) -> None:
@@ -286,7 +309,7 @@ def _read_json(directory: Path, step: int, item: str) -> dict[str, Any]:
   if not (path / item).is_dir():
     raise CheckpointError(
       f"{path} is not a checkpoint of this project: it has no item '{item}'. Name the --workdir "
-      "of a run of train.main."
+      "of a run of train.main or of dga_jax.convert."
     )
   try:
     return _read(directory, step, {item: ocp.args.JsonRestore()})[item]
@@ -297,8 +320,8 @@ def _read_json(directory: Path, step: int, item: str) -> dict[str, Any]:
 def _read_tokenizer(directory: Path, step: int) -> Tokenizer:
   text = json.dumps(_read_json(directory, step, "tokenizer"))
   try:
-    return Tokenizer(tokenizers.Tokenizer.from_str(text))
-  except Exception as error:  # The library raises plain Exception.
+    return Tokenizer.from_json(text)
+  except ValueError as error:
     raise _damaged(directory, step, _first_line(error)) from error
 
 

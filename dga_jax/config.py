@@ -145,3 +145,8 @@ _LEAST = {
 def _require(holds: bool, name: str, got: Any, wants: str) -> None:
   if not holds:
     raise ValueError(f"DGAConfig.{name} is {got!r}; it must be {wants}.")
+
+
+# What to begin with for a model that was pretrained with dense attention: causal, so that decoding
+# computes what prefill does; the first tokens are sinks, the last 16 blocks (288 tokens) raw.
+RETROFIT = DGAConfig(selection="streaming", sink_tokens=4, local_window=16)

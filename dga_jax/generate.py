@@ -5,14 +5,18 @@
 Prompts of a file (--prompt_file, one a line) go through the model together, as one ragged batch.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast, get_args
 
 from absl import app, flags, logging
 from tqdm import tqdm
 
-from dga_jax.checkpoint import CheckpointError, load_model
+from dga_jax.checkpoint import CheckpointError, load_config, load_model
 from dga_jax.generation import Generation, Generator
+from dga_jax.model import ModelConfig
+from dga_jax.model.config import AttentionName
 from dga_jax.sampling import Sampling
 from dga_jax.tokenizer import Tokenizer
 
@@ -28,6 +32,12 @@ _MAX_LENGTH = flags.DEFINE_integer(
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
 _TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the most likely tokens that hold this much.")
+_ATTENTION = flags.DEFINE_enum(
+  "attention",
+  None,
+  get_args(AttentionName),
+  "Attention kind, with the checkpoint's settings of it; default: the checkpoint's own.",
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws; the same seed repeats the text.")
 
 
@@ -39,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
   try:
     texts = read_prompts()
     sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
-    model, _, tokenizer = load_model(_WORKDIR.value, _STEP.value)
+    model, _, tokenizer = load_model(_WORKDIR.value, _STEP.value, config=read_config())
     generator = Generator(
       model,
       [encode_prompt(tokenizer, text) for text in texts],
@@ -57,6 +67,14 @@ def main(argv: Sequence[str]) -> None:
     raise SystemExit(f"error: {error}") from error
 
 
+def read_config() -> ModelConfig | None:
+  """The checkpoint's model with another attention kind, where one is asked for."""
+  if _ATTENTION.value is None:
+    return None
+  saved = ModelConfig.from_dict(load_config(_WORKDIR.value, _STEP.value)["model"])
+  return dataclasses.replace(saved, attention=cast(AttentionName, _ATTENTION.value))
+
+
 def read_prompts() -> list[str]:
   """The prompt, or those of the file, one a line; blank lines are none."""
   prompt, path = _PROMPT.value, _PROMPT_FILE.value
@@ -72,8 +90,8 @@ def read_prompts() -> list[str]:
 
 
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-  """A prompt's tokens, after the one that stands before every document in training."""
-  return [tokenizer.end_id, *tokenizer.encode(text)]
+  """A prompt's tokens, after those that stand before every document."""
+  return [*tokenizer.start_ids, *tokenizer.encode(text)]
 
 
 def print_as_it_comes(generator: Generator, tokenizer: Tokenizer, prompt: str) -> Generation:

@@ -1,41 +1,94 @@
-"""Byte-level tokenizers: one class around the `tokenizers` library, kept as one JSON file.
+"""Tokenizers: one class around the `tokenizers` library, kept as one JSON file.
 
-Every tokenizer has one special token, the end of a document. Text never encodes to it. In
-training it also stands before a document's first token, so an empty prompt is a prompt of that
-one token.
+Every tokenizer has a special token that ends a document. Text never encodes to it, nor to another
+special token. Those made here also put it before a document's first token, in training and in
+prompts, so an empty prompt is a prompt of that one token; those of other models say themselves
+what comes first.
 """
 
 import codecs
+import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Self
+from typing import Any, Literal, Self
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 FILE_NAME = "tokenizer.json"
 END_TOKEN = "<|end|>"
+# What this class adds to the library's JSON: {"end": token, "start": [token, ...]}.
+_OUR_KEY = "dga_jax"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+_Spelling = Literal["byte_level", "sentencepiece", "words"]
 
 
 class Tokenizer:
   """Text to token ids and back.
 
+  Args:
+    backend: the library's tokenizer; it becomes this object's own.
+    end_token: the token that ends a document.
+    start_tokens: the tokens that stand before a document.
+
   Attributes:
     vocab_size: number of tokens, the end token included.
-    end_id: id of the token that ends a document.
+    end_token: the token that ends a document.
+    end_id: its id.
+    start_ids: ids of the tokens that stand before a document.
+
+  Raises:
+    ValueError: a token that the vocabulary lacks, or a vocabulary whose spelling is unknown.
   """
 
-  def __init__(self, backend: tokenizers.Tokenizer) -> None:
-    end_id = backend.token_to_id(END_TOKEN)
-    if end_id is None:
-      raise ValueError(f"The tokenizer lacks the token {END_TOKEN!r}, which ends a document.")
-    # A document that spells the end token out holds seven ordinary characters.
+  def __init__(
+    self,
+    backend: tokenizers.Tokenizer,
+    *,
+    end_token: str = END_TOKEN,
+    start_tokens: Sequence[str] = (END_TOKEN,),
+  ) -> None:
+    # A document that spells the end token out holds ordinary characters.
     backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.no_truncation()
     self._backend = backend
-    self._byte_level = isinstance(backend.decoder, decoders.ByteLevel)
-    self.end_id: int = end_id
+    self._added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
+    self._spelling = _spelling(backend)
+    self._ours = {"end": end_token, "start": list(start_tokens)}
+    self.end_token = end_token
+    self.end_id: int = _special_id(backend, end_token)
+    self.start_ids: tuple[int, ...] = tuple(_special_id(backend, t) for t in start_tokens)
     self.vocab_size: int = backend.get_vocab_size()
+
+  @classmethod
+  def imported(cls, backend: tokenizers.Tokenizer, end_token: str) -> Self:
+    """The tokenizer of another model: its template says which tokens stand before a text.
+
+    Raises:
+      ValueError: as for the class.
+    """
+    encoding = backend.encode("a", add_special_tokens=True)
+    # The letter's own token is the first that no template adds; it may be missing as well.
+    first = [*encoding.special_tokens_mask, 0].index(0)
+    return cls(backend, end_token=end_token, start_tokens=encoding.tokens[:first])
+
+  @classmethod
+  def from_json(cls, text: str) -> Self:
+    """The inverse of `to_json`.
+
+    Raises:
+      ValueError: the text is damaged or no tokenizer of this project.
+    """
+    try:
+      values = json.loads(text)
+      ours = values.pop(_OUR_KEY, {"end": END_TOKEN, "start": [END_TOKEN]})
+      backend = tokenizers.Tokenizer.from_str(json.dumps(values))
+    except Exception as error:  # The library raises plain Exception on JSON that it cannot read.
+      raise ValueError(f"this is no tokenizer: {error}") from error
+    return cls(backend, end_token=ours["end"], start_tokens=ours["start"])
 
   @classmethod
   def byte_level(cls) -> Self:
@@ -87,8 +140,8 @@ class Tokenizer:
     if not path.is_file():
       raise FileNotFoundError(f"There is no tokenizer at {path}.")
     try:
-      return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
-    except Exception as error:  # The library raises plain Exception on JSON that it cannot read.
+      return cls.from_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
       raise ValueError(f"{path} is not a tokenizer of this project: {error}") from error
 
   def save(self, directory: str | os.PathLike[str]) -> pathlib.Path:
@@ -105,6 +158,10 @@ class Tokenizer:
 
   def to_json(self) -> str:
     """The file's content: everything that defines the tokenizer."""
+    return json.dumps(json.loads(self.to_plain_json()) | {_OUR_KEY: self._ours})
+
+  def to_plain_json(self) -> str:
+    """The `tokenizers` library's own JSON, which other programs read."""
     return self._backend.to_str()
 
   def encode(self, text: str) -> list[int]:
@@ -117,7 +174,7 @@ class Tokenizer:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """`encode` of many texts, on all cores."""
-    if not self._byte_level:
+    if self._spelling == "words":
       for word in " ".join(texts).split():
         if self._backend.token_to_id(word) is None:
           raise ValueError(f"The text holds {word!r}, which is no word of this vocabulary.")
@@ -125,7 +182,11 @@ class Tokenizer:
     return [encoding.ids for encoding in encodings]
 
   def decode(self, ids: Iterable[int]) -> str:
-    """The text of token ids; bytes that are no UTF-8 become U+FFFD, the end token nothing."""
+    """The text of token ids; bytes that are no UTF-8 become U+FFFD, the end token nothing.
+
+    SentencePiece vocabularies put a space before a text, and it comes back here: what continues a
+    prompt has to keep it.
+    """
     return "".join(self.decode_stream(ids))
 
   def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
@@ -145,9 +206,37 @@ class Tokenizer:
     token = self._backend.id_to_token(token_id)
     if token is None:
       return "\N{REPLACEMENT CHARACTER}".encode()
-    if self._byte_level:
+    if token_id in self._added:
+      return token.encode()
+    if self._spelling == "byte_level":
       return bytes(_CHARACTER_TO_BYTE[character] for character in token)
+    if self._spelling == "sentencepiece":
+      byte = _BYTE_TOKEN.fullmatch(token)
+      return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
     return f"{token} ".encode()
+
+
+def _special_id(backend: tokenizers.Tokenizer, token: str) -> int:
+  token_id = backend.token_to_id(token)
+  if token_id is None:
+    raise ValueError(f"The tokenizer lacks the token {token!r}, which ends or begins a document.")
+  return token_id
+
+
+def _spelling(backend: tokenizers.Tokenizer) -> _Spelling:
+  """How the vocabulary writes bytes and spaces, by what undoes it."""
+  decoder: Any = json.loads(backend.to_str())["decoder"]
+  steps = {step["type"] for step in (decoder or {}).get("decoders", [decoder]) if step}
+  if "ByteLevel" in steps:
+    return "byte_level"
+  if steps & {"ByteFallback", "Metaspace"}:
+    return "sentencepiece"
+  if decoder is None and isinstance(backend.model, models.WordLevel):
+    return "words"
+  raise ValueError(
+    f"The tokenizer has the decoder {decoder!r}; it must be a byte-level one, one of "
+    "SentencePiece's, or a list of words without a decoder."
+  )
 
 
 def _byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:

@@ -89,7 +89,7 @@ def test_an_unknown_command_gets_the_usage(machine: Machine, arguments: tuple[st
   assert all(f"unknown command: {name}" in done.stderr for name in arguments)
 
 
-@pytest.mark.parametrize("command", ["setup", "quickstart", "test", "lint"])
+@pytest.mark.parametrize("command", ["setup", "quickstart", "smollm2", "test", "lint"])
 def test_no_python_at_all(machine: Machine, command: str) -> None:
   done = machine.run(command)
   assert done.returncode == 1

@@ -49,6 +49,9 @@ class TrainConfig:
     model: the decoder.
     data: the corpus, the tokenizer and how batches are made of them.
     optimizer: AdamW.
+    init_from: workdir of the checkpoint whose model training begins with, an import's or another
+      run's; None draws the parameters. Its tokenizer takes the place of data.tokenizer, and of
+      `model` only attention with its settings, dtypes and remat hold.
     seed: of the initial parameters and of the data's order.
     num_steps: optimizer steps.
     batch_size: sequences of one optimizer step, over all processes.
@@ -66,6 +69,7 @@ class TrainConfig:
   model: ModelConfig
   data: DataConfig
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  init_from: str | None = None
   seed: int = 0
   num_steps: int = 1000
   batch_size: int = 8
@@ -80,6 +84,8 @@ class TrainConfig:
   keep_checkpoints: int = 2
 
   def __post_init__(self) -> None:
+    if not isinstance(self.init_from, str | None):
+      raise ValueError(f"config.init_from is {self.init_from!r}; it must be a folder or None.")
     for name in ("seed", "warmup_steps", "eval_batches"):
       _require_int(self, name, least=0)
     for name in _POSITIVE:

@@ -1,5 +1,6 @@
 """The training loop: data in, steps, evaluations, checkpoints."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from train.config import check_resumable, to_dict, TrainConfig
 from train.data.pipeline import Data, load_data
 from train.errors import TrainingError
 from train.evaluate import evaluate, Evaluation, make_eval_step
+from train.initial import find_initial, load_params, ORIGIN
 from train.metrics import MetricsWriter
 from train.plots import plot_run
 from train.report import Reporter
@@ -39,17 +41,34 @@ def train(config: TrainConfig, workdir: Path) -> None:
   with Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints:
     latest = checkpoints.latest_step
     saved = {} if latest is None else checkpoints.read_config(latest)
+    if saved and "data" not in saved:
+      raise ValueError(
+        f"{workdir} holds an imported model. Train it in a folder of its own, with "
+        f"--config.init_from={workdir} and another --workdir."
+      )
+    # A run that goes on needs the folder that it began with no more.
+    initial = find_initial(config, config.init_from if latest is None else str(workdir))
+    config = initial.config
     fingerprint = saved.pop(_FINGERPRINT, None)
+    saved.pop(ORIGIN, None)
     if latest is not None:
       check_resumable(config, saved)
     if latest == config.num_steps:
       logging.info("The run in %s is finished: all %d steps are done.", workdir, latest)
       return
-    data = load_data(config.data, workdir, seed=config.seed, batch_size=config.batch_size)
+    data = load_data(
+      config.data,
+      workdir,
+      seed=config.seed,
+      batch_size=config.batch_size,
+      tokenizer=initial.tokenizer,
+    )
     _check_data(config, data, fingerprint)
+    entries = {**initial.entries, _FINGERPRINT: data.fingerprint}
     try:
       with MetricsWriter(workdir, last_step=-1 if latest is None else latest) as metrics:
-        _Run(config, workdir, data, checkpoints, metrics, first_step=latest).to_the_end()
+        run = _Run(config, workdir, data, checkpoints, metrics, entries, first_step=latest)
+        run.to_the_end()
     except (TrainingError, OSError) as error:
       checkpoints.wait()
       last = checkpoints.latest_step
@@ -67,10 +86,12 @@ class _Run:
     data: Data,
     checkpoints: Checkpoints,
     metrics: MetricsWriter,
+    entries: Mapping[str, Any],
     *,
     first_step: int | None,
   ) -> None:
     self._config = config
+    self._entries = dict(entries)  # of a checkpoint's config, beside the training config's
     self._workdir = workdir
     self._data = data
     self._checkpoints = checkpoints
@@ -105,8 +126,11 @@ class _Run:
 
   def _first_state(self) -> TrainState:
     """The state to go on from; the data iterator is set to where it was then."""
-    if self._first_step is None:
+    if self._first_step is None and self._config.init_from is None:
       return self._functions.init()
+    if self._first_step is None:
+      logging.info("Beginning with the model in %s.", self._config.init_from)
+      return self._functions.begin(load_params(self._config))
     device = SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
@@ -139,7 +163,7 @@ class _Run:
       params=state.params,
       training=_training_items(state),
       data=grain.checkpoint.CheckpointSave(self._batches),
-      config=to_dict(self._config) | {_FINGERPRINT: self._data.fingerprint},
+      config=to_dict(self._config) | self._entries,
       tokenizer=self._data.tokenizer,
       eval_loss=None if evaluation is None else evaluation.loss,
     )

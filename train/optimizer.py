@@ -47,10 +47,13 @@ def make_optimizer(config: TrainConfig, variables: nnx.State) -> optax.GradientT
 
 
 def decay_mask(variables: nnx.State) -> PyTree[bool]:
-  """Which parameters decay: those with two axes or more, not counting that of stacked layers."""
+  """Which parameters decay: matrices, those between "embed" and another axis of the model.
+
+  Scales of norms are vectors, and so are biases, laid out as heads by channels.
+  """
   names = nnx.to_pure_dict(nnx.get_partition_spec(variables))
   return jax.tree.map(
-    lambda axes: sum(axis != "layers" for axis in axes) >= 2,
+    lambda axes: "embed" in axes and any(axis not in ("layers", "embed") for axis in axes),
     names,
     is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
   )

@@ -42,6 +42,7 @@ class Functions:
   Attributes:
     graphdef: the decoder's structure; with the parameters `nnx.merge` makes the decoder of it.
     init: makes the state before the first step.
+    begin: the same of parameters that are there already, which are donated.
     step: one step; the state given to it is donated. Its scalars are the loss (nats per token),
       accuracy, grad_norm before clipping, param_norm after the step, learning_rate and tokens
       (those with a loss).
@@ -49,6 +50,7 @@ class Functions:
 
   graphdef: nnx.GraphDef
   init: Callable[[], TrainState]
+  begin: Callable[[PyTree[Array]], TrainState]
   step: Callable[[TrainState, Batch], tuple[TrainState, Scalars]]
 
 
@@ -62,7 +64,9 @@ def make_functions(config: TrainConfig) -> Functions:
   # created in shards and never whole.
   def init() -> TrainState:
     model = Decoder(config.model, rngs=nnx.Rngs(config.seed))
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    return begin(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+
+  def begin(params: PyTree[Array]) -> TrainState:
     return TrainState(params, optimizer.init(params), jnp.int32(0))
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
@@ -79,7 +83,12 @@ def make_functions(config: TrainConfig) -> Functions:
     }
     return TrainState(params, optimizer_state, state.step + 1), scalars
 
-  return Functions(graphdef, jax.jit(init), jax.jit(step, donate_argnums=0))
+  return Functions(
+    graphdef,
+    init=jax.jit(init),
+    begin=jax.jit(begin, donate_argnums=0),
+    step=jax.jit(step, donate_argnums=0),
+  )
 
 
 def mean_gradient(

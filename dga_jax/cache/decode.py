@@ -3,6 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -37,6 +38,8 @@ def decode_step(
   place = _Place.of(cache, layer, config)
   cache = _append(key_BxNxD, value_BxNxD, cache, layer, place)
   out_BxHxD = _attend(query_BxHxD, cache, layer, place, config, scale)
+  # Reading comes before the flush. Where XLA does not know that, it copies all layers' entries.
+  out_BxHxD, cache = jax.lax.optimization_barrier((out_BxHxD, cache))
   return out_BxHxD, _flush(query_BxHxD, cache, layer, place, config)
 
 

@@ -7,11 +7,39 @@ from collections.abc import Mapping
 from typing import Any, get_args, Literal, Self
 
 from dga_jax.config import DGAConfig
+from dga_jax.model.baselines import (
+  KVMergerConfig,
+  LMInfiniteConfig,
+  MInferenceConfig,
+  SlidingWindowConfig,
+  StreamingLLMConfig,
+  TopKEvictionConfig,
+)
 
 RopeKind = Literal["linear", "llama3"]
-AttentionName = Literal["dga", "dense"]
+AttentionName = Literal[
+  "dga",
+  "dense",
+  "sliding_window",
+  "streaming_llm",
+  "lm_infinite",
+  "minference",
+  "top_k_eviction",
+  "kv_merger",
+]
 RematName = Literal["none", "full", "dots"]
 DtypeName = Literal["bfloat16", "float16", "float32"]
+
+# The field of ModelConfig that holds an attention kind's settings, and their class.
+ATTENTION_SETTINGS: dict[str, type] = {
+  "dga": DGAConfig,
+  "sliding_window": SlidingWindowConfig,
+  "streaming_llm": StreamingLLMConfig,
+  "lm_infinite": LMInfiniteConfig,
+  "minference": MInferenceConfig,
+  "top_k_eviction": TopKEvictionConfig,
+  "kv_merger": KVMergerConfig,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +85,18 @@ class ModelConfig:
     rope_scaling: stretch of the rotary frequencies, None for none.
     norm_eps: added to the mean square in RMSNorm.
     tie_embeddings: whether the embedding table is the unembedding too.
-    attention: attention kind, "dga" or "dense".
-    dga: switches of the "dga" kind; the others ignore it.
+    qkv_bias: whether the query, key and value projections add a bias (Qwen 2.5).
+    qk_norm: whether an RMSNorm over each head's channels follows the query and key projections,
+      before RoPE (Qwen 3).
+    attention: attention kind. All but "dense" have settings in the field of their name, which
+      the other kinds ignore.
+    dga: switches of the "dga" kind.
+    sliding_window: settings of the baseline of that name, like the following.
+    streaming_llm: attention sinks and a window.
+    lm_infinite: first tokens and a window, under a bound on distances.
+    minference: sparse prefill, dense cache.
+    top_k_eviction: heavy hitters and recent tokens.
+    kv_merger: adjacent similar keys merged.
     dtype: of activations and of weights while they are used.
     param_dtype: of the stored (master) weights.
     remat: what the backward pass recomputes in each layer: "none" of it; "full", all from the
@@ -76,8 +114,16 @@ class ModelConfig:
   rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-5
   tie_embeddings: bool = False
+  qkv_bias: bool = False
+  qk_norm: bool = False
   attention: AttentionName = "dga"
   dga: DGAConfig = dataclasses.field(default_factory=DGAConfig)
+  sliding_window: SlidingWindowConfig = dataclasses.field(default_factory=SlidingWindowConfig)
+  streaming_llm: StreamingLLMConfig = dataclasses.field(default_factory=StreamingLLMConfig)
+  lm_infinite: LMInfiniteConfig = dataclasses.field(default_factory=LMInfiniteConfig)
+  minference: MInferenceConfig = dataclasses.field(default_factory=MInferenceConfig)
+  top_k_eviction: TopKEvictionConfig = dataclasses.field(default_factory=TopKEvictionConfig)
+  kv_merger: KVMergerConfig = dataclasses.field(default_factory=KVMergerConfig)
   dtype: DtypeName = "bfloat16"
   param_dtype: DtypeName = "float32"
   remat: RematName = "none"
@@ -92,8 +138,10 @@ class ModelConfig:
     _require_number(self, "rope_base", above=0.0)
     _require_number(self, "norm_eps", above=0.0)
     _require_instance(self, "rope_scaling", RopeScaling, type(None))
-    _require_instance(self, "tie_embeddings", bool)
-    _require_instance(self, "dga", DGAConfig)
+    for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+      _require_instance(self, name, bool)
+    for name, settings in ATTENTION_SETTINGS.items():
+      _require_instance(self, name, settings)
     _require_choice(self, "attention", AttentionName)
     _require_choice(self, "remat", RematName)
     _require_choice(self, "dtype", DtypeName)
@@ -108,18 +156,16 @@ class ModelConfig:
     """The inverse of `to_dict`; absent keys take their defaults.
 
     Args:
-      values: field names to values; `dga` and `rope_scaling` may be mappings themselves.
+      values: field names to values; `rope_scaling` and the settings of attention kinds may be
+        mappings themselves.
 
     Raises:
       ValueError: an unknown or missing key, named with its path, or a value that makes no sense.
     """
     values = dict(values)
-    if isinstance(values.get("dga"), Mapping):
-      values["dga"] = dataclass_from_dict(DGAConfig, values["dga"], path="model.dga")
-    if isinstance(values.get("rope_scaling"), Mapping):
-      values["rope_scaling"] = dataclass_from_dict(
-        RopeScaling, values["rope_scaling"], path="model.rope_scaling"
-      )
+    for name, nested in {"rope_scaling": RopeScaling, **ATTENTION_SETTINGS}.items():
+      if isinstance(values.get(name), Mapping):
+        values[name] = dataclass_from_dict(nested, values[name], path=f"model.{name}")
     return dataclass_from_dict(cls, values, path="model")
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from dga_jax.config import DGAConfig
+from dga_jax.model.baselines import KVMergerConfig, TopKEvictionConfig
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.decoder import Decoder
 
@@ -42,18 +43,38 @@ def mean_keys(config: ModelConfig, context_length: int) -> float:
 
   Dense: (L + 1)/2. DGA: focal tokens + groups + raw tokens of the unfinished group or block.
   Exact for streaming; global and random selection are counted with the inclusive rule and with
-  focal tokens spread evenly, which no real choice is far from.
+  focal tokens spread evenly, which no real choice is far from. Exact for the baselines, but that
+  MInference's vertical and slash keys are counted as if none were both: an upper bound.
   """
   if context_length < 1:
     raise ValueError(f"context_length is {context_length}; it must be at least 1.")
   seen_L = np.arange(1, context_length + 1)
-  if config.attention == "dense":
-    keys_L = seen_L
-  elif config.dga.selection == "streaming":
-    keys_L = _streaming_keys(config.dga, seen_L)
-  else:
-    keys_L = _global_keys(config.dga, seen_L)
-  return float(keys_L.mean())
+  return float(_seen_keys(config, seen_L).mean())
+
+
+def _seen_keys(config: ModelConfig, seen_L: np.ndarray) -> np.ndarray:
+  if config.attention == "dga":
+    streaming = config.dga.selection == "streaming"
+    return _streaming_keys(config.dga, seen_L) if streaming else _global_keys(config.dga, seen_L)
+  if config.attention == "top_k_eviction":
+    return _bounded_keys(config.top_k_eviction, seen_L)
+  if config.attention == "kv_merger":
+    return _bounded_keys(config.kv_merger, seen_L)
+  bounds = {
+    "dense": len(seen_L),
+    "sliding_window": config.sliding_window.window,
+    "streaming_llm": config.streaming_llm.sinks + config.streaming_llm.window,
+    "lm_infinite": config.lm_infinite.global_tokens + config.lm_infinite.local_window,
+    "minference": config.minference.vertical + config.minference.slash,
+  }
+  return np.minimum(seen_L, bounds[config.attention])
+
+
+def _bounded_keys(settings: TopKEvictionConfig | KVMergerConfig, seen_L: np.ndarray) -> np.ndarray:
+  if settings.dense_prompt:
+    return seen_L
+  whole_L = (seen_L - 1) // settings.interval * settings.interval
+  return np.minimum(whole_L, settings.entries) + seen_L - whole_L
 
 
 def _streaming_keys(dga: DGAConfig, seen_L: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The parts of one decoder layer: weights with logical axis names, SelfAttention, SwiGLU."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +54,11 @@ def weight(
   return nnx.Param(value, **axis_names(*names))
 
 
+def bias(config: ModelConfig, shape: tuple[int, ...], names: tuple[str, ...]) -> nnx.Param[Array]:
+  """A bias, 0 at first, with the logical name of each axis."""
+  return nnx.Param(jnp.zeros(shape, jnp.dtype(config.param_dtype)), **axis_names(*names))
+
+
 def residual_variance(config: ModelConfig) -> float:
   """Variance of the projections that write to the residual stream: 1/(2·num_layers).
 
@@ -63,25 +68,37 @@ def residual_variance(config: ModelConfig) -> float:
   return 1.0 / (2 * config.num_layers)
 
 
-def rms_norm(config: ModelConfig, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def rms_norm(
+  config: ModelConfig, axis: Literal["embed", "head_dim"] = "embed", *, rngs: nnx.Rngs
+) -> nnx.RMSNorm:
   """RMSNorm (Zhang and Sennrich, arXiv 1910.07467), y = x/√(mean x² + ε)·scale.
 
   Statistics and result are float32; the caller casts the result.
+
+  Args:
+    config: gives ε, the dtype of the stored scale and the size of the axis.
+    axis: the name of the last axis, over which the mean is taken.
+    rngs: not drawn from; Flax asks for it.
   """
   return nnx.RMSNorm(
-    config.embed_dim,
+    config.embed_dim if axis == "embed" else config.head_dim,
     epsilon=config.norm_eps,
     dtype=jnp.float32,
     param_dtype=jnp.dtype(config.param_dtype),
-    scale_metadata=axis_names("embed"),
+    scale_metadata=axis_names(axis),
     rngs=rngs,
   )
 
 
 class SelfAttention(nnx.Module):
-  """Projections around attention: query, key, value (rotated by position) and output."""
+  """Projections around attention: query, key, value and output.
+
+  A bias (config.qkv_bias) is added to query, key and value, query and key are normalised over
+  the channels of each head (config.qk_norm) and rotated by position, in this order.
+  """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    self.config = config
     self.dtype = jnp.dtype(config.dtype)
     E, H, N, D = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
     kv_names = ("embed", "kv_heads", "head_dim")
@@ -96,6 +113,13 @@ class SelfAttention(nnx.Module):
       variance=residual_variance(config),
       rngs=rngs,
     )
+    if config.qkv_bias:
+      self.query_bias = bias(config, (H, D), ("heads", "head_dim"))
+      self.key_bias = bias(config, (N, D), kv_names[1:])
+      self.value_bias = bias(config, (N, D), kv_names[1:])
+    if config.qk_norm:
+      self.query_norm = rms_norm(config, "head_dim", rngs=rngs)
+      self.key_norm = rms_norm(config, "head_dim", rngs=rngs)
 
   def __call__(
     self, x_BxLxE: Float[Array, "B L E"], rope: RopeTable, attend: Attend
@@ -104,6 +128,13 @@ class SelfAttention(nnx.Module):
     q_BxLxHxD = jnp.einsum("BLE,EHD->BLHD", x_BxLxE, self.query[...].astype(self.dtype))
     k_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, self.key[...].astype(self.dtype))
     v_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, self.value[...].astype(self.dtype))
+    if self.config.qkv_bias:
+      q_BxLxHxD = q_BxLxHxD + self.query_bias[...].astype(self.dtype)[None, None]
+      k_BxLxNxD = k_BxLxNxD + self.key_bias[...].astype(self.dtype)[None, None]
+      v_BxLxNxD = v_BxLxNxD + self.value_bias[...].astype(self.dtype)[None, None]
+    if self.config.qk_norm:
+      q_BxLxHxD = self.query_norm(q_BxLxHxD).astype(self.dtype)
+      k_BxLxNxD = self.key_norm(k_BxLxNxD).astype(self.dtype)
     o_BxLxHxD, cache = attend(apply_rope(q_BxLxHxD, rope), apply_rope(k_BxLxNxD, rope), v_BxLxNxD)
     out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, self.out[...].astype(self.dtype))
     return out_BxLxE, cache

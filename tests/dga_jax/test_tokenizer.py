@@ -5,7 +5,9 @@ import pathlib
 
 import hypothesis
 import pytest
+import tokenizers
 from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, processors
 
 from dga_jax.tokenizer import END_TOKEN, FILE_NAME, Tokenizer
 
@@ -113,11 +115,66 @@ def test_words(tmp_path: pathlib.Path) -> None:
     tokenizer.encode("k0 k7")
 
 
+def sentencepiece() -> tokenizers.Tokenizer:
+  """A vocabulary of SentencePiece's kind: spaces are ▁, and bytes stand for unknown characters."""
+  words = ["<s>", "</s>", "▁", "a", "b", "▁a", "ab"] + [f"<0x{byte:02X}>" for byte in range(256)]
+  vocabulary = {word: index for index, word in enumerate(words)}
+  backend = tokenizers.Tokenizer(
+    models.BPE(vocabulary, [("▁", "a"), ("a", "b")], byte_fallback=True)
+  )
+  backend.normalizer = normalizers.Sequence(
+    [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+  )
+  backend.decoder = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1)]
+  )
+  backend.add_special_tokens(["<s>", "</s>"])
+  backend.post_processor = processors.TemplateProcessing(
+    single="<s> $A", special_tokens=[("<s>", 0)]
+  )
+  return backend
+
+
+def test_a_sentencepiece_tokenizer_of_another_model(tmp_path: pathlib.Path) -> None:
+  tokenizer = Tokenizer.imported(sentencepiece(), "</s>")
+  assert (tokenizer.start_ids, tokenizer.end_id) == ((0,), 1)
+  text = "ab é a\nb</s>"
+  ids = tokenizer.encode(text)
+  assert 1 not in ids
+  assert tokenizer.decode(ids) == f" {text}"
+  tokenizer.save(tmp_path)
+  loaded = Tokenizer.load(tmp_path)
+  assert loaded.encode(text) == ids
+  assert (loaded.start_ids, loaded.end_id) == ((0,), 1)
+  # What other programs read is the library's own form.
+  plain = tokenizers.Tokenizer.from_str(tokenizer.to_plain_json())
+  assert plain.encode("ab").ids == [0, *tokenizer.encode("ab")]
+
+
+def test_a_byte_level_tokenizer_of_another_model() -> None:
+  backend = tokenizers.Tokenizer.from_str(Tokenizer.byte_level().to_plain_json())
+  backend.add_special_tokens(["<｜stop｜>"])
+  backend.enable_truncation(2)
+  tokenizer = Tokenizer.imported(backend, "<|end|>")
+  assert tokenizer.start_ids == ()
+  assert tokenizer.encode("abc") == list(b"abc")
+  assert tokenizer.decode([97, 257, 256, 98]) == "a<｜stop｜>b"
+
+
+def test_a_spelling_that_is_not_known_is_refused() -> None:
+  backend = sentencepiece()
+  backend.decoder = decoders.WordPiece()
+  with pytest.raises(ValueError, match=r"decoder.*WordPiece.*must be"):
+    Tokenizer.imported(backend, "</s>")
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path: pathlib.Path) -> None:
   with pytest.raises(FileNotFoundError, match=FILE_NAME):
     Tokenizer.load(tmp_path)
   whole = Tokenizer.byte_level().to_json()
-  for content in ("", "{}", whole[: len(whole) // 2], whole.replace(END_TOKEN, "<|other|>")):
+  other = whole.replace(f'"end": "{END_TOKEN}"', '"end": "<|other|>"')
+  assert other != whole
+  for content in ("", "{}", whole[: len(whole) // 2], other):
     (tmp_path / FILE_NAME).write_text(content)
     with pytest.raises(ValueError, match=FILE_NAME):
       Tokenizer.load(tmp_path)

@@ -72,12 +72,15 @@ def test_the_state_is_donated(config: TrainConfig, batch: Batch) -> None:
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
-def test_matrices_decay_and_scales_do_not(config: TrainConfig) -> None:
-  mask = decay_mask(abstract_decoder(config.model)[1])
+def test_matrices_decay_and_scales_and_biases_do_not(config: TrainConfig) -> None:
+  model = dataclasses.replace(config.model, qkv_bias=True, qk_norm=True)
+  mask = decay_mask(abstract_decoder(model)[1])
   assert mask["embedding"]
   assert not mask["norm"]["scale"]
   assert not mask["layers"]["attention_norm"]["scale"]
-  assert all(jax.tree.leaves(mask["layers"]["attention"]))
+  matrices = {"query", "key", "value", "out"}
+  for name, decays in mask["layers"]["attention"].items():
+    assert set(jax.tree.leaves(decays)) == {name in matrices}
   assert all(jax.tree.leaves(mask["layers"]["mlp"]))
 
 

@@ -51,6 +51,7 @@ def load_data(
   *,
   seed: int,
   batch_size: int,
+  tokenizer: Tokenizer | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Data:
@@ -64,6 +65,8 @@ def load_data(
     workdir: the prepared files go to its folder "data", unless config.cache_dir is set.
     seed: of the order of the training rows or of the recall task, 0 to 2**32 - 1.
     batch_size: rows of a global batch.
+    tokenizer: of the model that training begins with, in place of the config's; a recall task
+      needs one with its own words.
     process_index: number of this process.
     process_count: number of processes, a divisor of batch_size.
 
@@ -79,9 +82,14 @@ def load_data(
     )
   if config.kind == "text":
     cache = pathlib.Path(config.cache_dir or pathlib.Path(workdir) / "data").expanduser()
-    source = text_source(config, cache, seed)
+    source = text_source(config, cache, seed, tokenizer)
   else:
     source = recall_source(config, seed)
+    if tokenizer is not None and tokenizer.to_json() != source.tokenizer.to_json():
+      raise ValueError(
+        "The model that training begins with has another vocabulary than this recall task; begin "
+        "with one that was trained on the task, or without."
+      )
 
   def batches(rows: grain.MapDataset[Row]) -> grain.IterDataset[Batch]:
     # Batches of one process's size, dealt out in turn, keep a global batch's rows in order. There

@@ -53,13 +53,16 @@ class TextRows:
     return row
 
 
-def text_source(config: DataConfig, cache: pathlib.Path, seed: int) -> Source:
+def text_source(
+  config: DataConfig, cache: pathlib.Path, seed: int, tokenizer: Tokenizer | None = None
+) -> Source:
   """The rows of the files that a config names; training rows are shuffled anew in each epoch.
 
   Args:
     config: the files, the tokenizer and the row length.
     cache: folder of prepared text and tokens.
     seed: of the order of the training rows.
+    tokenizer: in place of the config's.
 
   Raises:
     FileNotFoundError: a file or pattern that matches nothing.
@@ -71,7 +74,7 @@ def text_source(config: DataConfig, cache: pathlib.Path, seed: int) -> Source:
   folder = cache / fingerprint
   logging.info("The prepared text and tokens are kept in %s.", folder)
   text = build_local_text(corpus, folder)
-  tokenizer = _tokenizer(config, text, folder)
+  tokenizer = tokenizer or _tokenizer(config, text, folder)
   tokenizer_hash = hashlib.blake2b(tokenizer.to_json().encode(), digest_size=8).hexdigest()
   tokens = build_token_stream(text, tokenizer, folder / tokenizer_hash)
 

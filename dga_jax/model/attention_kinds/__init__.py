@@ -3,11 +3,17 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
+from dga_jax.model.attention_kinds.kv_merger import kv_merger
+from dga_jax.model.attention_kinds.minference import MInferenceAttention
+from dga_jax.model.attention_kinds.top_k_eviction import top_k_eviction
+from dga_jax.model.attention_kinds.window import WindowAttention
 from dga_jax.model.config import ModelConfig
+from dga_jax.model.rope import inverse_frequencies
 
 
 class AttentionKind(Protocol):
@@ -59,16 +65,36 @@ class AttentionKind(Protocol):
     """
 
 
-def _dense(config: ModelConfig) -> AttentionKind:
-  del config
-  return DenseAttention()
+def _sliding_window(config: ModelConfig) -> AttentionKind:
+  return WindowAttention(config.sliding_window.window)
 
 
-def _dga(config: ModelConfig) -> AttentionKind:
-  return DynamicGroupAttention(config.dga)
+def _streaming_llm(config: ModelConfig) -> AttentionKind:
+  settings = config.streaming_llm
+  return WindowAttention(settings.window, settings.sinks, "in_cache", _omega(config))
 
 
-_FACTORIES: dict[str, Callable[[ModelConfig], AttentionKind]] = {"dense": _dense, "dga": _dga}
+def _lm_infinite(config: ModelConfig) -> AttentionKind:
+  settings = config.lm_infinite
+  return WindowAttention(
+    settings.local_window, settings.global_tokens, "at_most_window", _omega(config)
+  )
+
+
+def _omega(config: ModelConfig) -> np.ndarray:
+  return inverse_frequencies(config.head_dim, base=config.rope_base, scaling=config.rope_scaling)
+
+
+_FACTORIES: dict[str, Callable[[ModelConfig], AttentionKind]] = {
+  "dga": lambda config: DynamicGroupAttention(config.dga),
+  "dense": lambda config: DenseAttention(),
+  "sliding_window": _sliding_window,
+  "streaming_llm": _streaming_llm,
+  "lm_infinite": _lm_infinite,
+  "minference": lambda config: MInferenceAttention(config.minference),
+  "top_k_eviction": lambda config: top_k_eviction(config.top_k_eviction),
+  "kv_merger": lambda config: kv_merger(config.kv_merger),
+}
 
 
 def make_attention(config: ModelConfig) -> AttentionKind:

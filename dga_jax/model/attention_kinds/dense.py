@@ -1,7 +1,7 @@
 """Dense causal attention and its cache of every key and value."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,24 @@ class DenseCache:
   key: Float[Array, "*layers B N M D"]
   value: Float[Array, "*layers B N M D"]
   length: Int[Array, "*layers B"]
+
+  @classmethod
+  def of_prompt(
+    cls,
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    *,
+    lengths: Int[Array, "B"] | None,
+    max_length: int,
+  ) -> Self:
+    """One layer's cache after a right-padded prompt; padding is overwritten by decoding."""
+    B, L = k_BxLxNxD.shape[:2]
+    free = ((0, 0), (0, 0), (0, max_length - L), (0, 0))
+    return cls(
+      key=jnp.pad(k_BxLxNxD.swapaxes(1, 2), free),
+      value=jnp.pad(v_BxLxNxD.swapaxes(1, 2), free),
+      length=jnp.full(B, L, jnp.int32) if lengths is None else lengths.astype(jnp.int32),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +101,10 @@ class DenseAttention:
     lengths: Int[Array, "B"] | None,
     max_length: int,
   ) -> tuple[Float[Array, "B L H D"], DenseCache]:
-    """Attends over a right-padded prompt and stores it; padding is overwritten by decoding."""
-    B, L = q_BxLxHxD.shape[:2]
+    """Attends over a right-padded prompt and stores it."""
     o_BxLxHxD = self.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, segment_ids=None, lengths=lengths)
-    free = ((0, 0), (0, 0), (0, max_length - L), (0, 0))
-    return o_BxLxHxD, DenseCache(
-      key=jnp.pad(k_BxLxNxD.swapaxes(1, 2), free),
-      value=jnp.pad(v_BxLxNxD.swapaxes(1, 2), free),
-      length=jnp.full(B, L, jnp.int32) if lengths is None else lengths.astype(jnp.int32),
-    )
+    cache = DenseCache.of_prompt(k_BxLxNxD, v_BxLxNxD, lengths=lengths, max_length=max_length)
+    return o_BxLxHxD, cache
 
   def decode(
     self,

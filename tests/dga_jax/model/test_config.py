@@ -31,6 +31,8 @@ CONFIG = ModelConfig(
     ({"rope_base": 0.0}, r"rope_base is 0\.0"),
     ({"norm_eps": float("nan")}, r"norm_eps is nan"),
     ({"tie_embeddings": 1}, r"tie_embeddings is 1.*bool"),
+    ({"qkv_bias": None}, r"qkv_bias is None.*bool"),
+    ({"qk_norm": 0}, r"qk_norm is 0.*bool"),
     ({"rope_scaling": 2.0}, r"rope_scaling is 2\.0.*RopeScaling"),
     ({"dga": None}, r"dga is None.*DGAConfig"),
     ({"num_layers": True}, r"num_layers is True"),

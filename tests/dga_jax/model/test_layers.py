@@ -1,5 +1,6 @@
 """RMSNorm, RoPE, SwiGLU and initialisation against their formulas in numpy."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from flax import nnx
 
 from dga_jax.model import ModelConfig, RopeScaling
-from dga_jax.model.layers import DecoderLayer, rms_norm, SwiGLU
+from dga_jax.model.layers import DecoderLayer, rms_norm, SelfAttention, SwiGLU
 from dga_jax.model.rope import apply_rope, inverse_frequencies, rope_table
 from dga_jax.model.unembedding import logits
 
@@ -88,6 +89,33 @@ def test_llama3_scaling_by_wavelength() -> None:
     regimes.add(regime)
     assert got == pytest.approx(expected, rel=1e-12)
   assert regimes == {"kept", "blended", "stretched"}
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_what_attention_is_given(qkv_bias: bool, qk_norm: bool) -> None:
+  config = dataclasses.replace(CONFIG, qkv_bias=qkv_bias, qk_norm=qk_norm)
+  layer = SelfAttention(config, rngs=nnx.Rngs(0))
+  rng = np.random.default_rng(0)
+  x_BxLxE = rng.normal(size=(2, 3, 64))
+  table = rope_table(jnp.array([[0, 1, 2], [5, 6, 7]]), inverse_frequencies(16, base=500.0))
+  expected = []
+  for name in ("query", "key", "value"):
+    y = np.einsum("ble,ehd->blhd", x_BxLxE, getattr(layer, name)[...])
+    if qkv_bias:
+      bias = rng.normal(size=y.shape[2:])
+      getattr(layer, f"{name}_bias").set_value(jnp.asarray(bias, jnp.float32))
+      y = y + bias
+    if qk_norm and name != "value":
+      scale = rng.normal(size=16)
+      getattr(layer, f"{name}_norm").scale.set_value(jnp.asarray(scale, jnp.float32))
+      y = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-3) * scale
+    y = jnp.asarray(y, jnp.float32)
+    expected.append(y if name == "value" else apply_rope(y, table))
+
+  _, given = layer(jnp.asarray(x_BxLxE, jnp.float32), table, lambda q, k, v: (q, (q, k, v)))
+  for got, want in zip(given, expected, strict=True):
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_swiglu() -> None:

@@ -56,13 +56,21 @@ def loss(model: Decoder) -> jax.Array:
   return jax.nn.logsumexp(model(TOKENS_BxL), axis=-1).mean()
 
 
-@pytest.mark.parametrize("tie_embeddings", [True, False])
-def test_every_parameter_names_its_axes(tie_embeddings: bool) -> None:
-  config = dataclasses.replace(CONFIG, tie_embeddings=tie_embeddings)
+@pytest.mark.parametrize(
+  ("changes", "count"),
+  [
+    ({}, 12),
+    ({"tie_embeddings": True}, 11),
+    ({"qkv_bias": True}, 15),
+    ({"qk_norm": True}, 14),
+  ],
+)
+def test_every_parameter_names_its_axes(changes: dict, count: int) -> None:
+  config = dataclasses.replace(CONFIG, **changes)
   sizes = {"layers": 2, "embed": 16, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 24}
   sizes["vocab"] = 32
   params = nnx.to_flat_state(nnx.state(abstract_decoder(config), nnx.Param))
-  assert len(params) == (11 if tie_embeddings else 12)
+  assert len(params) == count
   for path, param in params:
     names = param.get_metadata()["out_sharding"]
     assert tuple(sizes[name] for name in names) == param.shape, path

@@ -1,0 +1,1 @@
+"""Checkpoints of other programs, Hugging Face's folders and GGUF files, to ours and back."""

@@ -1,0 +1,93 @@
+"""Imports models of the LLaMA family from Hugging Face folders and GGUF files, and exports them.
+
+  python -m dga_jax.convert --source=DIR_OR_FILE.gguf --workdir=runs/imported
+  python -m dga_jax.generate --workdir=runs/imported --prompt="The capital of France is"
+  python -m dga_jax.convert --workdir=runs/imported --to_hf=exported
+
+LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3, SmolLM. The tokenizer comes along. An imported model
+attends as it did (densely, or Mistral by its window) unless --attention says otherwise. That is no
+part of the weights: generation, training and evaluation may choose anew. With "dga" the settings
+are those of `dga_jax.config.RETROFIT`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from absl import app, flags, logging
+
+from dga_jax.checkpoint import CheckpointError
+from dga_jax.config import RETROFIT
+from dga_jax.conversion.exporting import export_hugging_face
+from dga_jax.conversion.importing import import_model, open_source
+from dga_jax.model.config import AttentionName, DtypeName
+
+_SOURCE = flags.DEFINE_string("source", None, "A Hugging Face folder or a GGUF file to import.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir",
+  None,
+  "Folder of the checkpoint: written with --source, read with --to_hf.",
+  required=True,
+)
+_TO_HF = flags.DEFINE_string("to_hf", None, "Folder to be made for transformers.")
+_STEP = flags.DEFINE_integer("step", None, "With --to_hf, which checkpoint; default: the newest.")
+_PARAM_DTYPE = flags.DEFINE_enum(
+  "param_dtype",
+  None,
+  get_args(DtypeName),
+  "Dtype of the stored weights; default: the files' own, and float32 for quantized ones.",
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype", None, get_args(DtypeName), "Dtype to compute in; default: that of the weights."
+)
+_ATTENTION = flags.DEFINE_enum(
+  "attention", None, get_args(AttentionName), "Attention kind to use the model with."
+)
+_END_TOKEN = flags.DEFINE_string(
+  "end_token", None, "Token that ends a text; default: the one that the files name."
+)
+_MESH = flags.DEFINE_string(
+  "mesh", None, "Devices to spread the weights over while importing, e.g. data=2,model=4."
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Imports or exports, by the flags."""
+  if len(argv) > 1:
+    raise app.UsageError(f"{argv[1]!r} is no flag.")
+  logging.set_verbosity(logging.WARNING)  # The checkpoint library reports every write.
+  source, to_hf = _SOURCE.value, _TO_HF.value
+  try:
+    if source is not None and to_hf is None:
+      print(import_by_flags(Path(source)))
+    elif to_hf is not None and source is None:
+      export_hugging_face(_WORKDIR.value, Path(to_hf), step=_STEP.value)
+      print(f"{to_hf} holds the model for transformers.")
+    else:
+      raise app.UsageError("Give one of --source (to import) and --to_hf (to export).")
+  except (CheckpointError, ValueError, OSError) as error:
+    raise SystemExit(f"error: {error}") from error
+
+
+def import_by_flags(path: Path) -> str:
+  """Imports what is at `path` and returns a summary."""
+  source = open_source(path)
+  config = source.config()
+  changes: dict[str, Any] = {"dga": RETROFIT}
+  if _PARAM_DTYPE.value is not None:
+    changes |= {"param_dtype": _PARAM_DTYPE.value, "dtype": _PARAM_DTYPE.value}
+  for name, flag in (("dtype", _DTYPE), ("attention", _ATTENTION)):
+    if flag.value is not None:
+      changes[name] = flag.value
+  return import_model(
+    source,
+    dataclasses.replace(config, **changes),
+    Path(_WORKDIR.value),
+    end_token=_END_TOKEN.value,
+    mesh=_MESH.value,
+  )
+
+
+if __name__ == "__main__":
+  app.run(main)

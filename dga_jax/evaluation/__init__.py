@@ -1,0 +1,1 @@
+"""What `python -m dga_jax.evaluate` is made of: tasks, scores, variants of a model, pictures."""

@@ -1,0 +1,136 @@
+"""LongBench-E (Bai et al., arXiv 2308.14508) from its own files, with its own metrics.
+
+The folder holds, as the benchmark publishes them, NAME_e.jsonl for each data set, and
+dataset2prompt.json and dataset2maxlen.json, its prompts and answer lengths. None of them comes
+with this project.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dga_jax.evaluation import scores
+from dga_jax.evaluation.texts import read_jsonl
+from dga_jax.tokenizer import Tokenizer
+
+_METRICS: dict[str, scores.Score] = {
+  "qasper": scores.qa_f1,
+  "multifieldqa_en": scores.qa_f1,
+  "hotpotqa": scores.qa_f1,
+  "2wikimqa": scores.qa_f1,
+  "gov_report": scores.rouge_l,
+  "multi_news": scores.rouge_l,
+  "trec": scores.classification,
+  "triviaqa": scores.qa_f1,
+  "samsum": scores.rouge_l,
+  "passage_count": scores.count,
+  "passage_retrieval_en": scores.retrieval,
+  "lcc": scores.code_similarity,
+  "repobench-p": scores.code_similarity,
+}
+DATASETS = tuple(_METRICS)
+# Few-shot tasks, whose answer is the first line.
+_FIRST_LINE = frozenset({"trec", "triviaqa", "samsum"})
+_BUCKETS = {"0-4k": 4000, "4-8k": 8000, "8k+": float("inf")}
+_FIELDS = ("input", "context", "answers", "length", "all_classes")
+
+
+@dataclasses.dataclass(frozen=True)
+class LongBenchSet:
+  """One data set.
+
+  Attributes:
+    name: of the data set.
+    examples: its lines.
+    prompts: the filled prompt of each.
+    new_tokens: length of an answer.
+  """
+
+  name: str
+  examples: list[dict[str, Any]]
+  prompts: list[str]
+  new_tokens: int
+
+
+def read_sets(folder: str | Path, limit: int | None = None) -> list[LongBenchSet]:
+  """The data sets whose files lie in a folder, in the benchmark's order.
+
+  Args:
+    limit: at most so many examples of each.
+
+  Raises:
+    OSError: a prompt or length file that cannot be read.
+    ValueError: no data set, or a line or prompt that is not in the benchmark's format.
+  """
+  folder = Path(folder)
+  sets = []
+  for name in DATASETS:
+    path = folder / f"{name}_e.jsonl"
+    if path.is_file():
+      sets.append(_read_set(folder, path, name, limit))
+  if not sets:
+    raise ValueError(f"longbench is {folder}, which holds no file such as qasper_e.jsonl.")
+  return sets
+
+
+def score(one: LongBenchSet, predictions: Sequence[str]) -> dict[str, Any]:
+  """The official score in percent, by bucket of length and over all, with counts.
+
+  An example scores the best over its answers. "length" counts words and is the file's own.
+  """
+  by_bucket: dict[str, list[float]] = {name: [] for name in _BUCKETS}
+  for example, prediction in zip(one.examples, predictions, strict=True):
+    bucket = next(name for name, end in _BUCKETS.items() if example["length"] < end)
+    by_bucket[bucket].append(_score_one(one.name, example, prediction))
+  everything = [value for values in by_bucket.values() for value in values]
+  buckets = {name: _mean(values) for name, values in (by_bucket | {"all": everything}).items()}
+  counts = {name: len(values) for name, values in by_bucket.items()}
+  return {"dataset": one.name, "score": buckets, "examples": counts}
+
+
+def fit(tokenizer: Tokenizer, prompt: str, most: int) -> list[int]:
+  """A prompt's tokens; if there are more than `most`, the first and the last half of that."""
+  tokens = tokenizer.encode(prompt)
+  room = most - len(tokenizer.start_ids)
+  if room < 2:
+    raise ValueError(f"most is {most}; a prompt needs room for at least 2 tokens.")
+  if len(tokens) > room:
+    tokens = tokens[: room // 2] + tokens[len(tokens) - room // 2 :]
+  return [*tokenizer.start_ids, *tokens]
+
+
+def _read_set(folder: Path, path: Path, name: str, limit: int | None) -> LongBenchSet:
+  template = _entry(folder / "dataset2prompt.json", name)
+  new_tokens = _entry(folder / "dataset2maxlen.json", name)
+  examples = []
+  for number, values in read_jsonl(path):
+    lacks = [field for field in _FIELDS if not isinstance(values, Mapping) or field not in values]
+    if lacks:
+      raise ValueError(f"{path}, line {number}, lacks {', '.join(lacks)}.")
+    examples.append(dict(values))
+  examples = examples[:limit]
+  return LongBenchSet(name, examples, [template.format(**one) for one in examples], new_tokens)
+
+
+def _entry(path: Path, name: str) -> Any:
+  values = json.loads(path.read_text(encoding="utf-8"))
+  if name not in values:
+    raise ValueError(f"{path} has no entry {name!r}.")
+  return values[name]
+
+
+def _score_one(name: str, example: Mapping[str, Any], prediction: str) -> float:
+  if name in _FIRST_LINE:
+    prediction = prediction.lstrip("\n").partition("\n")[0]
+  classes = example["all_classes"] or ()
+  metric = _METRICS[name]
+  return max(
+    (metric(prediction, reference, classes) for reference in example["answers"]), default=0
+  )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+  return round(100 * statistics.fmean(values), 2) if values else None

@@ -1,0 +1,102 @@
+"""Loss on long documents: by position, with less context, and by the rule of decoding."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dga_jax.model import Decoder
+
+_CHUNK = 256  # Positions whose logits exist at a time.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def teacher_forced(
+  graphdef: nnx.GraphDef, params: Any, tokens: Int[Array, "B L+1"]
+) -> Float[Array, "B L"]:
+  """Nats for each next token, computed over the whole rows at once.
+
+  Under global selection, and with every kind that lets later queries choose, what stands here
+  is not what decoding can reach; see `decoded`.
+  """
+  model = nnx.merge(graphdef, params)
+  return cross_entropy_of_states(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def decoded(
+  graphdef: nnx.GraphDef, params: Any, tokens: Int[Array, "B L+1"], targets: int
+) -> Float[Array, "B T"]:
+  """Nats for each of the last `targets` tokens by the rule of decoding.
+
+  The tokens before them are the prompt; then each token is read alone, from the cache.
+  """
+  model = nnx.merge(graphdef, params)
+  L = tokens.shape[1] - 1
+  prompt = L - targets + 1
+  logits_BxV, cache = model.prefill(tokens[:, :prompt], max_length=L)
+
+  def step(carry: tuple[Any, Array], token_B: Array) -> tuple[tuple[Any, Array], Array]:
+    cache, logits_BxV = carry
+    nats_B = _cross_entropy(logits_BxV, token_B)
+    logits_BxV, cache = model.decode(token_B, cache)
+    return (cache, logits_BxV), nats_B
+
+  carry = (cache, logits_BxV)
+  (_, logits_BxV), nats_TxB = jax.lax.scan(step, carry, tokens[:, prompt:L].T)
+  return jnp.concatenate([nats_TxB.T, _cross_entropy(logits_BxV, tokens[:, L])[:, None]], axis=1)
+
+
+def batches(rows: Int[np.ndarray, "B S"], size: int) -> Iterator[Int[np.ndarray, "b S"]]:
+  """Rows, `size` at a time; the last batch may have fewer."""
+  for start in range(0, len(rows), size):
+    yield rows[start : start + size]
+
+
+def fill(batch: Int[np.ndarray, "b S"], size: int) -> Int[Array, "B S"]:
+  """Repeats the last row up to `size`, so that every batch runs the same program."""
+  index = np.minimum(np.arange(size), len(batch) - 1)
+  return jax.device_put(jnp.asarray(batch[index]))
+
+
+def restarted(
+  rows: Int[np.ndarray, "B L+1"], context: int, targets: int, start_ids: Sequence[int]
+) -> Int[np.ndarray, "B S"]:
+  """The rows' last `targets` tokens with at most `context` tokens of text before them.
+
+  A document's start tokens stand in front, as they do before whole rows.
+
+  Raises:
+    ValueError: the rows hold less context.
+  """
+  most = rows.shape[1] - targets - len(start_ids)
+  if not 1 <= context <= most:
+    raise ValueError(f"context is {context}; it must be from 1 to {most}, which the rows hold.")
+  start = np.tile(np.array(start_ids, rows.dtype), (len(rows), 1))
+  return np.concatenate([start, rows[:, rows.shape[1] - targets - context :]], axis=1)
+
+
+def cross_entropy_of_states(
+  model: Decoder, states_BxLxE: Float[Array, "B L E"], targets_BxL: Int[Array, "B L"]
+) -> Float[Array, "B L"]:
+  """Cross entropy, a chunk of positions at a time."""
+  B, L, E = states_BxLxE.shape
+  chunk = min(_CHUNK, L)
+  padded = -(-L // chunk) * chunk
+  states = jnp.pad(states_BxLxE, ((0, 0), (0, padded - L), (0, 0))).reshape(B, -1, chunk, E)
+  targets = jnp.pad(targets_BxL, ((0, 0), (0, padded - L))).reshape(B, -1, chunk)
+  nats_CxBxc = jax.lax.map(
+    lambda one: _cross_entropy(model.unembed(one[0]), one[1]),
+    (states.swapaxes(0, 1), targets.swapaxes(0, 1)),
+  )
+  return nats_CxBxc.swapaxes(0, 1).reshape(B, padded)[:, :L]
+
+
+def _cross_entropy(logits: Float[Array, "*S V"], target: Int[Array, "*S"]) -> Float[Array, "*S"]:
+  log_probability = jax.nn.log_softmax(logits, axis=-1)
+  return -jnp.take_along_axis(log_probability, target[..., None], axis=-1)[..., 0]

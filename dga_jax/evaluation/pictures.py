@@ -1,0 +1,187 @@
+"""Pictures of results."""
+
+import itertools
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+_MARKERS = "osD^vP*X<>"
+
+
+class Point(NamedTuple):
+  """One setting of a method."""
+
+  share: float  # of the keys that it keeps
+  value: float
+
+
+def plot_perplexity_by_position(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+  """One line a variant: perplexity over the pieces of the rows.
+
+  Args:
+    records: of `measure_perplexity`, each with "variant".
+    path: of the PNG.
+  """
+  figure, axes = _figure("Position in the context (tokens)", "Perplexity")
+  for style, record in zip(_styles(len(records)), records, strict=True):
+    pieces = record["by_position"]
+    middles = [(piece["from"] + piece["to"]) / 2 for piece in pieces]
+    values = [math.exp(piece["loss"]) for piece in pieces]
+    axes.plot(middles, values, label=record["variant"], **style)
+  _spread(axes, [math.exp(p["loss"]) for record in records for p in record["by_position"]])
+  _legend(axes)
+  figure.savefig(path)
+
+
+def plot_restart(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+  """One line a variant: loss on the same last tokens, by how much context stands before them."""
+  figure, axes = _figure("Context before the target tokens", "Loss on the targets (nats per token)")
+  for style, record in zip(_styles(len(records)), records, strict=True):
+    last = record["last"]
+    points = [(one["context"], one["loss"]) for one in record["restart"]]
+    points.append((record["length"] - last["targets"], last["teacher_forced_loss"]))
+    axes.plot(*zip(*sorted(points), strict=True), label=record["variant"], **style)
+  axes.set_xscale("log", base=2)
+  axes.xaxis.set_major_formatter("{x:.0f}")
+  _legend(axes)
+  figure.savefig(path)
+
+
+def plot_against_share(
+  methods: Mapping[str, Sequence[Point]], path: Path, *, y_label: str, title: str = ""
+) -> None:
+  """One line a method: a figure of merit against the share of the keys that it keeps.
+
+  A method that keeps all keys is drawn as a level line, for the others to be compared with; one
+  with several settings at the same share as points without a line.
+  """
+  figure, axes = _figure("Share of the keys kept", y_label)
+  axes.set_title(title)
+  for style, (name, points) in zip(_styles(len(methods)), methods.items(), strict=True):
+    shares = sorted(point.share for point in points)
+    if shares[0] > 0.99:
+      axes.axhline(points[0].value, label=name, color=style["color"], linestyle="--")
+      continue
+    if any(b < 1.02 * a for a, b in itertools.pairwise(shares)):
+      style["linestyle"] = ""
+    axes.plot(*zip(*sorted(points), strict=True), label=name, **style)
+  _spread(axes, [point.value for points in methods.values() for point in points])
+  axes.set_xscale("log")
+  axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g} %")
+  axes.xaxis.set_minor_formatter(lambda x, _: f"{100 * x:.2g} %")
+  axes.tick_params(axis="x", which="minor", labelsize=7)
+  axes.grid(which="minor", alpha=0.15)
+  _legend(axes)
+  figure.savefig(path)
+
+
+def plot_retrieval(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+  """One line a variant: share of right answers by length, with 95 % intervals.
+
+  Args:
+    records: each with "variant", "length" and what `exact_match` gives, one for each pair.
+  """
+  figure, axes = _figure("Length of the prompt (tokens)", "Answered right")
+  names = list(dict.fromkeys(record["variant"] for record in records))
+  for place, (style, name) in enumerate(zip(_styles(len(names)), names, strict=True)):
+    own = sorted((r for r in records if r["variant"] == name), key=lambda r: r["length"])
+    # Side by side, or intervals would cover each other.
+    x = [record["length"] * 1.015 ** (place - len(names) / 2) for record in own]
+    y = np.array([record["share"] for record in own])
+    below = y - [record["low"] for record in own]
+    above = [record["high"] for record in own] - y
+    errors = np.maximum([below, above], 0)  # rounding may take a bound past the share itself
+    axes.errorbar(x, y, yerr=errors, label=name, capsize=2, elinewidth=0.8, **style)
+  axes.set_xscale("log", base=2)
+  axes.xaxis.set_major_formatter("{x:.0f}")
+  axes.set_ylim(-0.03, 1.03)
+  axes.set_title(title)
+  _legend(axes)
+  figure.savefig(path)
+
+
+def plot_heat_maps(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+  """Share of right answers by depth and length, one map a variant.
+
+  Args:
+    records: as for `plot_retrieval`, each with "depth" as well.
+  """
+  names = list(dict.fromkeys(record["variant"] for record in records))
+  lengths = sorted({record["length"] for record in records})
+  depths = sorted({record["depth"] for record in records})
+  columns = min(4, len(names))
+  rows = -(-len(names) // columns)
+  width, height = 1.6 + 0.62 * len(lengths), 1.2 + 0.3 * len(depths)
+  figure = Figure(
+    figsize=(0.8 + columns * width, 0.6 + rows * height), dpi=120, layout="constrained"
+  )
+  figure.suptitle(title)
+  for place, name in enumerate(names):
+    axes = figure.add_subplot(rows, columns, place + 1)
+    cells = {(r["depth"], r["length"]): r["share"] for r in records if r["variant"] == name}
+    shares = np.array([[cells.get((depth, n), np.nan) for n in lengths] for depth in depths])
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    for (row, column), share in np.ndenumerate(shares):
+      if not np.isnan(share):
+        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
+    axes.set_title(textwrap.fill(name, width=int(12 * width)), fontsize=8)
+    axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=7)
+    axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7)
+    if place % columns == 0:
+      axes.set_ylabel("Depth", fontsize=8)
+    if place + columns >= len(names):
+      axes.set_xlabel("Length (tokens)", fontsize=8)
+  figure.colorbar(image, ax=figure.axes, label="Answered right", shrink=0.8)
+  figure.savefig(path)
+
+
+def plot_by_layer(
+  losses: Mapping[str, Sequence[float]], path: Path, *, y_label: str, baselines: Mapping[str, float]
+) -> None:
+  """One line a way to ablate: a loss by the layer that was changed; baselines are level lines."""
+  figure, axes = _figure("Layer", y_label)
+  for style, (name, values) in zip(_styles(len(losses)), losses.items(), strict=True):
+    axes.plot(range(len(values)), values, label=name, **style)
+  for name, value in baselines.items():
+    axes.axhline(value, color="black", linestyle="--" if "dense" in name else ":", label=name)
+  _legend(axes)
+  figure.savefig(path)
+
+
+def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+  # A figure without pyplot keeps no global state and needs no display.
+  figure = Figure(figsize=(9, 5.2), dpi=120, layout="constrained")
+  axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+  axes.grid(alpha=0.3)
+  return figure, axes
+
+
+def _styles(count: int) -> list[dict[str, Any]]:
+  return [
+    {
+      "color": f"C{i % 10}",
+      "marker": _MARKERS[i % len(_MARKERS)],
+      "linestyle": "-" if i < 10 else "-.",
+      "markersize": 4,
+      "linewidth": 1.4,
+    }
+    for i in range(count)
+  ]
+
+
+def _spread(axes: Axes, values: Sequence[float]) -> None:
+  """A logarithmic axis for values that lie far apart."""
+  if 0 < 4 * min(values) < max(values):
+    axes.set_yscale("log")
+    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+      formatter("{x:.3g}")
+
+
+def _legend(axes: Axes) -> None:
+  axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))

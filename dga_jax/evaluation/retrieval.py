@@ -1,0 +1,215 @@
+"""Retrieval tasks made by code: sentences hidden in real text, and a question about one of them.
+
+Every prompt is filled to its length in tokens. It is a function of (seed, task, length, depth,
+index) alone, and the same for every variant of a model.
+"""
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from dga_jax.evaluation.scores import first_word_match, wilson_interval
+from dga_jax.tokenizer import Tokenizer
+
+NEW_TOKENS = 12  # An answer is one word or number.
+
+
+class Hidden(NamedTuple):
+  """A sentence and where it stands, as a share of the text: 0 at its beginning, 1 at its end."""
+
+  depth: float
+  sentence: str
+
+
+class Puzzle(NamedTuple):
+  """What is hidden and asked."""
+
+  hidden: list[Hidden]
+  question: str
+  answer: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """A prompt, and the word that continues it."""
+
+  tokens: list[int]
+  answer: str
+
+
+_PEOPLE = "baker carpenter doctor farmer gardener judge miller pilot sailor tailor".split()
+_PLACES = "attic barn cellar chapel garden kitchen library stable study tower".split()
+_THINGS = "apple candle compass drum feather hammer lantern mirror ribbon violin".split()
+_COLOURS = "amber black blue brown green grey orange purple red white".split()
+
+
+def passkey(rng: random.Random, depth: float, size: int) -> Puzzle:
+  """One number, announced as the pass key."""
+  del size
+  number = _number(rng)
+  fact = f"he pass key number is {number}."
+  question = "What is the pass key number? The pass key number is"
+  return Puzzle([Hidden(depth, f" T{fact} Remember it: t{fact}")], question, number)
+
+
+def needle(rng: random.Random, depth: float, size: int) -> Puzzle:
+  """One fact in words, unlike anything around it."""
+  del size
+  person, place, thing = rng.choice(_PEOPLE), rng.choice(_PLACES), rng.choice(_THINGS)
+  fact = f"The {person} of the village keeps in the {place} a large"
+  question = f"What does the {person} of the village keep in the {place}? {fact}"
+  return Puzzle([Hidden(depth, f" {fact} {thing}.")], question, thing)
+
+
+def multi_key(rng: random.Random, depth: float, size: int) -> Puzzle:
+  """Numbers of four people: that of one is asked for, whose sentence stands at `depth`."""
+  del size
+  people = rng.sample(_PEOPLE, 4)
+  numbers = [_number(rng) for _ in people]
+  facts = [f"The secret number of the {person} is" for person in people]
+  places = [depth, *(rng.random() for _ in people[1:])]
+  hidden = [
+    Hidden(place, f" {fact} {number}.")
+    for place, fact, number in zip(places, facts, numbers, strict=True)
+  ]
+  question = f"What is the secret number of the {people[0]}? {facts[0]}"
+  return Puzzle(hidden, question, numbers[0])
+
+
+def key_value(rng: random.Random, depth: float, size: int) -> Puzzle:
+  """A table scattered over the text, one entry in about 128 tokens; one entry is asked for."""
+  entries = max(2, min(size // 128, len(_COLOURS) * len(_THINGS)))
+  names = rng.sample([f"{colour} {thing}" for colour in _COLOURS for thing in _THINGS], entries)
+  numbers = [_number(rng) for _ in names]
+  places = [depth, *(rng.random() for _ in names[1:])]
+  hidden = [
+    Hidden(place, f" [{name}: {number}]")
+    for place, name, number in zip(places, names, numbers, strict=True)
+  ]
+  return Puzzle(hidden, f"The entry of the {names[0]} was:\n[{names[0]}:", numbers[0])
+
+
+def variable_tracking(rng: random.Random, depth: float, size: int) -> Puzzle:
+  """A number that is handed on from variable to variable, among others that are not asked for.
+
+  The first assignment stands at `depth`, the later ones evenly between it and the end.
+  """
+  del size
+  letters = rng.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 6)
+  chains, numbers = (letters[:3], letters[3:]), (_number(rng), _number(rng))
+  hidden = []
+  for chain, number, first in zip(chains, numbers, (depth, rng.random()), strict=True):
+    values = [number, *(f"variable {name}" for name in chain[:-1])]
+    for hop, (name, value) in enumerate(zip(chain, values, strict=True)):
+      place = first + (1 - first) * hop / len(chain)
+      hidden.append(Hidden(place, f" Let variable {name} be equal to {value}."))
+  last = chains[0][-1]
+  question = f"What number is variable {last} equal to? Variable {last} is equal to"
+  return Puzzle(hidden, question, numbers[0])
+
+
+TASKS: dict[str, Callable[[random.Random, float, int], Puzzle]] = {
+  "passkey": passkey,
+  "needle": needle,
+  "multi_key": multi_key,
+  "key_value": key_value,
+  "variable_tracking": variable_tracking,
+}
+
+
+class Haystack:
+  """Tokens of real text, and after which of them a sentence ends.
+
+  Args:
+    texts: long texts; a prompt takes a piece of one of them.
+    tokenizer: of the model.
+
+  Attributes:
+    fingerprint: the same for the same texts and tokens.
+
+  Raises:
+    ValueError: no text.
+  """
+
+  def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
+    if not texts:
+      raise ValueError("texts is empty; a haystack needs at least one text.")
+    self._tokenizer = tokenizer
+    self._texts = tokenizer.encode_batch(texts)
+    # Names texts and tokenizer together.
+    self.fingerprint = hashlib.sha256(repr(self._texts).encode()).hexdigest()
+    ends = [_ends_sentence(tokenizer, token) for token in range(tokenizer.vocab_size)]
+    self._ends = [i for i, end in enumerate(ends) if end]
+
+  def sample(self, task: str, length: int, depth: float, *, seed: int, index: int) -> Sample:
+    """A prompt that, with its answer, takes `length` tokens.
+
+    Args:
+      task: a name of TASKS.
+      length: tokens of prompt and answer.
+      depth: where the asked sentence stands, from 0 to 1.
+      seed: of everything drawn.
+      index: number of the sample.
+
+    Raises:
+      ValueError: an unknown task, or a length that no text fills.
+    """
+    if task not in TASKS:
+      raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}.")
+    rng = random.Random(f"{seed} {task} {length} {depth:.6f} {index}")
+    puzzle = TASKS[task](rng, depth, length)
+    encode = self._tokenizer.encode
+    hidden = sorted((one.depth, encode(one.sentence)) for one in puzzle.hidden)
+    question = encode(f"\n\n{puzzle.question}")
+    used = sum(len(tokens) for _, tokens in hidden) + len(question) + NEW_TOKENS
+    piece = self._piece(rng, length - used - len(self._tokenizer.start_ids))
+    return Sample(
+      [*self._tokenizer.start_ids, *self._hide(piece, hidden), *question], puzzle.answer
+    )
+
+  def _piece(self, rng: random.Random, size: int) -> list[int]:
+    fitting = [text for text in self._texts if len(text) >= size]
+    if size < 1 or not fitting:
+      raise ValueError(
+        f"length asks for {size} tokens of text around what is hidden; the longest text has"
+        f" {max(map(len, self._texts))}, and at least 1 is needed."
+      )
+    text = rng.choice(fitting)
+    start = rng.randrange(len(text) - size + 1)
+    return text[start : start + size]
+
+  def _hide(self, piece: list[int], hidden: list[tuple[float, list[int]]]) -> list[int]:
+    """The piece with each sentence behind the sentence that ends closest to its depth."""
+    ends = set(self._ends)
+    places = [i + 1 for i, token in enumerate(piece) if token in ends] or [0, len(piece)]
+    tokens, done = [], 0
+    for depth, sentence in hidden:
+      gaps = [abs(place - depth * len(piece)) for place in places]
+      place = places[gaps.index(min(gaps))]
+      tokens += piece[done:place] + sentence
+      done = place
+    return tokens + piece[done:]
+
+
+def exact_match(predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, Any]:
+  """How many predictions begin with the answer, with Wilson's 95 % interval."""
+  pairs = zip(predictions, samples, strict=True)
+  hits = sum(first_word_match(prediction, sample.answer) for prediction, sample in pairs)
+  low, high = wilson_interval(hits, len(samples))
+  return {
+    "hits": hits,
+    "samples": len(samples),
+    "share": hits / len(samples),
+    "low": low,
+    "high": high,
+  }
+
+
+def _number(rng: random.Random) -> str:
+  return str(rng.randrange(10_000, 100_000))
+
+
+def _ends_sentence(tokenizer: Tokenizer, token: int) -> bool:
+  return tokenizer.token_bytes(token).rstrip().endswith((b".", b"!", b"?"))

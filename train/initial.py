@@ -1,0 +1,73 @@
+"""Training that begins with the model of a checkpoint, of an import or of another run."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, PyTree
+
+from dga_jax.checkpoint import load_config, load_model, load_tokenizer
+from dga_jax.model import ModelConfig
+from dga_jax.model.config import ATTENTION_SETTINGS
+from dga_jax.tokenizer import Tokenizer
+from train.config import TrainConfig
+
+# What stays the training config's own; the rest says what the weights are and how RoPE turns.
+_OWN_FIELDS = frozenset({"attention", *ATTENTION_SETTINGS, "dtype", "param_dtype", "remat"})
+
+
+# Entry of a checkpoint's config: what an import knew of the model, for an export.
+ORIGIN = "origin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Initial:
+  """What a run takes over from the checkpoint that it begins with.
+
+  Attributes:
+    config: the training config with that checkpoint's model; attention, its settings, dtypes and
+      remat stay those of the config.
+    tokenizer: the checkpoint's, or None where training begins with nothing.
+    entries: further entries for the config in the run's own checkpoints.
+  """
+
+  config: TrainConfig
+  tokenizer: Tokenizer | None = None
+  entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def find_initial(config: TrainConfig, workdir: str | None) -> Initial:
+  """Reads all but the parameters.
+
+  Args:
+    config: of the run.
+    workdir: where the checkpoint lies: `config.init_from`, or the run's own folder once it has
+      checkpoints. It is not looked at where `config.init_from` is None.
+
+  Raises:
+    CheckpointError: there is no checkpoint, or a damaged one.
+  """
+  if config.init_from is None or workdir is None:
+    return Initial(config)
+  saved = load_config(workdir)
+  own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
+  model = dataclasses.replace(ModelConfig.from_dict(saved["model"]), **own)
+  entries = {ORIGIN: saved[ORIGIN]} if ORIGIN in saved else {}
+  return Initial(dataclasses.replace(config, model=model), load_tokenizer(workdir), entries)
+
+
+def load_params(config: TrainConfig) -> PyTree[Array]:
+  """The parameters in `config.init_from`, in the dtype that the config stores them in.
+
+  Raises:
+    CheckpointError: there is no checkpoint, or a damaged one.
+  """
+  assert config.init_from is not None
+  saved = ModelConfig.from_dict(load_config(config.init_from)["model"])
+  model, _, _ = load_model(config.init_from, config=saved)
+  params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  dtype = jnp.dtype(config.model.param_dtype)
+  return jax.tree.map(lambda array: array.astype(dtype), params)
