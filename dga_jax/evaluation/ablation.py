@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from dga_jax.attention import GroupPlan, plan_groups
-from dga_jax.attention.aggregate import summarise
-from dga_jax.attention.attend import attend_summaries
+from dga_jax.attention.aggregate import plan_and_summarise
+from dga_jax.attention.attend import attend_entries
 from dga_jax.attention.layout import streaming_layout
 from dga_jax.attention.plan import static_sizes
 from dga_jax.config import DGAConfig
@@ -71,8 +71,10 @@ class AblatedDGA:
       layout = streaming_layout(focal_BxNxL, plan.documents, sizes, self.config)
       plan = dataclasses.replace(plan, focal_mask=focal_BxNxL, **layout._asdict())
     weighing = jnp.zeros_like(q_BxLxHxD) if self.merging == "mean" else q_BxLxHxD
-    summaries = summarise(weighing, k_BxLxNxD, v_BxLxNxD, plan)
-    return attend_summaries(q_BxLxHxD, summaries, self._hide(plan))
+    _, _, entries = plan_and_summarise(
+      weighing, k_BxLxNxD, v_BxLxNxD, config=self.config, plan=plan
+    )
+    return attend_entries(q_BxLxHxD, entries, self._hide(plan))
 
   def _hide(self, plan: GroupPlan) -> GroupPlan:
     bounds = plan.bounds
