@@ -38,11 +38,6 @@ class Sources(NamedTuple):
   window: Source
 
 
-def like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-  """A kernel's output: inside a shard_map it varies over the mesh axes that x varies over."""
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
-
-
 def make_sources(entries: tuple[Array, ...], bounds: Bounds) -> Sources:
   """Pairs the six key/value arrays with their bounds."""
   return Sources(

@@ -5,7 +5,6 @@ The route for GPUs older than Hopper. JAX will remove this backend, hence files 
 
 import dataclasses
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,6 @@ from pallas_kernels.grouped_attention.triton_dkdv import triton_dkdv
 from pallas_kernels.grouped_attention.triton_dq import triton_dq
 from pallas_kernels.grouped_attention.triton_forward import triton_forward
 from pallas_kernels.target import find_target
-
-# Raised while lowering, thus long after any function here has returned.
-warnings.filterwarnings(
-  "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
-)
 
 
 @dataclasses.dataclass(frozen=True)

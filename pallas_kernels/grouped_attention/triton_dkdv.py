@@ -10,14 +10,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import TritonTile
 from pallas_kernels.grouped_attention.tile_spans import (
-  like,
   LOG2_E,
   loop_span,
   query_spans,
   Source,
   Span,
 )
-from pallas_kernels.grouped_attention.triton_tiles import dot, load_rows
+from pallas_kernels.grouped_attention.triton_tiles import load_rows
+from pallas_kernels.triton_common import dot, like
 
 
 def triton_dkdv(

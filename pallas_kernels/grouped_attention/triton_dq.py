@@ -9,14 +9,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import TritonTile
-from pallas_kernels.grouped_attention.tile_spans import like, LOG2_E, loop_span, Source, Sources
+from pallas_kernels.grouped_attention.tile_spans import LOG2_E, loop_span, Source, Sources
 from pallas_kernels.grouped_attention.triton_tiles import (
-  dot,
   load_rows,
   QueryGrid,
   seen_mask,
   tile_span,
 )
+from pallas_kernels.triton_common import dot, like
 
 
 def triton_dq(

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -28,17 +28,6 @@ def load_rows(
     return part[...]
   keep = (first + jnp.arange(block) < limit)[:, None]
   return plgpu.load(part, mask=jnp.broadcast_to(keep, part.shape), other=0)
-
-
-def dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
-  """a @ b in float32; float32 operands are not rounded to tf32."""
-  return lax.dot_general(
-    a,
-    b,
-    (((1,), (1 if trans_b else 0,)), ((), ())),
-    precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-    preferred_element_type=jnp.float32,
-  )
 
 
 class QueryGrid(NamedTuple):

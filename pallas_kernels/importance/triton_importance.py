@@ -5,7 +5,6 @@ will remove this backend, hence files of its own.
 """
 
 import math
-import warnings
 
 import jax.numpy as jnp
 from jax import Array
@@ -16,11 +15,6 @@ from pallas_kernels.grouped_attention.tile_spans import LOG2_E
 from pallas_kernels.importance.triton_logsumexp import triton_logsumexp
 from pallas_kernels.importance.triton_rows import importance_tile, ImportanceTile, make_rows
 from pallas_kernels.importance.triton_scores import triton_scores
-
-# Raised while lowering, thus long after any function here has returned.
-warnings.filterwarnings(
-  "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
-)
 
 DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
 

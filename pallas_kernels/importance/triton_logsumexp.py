@@ -8,8 +8,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_attention.tile_spans import like, loop_span, LOWEST
-from pallas_kernels.grouped_attention.triton_tiles import dot
+from pallas_kernels.grouped_attention.tile_spans import loop_span, LOWEST
 from pallas_kernels.importance.triton_rows import (
   Chunk,
   chunk_grid,
@@ -17,6 +16,7 @@ from pallas_kernels.importance.triton_rows import (
   load_keys,
   Rows,
 )
+from pallas_kernels.triton_common import dot, like
 
 
 def triton_logsumexp(

@@ -7,7 +7,6 @@ will remove this backend, hence files of its own.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +16,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Bool, Float
 
-from pallas_kernels.grouped_attention.tile_spans import like
 from pallas_kernels.select.ranges import Ranges
-
-# Raised while lowering, thus long after any function here has returned.
-warnings.filterwarnings(
-  "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
-)
+from pallas_kernels.triton_common import like
 
 # A program has at most 1024 threads. A range of up to 32 scores a thread is read once and stays
 # in registers; a longer one is read once a pass, in chunks that leave registers to spare.

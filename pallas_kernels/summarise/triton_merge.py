@@ -15,14 +15,13 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.summarise.group_tile import block_softmax, GroupTile
 from pallas_kernels.summarise.triton_rows import (
-  dot,
-  like,
   load_rows,
   per_tile,
   store_rows,
   tile,
   whole,
 )
+from pallas_kernels.triton_common import dot, like
 
 
 def merge_rows(

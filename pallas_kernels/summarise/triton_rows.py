@@ -3,18 +3,14 @@
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.triton_common import like
+
 ROWS = 64  # of a tile that is only moved
-
-
-def like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-  """A kernel's output: inside a shard_map it varies over the mesh axes that x varies over."""
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
 def whole(x: Array, heads: int | None) -> pl.BlockSpec:
@@ -32,17 +28,6 @@ def per_tile(index: Array) -> pl.BlockSpec:
   shared = index.shape[1] == 1
   return pl.BlockSpec(
     (None, None, None, index.shape[3]), lambda t, n, b: (b, 0 if shared else n, t, 0)
-  )
-
-
-def dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
-  """a @ b in float32; float32 operands are not rounded to tf32."""
-  return lax.dot_general(
-    a,
-    b,
-    (((1,), (1 if trans_b else 0,)), ((), ())),
-    precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-    preferred_element_type=jnp.float32,
   )
 
 

@@ -7,7 +7,6 @@ summing them outside would read and write the whole arrays again.
 
 import dataclasses
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,6 @@ from pallas_kernels.summarise.group_tile import GroupTile, pad_index
 from pallas_kernels.summarise.triton_merge import merge_rows
 from pallas_kernels.summarise.triton_merge_grad import merge_rows_grad
 from pallas_kernels.summarise.triton_rows import gather_rows, ROWS, scatter_rows
-
-# Raised while lowering, thus long after any function here has returned.
-warnings.filterwarnings(
-  "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
-)
 
 _MOST_ROWS = 128  # of a group: more do not fit the registers
 

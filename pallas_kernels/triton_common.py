@@ -1,0 +1,32 @@
+"""What the kernels of all ops share that are lowered through Pallas-Triton.
+
+JAX will remove that lowering: its warning is filtered here, for the files that import this one.
+"""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+# Raised while lowering, thus long after any function here has returned.
+warnings.filterwarnings(
+  "ignore", message="The Pallas Triton backend is deprecated", category=DeprecationWarning
+)
+
+
+def like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+  """A kernel's output: inside a shard_map it varies over the mesh axes that x varies over."""
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
+  """a @ b in float32; float32 operands are not rounded to tf32."""
+  return lax.dot_general(
+    a,
+    b,
+    (((1,), (1 if trans_b else 0,)), ((), ())),
+    precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+    preferred_element_type=jnp.float32,
+  )
