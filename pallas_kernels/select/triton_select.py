@@ -98,14 +98,22 @@ def _kernel(scores_ref: Any, ranges: Ranges, mask_ref: Any, *, chunk: int) -> No
   # Counting costs one pass over registers, or one over memory: there, two bits at a time.
   bits = 1 if single else 2
 
-  def settle(step: Array, threshold: Array) -> Array:
+  def settle(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    step, threshold, _ = state
     shift = 32 - bits * (step + 1)
     # Flipping bits of a prefix orders candidates: the sign bit of the lowest one is set.
     candidates = [threshold ^ lax.shift_left(jnp.int32(d), shift) for d in range(1, 2**bits)]
-    digit = sum((n >= quota).astype(jnp.int32) for n in counts(candidates))
-    return threshold ^ lax.shift_left(digit, shift)
+    reached = counts(candidates)
+    digit = sum((n >= quota).astype(jnp.int32) for n in reached)
+    exact = functools.reduce(jnp.logical_or, [n == quota for n in reached])
+    return step + 1, threshold ^ lax.shift_left(digit, shift), exact
 
-  threshold = lax.fori_loop(0, 32 // bits, settle, jnp.int32(_LOWEST))
+  def unsettled(state: tuple[Array, Array, Array]) -> Array:
+    step, _, exact = state  # a threshold that exactly the quota reaches needs no further bits
+    return (step < 32 // bits) & ~exact
+
+  start_state = (jnp.int32(0), jnp.int32(_LOWEST), jnp.bool_(False))
+  _, threshold, _ = lax.while_loop(unsettled, settle, start_state)
   above = over_chunks(
     lambda first, keys, total: total + (keys > threshold).astype(jnp.int32).sum(), jnp.int32(0)
   )

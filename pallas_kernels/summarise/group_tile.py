@@ -21,9 +21,12 @@ class GroupTile(NamedTuple):
   heads: int
 
   @classmethod
-  def of(cls, rows: int, heads: int, head_dim: int) -> "GroupTile":
-    """For groups of `rows` rows and `heads` query heads a KV head: as many as registers hold."""
-    return cls(max(1, 64 * 128 // max(128, head_dim) // rows), rows, heads)
+  def of(cls, rows: int, heads: int, head_dim: int, elements: int) -> "GroupTile":
+    """For groups of `rows` rows and `heads` query heads a KV head.
+
+    `elements` of keys is what the kernel's registers hold; on an H100 more or less was slower.
+    """
+    return cls(max(1, elements // max(128, head_dim) // rows), rows, heads)
 
   @property
   def slots(self) -> int:

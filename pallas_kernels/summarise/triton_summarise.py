@@ -19,6 +19,7 @@ from pallas_kernels.summarise.triton_merge_grad import merge_rows_grad
 from pallas_kernels.summarise.triton_rows import gather_rows, ROWS, scatter_rows
 
 _MOST_ROWS = 128  # of a group: more do not fit the registers
+_FORWARD, _BACKWARD = 128 * 128, 64 * 128  # keys × head dim of a tile
 
 
 def refusal(query: Array, key: Array, rows: int) -> str | None:
@@ -94,7 +95,7 @@ def _summarise_fwd(
   focal_index, member_index, group_query = indices
   L, m = key.shape[1], member_index.shape[-1]
   focal = gather_rows(key, value, pad_index(focal_index, 2, ROWS, L), interpret=static.interpret)
-  group_tile = _group_tile(query, key, m)
+  group_tile = _group_tile(query, key, m, _FORWARD)
   group_key, group_value, *window = merge_rows(
     query,
     key,
@@ -130,7 +131,7 @@ def _summarise_blocks_fwd(
   query: Array, key: Array, value: Array, start: Array, static: _Static
 ) -> tuple[tuple[Array, Entries, Array], tuple]:
   L, size = key.shape[1], static.members + static.focal
-  group_tile = _group_tile(query, key, size)
+  group_tile = _group_tile(query, key, size, _FORWARD)
   row_BxkxP = start[..., None] + jnp.arange(size, dtype=jnp.int32)[None, None]
   row_BxkxP = jnp.where(start[..., None] < L, row_BxkxP, L)
   group_key, group_value, focal_key, focal_value, chosen = merge_rows(
@@ -159,9 +160,9 @@ def _summarise_blocks_bwd(static: _Static, residuals: tuple, cotangents: tuple) 
 _summarise_blocks.defvjp(_summarise_blocks_fwd, _summarise_blocks_bwd)
 
 
-def _group_tile(query: Array, key: Array, rows: int) -> GroupTile:
+def _group_tile(query: Array, key: Array, rows: int, elements: int) -> GroupTile:
   _, _, N, D = key.shape
-  return GroupTile.of(rows, query.shape[2] // N, D)
+  return GroupTile.of(rows, query.shape[2] // N, D, elements)
 
 
 def _add_gradients(
@@ -176,7 +177,7 @@ def _add_gradients(
   """Gradients of query, key and value: every token is focal, or a member, or neither."""
   focal_index, member_index, group_query = indices
   L = key.shape[1]
-  group_tile = _group_tile(query, key, member_index.shape[-1])
+  group_tile = _group_tile(query, key, member_index.shape[-1], _BACKWARD)
   row, last = group_tile.indices(member_index, group_query, L)
   focal_index = pad_index(focal_index, 2, ROWS, L)
   num_groups, num_focal = row.shape[2] * group_tile.groups, focal_index.shape[2]
