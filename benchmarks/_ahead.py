@@ -43,6 +43,40 @@ def compile_for_h100(function: Callable[..., Any], *args: Any) -> Any:
   return lowered.compile()
 
 
+def prepare(
+  name: str,
+  run: Callable[..., Any],
+  draw: Callable[..., Any],
+  *,
+  drawn: str,
+  folder: str | None,
+  compile_now: bool,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+  """A contender and what draws its inputs from a random key, ready to run.
+
+  Args:
+    name: of the contender's file in the folder.
+    run: the contender.
+    draw: draws its arguments.
+    drawn: name of the drawing program's file, which contenders may share.
+    folder: of compiled programs; None compiles for the device at hand when first called.
+    compile_now: compiles what the folder lacks, instead of loading from it.
+  """
+  if folder is None:
+    return jax.jit(run), jax.jit(draw)
+  run_path, draw_path = pathlib.Path(folder) / name, pathlib.Path(folder) / drawn
+  if not compile_now:
+    return load(run_path), load(draw_path)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype)
+  with jax.sharding.use_abstract_mesh(abstract_mesh()):
+    inputs = jax.eval_shape(draw, key)
+  for path, function, args in ((run_path, run, inputs), (draw_path, draw, (key,))):
+    if not path.exists():
+      store(path, compile_for_h100(function, *args))
+  return run, draw
+
+
 def store(path: pathlib.Path, compiled: Any) -> None:
   """Writes a compiled program."""
   path.parent.mkdir(parents=True, exist_ok=True)

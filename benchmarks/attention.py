@@ -16,7 +16,6 @@ Compiling takes longer than measuring. It can be done ahead, on a machine withou
 """
 
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -68,16 +67,16 @@ def main(argv: list[str]) -> None:
   shapes = [Shape(int(L), _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value) for L in _LENGTHS.value]
   if _COMPILE_TO.value is not None:
     for shape in shapes:
-      _compile(shape, _COMPILE_TO.value)
+      for name, (run, draw) in tqdm(_contenders(shape).items(), desc=str(shape)):
+        _prepare(shape, name, run, draw)
     return
   print(environment())
   print(f"{passes}; m = 16, importance rate 0.1, min_focal_tokens {_MIN_FOCAL.value}")
   for shape in shapes:
     print(f"\n{shape}\n| contender | ms | lowest to highest | times cuDNN | TFLOP/s |")
     print("| --- | --- | --- | --- | --- |")
-    programs = _load if _COMPILED.value is not None else _jit
     contenders = {
-      name: Contender(programs(shape, name, run), programs(shape, _drawn(name), draw))
+      name: Contender(*_prepare(shape, name, run, draw))
       for name, (run, draw) in _contenders(shape).items()
     }
     contenders[_PEER] = Contender(
@@ -90,6 +89,25 @@ def main(argv: list[str]) -> None:
       print(_row(shape, name, times, timings.get(_PEER), contenders[name].draw), flush=True)
     for name, reason in refused.items():
       print(f"| {name} | does not run: {reason} | | | |")
+
+
+def _prepare(shape: Shape, name: str, run: Any, draw: Any) -> Any:
+  """Compiled when called, or ahead."""
+  drawn = "tokens"
+  if name == _EXAMPLE_NAME:
+    drawn = "half_tokens"
+  elif name.startswith("kernel"):
+    drawn = f"entries_{name.split(', ')[1]}"
+  slug = "".join(c if c.isalnum() else "_" for c in name) + "_both" * _BACKWARD.value
+  sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}"
+  return _ahead.prepare(
+    f"{sizes}/{slug}",
+    run,
+    draw,
+    drawn=f"{sizes}/{drawn}",
+    folder=_COMPILE_TO.value or _COMPILED.value,
+    compile_now=_COMPILE_TO.value is not None,
+  )
 
 
 def _contenders(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
@@ -110,43 +128,6 @@ def _contenders(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[..
         draw = functools.partial(shape.entries, config)
         contenders[f"kernel, {selection}, {name}"] = (kernel, draw)
   return contenders
-
-
-def _drawn(name: str) -> str:
-  """The name of the program that draws a contender's inputs; many share one."""
-  if name == _EXAMPLE_NAME:
-    return "half tokens"
-  return f"entries, {name.split(', ')[1]}" if name.startswith("kernel") else "tokens"
-
-
-def _path(folder: str, shape: Shape, name: str) -> pathlib.Path:
-  passes = "both" if _BACKWARD.value and not name.startswith(("entries", "tokens")) else "forward"
-  slug = "".join(c if c.isalnum() else "_" for c in name)
-  sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}"
-  return pathlib.Path(folder) / sizes / f"{slug}_{passes}"
-
-
-def _jit(shape: Shape, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-  del shape, name
-  return jax.jit(function)
-
-
-def _load(shape: Shape, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-  del function
-  return _ahead.load(_path(_COMPILED.value, shape, name))
-
-
-def _compile(shape: Shape, folder: str) -> None:
-  """Compiles and stores every program of a shape that is not there yet."""
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  key = jax.ShapeDtypeStruct(key.shape, key.dtype)
-  for name, (run, draw) in tqdm(_contenders(shape).items(), desc=str(shape)):
-    with jax.sharding.use_abstract_mesh(_ahead.abstract_mesh()):
-      inputs = jax.eval_shape(draw, key)
-    for program, function, args in ((name, run, inputs), (_drawn(name), draw, (key,))):
-      path = _path(folder, shape, program)
-      if not path.exists():
-        _ahead.store(path, _ahead.compile_for_h100(function, *args))
 
 
 def _tokens(shape: Shape, key: Array) -> tuple[Any]:

@@ -5,7 +5,8 @@
 
 Varies one kernel's tile at a time, the others at their defaults; prints the fastest first. With
 --write the device's entry in pallas_kernels/grouped_attention/tuned_blocks.json becomes what was
-fastest, where that is more than 1 % faster than the tile it has now.
+fastest, where that is more than 1 % faster than the tile it has now. --compile_to and --compiled
+as in benchmarks/attention.py.
 """
 
 import dataclasses
@@ -17,7 +18,9 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from tqdm import tqdm
 
+from benchmarks import _ahead
 from benchmarks._inputs import Shape
 from benchmarks._queued import compare, Contender
 from benchmarks.timing import environment
@@ -43,6 +46,8 @@ _BACKENDS = flags.DEFINE_list("backends", ["mosaic_gpu", "triton"], "what to tun
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "samples of each tile")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "calls in a sample")
 _WRITE = flags.DEFINE_bool("write", False, "write the table")
+_COMPILE_TO = flags.DEFINE_string("compile_to", None, "compile into this folder, and stop")
+_COMPILED = flags.DEFINE_string("compiled", None, "folder of what --compile_to compiled")
 
 _CLEARLY = 0.99  # of the time of the tile in use: less is noise
 
@@ -50,37 +55,72 @@ _CLEARLY = 0.99  # of the time of the tile in use: less is noise
 def main(argv: list[str]) -> None:
   """Prints a ranking for every kernel of every backend."""
   del argv
-  print(environment())
   shape = Shape(_LENGTH.value, _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value)
-  selection: Any = _SELECTION.value
-  config = DGAConfig(selection=selection, min_focal_tokens=0)
-  draw = jax.jit(functools.partial(shape.entries, config))
+  ahead = _COMPILE_TO.value is not None
+  device_kind = "NVIDIA H100 80GB HBM3" if ahead else jax.devices()[0].device_kind
+  if not ahead:
+    print(environment())
   for backend in _BACKENDS.value:
-    attention, best, candidates = _search_space(backend, shape)
+    attention, best, candidates = _search_space(backend, shape, device_kind)
     for kernel, tiles in candidates.items():
       default = getattr(best, kernel)
-      contenders = {}
-      for tile in dict.fromkeys([default, *tiles]):
-        blocks = dataclasses.replace(best, **{kernel: tile})
-        run = _timed(functools.partial(attention, blocks=blocks), shape, config, kernel)
-        contenders[tile] = Contender(run, draw)
-      timings, refused = compare(contenders, rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=0)
-      print(f"\n{backend} {kernel}, {shape}, in use {default}")
-      ranking = sorted(timings.items(), key=lambda item: item[1].median)
-      for tile, times in ranking:
-        print(f"{1e3 * times.median:9.3f} ms  {tile}", flush=True)
-      for tile, reason in refused.items():
-        print(f"  refused  {tile}: {reason[:100]}")
-      fastest, times = ranking[0]
-      if times.median < _CLEARLY * timings[default].median:
+      runs = {
+        tile: functools.partial(attention, blocks=dataclasses.replace(best, **{kernel: tile}))
+        for tile in dict.fromkeys([default, *tiles])
+      }
+      contenders, refused = _prepare_all(shape, f"{backend} {kernel}", runs)
+      if not ahead:
+        print(f"\n{backend} {kernel}, {shape}, in use {default}")
+        fastest = _rank(contenders, refused, default)
         best = dataclasses.replace(best, **{kernel: fastest})
-    if _WRITE.value:
-      _write(table_key(backend, shape.D, 2), dataclasses.asdict(best))
+    if _WRITE.value and not ahead:
+      _write(device_kind, table_key(backend, shape.D, 2), dataclasses.asdict(best))
 
 
-def _search_space(backend: str, shape: Shape) -> tuple[Callable[..., Any], Any, dict[str, list]]:
+def _rank(contenders: dict[Any, Contender], refused: dict[Any, str], default: Any) -> Any:
+  """Times the tiles, prints them, and gives the fastest, or the default where it is as fast."""
+  timings, failed = compare(contenders, rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=0)
+  ranking = sorted(timings.items(), key=lambda item: item[1].median)
+  for tile, times in ranking:
+    print(f"{1e3 * times.median:9.3f} ms  {tile}", flush=True)
+  for tile, reason in (refused | failed).items():
+    print(f"  refused  {tile}: {reason[:100]}")
+  fastest, times = ranking[0]
+  return fastest if times.median < _CLEARLY * timings[default].median else default
+
+
+def _prepare_all(
+  shape: Shape, label: str, attentions: dict[Any, Callable[..., Any]]
+) -> tuple[dict[Any, Contender], dict[Any, str]]:
+  """Contenders by tile, and why some tiles cannot be compiled."""
+  selection: Any = _SELECTION.value
+  config = DGAConfig(selection=selection, min_focal_tokens=0)
+  backend, kernel = label.split()
+  sizes = f"{selection}_{shape.L}_{shape.N}_{shape.D}"
+  contenders: dict[Any, Contender] = {}
+  refused: dict[Any, str] = {}
+  for tile, attention in tqdm(attentions.items(), desc=label):
+    numbers = "_".join(str(x) for x in dataclasses.astuple(tile))
+    try:
+      contenders[tile] = Contender(
+        *_ahead.prepare(
+          f"{backend}_{kernel}_{sizes}_{numbers}",
+          _timed(attention, shape, config, kernel),
+          functools.partial(shape.entries, config),
+          drawn=f"entries_{sizes}",
+          folder=_COMPILE_TO.value or _COMPILED.value,
+          compile_now=_COMPILE_TO.value is not None,
+        )
+      )
+    except (FileNotFoundError, NotImplementedError, ValueError) as error:
+      refused[tile] = str(error).splitlines()[0]
+  return contenders, refused
+
+
+def _search_space(
+  backend: str, shape: Shape, device_kind: str
+) -> tuple[Callable[..., Any], Any, dict[str, list]]:
   """The attention, the blocks in use, and tiles to try by kernel."""
-  device_kind = jax.devices()[0].device_kind
   if backend == "mosaic_gpu":  # a product's inner side is a multiple of 64
     query_tiles = [MosaicQueryTile(*x) for x in itertools.product((64, 128), (2, 3, 4))]
     key_tiles = [MosaicKeyTile(64, stages) for stages in (2, 3, 4)]
@@ -105,12 +145,12 @@ def _timed(
     out, vjp = jax.vjp(lambda *arrays: call(*arrays, bounds), *arrays)
     return vjp(out)
 
-  return jax.jit(run)
+  return run
 
 
-def _write(key: str, blocks: dict[str, Any]) -> None:
+def _write(device_kind: str, key: str, blocks: dict[str, Any]) -> None:
   table = json.loads(TABLE.read_text())
-  table.setdefault(jax.devices()[0].device_kind, {})[key] = blocks
+  table.setdefault(device_kind, {})[key] = blocks
   TABLE.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
   print(f"written: {key} in {TABLE.name}")
 
