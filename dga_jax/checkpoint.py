@@ -222,11 +222,7 @@ def load_model(
   config = config or saved
   tokenizer = _read_tokenizer(directory, step)
   graphdef, variables = abstract_decoder(config)
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  target = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-    nnx.to_pure_dict(variables),
-  )
+  target = jax.tree.map(lambda x: _here(x.shape, x.dtype), nnx.to_pure_dict(variables))
   params = _read_arrays(directory, step, {"params": target})["params"]
   return nnx.merge(graphdef, params), config, tokenizer
 
@@ -291,7 +287,7 @@ def _read_arrays(
   **others: ocp.args.CheckpointArgs,
 ) -> dict[str, PyTree[Array]]:
   """Reads array items, compares them with their checksums, and restores other items."""
-  stored = {name: jax.ShapeDtypeStruct((), jnp.uint32) for name in ("params", "training")}
+  stored = {name: _here((), jnp.uint32) for name in ("params", "training")}
   items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
   items["checksums"] = ocp.args.StandardRestore(stored)
   try:
@@ -302,6 +298,12 @@ def _read_arrays(
     if int(_checksum(restored[name])) != int(restored["checksums"][name]):
       raise _damaged(directory, step, f"the checksum of '{name}' does not fit its content.")
   return {name: restored[name] for name in targets}
+
+
+def _here(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+  """An array to be read onto the first device: the one that saved it may not be there."""
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
 
 
 def _read_json(directory: Path, step: int, item: str) -> dict[str, Any]:
@@ -341,9 +343,15 @@ def _damaged(directory: Path, step: int, reason: str) -> CheckpointError:
 
 def _is_sound(directory: Path, step: int) -> bool:
   """Whether every item of a checkpoint can be read; only asked when another one is damaged."""
-  items = {name: ocp.args.StandardRestore() for name in ("params", "training", "checksums")}
-  items |= {name: ocp.args.JsonRestore() for name in ("config", "tokenizer")}
+  items: dict[str, ocp.args.CheckpointArgs] = {
+    name: ocp.args.JsonRestore() for name in ("config", "tokenizer")
+  }
   try:
+    for name in ("params", "training", "checksums"):
+      with ocp.StandardCheckpointer() as reader:
+        stored = reader.metadata(directory / str(step) / name).item_metadata.tree
+      target = jax.tree.map(lambda x: _here(x.shape, x.dtype), stored)
+      items[name] = ocp.args.StandardRestore(target)
     restored = _read(directory, step, items)
     return all(
       int(_checksum(restored[name])) == int(restored["checksums"][name])

@@ -1,10 +1,14 @@
 """Saving and loading: what comes back, and what every kind of damage says."""
 
 import dataclasses
+import functools
 import gc
 import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +79,38 @@ def test_the_loaded_model_is_the_saved_one(workdir: Path, params: Any) -> None:
   expected = nnx.merge(nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))[0], params)
   np.testing.assert_array_equal(model(TOKENS), expected(TOKENS))
   assert tokenizer.to_json() == Tokenizer.byte_level().to_json()
+
+
+_SAVE_ON_ANOTHER_DEVICE = """
+import sys, jax
+jax.config.update("jax_default_device", jax.devices()[1])
+from pathlib import Path
+from flax import nnx
+from dga_jax.checkpoint import Checkpoints
+from dga_jax.model import Decoder
+from tests.dga_jax.test_checkpoint import CONFIG, save
+params = nnx.to_pure_dict(nnx.state(Decoder(CONFIG, rngs=nnx.Rngs(1)), nnx.Param))
+with Checkpoints(Path(sys.argv[1]), keep=2) as checkpoints:
+  save(checkpoints, 1, params)
+  save(checkpoints, 3, params)
+"""
+
+
+def test_what_a_device_saved_is_read_where_it_is_absent(params: Any, tmp_path: Path) -> None:
+  subprocess.run(
+    [sys.executable, "-c", _SAVE_ON_ANOTHER_DEVICE, str(tmp_path)],
+    env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+    check=True,
+    timeout=120,
+  )
+  model, _, _ = load_model(tmp_path)
+  for name, value in nnx.to_pure_dict(nnx.state(model, nnx.Param)).items():
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), value, params[name])
+  # The whole one that is offered in place of a damaged one was saved there too.
+  flip_a_bit(largest_file(tmp_path / "checkpoints" / "3" / "params"))
+  with pytest.raises(CheckpointError, match="good one is of step 1"):
+    load_model(tmp_path)
+  gc.collect()
 
 
 def test_training_state_comes_back(workdir: Path, params: Any) -> None:
