@@ -30,6 +30,7 @@ def test_a_cpu_takes_xla_and_hears_why_not_the_others():
     dynamic_group_attention(ARRAY, ARRAY, ARRAY, config=CONFIG, implementation="triton")
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_an_absent_gpu_gets_its_own_kernels():
   """The mesh decides, not the backend that happens to run here."""
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
