@@ -77,9 +77,10 @@ class GroupTile(NamedTuple):
 
 
 def pad_index(index: Array, axis: int, multiple: int, length: int) -> Array:
-  """The index array with `length`, which points nowhere, up to a multiple of entries."""
+  """The index array with `length`, which points nowhere, up to a multiple of entries, not 0."""
   widths = [(0, 0)] * index.ndim
-  widths[axis] = (0, -index.shape[axis] % multiple)
+  size = index.shape[axis]
+  widths[axis] = (0, max(multiple - size, -size % multiple))
   return jnp.pad(index, widths, constant_values=length)
 
 

@@ -77,11 +77,11 @@ def choose_in_blocks(
   ties go to the earlier token. Without gradient.
   """
   B, _, N, D = key_BxLxNxD.shape
-  k = start_Bxk.shape[1]
+  k, R = start_Bxk.shape[1], query_BxLxHxD.shape[2] // N
   query, key = jax.lax.stop_gradient((query_BxLxHxD, key_BxLxNxD))
   place_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
   key_BxkxsxNxD = _take(key, place_Bxkxs)
-  query_BxkxNxRxD = _take(query, place_Bxkxs[..., -1]).reshape(B, k, N, -1, D)
+  query_BxkxNxRxD = _take(query, place_Bxkxs[..., -1]).reshape(B, k, N, R, D)
   scores_BxNxkxs = block_scores(query_BxkxNxRxD, key_BxkxsxNxD)
   _, chosen_BxNxkxf = jax.lax.top_k(scores_BxNxkxs, focal)
   return jnp.sort(chosen_BxNxkxf, axis=-1)

@@ -32,6 +32,17 @@ def test_xla_equals_reference(name, data):
 
 
 @pytest.mark.parametrize("selection", ["global", "streaming"])
+@pytest.mark.parametrize("length", [1, 17])
+def test_rows_shorter_than_a_group_or_block(selection, length):
+  inputs = arrays(0, 2, length, 4, 2, 8)
+  config = DGAConfig(selection=selection, min_focal_tokens=0)
+  got = run(*inputs, config=config, implementation="xla", lengths=jnp.array([length, 1]))
+  want = run(*inputs, config=config, implementation="reference", lengths=jnp.array([length, 1]))
+  for what, x, y in zip(NAMES, got, want, strict=True):
+    np.testing.assert_allclose(x, y, atol=2e-5, rtol=2e-5, err_msg=what)
+
+
+@pytest.mark.parametrize("selection", ["global", "streaming"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_as_exact_as_plain_attention(selection, dtype):
   """Error against float32 at most twice (gradients three times) that of dense attention."""

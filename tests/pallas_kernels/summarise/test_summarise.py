@@ -52,8 +52,8 @@ class Case:
     order = np.stack([rng.permutation(L) for _ in range(self.batch * self.kv_heads)])
     focal = np.sort(order[:, groups * m :]).reshape(*shape, -1)
     member = np.sort(order[:, : groups * m]).reshape(*shape, groups, m)
-    focal[0, :, -1], member[0, :, -1] = L, L  # a shorter row
-    member[1:, 0, -1, -1] = L  # an unfinished group
+    focal[0, :, -1:], member[0, :, -1:] = L, L  # a shorter row
+    member[1:, 0, -1:, -1] = L  # an unfinished group
     return tuple(jnp.asarray(x, jnp.int32) for x in (focal, member, member[..., -1]))
 
   def kernels(self, **options: Any) -> Any:
@@ -85,6 +85,8 @@ CASES = {
   "blocks": Case(focal_per_block=1),
   "wide_blocks": Case(focal_per_block=3, members=18, length=100),
   "many_focal": Case(focal_per_block=9, members=2, query_heads=8, kv_heads=1),
+  "no_groups": Case(length=3),
+  "no_blocks": Case(length=3, focal_per_block=1),
   "half": Case(dtype="bfloat16"),
   "half_blocks": Case(dtype="float16", focal_per_block=2, members=5),
 }
@@ -137,7 +139,7 @@ def check(case: Case, **options: Any) -> None:
     if name == "chosen" or not name.startswith(("d", "group")):
       np.testing.assert_array_equal(value, plain[name], err_msg=name)  # rows are only moved
       continue
-    norm = np.linalg.norm(exact[name])
+    norm = np.linalg.norm(exact[name]) or 1.0
     allowed = np.linalg.norm(plain[name] - exact[name]) / norm * (3 if name[0] == "d" else 2)
     error = np.linalg.norm(value - exact[name]) / norm
     assert error <= max(allowed, 2e-6), f"{name}: error {error:.2e}, allowed {allowed:.2e}"
@@ -146,6 +148,17 @@ def check(case: Case, **options: Any) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_equal_plain(name: str):
   check(CASES[name], interpret=True)
+
+
+def test_no_focal_tokens_leave_rows_of_zeros():
+  case = Case(length=12, batch=1)
+  member = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32).reshape(3, 4), (1, 2, 3, 4))
+  indices = (jnp.zeros((1, 2, 0), jnp.int32), member, member[..., -1])
+  options = {"scale": 0.3, "reorder_window": True}
+  _, entries = summarise_triton(*case.arrays(), *indices, interpret=True, **options)
+  _, plain = summarise_xla(*case.arrays(), *indices, **options)
+  assert not entries.focal_key.any()
+  np.testing.assert_allclose(entries.group_key[:, :3], plain.group_key, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_that_are_not_finite_stay_among_themselves():
