@@ -18,6 +18,9 @@ _CAPABILITIES = {
 }
 
 
+TRITON_OR_XLA = ("triton", "xla")
+
+
 class Target(NamedTuple):
   """A kind of device."""
 
@@ -27,6 +30,31 @@ class Target(NamedTuple):
 
   def __str__(self) -> str:
     return f"{self.kind} ({self.platform})"
+
+
+def takes_triton(implementation: str | None, *arrays: Any, refusal: str | None = None) -> bool:
+  """Whether an op that has "triton" and "xla" takes its Triton kernels for these arrays.
+
+  Args:
+    implementation: a name, or None for the kernels where they can compute the call.
+    refusal: why they cannot, whatever the device; None if they can.
+
+  Raises:
+    ValueError: if the implementation is unknown.
+    NotImplementedError: if the kernels are named and cannot; the message says why.
+  """
+  if implementation not in (None, *TRITON_OR_XLA):
+    raise ValueError(
+      f"implementation is {implementation!r}; it must be None or one of {TRITON_OR_XLA}."
+    )
+  if implementation == "xla":
+    return False
+  target = find_target(*arrays)
+  if refusal is None and (target.capability or 0) < 8.0:
+    refusal = f"triton runs on an Ampere or newer GPU, and this call is for {target}"
+  if refusal is not None and implementation is not None:
+    raise NotImplementedError(refusal)
+  return refusal is None
 
 
 def find_target(*arrays: Any) -> Target:

@@ -89,26 +89,20 @@ class GroupPlan:
     """
     check.focal_mask(focal_mask)
     B, _, L = focal_mask.shape
-    check.rows(B, L, lengths, segment_ids)
-    documents = find_documents(B, L, lengths, segment_ids)
-    focal_mask = focal_mask & documents.is_token[:, None]
-    max_documents = check.document_bound(config, L, documents, segment_ids)
-    broken = too_many_documents(documents, config, segment_ids)
+    rows = Rows.of(B, L, config, lengths, segment_ids)
+    focal_mask = focal_mask & rows.documents.is_token[:, None]
     if config.selection == "streaming":
-      check.focal_in_blocks(focal_mask, documents, config)
-      sizes = static_sizes(config, L, max_documents, exact=False)
+      check.focal_in_blocks(focal_mask, rows.documents, config)
+      return _lay_out(focal_mask, rows, config)
+    focal_B = focal_mask.sum(axis=-1).max(axis=-1)
+    most, broken = check.focal_bound(focal_B, max_focal), rows.broken
+    if check.is_traced(focal_B):
+      broken = (focal_B > most)[:, None] | (False if broken is None else broken)
+      fewest = 0
     else:
-      focal_B = focal_mask.sum(axis=-1).max(axis=-1)
-      most = check.focal_bound(focal_B, max_focal)
-      if check.is_traced(focal_B):
-        broken = (focal_B > most)[:, None] | (False if broken is None else broken)
-        fewest = 0
-      else:
-        fewest = int(focal_mask.sum(axis=-1).min())
-      groups = math.ceil((L - fewest) / config.group_size) + max_documents - 1
-      sizes = Sizes(focal=most, groups=groups)
-    padded = lengths is not None or segment_ids is not None
-    rows = Rows(documents, max_documents, sizes, broken, padded)
+      fewest = int(focal_mask.sum(axis=-1).min())
+    groups = math.ceil((L - fewest) / config.group_size) + rows.max_documents - 1
+    rows = rows._replace(sizes=Sizes(focal=most, groups=groups), broken=broken)
     return _lay_out(focal_mask, rows, config)
 
 

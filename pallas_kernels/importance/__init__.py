@@ -1,5 +1,5 @@
 """What sampled queries pay to each key: column sums of a few rows of softmax attention."""
 
-from pallas_kernels.importance.api import IMPLEMENTATIONS, sampled_importance
+from pallas_kernels.importance.api import sampled_importance
 
-__all__ = ["IMPLEMENTATIONS", "sampled_importance"]
+__all__ = ["sampled_importance"]

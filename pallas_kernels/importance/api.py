@@ -3,9 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.importance.xla import sampled_importance_xla
-from pallas_kernels.target import find_target
-
-IMPLEMENTATIONS = ("triton", "xla")
+from pallas_kernels.target import takes_triton
 
 
 def sampled_importance(
@@ -40,16 +38,10 @@ def sampled_importance(
     ValueError: if the implementation is unknown.
     NotImplementedError: if it cannot compute this call.
   """
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(
-      f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}."
-    )
   arrays = (query_BxSxHxD, key_BxLxNxD, start_BxS, end_BxS)
-  if implementation is None:
-    capability = find_target(query_BxSxHxD, key_BxLxNxD).capability or 0
-    fits = capability >= 8.0 and key_BxLxNxD.dtype.itemsize <= 4
-    implementation = "triton" if fits else "xla"
-  if implementation == "xla":
+  dtype = key_BxLxNxD.dtype
+  wide = f"dtype is {dtype}; triton has none wider than float32" if dtype.itemsize > 4 else None
+  if not takes_triton(implementation, query_BxSxHxD, key_BxLxNxD, refusal=wide):
     return sampled_importance_xla(*arrays)
   # Imported when used: it loads a compiler that most machines have no use for.
   from pallas_kernels.importance.triton_importance import sampled_importance_triton

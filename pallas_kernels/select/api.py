@@ -4,9 +4,7 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.select.ranges import Ranges
 from pallas_kernels.select.xla import select_highest_xla
-from pallas_kernels.target import find_target
-
-IMPLEMENTATIONS = ("triton", "xla")
+from pallas_kernels.target import takes_triton
 
 
 def select_highest(
@@ -25,15 +23,9 @@ def select_highest(
 
   Raises:
     ValueError: if the implementation is unknown.
+    NotImplementedError: if it is named and cannot compute this call.
   """
-  if implementation not in (None, *IMPLEMENTATIONS):
-    raise ValueError(
-      f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}."
-    )
-  if implementation is None:
-    capability = find_target(scores_BxNxL).capability or 0
-    implementation = "triton" if capability >= 8.0 else "xla"
-  if implementation == "xla":
+  if not takes_triton(implementation, scores_BxNxL):
     return select_highest_xla(scores_BxNxL, ranges)
   # Imported when used: it loads a compiler that most machines have no use for.
   from pallas_kernels.select.triton_select import select_highest_triton

@@ -1,16 +1,14 @@
 """The two entries to summarise: checks what applies, picks an implementation."""
 
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.summarise.entries import Entries
-from pallas_kernels.summarise.triton_summarise import (
-  refusal,
-  summarise_blocks_triton,
-  summarise_triton,
-)
 from pallas_kernels.summarise.xla import summarise_blocks_xla, summarise_xla
-from pallas_kernels.target import find_target
+from pallas_kernels.target import takes_triton
+
+_MOST_ROWS = 128  # of a group: more do not fit a kernel's registers
 
 
 def summarise(
@@ -44,18 +42,14 @@ def summarise(
     The query, and the entries. Who goes on with the returned query lets the backward pass add
     its gradients in place. Kernels may leave a few rows of zeros behind the asked ones.
   """
-  kernels = _kernels_apply(query, key, member_index.shape[-1], implementation)
-  compute = summarise_triton if kernels else summarise_xla
-  return compute(
-    query,
-    key,
-    value,
-    focal_index,
-    member_index,
-    group_query,
-    scale=scale,
-    reorder_window=reorder_window,
-  )
+  arrays = (query, key, value, focal_index, member_index, group_query)
+  reason = _refusal(query, key, member_index.shape[-1])
+  if not takes_triton(implementation, query, key, refusal=reason):
+    return summarise_xla(*arrays, scale=scale, reorder_window=reorder_window)
+  # Imported when used: it loads a compiler that most machines have no use for.
+  from pallas_kernels.summarise.triton_summarise import summarise_triton
+
+  return summarise_triton(*arrays, scale=scale, reorder_window=reorder_window)
 
 
 def summarise_blocks(
@@ -81,26 +75,24 @@ def summarise_blocks(
   Returns:
     The query, the entries, and the places in their block of the focal tokens, ascending.
   """
-  kernels = _kernels_apply(query, key, members + focal, implementation)
-  compute = summarise_blocks_triton if kernels else summarise_blocks_xla
-  return compute(query, key, value, start, members=members, focal=focal, scale=scale)
+  arrays = (query, key, value, start)
+  reason = _refusal(query, key, members + focal)
+  if not takes_triton(implementation, query, key, refusal=reason):
+    return summarise_blocks_xla(*arrays, members=members, focal=focal, scale=scale)
+  from pallas_kernels.summarise.triton_summarise import summarise_blocks_triton
+
+  return summarise_blocks_triton(*arrays, members=members, focal=focal, scale=scale)
 
 
-def _kernels_apply(query: Array, key: Array, rows: int, implementation: str | None) -> bool:
-  """Whether the kernels compute this call.
-
-  Raises:
-    ValueError: if the implementation is unknown.
-    NotImplementedError: if the kernels are named and cannot; the message says why.
-  """
-  if implementation not in (None, "xla", "triton"):
-    raise ValueError(f"implementation is {implementation!r}; it must be None, 'xla' or 'triton'.")
-  if implementation == "xla":
-    return False
-  target = find_target(query, key)
-  reason = refusal(query, key, rows)
-  if (target.capability or 0) < 8.0:
-    reason = f"triton runs on an Ampere or newer GPU, and this call is for {target}"
-  if reason is not None and implementation is not None:
-    raise NotImplementedError(reason)
-  return reason is None
+def _refusal(query: Array, key: Array, rows: int) -> str | None:
+  """Why the kernels cannot compute a call with groups or blocks of `rows` rows."""
+  D = query.shape[-1]
+  if D < 16 or D > 256 or D & (D - 1):
+    return f"head_dim is {D}; these kernels want a power of two from 16 to 256"
+  if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+    return f"dtype is {query.dtype}; these kernels have float16, bfloat16 and float32"
+  if rows > _MOST_ROWS:
+    return f"a group or block has {rows} tokens; these kernels take {_MOST_ROWS}"
+  if 0 in key.shape:
+    return "an array is empty"
+  return None

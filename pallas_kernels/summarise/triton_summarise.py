@@ -1,4 +1,4 @@
-"""Summarise through Pallas-Triton: what the kernels can do, index arrays, and the gradients.
+"""Summarise through Pallas-Triton: index arrays, and the gradients.
 
 The query is passed through, and under streaming selection key and value too, as the window: so
 the backward pass is handed all other gradients of these arrays and adds its own in place, where
@@ -18,22 +18,7 @@ from pallas_kernels.summarise.triton_merge import merge_rows
 from pallas_kernels.summarise.triton_merge_grad import merge_rows_grad
 from pallas_kernels.summarise.triton_rows import gather_rows, ROWS, scatter_rows
 
-_MOST_ROWS = 128  # of a group: more do not fit the registers
 _FORWARD, _BACKWARD = 128 * 128, 64 * 128  # keys × head dim of a tile
-
-
-def refusal(query: Array, key: Array, rows: int) -> str | None:
-  """Why the kernels cannot compute a call with groups or blocks of `rows` rows."""
-  D = query.shape[-1]
-  if D < 16 or D > 256 or D & (D - 1):
-    return f"head_dim is {D}; these kernels want a power of two from 16 to 256"
-  if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
-    return f"dtype is {query.dtype}; these kernels have float16, bfloat16 and float32"
-  if rows > _MOST_ROWS:
-    return f"a group or block has {rows} tokens; these kernels take {_MOST_ROWS}"
-  if 0 in key.shape:
-    return "an array is empty"
-  return None
 
 
 @dataclasses.dataclass(frozen=True)
