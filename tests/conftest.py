@@ -6,6 +6,8 @@ import hypothesis
 import jax
 import pytest
 
+# Else the first of several test processes takes three quarters of the GPU's memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile much and run little.
 jax.config.update("jax_disable_most_optimizations", True)
