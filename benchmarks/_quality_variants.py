@@ -127,7 +127,7 @@ def _baselines(share: float) -> Iterator[Variant]:
 
 def _streaming(length: int, share: float) -> Iterator[Variant]:
   """DGA with as long a raw window as the share leaves room for."""
-  for m, focal in ((16, 1), (16, 2), (30, 2), (16, 6)):
+  for m, focal in ((16, 1), (16, 2), (30, 2), (62, 2), (126, 2), (16, 6)):
     config = at_share(length, share, m, focal)
     if config is not None:
       name = f"DGA {m}+{focal} and window, {share:.3g}"

@@ -34,7 +34,7 @@ def plot_perplexity_by_position(records: Sequence[Mapping[str, Any]], path: Path
     middles = [(piece["from"] + piece["to"]) / 2 for piece in pieces]
     values = [math.exp(piece["loss"]) for piece in pieces]
     axes.plot(middles, values, label=record["variant"], **style)
-  _spread(axes, [math.exp(p["loss"]) for record in records for p in record["by_position"]])
+  _focus(axes)
   _legend(axes)
   figure.savefig(path)
 
@@ -54,12 +54,18 @@ def plot_restart(records: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def plot_against_share(
-  methods: Mapping[str, Sequence[Point]], path: Path, *, y_label: str, title: str = ""
+  methods: Mapping[str, Sequence[Point]],
+  path: Path,
+  *,
+  y_label: str,
+  title: str = "",
+  focus: bool = False,
 ) -> None:
   """One line a method: a figure of merit against the share of the keys that it keeps.
 
   A method that keeps all keys is drawn as a level line, for the others to be compared with; one
-  with several settings at the same share as points without a line.
+  with several settings at the same share as points without a line. With `focus` the few methods
+  that are far above the others do not squeeze them together.
   """
   figure, axes = _figure("Share of the keys kept", y_label)
   axes.set_title(title)
@@ -71,7 +77,8 @@ def plot_against_share(
     if any(b < 1.02 * a for a, b in itertools.pairwise(shares)):
       style["linestyle"] = ""
     axes.plot(*zip(*sorted(points), strict=True), label=name, **style)
-  _spread(axes, [point.value for points in methods.values() for point in points])
+  if focus:
+    _focus(axes)
   axes.set_xscale("log")
   axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g} %")
   axes.xaxis.set_minor_formatter(lambda x, _: f"{100 * x:.2g} %")
@@ -175,12 +182,16 @@ def _styles(count: int) -> list[dict[str, Any]]:
   ]
 
 
-def _spread(axes: Axes, values: Sequence[float]) -> None:
-  """A logarithmic axis for values that lie far apart."""
-  if 0 < 4 * min(values) < max(values):
-    axes.set_yscale("log")
-    for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-      formatter("{x:.3g}")
+def _focus(axes: Axes) -> None:
+  """Ends the y axis above the bulk of the values; the legend says which lines lie beyond."""
+  values = {line: np.asarray(line.get_ydata(), float) for line in axes.get_lines()}
+  top = 1.3 * np.median(np.concatenate(list(values.values())))
+  if max(y.max() for y in values.values()) <= top:
+    return
+  axes.set_ylim(top=top)
+  for line, y in values.items():
+    if y.max() > top:
+      line.set_label(f"{line.get_label()} ({'partly ' if y.min() <= top else ''}above)")
 
 
 def _legend(axes: Axes) -> None:

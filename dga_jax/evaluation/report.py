@@ -105,6 +105,7 @@ def _perplexity(records: _Records, shown: _Records, out: Path) -> list[Any]:
       drawn[-1],
       y_label="Perplexity of the last tokens, by decoding",
       title=f"{length} tokens",
+      focus=True,
     )
     own = [record for record in shown if record["length"] == length]
     if own:
