@@ -2,7 +2,8 @@
 
   python -m dga_jax.generate --workdir=runs/quickstart --prompt="def main("
 
-Prompts of a file (--prompt_file, one a line) go through the model together, as one ragged batch.
+Prompts of a file (--prompt_file, one a line) go through the model --slots at a time; one that ends
+makes room for the next, so that a long list keeps the batch full.
 """
 
 import dataclasses
@@ -14,10 +15,9 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from dga_jax.checkpoint import CheckpointError, load_config, load_model
-from dga_jax.generation import Generation, Generator
+from dga_jax.generation import Generation, Request, RequestBatch, Sampling
 from dga_jax.model import ModelConfig
 from dga_jax.model.config import AttentionName
-from dga_jax.sampling import Sampling
 from dga_jax.tokenizer import Tokenizer
 
 _WORKDIR = flags.DEFINE_string(
@@ -31,7 +31,22 @@ _MAX_LENGTH = flags.DEFINE_integer(
   "max_length", None, "Bound on prompt and new tokens together; default: as many as it takes."
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
+_TOP_K = flags.DEFINE_integer(
+  "top_k", 0, "Draw from so many most likely tokens; 0: from all.", lower_bound=0
+)
 _TOP_P = flags.DEFINE_float("top_p", 0.95, "Draw from the most likely tokens that hold this much.")
+_MIN_P = flags.DEFINE_float(
+  "min_p", 0.0, "Draw from tokens with this share of the most likely one's probability."
+)
+_SLOTS = flags.DEFINE_integer(
+  "slots", 8, "Prompts under way at once; the cache is made for so many.", lower_bound=1
+)
+_PROMPT_CHUNK = flags.DEFINE_integer(
+  "prompt_chunk",
+  None,
+  "Read prompts in chunks of so many tokens, to save memory on long ones; default: whole.",
+  lower_bound=1,
+)
 _ATTENTION = flags.DEFINE_enum(
   "attention",
   None,
@@ -48,20 +63,24 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # The checkpoint library reports every read.
   try:
     texts = read_prompts()
-    sampling = Sampling(_TEMPERATURE.value, _TOP_P.value, _SEED.value)
     model, _, tokenizer = load_model(_WORKDIR.value, _STEP.value, config=read_config())
-    generator = Generator(
+    requests = [
+      Request(encode_prompt(tokenizer, text), _MAX_NEW_TOKENS.value, read_sampling(place))
+      for place, text in enumerate(texts)
+    ]
+    batch = RequestBatch(
       model,
-      [encode_prompt(tokenizer, text) for text in texts],
-      max_new_tokens=_MAX_NEW_TOKENS.value,
-      sampling=sampling,
-      end_id=tokenizer.end_id,
+      requests,
+      slots=_SLOTS.value,
+      stop_ids=[tokenizer.end_id],
       max_length=_MAX_LENGTH.value,
+      prompt_chunk=_PROMPT_CHUNK.value,
+      **({"burst": 1} if _PROMPT_FILE.value is None else {}),
     )
     if _PROMPT_FILE.value is None:
-      result = print_as_it_comes(generator, tokenizer, texts[0])
+      result = print_as_it_comes(batch, tokenizer, texts[0])
     else:
-      result = print_batch(generator, tokenizer, texts)
+      result = print_all(batch, tokenizer, texts)
     print(result.summary())
   except (CheckpointError, ValueError, OSError) as error:
     raise SystemExit(f"error: {error}") from error
@@ -73,6 +92,17 @@ def read_config() -> ModelConfig | None:
     return None
   saved = ModelConfig.from_dict(load_config(_WORKDIR.value, _STEP.value)["model"])
   return dataclasses.replace(saved, attention=cast(AttentionName, _ATTENTION.value))
+
+
+def read_sampling(place: int) -> Sampling:
+  """How the prompt at a place of the list is continued; each has a seed of its own."""
+  return Sampling(
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    min_p=_MIN_P.value,
+    seed=_SEED.value + place,
+  )
 
 
 def read_prompts() -> list[str]:
@@ -94,22 +124,23 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
   return [*tokenizer.start_ids, *tokenizer.encode(text)]
 
 
-def print_as_it_comes(generator: Generator, tokenizer: Tokenizer, prompt: str) -> Generation:
+def print_as_it_comes(batch: RequestBatch, tokenizer: Tokenizer, prompt: str) -> Generation:
   """Prints the prompt and each new piece of text at once."""
   print(prompt, end="", flush=True)
-  new = (step[0] for step in generator.steps())
-  for piece in tokenizer.decode_stream(token for token in new if token is not None):
+  new = (token for step in batch.steps() for emitted in step for token in emitted.tokens)
+  for piece in tokenizer.decode_stream(new):
     print(piece, end="", flush=True)
   print("\n")
-  assert generator.result is not None
-  return generator.result
+  assert batch.result is not None
+  return batch.result
 
 
-def print_batch(generator: Generator, tokenizer: Tokenizer, prompts: list[str]) -> Generation:
+def print_all(batch: RequestBatch, tokenizer: Tokenizer, prompts: list[str]) -> Generation:
   """Shows progress, then prints every prompt with its continuation."""
-  for _ in tqdm(generator.steps(), total=_MAX_NEW_TOKENS.value, desc="generating", unit="step"):
-    pass
-  result = generator.result
+  with tqdm(total=len(prompts), desc="generating", unit="prompt") as bar:
+    for step in batch.steps():
+      bar.update(sum(emitted.done for emitted in step))
+  result = batch.result
   assert result is not None
   for prompt, tokens in zip(prompts, result.tokens, strict=True):
     print(f"{prompt}{tokenizer.decode(tokens)}\n{'-' * 72}")

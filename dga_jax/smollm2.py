@@ -25,10 +25,9 @@ from dga_jax.checkpoint import CheckpointError, list_steps, load_config, load_mo
 from dga_jax.config import RETROFIT
 from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.importing import import_model
-from dga_jax.generation import Generation, Generator
+from dga_jax.generation import Generation, Request, RequestBatch, Sampling
 from dga_jax.model import ModelConfig
 from dga_jax.model.config import AttentionName
-from dga_jax.sampling import Sampling
 from dga_jax.tokenizer import Tokenizer
 
 _PROMPT_TOKENS = flags.DEFINE_integer(
@@ -150,17 +149,13 @@ def run(workdir: Path, kind: AttentionName, prompt: Sequence[int]) -> Generation
     workdir, config=dataclasses.replace(config, attention=kind, dga=RETROFIT)
   )
   count = _MAX_NEW_TOKENS.value
-  generator = Generator(
-    model,
-    [prompt],
-    max_new_tokens=count,
-    sampling=Sampling(temperature=0.0),
-    end_id=tokenizer.end_id,
-  )
-  for _ in tqdm(generator.steps(), total=count, desc=f"{kind:>5}", unit="token", disable=None):
-    pass
-  assert generator.result is not None
-  return generator.result
+  request = Request(prompt, count, Sampling(temperature=0.0))
+  batch = RequestBatch(model, [request], slots=1, stop_ids=[tokenizer.end_id], burst=1)
+  with tqdm(total=count, desc=f"{kind:>5}", unit="token", disable=None) as bar:
+    for step in batch.steps():
+      bar.update(sum(len(emitted.tokens) for emitted in step))
+  assert batch.result is not None
+  return batch.result
 
 
 def table(results: Mapping[AttentionName, Generation]) -> str:

@@ -75,7 +75,7 @@ def cache_prompt(
     origin_B = jnp.maximum(length_B, sinks_B)
     prefix_B = jnp.where(whole_B, focal_B + groups_B, sinks_B)
     prefix_focal_B = jnp.where(whole_B, focal_B, sinks_B)
-  ring_BxW = _ring_positions(length_B, origin_B, L, config)
+  ring_BxW = ring_positions(length_B, origin_B, L, config)
   ring_BxNxW = jnp.broadcast_to(ring_BxW[:, None], (B, N, size.raw))
   compact_key, compact_value = (_heads_first(x, size.compact) for x in compact)
   return CompactCache(
@@ -130,10 +130,12 @@ def _heads_first(x_BxSxNxD: Array, size: int) -> Float[Array, "B N S D"]:
   return jnp.pad(x_BxNxSxD, ((0, 0), (0, 0), (0, size - x_BxNxSxD.shape[2]), (0, 0)))
 
 
-def _ring_positions(length_B: Array, origin_B: Array, L: int, config: DGAConfig) -> Array:
-  """Position of the token that each raw slot holds after the prompt; L for none."""
+def ring_positions(
+  length_B: Int[Array, "B"], origin_B: Int[Array, "B"], none: int, config: DGAConfig
+) -> Int[Array, "B W"]:
+  """Position of the token that each raw slot holds after `length_B` tokens, or `none`."""
   block_B = (length_B - origin_B) // config.block_size
   age_BxW, place_W = ring_age(block_B, config)
   held_BxW = block_B[:, None] - age_BxW
   position_BxW = origin_B[:, None] + held_BxW * config.block_size + place_W[None]
-  return jnp.where((held_BxW >= 0) & (position_BxW < length_B[:, None]), position_BxW, L)
+  return jnp.where((held_BxW >= 0) & (position_BxW < length_B[:, None]), position_BxW, none)

@@ -1,11 +1,10 @@
-"""Greedy answers to prompts, batch by batch, through the machinery of generation."""
+"""Greedy answers to prompts, through the machinery of generation."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dga_jax.generation import generate
+from dga_jax.generation import Request, RequestBatch, Sampling
 from dga_jax.model import Decoder
-from dga_jax.sampling import Sampling
 from dga_jax.tokenizer import Tokenizer
 
 
@@ -16,32 +15,21 @@ def answer(
   *,
   new_tokens: int,
   batch_size: int,
-  tick: Callable[[int], Any] = lambda done: None,
+  tick: Callable[[], Any] = lambda: None,
 ) -> list[str]:
   """The most likely continuation of each prompt, from the attention kind's own cache.
 
-  Prompts of similar length share a batch; a batch that is not full repeats its last prompt, so
-  that all batches of one length run the same program.
-
   Args:
     new_tokens: tokens to generate; the end token ends an answer sooner.
-    batch_size: prompts that run together.
-    tick: called with the number of prompts answered, after every batch.
+    batch_size: prompts under way at once.
+    tick: called whenever a prompt is answered.
   """
-  order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-  texts = [""] * len(prompts)
-  for start in range(0, len(order), batch_size):
-    rows = order[start : start + batch_size]
-    batch = [prompts[row] for row in rows]
-    batch += [batch[-1]] * (batch_size - len(batch))
-    result = generate(
-      model,
-      batch,
-      max_new_tokens=new_tokens,
-      sampling=Sampling(temperature=0.0),
-      end_id=tokenizer.end_id,
-    )
-    for row, tokens in zip(rows, result.tokens, strict=False):
-      texts[row] = tokenizer.decode(tokens)
-    tick(len(rows))
-  return texts
+  greedy = Sampling(temperature=0.0)
+  requests = [Request(prompt, new_tokens, greedy) for prompt in prompts]
+  batch = RequestBatch(model, requests, slots=batch_size, stop_ids=[tokenizer.end_id])
+  for step in batch.steps():
+    for emitted in step:
+      if emitted.done:
+        tick()
+  assert batch.result is not None
+  return [tokenizer.decode(tokens) for tokens in batch.result.tokens]

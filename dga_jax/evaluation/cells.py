@@ -172,7 +172,7 @@ def retrieval_cell(
       [sample.tokens for sample in flat],
       new_tokens=NEW_TOKENS,
       batch_size=settings.batch_size,
-      tick=lambda _: tick(),
+      tick=tick,
     )
     by_depth = []
     for place, depth in enumerate(samples):
@@ -185,7 +185,6 @@ def retrieval_cell(
       "answers": [[sample.answer, text] for sample, text in zip(flat, texts, strict=True)],
     }
 
-  prompts = len(settings.depths) * settings.samples
   return Cell(
     fields={"task": "retrieval", "puzzle": puzzle, "variant": variant.name, "length": length},
     depends_on=[
@@ -193,7 +192,7 @@ def retrieval_cell(
       [list(settings.depths), settings.samples, settings.seed],
       hay.fingerprint,
     ],
-    ticks=-(-prompts // settings.batch_size),
+    ticks=len(settings.depths) * settings.samples,
     run=run,
   )
 
@@ -262,14 +261,14 @@ def longbench_cell(
       [longbench.fit(tokenizer, prompt, most) for prompt in one.prompts],
       new_tokens=one.new_tokens,
       batch_size=batch_size,
-      tick=lambda _: tick(),
+      tick=tick,
     )
     return {**longbench.score(one, texts), "answers": texts}
 
   return Cell(
     fields={"task": "longbench", "dataset": one.name, "variant": variant.name, "length": length},
     depends_on=[variant.config(family.config, length).to_dict(), _digest(one.prompts)],
-    ticks=-(-len(one.prompts) // batch_size),
+    ticks=len(one.prompts),
     run=run,
   )
 
@@ -295,7 +294,7 @@ def many_documents_cell(
       prompts,
       new_tokens=many_documents.NEW_TOKENS,
       batch_size=batch_size,
-      tick=lambda _: tick(),
+      tick=tick,
     )
     return {**many_documents.score(questions, texts), "answers": texts}
 
@@ -311,7 +310,7 @@ def many_documents_cell(
       variant.config(family.config, length).to_dict(),
       _digest([one.prompt for one in questions]),
     ],
-    ticks=-(-len(prompts) // batch_size),
+    ticks=len(prompts),
     run=run,
   )
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dga_jax.attention import check
 from dga_jax.attention.documents import find_documents
-from dga_jax.model.attention_kinds import AttentionKind, make_attention
+from dga_jax.model.attention_kinds import AttentionKind, ExtendingKind, make_attention
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.layers import DecoderLayer, rms_norm, weight
 from dga_jax.model.rope import inverse_frequencies, rope_table
@@ -201,6 +201,47 @@ class Decoder(nnx.Module):
       tokens_B[:, None], cache.length[:, None], attend, cache.layers
     )
     return self.unembed(states_Bx1xE[:, 0]), DecoderCache(layers, cache.length + 1)
+
+  def extend(
+    self, tokens_BxT: Int[Array, "B T"], cache: DecoderCache, counts_B: Int[Array, "B"]
+  ) -> tuple[Float[Array, "B V"], DecoderCache]:
+    """Appends several tokens to every sequence: a chunk of a prompt, or a second turn's.
+
+    What it computes is what decoding the tokens one by one would. Under streaming selection that
+    is what a prefill of the whole prompt computes too; under global selection the tokens of a
+    prefill are ranked together, and those appended here block by block.
+
+    Args:
+      tokens_BxT: right-padded.
+      cache: from `prefill`, `init_cache`, `decode` or this method; donate it under jit.
+      counts_B: new tokens of each sequence, 0 to T.
+
+    Returns:
+      The float32 logits of each sequence's last token, which have no meaning where there is no
+      new one, and the new cache.
+
+    Raises:
+      ValueError: as for `hidden`, and for an attention kind that cannot.
+    """
+    _check_inputs(tokens_BxT, None, counts_B)
+    kind = self._attention_kind()
+    if not isinstance(kind, ExtendingKind):
+      raise ValueError(
+        f"attention is {self.config.attention!r}, which reads a prompt whole: use prefill, or "
+        "decode its tokens one by one."
+      )
+    tokens_BxT, counts_B = jnp.asarray(tokens_BxT), jnp.asarray(counts_B)
+
+    def attend(
+      q_BxTxHxD: Array, k_BxTxNxD: Array, v_BxTxNxD: Array, caches: Any, layer: Array
+    ) -> tuple[Array, Any]:
+      return kind.extend(q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, caches, layer, counts=counts_B)
+
+    positions_BxT = cache.length[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
+    states_BxTxE, layers = self._run_layers(tokens_BxT, positions_BxT, attend, cache.layers)
+    last_B = jnp.maximum(counts_B - 1, 0)
+    last_BxE = jnp.take_along_axis(states_BxTxE, last_B[:, None, None], axis=1)[:, 0]
+    return self.unembed(last_BxE), DecoderCache(layers, cache.length + counts_B)
 
   def _attention_kind(self) -> AttentionKind:
     return make_attention(self.config)

@@ -17,9 +17,8 @@ from dga_jax import smollm2
 from dga_jax.checkpoint import abstract_decoder
 from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.importing import import_params
-from dga_jax.generation import generate, Generation
+from dga_jax.generation import generate, Generation, Sampling
 from dga_jax.model import Decoder, ModelConfig
-from dga_jax.sampling import Sampling
 from dga_jax.tokenizer import Tokenizer
 
 EXPECTED = Path(__file__).parents[1] / "golden" / "smollm2" / "expected.npz"
@@ -76,7 +75,7 @@ def test_the_prompt_is_documentation_of_the_wanted_length() -> None:
 
 
 def test_the_table_has_a_column_for_each_kind() -> None:
-  result = Generation([[1]], 2.5, 0.05, 3_000_000, 3_000_000)
+  result = Generation([[1]], 2.5, 0.05, 2.6, 3_000_000, 3_000_000)
   lines = smollm2.table({"dense": result, "dga": result}).splitlines()
   assert lines[0].split() == ["dense", "dga"]
   assert lines[1].split()[-2:] == ["2.50", "2.50"]

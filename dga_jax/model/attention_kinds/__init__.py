@@ -1,7 +1,7 @@
 """Attention kinds: one small object each, made from the model's config by name."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int
@@ -62,6 +62,26 @@ class AttentionKind(Protocol):
 
     `cache` holds all layers, stacked on a leading axis, and `layer` says which one is meant. So
     a token is written in place, where taking a layer out and putting it back would copy it.
+    """
+
+
+@runtime_checkable
+class ExtendingKind(Protocol):
+  """An attention kind whose cache takes several tokens at once."""
+
+  def extend(
+    self,
+    q_BxTxHxD: Float[Array, "B T H D"],
+    k_BxTxNxD: Float[Array, "B T N D"],
+    v_BxTxNxD: Float[Array, "B T N D"],
+    cache: Any,
+    layer: Int[Array, ""],
+    *,
+    counts: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B T H D"], Any]:
+    """Appends `counts` of T tokens to each sequence and attends; the cache is as for `decode`.
+
+    Output in the padding has no meaning.
     """
 
 

@@ -136,6 +136,31 @@ class DenseAttention:
     o_BxNxRxD = jnp.einsum("BNRM,BNMD->BNRD", w_BxNxRxM.astype(v_BxNxMxD.dtype), v_BxNxMxD)
     return o_BxNxRxD.reshape(B, H, D), cache
 
+  def extend(
+    self,
+    q_BxTxHxD: Float[Array, "B T H D"],
+    k_BxTxNxD: Float[Array, "B T N D"],
+    v_BxTxNxD: Float[Array, "B T N D"],
+    cache: DenseCache,
+    layer: Int[Array, ""],
+    *,
+    counts: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B T H D"], DenseCache]:
+    """Appends several tokens and attends to all up to each."""
+    B, T = q_BxTxHxD.shape[:2]
+    M, place_T = cache.key.shape[-2], jnp.arange(T)
+    position_BxT = cache.length[layer][:, None] + place_T[None]
+    slot_BxT = jnp.where(place_T[None] < counts[:, None], position_BxT, M)
+    row_Bx1 = jnp.arange(B)[:, None]
+    cache = DenseCache(
+      key=cache.key.at[layer, row_Bx1, :, slot_BxT].set(k_BxTxNxD, mode="drop"),
+      value=cache.value.at[layer, row_Bx1, :, slot_BxT].set(v_BxTxNxD, mode="drop"),
+      length=cache.length.at[layer].add(counts),
+    )
+    seen_BxTxM = jnp.arange(M)[None, None] <= position_BxT[..., None]
+    k_BxMxNxD, v_BxMxNxD = (x[layer].swapaxes(1, 2) for x in (cache.key, cache.value))
+    return _xla(q_BxTxHxD, k_BxMxNxD, v_BxMxNxD, mask=seen_BxTxM[:, None]), cache
+
 
 def _xla(q: Array, k: Array, v: Array, **masks: Any) -> Array:
   dtype = q.dtype

@@ -2,10 +2,11 @@
 
 import dataclasses
 
+import jax
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention import dynamic_group_attention
-from dga_jax.cache import CompactCache, decode_step, empty_cache, prefill
+from dga_jax.cache import CompactCache, decode_step, empty_cache, extend, prefill
 from dga_jax.config import DGAConfig
 
 
@@ -69,3 +70,18 @@ class DynamicGroupAttention:
   ) -> tuple[Float[Array, "B H D"], CompactCache]:
     """Appends one token and attends to the compact part and the raw tokens."""
     return decode_step(q_BxHxD, k_BxNxD, v_BxNxD, cache, layer, self.config)
+
+  def extend(
+    self,
+    q_BxTxHxD: Float[Array, "B T H D"],
+    k_BxTxNxD: Float[Array, "B T N D"],
+    v_BxTxNxD: Float[Array, "B T N D"],
+    cache: CompactCache,
+    layer: Int[Array, ""],
+    *,
+    counts: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B T H D"], CompactCache]:
+    """Appends several tokens, by the rule of decoding."""
+    own = jax.tree.map(lambda array: array[layer], cache)
+    out_BxTxHxD, own = extend(q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, own, self.config, count_B=counts)
+    return out_BxTxHxD, jax.tree.map(lambda every, one: every.at[layer].set(one), cache, own)

@@ -10,8 +10,7 @@ from dga_jax.evaluation import retrieval
 from dga_jax.evaluation.answers import answer
 from dga_jax.evaluation.retrieval import exact_match, Haystack, NEW_TOKENS, Sample, TASKS
 from dga_jax.evaluation.variants import Variant
-from dga_jax.generation import generate
-from dga_jax.sampling import Sampling
+from dga_jax.generation import generate, Sampling
 from tests.dga_jax.evaluation.tiny import family, STORY, TOKENIZER
 
 HAY = Haystack([STORY * 40, STORY * 2], TOKENIZER)
@@ -106,10 +105,12 @@ def test_answers_are_those_of_single_prompts_in_their_order() -> None:
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 256, size).tolist() for size in (40, 7, 23)]
   ticks = []
-  texts = answer(model, TOKENIZER, prompts, new_tokens=3, batch_size=2, tick=ticks.append)
+  texts = answer(
+    model, TOKENIZER, prompts, new_tokens=3, batch_size=2, tick=lambda: ticks.append(1)
+  )
   for prompt, text in zip(prompts, texts, strict=True):
     alone = generate(
-      model, [prompt], max_new_tokens=3, sampling=Sampling(temperature=0.0), end_id=256
+      model, [prompt], max_new_tokens=3, sampling=Sampling(temperature=0.0), stop_ids=[256]
     )
     assert TOKENIZER.decode(alone.tokens[0]) == text
-  assert ticks == [2, 1]
+  assert ticks == [1, 1, 1]

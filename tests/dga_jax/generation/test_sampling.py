@@ -1,0 +1,66 @@
+"""How a token is drawn: filters, seeds, and sequences that do not disturb each other."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dga_jax.generation.sampling import Controls, sample, Sampling
+
+PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3])
+
+
+def draw(how: Sampling, count: int = 2000) -> np.ndarray:
+  """Tokens of as many steps."""
+  logits = jnp.broadcast_to(jnp.log(jnp.array(PROBABILITIES, jnp.float32)), (count, 4))
+  return np.asarray(sample(logits, Controls.of([how] * count), jnp.arange(count)))
+
+
+@pytest.mark.parametrize(
+  ("filters", "kept"),
+  [
+    ({"top_p": 1.0}, [0, 1, 2, 3]),
+    ({"top_p": 0.7}, [1, 3]),
+    ({"top_p": 0.81}, [0, 1, 3]),
+    ({"top_p": 1.0, "top_k": 1}, [1]),
+    ({"top_p": 1.0, "top_k": 3}, [0, 1, 3]),
+    ({"top_p": 1.0, "min_p": 0.2}, [0, 1, 3]),
+    ({"top_p": 1.0, "min_p": 0.5}, [1, 3]),
+    # Of the two that top_k leaves the first holds 0.625.
+    ({"top_p": 0.62, "top_k": 2}, [1]),
+  ],
+)
+def test_filters_leave_the_likeliest_in_their_proportions(filters, kept):
+  drawn = draw(Sampling(temperature=1.0, **filters))
+  shares = np.bincount(drawn, minlength=4) / drawn.size
+  want = np.where(np.isin(np.arange(4), kept), PROBABILITIES, 0)
+  np.testing.assert_allclose(shares, want / want.sum(), atol=0.04)
+  assert set(drawn) == set(kept)
+
+
+def test_temperature_sharpens():
+  shares = np.bincount(draw(Sampling(temperature=0.5, top_p=1.0)), minlength=4) / 2000
+  np.testing.assert_allclose(shares, PROBABILITIES**2 / (PROBABILITIES**2).sum(), atol=0.04)
+
+
+def test_a_sequence_draws_alone_what_it_draws_among_others():
+  hows = [
+    Sampling(temperature=0.0),
+    Sampling(temperature=1.0, top_p=1.0, seed=3),
+    Sampling(temperature=2.0, top_p=0.9, min_p=0.1, seed=4),
+    Sampling(temperature=1.0, top_k=2, seed=3),
+  ]
+  logits = jnp.log(jnp.array([PROBABILITIES] * 4, jnp.float32))
+  steps = jnp.array([0, 5, 6, 7])
+  together = sample(logits, Controls.of(hows), steps)
+  for row, how in enumerate(hows):
+    alone = sample(logits[row : row + 1], Controls.of([how]), steps[row : row + 1])
+    assert alone[0] == together[row]
+  assert together[0] == 1
+
+
+@pytest.mark.parametrize(
+  "options", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 2.0}]
+)
+def test_bad_sampling(options):
+  with pytest.raises(ValueError, match=next(iter(options))):
+    Sampling(**options)
