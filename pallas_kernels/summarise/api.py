@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.summarise.entries import Entries
 from pallas_kernels.summarise.xla import summarise_blocks_xla, summarise_xla
-from pallas_kernels.target import takes_triton
+from pallas_kernels.target import choose
 
 _MOST_ROWS = 128  # of a group: more do not fit a kernel's registers
 
@@ -44,7 +44,7 @@ def summarise(
   """
   arrays = (query, key, value, focal_index, member_index, group_query)
   reason = _refusal(query, key, member_index.shape[-1])
-  if not takes_triton(implementation, query, key, refusal=reason):
+  if choose(implementation, {"triton": reason}, query, key) == "xla":
     return summarise_xla(*arrays, scale=scale, reorder_window=reorder_window)
   # Imported when used: it loads a compiler that most machines have no use for.
   from pallas_kernels.summarise.triton_summarise import summarise_triton
@@ -77,7 +77,7 @@ def summarise_blocks(
   """
   arrays = (query, key, value, start)
   reason = _refusal(query, key, members + focal)
-  if not takes_triton(implementation, query, key, refusal=reason):
+  if choose(implementation, {"triton": reason}, query, key) == "xla":
     return summarise_blocks_xla(*arrays, members=members, focal=focal, scale=scale)
   from pallas_kernels.summarise.triton_summarise import summarise_blocks_triton
 
