@@ -1,4 +1,4 @@
-"""The summarise kernels against jax.numpy: interpreted, lowered for an H100, and on a GPU."""
+"""The summarise kernels against jax.numpy: interpreted, lowered for GPU and TPU, and on a GPU."""
 
 import dataclasses
 import functools
@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.mosaic_tpu_common import CHECKED
 from pallas_kernels.summarise import Entries, summarise, summarise_blocks
+from pallas_kernels.summarise.mosaic_tpu_summarise import (
+  summarise_blocks_mosaic_tpu,
+  summarise_mosaic_tpu,
+)
 from pallas_kernels.summarise.triton_summarise import summarise_blocks_triton, summarise_triton
 from pallas_kernels.summarise.xla import summarise_blocks_xla, summarise_xla
 from tests.pallas_kernels.h100 import compile_for_h100, lower_for_h100, needs_cuda_compiler
@@ -60,6 +65,10 @@ class Case:
     """The function of query, key and value that the kernels compute."""
     return self._bind(summarise_blocks_triton, summarise_triton, **options)
 
+  def tpu_kernels(self, **options: Any) -> Any:
+    """Likewise, on a TPU."""
+    return self._bind(summarise_blocks_mosaic_tpu, summarise_mosaic_tpu, **options)
+
   def plain(self) -> Any:
     """The same in jax.numpy."""
     return self._bind(summarise_blocks_xla, summarise_xla)
@@ -89,6 +98,10 @@ CASES = {
   "no_blocks": Case(length=3, focal_per_block=1),
   "half": Case(dtype="bfloat16"),
   "half_blocks": Case(dtype="float16", focal_per_block=2, members=5),
+}
+# Several tiles and chunks, with few and many of the rows taken.
+TPU_CASES = {
+  "tiles": Case(length=1400, members=16, batch=1, kv_heads=1, query_heads=2, dtype="bfloat16"),
 }
 GPU_CASES = {
   "global": Case(length=4000, head_dim=128, query_heads=8, members=16, dtype="bfloat16"),
@@ -126,7 +139,7 @@ def results(function: Any, arrays: list[jax.Array], rows: Entries) -> dict[str, 
   return {name: np.asarray(x, np.float32) for name, x in named.items()}
 
 
-def check(case: Case, **options: Any) -> None:
+def check(case: Case, kernels: Any) -> None:
   """Error at most 2x (gradients 3x) that of jax.numpy in the same dtype."""
   arrays = case.arrays()
   rows = jax.eval_shape(case.plain(), *arrays)[1]
@@ -134,7 +147,7 @@ def check(case: Case, **options: Any) -> None:
   with jax.default_matmul_precision("highest"):
     exact = results(case.plain(), exact_arrays, rows)
     plain = results(case.plain(), arrays, rows)
-  actual = results(case.kernels(**options), arrays, rows)
+  actual = results(kernels, arrays, rows)
   for name, value in actual.items():
     if name == "chosen" or not name.startswith(("d", "group")):
       np.testing.assert_array_equal(value, plain[name], err_msg=name)  # rows are only moved
@@ -147,7 +160,15 @@ def check(case: Case, **options: Any) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_equal_plain(name: str):
-  check(CASES[name], interpret=True)
+  check(CASES[name], CASES[name].kernels(interpret=True))
+
+
+@pytest.mark.parametrize("name", [*CASES, *TPU_CASES])
+def test_interpreted_tpu_kernels_equal_plain(name: str):
+  case = {**CASES, **TPU_CASES}[name]
+  if case.dtype == "float16":
+    case = dataclasses.replace(case, dtype="bfloat16")
+  check(case, case.tpu_kernels(interpret=CHECKED))
 
 
 def test_no_focal_tokens_leave_rows_of_zeros():
@@ -231,4 +252,4 @@ def test_says_why_kernels_cannot():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_gpu_equals_plain(name: str):
-  check(GPU_CASES[name])
+  check(GPU_CASES[name], GPU_CASES[name].kernels())
