@@ -15,6 +15,7 @@ from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks, TpuBl
 from pallas_kernels.grouped_attention.mosaic_tpu_dkdv import mosaic_tpu_dkdv
 from pallas_kernels.grouped_attention.mosaic_tpu_dq import mosaic_tpu_dq
 from pallas_kernels.grouped_attention.mosaic_tpu_forward import mosaic_tpu_forward
+from pallas_kernels.grouped_attention.mosaic_tpu_step import scaled
 from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
   FOCAL,
   GROUP,
@@ -82,6 +83,7 @@ def grouped_attention_mosaic_tpu(
     groups=group_key.shape[1],
     max_window=max_window,
     shared_bounds=bounds.focal_start.shape[1] == 1,
+    scale2=scale * LOG2_E,
     group_bias2=group_bias * LOG2_E,
   )
   if (size := walk.scalar_bytes(B * bounds.focal_start.shape[1], L)) > _SCALAR_MEMORY:
@@ -102,12 +104,13 @@ def grouped_attention_mosaic_tpu(
     size = max(walk.window, round_up(x.shape[1], walk.window_grad.block_k))
     return pad_to(x, 1, size).transpose(0, 2, 1, 3)
 
-  # Scaled here once instead of scaling every logit.
-  scaled = (query.astype(jnp.float32) * (scale * LOG2_E)).astype(query.dtype)
-  heads_BxPxGxLxD = pad_to(scaled, 1, length).reshape(B, length, -1, walk.heads, D)
+  heads_BxPxGxLxD = (
+    pad_to(query, 1, length).reshape(B, length, -1, walk.heads, D).transpose(0, 2, 3, 1, 4)
+  )
   operands = Operands(
-    heads_BxPxGxLxD.transpose(0, 2, 3, 1, 4),
-    summaries(focal_key, group_key),
+    heads_BxPxGxLxD,
+    # Scaled while they are laid out, instead of every logit.
+    scaled(summaries(focal_key, group_key), walk.scale2),
     summaries(focal_value, group_value),
     window(window_key),
     window(window_value),
@@ -148,6 +151,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     _summary_runs(operands.bounds, walk),
     *rows,
     sources=(FOCAL, GROUP),
+    scale_keys=False,
     tile=walk.summary_grad,
     cost=_cost(operands, walk, products=4, window=False),
     name="summaries",
@@ -162,6 +166,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     pack_query_runs(operands.bounds, WINDOW, 0, window_size, walk.window_grad),
     *rows,
     sources=(WINDOW,),
+    scale_keys=True,
     tile=walk.window_grad,
     cost=_cost(operands, walk, products=4, summaries=False),
     name="window",

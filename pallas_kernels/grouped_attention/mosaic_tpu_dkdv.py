@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_attention.mosaic_tpu_step import loop_ranges
+from pallas_kernels.grouped_attention.mosaic_tpu_step import loop_ranges, scaled
 from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
   FIELDS,
   GradTile,
@@ -36,6 +36,7 @@ def mosaic_tpu_dkdv(
   dout: Array,
   *,
   sources: tuple[int, ...],
+  scale_keys: bool,
   tile: GradTile,
   cost: pl.CostEstimate,
   vmem: int,
@@ -44,13 +45,14 @@ def mosaic_tpu_dkdv(
 ) -> tuple[Array, Array]:
   """dk and dv [B, N, S, D], summed over the query heads of a KV head.
 
-  With p the softmax weights: dv = pᵀ dout, ds = p (dp − delta), dk = ln 2 · dsᵀ q for queries that
-  carry the scale.
+  With p the softmax weights: dv = pᵀ dout, ds = p (dp − delta), dk = scale · dsᵀ q, or
+  ln 2 · dsᵀ q for keys that carry the scale.
 
   Args:
     key: entries [B, N, S, D], S a multiple of tile.block_k.
     runs: `pack_query_runs` of its tiles.
     sources: rows of the bounds that hold for the entries; a second one holds for groups.
+    scale_keys: whether they do not carry the scale yet.
     name: of the entries, for profiles.
   """
   query = operands.query
@@ -85,13 +87,20 @@ def mosaic_tpu_dkdv(
   entries = pl.BlockSpec((None, None, tile.block_k, D), lambda b, n, e, h, j, _: (b, n, e, 0))
   acc = pltpu.VMEM((tile.block_k, D), jnp.float32)
   dk, dv = pl.pallas_call(
-    functools.partial(_dkdv_kernel, walk=walk, sources=sources, tile=tile, length=L),
+    functools.partial(
+      _dkdv_kernel,
+      walk=walk,
+      sources=sources,
+      key_scale=walk.scale2 if scale_keys else 1.0,
+      tile=tile,
+      length=L,
+    ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       grid=(B, N, S // tile.block_k, walk.splits, steps),
       in_specs=[queries, queries, numbers, numbers, bounds, entries, entries],
       out_specs=[entries, entries],
-      scratch_shapes=[acc, acc],
+      scratch_shapes=[acc, acc, pltpu.VMEM((tile.block_k, D), key.dtype)],
     ),
     out_shape=[like(key, key.shape, key.dtype), like(value, value.shape, value.dtype)],
     compiler_params=pltpu.CompilerParams(
@@ -135,9 +144,11 @@ def _dkdv_kernel(
   dv_ref: Any,
   dk_acc: Any,
   dv_acc: Any,
+  scaled_key: Any,
   *,
   walk: Walk,
   sources: tuple[int, ...],
+  key_scale: float,
   tile: GradTile,
   length: int,
 ) -> None:
@@ -153,6 +164,7 @@ def _dkdv_kernel(
   def _begin() -> None:
     dk_acc[...] = jnp.zeros_like(dk_acc)
     dv_acc[...] = jnp.zeros_like(dv_acc)
+    scaled_key[...] = key_ref[...] if key_scale == 1 else scaled(key_ref[...], key_scale)
 
   def bound(field: int, at: Any) -> Array:
     rows = [bounds_ref[source + field : source + field + 1, at] for source in sources]
@@ -165,7 +177,7 @@ def _dkdv_kernel(
     at = pl.ds(pl.multiple_of(t * tile.block_q - loaded_from, tile.block_q), tile.block_q)
     q_QxD = q_ref[:, at, :].reshape(G * tile.block_q, D)
     dout_QxD = dout_ref[:, at, :].reshape(G * tile.block_q, D)
-    logits = dot(key_ref[...], q_QxD, (1, 1))
+    logits = dot(scaled_key[...], q_QxD, (1, 1))
     if masked:
       entry = first_entry + lax.broadcasted_iota(jnp.int32, (tile.block_k, 1), 0)
       seen = (bound(0, at) <= entry) & (entry < bound(1, at))
@@ -188,5 +200,5 @@ def _dkdv_kernel(
 
   @pl.when((h == walk.splits - 1) & (step == pl.num_programs(4) - 1))
   def _finish() -> None:
-    dk_ref[...] = (dk_acc[...] * LN_2).astype(dk_ref.dtype)
+    dk_ref[...] = (dk_acc[...] * (LN_2 * key_scale)).astype(dk_ref.dtype)
     dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)

@@ -13,6 +13,7 @@ from pallas_kernels.grouped_attention.mosaic_tpu_step import (
   columns_of,
   EdgeMasks,
   QueryGrid,
+  scaled,
   spread,
   stack_columns,
   summary_tiles,
@@ -38,9 +39,10 @@ def mosaic_tpu_dq(
   vmem: int,
   interpret: Interpret = False,
 ) -> Array:
-  """The gradient of the scaled queries, [B, P, G, L, D].
+  """The gradient of the queries, [B, P, G, L, D].
 
-  With p the softmax weights: dp = dout vᵀ, ds = p (dp − delta), dq = ln 2 · ds k.
+  With p the softmax weights: dp = dout vᵀ, ds = p (dp − delta), dq = ln 2 · ds k for keys that
+  carry the scale.
   """
   query = operands.query
   B, P, _, L, D = query.shape
@@ -138,7 +140,8 @@ def _dq_kernel(
   def _edges() -> None:
     lse2_ref[...] = stack_columns(lse2_in_ref[...])
     delta_ref[...] = stack_columns(delta_in_ref[...])
-    keys = jnp.concatenate([x[...] for x in (focal_key, group_key, piece_key)], axis=0)
+    piece = scaled(piece_key[...], walk.scale2)
+    keys = jnp.concatenate([focal_key[...], group_key[...], piece], axis=0)
     values = jnp.concatenate([x[...] for x in (focal_value, group_value, piece_value)], axis=0)
     mask = masks.edges(visits, loaded_from)
     for g in range(0, G, walk.edge_heads):
@@ -155,8 +158,9 @@ def _dq_kernel(
 
   @pl.when((step > 0) & (step < visits.pieces))
   def _further_piece() -> None:
+    piece = scaled(piece_key[...], walk.scale2)
     mask = masks.further_piece(nominal, loaded_from)
-    acc_ref[...] += gradient(everything, piece_key[...], piece_value[...], mask, None)
+    acc_ref[...] += gradient(everything, piece, piece_value[...], mask, None)
 
   @pl.when(step == pl.num_programs(3) - 1)
   def _finish() -> None:

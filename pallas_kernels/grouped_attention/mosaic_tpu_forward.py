@@ -14,6 +14,7 @@ from pallas_kernels.grouped_attention.mosaic_tpu_step import (
   EdgeMasks,
   lane_sum,
   QueryGrid,
+  scaled,
   spread,
   summary_tiles,
 )
@@ -109,7 +110,8 @@ def _forward_kernel(
 
   @pl.when(step == 0)
   def _edges() -> None:
-    keys = jnp.concatenate([x[...] for x in (focal_key, group_key, piece_key)], axis=0)
+    piece = scaled(piece_key[...], walk.scale2)
+    keys = jnp.concatenate([focal_key[...], group_key[...], piece], axis=0)
     values = jnp.concatenate([x[...] for x in (focal_value, group_value, piece_value)], axis=0)
     mask = masks.edges(visits, loaded_from)
     for g in range(0, G, walk.edge_heads):
@@ -143,7 +145,7 @@ def _forward_kernel(
 
   @pl.when((step > 0) & (step < visits.pieces))
   def _further_piece() -> None:
-    logits = dot(q_QxD, piece_key[...], (1, 1))
+    logits = dot(q_QxD, scaled(piece_key[...], walk.scale2), (1, 1))
     add(capped(logits, masks.further_piece(nominal, loaded_from)), piece_value[...])
 
   @pl.when(step == pl.num_programs(3) - 1)

@@ -179,6 +179,11 @@ class EdgeMasks:
     return cap(loaded_from, self.walk.window, jnp.maximum(start, nominal), end)
 
 
+def scaled(key: Array, scale: float) -> Array:
+  """Keys times the scale of logits: far fewer numbers than the logits."""
+  return (key.astype(jnp.float32) * scale).astype(key.dtype)
+
+
 def capped(logits: Array, cap_QxK: Array) -> Array:
   """Logits of stacked heads under a mask of their queries."""
   shape = (-1, *cap_QxK.shape)

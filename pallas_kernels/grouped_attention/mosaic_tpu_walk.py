@@ -59,7 +59,8 @@ class Walk:
   group_offset: int  # where groups begin among the summaries, a multiple of block_k
   summaries: int  # entries of all blocks
   shared_bounds: bool
-  group_bias2: float  # added to the logits of groups, which are for exp2
+  scale2: float  # of logits, which are for exp2
+  group_bias2: float  # added to those of groups
   summary_grad: GradTile
   window_grad: GradTile
 
@@ -76,6 +77,7 @@ class Walk:
     groups: int,
     max_window: int,
     shared_bounds: bool,
+    scale2: float,
     group_bias2: float,
   ) -> "Walk":
     """For arrays of these sizes."""
@@ -108,6 +110,7 @@ class Walk:
       group_offset=group_offset,
       summaries=count * block,
       shared_bounds=shared_bounds,
+      scale2=scale2,
       group_bias2=group_bias2,
       summary_grad=GradTile.of(blocks.summary_grad, heads, length),
       window_grad=GradTile.of(blocks.window_grad, heads, length),
@@ -135,7 +138,7 @@ class Walk:
 class Operands(NamedTuple):
   """The arrays of a call as kernels take them, heads before positions.
 
-  P = N · splits, query heads in tiles of G. Queries carry the scale of logits for exp2.
+  P = N · splits, query heads in tiles of G. Keys of summaries carry the scale of logits.
   """
 
   query: Array  # [B, P, G, L, D]
