@@ -135,19 +135,20 @@ def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, *out_refs: Any, groups: Groups) 
   # In products, zeros times what is not finite reach groups that do not hold it.
   @pl.when(~functools.reduce(jnp.logical_and, finite))
   def _() -> None:
-    for i in range(groups.parts):
+    @pl.loop(0, groups.parts)
+    def _(i: Array) -> None:
       _part(i, *refs, groups, odd=True)
 
 
 def _part(
-  i: int, q_ref: Any, k_ref: Any, v_ref: Any, out_refs: Any, groups: Groups, *, odd: bool
+  i: int | Array, q_ref: Any, k_ref: Any, v_ref: Any, out_refs: Any, groups: Groups, *, odd: bool
 ) -> Array:
   """Writes the results of 16 groups; returns whether they are finite.
 
   Args:
     odd: whether what is not finite is to stay within its group.
   """
-  q_MxD = q_ref[:, pl.ds(i * PART, PART), :].reshape(-1, groups.head_dim)
+  q_MxD = q_ref[:, pl.ds(pl.multiple_of(i * PART, PART), PART), :].reshape(-1, groups.head_dim)
   k_TxD, v_TxD = (part_of(ref, i, groups.rows)[...] for ref in (k_ref, v_ref))
   logits_MxT = dot(q_MxD, k_TxD, (1, 1))
   mask_MxT, holds_SxT = groups.weighs(), groups.holds()
@@ -173,9 +174,9 @@ def _part(
   return ((sums[0] - sums[0]) + (sums[1] - sums[1])).sum() == 0
 
 
-def part_of(ref: Any, i: int, rows: int) -> Any:
+def part_of(ref: Any, i: int | Array, rows: int) -> Any:
   """The rows of part i in an array with `rows` rows for each group."""
-  return ref.at[pl.ds(i * PART * rows, PART * rows), :]
+  return ref.at[pl.ds(pl.multiple_of(i * (PART * rows), PART), PART * rows), :]
 
 
 def masked_softmax(logits_MxT: Array, mask_MxT: Array) -> Array:

@@ -51,14 +51,12 @@ class Case:
 
 
 CASES = {
-  "plain": Case(),
+  "plain": Case(bias=2.7),
   "many_tiles": Case(compact=3000, head_dim=128, layers=1, batch=4),
   "wide_raw_part": Case(raw=2100, head_dim=128, layers=1, compact=3),
-  "group_bias": Case(bias=2.7),
-  "one_head_each": Case(query_heads=3, kv_heads=3, compact=70),
   "many_queries_a_head": Case(query_heads=12, kv_heads=1, bias=1.0),
   "one_entry": Case(compact=1, raw=1, layers=1),
-  "odd_head": Case(head_dim=20, query_heads=6),
+  "odd_sizes": Case(head_dim=20, query_heads=3, kv_heads=3, compact=70),
   "half": Case(dtype="bfloat16", bias=2.7, head_dim=32),
 }
 

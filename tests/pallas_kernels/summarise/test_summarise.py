@@ -35,6 +35,7 @@ class Case:
   reorder: bool = True
   dtype: str = "float32"
   batch: int = 2
+  contiguous: bool = False  # blocks lie one behind the other
 
   def arrays(self) -> list[jax.Array]:
     """Query, key and value."""
@@ -49,6 +50,8 @@ class Case:
     L, m = self.length, self.members
     if self.focal_per_block:
       size = m + self.focal_per_block
+      if self.contiguous:
+        return (jnp.asarray(np.tile(np.arange(L // size) * size, (self.batch, 1)), jnp.int32),)
       start = np.arange(L // size) * size + rng.integers(0, 2, size=(self.batch, 1)) * (L % size)
       start[0, -1:] = L
       return (jnp.asarray(start, jnp.int32),)
@@ -67,7 +70,11 @@ class Case:
 
   def tpu_kernels(self, **options: Any) -> Any:
     """Likewise, on a TPU."""
-    return self._bind(summarise_blocks_mosaic_tpu, summarise_mosaic_tpu, **options)
+    kernels = self._bind(summarise_blocks_mosaic_tpu, summarise_mosaic_tpu, **options)
+    if not self.contiguous:
+      return kernels
+    options |= {"members": self.members, "focal": self.focal_per_block, "scale": 0.3}
+    return lambda q, k, v: summarise_blocks_mosaic_tpu(q, k, v, None, **options)
 
   def plain(self) -> Any:
     """The same in jax.numpy."""
@@ -92,16 +99,13 @@ CASES = {
   "odd_heads": Case(query_heads=6, members=7, length=71),
   "groups_of_one": Case(members=1, length=40),
   "blocks": Case(focal_per_block=1),
+  "contiguous": Case(focal_per_block=2, length=97, dtype="bfloat16", contiguous=True),
   "wide_blocks": Case(focal_per_block=3, members=18, length=100),
   "many_focal": Case(focal_per_block=9, members=2, query_heads=8, kv_heads=1),
   "no_groups": Case(length=3),
   "no_blocks": Case(length=3, focal_per_block=1),
   "half": Case(dtype="bfloat16"),
   "half_blocks": Case(dtype="float16", focal_per_block=2, members=5),
-}
-# Several tiles and chunks, with few and many of the rows taken.
-TPU_CASES = {
-  "tiles": Case(length=1400, members=16, batch=1, kv_heads=1, query_heads=2, dtype="bfloat16"),
 }
 GPU_CASES = {
   "global": Case(length=4000, head_dim=128, query_heads=8, members=16, dtype="bfloat16"),
@@ -163,12 +167,10 @@ def test_interpreted_kernels_equal_plain(name: str):
   check(CASES[name], CASES[name].kernels(interpret=True))
 
 
-@pytest.mark.parametrize("name", [*CASES, *TPU_CASES])
+@pytest.mark.parametrize("name", ["reordered", "blocks", "contiguous"])
 def test_interpreted_tpu_kernels_equal_plain(name: str):
-  case = {**CASES, **TPU_CASES}[name]
-  if case.dtype == "float16":
-    case = dataclasses.replace(case, dtype="bfloat16")
-  check(case, case.tpu_kernels(interpret=CHECKED))
+  """All together; `test_mosaic_tpu.py` has the parts in more variety."""
+  check(CASES[name], CASES[name].tpu_kernels(interpret=CHECKED))
 
 
 def test_no_focal_tokens_leave_rows_of_zeros():
