@@ -52,7 +52,7 @@ class SpacedCase(Case):
 
 # They hold among them several blocks of summaries, tiles that all queries see, tiles with the ends
 # of two documents, more window than a piece takes, padded queries, every head dim, both dtypes,
-# heads in one stack and in two. The others of CASES add time more than paths.
+# heads in one stack and in two.
 _EVERY_CHANGE = {
   "documents": Case(
     documents=((260, 1, 60),), length=330, head_dim=128, group_size=2, focal_rate=0.6
@@ -82,8 +82,11 @@ def test_interpreted_kernels_equal_reference_without_races(
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name", CASES)
-def test_interpreted_kernels_equal_reference_in_every_case(
+@pytest.mark.parametrize(
+  "name",
+  "exact_tiles ragged packed fully_masked_row all_focal no_focal wide_window streaming".split(),
+)
+def test_interpreted_kernels_equal_reference_in_further_cases(
   name: str, capfd: pytest.CaptureFixture[str]
 ):
   check_against_reference(_interpreted, CASES[name])
