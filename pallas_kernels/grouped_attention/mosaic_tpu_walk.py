@@ -20,7 +20,6 @@ from jax import Array, lax
 
 from pallas_kernels.grouped_attention.bounds import Bounds
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import KeyTile, TpuBlocks
-from pallas_kernels.grouped_attention.tile_spans import query_spans
 from pallas_kernels.mosaic_tpu_common import LANES
 
 FIELDS = 8  # rows of packed bounds: six are used, eight fill a register
@@ -299,11 +298,21 @@ def pack_query_runs(
     entries: how many there are.
     tile: sizes of the tiles.
   """
-  start, end = bounds[:, :, source] - first_entry, bounds[:, :, source + 1] - first_entry
-  spans = query_spans(start, end, entries, tile.block_k)
-  first, whole_from, whole_to, last = (spans[..., i] for i in range(4))
-  first = first // tile.block_q
-  edge = jnp.where(last > first * tile.block_q, -(-last // tile.block_q), first)
-  whole_from = jnp.clip(-(-whole_from // tile.block_q), first, edge)
-  whole_to = jnp.clip(whole_to // tile.block_q, whole_from, edge)
-  return jnp.stack([first, whole_from, whole_to, edge], axis=2)
+  start, end = bounds[:, :, source], bounds[:, :, source + 1]
+  begins_E = first_entry + jnp.arange(0, entries, tile.block_k, dtype=jnp.int32)
+
+  def count(seen_BxnxExT: Array) -> Array:
+    return seen_BxnxExT.sum(axis=-1, dtype=jnp.int32)
+
+  # Bounds never decrease, so that tiles with a property are counted instead of searched.
+  first, last = (
+    (start[..., None, at :: tile.block_q], end[..., None, at :: tile.block_q])
+    for at in (0, tile.block_q - 1)
+  )
+  from_Ex1 = begins_E[None, None, :, None]
+  to_Ex1 = from_Ex1 + tile.block_k
+  visited_from = count(last[1] <= from_Ex1)
+  edge = jnp.maximum(count(first[0] < to_Ex1), visited_from)
+  whole_from = jnp.clip(count(first[1] < to_Ex1), visited_from, edge)
+  whole_to = jnp.clip(count(last[0] <= from_Ex1), whole_from, edge)
+  return jnp.stack([visited_from, whole_from, whole_to, edge], axis=2)
