@@ -141,7 +141,7 @@ def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, *out_refs: Any, groups: Groups) 
 
 
 def _part(
-  i: int | Array, q_ref: Any, k_ref: Any, v_ref: Any, out_refs: Any, groups: Groups, *, odd: bool
+  i: Any, q_ref: Any, k_ref: Any, v_ref: Any, out_refs: Any, groups: Groups, *, odd: bool
 ) -> Array:
   """Writes the results of 16 groups; returns whether they are finite.
 
@@ -174,7 +174,7 @@ def _part(
   return ((sums[0] - sums[0]) + (sums[1] - sums[1])).sum() == 0
 
 
-def part_of(ref: Any, i: int | Array, rows: int) -> Any:
+def part_of(ref: Any, i: Any, rows: int) -> Any:
   """The rows of part i in an array with `rows` rows for each group."""
   return ref.at[pl.ds(pl.multiple_of(i * (PART * rows), PART), PART * rows), :]
 
