@@ -1,5 +1,6 @@
 """Which device a computation is for, so that its kernels can be chosen while tracing."""
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +19,6 @@ _CAPABILITIES = {
 }
 
 
-TRITON_OR_XLA = ("triton", "xla")
-
-
 class Target(NamedTuple):
   """A kind of device."""
 
@@ -32,29 +30,42 @@ class Target(NamedTuple):
     return f"{self.kind} ({self.platform})"
 
 
-def takes_triton(implementation: str | None, *arrays: Any, refusal: str | None = None) -> bool:
-  """Whether an op that has "triton" and "xla" takes its Triton kernels for these arrays.
+class _Needs(NamedTuple):
+  """What kernels run on."""
+
+  met_by: Callable[[Target], bool]
+  device: str
+
+
+_NEEDS = {
+  "triton": _Needs(lambda target: (target.capability or 0) >= 8.0, "an Ampere or newer GPU"),
+  "mosaic_tpu": _Needs(lambda target: target.platform == "tpu", "a TPU"),
+}
+
+
+def choose(implementation: str | None, refusals: Mapping[str, str | None], *arrays: Any) -> str:
+  """The implementation that an op takes for these arrays; "xla" serves any device.
 
   Args:
-    implementation: a name, or None for the kernels where they can compute the call.
-    refusal: why they cannot, whatever the device; None if they can.
+    implementation: a name, or None for the op's first kernels that can compute the call.
+    refusals: for the op's kernels in the order in which they are tried, why they cannot compute
+      the call whatever the device; None where they can.
 
   Raises:
     ValueError: if the implementation is unknown.
-    NotImplementedError: if the kernels are named and cannot; the message says why.
+    NotImplementedError: if it is named and cannot; the message says why.
   """
-  if implementation not in (None, *TRITON_OR_XLA):
-    raise ValueError(
-      f"implementation is {implementation!r}; it must be None or one of {TRITON_OR_XLA}."
-    )
-  if implementation == "xla":
-    return False
+  names = (*refusals, "xla")
+  if implementation not in (None, *names):
+    raise ValueError(f"implementation is {implementation!r}; it must be None or one of {names}.")
   target = find_target(*arrays)
-  if refusal is None and (target.capability or 0) < 8.0:
-    refusal = f"triton runs on an Ampere or newer GPU, and this call is for {target}"
-  if refusal is not None and implementation is not None:
-    raise NotImplementedError(refusal)
-  return refusal is None
+  for name in names if implementation is None else (implementation,):
+    reason = refusals.get(name)
+    if reason is None and name in refusals and not _NEEDS[name].met_by(target):
+      reason = f"{name} runs on {_NEEDS[name].device}, and this call is for {target}"
+    if reason is None:
+      return name
+  raise NotImplementedError(reason)
 
 
 def find_target(*arrays: Any) -> Target:

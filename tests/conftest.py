@@ -1,5 +1,6 @@
 """What every test runs under: strict broadcasting, no deadlines, repeatable examples in CI."""
 
+import importlib.util
 import os
 
 import hypothesis
@@ -20,9 +21,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("dga_ci" if os.environ.get("CI") else "dga")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Skips tests marked `gpu` where jax has no GPU."""
-  marked = [item for item in items if item.get_closest_marker("gpu")]
-  if marked and jax.default_backend() != "gpu":
-    for item in marked:
-      item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+  """Skips tests marked `gpu` where jax has no GPU, and those marked `aot` unless asked for."""
+  if jax.default_backend() != "gpu":
+    _skip(items, "gpu", "needs an NVIDIA GPU")
+  if "aot" not in config.option.markexpr:
+    _skip(items, "aot", "takes minutes: ./workspace test-aot")
+  elif importlib.util.find_spec("libtpu") is None:
+    _skip(items, "aot", "needs libtpu, which ./workspace test-aot installs")
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+  for item in items:
+    if item.get_closest_marker(marker):
+      item.add_marker(pytest.mark.skip(reason=reason))

@@ -18,7 +18,7 @@ class Machine:
     self.checkout, self.bin = root / "a checkout", root / "bin"
     self.checkout.mkdir()
     self.bin.mkdir()
-    for name in ("workspace", "requirements.txt"):
+    for name in ("workspace", "requirements.txt", "requirements-aot.txt"):
       shutil.copy(ROOT / name, self.checkout / name)
     for tool in TOOLS.split():
       if path := shutil.which(tool):
@@ -89,7 +89,7 @@ def test_an_unknown_command_gets_the_usage(machine: Machine, arguments: tuple[st
   assert all(f"unknown command: {name}" in done.stderr for name in arguments)
 
 
-@pytest.mark.parametrize("command", ["setup", "quickstart", "smollm2", "test", "lint"])
+@pytest.mark.parametrize("command", ["setup", "quickstart", "smollm2", "test", "test-aot", "lint"])
 def test_no_python_at_all(machine: Machine, command: str) -> None:
   done = machine.run(command)
   assert done.returncode == 1
@@ -141,6 +141,19 @@ def test_set_up_happens_once_and_again_when_requirements_change(machine: Machine
   requirements.write_text(requirements.read_text() + "six==1.17.0\n")
   assert "set-up done" in machine.run("test").stdout
   assert of_the_user.exists()
+
+
+def test_the_compiler_for_tpus_is_installed_once_and_for_its_tests_alone(machine: Machine) -> None:
+  machine.add_python("python3.12")
+  machine.add("fake-pip", "echo pip $* >>\"$HOME/pip-calls\"")
+  calls = machine.checkout / "pip-calls"
+  machine.run("test")
+  assert "requirements-aot.txt" not in calls.read_text()
+  first, second = machine.run("test-aot", "-k", "decode"), machine.run("test-aot")
+  assert "ran -m pytest -n 2 --dist worksteal -m aot -k decode" in first.stdout
+  assert "libtpu" in first.stdout
+  assert "libtpu" not in second.stdout
+  assert calls.read_text().count("requirements-aot.txt") == 1
 
 
 def test_another_python_makes_another_environment(machine: Machine) -> None:

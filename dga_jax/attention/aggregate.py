@@ -44,7 +44,7 @@ def plan_and_summarise(
       query,
       key,
       value,
-      start_Bxk,
+      None if rows.documents.whole_rows else start_Bxk,
       members=config.group_size,
       focal=config.focal_in_block,
       scale=scale,

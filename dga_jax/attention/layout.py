@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 from dga_jax.attention.documents import Documents, positions
 from dga_jax.config import DGAConfig
 from pallas_kernels.grouped_attention import Bounds
+from pallas_kernels.place import place_positions
 
 
 class Sizes(NamedTuple):
@@ -56,10 +57,10 @@ def global_layout(
   seen_BxNxL = (upto_BxNxL if config.visibility == "inclusive" else begun_BxNxL) // m
   window_end_BxNxL = section_BxNxL + upto_BxNxL
   window_start_BxNxL = section_BxNxL + seen_BxNxL * m
-  member_index = _place(slot_BxNxL, nonfocal_BxNxL, sizes.groups * m)
+  member_index = place_positions(slot_BxNxL, nonfocal_BxNxL, sizes.groups * m)
   member_index = member_index.reshape(*member_index.shape[:2], sizes.groups, m)
   return Layout(
-    focal_index=_place(focal_before_BxNxL, focal_BxNxL, sizes.focal),
+    focal_index=place_positions(focal_before_BxNxL, focal_BxNxL, sizes.focal),
     member_index=member_index,
     group_query=member_index[..., -1],
     bounds=Bounds(
@@ -106,11 +107,13 @@ def streaming_layout(
     ),
     window_end=window_end_BxL,
   )
-  member_index = _place(_count_before(member_BxNxL), member_BxNxL, sizes.groups * (size - f))
+  member_index = place_positions(
+    _count_before(member_BxNxL), member_BxNxL, sizes.groups * (size - f)
+  )
   end_BxL = blocks.complete & (blocks.offset == size - 1)
-  group_query_Bxk = _place(_count_before(end_BxL), end_BxL, sizes.groups)
+  group_query_Bxk = place_positions(_count_before(end_BxL), end_BxL, sizes.groups)
   return Layout(
-    focal_index=_place(_count_before(focal_BxNxL), focal_BxNxL, sizes.focal),
+    focal_index=place_positions(_count_before(focal_BxNxL), focal_BxNxL, sizes.focal),
     member_index=member_index.reshape(B, N, sizes.groups, size - f),
     group_query=jnp.broadcast_to(group_query_Bxk[:, None], (B, N, sizes.groups)),
     bounds=jax.tree.map(lambda x_BxL: x_BxL[:, None], bounds_BxL),
@@ -145,7 +148,7 @@ class StreamingBlocks:
   def starts(self, blocks: int) -> Int[Array, "B k"]:
     """Position of each complete block's first token, in order; L where there is none."""
     first_BxL = self.complete & (self.offset == 0)
-    return _place(_count_before(first_BxL), first_BxL, blocks)
+    return place_positions(_count_before(first_BxL), first_BxL, blocks)
 
 
 def _count_before(x: Array) -> Array:
@@ -160,14 +163,3 @@ def _at_start(count_before: Array, documents: Documents) -> Array:
     return jnp.zeros_like(count_before)
   start = documents.start if count_before.ndim == 2 else documents.start[:, None]
   return jnp.take_along_axis(count_before, start, axis=-1)
-
-
-def _place(slot: Array, chosen: Array, size: int) -> Array:
-  """[..., size] int32: the position whose slot it is, L where no chosen position has it."""
-  L = slot.shape[-1]
-
-  def place(slot_L: Array) -> Array:
-    return jnp.full(size, L, jnp.int32).at[slot_L].set(positions(slot_L), mode="drop")
-
-  slots = jnp.where(chosen, slot, size).reshape(-1, L)
-  return jax.vmap(place)(slots).reshape(*slot.shape[:-1], size)

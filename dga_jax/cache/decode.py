@@ -1,6 +1,7 @@
 """One decoding step over the compact cache, in place."""
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.aggregate import merge_scale
-from dga_jax.cache.state import CompactCache, ring_age
+from dga_jax.cache.state import CompactCache
 from dga_jax.config import DGAConfig
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.decode import decode_attention, GroupBias, Visible
 from pallas_kernels.summarise import block_scores, merge, take_rows
 
 
@@ -23,6 +24,7 @@ def decode_step(
   config: DGAConfig,
   *,
   scale: float | None = None,
+  implementation: str | None = None,
 ) -> tuple[Float[Array, "B H D"], CompactCache]:
   """Appends one token to every sequence, attends, and flushes the blocks that it completes.
 
@@ -34,10 +36,22 @@ def decode_step(
       taking a layer out and putting it back would copy it.
     layer: which of them.
     scale: of the attention logits, default 1/√D.
+    implementation: of the attention; see `pallas_kernels.decode`.
   """
   place = _Place.of(cache, layer, config)
   cache = _append(key_BxNxD, value_BxNxD, cache, layer, place)
-  out_BxHxD = _attend(query_BxHxD, cache, layer, place, config, scale)
+  out_BxHxD = decode_attention(
+    query_BxHxD,
+    cache.compact_key,
+    cache.compact_value,
+    cache.raw_key,
+    cache.raw_value,
+    layer,
+    _visible(cache, layer, place, config),
+    scale=query_BxHxD.shape[-1] ** -0.5 if scale is None else scale,
+    group_bias=_group_bias(cache, layer, config),
+    implementation=implementation,
+  )
   # Reading comes before the flush. Where XLA does not know that, it copies all layers' entries.
   out_BxHxD, cache = jax.lax.optimization_barrier((out_BxHxD, cache))
   return out_BxHxD, _flush(query_BxHxD, cache, layer, place, config)
@@ -88,67 +102,36 @@ def _append(
   )
 
 
-def _attend(
-  query_BxHxD: Array,
-  cache: CompactCache,
-  layer: Array | int,
-  place: _Place,
-  config: DGAConfig,
-  scale: float | None,
-) -> Array:
-  B, H, D = query_BxHxD.shape
-  N, C = cache.compact_key.shape[-3:-1]
-  q_BxNxRxD = query_BxHxD.reshape(B, N, H // N, D)
-  scale = D**-0.5 if scale is None else scale
-  logits_BxNxRxS = scale * jnp.concatenate(
-    [
-      jnp.einsum("bnrd,bnsd->bnrs", q_BxNxRxD, key[layer], preferred_element_type=jnp.float32)
-      for key in (cache.compact_key, cache.raw_key)
-    ],
-    axis=-1,
-  )
-  if config.group_logit_bias == "log_size":
-    bias_BxC = _is_group(cache, layer, config) * jnp.log(jnp.float32(config.group_size))
-    raw = logits_BxNxRxS.shape[-1] - C
-    logits_BxNxRxS += jnp.pad(bias_BxC, ((0, 0), (0, raw)))[:, None, None]
-  visible_BxS = _visible(cache, layer, place, config)
-  weights = masked_softmax(logits_BxNxRxS, visible_BxS[:, None, None]).astype(query_BxHxD.dtype)
-  out_BxNxRxD = _weighted(weights[..., :C], cache.compact_value[layer])
-  out_BxNxRxD += _weighted(weights[..., C:], cache.raw_value[layer])
-  return out_BxNxRxD.reshape(B, H, D).astype(query_BxHxD.dtype)
+def _visible(cache: CompactCache, layer: Array | int, place: _Place, config: DGAConfig) -> Visible:
+  """Compact entries of blocks before the window, and raw tokens from the window's start on.
 
-
-def _weighted(weights_BxNxRxS: Array, value_BxNxSxD: Array) -> Float[Array, "B N R D"]:
-  return jnp.einsum(
-    "bnrs,bnsd->bnrd", weights_BxNxRxS, value_BxNxSxD, preferred_element_type=jnp.float32
-  )
-
-
-def _visible(
-  cache: CompactCache, layer: Array | int, place: _Place, config: DGAConfig
-) -> Bool[Array, "B S"]:
-  """Compact entries of blocks before the window, and raw tokens from the window's start on."""
-  entry_1xC = jnp.arange(cache.compact_key.shape[-2])[None]
+  Of the ring's slots those behind the current token hold the oldest block, which has left the
+  window, up to where the next one begins; before the ring is full they all are empty.
+  """
   summarised_B = jnp.maximum(place.block - config.local_window, 0)
-  seen_B = jnp.where(
-    place.in_prefix,
-    place.position + 1,
-    cache.prefix[layer] + (config.focal_in_block + 1) * summarised_B,
+  full_B = ~place.in_prefix & (place.block >= config.local_window)
+  written_B = jnp.where(place.in_prefix, 0, place.slot + 1)
+  next_block_B = place.slot - place.offset + config.block_size
+  return Visible(
+    compact_end=jnp.where(
+      place.in_prefix,
+      place.position + 1,
+      cache.prefix[layer] + (config.focal_in_block + 1) * summarised_B,
+    ),
+    raw_end=jnp.where(full_B, (config.local_window + 1) * config.block_size, written_B),
+    hidden_start=written_B,
+    hidden_end=jnp.where(full_B, next_block_B, written_B),
   )
-  age_BxW, place_W = ring_age(place.block, config)
-  written_BxW = (age_BxW > 0) | (place_W[None] <= place.offset[:, None])
-  begun_BxW = (age_BxW <= place.block[:, None]) & ~place.in_prefix[:, None]
-  return jnp.concatenate([entry_1xC < seen_B[:, None], written_BxW & begun_BxW], axis=1)
 
 
-def _is_group(cache: CompactCache, layer: Array | int, config: DGAConfig) -> Bool[Array, "B C"]:
-  """Which compact entries stand for a whole group."""
-  entry_1xC = jnp.arange(cache.compact_key.shape[-2])[None]
-  after_BxC = entry_1xC - cache.prefix[layer][:, None]
-  return jnp.where(
-    after_BxC < 0,
-    entry_1xC >= cache.prefix_focal[layer][:, None],
-    after_BxC % (config.focal_in_block + 1) == config.focal_in_block,
+def _group_bias(cache: CompactCache, layer: Array | int, config: DGAConfig) -> GroupBias | None:
+  if config.group_logit_bias != "log_size":
+    return None
+  return GroupBias(
+    amount=math.log(config.group_size),
+    first=cache.prefix_focal[layer],
+    prefix=cache.prefix[layer],
+    period=config.focal_in_block + 1,
   )
 
 

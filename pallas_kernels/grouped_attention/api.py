@@ -21,6 +21,12 @@ def _mosaic_gpu(*arrays: Any, **options: Any) -> Array:
   return grouped_attention_mosaic_gpu(*arrays, **options)
 
 
+def _mosaic_tpu(*arrays: Any, **options: Any) -> Array:
+  from pallas_kernels.grouped_attention.mosaic_tpu_attention import grouped_attention_mosaic_tpu
+
+  return grouped_attention_mosaic_tpu(*arrays, **options)
+
+
 def _triton(*arrays: Any, **options: Any) -> Array:
   from pallas_kernels.grouped_attention.triton_attention import grouped_attention_triton
 
@@ -45,6 +51,7 @@ class _Backend(NamedTuple):
 # In the order in which they are tried when none is named. "reference" is never chosen by itself.
 _BACKENDS = {
   "mosaic_gpu": _Backend(_mosaic_gpu, lambda t: t.capability == 9.0, "a Hopper GPU"),
+  "mosaic_tpu": _Backend(_mosaic_tpu, lambda t: t.platform == "tpu", "a TPU"),
   "triton": _Backend(_triton, lambda t: (t.capability or 0) >= 8.0, "an Ampere or newer GPU"),
   "jax_triton": _Backend(
     _jax_triton,

@@ -3,7 +3,7 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.importance.xla import sampled_importance_xla
-from pallas_kernels.target import takes_triton
+from pallas_kernels.target import choose
 
 
 def sampled_importance(
@@ -41,7 +41,8 @@ def sampled_importance(
   arrays = (query_BxSxHxD, key_BxLxNxD, start_BxS, end_BxS)
   dtype = key_BxLxNxD.dtype
   wide = f"dtype is {dtype}; triton has none wider than float32" if dtype.itemsize > 4 else None
-  if not takes_triton(implementation, query_BxSxHxD, key_BxLxNxD, refusal=wide):
+  taken = choose(implementation, {"triton": wide}, query_BxSxHxD, key_BxLxNxD)
+  if taken == "xla":
     return sampled_importance_xla(*arrays)
   # Imported when used: it loads a compiler that most machines have no use for.
   from pallas_kernels.importance.triton_importance import sampled_importance_triton

@@ -4,7 +4,9 @@ from jaxtyping import Array, Bool, Float
 
 from pallas_kernels.select.ranges import Ranges
 from pallas_kernels.select.xla import select_highest_xla
-from pallas_kernels.target import takes_triton
+from pallas_kernels.target import choose
+
+_MOST = 2**19  # scores of a row that lie in a TPU's VMEM at once
 
 
 def select_highest(
@@ -18,16 +20,23 @@ def select_highest(
   Args:
     scores_BxNxL: float32.
     ranges: of the rows, the same for all N.
-    implementation: "triton" (Ampere and newer GPUs) or "xla" (any device); None for the first
-        that runs on the device at hand.
+    implementation: "triton" (Ampere and newer GPUs), "mosaic_tpu" (TPUs) or "xla" (any device);
+        None for the first that runs on the device at hand.
 
   Raises:
     ValueError: if the implementation is unknown.
     NotImplementedError: if it is named and cannot compute this call.
   """
-  if not takes_triton(implementation, scores_BxNxL):
+  L = scores_BxNxL.shape[-1]
+  reason = f"a row has {L} scores; mosaic_tpu takes {_MOST}" if L > _MOST else None
+  taken = choose(implementation, {"triton": None, "mosaic_tpu": reason}, scores_BxNxL)
+  if taken == "xla":
     return select_highest_xla(scores_BxNxL, ranges)
-  # Imported when used: it loads a compiler that most machines have no use for.
+  # Imported when used: they load compilers that most machines have no use for.
+  if taken == "mosaic_tpu":
+    from pallas_kernels.select.mosaic_tpu_select import select_highest_mosaic_tpu
+
+    return select_highest_mosaic_tpu(scores_BxNxL, ranges)
   from pallas_kernels.select.triton_select import select_highest_triton
 
   return select_highest_triton(scores_BxNxL, ranges)

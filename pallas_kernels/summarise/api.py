@@ -1,14 +1,19 @@
 """The two entries to summarise: checks what applies, picks an implementation."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.summarise.entries import Entries
 from pallas_kernels.summarise.xla import summarise_blocks_xla, summarise_xla
-from pallas_kernels.target import takes_triton
+from pallas_kernels.target import choose
 
 _MOST_ROWS = 128  # of a group: more do not fit a kernel's registers
+_MOST_FOCAL = 16  # of a block, on a TPU: a kernel goes through them one by one
+_MOST_POSITIONS = 2**20  # of a row, on a TPU
+_MOST_SCALARS = 2**17
 
 
 def summarise(
@@ -30,23 +35,32 @@ def summarise(
 
   Args:
     query: any float dtype, which all arrays share.
-    focal_index: positions of the focal tokens, L where there is none. No position occurs twice
-      in a head's two index arrays.
-    member_index: positions of each group's members, L where there is none.
+    focal_index: positions of the focal tokens, ascending, L where there is none. No position
+      occurs twice in a head's two index arrays.
+    member_index: positions of each group's members, ascending from group to group, L where there
+      is none.
     group_query: the position whose query weighs a group's members.
     scale: of the merge logits.
     reorder_window: whether the window is the members one after the other; else all tokens.
-    implementation: "xla", "triton", or None for the kernels where they apply.
+    implementation: "xla", "triton", "mosaic_tpu", or None for the kernels where they apply.
 
   Returns:
     The query, and the entries. Who goes on with the returned query lets the backward pass add
     its gradients in place. Kernels may leave a few rows of zeros behind the asked ones.
   """
   arrays = (query, key, value, focal_index, member_index, group_query)
-  reason = _refusal(query, key, member_index.shape[-1])
-  if not takes_triton(implementation, query, key, refusal=reason):
+  refusals = {
+    "triton": _triton_refusal(query, key, member_index.shape[-1]),
+    "mosaic_tpu": _mosaic_tpu_refusal(query, key, *member_index.shape[-2:], focal=0),
+  }
+  taken = choose(implementation, refusals, query, key)
+  if taken == "xla":
     return summarise_xla(*arrays, scale=scale, reorder_window=reorder_window)
-  # Imported when used: it loads a compiler that most machines have no use for.
+  # Imported when used: they load compilers that most machines have no use for.
+  if taken == "mosaic_tpu":
+    from pallas_kernels.summarise.mosaic_tpu_summarise import summarise_mosaic_tpu
+
+    return summarise_mosaic_tpu(*arrays, scale=scale, reorder_window=reorder_window)
   from pallas_kernels.summarise.triton_summarise import summarise_triton
 
   return summarise_triton(*arrays, scale=scale, reorder_window=reorder_window)
@@ -56,7 +70,7 @@ def summarise_blocks(
   query: Float[Array, "B L H D"],
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
-  start: Int[Array, "B k"],
+  start: Int[Array, "B k"] | None,
   *,
   members: int,
   focal: int,
@@ -70,21 +84,35 @@ def summarise_blocks(
   other `members` of them. The window is all tokens.
 
   Args:
-    start: first position of each block, L for none.
+    start: first position of each block, ascending, L for none. None for as many blocks as there
+      are in L tokens, one behind the other from the first token on.
 
   Returns:
     The query, the entries, and the places in their block of the focal tokens, ascending.
   """
-  arrays = (query, key, value, start)
-  reason = _refusal(query, key, members + focal)
-  if not takes_triton(implementation, query, key, refusal=reason):
-    return summarise_blocks_xla(*arrays, members=members, focal=focal, scale=scale)
+  size = members + focal
+  count = key.shape[1] // size if start is None else start.shape[1]
+  refusals = {
+    "triton": _triton_refusal(query, key, size),
+    "mosaic_tpu": _mosaic_tpu_refusal(query, key, count, size, focal=focal),
+  }
+  options: dict[str, Any] = {"members": members, "focal": focal, "scale": scale}
+  taken = choose(implementation, refusals, query, key)
+  if taken == "mosaic_tpu":
+    from pallas_kernels.summarise.mosaic_tpu_summarise import summarise_blocks_mosaic_tpu
+
+    return summarise_blocks_mosaic_tpu(query, key, value, start, **options)
+  if start is None:
+    start_k = size * jnp.arange(count, dtype=jnp.int32)
+    start = jnp.broadcast_to(start_k, (key.shape[0], count))
+  if taken == "xla":
+    return summarise_blocks_xla(query, key, value, start, **options)
   from pallas_kernels.summarise.triton_summarise import summarise_blocks_triton
 
-  return summarise_blocks_triton(*arrays, members=members, focal=focal, scale=scale)
+  return summarise_blocks_triton(query, key, value, start, **options)
 
 
-def _refusal(query: Array, key: Array, rows: int) -> str | None:
+def _triton_refusal(query: Array, key: Array, rows: int) -> str | None:
   """Why the kernels cannot compute a call with groups or blocks of `rows` rows."""
   D = query.shape[-1]
   if D < 16 or D > 256 or D & (D - 1):
@@ -95,4 +123,26 @@ def _refusal(query: Array, key: Array, rows: int) -> str | None:
     return f"a group or block has {rows} tokens; these kernels take {_MOST_ROWS}"
   if 0 in key.shape:
     return "an array is empty"
+  return None
+
+
+def _mosaic_tpu_refusal(
+  query: Array, key: Array, count: int, rows: int, *, focal: int
+) -> str | None:
+  """Why the TPU kernels cannot compute a call with `count` groups of `rows` rows."""
+  B, L, N, D = key.shape
+  if D % 8 or D > 256:
+    return f"head_dim is {D}; these kernels want a multiple of 8, at most 256"
+  if query.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"dtype is {query.dtype}; these kernels have bfloat16 and float32"
+  if rows > _MOST_ROWS or focal > _MOST_FOCAL:
+    return (
+      f"a group or block has {rows} tokens, {focal} of them chosen; these kernels take"
+      f" {_MOST_ROWS} and {_MOST_FOCAL}"
+    )
+  if 0 in key.shape:
+    return "an array is empty"
+  # Where rows lie is known before a kernel runs, in scalar memory.
+  if L > _MOST_POSITIONS or B * N * (count * rows // 32 + L // 512) > _MOST_SCALARS:
+    return f"{B} rows of {L} tokens with {N} KV heads are too many for one call"
   return None

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec
 
+from pallas_kernels.mosaic_tpu_common import CHECKED
 from pallas_kernels.select import Ranges, select_highest
+from pallas_kernels.select.mosaic_tpu_select import select_highest_mosaic_tpu
 from pallas_kernels.select.triton_select import select_highest_triton
 from pallas_kernels.select.xla import select_highest_xla
 from tests.pallas_kernels.h100 import (
@@ -20,6 +22,7 @@ from tests.pallas_kernels.h100 import (
   lower_for_h100,
   needs_cuda_compiler,
 )
+from tests.pallas_kernels.tpu import lower_for_tpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
@@ -30,6 +33,7 @@ IMPLEMENTATIONS = {
   "xla": jax.jit(select_highest_xla),
   "registers": jax.jit(functools.partial(select_highest_triton, chunk=64, interpret=True)),
   "chunks": jax.jit(functools.partial(select_highest_triton, chunk=8, interpret=True)),
+  "tpu": jax.jit(functools.partial(select_highest_mosaic_tpu, interpret=True)),
 }
 
 
@@ -94,6 +98,21 @@ def test_takes_exactly_the_quota_of_scores_that_differ_in_the_last_bit():
   check(np.broadcast_to(row, (B, N, L)), ranges)
 
 
+@pytest.mark.parametrize("values", ["distinct", "few", "equal"])
+def test_tpu_kernel_goes_through_tiles(values):
+  """Ranges that begin and end within tiles and reach over several; interpreted with checks."""
+  rng = np.random.default_rng(1)
+  scores = rng.normal(size=(B, N, 9001)).astype(np.float32)
+  scores = {"distinct": scores, "few": np.round(scores), "equal": 0 * scores}[values]
+  scores[0, 0, 5000:5005] = np.nan, -np.nan, np.inf, -np.inf, -0.0
+  cuts = np.array([[7, 4000, 4100, 8999], [0, 9001, 9001, 9001]], np.int32)
+  length = np.diff(cuts, axis=1)
+  ranges = Ranges(cuts[:, :-1], length, (length + 9) // 10)
+  kernel = jax.jit(functools.partial(select_highest_mosaic_tpu, interpret=CHECKED))
+  want = jax.jit(select_highest_xla)(scores, ranges)
+  np.testing.assert_array_equal(kernel(scores, ranges), want)
+
+
 def test_maps_over_a_batch_of_calls():
   scores = jax.random.normal(jax.random.key(0), (3, B, N, L))
   ranges = Ranges(*(jnp.full((3, B, C), x, jnp.int32) for x in (0, 0, 9)))
@@ -111,6 +130,8 @@ def structs(length=1000, ranges=3):
 
 def test_the_target_decides():
   assert "xla.gpu.triton" in lower_for_h100(select_highest, *structs())
+  assert "tpu_custom_call" in lower_for_tpu(select_highest, *structs())
+  assert "tpu_custom_call" not in lower_for_tpu(select_highest, *structs(length=2**19 + 1))
   assert "stablehlo.sort" in jax.jit(select_highest).lower(*structs()).as_text()
 
 

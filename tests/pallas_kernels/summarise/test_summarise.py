@@ -1,4 +1,4 @@
-"""The summarise kernels against jax.numpy: interpreted, lowered for an H100, and on a GPU."""
+"""The summarise kernels against jax.numpy: interpreted, lowered for GPU and TPU, and on a GPU."""
 
 import dataclasses
 import functools
@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.mosaic_tpu_common import CHECKED
 from pallas_kernels.summarise import Entries, summarise, summarise_blocks
+from pallas_kernels.summarise.mosaic_tpu_summarise import (
+  summarise_blocks_mosaic_tpu,
+  summarise_mosaic_tpu,
+)
 from pallas_kernels.summarise.triton_summarise import summarise_blocks_triton, summarise_triton
 from pallas_kernels.summarise.xla import summarise_blocks_xla, summarise_xla
 from tests.pallas_kernels.h100 import compile_for_h100, lower_for_h100, needs_cuda_compiler
@@ -30,6 +35,7 @@ class Case:
   reorder: bool = True
   dtype: str = "float32"
   batch: int = 2
+  contiguous: bool = False  # blocks lie one behind the other
 
   def arrays(self) -> list[jax.Array]:
     """Query, key and value."""
@@ -44,6 +50,8 @@ class Case:
     L, m = self.length, self.members
     if self.focal_per_block:
       size = m + self.focal_per_block
+      if self.contiguous:
+        return (jnp.asarray(np.tile(np.arange(L // size) * size, (self.batch, 1)), jnp.int32),)
       start = np.arange(L // size) * size + rng.integers(0, 2, size=(self.batch, 1)) * (L % size)
       start[0, -1:] = L
       return (jnp.asarray(start, jnp.int32),)
@@ -59,6 +67,14 @@ class Case:
   def kernels(self, **options: Any) -> Any:
     """The function of query, key and value that the kernels compute."""
     return self._bind(summarise_blocks_triton, summarise_triton, **options)
+
+  def tpu_kernels(self, **options: Any) -> Any:
+    """Likewise, on a TPU."""
+    kernels = self._bind(summarise_blocks_mosaic_tpu, summarise_mosaic_tpu, **options)
+    if not self.contiguous:
+      return kernels
+    options |= {"members": self.members, "focal": self.focal_per_block, "scale": 0.3}
+    return lambda q, k, v: summarise_blocks_mosaic_tpu(q, k, v, None, **options)
 
   def plain(self) -> Any:
     """The same in jax.numpy."""
@@ -83,6 +99,7 @@ CASES = {
   "odd_heads": Case(query_heads=6, members=7, length=71),
   "groups_of_one": Case(members=1, length=40),
   "blocks": Case(focal_per_block=1),
+  "contiguous": Case(focal_per_block=2, length=97, dtype="bfloat16", contiguous=True),
   "wide_blocks": Case(focal_per_block=3, members=18, length=100),
   "many_focal": Case(focal_per_block=9, members=2, query_heads=8, kv_heads=1),
   "no_groups": Case(length=3),
@@ -126,7 +143,7 @@ def results(function: Any, arrays: list[jax.Array], rows: Entries) -> dict[str, 
   return {name: np.asarray(x, np.float32) for name, x in named.items()}
 
 
-def check(case: Case, **options: Any) -> None:
+def check(case: Case, kernels: Any) -> None:
   """Error at most 2x (gradients 3x) that of jax.numpy in the same dtype."""
   arrays = case.arrays()
   rows = jax.eval_shape(case.plain(), *arrays)[1]
@@ -134,7 +151,7 @@ def check(case: Case, **options: Any) -> None:
   with jax.default_matmul_precision("highest"):
     exact = results(case.plain(), exact_arrays, rows)
     plain = results(case.plain(), arrays, rows)
-  actual = results(case.kernels(**options), arrays, rows)
+  actual = results(kernels, arrays, rows)
   for name, value in actual.items():
     if name == "chosen" or not name.startswith(("d", "group")):
       np.testing.assert_array_equal(value, plain[name], err_msg=name)  # rows are only moved
@@ -147,7 +164,13 @@ def check(case: Case, **options: Any) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_equal_plain(name: str):
-  check(CASES[name], interpret=True)
+  check(CASES[name], CASES[name].kernels(interpret=True))
+
+
+@pytest.mark.parametrize("name", ["reordered", "blocks", "contiguous"])
+def test_interpreted_tpu_kernels_equal_plain(name: str):
+  """All together; `test_mosaic_tpu.py` has the parts in more variety."""
+  check(CASES[name], CASES[name].tpu_kernels(interpret=CHECKED))
 
 
 def test_no_focal_tokens_leave_rows_of_zeros():
@@ -231,4 +254,4 @@ def test_says_why_kernels_cannot():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_gpu_equals_plain(name: str):
-  check(GPU_CASES[name])
+  check(GPU_CASES[name], GPU_CASES[name].kernels())

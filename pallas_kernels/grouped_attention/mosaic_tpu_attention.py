@@ -1,0 +1,203 @@
+"""Grouped attention for TPUs through Pallas Mosaic: checks, layout and the custom gradient."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jaxtyping import Float
+
+from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks, TpuBlocks
+from pallas_kernels.grouped_attention.mosaic_tpu_dkdv import mosaic_tpu_dkdv
+from pallas_kernels.grouped_attention.mosaic_tpu_dq import mosaic_tpu_dq
+from pallas_kernels.grouped_attention.mosaic_tpu_forward import mosaic_tpu_forward
+from pallas_kernels.grouped_attention.mosaic_tpu_step import scaled
+from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
+  FOCAL,
+  GROUP,
+  Operands,
+  pack_bounds,
+  pack_query_runs,
+  pad_to,
+  round_up,
+  Walk,
+  WINDOW,
+)
+from pallas_kernels.grouped_attention.tile_spans import LOG2_E
+from pallas_kernels.mosaic_tpu_common import Interpret
+from pallas_kernels.target import find_target
+
+_SCALAR_MEMORY = 2**19  # bytes for what tiles visit; a chip has twice as many
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  walk: Walk
+  blocks: TpuBlocks
+  interpret: Interpret
+
+
+def grouped_attention_mosaic_tpu(
+  query: Float[Array, "B L H D"],
+  focal_key: Float[Array, "B r N D"],
+  focal_value: Float[Array, "B r N D"],
+  group_key: Float[Array, "B k N D"],
+  group_value: Float[Array, "B k N D"],
+  window_key: Float[Array, "B w N D"],
+  window_value: Float[Array, "B w N D"],
+  bounds: Bounds,
+  *,
+  scale: float,
+  group_bias: float,
+  max_window: int,
+  blocks: TpuBlocks | None = None,
+  interpret: Interpret = False,
+) -> Float[Array, "B L H D"]:
+  """See `grouped_attention`. `blocks` overrides the tile sizes, `interpret` runs on a CPU.
+
+  Arrays are laid out heads first, which costs nothing where XLA lets their producer write so. L and
+  the length of the window are best multiples of 256: others are padded, which copies.
+
+  Raises:
+    NotImplementedError: for a head dim other than 64, 128 and 256, a dtype other than bfloat16 and
+      float32, or more queries than scalar memory can describe.
+  """
+  B, L, H, D = query.shape
+  N = focal_key.shape[2]
+  if D not in (64, 128, 256):
+    raise NotImplementedError(f"head_dim is {D}; this backend has 64, 128 and 256.")
+  if query.dtype not in (jnp.bfloat16, jnp.float32):
+    raise NotImplementedError(f"dtype is {query.dtype}; this backend has bfloat16 and float32.")
+  blocks = blocks or tpu_blocks(find_target(query).kind, query.dtype.itemsize)
+  walk = Walk.of(
+    blocks,
+    dtype=query.dtype,
+    head_dim=D,
+    heads_per_kv=H // N,
+    length=L,
+    focal=focal_key.shape[1],
+    groups=group_key.shape[1],
+    max_window=max_window,
+    shared_bounds=bounds.focal_start.shape[1] == 1,
+    scale2=scale * LOG2_E,
+    group_bias2=group_bias * LOG2_E,
+  )
+  if (size := walk.scalar_bytes(B * bounds.focal_start.shape[1], L)) > _SCALAR_MEMORY:
+    raise NotImplementedError(
+      f"query has {B} rows of {L}; what their tiles visit takes {size} bytes of scalar memory, and "
+      f"this backend has {_SCALAR_MEMORY}: split the batch."
+    )
+  length = round_up(L, max(walk.block_q, walk.summary_grad.block_q, walk.window_grad.block_q))
+
+  def summaries(focal: Array, group: Array) -> Array:
+    parts = [
+      pad_to(focal, 1, walk.group_offset),
+      pad_to(group, 1, walk.summaries - walk.group_offset),
+    ]
+    return jnp.concatenate(parts, axis=1).transpose(0, 2, 1, 3)
+
+  def window(x: Array) -> Array:
+    size = max(walk.window, round_up(x.shape[1], walk.window_grad.block_k))
+    return pad_to(x, 1, size).transpose(0, 2, 1, 3)
+
+  heads_BxPxGxLxD = (
+    pad_to(query, 1, length).reshape(B, length, -1, walk.heads, D).transpose(0, 2, 3, 1, 4)
+  )
+  operands = Operands(
+    heads_BxPxGxLxD,
+    # Scaled while they are laid out, instead of every logit.
+    scaled(summaries(focal_key, group_key), walk.scale2),
+    summaries(focal_value, group_value),
+    window(window_key),
+    window(window_value),
+    pack_bounds(bounds, walk.group_offset, length),
+  )
+  out_BxPxGxLxD = _attend(operands, _Static(walk, blocks, interpret))
+  return out_BxPxGxLxD.transpose(0, 3, 1, 2, 4).reshape(B, length, H, D)[:, :L]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attend(operands: Operands, static: _Static) -> Array:
+  return _attend_fwd(operands, static)[0]
+
+
+def _attend_fwd(operands: Operands, static: _Static) -> tuple[Array, tuple]:
+  out, lse2 = mosaic_tpu_forward(
+    operands,
+    static.walk,
+    cost=_cost(operands, static.walk, products=2),
+    vmem=static.blocks.vmem,
+    interpret=static.interpret,
+  )
+  return out, (operands, out, lse2)
+
+
+def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
+  operands, out, lse2 = residuals
+  walk = static.walk
+  delta = jnp.einsum("bpgld,bpgld->bpgl", out, dout, preferred_element_type=jnp.float32)
+  options: dict[str, Any] = {"vmem": static.blocks.vmem, "interpret": static.interpret}
+  rows = (lse2, delta, dout)
+  dq = mosaic_tpu_dq(operands, walk, *rows, cost=_cost(operands, walk, products=3), **options)
+  summary_grads = mosaic_tpu_dkdv(
+    operands,
+    walk,
+    operands.summary_key,
+    operands.summary_value,
+    _summary_runs(operands.bounds, walk),
+    *rows,
+    sources=(FOCAL, GROUP),
+    scale_keys=False,
+    tile=walk.summary_grad,
+    cost=_cost(operands, walk, products=4, window=False),
+    name="summaries",
+    **options,
+  )
+  window_size = operands.window_key.shape[2]
+  window_grads = mosaic_tpu_dkdv(
+    operands,
+    walk,
+    operands.window_key,
+    operands.window_value,
+    pack_query_runs(operands.bounds, WINDOW, 0, window_size, walk.window_grad),
+    *rows,
+    sources=(WINDOW,),
+    scale_keys=True,
+    tile=walk.window_grad,
+    cost=_cost(operands, walk, products=4, summaries=False),
+    name="window",
+    **options,
+  )
+  return (Operands(dq, *summary_grads, *window_grads, bounds=None),)
+
+
+def _summary_runs(bounds: Array, walk: Walk) -> Array:
+  """Of focal tiles and of those of groups."""
+  tile, offset = walk.summary_grad, walk.group_offset
+  parts = [
+    pack_query_runs(bounds, FOCAL, 0, offset, tile),
+    pack_query_runs(bounds, GROUP, offset, walk.summaries - offset, tile),
+  ]
+  return jnp.concatenate(parts, axis=3)
+
+
+def _cost(
+  operands: Operands, walk: Walk, *, products: int, summaries: bool = True, window: bool = True
+) -> pl.CostEstimate:
+  """For queries that see half of the summaries and whole pieces of the window."""
+  D = operands.query.shape[-1]
+  rows = operands.query.size // D
+  entries = summaries * walk.summaries // 2 + window * walk.window
+  arrays = sum(x.size * x.dtype.itemsize for x in operands)
+  return pl.CostEstimate(
+    flops=2 * products * D * rows * entries,
+    transcendentals=rows * entries,
+    bytes_accessed=arrays + operands.query.size * operands.query.dtype.itemsize,
+  )
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,0 +1,115 @@
+"""The decode kernel against jax.numpy: interpreted with checks, and lowered for a TPU."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.decode import decode_attention, GroupBias, Visible
+from pallas_kernels.decode.mosaic_tpu_decode import decode_attention_mosaic_tpu
+from pallas_kernels.decode.xla import decode_attention_xla
+from pallas_kernels.mosaic_tpu_common import CHECKED
+from tests.pallas_kernels.tpu import lower_for_tpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One call."""
+
+  compact: int = 50
+  raw: int = 9
+  query_heads: int = 4
+  kv_heads: int = 2
+  head_dim: int = 16
+  bias: float = 0.0
+  dtype: str = "float32"
+  batch: int = 4
+  layers: int = 2
+
+  def arrays(self) -> tuple[Any, ...]:
+    """The positional arguments; one sequence sees all, one nothing, one no compact entry."""
+    rng = np.random.default_rng(0)
+    B, C, W = self.batch, self.compact, self.raw
+    shapes = [(B, self.query_heads, self.head_dim)]
+    shapes += [(self.layers, B, self.kv_heads, s, self.head_dim) for s in (C, C, W, W)]
+    arrays = [jnp.asarray(rng.normal(size=shape) * 2, self.dtype) for shape in shapes]
+    compact_end = np.array([C, 0, 0, max(1, C * 2 // 5)])
+    raw_end = np.array([W, 0, W // 2 + 1, W])
+    hidden = np.array([[1, 0, 0, W // 3], [W // 2, 0, 0, W // 3]])
+    visible = Visible(*(jnp.asarray(x, jnp.int32) for x in (compact_end, raw_end, *hidden)))
+    return *arrays, jnp.int32(self.layers - 1), visible
+
+  def options(self) -> dict[str, Any]:
+    """The keyword arguments."""
+    of = functools.partial(jnp.asarray, dtype=jnp.int32)
+    bias = GroupBias(self.bias, of([3, 0, 5, 7]), of([10, 0, 5, 20]), 3) if self.bias else None
+    return {"scale": 0.3, "group_bias": bias}
+
+
+CASES = {
+  "plain": Case(bias=2.7),
+  "many_tiles": Case(compact=3000, head_dim=128, layers=1, batch=4),
+  "wide_raw_part": Case(raw=2100, head_dim=128, layers=1, compact=3),
+  "many_queries_a_head": Case(query_heads=12, kv_heads=1, bias=1.0),
+  "one_entry": Case(compact=1, raw=1, layers=1),
+  "odd_sizes": Case(head_dim=20, query_heads=3, kv_heads=3, compact=70),
+  "half": Case(dtype="bfloat16", bias=2.7, head_dim=32),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernel_equals_plain(name: str):
+  """Error at most twice that of jax.numpy in the same dtype."""
+  case = CASES[name]
+  arrays, options = case.arrays(), case.options()
+  wide = [x.astype(jnp.float32) if x.dtype == case.dtype else x for x in arrays[:5]]
+  with jax.default_matmul_precision("highest"):
+    exact = np.asarray(decode_attention_xla(*wide, *arrays[5:], **options))
+    plain = np.asarray(decode_attention_xla(*arrays, **options), np.float32)
+  got = jax.jit(functools.partial(decode_attention_mosaic_tpu, interpret=CHECKED, **options))
+  got = np.asarray(got(*arrays), np.float32)
+  norm = np.linalg.norm(exact)
+  allowed = 2 * np.linalg.norm(plain - exact) / norm
+  assert np.linalg.norm(got - exact) / norm <= max(allowed, 2e-6)
+  np.testing.assert_array_equal(got[1], 0)  # a sequence that sees nothing
+
+
+def test_what_lies_behind_the_live_entries_is_not_read():
+  case = CASES["plain"]
+  query, key, value, *rest = case.arrays()
+  behind = np.arange(case.compact)[None] >= np.asarray(rest[-1].compact_end)[:, None]
+  bad = jnp.asarray(behind)[None, :, None, :, None]
+  run = jax.jit(functools.partial(decode_attention_mosaic_tpu, interpret=CHECKED, **case.options()))
+  clean = run(query, key, value, *rest)
+  dirty = run(query, jnp.where(bad, jnp.nan, key), jnp.where(bad, jnp.inf, value), *rest)
+  np.testing.assert_array_equal(clean, dirty)
+
+
+def structs(case: Case) -> tuple[Any, ...]:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), case.arrays())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_absent_tpu_gets_the_kernel(name: str):
+  call = functools.partial(decode_attention, **CASES[name].options())
+  assert "tpu_custom_call" in lower_for_tpu(call, *structs(CASES[name]))
+
+
+def test_a_cpu_gets_xla_and_kernels_say_why_not():
+  case = Case(dtype="float16")
+  call = functools.partial(decode_attention, **case.options())
+  assert "custom_call" not in jax.jit(call).lower(*structs(CASES["plain"])).as_text()
+  assert "tpu_custom_call" not in lower_for_tpu(call, *structs(case))
+  named = functools.partial(call, implementation="mosaic_tpu")
+  with pytest.raises(NotImplementedError, match="dtype is float16"):
+    jax.eval_shape(named, *case.arrays())
+  with pytest.raises(NotImplementedError, match="no compact entries"):
+    jax.eval_shape(named, *Case(compact=0).arrays())
+  with pytest.raises(NotImplementedError, match="mosaic_tpu runs on a TPU, and this call is for"):
+    jax.eval_shape(named, *CASES["plain"].arrays())
+  with pytest.raises(ValueError, match="'fast'; it must be None or one of"):
+    jax.eval_shape(functools.partial(call, implementation="fast"), *CASES["plain"].arrays())

@@ -1,0 +1,204 @@
+"""The TPU kernels against the oracle, interpreted with checks, and lowered for a TPU."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+
+from dga_jax import DGAConfig, explain
+from pallas_kernels.grouped_attention import grouped_attention
+from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.mosaic_tpu_attention import grouped_attention_mosaic_tpu
+from pallas_kernels.grouped_attention.mosaic_tpu_blocks import KeyTile, TpuBlocks
+from pallas_kernels.mosaic_tpu_common import CHECKED
+from tests.pallas_kernels.grouped_attention.kernel_cases import (
+  Case,
+  CASES,
+  check_against_reference,
+  structs_and_options,
+)
+from tests.pallas_kernels.tpu import lower_for_tpu
+
+# Small enough for short rows to have several of everything; one tile of summaries a block.
+_BLOCKS = TpuBlocks(
+  rows=256,
+  edge_rows=128,
+  block_k=128,
+  summaries=0,
+  summary_grad=KeyTile(block_k=128, rows=256, tiles=2),
+  window_grad=KeyTile(block_k=128, rows=256, tiles=1),
+  vmem=2**24,
+)
+_interpreted = functools.partial(grouped_attention_mosaic_tpu, blocks=_BLOCKS, interpret=CHECKED)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpacedCase(Case):
+  """Documents that leave room behind them in the window's list, as whole groups of them do."""
+
+  gap: int = 0
+
+  def _pad(self, columns: list[np.ndarray], base: np.ndarray) -> np.ndarray:
+    moved = [
+      c + np.array([0, 0, 0, 0, 1, 1])[:, None] * self.gap * i for i, c in enumerate(columns)
+    ]
+    return super()._pad(moved, base + np.array([0, 0, self.gap * max(len(columns) - 1, 0)]))
+
+
+# They hold among them several blocks of summaries, tiles that all queries see, tiles with the ends
+# of two documents, more window than a piece takes, padded queries, every head dim, both dtypes,
+# heads in one stack and in two.
+_EVERY_CHANGE = {
+  "documents": Case(
+    documents=((260, 1, 60),), length=330, head_dim=128, group_size=2, focal_rate=0.6
+  ),
+  "spaced": SpacedCase(
+    documents=((30,) * 5,), length=150, query_heads=4, group_size=16, gap=60, group_bias=1.4
+  ),
+  "streaming": Case(
+    documents=((101, 44), ()),
+    length=150,
+    streaming=True,
+    shared_bounds=True,
+    query_heads=4,
+    kv_heads=2,
+    head_dim=256,
+    dtype="bfloat16",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _EVERY_CHANGE)
+def test_interpreted_kernels_equal_reference_without_races(
+  name: str, capfd: pytest.CaptureFixture[str]
+):
+  check_against_reference(_interpreted, _EVERY_CHANGE[name])
+  assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+  "name",
+  "exact_tiles ragged packed fully_masked_row all_focal no_focal wide_window streaming".split(),
+)
+def test_interpreted_kernels_equal_reference_in_further_cases(
+  name: str, capfd: pytest.CaptureFixture[str]
+):
+  check_against_reference(_interpreted, CASES[name])
+  assert "RACE DETECTED" not in capfd.readouterr().out
+
+
+def test_a_tile_reads_nothing_that_its_queries_do_not_see():
+  """Entries that only later queries see may hold anything."""
+  case = Case(documents=((400,),), length=400, group_size=2, focal_rate=0.7, head_dim=64)
+  arrays, bounds, options = case.inputs()
+  first_tile = slice(0, 128)
+  seen = {
+    name: int(getattr(bounds, f"{name}_end")[..., first_tile].max()) for name in ("focal", "group")
+  }
+  poisoned = list(arrays)
+  for i, name in ((1, "focal"), (2, "focal"), (3, "group"), (4, "group")):
+    after = -(-seen[name] // 128) * 128
+    assert poisoned[i].shape[1] > after or name == "group"
+    poisoned[i] = poisoned[i].at[:, after:].set(jnp.nan)
+  for i in (5, 6):
+    poisoned[i] = poisoned[i].at[:, 256:].set(jnp.nan)
+  run = jax.jit(functools.partial(_interpreted, **options))
+  expected, got = run(*arrays, bounds), run(*poisoned, bounds)
+  np.testing.assert_array_equal(got[:, first_tile], expected[:, first_tile])
+  assert np.isnan(got[:, 256:]).any()
+
+
+@pytest.mark.parametrize(
+  ("kind", "head_dim", "dtype"),
+  [
+    ("TPU v5 lite", 64, "bfloat16"),
+    ("TPU v6 lite", 128, "float32"),
+    ("TPU7x", 256, "bfloat16"),
+    ("TPU v4", 128, "bfloat16"),
+  ],
+)
+def test_lowers_for_a_tpu(kind: str, head_dim: int, dtype: str):
+  args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
+  program = lower_for_tpu(_gradients(options), *args, device_kind=kind)
+  for name in ("forward", "dq", "dkdv_summaries", "dkdv_window"):
+    assert f"grouped_attention_{name}" in program
+
+
+def test_lowers_inside_a_shard_map_over_heads():
+  args, options = structs_and_options(head_dim=64, dtype="bfloat16")
+  heads = PartitionSpec(None, None, "heads")
+  mesh = _mesh(2)
+  sharded = jax.shard_map(
+    _gradients(options),
+    mesh=mesh,
+    in_specs=([heads] * 7, PartitionSpec(None, "heads"), heads),
+    out_specs=(heads, (heads,) * 7),
+  )
+  with jax.sharding.use_abstract_mesh(mesh):
+    lowered = jax.jit(sharded).trace(*args).lower(lowering_platforms=("tpu",))
+  assert "grouped_attention_dq" in lowered.as_text()
+
+
+def test_exports_for_a_tpu():
+  args, options = structs_and_options(head_dim=128, dtype="bfloat16")
+  with jax.sharding.use_abstract_mesh(_mesh()):
+    exported = jax.export.export(jax.jit(_gradients(options)), platforms=["tpu"])(*args)
+  assert exported.platforms == ("tpu",)
+  assert "grouped_attention_forward" in exported.mlir_module()
+
+
+def test_an_absent_tpu_gets_its_own_kernels():
+  shape = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
+  with jax.sharding.use_abstract_mesh(_mesh()):
+    reasons = explain(shape, shape, shape, config=DGAConfig(min_focal_tokens=0))
+  assert reasons["mosaic_tpu"] == "taken"
+  assert "TPU v5 lite" in reasons["triton"]
+  assert reasons["xla"] == "applies"
+
+
+@pytest.mark.parametrize(
+  ("head_dim", "dtype", "message"),
+  [(96, "bfloat16", "head_dim is 96"), (64, "float16", "dtype is float16")],
+)
+def test_refuses_what_it_cannot_do(head_dim: int, dtype: str, message: str):
+  args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
+  with pytest.raises(NotImplementedError, match=message):
+    jax.eval_shape(_gradients(options), *args)
+
+
+def test_refuses_more_queries_than_scalar_memory_describes():
+  args, options = structs_and_options(head_dim=64, dtype="bfloat16")
+  arrays, bounds, _ = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((4000, *x.shape[1:]), x.dtype), args
+  )
+  with pytest.raises(NotImplementedError, match="query has 4000 rows of 1000"):
+    jax.eval_shape(functools.partial(grouped_attention_mosaic_tpu, **options), *arrays, bounds)
+
+
+def test_is_named_or_refused_elsewhere():
+  args, options = structs_and_options(head_dim=64, dtype="bfloat16")
+  arrays, bounds, _ = args
+  run = functools.partial(grouped_attention, implementation="mosaic_tpu", **options)
+  with pytest.raises(NotImplementedError, match="mosaic_tpu runs on a TPU"):
+    jax.eval_shape(run, *arrays, bounds)
+
+
+def _mesh(devices: int = 1) -> AbstractMesh:
+  device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+  return AbstractMesh((devices,), ("heads",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
+def _gradients(options: dict[str, Any]) -> Any:
+  attention = functools.partial(grouped_attention_mosaic_tpu, **options)
+
+  def run(arrays: list[jax.Array], bounds: Bounds, dout: jax.Array) -> Any:
+    out, vjp = jax.vjp(lambda *arrays: attention(*arrays, bounds), *arrays)
+    return out, vjp(dout)
+
+  return run

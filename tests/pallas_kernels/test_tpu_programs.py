@@ -1,0 +1,114 @@
+"""The whole op compiled for four TPUs that are not there: VMEM suffices, memory is as stated.
+
+Peak memory is twice the arguments and results, since each also lies heads first for the kernels,
+and the summaries: once in the forward pass, six times (with their gradients, and before they are
+joined) in the backward pass. Where a chip has 128 MiB of VMEM, XLA keeps about 64 MiB there.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax.cache import cache_size, CompactCache, decode_step
+from tests.pallas_kernels.tpu import compile_for_tpu, TOPOLOGIES
+
+pytestmark = pytest.mark.aot
+
+H, N, D = 32, 8, 128
+LENGTHS = {"8K": 2**13, "32K": 2**15, "128K": 2**17}
+CHIPS_AND_LENGTHS = [(chip, L) for L in LENGTHS for chip in TOPOLOGIES]
+KEPT_IN_VMEM = {"v5e": 2**26, "v6e": 2**26}
+STREAMING = DGAConfig(selection="streaming", min_focal_tokens=0)
+
+
+def forward(config: DGAConfig) -> Callable[..., jax.Array]:
+  def run(*arrays: jax.Array) -> jax.Array:
+    return dynamic_group_attention(*arrays, config=config, implementation="mosaic_tpu")
+
+  return run
+
+
+def backward(config: DGAConfig) -> Callable[..., Any]:
+  def run(query: jax.Array, key: jax.Array, value: jax.Array, dout: jax.Array) -> Any:
+    out, pull = jax.vjp(forward(config), query, key, value)
+    return out, pull(dout)
+
+  return run
+
+
+def tokens(L: int, heads: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
+  return [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
+
+
+def stated_peak(chip: str, L: int, heads: tuple[int, ...], results: int, summaries: int) -> int:
+  """Bytes, with as many heads among the results as given."""
+  token = L * D * 2
+  summary = (3 * L // 18) * D * 2 * 2 * N
+  return 2 * token * (sum(heads) + results) + summaries * summary - KEPT_IN_VMEM.get(chip, 0)
+
+
+def check(compiled: jax.stages.Compiled, L: int, stated: int) -> None:
+  shapes = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", compiled.as_text())
+  assert max(math.prod(map(int, shape.split(","))) for shape in shapes) < L * L
+  peak = compiled.memory_analysis().peak_memory_in_bytes
+  assert abs(peak / stated - 1) < 0.1, f"peak is {peak}, stated {stated}"
+
+
+@pytest.mark.parametrize(("chip", "length"), CHIPS_AND_LENGTHS)
+def test_forward(chip: str, length: str):
+  L, heads = LENGTHS[length], (H, N, N)
+  compiled = compile_for_tpu(forward(STREAMING), *tokens(L, heads), chip=chip)
+  check(compiled, L, stated_peak(chip, L, heads, results=H, summaries=1))
+  assert "grouped_attention_forward" in kernels(compiled)
+
+
+@pytest.mark.parametrize(("chip", "length"), CHIPS_AND_LENGTHS)
+def test_backward(chip: str, length: str):
+  L, heads = LENGTHS[length], (H, N, N, H)
+  compiled = compile_for_tpu(backward(STREAMING), *tokens(L, heads), chip=chip)
+  check(compiled, L, stated_peak(chip, L, heads, results=2 * H + 2 * N, summaries=6))
+  backward_kernels = [name for name in kernels(compiled) if "transpose" in name]
+  for part in ("dq", "dkdv_summaries", "dkdv_window"):
+    assert any(f"grouped_attention_{part}" in name for name in backward_kernels)
+
+
+def test_global_selection():
+  L, heads = LENGTHS["32K"], (H, N, N, H)
+  config = DGAConfig(selection="global", min_focal_tokens=0)
+  compiled = compile_for_tpu(backward(config), *tokens(L, heads), chip="v5e")
+  check(compiled, L, stated_peak("v5e", L, heads, results=2 * H + 2 * N, summaries=6))
+
+
+@pytest.mark.parametrize(("chip", "length"), CHIPS_AND_LENGTHS)
+def test_decode(chip: str, length: str):
+  """One token of a layer among four; the cache is updated in place."""
+  layers, B = 4, 8
+  size = cache_size(STREAMING, LENGTHS[length])
+  compact, raw = (
+    jax.ShapeDtypeStruct((layers, B, N, tokens, D), jnp.bfloat16)
+    for tokens in (size.compact, size.raw)
+  )
+  number = jax.ShapeDtypeStruct((layers, B), jnp.int32)
+  cache = CompactCache(compact, compact, raw, raw, *[number] * 4)
+  query, key = (jax.ShapeDtypeStruct((B, heads, D), jnp.bfloat16) for heads in (H, N))
+
+  def step(query: Any, key: Any, value: Any, cache: CompactCache, layer: Any) -> Any:
+    return decode_step(
+      query, key, value, cache, layer, config=STREAMING, implementation="mosaic_tpu"
+    )
+
+  layer = jax.ShapeDtypeStruct((), jnp.int32)
+  compiled = compile_for_tpu(step, query, key, key, cache, layer, chip=chip, donate_argnums=3)
+  peak = compiled.memory_analysis().peak_memory_in_bytes
+  assert 1 <= peak / cache.bytes < 1.1, f"peak is {peak}, the cache has {cache.bytes}"
+
+
+def kernels(compiled: jax.stages.Compiled) -> list[str]:
+  """Names of the kernels in a program."""
+  return sorted(re.findall(r"%([a-z_0-9]+)[.\d]* = .*tpu_custom_call", compiled.as_text()))
