@@ -96,6 +96,12 @@ def get_config() -> ConfigDict:
   config.data.recall.num_noise = 64
   config.data.recall.validation_rows = 256
 
+  config.mesh = ConfigDict()  # Pieces; -1 is what the other axes leave of the devices.
+  config.mesh.data = -1  # Of the batch.
+  config.mesh.fsdp = 1  # Of the batch and of the stored parameters.
+  config.mesh.tensor = 1  # Of heads, MLP and vocabulary.
+  config.mesh.context = 1  # Of the sequence.
+
   config.optimizer = ConfigDict()
   config.optimizer.b1 = 0.9
   config.optimizer.b2 = 0.95

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from dga_jax.model.config import dataclass_from_dict, ModelConfig
+from dga_jax.sharding import MESH_AXES, MeshConfig
 from train.data.config import DataConfig
 
 
@@ -49,6 +50,7 @@ class TrainConfig:
     model: the decoder.
     data: the corpus, the tokenizer and how batches are made of them.
     optimizer: AdamW.
+    mesh: how the devices are arranged.
     init_from: workdir of the checkpoint whose model training begins with, an import's or another
       run's; None draws the parameters. Its tokenizer takes the place of data.tokenizer, and of
       `model` only attention with its settings, dtypes and remat hold.
@@ -69,6 +71,7 @@ class TrainConfig:
   model: ModelConfig
   data: DataConfig
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   init_from: str | None = None
   seed: int = 0
   num_steps: int = 1000
@@ -124,6 +127,7 @@ _FREE_ON_RESUME = frozenset(
     "keep_checkpoints",
     "data.cache_dir",
     "data.prefetch_batches",
+    *(f"mesh.{axis}" for axis in MESH_AXES),
   }
 )
 

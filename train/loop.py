@@ -7,7 +7,6 @@ from typing import Any
 import grain
 import jax
 from absl import logging
-from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
 from dga_jax.checkpoint import Checkpoints
@@ -97,7 +96,7 @@ class _Run:
     self._checkpoints = checkpoints
     self._first_step = first_step
     self._functions = make_functions(config)
-    self._eval_step = make_eval_step(config, self._functions.graphdef, data.tokenizer)
+    self._eval_step = make_eval_step(config, self._functions, data.tokenizer)
     self._batches = iter(data.train)
     self._reporter = Reporter(config, metrics, first_step=first_step or 0)
 
@@ -112,7 +111,7 @@ class _Run:
       # A Python number or numpy array that slipped into the step would be copied to the device at
       # every step; here it raises. The copies that are meant are explicit.
       with jax.transfer_guard("disallow"):
-        state, scalars = self._functions.step(state, jax.device_put(batch))
+        state, scalars = self._functions.step(state, self._functions.place(batch))
         self._reporter.add(step, scalars)
       self._checkpoints.raise_if_failed()
       is_last = step == config.num_steps
@@ -130,11 +129,12 @@ class _Run:
       return self._functions.init()
     if self._first_step is None:
       logging.info("Beginning with the model in %s.", self._config.init_from)
-      return self._functions.begin(load_params(self._config))
-    device = SingleDeviceSharding(jax.devices()[0])
+      params = jax.device_put(load_params(self._config), self._functions.shardings.params)
+      return self._functions.begin(params)
     target = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
       jax.eval_shape(self._functions.init),
+      self._functions.shardings,
     )
     params, training = self._checkpoints.restore(
       self._first_step,
@@ -150,7 +150,9 @@ class _Run:
     self._reporter.flush()
     if not self._config.eval_batches:
       return None
-    evaluation = evaluate(self._config, self._eval_step, state.params, self._data.validation)
+    evaluation = evaluate(
+      self._config, self._functions, self._eval_step, state.params, self._data.validation
+    )
     self._reporter.evaluated(step, evaluation)
     plot_run(self._workdir)
     return evaluation

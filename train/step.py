@@ -1,19 +1,23 @@
 """One optimizer step: the state and a batch in, the state and a few scalars out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from dga_jax.checkpoint import abstract_decoder
 from dga_jax.model import Decoder
+from dga_jax.sharding import make_mesh, parameter_shardings
 from train.config import TrainConfig
 from train.loss import token_losses
 from train.optimizer import make_optimizer, make_schedule
+from train.sharding import batch_sharding, HostBatch, optimizer_shardings, place_batch, replicated
 
 type Batch = dict[str, Array]
 type Scalars = dict[str, Float[Array, ""]]
@@ -41,6 +45,9 @@ class Functions:
 
   Attributes:
     graphdef: the decoder's structure; with the parameters `nnx.merge` makes the decoder of it.
+    mesh: the devices that all of it is spread over.
+    shardings: where each array of the state lies on them.
+    place: puts this process's rows of a batch (see `train.sharding`) onto them.
     init: makes the state before the first step.
     begin: the same of parameters that are there already, which are donated.
     step: one step; the state given to it is donated. Its scalars are the loss (nats per token),
@@ -49,19 +56,29 @@ class Functions:
   """
 
   graphdef: nnx.GraphDef
+  mesh: Mesh
+  shardings: TrainState
+  place: Callable[[HostBatch], Batch]
   init: Callable[[], TrainState]
   begin: Callable[[PyTree[Array]], TrainState]
   step: Callable[[TrainState, Batch], tuple[TrainState, Scalars]]
 
 
-def make_functions(config: TrainConfig) -> Functions:
-  """The jitted functions of a training run."""
+def make_functions(config: TrainConfig, mesh: Mesh | None = None) -> Functions:
+  """The jitted functions of a training run.
+
+  Args:
+    config: of the run.
+    mesh: the devices; by default those that there are, arranged as `config.mesh` says.
+  """
+  mesh = make_mesh(config.mesh) if mesh is None else mesh
   graphdef, variables = abstract_decoder(config.model)
   optimizer = make_optimizer(config, variables)
   schedule = make_schedule(config)
+  shardings = _state_shardings(optimizer, variables, mesh)
 
-  # Parameters and optimizer state are made in one jitted function: under a mesh they are then
-  # created in shards and never whole.
+  # Parameters and optimizer state are made in one jitted function: they are created in shards
+  # and never whole.
   def init() -> TrainState:
     model = Decoder(config.model, rngs=nnx.Rngs(config.seed))
     return begin(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -70,7 +87,9 @@ def make_functions(config: TrainConfig) -> Functions:
     return TrainState(params, optimizer.init(params), jnp.int32(0))
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
-    loss, accuracy, grads = mean_gradient(config, graphdef, state.params, batch)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      loss, accuracy, grads = mean_gradient(config, graphdef, state.params, batch)
+    grads = jax.lax.with_sharding_constraint(grads, shardings.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     scalars = {
@@ -85,10 +104,30 @@ def make_functions(config: TrainConfig) -> Functions:
 
   return Functions(
     graphdef,
-    init=jax.jit(init),
-    begin=jax.jit(begin, donate_argnums=0),
-    step=jax.jit(step, donate_argnums=0),
+    mesh,
+    shardings,
+    place=functools.partial(place_batch, mesh=mesh, micro_batches=config.grad_accumulation),
+    init=jax.jit(init, out_shardings=shardings),
+    begin=jax.jit(begin, donate_argnums=0, out_shardings=shardings),
+    step=jax.jit(
+      step,
+      donate_argnums=0,
+      in_shardings=(shardings, batch_sharding(mesh)),
+      out_shardings=(shardings, replicated(mesh)),
+    ),
   )
+
+
+def _state_shardings(
+  optimizer: optax.GradientTransformation, variables: nnx.State, mesh: Mesh
+) -> TrainState:
+  params = parameter_shardings(variables, mesh)
+  shapes = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    nnx.to_pure_dict(variables),
+    params,
+  )
+  return TrainState(params, optimizer_shardings(optimizer, shapes, mesh), replicated(mesh))
 
 
 def mean_gradient(
@@ -128,5 +167,13 @@ def batch_losses(
 
 
 def micro_batches(config: TrainConfig, batch: Batch) -> Batch:
-  """The batch's arrays [B, ...] as [grad_accumulation, B / grad_accumulation, ...]."""
-  return {name: x.reshape(config.grad_accumulation, -1, *x.shape[1:]) for name, x in batch.items()}
+  """The batch's arrays [B, ...] as [grad_accumulation, B / grad_accumulation, ...].
+
+  Rows are dealt out in turn, so that each device takes those of every micro-batch from its own.
+  """
+  pieces = config.grad_accumulation
+
+  def deal(x: Array) -> Array:
+    return jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0)
+
+  return {name: deal(x) for name, x in batch.items()}
