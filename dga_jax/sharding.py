@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -23,6 +24,8 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {
   "batch": ("data", "fsdp"),
   "length": ("context",),
+  # Between layers: what is kept there for the backward pass is the most of a step's memory.
+  "residual_length": ("context", "tensor"),
   "heads": ("tensor",),
   "kv_heads": ("tensor",),
   "mlp": ("tensor",),
@@ -104,11 +107,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def current_mesh() -> AbstractMesh | None:
   """The mesh that a computation is partitioned over while it is traced.
 
-  None where there is none, where it has a single device, where none of its axes is ours, and
-  inside a `jax.shard_map`, where all arrays are pieces already.
+  None where there is none, where it has a single device or other axes than ours, and inside a
+  `jax.shard_map`, where all arrays are pieces already.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1 or mesh.manual_axes or not set(MESH_AXES) & set(mesh.axis_names):
+  if mesh.empty or mesh.size == 1 or mesh.manual_axes or not set(MESH_AXES) <= set(mesh.axis_names):
     return None
   return mesh
 
@@ -116,7 +119,34 @@ def current_mesh() -> AbstractMesh | None:
 def axis_size(name: str) -> int:
   """Size of an axis of the current mesh, 1 without one."""
   mesh = current_mesh()
-  return 1 if mesh is None else mesh.shape.get(name, 1)
+  return 1 if mesh is None else mesh.shape[name]
+
+
+def sequence_order(length: int) -> np.ndarray | None:
+  """Which position stands where in a sequence that is split over the context axis.
+
+  A later query sees more, so contiguous pieces would cost unlike times. The sequence is cut into
+  twice as many chunks as there are pieces, and piece c of C holds chunks c and 2C - 1 - c.
+
+  Args:
+    length: L, of the sequence.
+
+  Returns:
+    int [L], positions in the order of the pieces; None where sequences are whole.
+
+  Raises:
+    ValueError: the sequence cannot be cut so.
+  """
+  pieces = axis_size("context")
+  if pieces == 1:
+    return None
+  if length % (2 * pieces):
+    raise ValueError(
+      f"The sequence has {length} tokens; with config.mesh.context={pieces} it must be a multiple "
+      f"of {2 * pieces}."
+    )
+  chunks = np.arange(length).reshape(2, pieces, -1)
+  return np.stack([chunks[0], chunks[1, ::-1]], axis=1).reshape(length)
 
 
 def partition_spec(

@@ -57,7 +57,7 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
   """
   pieces = mesh.shape["data"] * mesh.shape["fsdp"]
   places = batch_sharding(mesh).addressable_devices_indices_map((pieces,))
-  mine = sorted({rows.indices(pieces)[0] for (rows,) in places.values()})
+  mine = sorted({place[0].indices(pieces)[0] for place in places.values() if place is not None})
   if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
     raise ValueError(
       f"This process's devices hold the parts {mine} of {pieces} of the batch, which are not one "

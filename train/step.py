@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -13,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from dga_jax.checkpoint import abstract_decoder
 from dga_jax.model import Decoder
-from dga_jax.sharding import make_mesh, parameter_shardings
+from dga_jax.sharding import make_mesh, parameter_shardings, sequence_order
 from train.config import TrainConfig
+from train.guard import choose, Guard, is_good, new_guard, seen
 from train.loss import token_losses
 from train.optimizer import make_optimizer, make_schedule
 from train.sharding import batch_sharding, HostBatch, optimizer_shardings, place_batch, replicated
@@ -31,12 +34,14 @@ class TrainState:
   Attributes:
     params: the model's parameters as a nested dict of arrays (the float32 masters).
     optimizer: optax's state.
-    step: optimizer steps done.
+    step: optimizer steps done, skipped ones counted.
+    guard: what tells bad steps from good ones.
   """
 
   params: PyTree[Array]
   optimizer: optax.OptState
   step: Int32[Array, ""]
+  guard: Guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +56,8 @@ class Functions:
     init: makes the state before the first step.
     begin: the same of parameters that are there already, which are donated.
     step: one step; the state given to it is donated. Its scalars are the loss (nats per token),
-      accuracy, grad_norm before clipping, param_norm after the step, learning_rate and tokens
-      (those with a loss).
+      accuracy, grad_norm before clipping, param_norm after the step, learning_rate, tokens
+      (those with a loss), and skipped: 1 if the step was bad and changed nothing, else 0.
   """
 
   graphdef: nnx.GraphDef
@@ -84,23 +89,28 @@ def make_functions(config: TrainConfig, mesh: Mesh | None = None) -> Functions:
     return begin(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
   def begin(params: PyTree[Array]) -> TrainState:
-    return TrainState(params, optimizer.init(params), jnp.int32(0))
+    return TrainState(params, optimizer.init(params), jnp.int32(0), new_guard(config.guard))
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       loss, accuracy, grads = mean_gradient(config, graphdef, state.params, batch)
     grads = jax.lax.with_sharding_constraint(grads, shardings.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updated = (optax.apply_updates(state.params, updates), optimizer_state)
+    grad_norm = optax.tree.norm(grads)
+    good = is_good(config.guard, state.guard, loss, grad_norm)
+    params, optimizer_state = choose(good, updated, (state.params, state.optimizer))
     scalars = {
       "loss": loss,
       "accuracy": accuracy,
-      "grad_norm": optax.tree.norm(grads),
+      "grad_norm": grad_norm,
       "param_norm": optax.tree.norm(params),
       "learning_rate": jnp.float32(schedule(state.step)),
       "tokens": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
+      "skipped": 1 - jnp.float32(good),
     }
-    return TrainState(params, optimizer_state, state.step + 1), scalars
+    guard = seen(state.guard, loss, good)
+    return TrainState(params, optimizer_state, state.step + 1, guard), scalars
 
   return Functions(
     graphdef,
@@ -127,7 +137,10 @@ def _state_shardings(
     nnx.to_pure_dict(variables),
     params,
   )
-  return TrainState(params, optimizer_shardings(optimizer, shapes, mesh), replicated(mesh))
+  whole = replicated(mesh)
+  return TrainState(
+    params, optimizer_shardings(optimizer, shapes, mesh), whole, Guard(whole, whole)
+  )
 
 
 def mean_gradient(
@@ -163,7 +176,13 @@ def batch_losses(
   """Loss of every token, and whether its target is the most likely token; see `token_losses`."""
   model = nnx.merge(graphdef, params)
   hidden_BxLxE = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
-  return token_losses(model.unembed, hidden_BxLxE, batch["targets"], chunk=config.loss_chunk)
+  targets_BxL, chunk = batch["targets"], config.loss_chunk
+  order_L = sequence_order(targets_BxL.shape[1])
+  if order_L is None:
+    return token_losses(model.unembedder(), hidden_BxLxE, targets_BxL, chunk=chunk)
+  losses = token_losses(model.unembedder(), hidden_BxLxE, targets_BxL[:, order_L], chunk=chunk)
+  back_L = np.argsort(order_L)
+  return losses[0][:, back_L], losses[1][:, back_L]
 
 
 def micro_batches(config: TrainConfig, batch: Batch) -> Batch:
