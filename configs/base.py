@@ -84,6 +84,8 @@ def get_config() -> ConfigDict:
   config.data.vocab_size = 4096
   config.data.max_documents = placeholder(int)
   config.data.prefetch_batches = 4
+  config.data.stall_warning_seconds = 30.0
+  config.data.stall_error_seconds = 1800.0
   config.data.cache_dir = placeholder(str)
 
   config.data.recall = ConfigDict()
@@ -101,6 +103,12 @@ def get_config() -> ConfigDict:
   config.mesh.fsdp = 1  # Of the batch and of the stored parameters.
   config.mesh.tensor = 1  # Of heads, MLP and vocabulary.
   config.mesh.context = 1  # Of the sequence.
+
+  config.guard = ConfigDict()  # Steps whose loss or gradient is not finite, or a spike.
+  config.guard.policy = "stop"  # Or "skip".
+  config.guard.spike_sigmas = placeholder(float)
+  config.guard.spike_window = 128
+  config.guard.max_skipped = 16
 
   config.optimizer = ConfigDict()
   config.optimizer.b1 = 0.9

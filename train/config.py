@@ -43,6 +43,34 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """What happens at a step whose loss or gradient is not finite, or whose loss is a spike.
+
+  Such a step changes nothing but the count of steps, and its batch is kept in the workdir.
+
+  Attributes:
+    policy: "stop" ends the run there; "skip" goes on with the next batch.
+    spike_sigmas: a loss is a spike if it exceeds the mean of the last losses by more than so many
+      of their standard deviations; None for no such rule.
+    spike_window: how many losses those are; the rule holds once there are so many.
+    max_skipped: skipped steps in a row at which the run ends after all.
+  """
+
+  policy: str = "stop"
+  spike_sigmas: float | None = None
+  spike_window: int = 128
+  max_skipped: int = 16
+
+  def __post_init__(self) -> None:
+    if self.policy not in ("stop", "skip"):
+      raise ValueError(f"config.guard.policy is {self.policy!r}; it must be 'stop' or 'skip'.")
+    if self.spike_sigmas is not None:
+      _require_number(self, "spike_sigmas", "above 0, or None", lambda x: x > 0)
+    _require_int(self, "spike_window", least=2)
+    _require_int(self, "max_skipped", least=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """Everything that defines a training run.
 
@@ -51,6 +79,7 @@ class TrainConfig:
     data: the corpus, the tokenizer and how batches are made of them.
     optimizer: AdamW.
     mesh: how the devices are arranged.
+    guard: what happens at a step that diverges.
     init_from: workdir of the checkpoint whose model training begins with, an import's or another
       run's; None draws the parameters. Its tokenizer takes the place of data.tokenizer, and of
       `model` only attention with its settings, dtypes and remat hold.
@@ -72,6 +101,7 @@ class TrainConfig:
   data: DataConfig
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
   init_from: str | None = None
   seed: int = 0
   num_steps: int = 1000
@@ -117,7 +147,8 @@ _POSITIVE = (
   "keep_checkpoints",
 )
 
-# What may change when a run is taken up again: it does not change what is computed.
+# What may change when a run is taken up again: it does not change what is computed, or, as the
+# rule for spikes, is there to be changed when one has come.
 _FREE_ON_RESUME = frozenset(
   {
     "log_every",
@@ -127,6 +158,11 @@ _FREE_ON_RESUME = frozenset(
     "keep_checkpoints",
     "data.cache_dir",
     "data.prefetch_batches",
+    "data.stall_warning_seconds",
+    "data.stall_error_seconds",
+    "guard.policy",
+    "guard.spike_sigmas",
+    "guard.max_skipped",
     *(f"mesh.{axis}" for axis in MESH_AXES),
   }
 )
@@ -144,6 +180,11 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
 def to_dict(config: TrainConfig) -> dict[str, Any]:
   """The config as nested dicts for JSON; `make_config` reads it back."""
   return dataclasses.asdict(config)
+
+
+def to_flat_dict(config: TrainConfig) -> dict[str, Any]:
+  """The config's values by dotted key, such as `config.model.dga.group_size`."""
+  return _flatten(to_dict(config), "config.")
 
 
 def known_keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:

@@ -137,7 +137,7 @@ def _state_shardings(
     nnx.to_pure_dict(variables),
     params,
   )
-  whole = replicated(mesh)
+  whole: Any = replicated(mesh)
   return TrainState(
     params, optimizer_shardings(optimizer, shapes, mesh), whole, Guard(whole, whole)
   )
