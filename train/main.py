@@ -11,7 +11,6 @@ A run of several processes, here two on one machine, is the same command in each
     --coordinator=127.0.0.1:8476 --num_processes=2 --process_id=0  # and 1
 """
 
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -22,7 +21,8 @@ from ml_collections import config_flags
 
 from dga_jax.checkpoint import CheckpointError
 from train import processes
-from train.config import check_key, make_config
+from train.command_line import parse_flags
+from train.config import make_config
 from train.errors import TrainingError
 from train.logs import set_up_logging
 from train.loop import train
@@ -44,8 +44,6 @@ _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the r
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 _PROFILE = flags.DEFINE_string("profile", None, "N:M takes a profile of the steps N to M.")
 flags.mark_flag_as_required("config")
-
-_OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 
 
 def main(argv: list[str]) -> None:
@@ -72,22 +70,6 @@ def _fail(message: str) -> NoReturn:
   if _COORDINATOR.value is None:
     sys.exit(message)
   processes.leave(1, message)
-
-
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; says of a --config.KEY that cannot be set why it cannot."""
-  overrides = [match[1] for argument in argv if (match := _OVERRIDE.match(argument))]
-  try:
-    for key in overrides:
-      check_key(key)
-    return app.parse_flags_with_usage(argv)
-  except ValueError as error:
-    sys.exit(f"{error}")
-  except (AttributeError, KeyError) as error:
-    sys.exit(
-      f"{error}: the config file does not set this key, so it cannot be changed. Start the file "
-      "from configs.base, which sets every key."
-    )
 
 
 if __name__ == "__main__":
