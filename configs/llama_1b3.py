@@ -1,4 +1,6 @@
-"""A LLaMA of 1.3 billion parameters with Dynamic Group Attention, for one GPU of 80 GB.
+"""A LLaMA of 1.3 billion parameters with Dynamic Group Attention.
+
+For one GPU of 80 GB:
 
   python -m train.main --config=configs/llama_1b3.py --workdir=runs/1b3 \
     --config.data.train_files="('texts/**/*.txt',)" --config.data.sequence_length=32768

@@ -8,6 +8,7 @@ The mesh has four axes, any of them of size 1:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -200,11 +201,32 @@ def parameter_shardings(variables: nnx.State, mesh: Mesh | AbstractMesh) -> PyTr
 
 
 def constrain(x: Array, *names: str | None) -> Array:
-  """x, laid out over the current mesh by ACTIVATIONS; x itself without a mesh.
-
-  For a weight it is the layout of use: "embed", by which it is stored in pieces, is whole.
-  """
+  """x, laid out over the current mesh by ACTIVATIONS; x itself without a mesh."""
   mesh = current_mesh()
   if mesh is None:
     return x
   return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh, ACTIVATIONS))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(parameter: Array, names: tuple[str, ...]) -> Array:
+  """A parameter as it is used: gathered along the axes by which it is only stored in pieces.
+
+  Its gradient goes straight back to the pieces: it is summed and scattered, never whole.
+  """
+  return constrain(parameter, *names)
+
+
+def _gather(parameter: Array, names: tuple[str, ...]) -> tuple[Array, None]:
+  return gathered(parameter, names), None
+
+
+def _scatter(names: tuple[str, ...], _: None, gradient: Array) -> tuple[Array]:
+  mesh = current_mesh()
+  if mesh is None:
+    return (gradient,)
+  stored = partition_spec(names, gradient.shape, mesh, PARAMETERS)
+  return (jax.lax.with_sharding_constraint(gradient, stored),)
+
+
+gathered.defvjp(_gather, _scatter)

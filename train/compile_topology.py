@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -88,15 +89,19 @@ class Report:
     mesh = " x ".join(f"{axis}={size}" for axis, size in self.mesh.items() if size > 1)
     share = self.peak_bytes / self.chip_bytes
     verdict = "fits" if self.fits else f"leaves less than {_SPARE:.0%} free"
-    lines = [
+    head = (
       f"{self.chips} chips of {self.device}, mesh {mesh or 'of one device'}; "
-      f"{self.parameters / 1e9:.2f} billion parameters; compiled in {self.seconds:.0f} s",
+      f"{self.parameters / 1e9:.2f} billion parameters; compiled in {self.seconds:.0f} s"
+    )
+    memory = (
       f"memory per chip: {self.peak_bytes / 1e9:.2f} GB of {self.chip_bytes / 1e9:.0f} GB "
-      f"({share:.0%}; {verdict}), of which parameters and optimizer {self.state_bytes / 1e9:.2f} GB",
+      f"({share:.0%}; {verdict}), of which parameters and optimizer {self.state_bytes / 1e9:.2f} GB"
+    )
+    work = (
       f"model FLOPs (6 per weight and token, and attention): {self.flops:.4g} a step of "
-      f"{self.tokens} tokens, {self.flops / self.chips:.4g} a chip",
-      "moved to each chip in a step:",
-    ]
+      f"{self.tokens} tokens, {self.flops / self.chips:.4g} a chip"
+    )
+    lines = [head, memory, work, "moved to each chip in a step:"]
     for kind, (count, size) in sorted(by_kind(self.collectives).items()):
       lines.append(f"  {kind:<18} {count:>6} times {size * self.devices_per_chip / 1e9:>9.3f} GB")
     return "\n".join(lines)
@@ -201,8 +206,7 @@ def main(argv: list[str]) -> None:
   except (RuntimeError, ValueError) as error:
     sys.exit(f"{type(error).__name__}: {error}")
   if _PROGRAM.value is not None:
-    with open(_PROGRAM.value, "w") as file:
-      file.write(text)
+    Path(_PROGRAM.value).write_text(text)
   print(report)
 
 

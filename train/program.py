@@ -12,7 +12,9 @@ _OPERATION = re.compile(r" ([a-z][a-z\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_BOUND = re.compile(r"s32\[\] constant\((\d+)\)")
 _ITEM_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5}
 
 
@@ -26,6 +28,7 @@ class Collective:
     devices: how many take part in one group.
     times: how often the program runs it, by the trip counts of the loops around it.
     source: the operation of the model that it comes from, as far as the compiler says.
+    channel: number by which the compiler knows it, for one that is part of fusions.
   """
 
   kind: str
@@ -33,6 +36,7 @@ class Collective:
   devices: int
   times: int
   source: str
+  channel: str = ""
 
   @property
   def sent_bytes(self) -> float:
@@ -60,7 +64,18 @@ def read_collectives(text: str) -> list[Collective]:
     text: of the compiled program, `jax.stages.Compiled.as_text()`.
   """
   computations, entry = _computations(text)
-  return list(_walk(computations, entry, times=1))
+  # One collective may be a part of several fusions, also in loops, through which it proceeds beside
+  # their own work: the least often run of them tells how often it is run.
+  fused: dict[Collective, Collective] = {}
+  whole = []
+  for found in _walk(computations, entry, times=1):
+    if not found.channel:
+      whole.append(found)
+      continue
+    key = dataclasses.replace(found, times=0)
+    if key not in fused or found.times < fused[key].times:
+      fused[key] = found
+  return [*whole, *fused.values()]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -81,36 +96,59 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
     kind = operation.removesuffix("-start")
     if kind in _KINDS:
       yield _collective(kind, operation, line, times)
-      continue
-    trips = _TRIPS.search(line) if operation == "while" else None
-    inner = times * (int(trips[1]) if trips else 1)
-    called = _CALLED.findall(line)
-    for branches in _BRANCHES.findall(line):
-      called += [branch.strip().lstrip("%") for branch in branches.split(",")]
-    if "all-reduce-scatter" in line and operation == "fusion":
-      yield from _scattered(_walk(computations, called[0], inner), line)
-      continue
-    for computation in called:
-      yield from _walk(computations, computation, inner)
+    elif operation == "fusion":
+      yield from _fused(computations, line, times)
+    else:
+      inner = times * _trips(computations, line) if operation == "while" else times
+      for computation in _called(line):
+        yield from _walk(computations, computation, inner)
 
 
-def _scattered(reductions: Iterator[Collective], line: str) -> Iterator[Collective]:
-  """TPU programs hold a reduce-scatter as a fusion of an all-reduce and a slice."""
-  for found in reductions:
-    if found.kind == "all-reduce":
-      found = dataclasses.replace(found, kind="reduce-scatter", shapes=_shapes(_result(line)))
-    yield found
+def _fused(computations: dict[str, list[str]], line: str, times: int) -> Iterator[Collective]:
+  """Collectives inside a fusion."""
+  for computation in _called(line):
+    for found in _walk(computations, computation, times):
+      # TPU programs hold a reduce-scatter as a fusion of an all-reduce and a slice.
+      if found.kind == "all-reduce" and "all-reduce-scatter" in computation:
+        yield dataclasses.replace(found, kind="reduce-scatter", shapes=_shapes(_result(line)))
+      else:
+        channel = re.search(r"channel_id=(\d+)", "".join(computations[computation]))
+        yield dataclasses.replace(found, channel=channel[1] if channel else "")
+
+
+def _called(line: str) -> list[str]:
+  called = _CALLED.findall(line)
+  for branches in _BRANCHES.findall(line):
+    called += [branch.strip().lstrip("%") for branch in branches.split(",")]
+  return called
+
+
+def _trips(computations: dict[str, list[str]], line: str) -> int:
+  """How often a loop runs: as the compiler says, or by the bound that its counter is held to.
+
+  Loops over layers, micro-batches and chunks count from 0 in steps of 1.
+  """
+  if known := _TRIPS.search(line):
+    return int(known[1])
+  condition = _CONDITION.search(line)
+  lines = [] if condition is None else computations.get(condition[1], [])
+  bounds = [int(n) for inner in lines for n in _BOUND.findall(_plain(inner))]
+  return bounds[0] if len(bounds) == 1 else 1
+
+
+def _plain(line: str) -> str:
+  """An instruction without the layouts of its arrays, which may hold parentheses."""
+  return " " + re.sub(r"(?<=\])\{[^}]*\}", "", line)
 
 
 def _operation(line: str) -> str:
-  # The type before it may hold brackets and braces, but no lower-case word before a parenthesis.
-  found = _OPERATION.search(" " + re.sub(r"\{[^}]*\}", "", line))
+  found = _OPERATION.search(_plain(line))
   return found[1] if found else ""
 
 
 def _result(line: str) -> str:
   """The type of an instruction's result: all before the name of the operation."""
-  plain = " " + re.sub(r"\{[^}]*\}", "", line)
+  plain = _plain(line)
   found = _OPERATION.search(plain)
   return plain[: found.start()] if found else ""
 

@@ -18,7 +18,7 @@ from dga_jax.model.layers import between_layers, DecoderLayer, rms_norm, weight
 from dga_jax.model.parallel import attend_on_mesh
 from dga_jax.model.rope import inverse_frequencies, rope_table
 from dga_jax.model.unembedding import logits
-from dga_jax.sharding import constrain, sequence_order
+from dga_jax.sharding import gathered, sequence_order
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -124,7 +124,7 @@ class Decoder(nnx.Module):
     """`unembed` with its table gathered from the devices that store it, once for many calls."""
     config = self.config
     table_ExV = self.embedding[...].T if config.tie_embeddings else self.unembedding[...]
-    table_ExV = constrain(table_ExV, "embed", "vocab")
+    table_ExV = gathered(table_ExV, ("embed", "vocab"))
     return lambda states: logits(states, table_ExV.astype(config.dtype))
 
   def init_cache(self, batch_size: int, max_length: int) -> DecoderCache:
@@ -256,7 +256,7 @@ class Decoder(nnx.Module):
     if config.remat != "none":
       # Inside a scan XLA cannot merge the recomputation away, so preventing it would only cost.
       layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
-    table_VxE = constrain(self.embedding[...], "vocab", "embed")
+    table_VxE = gathered(self.embedding[...], ("vocab", "embed"))
     x_BxLxE = between_layers(table_VxE[tokens_BxL].astype(config.dtype))
     (x_BxLxE, updated), made = jax.lax.scan(
       layer, (x_BxLxE, caches), (params, jnp.arange(config.num_layers))

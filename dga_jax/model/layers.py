@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.rope import apply_rope, RopeTable
-from dga_jax.sharding import constrain
+from dga_jax.sharding import constrain, gathered
 
 # (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), rotated by position, -> (o_BxLxHxD, what became of a cache).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -68,7 +68,7 @@ def in_use(parameter: nnx.Param[Array], dtype: DTypeLike) -> Array:
   value = parameter[...].astype(dtype)
   # Layers that are stacked have the name of one axis more than the weights of one.
   names = parameter.get_metadata()["out_sharding"][-value.ndim :]
-  return constrain(value, *names)
+  return gathered(value, tuple(names))
 
 
 def between_layers(x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
