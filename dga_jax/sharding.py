@@ -225,6 +225,9 @@ def _scatter(names: tuple[str, ...], _: None, gradient: Array) -> tuple[Array]:
   mesh = current_mesh()
   if mesh is None:
     return (gradient,)
+  # Whole first, then in pieces: told only of the pieces, the compiler gathers the activations of
+  # all devices to compute them, where it can sum and scatter.
+  gradient = constrain(gradient, *names)
   stored = partition_spec(names, gradient.shape, mesh, PARAMETERS)
   return (jax.lax.with_sharding_constraint(gradient, stored),)
 
