@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from dga_jax.attention import check
 from dga_jax.attention.attend import kernel_options
+from dga_jax.attention.global_pieces import global_entries
 from dga_jax.attention.pieces import Pieces
 from dga_jax.attention.plan import Rows
 from dga_jax.attention.streaming_pieces import streaming_entries, streaming_halo
@@ -52,7 +53,9 @@ def attend_pieces(
   if rows.padded:
     is_token_BxPx1x1 = pieces.own(rows.documents.is_token)[..., None, None]
     query, key, value = (jnp.where(is_token_BxPx1x1, x, 0) for x in (query, key, value))
-  entries, bounds = streaming_entries(
+  streaming = config.selection == "streaming"
+  make_entries = streaming_entries if streaming else global_entries
+  entries, bounds = make_entries(
     query,
     key,
     value,
@@ -64,7 +67,7 @@ def attend_pieces(
   options = kernel_options(query, config, scale)
   # Between the windows of the two chunks lies what precedes the second one, unseen by queries of
   # the first. Implementations take a tile's windows as one run, which may hold it.
-  options["max_window"] += streaming_halo(config)
+  options["max_window"] += streaming_halo(config) if streaming else config.group_size - 1
   out_BxPxHxD = grouped_attention(query, *entries, bounds, implementation=implementation, **options)
   if rows.broken is None:
     return out_BxPxHxD
