@@ -117,4 +117,5 @@ def get_config() -> ConfigDict:
   config.optimizer.weight_decay = 0.1
   config.optimizer.clip_norm = 1.0
   config.optimizer.final_rate = 0.1
+  config.optimizer.moment_dtype = "float32"
   return config

@@ -32,7 +32,9 @@ _CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="Config file; --config.KEY=VALUE changes a key.", lock_config=True
 )
 _TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "Kind and shape of the pod: v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4."
+  "topology",
+  "v5p:8x8x8",
+  "Kind and shape of the pod: v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4.",
 )
 _PROGRAM = flags.DEFINE_string("program", None, "File for the text of the compiled program.")
 
@@ -128,8 +130,9 @@ def compile_step(config: TrainConfig, topology: str) -> tuple[Report, str]:
     lowered = functions.step.lower(state, batch)
   compiled = lowered.compile()
   seconds = time.perf_counter() - start
-  memory = compiled.memory_analysis()
-  text = compiled.as_text()
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  if memory is None or text is None:
+    raise RuntimeError("The compiler does not say what memory the program takes.")
   tokens = batch["inputs"].size
   report = Report(
     device=kind,
@@ -211,5 +214,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["config", "topology"])
+  flags.mark_flag_as_required("config")
   app.run(main, flags_parser=parse_flags)

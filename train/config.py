@@ -6,11 +6,13 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dga_jax.model.config import dataclass_from_dict, ModelConfig
 from dga_jax.sharding import MESH_AXES, MeshConfig
 from train.data.config import DataConfig
+
+_LARGEST_B2_IN_BFLOAT16 = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,9 @@ class OptimizerConfig:
     weight_decay: decoupled, on matrices alone; norms' scales and other vectors do not decay.
     clip_norm: bound on the global norm of the gradient.
     final_rate: the learning rate at the last step, as a share of the peak.
+    moment_dtype: in which both moments are stored; the update computes in float32. "bfloat16"
+      takes half the memory. It keeps 8 bits, so a second moment that should move by less than
+      0.4 % of itself in a step stays: b2 has to be well below 0.996.
   """
 
   b1: float = 0.9
@@ -32,6 +37,7 @@ class OptimizerConfig:
   weight_decay: float = 0.1
   clip_norm: float = 1.0
   final_rate: float = 0.1
+  moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
   def __post_init__(self) -> None:
     for name in ("b1", "b2"):
@@ -40,6 +46,16 @@ class OptimizerConfig:
       _require_number(self, name, "above 0", lambda x: x > 0)
     _require_number(self, "weight_decay", "of at least 0", lambda x: x >= 0)
     _require_number(self, "final_rate", "in [0, 1]", lambda x: 0 <= x <= 1)
+    if self.moment_dtype not in ("float32", "bfloat16"):
+      raise ValueError(
+        f"config.optimizer.moment_dtype is {self.moment_dtype!r}; it must be 'float32' or "
+        "'bfloat16'."
+      )
+    if self.moment_dtype == "bfloat16" and self.b2 > _LARGEST_B2_IN_BFLOAT16:
+      raise ValueError(
+        f"config.optimizer.b2 is {self.b2}; with moment_dtype='bfloat16' it must be at most "
+        f"{_LARGEST_B2_IN_BFLOAT16}, or the second moment would not move."
+      )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from dga_jax.checkpoint import abstract_decoder
@@ -66,7 +67,7 @@ class Functions:
   place: Callable[[HostBatch], Batch]
   init: Callable[[], TrainState]
   begin: Callable[[PyTree[Array]], TrainState]
-  step: Callable[[TrainState, Batch], tuple[TrainState, Scalars]]
+  step: Wrapped  # (TrainState, Batch) -> (TrainState, Scalars)
 
 
 def make_functions(config: TrainConfig, mesh: Mesh | None = None) -> Functions:

@@ -60,8 +60,11 @@ def attend_on_mesh(
   if mesh is None:
     return kind.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, segment_ids=segment_ids, lengths=lengths)
   _check(mesh, kind, q_BxLxHxD, k_BxLxNxD)
-  rows = {"segment_ids": segment_ids, "lengths": lengths}
-  rows = {name: array for name, array in rows.items() if array is not None}
+  rows = {
+    name: array
+    for name, array in (("segment_ids", segment_ids), ("lengths", lengths))
+    if array is not None
+  }
 
   def attend(q: Array, k: Array, v: Array, rows: Mapping[str, Array]) -> Array:
     given: dict[str, Any] = {"segment_ids": None, "lengths": None, **rows}
