@@ -22,11 +22,17 @@ from train.data.pipeline import load_data
 from train.errors import TrainingError
 from train.loop import train
 from train.metrics import read_metrics
+from train.profile import ProfiledSteps
 from train.step import Functions, make_functions, mean_gradient
 
 
 def test_what_a_run_leaves(config: TrainConfig, tmp_path: Path) -> None:
-  train(config, tmp_path)
+  train(config, tmp_path, profiled=ProfiledSteps.parse("2:3"))
+  (profile,) = (tmp_path / "profile").rglob("*.xplane.pb")
+  assert b"step_num" in profile.read_bytes()
+  told = {name for record in read_metrics(tmp_path) for name in record}
+  assert told >= {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+  assert told >= {"host_memory_bytes", "data_wait_seconds"}
   held_out = [record for record in read_metrics(tmp_path) if "eval_loss" in record]
   assert [record["step"] for record in held_out] == [0, 6, 12]
   assert held_out[-1]["eval_loss"] < 0.8 * held_out[0]["eval_loss"]
