@@ -124,7 +124,7 @@ def compile_step(config: TrainConfig, topology: str) -> tuple[Report, str]:
   chip_bytes, per_chip = _CHIPS[kind]
   mesh = make_mesh(config.mesh, devices)
   functions = make_functions(config, mesh)
-  state, batch = _arguments(config, functions)
+  state, batch = arguments(config, functions)
   start = time.perf_counter()
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered = functions.step.lower(state, batch)
@@ -170,10 +170,14 @@ def _devices(topology: str) -> list[jax.Device]:
   return list(description.devices)
 
 
-def _arguments(
+def arguments(
   config: TrainConfig, functions: Functions
 ) -> tuple[jax.ShapeDtypeStruct, dict[str, jax.ShapeDtypeStruct]]:
-  """Shapes and places of what a step takes."""
+  """Shapes and places of what a step takes, to lower it with.
+
+  Raises:
+    ValueError: the mesh does not divide the batch.
+  """
   mesh = functions.mesh
   rows = mesh.shape["data"] * mesh.shape["fsdp"] * config.grad_accumulation
   if config.batch_size % rows:

@@ -29,6 +29,7 @@ class Collective:
     times: how often the program runs it, by the trip counts of the loops around it.
     source: the operation of the model that it comes from, as far as the compiler says.
     channel: number by which the compiler knows it, for one that is part of fusions.
+    open_ended: whether a loop runs it as often as the data demand; `times` counts one time.
   """
 
   kind: str
@@ -37,6 +38,7 @@ class Collective:
   times: int
   source: str
   channel: str = ""
+  open_ended: bool = False
 
   @property
   def sent_bytes(self) -> float:
@@ -99,9 +101,10 @@ def _walk(computations: dict[str, list[str]], name: str, times: int) -> Iterator
     elif operation == "fusion":
       yield from _fused(computations, line, times)
     else:
-      inner = times * _trips(computations, line) if operation == "while" else times
+      trips = _trips(computations, line) if operation == "while" else 1
       for computation in _called(line):
-        yield from _walk(computations, computation, inner)
+        for found in _walk(computations, computation, times * (trips or 1)):
+          yield found if trips else dataclasses.replace(found, open_ended=True)
 
 
 def _fused(computations: dict[str, list[str]], line: str, times: int) -> Iterator[Collective]:
@@ -123,17 +126,17 @@ def _called(line: str) -> list[str]:
   return called
 
 
-def _trips(computations: dict[str, list[str]], line: str) -> int:
+def _trips(computations: dict[str, list[str]], line: str) -> int | None:
   """How often a loop runs: as the compiler says, or by the bound that its counter is held to.
 
-  Loops over layers, micro-batches and chunks count from 0 in steps of 1.
+  None where the data decide. Loops over layers, micro-batches and chunks count up from 0 by 1.
   """
   if known := _TRIPS.search(line):
     return int(known[1])
   condition = _CONDITION.search(line)
   lines = [] if condition is None else computations.get(condition[1], [])
   bounds = [int(n) for inner in lines for n in _BOUND.findall(_plain(inner))]
-  return bounds[0] if len(bounds) == 1 else 1
+  return bounds[0] if len(bounds) == 1 else None
 
 
 def _plain(line: str) -> str:

@@ -1,18 +1,19 @@
-"""Loss and gradients on every mesh of eight devices; run by test_mesh.py in a process with eight."""
+"""The train step on meshes of eight devices; run by test_mesh.py in a process that has eight."""
 
 import dataclasses
 import itertools
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from dga_jax import DGAConfig
 from dga_jax.model import ModelConfig
 from dga_jax.sharding import make_mesh, MeshConfig
+from train.compile_topology import arguments
 from train.config import TrainConfig
 from train.data.config import DataConfig
+from train.program import read_collectives
 from train.step import Functions, make_functions, mean_gradient
 
 L = 64
@@ -79,11 +80,8 @@ def check(selection: str, shapes: list[tuple[int, ...]]) -> None:
     functions = make_functions(config, make_mesh(MeshConfig(*shape)))
     params = jax.device_put(state.params, functions.shardings.params)
     got = gradient(config, functions, params)
-    jax.tree.map(
-      lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6, err_msg=str(shape)),
-      got,
-      want,
-    )
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6, err_msg=str(shape))
 
 
 def check_state(shape: tuple[int, ...]) -> None:
@@ -111,13 +109,39 @@ def check_state(shape: tuple[int, ...]) -> None:
     jax.device_get(state.params),
     jax.device_get(first.params),
   )
-  assert jnp.all(gate.is_deleted())
+
+
+def check_gathers() -> None:
+  """Weights are gathered, and what a product takes of the residual; K, V, heads and logits not."""
+  config = dataclasses.replace(train_config("streaming"), batch_size=8)
+  model = dataclasses.replace(config.model, vocab_size=56, embed_dim=24, mlp_dim=40)
+  config = dataclasses.replace(config, model=model)
+  weights = {(24,), (24, 4, 4), (4, 4, 24), (24, 20), (20, 24), (24, 28), (28, 24), (56, 24)}
+  functions = make_functions(config, make_mesh(MeshConfig(1, 2, 2, 2)))
+  states = {(4, 32, 24), (4, 1, 32, 24)}
+  # The most likely token, of a chunk of 16 and each half of the vocabulary.
+  best = {(4, 1, 16, 2)}
+  # Blocks of 5 tokens that end in a chunk of 16, each a focal token and a group.
+  summaries = {(4, 4, 4, 2, 4, 4)}
+  text = functions.step.lower(*arguments(config, functions)).compile().as_text()
+  collectives = read_collectives(text)
+  assert not any(one.kind == "all-to-all" for one in collectives)
+  found = {
+    dims[1:] if dims[0] == 1 else dims
+    for one in collectives
+    if one.kind == "all-gather"
+    for _, dims in one.shapes
+  }
+  assert found <= weights | states | best | summaries, found
+  assert found >= summaries | {(24, 4, 4), (20, 24)}
 
 
 if __name__ == "__main__":
   jax.config.update("jax_numpy_rank_promotion", "raise")
   jax.config.update("jax_disable_most_optimizations", True)
-  if sys.argv[1] == "state":
+  if sys.argv[1] == "gathers":
+    check_gathers()
+  elif sys.argv[1] == "state":
     check_state((1, 2, 2, 2))
   else:
     check(sys.argv[1], SHAPES if sys.argv[2] == "all" else eval(sys.argv[2]))
