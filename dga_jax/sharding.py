@@ -123,6 +123,17 @@ def axis_size(name: str) -> int:
   return 1 if mesh is None else mesh.shape[name]
 
 
+def own_part(axis: str) -> tuple[Array | int, int]:
+  """Inside a `jax.shard_map`: which part of the arrays split over a mesh axis is here, of how many.
+
+  (0, 1) outside, and where the mesh has no such axis.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if axis not in mesh.manual_axes:
+    return 0, 1
+  return jax.lax.axis_index(axis), mesh.shape[axis]
+
+
 def sequence_order(length: int) -> np.ndarray | None:
   """Which position stands where in a sequence that is split over the context axis.
 

@@ -106,6 +106,8 @@ class Report:
     lines = [head, memory, work, "moved to each chip in a step:"]
     for kind, (count, size) in sorted(by_kind(self.collectives).items()):
       lines.append(f"  {kind:<18} {count:>6} times {size * self.devices_per_chip / 1e9:>9.3f} GB")
+    if any(one.open_ended for one in self.collectives):
+      lines.append("  (once for loops that run as often as the data demand)")
     return "\n".join(lines)
 
 
