@@ -199,13 +199,12 @@ class Checkpoints:
   def _save_failed(self, error: Exception) -> CheckpointError:
     step, self._saving = self._saving, None
     steps = list_steps(self.directory.parent)
-    remains = (
-      f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-    )
+    intact = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier one"
+    others = " If another process has failed, its log says why." if jax.process_count() > 1 else ""
     return CheckpointError(
       f"Saving the checkpoint of step {step} in {self.directory} failed: {_first_line(error)} "
-      f"Nothing of it counts as a checkpoint; {remains}. Make room (or mend the disk) and start "
-      "the same command again: it goes on from there."
+      f"Nothing of it counts as a checkpoint; {intact}.{others} Make room (or mend the disk) and "
+      "start the same command again: it goes on from there."
     )
 
 

@@ -1,7 +1,8 @@
 """Steps that would harm a run: told apart inside the step, which then changes nothing.
 
-A step is bad if its loss or gradient is not a finite number, or if its loss is a spike: further
-above the mean of the last good steps than so many of their standard deviations. What is compared
+A step is bad if its loss, its gradient or the parameters after it are not finite numbers, or if its
+loss is a spike: further above the mean of the last good steps than so many of their standard
+deviations. What is compared
 is part of the training state, so a run that is taken up again judges as one that never stopped.
 """
 
@@ -34,10 +35,22 @@ def new_guard(config: GuardConfig) -> Guard:
 
 
 def is_good(
-  config: GuardConfig, guard: Guard, loss: Float[Array, ""], grad_norm: Float[Array, ""]
+  config: GuardConfig,
+  guard: Guard,
+  loss: Float[Array, ""],
+  grad_norm: Float[Array, ""],
+  param_norm: Float[Array, ""],
 ) -> Bool[Array, ""]:
-  """Whether a step may change the state."""
-  good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+  """Whether a step may change the state.
+
+  Args:
+    config: the rule.
+    guard: what it has seen.
+    loss: of the step.
+    grad_norm: of its gradient.
+    param_norm: of the parameters that it would lead to.
+  """
+  good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
   if config.spike_sigmas is None:
     return good
   limit = jnp.mean(guard.losses) + config.spike_sigmas * jnp.std(guard.losses)

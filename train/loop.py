@@ -63,18 +63,17 @@ def train(config: TrainConfig, workdir: Path, *, profiled: ProfiledSteps | None 
     if start.step == config.num_steps:
       logging.info("The run in %s is finished: all %d steps are done.", workdir, start.step)
       return
+    functions = make_functions(start.config)
+    data = _load_data(start, workdir, functions)
+    entries = {**start.entries, _FINGERPRINT: data.fingerprint}
     with _saying_what_remains(checkpoints, workdir), contextlib.ExitStack() as stack:
-      functions = make_functions(start.config)
-      data = _load_data(start, workdir, functions)
-      entries = {**start.entries, _FINGERPRINT: data.fingerprint}
-      run = Run(start.config, workdir, functions, data, checkpoints, entries, first_step=start.step)
-      step = start.step or 0
       metrics = None
       if processes.is_first():
         last_step = -1 if start.step is None else start.step
         metrics = stack.enter_context(MetricsWriter(workdir, last_step=last_step))
-      reporter = Reporter(start.config, workdir, metrics, first_step=step)
+      reporter = Reporter(start.config, workdir, metrics, first_step=start.step or 0)
       profiler = stack.enter_context(contextlib.closing(Profiler(workdir, profiled)))
+      run = Run(start.config, workdir, functions, data, checkpoints, entries, first_step=start.step)
       run.to_the_end(reporter, profiler, stop_request)
 
 
@@ -161,15 +160,6 @@ def _saying_what_remains(checkpoints: Checkpoints, workdir: Path) -> Iterator[No
       checkpoints.wait()
     steps = list_steps(workdir)
     remains = f"the intact checkpoint of step {steps[-1]}" if steps else "no checkpoint"
-    raise TrainingError(f"{_explain(error)} There is {remains}.") from error
-
-
-def _explain(error: Exception) -> str:
-  if not isinstance(error, jax.errors.JaxRuntimeError):
-    return str(error)
-  message = str(error)
-  shown = message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
-  return (
-    f"Process {jax.process_index()} stops: a computation that all processes share has failed, "
-    f"most likely because one of them is gone; the log of that one says why. ({shown})"
-  )
+    is_shared = isinstance(error, jax.errors.JaxRuntimeError)
+    reason = processes.explain(error) if is_shared else str(error)
+    raise TrainingError(f"{reason} There is {remains}.") from error

@@ -106,13 +106,19 @@ def is_first() -> bool:
 def first_process_first(name: str) -> Iterator[None]:
   """What stands inside is done by process 0, then by the others.
 
-  On a shared disk they find done what it did; on disks of their own they do it themselves.
+  On a shared disk they find done what it did; on disks of their own they do it themselves. What
+  fails in process 0 most likely fails in the others too, each of which then says so.
+
+  Raises:
+    TrainingError: a process is gone.
   """
   if not is_first():
-    multihost_utils.sync_global_devices(name)
-  yield
-  if is_first():
-    multihost_utils.sync_global_devices(name)
+    _wait_for_all(name)
+  try:
+    yield
+  finally:
+    if is_first():
+      _wait_for_all(name)
 
 
 def check_agreement(values: Mapping[str, Any], remedy: str) -> None:
@@ -121,6 +127,9 @@ def check_agreement(values: Mapping[str, Any], remedy: str) -> None:
   Args:
     values: JSON values by name.
     remedy: what to do about a difference, one sentence.
+
+  Raises:
+    TrainingError: a process is gone.
   """
   if jax.process_count() == 1:
     return
@@ -173,6 +182,16 @@ class StopRequest:
     self._asked = True
 
 
+def explain(error: Exception) -> str:
+  """What to say of a computation that all processes share and that failed in this one."""
+  message = str(error)
+  shown = message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
+  return (
+    f"Process {jax.process_index()} stops: a computation that all processes share has failed, "
+    f"most likely because one of them is gone; the log of that one says why. ({shown})"
+  )
+
+
 def leave(status: int, message: str) -> NoReturn:
   """Ends this process at once, without waiting for others that may be gone."""
   sys.stdout.flush()
@@ -180,9 +199,25 @@ def leave(status: int, message: str) -> NoReturn:
   os._exit(status)
 
 
+@contextlib.contextmanager
+def _blaming_others() -> Iterator[None]:
+  """Explains what fails between processes."""
+  try:
+    yield
+  except (RuntimeError, ValueError) as error:  # Both come from jax, by transport.
+    raise TrainingError(explain(error)) from error
+
+
+def _wait_for_all(name: str) -> None:
+  if jax.process_count() > 1:
+    with _blaming_others():
+      multihost_utils.sync_global_devices(name)
+
+
 def _gather(local: bytes) -> list[bytes]:
   """Every process's bytes, as many from each, in the order of the processes."""
-  gathered_PxN = multihost_utils.process_allgather(np.frombuffer(local, np.uint8))
+  with _blaming_others():
+    gathered_PxN = multihost_utils.process_allgather(np.frombuffer(local, np.uint8))
   return [row_N.tobytes() for row_N in np.asarray(gathered_PxN)]
 
 

@@ -33,12 +33,14 @@ class Profiler:
   """Profiles the steps it is told to, in every process.
 
   Args:
-    workdir: the profile goes to its folder "profile".
+    workdir: the profile goes to its folder "profile", of one in several processes to a folder of
+      its own in there.
     steps: which; None profiles nothing.
   """
 
   def __init__(self, workdir: Path, steps: ProfiledSteps | None) -> None:
-    self._folder = workdir / "profile"
+    several = jax.process_count() > 1
+    self._folder = workdir / "profile" / (f"process_{jax.process_index()}" if several else "")
     self._steps = steps
     self._is_running = False
 
@@ -46,7 +48,9 @@ class Profiler:
     """A step is about to be dispatched."""
     if self._steps is not None and step == self._steps.first:
       self._is_running = True
-      jax.profiler.start_trace(self._folder)
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # Every call in Python: far more than the steps themselves.
+      jax.profiler.start_trace(self._folder, profiler_options=options)
 
   def after(self, step: int, result: Any) -> None:
     """It was dispatched; `result` is there once it is done."""

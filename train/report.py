@@ -109,8 +109,6 @@ class Reporter:
     else:
       self._skipped = 0
       del values["skipped"]
-    if not math.isfinite(values["param_norm"]):
-      raise DivergenceError(f"Training diverged at step {step}: {_numbers(values)}")
     self._timer.lap()
     if self._metrics is not None:
       self._write(self._metrics, step, values, taken.waited)

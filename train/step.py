@@ -57,7 +57,7 @@ class Functions:
     init: makes the state before the first step.
     begin: the same of parameters that are there already, which are donated.
     step: one step; the state given to it is donated. Its scalars are the loss (nats per token),
-      accuracy, grad_norm before clipping, param_norm after the step, learning_rate, tokens
+      accuracy, grad_norm before clipping, param_norm after the update, learning_rate, tokens
       (those with a loss), and skipped: 1 if the step was bad and changed nothing, else 0.
   """
 
@@ -98,14 +98,14 @@ def make_functions(config: TrainConfig, mesh: Mesh | None = None) -> Functions:
     grads = jax.lax.with_sharding_constraint(grads, shardings.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
     updated = (optax.apply_updates(state.params, updates), optimizer_state)
-    grad_norm = optax.tree.norm(grads)
-    good = is_good(config.guard, state.guard, loss, grad_norm)
+    grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(updated[0])
+    good = is_good(config.guard, state.guard, loss, grad_norm, param_norm)
     params, optimizer_state = choose(good, updated, (state.params, state.optimizer))
     scalars = {
       "loss": loss,
       "accuracy": accuracy,
       "grad_norm": grad_norm,
-      "param_norm": optax.tree.norm(params),
+      "param_norm": param_norm,
       "learning_rate": jnp.float32(schedule(state.step)),
       "tokens": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
       "skipped": 1 - jnp.float32(good),

@@ -13,7 +13,7 @@ def judge(config: GuardConfig, losses: list[float]) -> list[bool]:
   """Of each loss in turn, whether it is good after those before it."""
 
   def step(guard: Guard, loss: jax.Array) -> tuple[Guard, jax.Array]:
-    good = is_good(config, guard, loss, jnp.float32(1))
+    good = is_good(config, guard, loss, jnp.float32(1), jnp.float32(1))
     return seen(guard, loss, good), good
 
   _, good = jax.lax.scan(step, new_guard(config), jnp.array(losses, jnp.float32))
@@ -37,9 +37,11 @@ def test_what_is_not_finite_is_bad(value: float) -> None:
   config = GuardConfig()
   guard = new_guard(config)
   good, bad = jnp.float32(1), jnp.float32(value)
-  assert is_good(config, guard, good, good)
-  assert not is_good(config, guard, bad, good)
-  assert not is_good(config, guard, good, bad)
+  assert is_good(config, guard, good, good, good)
+  for place in range(3):
+    numbers = [good, good, good]
+    numbers[place] = bad
+    assert not is_good(config, guard, *numbers)
   after = seen(guard, bad, jnp.bool(False))
   assert after.count == 0
   assert jnp.isfinite(after.losses).all()
