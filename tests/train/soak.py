@@ -46,11 +46,11 @@ def main(argv: list[str]) -> None:
   logging.set_verbosity(logging.ERROR)
   rng = random.Random(seed)
   with tempfile.TemporaryDirectory() as folder:
-    soak(Path(folder), rng, until=time.monotonic() + 60 * _MINUTES.value)
+    soak(Path(folder), rng, seconds=60 * _MINUTES.value)
 
 
-def soak(folder: Path, rng: random.Random, *, until: float) -> None:
-  """Rounds until a time of the monotonic clock."""
+def soak(folder: Path, rng: random.Random, *, seconds: float) -> None:
+  """Rounds for that long, after the run that is left alone."""
   for name in ("corpus", "compiled"):
     (folder / name).mkdir()
   write_corpus(folder / "corpus")
@@ -60,6 +60,7 @@ def soak(folder: Path, rng: random.Random, *, until: float) -> None:
   undisturbed = folder / "undisturbed"
   fleet.run(undisturbed, 2, *MESHES[2])
   counts: collections.Counter[str] = collections.Counter()
+  until = time.monotonic() + seconds
   bar = tqdm(unit=" signals", file=sys.stdout, mininterval=10)
   while time.monotonic() < until:
     wanders = counts["rounds"] % 2 == 1
@@ -100,7 +101,7 @@ def disturb(
     counts["seconds until all had stopped, at most"] = max(
       seconds, counts["seconds until all had stopped, at most"]
     )
-    if signal == SIGTERM:
+    if signal == SIGTERM and STEPS not in list_steps(workdir):
       assert statuses == [0] * number, "\n".join(trainer.output() for trainer in trainers)
     counts[_what_came_of(signal, victims)] += 1
     bar.update()
