@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 
@@ -47,13 +46,6 @@ class Pieces:
     offset_1xn = jnp.arange(self.chunk, dtype=jnp.int32)[None]
     return (self.chunk_starts[:, None] + offset_1xn).reshape(-1)
 
-  @property
-  def chunk_places(self) -> np.ndarray:
-    """[2C]: where chunk a stands among all devices' chunks, taken device by device."""
-    chunks = np.arange(2 * self.count)
-    low = chunks < self.count
-    return np.where(low, 2 * chunks, 2 * (2 * self.count - 1 - chunks) + 1)
-
   def place(self, position: Int[Array, "*S"]) -> Int[Array, "*S"]:
     """Where among this device's tokens a position of the sequence lies; P for another device's."""
     place = jnp.full_like(position, 2 * self.chunk)
@@ -92,4 +84,5 @@ class Pieces:
   def gather(self, x: Shaped[Array, "B 2 *S"]) -> Shaped[Array, "B 2C *S"]:
     """Every device's x, which has an entry for each of its chunks, in the order of the chunks."""
     every = jax.lax.all_gather(x, self.axis_name, axis=1, tiled=True)
-    return every[:, self.chunk_places]
+    every = every.reshape(x.shape[0], self.count, 2, *x.shape[2:])
+    return jnp.concatenate([every[:, :, 0], every[:, ::-1, 1]], axis=1)
