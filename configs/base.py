@@ -84,6 +84,8 @@ def get_config() -> ConfigDict:
   config.data.vocab_size = 4096
   config.data.max_documents = placeholder(int)
   config.data.prefetch_batches = 4
+  config.data.stall_warning_seconds = 30.0
+  config.data.stall_error_seconds = 1800.0
   config.data.cache_dir = placeholder(str)
 
   config.data.recall = ConfigDict()
@@ -96,6 +98,18 @@ def get_config() -> ConfigDict:
   config.data.recall.num_noise = 64
   config.data.recall.validation_rows = 256
 
+  config.mesh = ConfigDict()  # Pieces; -1 is what the other axes leave of the devices.
+  config.mesh.data = -1  # Of the batch.
+  config.mesh.fsdp = 1  # Of the batch and of the stored parameters.
+  config.mesh.tensor = 1  # Of heads, MLP and vocabulary.
+  config.mesh.context = 1  # Of the sequence.
+
+  config.guard = ConfigDict()  # Steps whose loss or gradient is not finite, or a spike.
+  config.guard.policy = "stop"  # Or "skip".
+  config.guard.spike_sigmas = placeholder(float)
+  config.guard.spike_window = 128
+  config.guard.max_skipped = 16
+
   config.optimizer = ConfigDict()
   config.optimizer.b1 = 0.9
   config.optimizer.b2 = 0.95
@@ -103,4 +117,5 @@ def get_config() -> ConfigDict:
   config.optimizer.weight_decay = 0.1
   config.optimizer.clip_norm = 1.0
   config.optimizer.final_rate = 0.1
+  config.optimizer.moment_dtype = "float32"
   return config

@@ -4,7 +4,7 @@ A checkpoint holds these items, so that a reader takes only what it needs:
 
   params     the model's parameters, a plain nested dict of arrays
   training   everything else the trainer needs: optimizer state and step
-  data       the state of the training data's iterator; imported models have none
+  data       JSON: the position in the training data; imported models have none
   config     JSON: {"model": ModelConfig, ...the rest of the training config, or "origin": what an
              import knew of the model besides}
   tokenizer  JSON: what `dga_jax.tokenizer` needs to make the tokenizer again
@@ -12,30 +12,43 @@ A checkpoint holds these items, so that a reader takes only what it needs:
 
 A step's folder gets its final name when everything in it is written, so a save that is killed or
 runs out of disk never looks like a checkpoint. Damage done later is found by the checksums.
+
+In a run of several processes all of them save and restore together, each its own shards, in a
+folder that they share. Nothing in a checkpoint depends on how many they were.
 """
 
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
-from jaxtyping import Array, PyTree, UInt32
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jaxtyping import Array, PyTree
 
+from dga_jax.checksum import checksum
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.model.config import ATTENTION_SETTINGS
+from dga_jax.sharding import parameter_shardings
 from dga_jax.tokenizer import Tokenizer
 
 # Fields of ModelConfig that may differ between training and use: they change how the parameters
 # are used, not what they are.
 _FREE_MODEL_FIELDS = frozenset(
   {"attention", *ATTENTION_SETTINGS, "dtype", "remat", "rope_base", "rope_scaling"}
+)
+
+
+# Read by every process as numbers, wherever the devices are that saved them.
+_STORED_CHECKSUMS = ocp.args.StandardRestore(
+  {name: np.zeros((), np.uint32) for name in ("params", "training")}
 )
 
 
@@ -58,6 +71,7 @@ class Checkpoints:
       self.directory,
       options=ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_unless_failing),
         best_fn=lambda metrics: metrics["eval_loss"],
         best_mode="min",
         preservation_policy=policies.AnyPreservationPolicy(
@@ -85,16 +99,15 @@ class Checkpoints:
     *,
     params: PyTree[Array],
     training: PyTree[Array],
-    data: ocp.args.CheckpointArgs | None,
+    data: Mapping[str, Any] | None,
     config: Mapping[str, Any],
     tokenizer: Tokenizer,
     eval_loss: float | None = None,
   ) -> None:
     """Copies the state to the host and writes it in the background.
 
-    The arrays may be donated as soon as this returns. `data` is the orbax argument that saves the
-    data iterator (`grain.checkpoint.CheckpointSave`), None for a model that was not trained here.
-    `config` must have the entry "model".
+    The arrays may be donated as soon as this returns. `data` says where in the data training is,
+    None for a model that was not trained here. `config` must have the entry "model".
 
     Raises:
       CheckpointError: this save, or the one before it, failed.
@@ -106,10 +119,12 @@ class Checkpoints:
       "training": ocp.args.StandardSave(training),
       "config": ocp.args.JsonSave(dict(config)),
       "tokenizer": ocp.args.JsonSave(json.loads(tokenizer.to_json())),
-      "checksums": ocp.args.StandardSave(_checksums(params, training)),
+      "checksums": ocp.args.StandardSave(
+        {"params": checksum(params), "training": checksum(training)}
+      ),
     }
     if data is not None:
-      items["data"] = data
+      items["data"] = ocp.args.JsonSave(dict(data))
     # A checkpoint that was not evaluated is never the best.
     metrics = {"eval_loss": math.inf if eval_loss is None else eval_loss}
     try:
@@ -137,15 +152,13 @@ class Checkpoints:
     *,
     params: PyTree[jax.ShapeDtypeStruct],
     training: PyTree[jax.ShapeDtypeStruct],
-    data: ocp.args.CheckpointArgs,
   ) -> tuple[PyTree[Array], PyTree[Array]]:
-    """Reads a checkpoint; the data iterator in `data` is set to the state it had.
+    """Reads a checkpoint's arrays, each process into its own shards.
 
     Args:
       step: which one.
       params: shapes, dtypes and shardings of the parameters.
       training: the same for the trainer's own state.
-      data: the orbax argument that restores the data iterator.
 
     Returns:
       (params, training).
@@ -154,18 +167,27 @@ class Checkpoints:
       CheckpointError: it is damaged.
     """
     targets = {"params": params, "training": training}
-    restored = _read_arrays(self.directory, step, targets, data=data)
+    restored = _read_arrays(self.directory, step, targets)
     return restored["params"], restored["training"]
 
   def read_config(self, step: int) -> dict[str, Any]:
     """The config saved with a step."""
     return _read_json(self.directory, step, "config")
 
+  def read_data(self, step: int) -> dict[str, Any]:
+    """The position in the training data saved with a step."""
+    return _read_json(self.directory, step, "data")
+
   def __enter__(self) -> Self:
     return self
 
   def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-    """Waits for the save in the background, whose failure raises unless something else did."""
+    """Waits for the save in the background, whose failure raises unless something else did.
+
+    After an error in one of several processes it does not wait: the save needs them all.
+    """
+    if exc_type is not None and jax.process_count() > 1:
+      return
     try:
       self.wait()
     except CheckpointError as error:
@@ -177,14 +199,22 @@ class Checkpoints:
   def _save_failed(self, error: Exception) -> CheckpointError:
     step, self._saving = self._saving, None
     steps = list_steps(self.directory.parent)
-    remains = (
-      f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier checkpoint"
-    )
+    intact = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier one"
+    others = " If another process has failed, its log says why." if jax.process_count() > 1 else ""
     return CheckpointError(
       f"Saving the checkpoint of step {step} in {self.directory} failed: {_first_line(error)} "
-      f"Nothing of it counts as a checkpoint; {remains}. Make room (or mend the disk) and start "
-      "the same command again: it goes on from there."
+      f"Nothing of it counts as a checkpoint; {intact}.{others} Make room (or mend the disk) and "
+      "start the same command again: it goes on from there."
     )
+
+
+def _wait_unless_failing(*, key: str, timeout_ms: int) -> None:
+  """The barrier of saves in the background; one that fails is not held up by it.
+
+  Orbax has a process whose save failed wait for the others, which wait for its files.
+  """
+  if sys.exception() is None:
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def list_steps(workdir: str | Path) -> list[int]:
@@ -197,15 +227,20 @@ def list_steps(workdir: str | Path) -> list[int]:
 
 
 def load_model(
-  workdir: str | Path, step: int | None = None, *, config: ModelConfig | None = None
+  workdir: str | Path,
+  step: int | None = None,
+  *,
+  config: ModelConfig | None = None,
+  mesh: Mesh | None = None,
 ) -> tuple[Decoder, ModelConfig, Tokenizer]:
-  """The trained decoder of a run, on the first device.
+  """The trained decoder of a run.
 
   Args:
     workdir: the run's folder, the trainer's --workdir.
     step: which checkpoint; None for the newest.
     config: use the parameters with this config instead of the saved one, for example with another
       attention kind. What shapes or feeds the parameters must agree.
+    mesh: spread the parameters over it; None takes the first device.
 
   Returns:
     (decoder, its config, the tokenizer it was trained with).
@@ -222,7 +257,8 @@ def load_model(
   config = config or saved
   tokenizer = _read_tokenizer(directory, step)
   graphdef, variables = abstract_decoder(config)
-  target = jax.tree.map(lambda x: _here(x.shape, x.dtype), nnx.to_pure_dict(variables))
+  shardings = () if mesh is None else (parameter_shardings(variables, mesh),)
+  target = jax.tree.map(_target, nnx.to_pure_dict(variables), *shardings)
   params = _read_arrays(directory, step, {"params": target})["params"]
   return nnx.merge(graphdef, params), config, tokenizer
 
@@ -281,29 +317,24 @@ def _read(directory: Path, step: int, items: Mapping[str, ocp.args.CheckpointArg
 
 
 def _read_arrays(
-  directory: Path,
-  step: int,
-  targets: Mapping[str, PyTree[jax.ShapeDtypeStruct]],
-  **others: ocp.args.CheckpointArgs,
+  directory: Path, step: int, targets: Mapping[str, PyTree[jax.ShapeDtypeStruct]]
 ) -> dict[str, PyTree[Array]]:
-  """Reads array items, compares them with their checksums, and restores other items."""
-  stored = {name: _here((), jnp.uint32) for name in ("params", "training")}
+  """Reads array items and compares them with their checksums."""
   items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
-  items["checksums"] = ocp.args.StandardRestore(stored)
   try:
-    restored = _read(directory, step, items | others)
+    restored = _read(directory, step, items | {"checksums": _STORED_CHECKSUMS})
   except Exception as error:
     raise _damaged(directory, step, _first_line(error)) from error
   for name in targets:
-    if int(_checksum(restored[name])) != int(restored["checksums"][name]):
+    if int(checksum(restored[name])) != int(restored["checksums"][name]):
       raise _damaged(directory, step, f"the checksum of '{name}' does not fit its content.")
   return {name: restored[name] for name in targets}
 
 
-def _here(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-  """An array to be read onto the first device: the one that saved it may not be there."""
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.ShapeDtypeStruct(shape, dtype, sharding=device)
+def _target(array: Any, sharding: Sharding | None = None) -> jax.ShapeDtypeStruct:
+  """What to read, by default onto this process's first device: what saved it may not be there."""
+  sharding = sharding or SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _read_json(directory: Path, step: int, item: str) -> dict[str, Any]:
@@ -346,45 +377,19 @@ def _is_sound(directory: Path, step: int) -> bool:
   items: dict[str, ocp.args.CheckpointArgs] = {
     name: ocp.args.JsonRestore() for name in ("config", "tokenizer")
   }
+  items["checksums"] = _STORED_CHECKSUMS
   try:
-    for name in ("params", "training", "checksums"):
+    for name in ("params", "training"):
       with ocp.StandardCheckpointer() as reader:
         stored = reader.metadata(directory / str(step) / name).item_metadata.tree
-      target = jax.tree.map(lambda x: _here(x.shape, x.dtype), stored)
-      items[name] = ocp.args.StandardRestore(target)
+      items[name] = ocp.args.StandardRestore(jax.tree.map(_target, stored))
     restored = _read(directory, step, items)
     return all(
-      int(_checksum(restored[name])) == int(restored["checksums"][name])
+      int(checksum(restored[name])) == int(restored["checksums"][name])
       for name in ("params", "training")
     )
   except Exception:
     return False
-
-
-def _checksums(params: PyTree[Array], training: PyTree[Array]) -> dict[str, UInt32[Array, ""]]:
-  return {"params": _checksum(params), "training": _checksum(training)}
-
-
-@jax.jit
-def _checksum(tree: PyTree[Array]) -> UInt32[Array, ""]:
-  """Σ (2i + 1)·word_i mod 2³² over each array's words, combined over the arrays.
-
-  Integer sums do not depend on their order, so the value is the same however the arrays are
-  sharded; odd factors are invertible, so no change of a single word goes unnoticed. The compressed
-  array files carry no checksum of their own.
-  """
-  total = jnp.uint32(0)
-  for leaf in jax.tree.leaves(tree):
-    words = _words(leaf)
-    factors = 2 * jnp.arange(words.size, dtype=jnp.uint32) + 1
-    total = total * jnp.uint32(31) + jnp.sum(words * factors, dtype=jnp.uint32)
-  return total
-
-
-def _words(array: Array) -> UInt32[Array, " n"]:
-  """An array's bits as 32-bit words, one or more to an element."""
-  bits = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-  return jax.lax.bitcast_convert_type(array, bits).reshape(-1).astype(jnp.uint32)
 
 
 def _first_line(error: Exception) -> str:

@@ -48,7 +48,7 @@ _END_TOKEN = flags.DEFINE_string(
   "end_token", None, "Token that ends a text; default: the one that the files name."
 )
 _MESH = flags.DEFINE_string(
-  "mesh", None, "Devices to spread the weights over while importing, e.g. data=2,model=4."
+  "mesh", None, "Devices to spread the weights over while importing, e.g. fsdp=2,tensor=4."
 )
 
 

@@ -6,10 +6,13 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from dga_jax.model.config import dataclass_from_dict, ModelConfig
+from dga_jax.sharding import MESH_AXES, MeshConfig
 from train.data.config import DataConfig
+
+_LARGEST_B2_IN_BFLOAT16 = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +26,9 @@ class OptimizerConfig:
     weight_decay: decoupled, on matrices alone; norms' scales and other vectors do not decay.
     clip_norm: bound on the global norm of the gradient.
     final_rate: the learning rate at the last step, as a share of the peak.
+    moment_dtype: in which both moments are stored; the update computes in float32. "bfloat16"
+      takes half the memory. It keeps 8 bits, so a second moment that should move by less than
+      0.4 % of itself in a step stays: b2 has to be well below 0.996.
   """
 
   b1: float = 0.9
@@ -31,6 +37,7 @@ class OptimizerConfig:
   weight_decay: float = 0.1
   clip_norm: float = 1.0
   final_rate: float = 0.1
+  moment_dtype: Literal["float32", "bfloat16"] = "float32"
 
   def __post_init__(self) -> None:
     for name in ("b1", "b2"):
@@ -39,6 +46,44 @@ class OptimizerConfig:
       _require_number(self, name, "above 0", lambda x: x > 0)
     _require_number(self, "weight_decay", "of at least 0", lambda x: x >= 0)
     _require_number(self, "final_rate", "in [0, 1]", lambda x: 0 <= x <= 1)
+    if self.moment_dtype not in ("float32", "bfloat16"):
+      raise ValueError(
+        f"config.optimizer.moment_dtype is {self.moment_dtype!r}; it must be 'float32' or "
+        "'bfloat16'."
+      )
+    if self.moment_dtype == "bfloat16" and self.b2 > _LARGEST_B2_IN_BFLOAT16:
+      raise ValueError(
+        f"config.optimizer.b2 is {self.b2}; with moment_dtype='bfloat16' it must be at most "
+        f"{_LARGEST_B2_IN_BFLOAT16}, or the second moment would not move."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class GuardConfig:
+  """What happens at a bad step: not finite, or with a spike of the loss; see train/guard.py.
+
+  Such a step changes nothing but the count of steps, and its batch is kept in the workdir.
+
+  Attributes:
+    policy: "stop" ends the run there; "skip" goes on with the next batch.
+    spike_sigmas: a loss is a spike if it exceeds the mean of the last losses by more than so many
+      of their standard deviations; None for no such rule.
+    spike_window: how many losses those are; the rule holds once there are so many.
+    max_skipped: skipped steps in a row at which the run ends after all.
+  """
+
+  policy: str = "stop"
+  spike_sigmas: float | None = None
+  spike_window: int = 128
+  max_skipped: int = 16
+
+  def __post_init__(self) -> None:
+    if self.policy not in ("stop", "skip"):
+      raise ValueError(f"config.guard.policy is {self.policy!r}; it must be 'stop' or 'skip'.")
+    if self.spike_sigmas is not None:
+      _require_number(self, "spike_sigmas", "above 0, or None", lambda x: x > 0)
+    _require_int(self, "spike_window", least=2)
+    _require_int(self, "max_skipped", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +94,8 @@ class TrainConfig:
     model: the decoder.
     data: the corpus, the tokenizer and how batches are made of them.
     optimizer: AdamW.
+    mesh: how the devices are arranged.
+    guard: what happens at a step that diverges.
     init_from: workdir of the checkpoint whose model training begins with, an import's or another
       run's; None draws the parameters. Its tokenizer takes the place of data.tokenizer, and of
       `model` only attention with its settings, dtypes and remat hold.
@@ -69,6 +116,8 @@ class TrainConfig:
   model: ModelConfig
   data: DataConfig
   optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
   init_from: str | None = None
   seed: int = 0
   num_steps: int = 1000
@@ -114,7 +163,8 @@ _POSITIVE = (
   "keep_checkpoints",
 )
 
-# What may change when a run is taken up again: it does not change what is computed.
+# What may change when a run is taken up again: it does not change what is computed, or, as the
+# rule for spikes, is there to be changed when one has come.
 _FREE_ON_RESUME = frozenset(
   {
     "log_every",
@@ -124,6 +174,12 @@ _FREE_ON_RESUME = frozenset(
     "keep_checkpoints",
     "data.cache_dir",
     "data.prefetch_batches",
+    "data.stall_warning_seconds",
+    "data.stall_error_seconds",
+    "guard.policy",
+    "guard.spike_sigmas",
+    "guard.max_skipped",
+    *(f"mesh.{axis}" for axis in MESH_AXES),
   }
 )
 
@@ -140,6 +196,11 @@ def make_config(values: Mapping[str, Any]) -> TrainConfig:
 def to_dict(config: TrainConfig) -> dict[str, Any]:
   """The config as nested dicts for JSON; `make_config` reads it back."""
   return dataclasses.asdict(config)
+
+
+def to_flat_dict(config: TrainConfig) -> dict[str, Any]:
+  """The config's values by dotted key, such as `config.model.dga.group_size`."""
+  return _flatten(to_dict(config), "config.")
 
 
 def known_keys(cls: type = TrainConfig, prefix: str = "") -> Iterator[str]:

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int, PyTree
 
 from dga_jax.attention.documents import find_documents
 from dga_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
-from train.step import Batch, batch_losses, micro_batches
+from train.sharding import batch_sharding, replicated
+from train.step import Batch, batch_losses, Functions, micro_batches
 
 # The first bucket of positions; each further one is as long as all before it.
 _FIRST_BUCKET = 16
@@ -46,13 +46,13 @@ class Evaluation:
 type EvalStep = Callable[[PyTree[Array], Batch], dict[str, Array]]
 
 
-def make_eval_step(config: TrainConfig, graphdef: nnx.GraphDef, tokenizer: Tokenizer) -> EvalStep:
+def make_eval_step(config: TrainConfig, functions: Functions, tokenizer: Tokenizer) -> EvalStep:
   """A jitted function (params, batch) -> sums: by bucket of positions, and of bytes."""
   bytes_V = token_lengths(tokenizer, config.model.vocab_size)
   starts_K = bucket_starts(config.data.sequence_length)
 
   def sums(params: PyTree[Array], batch: Batch) -> dict[str, Array]:
-    loss_BxL, correct_BxL = batch_losses(config, graphdef, params, batch)
+    loss_BxL, correct_BxL = batch_losses(config, functions.graphdef, params, batch)
     mask_BxL = batch["loss_mask"]
     B, L = mask_BxL.shape
     position_BxL = find_documents(B, L, None, batch["segment_ids"]).position
@@ -69,19 +69,25 @@ def make_eval_step(config: TrainConfig, graphdef: nnx.GraphDef, tokenizer: Token
     }
 
   def eval_step(params: PyTree[Array], batch: Batch) -> dict[str, Array]:
-    per_micro_batch = jax.lax.map(lambda one: sums(params, one), micro_batches(config, batch))
+    with jax.sharding.use_abstract_mesh(functions.mesh.abstract_mesh):
+      per_micro_batch = jax.lax.map(lambda one: sums(params, one), micro_batches(config, batch))
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), per_micro_batch)
 
-  return jax.jit(eval_step)
+  shardings = (functions.shardings.params, batch_sharding(functions.mesh))
+  return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated(functions.mesh))
 
 
 def evaluate(
-  config: TrainConfig, eval_step: EvalStep, params: PyTree[Array], batches: Iterable[Any]
+  config: TrainConfig,
+  functions: Functions,
+  eval_step: EvalStep,
+  params: PyTree[Array],
+  batches: Iterable[Any],
 ) -> Evaluation:
   """Evaluates on the first `eval_batches` held-out batches, the same ones every time."""
   first = itertools.islice(batches, config.eval_batches)
   # All batches are dispatched before the first result is waited for.
-  results = jax.device_get([eval_step(params, jax.device_put(batch)) for batch in first])
+  results = jax.device_get([eval_step(params, functions.place(batch)) for batch in first])
   totals = {
     name: np.sum([sums[name] for sums in results], axis=0, dtype=float) for name in results[0]
   }

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from dga_jax.checkpoint import load_config, load_model, load_tokenizer
@@ -59,15 +60,17 @@ def find_initial(config: TrainConfig, workdir: str | None) -> Initial:
   return Initial(dataclasses.replace(config, model=model), load_tokenizer(workdir), entries)
 
 
-def load_params(config: TrainConfig) -> PyTree[Array]:
+def load_params(config: TrainConfig, mesh: Mesh) -> PyTree[Array]:
   """The parameters in `config.init_from`, in the dtype that the config stores them in.
+
+  They are read straight into shards over `mesh`.
 
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
   """
   assert config.init_from is not None
   saved = ModelConfig.from_dict(load_config(config.init_from)["model"])
-  model, _, _ = load_model(config.init_from, config=saved)
+  model, _, _ = load_model(config.init_from, config=saved, mesh=mesh)
   params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   dtype = jnp.dtype(config.model.param_dtype)
   return jax.tree.map(lambda array: array.astype(dtype), params)

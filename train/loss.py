@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-Unembed = Callable[[Float[Array, "B L E"]], Float[Array, "B L V"]]
+from dga_jax.sharding import axis_size, constrain
+
+Unembed = Callable[[Float[Array, "*S E"]], Float[Array, "*S V"]]
 
 
 def token_losses(
@@ -25,31 +27,37 @@ def token_losses(
     unembed: from hidden states to float32 logits.
     hidden_BxLxE: the decoder's last hidden states.
     targets_BxL: int32 token to predict at each position.
-    chunk: tokens of a sequence to a chunk; a last chunk may be shorter.
+    chunk: tokens of a sequence to a chunk on one device; a last chunk may be shorter.
 
   Returns:
     (loss in nats, float32; whether the target is the most likely token), both [B, L].
   """
-  length = hidden_BxLxE.shape[1]
+  B, L = targets_BxL.shape
+  # A chunk takes tokens from every device that holds a piece of the sequence.
+  pieces = axis_size("context")
+  length = L // pieces
   chunk = min(chunk, length)
   num_chunks = -(-length // chunk)
 
   def to_chunks(x: Array) -> Array:
-    padding = [(0, 0)] * x.ndim
-    padding[1] = (0, num_chunks * chunk - length)
-    x = jnp.pad(x, padding)
-    return jnp.moveaxis(x.reshape(x.shape[0], num_chunks, chunk, *x.shape[2:]), 1, 0)
+    padding = [(0, 0)] * (x.ndim + 1)
+    padding[2] = (0, num_chunks * chunk - length)
+    x = jnp.pad(x.reshape(B, pieces, length, *x.shape[2:]), padding)
+    x = x.reshape(B, pieces, num_chunks, chunk, *x.shape[3:])
+    names = ("batch", "length", None, None, *[None] * (x.ndim - 4))
+    return jnp.moveaxis(constrain(x, *names), 2, 0)
+
+  def from_chunks(x: Array) -> Array:
+    x = jnp.moveaxis(x, 0, 2).reshape(B, pieces, num_chunks * chunk)
+    return x[:, :, :length].reshape(B, L)
 
   @jax.checkpoint
   def chunk_losses(arguments: tuple[Array, Array]) -> tuple[Array, Array]:
-    hidden_BxCxE, targets_BxC = arguments
-    logits_BxCxV = unembed(hidden_BxCxE).astype(jnp.float32)
-    target_logits_BxC = jnp.take_along_axis(logits_BxCxV, targets_BxC[..., None], axis=-1)[..., 0]
-    loss_BxC = jax.nn.logsumexp(logits_BxCxV, axis=-1) - target_logits_BxC
-    return loss_BxC, jnp.argmax(logits_BxCxV, axis=-1) == targets_BxC
+    hidden_BxPxCxE, targets_BxPxC = arguments
+    logits_BxPxCxV = unembed(hidden_BxPxCxE).astype(jnp.float32)
+    target_logits_BxPxC = jnp.take_along_axis(logits_BxPxCxV, targets_BxPxC[..., None], axis=-1)
+    loss_BxPxC = jax.nn.logsumexp(logits_BxPxCxV, axis=-1) - target_logits_BxPxC[..., 0]
+    return loss_BxPxC, jnp.argmax(logits_BxPxCxV, axis=-1) == targets_BxPxC
 
-  chunked = jax.lax.map(chunk_losses, (to_chunks(hidden_BxLxE), to_chunks(targets_BxL)))
-  loss_BxL, correct_BxL = (
-    jnp.moveaxis(x, 0, 1).reshape(x.shape[1], num_chunks * chunk)[:, :length] for x in chunked
-  )
-  return loss_BxL, correct_BxL
+  loss, correct = jax.lax.map(chunk_losses, (to_chunks(hidden_BxLxE), to_chunks(targets_BxL)))
+  return from_chunks(loss), from_chunks(correct)

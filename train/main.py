@@ -4,20 +4,29 @@ r"""Trains a decoder.
     --config.learning_rate=1e-3
 
 The same command again goes on where the run stopped.
+
+A run of several processes, here two on one machine, is the same command in each of them:
+
+  python -m train.main --config=configs/quickstart.py --workdir=runs/quickstart \
+    --coordinator=127.0.0.1:8476 --num_processes=2 --process_id=0  # and 1
 """
 
-import re
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dga_jax.checkpoint import CheckpointError
-from train.config import check_key, make_config
+from train import processes
+from train.command_line import parse_flags
+from train.config import make_config
 from train.errors import TrainingError
 from train.logs import set_up_logging
 from train.loop import train
+from train.profile import ProfiledSteps
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="Config file; --config.KEY=VALUE changes a key.", lock_config=True
@@ -25,9 +34,16 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run: checkpoints, metrics, plots.", required=True
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator",
+  None,
+  "HOST:PORT of process 0, for a run of several processes; 'auto' on a TPU pod, under Slurm and "
+  "Open MPI, which tell the processes of each other.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_PROFILE = flags.DEFINE_string("profile", None, "N:M takes a profile of the steps N to M.")
 flags.mark_flag_as_required("config")
-
-_OVERRIDE = re.compile(r"--?config\.([\w.]+)")
 
 
 def main(argv: list[str]) -> None:
@@ -35,27 +51,25 @@ def main(argv: list[str]) -> None:
   del argv
   set_up_logging()
   try:
-    train(make_config(_CONFIG.value), Path(_WORKDIR.value))
+    profiled = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
+    config = make_config(_CONFIG.value)
+    processes.start(
+      processes.ProcessFlags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    )
+    train(config, Path(_WORKDIR.value), profiled=profiled)
   except (CheckpointError, TrainingError, OSError, ValueError) as error:
     # What a user can mend: the message says how, and a traceback would hide it.
     logging.debug("Traceback:", exc_info=True)
-    sys.exit(f"{type(error).__name__}: {error}\n(--verbosity=1 shows the traceback.)")
+    _fail(f"{type(error).__name__}: {error}\n(--verbosity=1 shows the traceback.)")
+  except Exception:
+    _fail(traceback.format_exc())
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; says of a --config.KEY that cannot be set why it cannot."""
-  overrides = [match[1] for argument in argv if (match := _OVERRIDE.match(argument))]
-  try:
-    for key in overrides:
-      check_key(key)
-    return app.parse_flags_with_usage(argv)
-  except ValueError as error:
-    sys.exit(f"{error}")
-  except (AttributeError, KeyError) as error:
-    sys.exit(
-      f"{error}: the config file does not set this key, so it cannot be changed. Start the file "
-      "from configs.base, which sets every key."
-    )
+def _fail(message: str) -> NoReturn:
+  """Ends the process; one of several does not wait for the others, which may wait for it."""
+  if _COORDINATOR.value is None:
+    sys.exit(message)
+  processes.leave(1, message)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -36,7 +37,10 @@ class MetricsWriter:
     self._events = _EventFile(workdir / "tensorboard", first_step=last_step + 1)
 
   def write(self, step: int, values: Mapping[str, Any], *, tensorboard: bool = True) -> None:
-    """Appends {"step": step, **values}; the line outlives the process, if not the machine."""
+    """Appends {"step": step, **values}; the line outlives the process, if not the machine.
+
+    JSON has no numbers that are not finite: they are written as null.
+    """
     self._file.write(_line({"step": step, **values}))
     self._file.flush()
     if tensorboard:
@@ -94,4 +98,8 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
 
 
 def _line(record: Mapping[str, Any]) -> str:
-  return json.dumps(record) + "\n"
+  finite = {
+    name: None if isinstance(value, float) and not math.isfinite(value) else value
+    for name, value in record.items()
+  }
+  return json.dumps(finite, allow_nan=False) + "\n"

@@ -1,6 +1,7 @@
 """AdamW with linear warm-up, cosine decay and clipping by the global norm (optax)."""
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import PartitionSpec
@@ -35,15 +36,45 @@ def make_optimizer(config: TrainConfig, variables: nnx.State) -> optax.GradientT
   settings = config.optimizer
   return optax.chain(
     optax.clip_by_global_norm(settings.clip_norm),
-    optax.adamw(
-      make_schedule(config),
-      b1=settings.b1,
-      b2=settings.b2,
-      eps=settings.eps,
-      weight_decay=settings.weight_decay,
-      mask=decay_mask(variables),
+    stored_in(
+      jnp.dtype(settings.moment_dtype),
+      optax.adamw(
+        make_schedule(config),
+        b1=settings.b1,
+        b2=settings.b2,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        mask=decay_mask(variables),
+      ),
     ),
   )
+
+
+def stored_in(
+  dtype: jnp.dtype, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """The optimizer with its moments kept in a dtype; it still computes in float32.
+
+  optax can do that for the first moment alone.
+  """
+  if dtype == jnp.float32:
+    return optimizer
+
+  def cast(state: optax.OptState, dtype: jnp.dtype) -> optax.OptState:
+    return jax.tree.map(
+      lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, state
+    )
+
+  def init(params: optax.Params) -> optax.OptState:
+    return cast(optimizer.init(params), dtype)
+
+  def update(
+    updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+  ) -> tuple[optax.Updates, optax.OptState]:
+    updates, state = optimizer.update(updates, cast(state, jnp.dtype(jnp.float32)), params)
+    return updates, cast(state, dtype)
+
+  return optax.GradientTransformation(init, update)
 
 
 def decay_mask(variables: nnx.State) -> PyTree[bool]:

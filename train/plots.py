@@ -16,7 +16,7 @@ POSITION_FILE = "loss_by_position.png"
 def plot_run(workdir: Path) -> None:
   """Draws WORKDIR/loss.png and WORKDIR/loss_by_position.png from metrics.jsonl."""
   records = read_metrics(workdir)
-  train = [record for record in records if "loss" in record]
+  train = [record for record in records if record.get("loss") is not None]
   held_out = [record for record in records if "eval_loss" in record]
   _plot_loss(workdir / LOSS_FILE, train, held_out)
   if held_out:

@@ -9,12 +9,14 @@ from absl import logging
 from tqdm import tqdm
 
 from dga_jax.model import flops_per_token
+from train.bad_batches import record_batch
+from train.batches import Taken
 from train.config import TrainConfig
-from train.errors import TrainingError
+from train.errors import DivergenceError
 from train.evaluate import Evaluation
 from train.metrics import FILE_NAME, MetricsWriter
 from train.step import Scalars
-from train.throughput import peak_flops, StepTimer
+from train.throughput import memory, peak_flops, StepTimer
 
 
 class Reporter:
@@ -23,29 +25,45 @@ class Reporter:
   While step n is on its way, the scalars of step n - 1 are fetched; `flush` fetches those of the
   last step too, before an evaluation or a checkpoint.
 
+  Every process of a run has one, so that all stop at the same step if it diverges; one of them
+  writes.
+
   Args:
     config: the training config.
-    metrics: where the numbers go.
+    workdir: where batches of bad steps are kept.
+    metrics: where the numbers go; None in a process that does not write them.
     first_step: the step that the run goes on from.
   """
 
-  def __init__(self, config: TrainConfig, metrics: MetricsWriter, *, first_step: int) -> None:
+  def __init__(
+    self, config: TrainConfig, workdir: Path, metrics: MetricsWriter | None, *, first_step: int
+  ) -> None:
     self._config = config
+    self._workdir = workdir
     self._metrics = metrics
-    self._pending: tuple[int, Scalars] | None = None
+    self._pending: tuple[int, Scalars, Taken] | None = None
+    self._skipped = 0  # in a row
     length = config.data.sequence_length
     self._timer = StepTimer(
       tokens_per_step=config.batch_size * length,
       flops_per_token=flops_per_token(config.model, length),
-      peak_flops=peak_flops(config.model.dtype),
+      peak_flops=math.inf if metrics is None else peak_flops(config.model.dtype),
     )
     self._bar = tqdm(
-      total=config.num_steps, initial=first_step, unit=" steps", dynamic_ncols=True, disable=None
+      total=config.num_steps,
+      initial=first_step,
+      unit=" steps",
+      dynamic_ncols=True,
+      disable=None if metrics is not None else True,
     )
 
-  def add(self, step: int, scalars: Scalars) -> None:
-    """Takes the scalars of a step that was just dispatched, and reports the step before it."""
-    before, self._pending = self._pending, (step, scalars)
+  def add(self, step: int, scalars: Scalars, taken: Taken) -> None:
+    """Takes the scalars of a step that was just dispatched, and reports the step before it.
+
+    Raises:
+      DivergenceError: that one was bad, and so the run ends.
+    """
+    before, self._pending = self._pending, (step, scalars, taken)
     if before is not None:
       self._report(*before)
 
@@ -53,19 +71,21 @@ class Reporter:
     """Waits for the last step and reports it; what follows does not count as training time.
 
     Raises:
-      TrainingError: a step's loss, gradient or parameters are not finite.
+      DivergenceError: as for `add`.
     """
-    if self._pending is not None:
-      step, scalars = self._pending
-      self._pending = None
-      self._report(step, scalars)
-    self._metrics.sync()
+    before, self._pending = self._pending, None
+    if before is not None:
+      self._report(*before)
+    if self._metrics is not None:
+      self._metrics.sync()
     self._timer.pause()
 
   def evaluated(self, step: int, evaluation: Evaluation) -> None:
     """Reports an evaluation."""
     if not math.isfinite(evaluation.loss):
-      raise TrainingError(f"The held-out loss at step {step} is {evaluation.loss}.")
+      raise DivergenceError(f"The held-out loss at step {step} is {evaluation.loss}.")
+    if self._metrics is None:
+      return
     self._metrics.write(step, evaluation.to_dict())
     logging.info(
       "step %d  held-out loss %.4f  accuracy %.1f %%  bits per byte %.3f",
@@ -75,25 +95,50 @@ class Reporter:
       evaluation.bits_per_byte,
     )
 
-  def finish(self, workdir: Path) -> None:
+  def finish(self, last_step: int) -> None:
     """Says where everything is."""
     self._bar.close()
-    logging.info("Finished. Checkpoints, %s and plots are in %s.", FILE_NAME, workdir)
+    if self._metrics is not None and last_step == self._config.num_steps:
+      logging.info("Finished. Checkpoints, %s and plots are in %s.", FILE_NAME, self._workdir)
 
-  def _report(self, step: int, scalars: Scalars) -> None:
+  def _report(self, step: int, scalars: Scalars, taken: Taken) -> None:
     # An explicit copy: the loop forbids implicit ones.
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-    if not all(math.isfinite(values[name]) for name in ("loss", "grad_norm", "param_norm")):
-      raise TrainingError(
-        f"Training diverged at step {step}: loss {values['loss']}, gradient norm "
-        f"{values['grad_norm']}, norm of the parameters {values['param_norm']}. Lower "
-        "config.learning_rate or raise config.warmup_steps."
-      )
+    if values["skipped"]:
+      self._judge_bad_step(step, values, taken)
+    else:
+      self._skipped = 0
+      del values["skipped"]
     self._timer.lap()
+    if self._metrics is not None:
+      self._write(self._metrics, step, values, taken.waited)
+
+  def _judge_bad_step(self, step: int, values: dict[str, float], taken: Taken) -> None:
+    """Keeps the batch of a step that changed nothing; ends the run if the config says so."""
+    path = record_batch(self._workdir, step, taken, values)
+    self._skipped += 1
+    guard = self._config.guard
+    diverged = f"Training diverged at step {step}: {_numbers(values)} Its batch is in {path}."
+    if guard.policy == "stop":
+      raise DivergenceError(
+        f"{diverged} Lower config.learning_rate or raise config.warmup_steps, or go on without "
+        "such batches: --config.guard.policy=skip."
+      )
+    if self._skipped >= guard.max_skipped:
+      raise DivergenceError(
+        f"{diverged} It is the last of {self._skipped} bad steps in a row, of which "
+        "config.guard.max_skipped allows no more."
+      )
+    logging.warning("%s It is skipped.", diverged)
+
+  def _write(
+    self, metrics: MetricsWriter, step: int, values: dict[str, float], waited: float
+  ) -> None:
     speed = self._timer.speed()
     is_logged = step % self._config.log_every == 0 or step == self._config.num_steps
     timing = {} if speed is None else dataclasses.asdict(speed)
-    self._metrics.write(step, values | timing, tensorboard=is_logged)
+    measured = timing | {"data_wait_seconds": waited} | memory()
+    metrics.write(step, values | measured, tensorboard=is_logged)
     shown = f"loss {values['loss']:.4f}"
     if speed is not None:
       shown += (
@@ -111,3 +156,10 @@ class Reporter:
         values["grad_norm"],
         values["learning_rate"],
       )
+
+
+def _numbers(values: dict[str, float]) -> str:
+  return (
+    f"loss {values['loss']}, gradient norm {values['grad_norm']}, norm of the parameters "
+    f"{values['param_norm']}."
+  )

@@ -1,19 +1,27 @@
 """One optimizer step: the state and a batch in, the state and a few scalars out."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
+from jax.stages import Wrapped
 from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from dga_jax.checkpoint import abstract_decoder
 from dga_jax.model import Decoder
+from dga_jax.sharding import make_mesh, parameter_shardings, sequence_order
 from train.config import TrainConfig
+from train.guard import choose, Guard, is_good, new_guard, seen
 from train.loss import token_losses
 from train.optimizer import make_optimizer, make_schedule
+from train.sharding import batch_sharding, HostBatch, optimizer_shardings, place_batch, replicated
 
 type Batch = dict[str, Array]
 type Scalars = dict[str, Float[Array, ""]]
@@ -27,12 +35,14 @@ class TrainState:
   Attributes:
     params: the model's parameters as a nested dict of arrays (the float32 masters).
     optimizer: optax's state.
-    step: optimizer steps done.
+    step: optimizer steps done, skipped ones counted.
+    guard: what tells bad steps from good ones.
   """
 
   params: PyTree[Array]
   optimizer: optax.OptState
   step: Int32[Array, ""]
+  guard: Guard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,53 +51,96 @@ class Functions:
 
   Attributes:
     graphdef: the decoder's structure; with the parameters `nnx.merge` makes the decoder of it.
+    mesh: the devices that all of it is spread over.
+    shardings: where each array of the state lies on them.
+    place: puts this process's rows of a batch (see `train.sharding`) onto them.
     init: makes the state before the first step.
     begin: the same of parameters that are there already, which are donated.
     step: one step; the state given to it is donated. Its scalars are the loss (nats per token),
-      accuracy, grad_norm before clipping, param_norm after the step, learning_rate and tokens
-      (those with a loss).
+      accuracy, grad_norm before clipping, param_norm after the update, learning_rate, tokens
+      (those with a loss), and skipped: 1 if the step was bad and changed nothing, else 0.
   """
 
   graphdef: nnx.GraphDef
+  mesh: Mesh
+  shardings: TrainState
+  place: Callable[[HostBatch], Batch]
   init: Callable[[], TrainState]
   begin: Callable[[PyTree[Array]], TrainState]
-  step: Callable[[TrainState, Batch], tuple[TrainState, Scalars]]
+  step: Wrapped  # (TrainState, Batch) -> (TrainState, Scalars)
 
 
-def make_functions(config: TrainConfig) -> Functions:
-  """The jitted functions of a training run."""
+def make_functions(config: TrainConfig, mesh: Mesh | None = None) -> Functions:
+  """The jitted functions of a training run.
+
+  Args:
+    config: of the run.
+    mesh: the devices; by default those that there are, arranged as `config.mesh` says.
+  """
+  mesh = make_mesh(config.mesh) if mesh is None else mesh
   graphdef, variables = abstract_decoder(config.model)
   optimizer = make_optimizer(config, variables)
   schedule = make_schedule(config)
+  shardings = _state_shardings(optimizer, variables, mesh)
 
-  # Parameters and optimizer state are made in one jitted function: under a mesh they are then
-  # created in shards and never whole.
+  # Parameters and optimizer state are made in one jitted function: they are created in shards
+  # and never whole.
   def init() -> TrainState:
     model = Decoder(config.model, rngs=nnx.Rngs(config.seed))
     return begin(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
   def begin(params: PyTree[Array]) -> TrainState:
-    return TrainState(params, optimizer.init(params), jnp.int32(0))
+    return TrainState(params, optimizer.init(params), jnp.int32(0), new_guard(config.guard))
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
-    loss, accuracy, grads = mean_gradient(config, graphdef, state.params, batch)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      loss, accuracy, grads = mean_gradient(config, graphdef, state.params, batch)
+    grads = jax.lax.with_sharding_constraint(grads, shardings.params)
     updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updated = (optax.apply_updates(state.params, updates), optimizer_state)
+    grad_norm, param_norm = optax.tree.norm(grads), optax.tree.norm(updated[0])
+    good = is_good(config.guard, state.guard, loss, grad_norm, param_norm)
+    params, optimizer_state = choose(good, updated, (state.params, state.optimizer))
     scalars = {
       "loss": loss,
       "accuracy": accuracy,
-      "grad_norm": optax.tree.norm(grads),
-      "param_norm": optax.tree.norm(params),
+      "grad_norm": grad_norm,
+      "param_norm": param_norm,
       "learning_rate": jnp.float32(schedule(state.step)),
       "tokens": jnp.sum(batch["loss_mask"], dtype=jnp.float32),
+      "skipped": 1 - jnp.float32(good),
     }
-    return TrainState(params, optimizer_state, state.step + 1), scalars
+    guard = seen(state.guard, loss, good)
+    return TrainState(params, optimizer_state, state.step + 1, guard), scalars
 
   return Functions(
     graphdef,
-    init=jax.jit(init),
-    begin=jax.jit(begin, donate_argnums=0),
-    step=jax.jit(step, donate_argnums=0),
+    mesh,
+    shardings,
+    place=functools.partial(place_batch, mesh=mesh, micro_batches=config.grad_accumulation),
+    init=jax.jit(init, out_shardings=shardings),
+    begin=jax.jit(begin, donate_argnums=0, out_shardings=shardings),
+    step=jax.jit(
+      step,
+      donate_argnums=0,
+      in_shardings=(shardings, batch_sharding(mesh)),
+      out_shardings=(shardings, replicated(mesh)),
+    ),
+  )
+
+
+def _state_shardings(
+  optimizer: optax.GradientTransformation, variables: nnx.State, mesh: Mesh
+) -> TrainState:
+  params = parameter_shardings(variables, mesh)
+  shapes = jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    nnx.to_pure_dict(variables),
+    params,
+  )
+  whole: Any = replicated(mesh)
+  return TrainState(
+    params, optimizer_shardings(optimizer, shapes, mesh), whole, Guard(whole, whole)
   )
 
 
@@ -124,9 +177,23 @@ def batch_losses(
   """Loss of every token, and whether its target is the most likely token; see `token_losses`."""
   model = nnx.merge(graphdef, params)
   hidden_BxLxE = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
-  return token_losses(model.unembed, hidden_BxLxE, batch["targets"], chunk=config.loss_chunk)
+  targets_BxL, chunk = batch["targets"], config.loss_chunk
+  order_L = sequence_order(targets_BxL.shape[1])
+  if order_L is None:
+    return token_losses(model.unembedder(), hidden_BxLxE, targets_BxL, chunk=chunk)
+  losses = token_losses(model.unembedder(), hidden_BxLxE, targets_BxL[:, order_L], chunk=chunk)
+  back_L = np.argsort(order_L)
+  return losses[0][:, back_L], losses[1][:, back_L]
 
 
 def micro_batches(config: TrainConfig, batch: Batch) -> Batch:
-  """The batch's arrays [B, ...] as [grad_accumulation, B / grad_accumulation, ...]."""
-  return {name: x.reshape(config.grad_accumulation, -1, *x.shape[1:]) for name, x in batch.items()}
+  """The batch's arrays [B, ...] as [grad_accumulation, B / grad_accumulation, ...].
+
+  Rows are dealt out in turn, so that each device takes those of every micro-batch from its own.
+  """
+  pieces = config.grad_accumulation
+
+  def deal(x: Array) -> Array:
+    return jnp.moveaxis(x.reshape(-1, pieces, *x.shape[1:]), 1, 0)
+
+  return {name: deal(x) for name, x in batch.items()}

@@ -1,8 +1,10 @@
-"""Speed of training: step time, tokens per second, and model FLOPs utilisation (MFU)."""
+"""Speed of training: step time, tokens per second, model FLOPs utilisation (MFU); and memory."""
 
 import collections
 import dataclasses
+import resource
 import statistics
+import sys
 import time
 
 import jax
@@ -83,7 +85,7 @@ class StepTimer:
 
 
 def peak_flops(dtype: str) -> float:
-  """Peak FLOP/s of this process's devices together, for the MFU.
+  """Peak FLOP/s of all devices of the run together, for the MFU.
 
   A device that the table lacks, such as a CPU, is measured with a product of matrices in `dtype`.
   """
@@ -102,6 +104,20 @@ def peak_flops(dtype: str) -> float:
   )
   # Devices that are simulated on one CPU share it.
   return measured if devices[0].platform == "cpu" else measured * len(devices)
+
+
+def memory() -> dict[str, int]:
+  """Peak bytes so far: of this process on the host, and of its fullest device where it says."""
+  # Kilobytes on Linux, bytes on macOS.
+  unit = 1 if sys.platform == "darwin" else 1024
+  host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  on_devices = [
+    stats["peak_bytes_in_use"]
+    for device in jax.local_devices()
+    if (stats := device.memory_stats()) and "peak_bytes_in_use" in stats
+  ]
+  of_devices = {"device_memory_bytes": max(on_devices)} if on_devices else {}
+  return {"host_memory_bytes": host, **of_devices}
 
 
 def _measure_flops(dtype: str, size: int = 1024, repeats: int = 8) -> float:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.documents import Documents, find_documents, positions
 from dga_jax.config import DGAConfig
+from dga_jax.sharding import own_part
 from pallas_kernels.importance import sampled_importance
 from pallas_kernels.select import Ranges, select_highest
 
@@ -82,9 +83,16 @@ def _sample(
 
 
 def random_scores(documents: Documents, heads: int, seed: int) -> Float[Array, "B N L"]:
-  """Scores of the paper's random baseline (Table 5): uniform, one draw per head and place."""
-  keys = jax.random.split(jax.random.key(seed), heads)
-  return jnp.stack([uniform_by_position(key, documents.position) for key in keys], axis=1)
+  """Scores of the paper's random baseline (Table 5): uniform, one draw per head and place.
+
+  Where a mesh splits the heads, these `heads` draw as they do among all of them.
+  """
+  part, parts = own_part("tensor")
+  keys = jax.random.split(jax.random.key(seed), heads * parts)
+  return jnp.stack(
+    [uniform_by_position(keys[part * heads + head], documents.position) for head in range(heads)],
+    axis=1,
+  )
 
 
 def select_focal(

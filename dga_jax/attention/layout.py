@@ -45,13 +45,13 @@ def global_layout(
   """
   m = config.group_size
   nonfocal_BxNxL = documents.is_token[:, None] & ~focal_BxNxL
-  focal_before_BxNxL = _count_before(focal_BxNxL)
-  nonfocal_before_BxNxL = _count_before(nonfocal_BxNxL)
+  focal_before_BxNxL = count_before(focal_BxNxL)
+  nonfocal_before_BxNxL = count_before(nonfocal_BxNxL)
 
   begun_BxNxL = nonfocal_before_BxNxL - _at_start(nonfocal_before_BxNxL, documents)
   upto_BxNxL = begun_BxNxL + nonfocal_BxNxL
   fill_BxNxL = jnp.where(documents.is_last[:, None], -upto_BxNxL % m, 0)
-  slot_BxNxL = _count_before(nonfocal_BxNxL + fill_BxNxL)
+  slot_BxNxL = count_before(nonfocal_BxNxL + fill_BxNxL)
   section_BxNxL = _at_start(slot_BxNxL, documents)
 
   seen_BxNxL = (upto_BxNxL if config.visibility == "inclusive" else begun_BxNxL) // m
@@ -82,16 +82,30 @@ def streaming_layout(
   Query i of block b sees the summaries of blocks before b − w and the raw tokens from block
   b − w up to itself. Sinks come before the first block and are focal.
   """
-  f, size, sinks = config.focal_in_block, config.block_size, config.sink_tokens
+  f, size = config.focal_in_block, config.block_size
   blocks = StreamingBlocks.of(documents, config)
   focal_BxNxL = (focal_BxNxL & blocks.complete[:, None]) | blocks.sink[:, None]
   member_BxNxL = blocks.complete[:, None] & ~focal_BxNxL
   B, N, _ = focal_BxNxL.shape
+  member_index = place_positions(
+    count_before(member_BxNxL), member_BxNxL, sizes.groups * (size - f)
+  )
+  end_BxL = blocks.complete & (blocks.offset == size - 1)
+  group_query_Bxk = place_positions(count_before(end_BxL), end_BxL, sizes.groups)
+  return Layout(
+    focal_index=place_positions(count_before(focal_BxNxL), focal_BxNxL, sizes.focal),
+    member_index=member_index.reshape(B, N, sizes.groups, size - f),
+    group_query=jnp.broadcast_to(group_query_Bxk[:, None], (B, N, sizes.groups)),
+    bounds=streaming_bounds(documents, config),
+  )
 
-  focal_of_BxL = jnp.minimum(documents.length, sinks) + f * blocks.count
-  last_BxL = documents.is_last
-  focal_start_BxL = _at_start(_count_before(last_BxL * focal_of_BxL), documents)
-  group_start_BxL = _at_start(_count_before(last_BxL * blocks.count), documents)
+
+def streaming_bounds(documents: Documents, config: DGAConfig) -> Bounds:
+  """What each query sees under streaming selection, whatever the blocks choose."""
+  f, size, sinks = config.focal_in_block, config.block_size, config.sink_tokens
+  blocks = StreamingBlocks.of(documents, config)
+  focal_start_BxL = streaming_focal_start(documents, config)
+  group_start_BxL = _at_start(count_before(documents.is_last * blocks.count), documents)
   seen_BxL = jnp.maximum(blocks.index - config.local_window, 0)
   i_BxL = jnp.broadcast_to(positions(seen_BxL), seen_BxL.shape)
   after_sinks_BxL = documents.is_token & ~blocks.sink
@@ -107,17 +121,15 @@ def streaming_layout(
     ),
     window_end=window_end_BxL,
   )
-  member_index = place_positions(
-    _count_before(member_BxNxL), member_BxNxL, sizes.groups * (size - f)
-  )
-  end_BxL = blocks.complete & (blocks.offset == size - 1)
-  group_query_Bxk = place_positions(_count_before(end_BxL), end_BxL, sizes.groups)
-  return Layout(
-    focal_index=place_positions(_count_before(focal_BxNxL), focal_BxNxL, sizes.focal),
-    member_index=member_index.reshape(B, N, sizes.groups, size - f),
-    group_query=jnp.broadcast_to(group_query_Bxk[:, None], (B, N, sizes.groups)),
-    bounds=jax.tree.map(lambda x_BxL: x_BxL[:, None], bounds_BxL),
-  )
+  return jax.tree.map(lambda x_BxL: x_BxL[:, None], bounds_BxL)
+
+
+def streaming_focal_start(documents: Documents, config: DGAConfig) -> Int[Array, "B L"]:
+  """Where the focal tokens of each token's document begin in the row's list of them."""
+  blocks = StreamingBlocks.of(documents, config)
+  sinks_BxL = jnp.minimum(documents.length, config.sink_tokens)
+  focal_BxL = documents.is_last * (sinks_BxL + config.focal_in_block * blocks.count)
+  return _at_start(count_before(focal_BxL), documents)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +160,10 @@ class StreamingBlocks:
   def starts(self, blocks: int) -> Int[Array, "B k"]:
     """Position of each complete block's first token, in order; L where there is none."""
     first_BxL = self.complete & (self.offset == 0)
-    return place_positions(_count_before(first_BxL), first_BxL, blocks)
+    return place_positions(count_before(first_BxL), first_BxL, blocks)
 
 
-def _count_before(x: Array) -> Array:
+def count_before(x: Array) -> Array:
   """Exclusive cumulative sum along the row."""
   x = x.astype(jnp.int32)
   return jnp.cumsum(x, axis=-1) - x

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.attention.aggregate import merge_scale
 from dga_jax.cache.state import CompactCache
+from dga_jax.cache.summary import summarise_blocks
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import decode_attention, GroupBias, Visible
-from pallas_kernels.summarise import block_scores, merge, take_rows
+from pallas_kernels.summarise import take_rows
 
 
 def decode_step(
@@ -139,23 +139,15 @@ def _flush(
   query_BxHxD: Array, cache: CompactCache, layer: Array | int, place: _Place, config: DGAConfig
 ) -> CompactCache:
   """Where a block is complete, its last query chooses f tokens and merges the other m."""
-  B, H, D = query_BxHxD.shape
+  B = query_BxHxD.shape[0]
   N, size, f = cache.raw_key.shape[-3], config.block_size, config.focal_in_block
   begin_B = place.slot - place.offset
   ring_BxNxs = jnp.broadcast_to((begin_B[:, None] + jnp.arange(size)[None])[:, None], (B, N, size))
   key_BxsxNxD, value_BxsxNxD = (
     take_rows(raw[layer].swapaxes(1, 2), ring_BxNxs) for raw in (cache.raw_key, cache.raw_value)
   )
-  q_BxNxRxD = query_BxHxD.reshape(B, N, H // N, D)
-  scores_BxNxs = block_scores(q_BxNxRxD[:, None], key_BxsxNxD[:, None])[:, :, 0]
-  by_rank_BxNxs = jnp.argsort(-scores_BxNxs, axis=-1, stable=True)
-  # Members in position order, so that the merge sums as the prefill does.
-  focal_BxNxf, member_BxNxm = by_rank_BxNxs[..., :f], jnp.sort(by_rank_BxNxs[..., f:], axis=-1)
-  group_key_BxNxD, group_value_BxNxD = merge(
-    q_BxNxRxD,
-    take_rows(key_BxsxNxD, member_BxNxm),
-    take_rows(value_BxsxNxD, member_BxNxm),
-    scale=merge_scale(config, D),
+  key_Bx1xFxNxD, value_Bx1xFxNxD = summarise_blocks(
+    query_BxHxD[:, None], key_BxsxNxD[:, None], value_BxsxNxD[:, None], config
   )
   full_B = ~place.in_prefix & (place.offset == size - 1)
   first_B = cache.prefix[layer] + (f + 1) * place.block
@@ -163,14 +155,11 @@ def _flush(
   entry_BxF = jnp.where(full_B[:, None], entry_BxF, cache.compact_key.shape[-2])
   row_Bx1 = jnp.arange(B)[:, None]
 
-  def store(compact: Array, block_BxsxNxD: Array, group_BxNxD: Array) -> Array:
-    new_BxFxNxD = jnp.concatenate(
-      [take_rows(block_BxsxNxD, focal_BxNxf), group_BxNxD[:, None]], axis=1
-    )
-    return compact.at[layer, row_Bx1, :, entry_BxF].set(new_BxFxNxD, mode="drop")
+  def store(compact: Array, new_Bx1xFxNxD: Array) -> Array:
+    return compact.at[layer, row_Bx1, :, entry_BxF].set(new_Bx1xFxNxD[:, 0], mode="drop")
 
   return dataclasses.replace(
     cache,
-    compact_key=store(cache.compact_key, key_BxsxNxD, group_key_BxNxD),
-    compact_value=store(cache.compact_value, value_BxsxNxD, group_value_BxNxD),
+    compact_key=store(cache.compact_key, key_Bx1xFxNxD),
+    compact_value=store(cache.compact_value, value_Bx1xFxNxD),
   )

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -13,9 +14,11 @@ from dga_jax.attention import check
 from dga_jax.attention.documents import find_documents
 from dga_jax.model.attention_kinds import AttentionKind, ExtendingKind, make_attention
 from dga_jax.model.config import ModelConfig
-from dga_jax.model.layers import DecoderLayer, rms_norm, weight
+from dga_jax.model.layers import between_layers, DecoderLayer, rms_norm, weight
+from dga_jax.model.parallel import attend_on_mesh
 from dga_jax.model.rope import inverse_frequencies, rope_table
 from dga_jax.model.unembedding import logits
+from dga_jax.sharding import gathered, sequence_order
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -64,7 +67,11 @@ class Decoder(nnx.Module):
     lengths: Int[Array, "B"] | None = None,
   ) -> Float[Array, "B L V"]:
     """Logits of the token after each position, float32; arguments as for `hidden`."""
-    return self.unembed(self.hidden(tokens_BxL, segment_ids=segment_ids, lengths=lengths))
+    states_BxLxE = self.hidden(tokens_BxL, segment_ids=segment_ids, lengths=lengths)
+    order_L = sequence_order(states_BxLxE.shape[1])
+    if order_L is not None:
+      states_BxLxE = states_BxLxE[:, np.argsort(order_L)]
+    return self.unembed(states_BxLxE)
 
   def hidden(
     self,
@@ -84,7 +91,8 @@ class Decoder(nnx.Module):
       lengths: tokens of each right-padded row.
 
     Returns:
-      [B, L, E] in config.dtype. States of padding have no meaning.
+      [B, L, E] in config.dtype. States of padding have no meaning. On a mesh with a context axis
+      they stand in the order of `dga_jax.sharding.sequence_order`.
 
     Raises:
       ValueError: a wrong rank, shape or dtype, an empty sequence, or (outside jit) lengths
@@ -95,21 +103,29 @@ class Decoder(nnx.Module):
     kind = self._attention_kind()
 
     def attend(q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, *_: Any) -> tuple[Array, None]:
-      o_BxLxHxD = kind.attend(
-        q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, segment_ids=segment_ids, lengths=lengths
+      o_BxLxHxD = attend_on_mesh(
+        kind, q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, segment_ids=segment_ids, lengths=lengths
       )
       return o_BxLxHxD, None
 
     B, L = tokens_BxL.shape
     positions_BxL = find_documents(B, L, None, segment_ids).position
+    order_L = sequence_order(L)
+    if order_L is not None:
+      tokens_BxL, positions_BxL = tokens_BxL[:, order_L], positions_BxL[:, order_L]
     states_BxLxE, _ = self._run_layers(tokens_BxL, positions_BxL, attend)
     return states_BxLxE
 
   def unembed(self, states: Float[Array, "*S E"]) -> Float[Array, "*S V"]:
     """Logits of states from `hidden`, accumulated and returned in float32."""
+    return self.unembedder()(states)
+
+  def unembedder(self) -> Callable[[Float[Array, "*S E"]], Float[Array, "*S V"]]:
+    """`unembed` with its table gathered from the devices that store it, once for many calls."""
     config = self.config
     table_ExV = self.embedding[...].T if config.tie_embeddings else self.unembedding[...]
-    return logits(states, table_ExV.astype(config.dtype))
+    table_ExV = gathered(table_ExV, ("embed", "vocab"))
+    return lambda states: logits(states, table_ExV.astype(config.dtype))
 
   def init_cache(self, batch_size: int, max_length: int) -> DecoderCache:
     """An empty cache that holds sequences of up to `max_length` tokens, prompt included."""
@@ -275,12 +291,14 @@ class Decoder(nnx.Module):
       x_BxLxE, made = nnx.merge(structure, layer_params)(
         x_BxLxE, rope, lambda q, k, v: attend(q, k, v, caches, index)
       )
+      x_BxLxE = between_layers(x_BxLxE)
       return ((x_BxLxE, None), made) if caches is None else ((x_BxLxE, made), None)
 
     if config.remat != "none":
       # Inside a scan XLA cannot merge the recomputation away, so preventing it would only cost.
       layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
-    x_BxLxE = self.embedding[tokens_BxL].astype(config.dtype)
+    table_VxE = gathered(self.embedding[...], ("vocab", "embed"))
+    x_BxLxE = between_layers(table_VxE[tokens_BxL].astype(config.dtype))
     (x_BxLxE, updated), made = jax.lax.scan(
       layer, (x_BxLxE, caches), (params, jnp.arange(config.num_layers))
     )

@@ -6,10 +6,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.rope import apply_rope, RopeTable
+from dga_jax.sharding import constrain, gathered
 
 # (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), rotated by position, -> (o_BxLxHxD, what became of a cache).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -57,6 +58,22 @@ def weight(
 def bias(config: ModelConfig, shape: tuple[int, ...], names: tuple[str, ...]) -> nnx.Param[Array]:
   """A bias, 0 at first, with the logical name of each axis."""
   return nnx.Param(jnp.zeros(shape, jnp.dtype(config.param_dtype)), **axis_names(*names))
+
+
+def in_use(parameter: nnx.Param[Array], dtype: DTypeLike) -> Array:
+  """A weight in the compute dtype, gathered from the devices that each store a piece of it.
+
+  Heads and the MLP's width stay split over the mesh. It is cast before it is sent.
+  """
+  value = parameter[...].astype(dtype)
+  # Layers that are stacked have the name of one axis more than the weights of one.
+  names = parameter.get_metadata()["out_sharding"][-value.ndim :]
+  return gathered(value, tuple(names))
+
+
+def between_layers(x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+  """The residual stream as it is laid out, and kept for the backward pass, between layers."""
+  return constrain(x_BxLxE, "batch", "residual_length", None)
 
 
 def residual_variance(config: ModelConfig) -> float:
@@ -125,18 +142,18 @@ class SelfAttention(nnx.Module):
     self, x_BxLxE: Float[Array, "B L E"], rope: RopeTable, attend: Attend
   ) -> tuple[Float[Array, "B L E"], Any]:
     """Projects, rotates, lets `attend` mix positions, and projects back."""
-    q_BxLxHxD = jnp.einsum("BLE,EHD->BLHD", x_BxLxE, self.query[...].astype(self.dtype))
-    k_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, self.key[...].astype(self.dtype))
-    v_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, self.value[...].astype(self.dtype))
+    q_BxLxHxD = jnp.einsum("BLE,EHD->BLHD", x_BxLxE, in_use(self.query, self.dtype))
+    k_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, in_use(self.key, self.dtype))
+    v_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, in_use(self.value, self.dtype))
     if self.config.qkv_bias:
-      q_BxLxHxD = q_BxLxHxD + self.query_bias[...].astype(self.dtype)[None, None]
-      k_BxLxNxD = k_BxLxNxD + self.key_bias[...].astype(self.dtype)[None, None]
-      v_BxLxNxD = v_BxLxNxD + self.value_bias[...].astype(self.dtype)[None, None]
+      q_BxLxHxD = q_BxLxHxD + in_use(self.query_bias, self.dtype)[None, None]
+      k_BxLxNxD = k_BxLxNxD + in_use(self.key_bias, self.dtype)[None, None]
+      v_BxLxNxD = v_BxLxNxD + in_use(self.value_bias, self.dtype)[None, None]
     if self.config.qk_norm:
       q_BxLxHxD = self.query_norm(q_BxLxHxD).astype(self.dtype)
       k_BxLxNxD = self.key_norm(k_BxLxNxD).astype(self.dtype)
     o_BxLxHxD, cache = attend(apply_rope(q_BxLxHxD, rope), apply_rope(k_BxLxNxD, rope), v_BxLxNxD)
-    out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, self.out[...].astype(self.dtype))
+    out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, in_use(self.out, self.dtype))
     return out_BxLxE, cache
 
 
@@ -159,10 +176,10 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
     """The equation above, in the compute dtype."""
-    gate_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, self.gate[...].astype(self.dtype))
-    up_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, self.up[...].astype(self.dtype))
-    inner_BxLxF = jax.nn.silu(gate_BxLxF) * up_BxLxF
-    return jnp.einsum("BLF,FE->BLE", inner_BxLxF, self.down[...].astype(self.dtype))
+    gate_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, in_use(self.gate, self.dtype))
+    up_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, in_use(self.up, self.dtype))
+    inner_BxLxF = constrain(jax.nn.silu(gate_BxLxF) * up_BxLxF, "batch", "length", "mlp")
+    return jnp.einsum("BLF,FE->BLE", inner_BxLxF, in_use(self.down, self.dtype))
 
 
 class DecoderLayer(nnx.Module):
@@ -179,7 +196,11 @@ class DecoderLayer(nnx.Module):
     self, x_BxLxE: Float[Array, "B L E"], rope: RopeTable, attend: Attend
   ) -> tuple[Float[Array, "B L E"], Any]:
     """One layer; returns its output, and the second result of `attend`."""
-    normed_BxLxE = self.attention_norm(x_BxLxE).astype(self.dtype)
+    normed_BxLxE = self._norm(self.attention_norm, x_BxLxE)
     attended_BxLxE, cache = self.attention(normed_BxLxE, rope, attend)
-    x_BxLxE = x_BxLxE + attended_BxLxE
-    return x_BxLxE + self.mlp(self.mlp_norm(x_BxLxE).astype(self.dtype)), cache
+    x_BxLxE = x_BxLxE + between_layers(attended_BxLxE)
+    return x_BxLxE + between_layers(self.mlp(self._norm(self.mlp_norm, x_BxLxE))), cache
+
+  def _norm(self, norm: nnx.RMSNorm, x_BxLxE: Array) -> Array:
+    # What the products take is whole along the width, and split by length alone.
+    return constrain(norm(x_BxLxE).astype(self.dtype), "batch", "length", None)

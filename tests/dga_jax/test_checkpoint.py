@@ -52,7 +52,7 @@ def save(checkpoints: Checkpoints, step: int, params: Any, loss: float | None = 
     step,
     params=params,
     training={"step": jnp.int32(step), "moment": jax.tree.map(lambda x: x * step, params)},
-    data=ocp.args.JsonSave({"next_index": step}),
+    data={"next_index": step},
     config={"model": CONFIG.to_dict()},
     tokenizer=Tokenizer.byte_level(),
     eval_loss=loss,
@@ -121,8 +121,8 @@ def test_training_state_comes_back(workdir: Path, params: Any) -> None:
       2,
       params=target,
       training={"step": jax.ShapeDtypeStruct((), jnp.int32), "moment": target},
-      data=ocp.args.JsonRestore(),
     )
+    assert checkpoints.read_data(2) == {"next_index": 2}
   assert int(training["step"]) == 2
   jax.tree.map(np.testing.assert_array_equal, restored, params)
   jax.tree.map(
@@ -206,7 +206,6 @@ def test_damaged_arrays(damage: Any, item: str, workdir: Path, params: Any) -> N
       4,
       params=target,
       training={"step": jax.ShapeDtypeStruct((), jnp.int32), "moment": target},
-      data=ocp.args.JsonRestore(),
     )
   load_model(workdir, step=2)
 

@@ -1,7 +1,6 @@
 """A tiny run: generated text, byte tokens, a dense decoder of a few thousand parameters."""
 
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,70 +9,30 @@ from pathlib import Path
 import jax
 import pytest
 
-from dga_jax.model import ModelConfig
-from train.config import to_dict, TrainConfig
-from train.data.config import DataConfig
+from tests.train.tiny import tiny_config, write_config, write_corpus
+from train.config import TrainConfig
 
 ROOT = Path(__file__).parents[2]
-WORDS = ("the", "key", "of", "each", "block", "opens", "one", "more", "door", "and", "a", "lock")
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
   """A folder with train-*.txt and held-out.txt, some KB of words."""
   folder = tmp_path_factory.mktemp("corpus")
-  rng = random.Random(0)
-  for name in ("train-0", "train-1", "train-2", "held-out"):
-    text = " ".join(rng.choice(WORDS) for _ in range(800))
-    (folder / f"{name}.txt").write_text(text)
+  write_corpus(folder)
   return folder
 
 
 @pytest.fixture(scope="session")
 def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
   """12 steps of 4 sequences of 32 bytes, evaluated every 6, saved every 3."""
-  return TrainConfig(
-    model=ModelConfig(
-      vocab_size=257,
-      num_layers=2,
-      embed_dim=16,
-      num_heads=2,
-      num_kv_heads=1,
-      head_dim=8,
-      mlp_dim=32,
-      attention="dense",
-      dtype="float32",
-    ),
-    data=DataConfig(
-      sequence_length=32,
-      train_files=(str(corpus / "train-*.txt"),),
-      validation_files=(str(corpus / "held-out.txt"),),
-      tokenizer="byte",
-      cache_dir=str(tmp_path_factory.mktemp("data")),
-    ),
-    num_steps=12,
-    batch_size=4,
-    grad_accumulation=2,
-    learning_rate=1e-2,
-    warmup_steps=2,
-    loss_chunk=16,
-    log_every=3,
-    eval_every=6,
-    eval_batches=2,
-    checkpoint_every=3,
-  )
+  return tiny_config(corpus, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def config_file(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
   """`config` as a file for --config."""
-  path = tmp_path_factory.mktemp("configs") / "tiny.py"
-  path.write_text(
-    "import ml_collections\n\n\n"
-    "def get_config():\n"
-    f"  return ml_collections.ConfigDict({to_dict(config)!r})\n"
-  )
-  return path
+  return write_config(config, tmp_path_factory.mktemp("configs") / "tiny.py")
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,8 @@ def test_evaluation_equals_the_plain_means(config: TrainConfig) -> None:
   params = functions.init().params
   tokenizer = Tokenizer.byte_level()
   batches = [make_batch(config, seed) for seed in range(3)]
-  eval_step = make_eval_step(config, functions.graphdef, tokenizer)
-  result = evaluate(config, eval_step, params, batches)
+  eval_step = make_eval_step(config, functions, tokenizer)
+  result = evaluate(config, functions, eval_step, params, batches)
 
   model = nnx.merge(functions.graphdef, params)
   losses, positions, correct, num_bytes = [], [], 0, 0
@@ -64,8 +64,8 @@ def test_positions_without_tokens_are_left_out(config: TrainConfig) -> None:
   batch = make_batch(config, 0)
   batch["loss_mask"][:, 16:20] = False
   config = dataclasses.replace(config, eval_batches=1)
-  eval_step = make_eval_step(config, functions.graphdef, Tokenizer.byte_level())
-  result = evaluate(config, eval_step, functions.init().params, [batch])
+  eval_step = make_eval_step(config, functions, Tokenizer.byte_level())
+  result = evaluate(config, functions, eval_step, functions.init().params, [batch])
   assert list(result.loss_by_position) == [0]
 
 
@@ -85,7 +85,7 @@ def test_token_lengths() -> None:
 
 def test_a_jitted_step_is_compiled_once(config: TrainConfig) -> None:
   functions = make_functions(config)
-  eval_step = make_eval_step(config, functions.graphdef, Tokenizer.byte_level())
+  eval_step = make_eval_step(config, functions, Tokenizer.byte_level())
   params = functions.init().params
   with jax.log_compiles(False):
     for seed in range(3):

@@ -13,6 +13,7 @@ from dga_jax import DGAConfig
 from dga_jax.checkpoint import CheckpointError, load_config, load_model
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
+from dga_jax.sharding import make_mesh
 from train.config import TrainConfig
 from train.initial import load_params
 from train.loop import train
@@ -66,7 +67,8 @@ def test_parameters_come_in_the_stored_dtype_of_the_config(
   before = nnx.to_pure_dict(nnx.state(load_model(imported)[0], nnx.Param))
   for dtype in ("float32", "bfloat16"):
     model = dataclasses.replace(config.model, param_dtype=dtype)
-    params = load_params(dataclasses.replace(config, model=model, init_from=str(imported)))
+    of_import = dataclasses.replace(config, model=model, init_from=str(imported))
+    params = load_params(of_import, make_mesh(config.mesh))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
     jax.tree.map(
       lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, a.dtype)), params, before

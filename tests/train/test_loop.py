@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -9,20 +10,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from dga_jax import DGAConfig
 from dga_jax.checkpoint import list_steps, load_model
 from train import loop
-from train.config import TrainConfig
+from train import step as step_module
+from train.config import GuardConfig, TrainConfig
+from train.data.pipeline import load_data
 from train.errors import TrainingError
 from train.loop import train
 from train.metrics import read_metrics
-from train.step import Functions, make_functions
+from train.profile import ProfiledSteps
+from train.step import Functions, make_functions, mean_gradient
 
 
 def test_what_a_run_leaves(config: TrainConfig, tmp_path: Path) -> None:
-  train(config, tmp_path)
+  train(config, tmp_path, profiled=ProfiledSteps.parse("2:3"))
+  (profile,) = (tmp_path / "profile").rglob("*.xplane.pb")
+  assert b"step_num" in profile.read_bytes()
+  told = {name for record in read_metrics(tmp_path) for name in record}
+  assert told >= {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+  assert told >= {"host_memory_bytes", "data_wait_seconds"}
   held_out = [record for record in read_metrics(tmp_path) if "eval_loss" in record]
   assert [record["step"] for record in held_out] == [0, 6, 12]
   assert held_out[-1]["eval_loss"] < 0.8 * held_out[0]["eval_loss"]
@@ -49,31 +59,38 @@ def test_without_evaluation(config: TrainConfig, tmp_path: Path) -> None:
   assert list_steps(tmp_path) == [9, 12]
 
 
-def break_step(monkeypatch: pytest.MonkeyPatch, broken_step: int, name: str) -> None:
-  """Makes one step's scalar, and with it the parameters, not a number."""
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str) -> None:
+  """Makes the loss of these steps not a number, or their gradient.
 
-  def make_broken(config: TrainConfig) -> Functions:
+  A token below 0 marks a batch that the gradient's function then spoils.
+  """
+
+  def spoilt_gradient(config: TrainConfig, graphdef: Any, params: Any, batch: Any) -> Any:
+    loss, accuracy, grads = mean_gradient(config, graphdef, params, batch)
+    factor = jax.numpy.where(jax.numpy.any(batch["inputs"] < 0), jax.numpy.nan, 1.0)
+    if name == "loss":
+      return loss * factor, accuracy, grads
+    return loss, accuracy, jax.tree.map(lambda x: x * factor, grads)
+
+  def make_poisoned(config: TrainConfig) -> Functions:
     functions = make_functions(config)
+    mark = jax.jit(lambda batch: batch | {"inputs": batch["inputs"].at[0, 0].set(-1)})
     count = 0
 
     def step(state: Any, batch: Any) -> Any:
       nonlocal count
       count += 1
-      state, scalars = functions.step(state, batch)
-      if count == broken_step:
-        nan = jax.jit(lambda x: x * float("nan"))
-        state = dataclasses.replace(state, params=jax.tree.map(nan, state.params))
-        scalars = scalars | {name: nan(scalars[name])}
-      return state, scalars
+      return functions.step(state, mark(batch) if count in steps else batch)
 
     return dataclasses.replace(functions, step=step)
 
-  monkeypatch.setattr(loop, "make_functions", make_broken)
+  monkeypatch.setattr(step_module, "mean_gradient", spoilt_gradient)
+  monkeypatch.setattr(loop, "make_functions", make_poisoned)
 
 
 @pytest.mark.parametrize(
   ("broken_step", "name", "last_good"),
-  [(7, "loss", 6), (9, "param_norm", 6), (10, "grad_norm", 9)],
+  [(9, "loss", 6), (10, "grad_norm", 9)],
 )
 def test_divergence_stops_before_a_checkpoint_takes_it(
   broken_step: int,
@@ -83,7 +100,7 @@ def test_divergence_stops_before_a_checkpoint_takes_it(
   tmp_path: Path,
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-  break_step(monkeypatch, broken_step, name)
+  poison(monkeypatch, {broken_step}, name)
   with pytest.raises(
     TrainingError, match=rf"diverged at step {broken_step}: .*checkpoint of step {last_good}\."
   ):
@@ -96,9 +113,43 @@ def test_divergence_stops_before_a_checkpoint_takes_it(
 def test_divergence_before_the_first_checkpoint(
   config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  break_step(monkeypatch, 1, "loss")
+  poison(monkeypatch, {1}, "loss")
   with pytest.raises(TrainingError, match=r"diverged at step 1: .*There is no checkpoint\."):
     train(config, tmp_path)
+
+
+def skipping(config: TrainConfig, **changes: Any) -> TrainConfig:
+  return dataclasses.replace(config, guard=GuardConfig(policy="skip", **changes))
+
+
+def test_a_bad_step_is_skipped_and_its_batch_kept(
+  config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  poison(monkeypatch, {5, 8}, "grad_norm")
+  train(skipping(config), tmp_path)
+  records = {record["step"]: record for record in read_metrics(tmp_path) if "loss" in record}
+  assert list(records) == list(range(1, 13))
+  assert [step for step, record in records.items() if "skipped" in record] == [5, 8]
+  assert records[5]["grad_norm"] is None
+  assert records[5]["param_norm"] is None
+  assert records[6]["param_norm"] == pytest.approx(records[4]["param_norm"], rel=0.05)
+  assert list_steps(tmp_path) == [9, 12]
+
+  data = load_data(config.data, tmp_path, seed=config.seed, batch_size=config.batch_size)
+  batches = list(itertools.islice(data.train, 12))
+  assert len(list((tmp_path / "bad_batches").iterdir())) == 2
+  kept = np.load(tmp_path / "bad_batches" / "step_00000005_process_0_of_1.npz")
+  assert kept["batch_index"] == 4
+  for name, rows in batches[4].items():
+    np.testing.assert_array_equal(kept[name], rows)
+
+
+def test_too_many_bad_steps_in_a_row(
+  config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  poison(monkeypatch, {2, 3, 5, 6, 7}, "loss")
+  with pytest.raises(TrainingError, match=r"step 7: loss nan.* last of 3 bad steps.*of step 6\."):
+    train(skipping(config, max_skipped=3), tmp_path)
 
 
 def test_other_data_are_refused(config: TrainConfig, corpus: Path, tmp_path: Path) -> None:
@@ -111,7 +162,7 @@ def test_other_data_are_refused(config: TrainConfig, corpus: Path, tmp_path: Pat
   )
   config = dataclasses.replace(config, data=data)
   with pytest.MonkeyPatch.context() as patch:
-    break_step(patch, 5, "loss")
+    poison(patch, {5}, "loss")
     with pytest.raises(TrainingError, match="diverged"):
       train(config, tmp_path / "run")
   (folder / "train-0.txt").write_text("other words " * 400)

@@ -1,21 +1,17 @@
 """A run that is killed and started again is the run that nobody disturbed, bit for bit."""
 
-import json
 import random
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+
+from tests.train.compare import assert_same_run, records
 
 STEPS = 40
 OVERRIDES = (f"--config.num_steps={STEPS}", "--config.checkpoint_every=2", "--config.eval_every=10")
-TIMING = {"step_seconds", "tokens_per_second", "mfu"}
 
 type StartTrainer = Callable[..., subprocess.Popen[str]]
 type RunTrainer = Callable[..., tuple[int, str]]
@@ -27,29 +23,6 @@ def undisturbed(run_trainer: RunTrainer, tmp_path_factory: pytest.TempPathFactor
   status, output = run_trainer(workdir, *OVERRIDES)
   assert status == 0, output
   return workdir
-
-
-def records(workdir: Path) -> list[dict[str, Any]]:
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  return [
-    {name: value for name, value in json.loads(line).items() if name not in TIMING}
-    for line in lines
-  ]
-
-
-def final_arrays(workdir: Path) -> list[np.ndarray]:
-  folder = workdir / "checkpoints" / str(STEPS)
-  with ocp.StandardCheckpointer() as reader:
-    return [
-      np.asarray(x)
-      for x in jax.tree.leaves([reader.restore(folder / item) for item in ("params", "training")])
-    ]
-
-
-def assert_same_run(workdir: Path, undisturbed: Path) -> None:
-  assert records(workdir) == records(undisturbed)
-  for ours, theirs in zip(final_arrays(workdir), final_arrays(undisturbed), strict=True):
-    np.testing.assert_array_equal(ours, theirs)
 
 
 def kill_after(process: subprocess.Popen[str], workdir: Path, seconds: float) -> bool:
@@ -75,7 +48,7 @@ def test_killed_at_random_moments(
   status, output = run_trainer(tmp_path, *OVERRIDES)
   assert status == 0, output
   assert kills > 0
-  assert_same_run(tmp_path, undisturbed)
+  assert_same_run(tmp_path, undisturbed, STEPS)
 
 
 def test_steps_are_neither_lost_nor_doubled(undisturbed: Path) -> None:

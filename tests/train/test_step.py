@@ -107,3 +107,25 @@ def test_schedule(config: TrainConfig) -> None:
   np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10, rtol=1e-6)
   assert (np.diff(rates[9:]) < 0).all()
   assert rates[-1] == pytest.approx(config.optimizer.final_rate)
+
+
+def test_moments_in_bfloat16_learn_as_well(config: TrainConfig, batch: Batch) -> None:
+  """Half the bytes; steps that differ by their rounding and no more."""
+  losses = []
+  for dtype in ("float32", "bfloat16"):
+    optimizer = dataclasses.replace(config.optimizer, moment_dtype=dtype)
+    functions = make_functions(dataclasses.replace(config, optimizer=optimizer))
+    state = functions.init()
+    for _ in range(config.num_steps):
+      state, scalars = functions.step(state, batch)
+    losses.append(float(scalars["loss"]))
+    shapes = jax.tree.map(lambda x: x.shape, state.params)
+    moments = [x for x in jax.tree.leaves(state.optimizer) if x.ndim]
+    assert len(moments) == 2 * len(jax.tree.leaves(state.params))
+    assert {str(x.dtype) for x in moments} == {dtype}
+    assert {x.shape for x in moments} == set(
+      jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
+    )
+  assert losses[1] == pytest.approx(losses[0], rel=0.02)
+  with pytest.raises(ValueError, match=r"config\.optimizer\.b2 is 0\.999"):
+    OptimizerConfig(b2=0.999, moment_dtype="bfloat16")

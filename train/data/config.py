@@ -21,6 +21,12 @@ def _require_int(config: Any, name: str, least: int) -> None:
     raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}.")
 
 
+def _require_seconds(config: Any, name: str) -> None:
+  value = getattr(config, name)
+  if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+    raise ValueError(f"{name} is {value!r}; it must be a number of seconds above 0.")
+
+
 @dataclasses.dataclass(frozen=True)
 class RecallConfig:
   """A recall task made by code: pairs scattered in noise, asked for at the end (see recall.py).
@@ -104,6 +110,8 @@ class DataConfig:
     max_documents: most documents of a row; None for no bound.
     prefetch_batches: batches made ahead by one thread of this process; 0 makes each when asked.
       The thread yields several million tokens a second, so there are no worker processes.
+    stall_warning_seconds: a batch that takes longer is warned about, again and again.
+    stall_error_seconds: one that takes longer ends the run.
     cache_dir: folder of the prepared text and tokens, shared by runs; None keeps them in the
       workdir.
     recall: the recall task, for kind "recall".
@@ -117,6 +125,8 @@ class DataConfig:
   vocab_size: int = 4096
   max_documents: int | None = None
   prefetch_batches: int = 4
+  stall_warning_seconds: float = 30.0
+  stall_error_seconds: float = 1800.0
   cache_dir: str | None = None
   recall: RecallConfig = RecallConfig()
 
@@ -126,6 +136,8 @@ class DataConfig:
     _require_int(self, "sequence_length", 2)
     _require_int(self, "vocab_size", 257)
     _require_int(self, "prefetch_batches", 0)
+    for name in ("stall_warning_seconds", "stall_error_seconds"):
+      _require_seconds(self, name)
     if self.max_documents is not None:
       _require_int(self, "max_documents", 1)
     for name in ("train_files", "validation_files"):

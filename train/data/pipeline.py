@@ -33,8 +33,8 @@ class Data:
     fingerprint: changes with the text and the tokenizer; a run may go on only with the data that
       it began with.
     train: batches without end; text comes once per epoch, in a new order in each. Its iterators
-      have `get_state` and `set_state`, and grain.checkpoint keeps them in orbax checkpoints. The
-      state is {"next_index": batches taken}, the same in every process.
+      have `get_state` and `set_state`, whose state is {"next_index": batches taken}, the same in
+      every process and for any number of them.
     validation: the held-out rows, once and always in the same order; rows of padding fill up the
       last batch.
   """
@@ -67,8 +67,8 @@ def load_data(
     batch_size: rows of a global batch.
     tokenizer: of the model that training begins with, in place of the config's; a recall task
       needs one with its own words.
-    process_index: number of this process.
-    process_count: number of processes, a divisor of batch_size.
+    process_index: number of this process, among those that read different rows.
+    process_count: how many those are, a divisor of batch_size.
 
   Raises:
     FileNotFoundError: a file or pattern of the config that matches nothing.

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention.documents import find_documents
+from dga_jax.model.attention_kinds.splash import splash_causal, splash_refusal
+from pallas_kernels.target import find_target
+
+Implementation = Literal["xla", "cudnn", "splash"]
 
 
 @jax.tree_util.register_dataclass
@@ -51,11 +55,12 @@ class DenseAttention:
   """Softmax attention over all earlier tokens.
 
   Attributes:
-    implementation: of jax.nn.dot_product_attention over whole sequences: "xla", "cudnn", or None
-      for cuDNN where it applies. Packed documents always take "xla".
+    implementation: over whole sequences: "xla" and "cudnn" of jax.nn.dot_product_attention,
+      "splash" of JAX's Pallas kernels for TPUs, or None for the fused ones where they apply. cuDNN
+      knows no packed documents, which take "xla" then.
   """
 
-  implementation: Literal["xla", "cudnn"] | None = None
+  implementation: Implementation | None = None
 
   def attend(
     self,
@@ -72,10 +77,13 @@ class DenseAttention:
     """
     B, L = q_BxLxHxD.shape[:2]
     documents = find_documents(B, L, lengths, segment_ids)
-    if segment_ids is not None:
+    implementation = self.implementation or _default_implementation(q_BxLxHxD)
+    if implementation == "splash":
+      o_BxLxHxD = splash_causal(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, documents.index)
+    elif segment_ids is not None:
       same_BxLxL = documents.index[:, :, None] == documents.index[:, None, :]
       o_BxLxHxD = _xla(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, mask=same_BxLxL[:, None], is_causal=True)
-    elif (self.implementation or _default_implementation(q_BxLxHxD)) == "cudnn":
+    elif implementation == "cudnn":
       o_BxLxHxD = _cudnn_causal(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD)
     else:
       o_BxLxHxD = _xla(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, is_causal=True)
@@ -177,8 +185,10 @@ def _cudnn_causal(q: Array, k: Array, v: Array) -> Array:
   return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")[:, :L]
 
 
-def _default_implementation(q_BxLxHxD: Array) -> Literal["xla", "cudnn"]:
-  """cuDNN's fused attention for 16-bit inputs on CUDA devices from Ampere on, else XLA."""
+def _default_implementation(q_BxLxHxD: Array) -> Implementation:
+  """Splash on TPUs, cuDNN's for 16-bit inputs on CUDA devices from Ampere on, else XLA."""
+  if find_target(q_BxLxHxD).platform == "tpu":
+    return "xla" if splash_refusal(q_BxLxHxD) else "splash"
   # cuDNN's lowering asks the default backend as well, so nothing finer could decide here.
   device = jax.devices()[0]
   D = q_BxLxHxD.shape[-1]

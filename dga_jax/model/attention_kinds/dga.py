@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention import dynamic_group_attention
+from dga_jax.attention.split import attend_pieces
 from dga_jax.cache import CompactCache, decode_step, empty_cache, extend, prefill
 from dga_jax.config import DGAConfig
 
@@ -31,6 +32,27 @@ class DynamicGroupAttention:
       k_BxLxNxD,
       v_BxLxNxD,
       config=self.config,
+      segment_ids=segment_ids,
+      lengths=lengths,
+    )
+
+  def attend_pieces(
+    self,
+    q_BxPxHxD: Float[Array, "B P H D"],
+    k_BxPxNxD: Float[Array, "B P N D"],
+    v_BxPxNxD: Float[Array, "B P N D"],
+    *,
+    segment_ids: Int[Array, "B L"] | None,
+    lengths: Int[Array, "B"] | None,
+    axis_name: str,
+  ) -> Float[Array, "B P H D"]:
+    """The op on one device's piece of the sequences; see `dga_jax.attention.split`."""
+    return attend_pieces(
+      q_BxPxHxD,
+      k_BxPxNxD,
+      v_BxPxNxD,
+      config=self.config,
+      axis_name=axis_name,
       segment_ids=segment_ids,
       lengths=lengths,
     )

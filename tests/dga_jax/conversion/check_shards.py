@@ -14,7 +14,7 @@ from dga_jax.conversion.placement import parse_mesh, shardings
 def check(folder: Path) -> None:
   source = HuggingFaceFolder(folder)
   config = source.config()
-  placed = shardings(config, parse_mesh("data=2,model=2"))
+  placed = shardings(config, parse_mesh("fsdp=2,tensor=2"))
   params = import_params(source, config, placed)
   jax.tree.map(np.testing.assert_array_equal, params, import_params(source, config))
   for array, sharding in zip(jax.tree.leaves(params), jax.tree.leaves(placed), strict=True):

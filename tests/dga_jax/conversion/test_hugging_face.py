@@ -165,19 +165,19 @@ def test_straight_into_shards() -> None:
 
 def test_an_axis_that_the_mesh_does_not_divide_stays_whole() -> None:
   config = dataclasses.replace(HuggingFaceFolder(GOLDEN / "qwen2").config(), num_kv_heads=1)
-  mesh = AbstractMesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+  mesh = AbstractMesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
   attention = shardings(config, mesh)["layers"]["attention"]
-  assert attention["query"].spec == jax.P(None, "data", "model", None)
-  assert attention["key"].spec == jax.P(None, "data", None, None)
+  assert attention["query"].spec == jax.P(None, "fsdp", "tensor", None)
+  assert attention["key"].spec == jax.P(None, "fsdp", None, None)
 
 
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("model=64", "takes 64 devices"),
-    ("heads=2", "'heads=2'; write data=N"),
-    ("model=0", "'model=0'"),
-    ("model=1,model=1", "'model=1'"),
+    ("tensor=64", "takes 64 devices"),
+    ("heads=2", "'heads=2'; write fsdp=N"),
+    ("tensor=0", "'tensor=0'"),
+    ("tensor=1,tensor=1", "'tensor=1'"),
   ],
 )
 def test_a_mesh_that_makes_no_sense(text: str, message: str) -> None:

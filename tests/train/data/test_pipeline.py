@@ -4,10 +4,8 @@ import itertools
 import pathlib
 from typing import Any
 
-import grain
 import hypothesis
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from hypothesis import strategies as st
 
@@ -92,22 +90,6 @@ def test_a_restored_iterator_goes_on_exactly(
   next(resumed)
   resumed.set_state(state)
   assert_same([next(resumed) for _ in range(more)], expected)
-
-
-def test_the_iterator_goes_through_an_orbax_checkpoint(
-  config: DataConfig, workdir: pathlib.Path, tmp_path: pathlib.Path
-) -> None:
-  batches = iter(load(config, workdir).train)
-  for _ in range(7):
-    next(batches)
-  with ocp.CheckpointManager(tmp_path) as manager:
-    manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(batches)))
-    manager.wait_until_finished()
-    expected = next(batches)
-    resumed = iter(load(config, workdir).train)
-    restore = grain.checkpoint.CheckpointRestore(resumed)
-    manager.restore(7, args=ocp.args.Composite(data=restore))
-    assert_same([next(resumed)], [expected])
 
 
 def rows_of(batches: list[Batch]) -> list[bytes]:

@@ -1,0 +1,172 @@
+"""Runs of several processes on one machine: real ones, that real signals can be sent to."""
+
+import dataclasses
+import multiprocessing
+import multiprocessing.process
+import os
+import random
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# A server that has imported everything, on a single thread, forks them: importing takes most of
+# the time of a short run.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["train.main"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+  """One process of a run.
+
+  Attributes:
+    process: it.
+    log: what it printed.
+  """
+
+  process: multiprocessing.process.BaseProcess
+  log: Path
+
+  def send(self, number: int) -> None:
+    """Sends a signal, unless the process has ended."""
+    if self.process.is_alive() and self.process.pid is not None:
+      os.kill(self.process.pid, number)
+
+  def wait(self, timeout: float = 180) -> int:
+    """Its exit status, -N after signal N.
+
+    Raises:
+      TimeoutError: it did not end in time; it is killed.
+    """
+    self.process.join(timeout)
+    if self.process.exitcode is None:
+      self.process.kill()
+      raise TimeoutError(f"A process did not end in {timeout} s:\n{self.output()}")
+    return self.process.exitcode
+
+  def output(self) -> str:
+    """What it has printed so far."""
+    return self.log.read_text()
+
+
+@dataclasses.dataclass(frozen=True)
+class Fleet:
+  """Starts runs of one config.
+
+  Attributes:
+    config_file: for --config.
+    cache: folder of compiled functions.
+  """
+
+  config_file: Path
+  cache: str
+
+  def start(
+    self,
+    workdir: Path,
+    num_processes: int,
+    *overrides: str,
+    overrides_of: Sequence[str] | None = None,
+  ) -> list[Trainer]:
+    """Starts the processes of a run, each with one simulated device.
+
+    Args:
+      workdir: of the run; logs lie beside it.
+      num_processes: how many.
+      *overrides: flags of all.
+      overrides_of: one more flag of each, or "".
+    """
+    with socket.socket() as listener:
+      listener.bind(("127.0.0.1", 0))
+      port = listener.getsockname()[1]
+    trainers = []
+    for index in range(num_processes):
+      arguments = [
+        "train.main",
+        f"--config={self.config_file}",
+        f"--workdir={workdir}",
+        f"--coordinator=127.0.0.1:{port}",
+        f"--num_processes={num_processes}",
+        f"--process_id={index}",
+        *overrides,
+      ]
+      if overrides_of is not None and overrides_of[index]:
+        arguments.append(overrides_of[index])
+      log = workdir.with_suffix(f".{index}.log")
+      process = _CONTEXT.Process(target=_train, args=(arguments, self.cache, log))
+      process.start()
+      trainers.append(Trainer(process, log))
+    return trainers
+
+  def run(self, workdir: Path, num_processes: int, *overrides: str) -> None:
+    """Runs to the end.
+
+    Raises:
+      RuntimeError: a process failed; with what it printed.
+    """
+    for trainer in self.start(workdir, num_processes, *overrides):
+      if trainer.wait():
+        raise RuntimeError(trainer.output())
+
+
+def stop_at_random(
+  trainers: Sequence[Trainer], workdir: Path, number: int, rng: random.Random, *, span: float
+) -> list[Trainer]:
+  """Sends one process a signal, or all, up to `span` seconds after this start's first step.
+
+  Returns:
+    Those that it was sent to.
+  """
+  metrics = workdir / "metrics.jsonl"
+  before = _size(metrics)
+  deadline = time.monotonic() + 180
+  # A process that goes on cuts off first what it will write again.
+  while any(trainer.process.is_alive() for trainer in trainers) and _size(metrics) <= before:
+    before = min(before, _size(metrics))
+    if time.monotonic() > deadline:
+      raise TimeoutError(trainers[0].output())
+    time.sleep(0.005)
+  time.sleep(rng.uniform(0, span))
+  victims = list(trainers) if rng.random() < 0.3 else [rng.choice(trainers)]
+  for victim in victims:
+    victim.send(number)
+  return victims
+
+
+def _size(path: Path) -> int:
+  return path.stat().st_size if path.exists() else 0
+
+
+def _train(arguments: list[str], cache: str, log: Path) -> None:
+  with log.open("w") as file:
+    for stream in (sys.stdout, sys.stderr):
+      os.dup2(file.fileno(), stream.fileno())
+  import jax
+  from absl import app
+
+  from train import main
+
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", 1)
+  jax.config.update("jax_disable_most_optimizations", True)
+  jax.config.update("jax_compilation_cache_dir", cache)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+  _share_compiled_functions()
+  sys.argv = arguments  # Where config flags look for their overrides.
+  app.run(main.main, arguments, flags_parser=main.parse_flags)
+
+
+def _share_compiled_functions() -> None:
+  """Lets process 0 compile for all: the same program for the same simulated devices.
+
+  Jax would share it too, but takes the process's own number for a part of the machine.
+  """
+  import jax
+  from jax._src import cache_key
+
+  cache_key._hash_accelerator_config = lambda *_: None
+  jax.config.update("jax_share_binary_between_hosts", True)

@@ -1,0 +1,119 @@
+"""Kills runs of several processes at random moments, for as long as one likes.
+
+  python -m tests.train.soak --minutes=30
+
+Each round is one run, again and again sent SIGKILL or SIGTERM, to one process or to all, and
+started again until it is done. In every other round each start has another number of processes.
+What was killed on the way has to be the run that nobody disturbed: bit for bit where the number
+of processes stayed the same, else within 1e-5 of each loss, so with the same batches in the same
+order. The first run that is not ends the command with an error.
+"""
+
+import collections
+import math
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+from signal import SIGKILL, SIGTERM
+
+import numpy as np
+from absl import app, flags, logging
+from tqdm import tqdm
+
+from dga_jax.checkpoint import list_steps
+from tests.train.compare import assert_same_run, losses
+from tests.train.fleet import Fleet, stop_at_random, Trainer
+from tests.train.tiny import interruptible, tiny_config, write_config, write_corpus
+
+_MINUTES = flags.DEFINE_float("minutes", 10.0, "How long; the round that is on is finished.")
+_SEED = flags.DEFINE_integer(
+  "seed", None, "Of the moments and signals; by default another each time."
+)
+
+STEPS = 24
+MESHES = {2: ("--config.mesh.fsdp=-1",), 4: ("--config.mesh.fsdp=-1", "--config.mesh.data=2")}
+# Moments after a start's first new step, seconds: sometimes the run is done before.
+SPAN = 1.5
+
+
+def main(argv: list[str]) -> None:
+  """Soaks by the flags."""
+  del argv
+  seed = time.time_ns() % 2**32 if _SEED.value is None else _SEED.value
+  print(f"--seed={seed}", flush=True)
+  logging.set_verbosity(logging.ERROR)
+  rng = random.Random(seed)
+  with tempfile.TemporaryDirectory() as folder:
+    soak(Path(folder), rng, seconds=60 * _MINUTES.value)
+
+
+def soak(folder: Path, rng: random.Random, *, seconds: float) -> None:
+  """Rounds for that long, after the run that is left alone."""
+  for name in ("corpus", "compiled"):
+    (folder / name).mkdir()
+  write_corpus(folder / "corpus")
+  config = tiny_config(folder / "corpus", folder / "data")
+  config = interruptible(config, num_steps=STEPS, checkpoint_every=2)
+  fleet = Fleet(write_config(config, folder / "config.py"), str(folder / "compiled"))
+  undisturbed = folder / "undisturbed"
+  fleet.run(undisturbed, 2, *MESHES[2])
+  counts: collections.Counter[str] = collections.Counter()
+  until = time.monotonic() + seconds
+  bar = tqdm(unit=" signals", file=sys.stdout, mininterval=10)
+  while time.monotonic() < until:
+    wanders = counts["rounds"] % 2 == 1
+    workdir = folder / f"round-{counts['rounds']}"
+    disturb(fleet, workdir, rng, counts, bar, wanders=wanders)
+    if wanders:
+      np.testing.assert_allclose(
+        [*losses(workdir).values()], [*losses(undisturbed).values()], rtol=1e-5
+      )
+    else:
+      assert_same_run(workdir, undisturbed, STEPS)
+    counts["rounds"] += 1
+  bar.close()
+  print(", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
+
+
+def disturb(
+  fleet: Fleet,
+  workdir: Path,
+  rng: random.Random,
+  counts: collections.Counter[str],
+  bar: tqdm,
+  *,
+  wanders: bool,
+) -> None:
+  """One run to its end, through signals; each start is disturbed, but for one in four."""
+  while STEPS not in list_steps(workdir):
+    number = rng.choice(list(MESHES)) if wanders else 2
+    if rng.random() < 0.25:
+      fleet.run(workdir, number, *MESHES[number])
+      continue
+    trainers = fleet.start(workdir, number, *MESHES[number])
+    signal = rng.choice((SIGKILL, SIGKILL, SIGTERM))
+    victims = stop_at_random(trainers, workdir, signal, rng, span=SPAN)
+    start = time.monotonic()
+    statuses = [trainer.wait(timeout=60 + 120 * (signal == SIGTERM)) for trainer in trainers]
+    seconds = math.ceil(time.monotonic() - start)
+    counts["seconds until all had stopped, at most"] = max(
+      seconds, counts["seconds until all had stopped, at most"]
+    )
+    if signal == SIGTERM and STEPS not in list_steps(workdir):
+      assert statuses == [0] * number, "\n".join(trainer.output() for trainer in trainers)
+    counts[_what_came_of(signal, victims)] += 1
+    bar.update()
+
+
+def _what_came_of(signal: int, victims: list[Trainer]) -> str:
+  if signal == SIGKILL:
+    killed = any(victim.process.exitcode == -SIGKILL for victim in victims)
+    return "kills" if killed else "kills after the end"
+  stopped = any("Asked to stop" in victim.output() for victim in victims)
+  return "stops" if stopped else "stops after the end"
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,44 @@
+"""A step is compiled for chips that are absent; without their compiler it says what to install."""
+
+import dataclasses
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.compile_topology import compile_step
+from train.config import TrainConfig
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_without_the_compiler(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(RuntimeError, match=r'pip install "jax\[tpu\]"'):
+    compile_step(config, "v5e:2x2")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_report(config: TrainConfig, config_file: Path) -> None:
+  command = [sys.executable, "-m", "train.compile_topology", f"--config={config_file}"]
+  command += ["--topology=v5e:2x2", "--config.mesh.fsdp=2", "--config.mesh.data=2"]
+  command += ["--config.grad_accumulation=1"]
+  done = subprocess.run(
+    command, check=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True
+  )
+  report = done.stdout.decode()
+  assert report.startswith("4 chips of TPU v5 lite, mesh data=2 x fsdp=2;")
+  assert "all-gather" in report
+  assert "of 16 GB" in report
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_what_does_not_fit(config: TrainConfig) -> None:
+  with pytest.raises(ValueError, match="--topology=v5e:3x7 is none"):
+    compile_step(config, "v5e:3x7")
+  config = dataclasses.replace(config, batch_size=6)
+  with pytest.raises(ValueError, match=r"config\.batch_size is 6"):
+    compile_step(config, "v5e:2x2")

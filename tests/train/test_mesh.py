@@ -1,0 +1,121 @@
+"""Meshes: their sizes, where batches lie, and training on eight simulated devices."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from dga_jax.sharding import (
+  ACTIVATIONS,
+  make_mesh,
+  MESH_AXES,
+  MeshConfig,
+  PARAMETERS,
+  partition_spec,
+  sequence_order,
+)
+from train.sharding import place_batch, process_share
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_on_eight(*arguments: str) -> None:
+  """Devices are counted when jax starts, so this takes a process of its own."""
+  flags = "--xla_force_host_platform_device_count=8"
+  environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "tests.train.check_mesh", *arguments]
+  done = subprocess.run(
+    command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_loss_and_gradients_are_those_of_one_device() -> None:
+  """All twenty shapes: python -m tests.train.check_mesh streaming all, under the same XLA_FLAGS."""
+  run_on_eight("streaming", "[(2, 1, 4, 1), (1, 2, 1, 4)]")
+
+
+def test_the_state_is_made_in_pieces_and_steps_like_one() -> None:
+  run_on_eight("state")
+
+
+def test_nothing_is_gathered_but_weights_residual_and_summaries() -> None:
+  run_on_eight("gathers")
+
+
+@pytest.mark.parametrize(
+  ("config", "devices", "sizes"),
+  [
+    (MeshConfig(), 1, (1, 1, 1, 1)),
+    (MeshConfig(), 8, (8, 1, 1, 1)),
+    (MeshConfig(data=2, fsdp=-1, context=2), 8, (2, 2, 1, 2)),
+  ],
+)
+def test_one_axis_takes_what_is_left(
+  config: MeshConfig, devices: int, sizes: tuple[int, ...]
+) -> None:
+  assert config.sizes(devices) == sizes
+
+
+@pytest.mark.parametrize(
+  ("sizes", "devices", "message"),
+  [
+    ((1, 3, 1, 1), 8, "fsdp=3 .* there are 8 devices"),
+    ((-1, 3, 1, 1), 8, "fsdp=3 .* there are 8 devices"),
+    ((2, 2, 2, 2), 8, "there are 8 devices"),
+    ((-1, -1, 1, 1), 8, "at most one axis may be -1"),
+    ((1, 0, 1, 1), 8, "config.mesh.fsdp is 0"),
+    ((1, 1, True, 1), 8, "config.mesh.tensor is True"),
+  ],
+)
+def test_sizes_that_do_not_fit(sizes: tuple[int, ...], devices: int, message: str) -> None:
+  with pytest.raises(ValueError, match=message):
+    MeshConfig(*sizes).sizes(devices)
+
+
+def abstract(*sizes: int) -> AbstractMesh:
+  return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def test_rules() -> None:
+  mesh = abstract(2, 2, 2, 4)
+  names, shape = ("layers", "embed", "mlp"), (3, 16, 6)
+  assert partition_spec(names, shape, mesh, PARAMETERS) == jax.P(
+    None, ("fsdp", "context"), "tensor"
+  )
+  assert partition_spec(names, (3, 6, 5), mesh, PARAMETERS) == jax.P(None, "fsdp", None)
+  spec = partition_spec(("batch", "length", None), (4, 8, 3), mesh, ACTIVATIONS)
+  assert spec == jax.P(("data", "fsdp"), "context", None)
+  whole = partition_spec(("embed", "mlp"), (4, 4), abstract(8, 1, 1, 1), PARAMETERS)
+  assert whole == jax.P(None, None)
+
+
+def test_a_piece_is_an_early_and_a_late_chunk() -> None:
+  assert sequence_order(12) is None
+  with jax.sharding.use_abstract_mesh(abstract(1, 1, 1, 3)):
+    order = sequence_order(12)
+    with pytest.raises(ValueError, match="must be a multiple of 6"):
+      sequence_order(9)
+  assert order is not None
+  assert order.tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
+  # A query's work grows with its position: all pieces have the same.
+  assert len(set(order.reshape(3, -1).sum(axis=1))) == 1
+
+
+def test_a_batch_is_filled_up_with_rows_that_have_no_loss() -> None:
+  mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+  assert process_share(mesh) == (0, 1)
+  batch = {
+    "inputs": np.ones((3, 5), np.int32),
+    "segment_ids": np.ones((3, 5), np.int32),
+    "loss_mask": np.ones((3, 5), bool),
+  }
+  placed = place_batch(batch, mesh, micro_batches=2)
+  assert {x.shape for x in placed.values()} == {(4, 5)}
+  np.testing.assert_array_equal(placed["segment_ids"][:, 0], [1, 1, 1, -1])
+  np.testing.assert_array_equal(placed["loss_mask"][:, 0], [True, True, True, False])

@@ -1,0 +1,16 @@
+"""Which steps are asked for; that they are profiled shows in test_loop.py."""
+
+import pytest
+
+from train.profile import ProfiledSteps
+
+
+@pytest.mark.parametrize(("text", "first", "last"), [("3:7", 3, 7), ("4", 4, 4), ("12:12", 12, 12)])
+def test_what_is_asked_for(text: str, first: int, last: int) -> None:
+  assert ProfiledSteps.parse(text) == ProfiledSteps(first, last)
+
+
+@pytest.mark.parametrize("text", ["7:3", "0:3", "", "3-7", "1:2:3", ":4"])
+def test_what_makes_no_sense(text: str) -> None:
+  with pytest.raises(ValueError, match=rf"--profile is '{text}'; it must be N:M"):
+    ProfiledSteps.parse(text)

@@ -1,0 +1,35 @@
+"""What a run keeps of the batch of a bad step, to be looked at."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from train.batches import Taken
+
+FOLDER = "bad_batches"
+
+
+def record_batch(workdir: Path, step: int, taken: Taken, values: Mapping[str, float]) -> Path:
+  """Writes this process's rows of a batch, with the numbers of its step.
+
+  Returns:
+    The .npz file, WORKDIR/bad_batches/step_<step>_process_<i>_of_<n>.npz: inputs, targets,
+    segment_ids and loss_mask [rows, L], batch_index (the batch's number in the run's order, from
+    0) and the step's scalars.
+  """
+  folder = workdir / FOLDER
+  folder.mkdir(exist_ok=True)
+  place = f"process_{jax.process_index()}_of_{jax.process_count()}"
+  path = folder / f"step_{step:08d}_{place}.npz"
+  partial = path.with_suffix(".partial")
+  arrays: dict[str, Any] = {"batch_index": taken.index, **taken.rows, **values}
+  with partial.open("wb") as file:
+    np.savez_compressed(file, **arrays)
+    file.flush()
+    os.fsync(file.fileno())
+  partial.replace(path)
+  return path

@@ -1,0 +1,66 @@
+"""A profile of some steps, for TensorBoard or Perfetto."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from absl import logging
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfiledSteps:
+  """Attributes: the first and the last step to profile."""
+
+  first: int
+  last: int
+
+  @classmethod
+  def parse(cls, text: str) -> Self:
+    """Reads "N:M", or "N" for a single step."""
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    first = int(match[1]) if match else 0
+    last = int(match[2] or first) if match else 0
+    if not 1 <= first <= last:
+      raise ValueError(
+        f"--profile is {text!r}; it must be N:M, the first and the last step, N <= M."
+      )
+    return cls(first, last)
+
+
+class Profiler:
+  """Profiles the steps it is told to, in every process.
+
+  Args:
+    workdir: the profile goes to its folder "profile", of one in several processes to a folder of
+      its own in there.
+    steps: which; None profiles nothing.
+  """
+
+  def __init__(self, workdir: Path, steps: ProfiledSteps | None) -> None:
+    several = jax.process_count() > 1
+    self._folder = workdir / "profile" / (f"process_{jax.process_index()}" if several else "")
+    self._steps = steps
+    self._is_running = False
+
+  def before(self, step: int) -> None:
+    """A step is about to be dispatched."""
+    if self._steps is not None and step == self._steps.first:
+      self._is_running = True
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # Every call in Python: far more than the steps themselves.
+      jax.profiler.start_trace(self._folder, profiler_options=options)
+
+  def after(self, step: int, result: Any) -> None:
+    """It was dispatched; `result` is there once it is done."""
+    if self._is_running and self._steps is not None and step >= self._steps.last:
+      jax.block_until_ready(result)
+      self.close()
+
+  def close(self) -> None:
+    """Ends a profile that is being taken; what was taken is written."""
+    if self._is_running:
+      self._is_running = False
+      jax.profiler.stop_trace()
+      logging.info("The profile is in %s: tensorboard --logdir=%s", self._folder, self._folder)
