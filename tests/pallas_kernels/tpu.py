@@ -19,9 +19,17 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def lower_for_tpu(function: Callable[..., Any], *args: Any, device_kind: str = "TPU v5e") -> str:
+def abstract_mesh(kind: str = "TPU v5 lite", *, cores: int = 1, devices: int = 1) -> AbstractMesh:
+  """TPUs along one axis "heads"."""
+  device = AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
+  return AbstractMesh((devices,), ("heads",), axis_types=(AxisType.Auto,), abstract_device=device)
+
+
+def lower_for_tpu(
+  function: Callable[..., Any], *args: Any, device_kind: str = "TPU v5 lite", devices: int = 1
+) -> str:
   """The program that XLA gets: kernels are lowered, not yet compiled. Needs no libtpu."""
-  return _lower(function, args, device_kind, 1).as_text()
+  return _lower(function, args, abstract_mesh(device_kind, devices=devices)).as_text()
 
 
 def compile_for_tpu(
@@ -31,14 +39,13 @@ def compile_for_tpu(
   device = _devices(TOPOLOGIES[chip])[0]
   sharding = SingleDeviceSharding(device)
   args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-  return _lower(function, args, device.device_kind, device.num_cores, **jit_options).compile()
+  mesh = abstract_mesh(device.device_kind, cores=device.num_cores)
+  return _lower(function, args, mesh, **jit_options).compile()
 
 
 def _lower(
-  function: Callable[..., Any], args: Any, kind: str, cores: int, **jit_options: Any
+  function: Callable[..., Any], args: Any, mesh: AbstractMesh, **jit_options: Any
 ) -> jax.stages.Lowered:
-  device = AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
-  mesh = AbstractMesh((1,), ("_t",), axis_types=(AxisType.Auto,), abstract_device=device)
   with jax.sharding.use_abstract_mesh(mesh):
     return jax.jit(function, **jit_options).trace(*args).lower(lowering_platforms=("tpu",))
 
