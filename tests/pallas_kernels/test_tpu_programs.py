@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import pytest
 
 from dga_jax import DGAConfig, dynamic_group_attention
-from dga_jax.cache import cache_size, CompactCache, decode_step
 from tests.pallas_kernels.tpu import compile_for_tpu, TOPOLOGIES
 
 pytestmark = pytest.mark.aot
@@ -83,30 +82,6 @@ def test_global_selection():
   config = DGAConfig(selection="global", min_focal_tokens=0)
   compiled = compile_for_tpu(backward(config), *tokens(L, heads), chip="v5e")
   check(compiled, L, stated_peak("v5e", L, heads, results=2 * H + 2 * N, summaries=6))
-
-
-@pytest.mark.parametrize(("chip", "length"), CHIPS_AND_LENGTHS)
-def test_decode(chip: str, length: str):
-  """One token of a layer among four; the cache is updated in place."""
-  layers, B = 4, 8
-  size = cache_size(STREAMING, LENGTHS[length])
-  compact, raw = (
-    jax.ShapeDtypeStruct((layers, B, N, tokens, D), jnp.bfloat16)
-    for tokens in (size.compact, size.raw)
-  )
-  number = jax.ShapeDtypeStruct((layers, B), jnp.int32)
-  cache = CompactCache(compact, compact, raw, raw, *[number] * 4)
-  query, key = (jax.ShapeDtypeStruct((B, heads, D), jnp.bfloat16) for heads in (H, N))
-
-  def step(query: Any, key: Any, value: Any, cache: CompactCache, layer: Any) -> Any:
-    return decode_step(
-      query, key, value, cache, layer, config=STREAMING, implementation="mosaic_tpu"
-    )
-
-  layer = jax.ShapeDtypeStruct((), jnp.int32)
-  compiled = compile_for_tpu(step, query, key, key, cache, layer, chip=chip, donate_argnums=3)
-  peak = compiled.memory_analysis().peak_memory_in_bytes
-  assert 1 <= peak / cache.bytes < 1.1, f"peak is {peak}, the cache has {cache.bytes}"
 
 
 def kernels(compiled: jax.stages.Compiled) -> list[str]:
