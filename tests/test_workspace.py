@@ -145,7 +145,7 @@ def test_set_up_happens_once_and_again_when_requirements_change(machine: Machine
 
 def test_the_compiler_for_tpus_is_installed_once_and_for_its_tests_alone(machine: Machine) -> None:
   machine.add_python("python3.12")
-  machine.add("fake-pip", "echo pip $* >>\"$HOME/pip-calls\"")
+  machine.add("fake-pip", 'echo pip $* >>"$HOME/pip-calls"')
   calls = machine.checkout / "pip-calls"
   machine.run("test")
   assert "requirements-aot.txt" not in calls.read_text()
