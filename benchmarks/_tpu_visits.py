@@ -27,8 +27,6 @@ from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
   WINDOW,
 )
 
-PLACED = 256  # positions of a run of `place_positions`
-
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
@@ -100,13 +98,6 @@ def dga_counts(
     Counts("grouped_attention_dkdv_window", "backward", of_window),
     Counts("summarise_merge_grad", "backward", each_step(grids["summarise_merge"]), True),
     Counts("summarise_merge", "forward", each_step(grids["summarise_merge"]), True),
-    # One row, whose positions its loop goes through in runs; a nested loop counts once a run.
-    Counts(
-      "place_positions",
-      "forward",
-      lambda schedule: schedule.straight + -(-L // PLACED) * sum(schedule.loops),
-      True,
-    ),
   ]
 
 

@@ -84,6 +84,22 @@ def test_global_selection():
   check(compiled, L, stated_peak("v5e", L, heads, results=2 * H + 2 * N, summaries=6))
 
 
+@pytest.mark.parametrize(
+  ("chip", "heads", "kv_heads", "head_dim", "dtype"),
+  [
+    ("v5e", 32, 32, 64, "bfloat16"),
+    ("v5p", 16, 2, 256, "bfloat16"),
+    ("v6e", 32, 1, 128, "bfloat16"),
+    ("tpu7x", 16, 4, 256, "float32"),
+  ],
+)
+def test_other_shapes_fit_vmem(chip: str, heads: int, kv_heads: int, head_dim: int, dtype: str):
+  shapes = [(1, 4096, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+  args = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+  compiled = compile_for_tpu(backward(STREAMING), *args, chip=chip)
+  assert any("grouped_attention_dkdv_window" in name for name in kernels(compiled))
+
+
 def kernels(compiled: jax.stages.Compiled) -> list[str]:
   """Names of the kernels in a program."""
   return sorted(re.findall(r"%([a-z_0-9]+)[.\d]* = .*tpu_custom_call", compiled.as_text()))
