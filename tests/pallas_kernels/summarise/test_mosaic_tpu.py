@@ -33,11 +33,9 @@ def indices(kind: str) -> np.ndarray:
     index[1, 200:] = L  # a shorter row
   elif kind == "crowded":  # all in one chunk; chunks before and behind stay empty
     index = np.stack([of_head(200, 700, 1000), of_head(200, L - 200, L)])
-  elif kind == "many":
+  else:
     index = np.stack([of_head(2000, 0, L), of_head(2000, 0, L)])
     index[1, -600:] = L
-  else:
-    index = np.full((2, 3), L)
   return index.reshape(*shape, -1).astype(np.int32)
 
 
@@ -65,7 +63,6 @@ def move(arrays: tuple[np.ndarray, ...], index: np.ndarray, length: int | None) 
     ("few", "float32", False),
     ("many", "bfloat16", False),
     ("crowded", "bfloat16", True),
-    ("none", "float32", False),
   ],
 )
 def test_rows_are_moved_exactly(kind: str, dtype: str, odd: bool, monkeypatch: pytest.MonkeyPatch):
@@ -96,11 +93,9 @@ def test_rows_are_moved_exactly(kind: str, dtype: str, odd: bool, monkeypatch: p
 
 
 CASES = {
-  "members": Groups(37, 16, 0, 2, 16, 4, 0.3),
   "blocks": Groups(37, 18, 2, 2, 16, 4, 0.3),
   "one_token": Groups(5, 1, 0, 1, 24, 4, 1.0),
   "half": Groups(20, 5, 1, 4, 32, 2, 0.3),
-  "many_focal": Groups(9, 12, 4, 1, 16, 4, 0.3),
 }
 
 
@@ -178,7 +173,7 @@ def test_what_is_not_finite_stays_in_its_group():
 
 
 def test_ties_go_to_the_earlier_token():
-  groups = CASES["many_focal"]
+  groups = Groups(9, 12, 4, 1, 16, 4, 0.3)
   *_, slot = merge_rows(*(jnp.ones_like(x) for x in operands(groups)), groups, interpret=True)
   slot = np.asarray(slot).reshape(2, -1, 12)[:, : groups.count]
   np.testing.assert_array_equal(slot, np.broadcast_to([*range(4), *[-1] * 8], slot.shape))
