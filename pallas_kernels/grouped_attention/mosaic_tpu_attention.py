@@ -67,24 +67,18 @@ def grouped_attention_mosaic_tpu(
       float32, or more queries than scalar memory can describe.
   """
   B, L, H, D = query.shape
-  N = focal_key.shape[2]
   if D not in (64, 128, 256):
     raise NotImplementedError(f"head_dim is {D}; this backend has 64, 128 and 256.")
   if query.dtype not in (jnp.bfloat16, jnp.float32):
     raise NotImplementedError(f"dtype is {query.dtype}; this backend has bfloat16 and float32.")
   blocks = blocks or tpu_blocks(find_target(query).kind, query.dtype.itemsize)
-  walk = Walk.of(
+  walk = walk_of(
     blocks,
-    dtype=query.dtype,
-    head_dim=D,
-    heads_per_kv=H // N,
-    length=L,
-    focal=focal_key.shape[1],
-    groups=group_key.shape[1],
+    (query, focal_key, group_key),
+    bounds,
+    scale=scale,
+    group_bias=group_bias,
     max_window=max_window,
-    shared_bounds=bounds.focal_start.shape[1] == 1,
-    scale2=scale * LOG2_E,
-    group_bias2=group_bias * LOG2_E,
   )
   if (size := walk.scalar_bytes(B * bounds.focal_start.shape[1], L)) > _SCALAR_MEMORY:
     raise NotImplementedError(
@@ -120,6 +114,42 @@ def grouped_attention_mosaic_tpu(
   return out_BxPxGxLxD.transpose(0, 3, 1, 2, 4).reshape(B, length, H, D)[:, :L]
 
 
+def walk_of(
+  blocks: TpuBlocks,
+  shapes: tuple[Any, Any, Any],
+  bounds: Bounds,
+  *,
+  scale: float,
+  group_bias: float,
+  max_window: int,
+) -> Walk:
+  """Static sizes of a call, from its query, focal and group keys or what has their shapes."""
+  query, focal_key, group_key = shapes
+  return Walk.of(
+    blocks,
+    dtype=query.dtype,
+    head_dim=query.shape[3],
+    heads_per_kv=query.shape[2] // focal_key.shape[2],
+    length=query.shape[1],
+    focal=focal_key.shape[1],
+    groups=group_key.shape[1],
+    max_window=max_window,
+    shared_bounds=bounds.focal_start.shape[1] == 1,
+    scale2=scale * LOG2_E,
+    group_bias2=group_bias * LOG2_E,
+  )
+
+
+def summary_runs(bounds: Array, walk: Walk) -> Array:
+  """`pack_query_runs` of focal tiles, then of those of groups."""
+  tile, offset = walk.summary_grad, walk.group_offset
+  parts = [
+    pack_query_runs(bounds, FOCAL, 0, offset, tile),
+    pack_query_runs(bounds, GROUP, offset, walk.summaries - offset, tile),
+  ]
+  return jnp.concatenate(parts, axis=3)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _attend(operands: Operands, static: _Static) -> Array:
   return _attend_fwd(operands, static)[0]
@@ -148,7 +178,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     walk,
     operands.summary_key,
     operands.summary_value,
-    _summary_runs(operands.bounds, walk),
+    summary_runs(operands.bounds, walk),
     *rows,
     sources=(FOCAL, GROUP),
     scale_keys=False,
@@ -173,16 +203,6 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     **options,
   )
   return (Operands(dq, *summary_grads, *window_grads, bounds=None),)
-
-
-def _summary_runs(bounds: Array, walk: Walk) -> Array:
-  """Of focal tiles and of those of groups."""
-  tile, offset = walk.summary_grad, walk.group_offset
-  parts = [
-    pack_query_runs(bounds, FOCAL, 0, offset, tile),
-    pack_query_runs(bounds, GROUP, offset, walk.summaries - offset, tile),
-  ]
-  return jnp.concatenate(parts, axis=3)
 
 
 def _cost(

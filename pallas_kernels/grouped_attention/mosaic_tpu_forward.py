@@ -40,7 +40,7 @@ def mosaic_tpu_forward(
   query = operands.query
   B, P, _, L, D = query.shape
   grid = QueryGrid.of(operands, walk)
-  visits, steps = pack_visits(operands, walk)
+  visits, steps = pack_visits(operands.bounds, walk, query.dtype)
   statistic = pltpu.VMEM((walk.rows, LANES), jnp.float32)
   keys, values = operands.summary_key, operands.summary_value
   out, lse2 = pl.pallas_call(

@@ -258,15 +258,14 @@ class Visits(NamedTuple):
 _NUMBERS = 14  # in a tile's Visits
 
 
-def pack_visits(operands: Operands, walk: Walk) -> tuple[Array, Array]:
+def pack_visits(bounds: Array, walk: Walk, dtype: Any) -> tuple[Array, Array]:
   """The `Visits` of all tiles of queries, [B, n, tiles * _NUMBERS], and the most steps of any.
 
   Bounds never decrease along a tile, so its first and last query tell everything.
   """
-  bounds = operands.bounds
   first, last = bounds[..., :: walk.block_q], bounds[..., walk.block_q - 1 :: walk.block_q]
   focal, group = (Run.of(first, last, source, walk.block_k) for source in (FOCAL, GROUP))
-  unit = row_unit(operands.query.dtype)
+  unit = row_unit(dtype)
   window_from = first[:, :, WINDOW] // unit * unit
   seen = jnp.maximum(last[:, :, WINDOW + 1] - window_from, 0)
   blocks = Blocks.of(focal, group, walk)
@@ -277,10 +276,19 @@ def pack_visits(operands: Operands, walk: Walk) -> tuple[Array, Array]:
   return numbers.reshape(B, n, tiles * _NUMBERS).astype(jnp.int32), steps.astype(jnp.int32)
 
 
+def unpack_visits(packed: Array) -> Visits:
+  """The inverse: arrays [B, n, tiles]."""
+  numbers = packed.reshape(*packed.shape[:2], -1, _NUMBERS)
+  return _visits([numbers[..., i] for i in range(_NUMBERS)])
+
+
 def read_visits(ref: Any, walk: Walk, b: Any, p: Any, t: Any) -> Visits:
   """The `Visits` of tile t of head tile p of row b, from the packed ones in scalar memory."""
   n = 0 if walk.shared_bounds else lax.div(p, jnp.int32(walk.splits))
-  x = [ref[b, n, t * _NUMBERS + i] for i in range(_NUMBERS)]
+  return _visits([ref[b, n, t * _NUMBERS + i] for i in range(_NUMBERS)])
+
+
+def _visits(x: list[Any]) -> Visits:
   return Visits(Run(*x[:4]), Run(*x[4:8]), Blocks(*x[8:12]), x[12], x[13])
 
 

@@ -6,6 +6,7 @@ from pallas_kernels.place.xla import place_positions_xla
 from pallas_kernels.target import choose
 
 _MOST = 2**19  # positions of a row that lie in a TPU's VMEM at once
+_MOST_IN_ALL = 2**24  # of all rows, for 256 of which scalar memory holds two numbers
 
 
 def place_positions(
@@ -34,6 +35,8 @@ def place_positions(
     reason = "an array is empty"
   elif max(slot.shape[-1], size) > _MOST:
     reason = f"a row has {slot.shape[-1]} positions and {size} slots; mosaic_tpu takes {_MOST}"
+  elif slot.size > _MOST_IN_ALL:
+    reason = f"there are {slot.size} positions; mosaic_tpu takes {_MOST_IN_ALL}"
   if choose(implementation, {"mosaic_tpu": reason}, slot) == "xla":
     return place_positions_xla(slot, chosen, size)
   from pallas_kernels.place.mosaic_tpu_place import place_positions_mosaic_tpu

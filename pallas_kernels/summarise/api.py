@@ -12,8 +12,8 @@ from pallas_kernels.target import choose
 
 _MOST_ROWS = 128  # of a group: more do not fit a kernel's registers
 _MOST_FOCAL = 16  # of a block, on a TPU: a kernel goes through them one by one
-_MOST_POSITIONS = 2**20  # of a row, on a TPU
-_MOST_SCALARS = 2**17
+_MOST_POSITIONS = 2**19  # of a row, on a TPU
+_MOST_SCALARS = 2**17  # that lie in a TPU's scalar memory: one for 128 rows that are moved
 
 
 def summarise(
@@ -143,6 +143,7 @@ def _mosaic_tpu_refusal(
   if 0 in key.shape:
     return "an array is empty"
   # Where rows lie is known before a kernel runs, in scalar memory.
-  if L > _MOST_POSITIONS or B * N * (count * rows // 32 + L // 512) > _MOST_SCALARS:
+  scalars = B * N * (max(L, count * rows) // 128 + L // 512)
+  if L > _MOST_POSITIONS or scalars > _MOST_SCALARS:
     return f"{B} rows of {L} tokens with {N} KV heads are too many for one call"
   return None

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.decode import decode_attention, GroupBias, Visible
 from pallas_kernels.decode.mosaic_tpu_decode import decode_attention_mosaic_tpu
 from pallas_kernels.decode.xla import decode_attention_xla
 from pallas_kernels.mosaic_tpu_common import CHECKED
-from tests.pallas_kernels.tpu import lower_for_tpu
+from tests.pallas_kernels.tpu import abstract_mesh, lower_for_tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,17 @@ def structs(case: Case) -> tuple[Any, ...]:
 def test_an_absent_tpu_gets_the_kernel(name: str):
   call = functools.partial(decode_attention, **CASES[name].options())
   assert "tpu_custom_call" in lower_for_tpu(call, *structs(CASES[name]))
+
+
+def test_lowers_inside_a_shard_map_over_heads():
+  heads, cache = PartitionSpec(None, "heads"), PartitionSpec(None, None, "heads")
+  sharded = jax.shard_map(
+    functools.partial(decode_attention, **CASES["one_entry"].options()),
+    mesh=abstract_mesh(devices=2),
+    in_specs=(heads, *[cache] * 4, PartitionSpec(), PartitionSpec()),
+    out_specs=heads,
+  )
+  assert "tpu_custom_call" in lower_for_tpu(sharded, *structs(CASES["one_entry"]), devices=2)
 
 
 def test_a_cpu_gets_xla_and_kernels_say_why_not():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from dga_jax import DGAConfig, explain
 from pallas_kernels.grouped_attention import grouped_attention
@@ -22,7 +22,7 @@ from tests.pallas_kernels.grouped_attention.kernel_cases import (
   check_against_reference,
   structs_and_options,
 )
-from tests.pallas_kernels.tpu import lower_for_tpu
+from tests.pallas_kernels.tpu import abstract_mesh, lower_for_tpu
 
 # Small enough for short rows to have several of everything; one tile of summaries a block.
 _BLOCKS = TpuBlocks(
@@ -133,7 +133,7 @@ def test_lowers_for_a_tpu(kind: str, head_dim: int, dtype: str):
 def test_lowers_inside_a_shard_map_over_heads():
   args, options = structs_and_options(head_dim=64, dtype="bfloat16")
   heads = PartitionSpec(None, None, "heads")
-  mesh = _mesh(2)
+  mesh = abstract_mesh(devices=2)
   sharded = jax.shard_map(
     _gradients(options),
     mesh=mesh,
@@ -147,7 +147,7 @@ def test_lowers_inside_a_shard_map_over_heads():
 
 def test_exports_for_a_tpu():
   args, options = structs_and_options(head_dim=128, dtype="bfloat16")
-  with jax.sharding.use_abstract_mesh(_mesh()):
+  with jax.sharding.use_abstract_mesh(abstract_mesh()):
     exported = jax.export.export(jax.jit(_gradients(options)), platforms=["tpu"])(*args)
   assert exported.platforms == ("tpu",)
   assert "grouped_attention_forward" in exported.mlir_module()
@@ -155,7 +155,7 @@ def test_exports_for_a_tpu():
 
 def test_an_absent_tpu_gets_its_own_kernels():
   shape = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
-  with jax.sharding.use_abstract_mesh(_mesh()):
+  with jax.sharding.use_abstract_mesh(abstract_mesh()):
     reasons = explain(shape, shape, shape, config=DGAConfig(min_focal_tokens=0))
   assert reasons["mosaic_tpu"] == "taken"
   assert "TPU v5 lite" in reasons["triton"]
@@ -187,11 +187,6 @@ def test_is_named_or_refused_elsewhere():
   run = functools.partial(grouped_attention, implementation="mosaic_tpu", **options)
   with pytest.raises(NotImplementedError, match="mosaic_tpu runs on a TPU"):
     jax.eval_shape(run, *arrays, bounds)
-
-
-def _mesh(devices: int = 1) -> AbstractMesh:
-  device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-  return AbstractMesh((devices,), ("heads",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 def _gradients(options: dict[str, Any]) -> Any:

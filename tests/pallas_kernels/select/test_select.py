@@ -22,6 +22,7 @@ from tests.pallas_kernels.h100 import (
   lower_for_h100,
   needs_cuda_compiler,
 )
+from tests.pallas_kernels.tpu import abstract_mesh as tpu_mesh
 from tests.pallas_kernels.tpu import lower_for_tpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -158,6 +159,10 @@ def test_lowers_inside_a_shard_map_over_heads():
     out_specs=heads,
   )
   assert "xla.gpu.triton" in lower_for_h100(sharded, *structs(), devices=2)
+  sharded = jax.shard_map(
+    select_highest, mesh=tpu_mesh(devices=2), in_specs=(heads, PartitionSpec()), out_specs=heads
+  )
+  assert "tpu_custom_call" in lower_for_tpu(sharded, *structs(), devices=2)
 
 
 @needs_cuda_compiler

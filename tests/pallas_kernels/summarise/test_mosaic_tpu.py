@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.mosaic_tpu_common import CHECKED
-from pallas_kernels.summarise import merge
+from pallas_kernels.summarise import merge, summarise, summarise_blocks
 from pallas_kernels.summarise.mosaic_tpu_merge import Groups, merge_rows
 from pallas_kernels.summarise.mosaic_tpu_merge_grad import merge_rows_grad
 from pallas_kernels.summarise.mosaic_tpu_rows import gather_rows, scatter_rows
+from tests.pallas_kernels.tpu import abstract_mesh, lower_for_tpu
 
 LENGTH, CHUNK = 2300, 512  # positions; several chunks
 
@@ -31,11 +33,9 @@ def indices(kind: str) -> np.ndarray:
     index[1, 200:] = L  # a shorter row
   elif kind == "crowded":  # all in one chunk; chunks before and behind stay empty
     index = np.stack([of_head(200, 700, 1000), of_head(200, L - 200, L)])
-  elif kind == "many":
+  else:
     index = np.stack([of_head(2000, 0, L), of_head(2000, 0, L)])
     index[1, -600:] = L
-  else:
-    index = np.full((2, 3), L)
   return index.reshape(*shape, -1).astype(np.int32)
 
 
@@ -63,7 +63,6 @@ def move(arrays: tuple[np.ndarray, ...], index: np.ndarray, length: int | None) 
     ("few", "float32", False),
     ("many", "bfloat16", False),
     ("crowded", "bfloat16", True),
-    ("none", "float32", False),
   ],
 )
 def test_rows_are_moved_exactly(kind: str, dtype: str, odd: bool, monkeypatch: pytest.MonkeyPatch):
@@ -94,11 +93,9 @@ def test_rows_are_moved_exactly(kind: str, dtype: str, odd: bool, monkeypatch: p
 
 
 CASES = {
-  "members": Groups(37, 16, 0, 2, 16, 4, 0.3),
   "blocks": Groups(37, 18, 2, 2, 16, 4, 0.3),
   "one_token": Groups(5, 1, 0, 1, 24, 4, 1.0),
   "half": Groups(20, 5, 1, 4, 32, 2, 0.3),
-  "many_focal": Groups(9, 12, 4, 1, 16, 4, 0.3),
 }
 
 
@@ -176,7 +173,51 @@ def test_what_is_not_finite_stays_in_its_group():
 
 
 def test_ties_go_to_the_earlier_token():
-  groups = CASES["many_focal"]
+  groups = Groups(9, 12, 4, 1, 16, 4, 0.3)
   *_, slot = merge_rows(*(jnp.ones_like(x) for x in operands(groups)), groups, interpret=True)
   slot = np.asarray(slot).reshape(2, -1, 12)[:, : groups.count]
   np.testing.assert_array_equal(slot, np.broadcast_to([*range(4), *[-1] * 8], slot.shape))
+
+
+def gradients(*arrays: Any) -> Any:
+  """Of all entries, through the entries of the op."""
+  query, key, value, focal, member, weighing, start = arrays
+
+  def entries(*tokens: Any) -> Any:
+    indices = (focal, member, weighing)
+    return (
+      summarise(*tokens, *indices, scale=0.3, reorder_window=True),
+      summarise_blocks(*tokens, start, members=4, focal=1, scale=0.3)[:2],
+    )
+
+  out, pull = jax.vjp(entries, query, key, value)
+  return pull(out)
+
+
+def structs(dtype: str) -> list[jax.ShapeDtypeStruct]:
+  tokens = [jax.ShapeDtypeStruct((2, 90, heads, 16), dtype) for heads in (4, 2, 2)]
+  shapes = [(2, 2, 18), (2, 2, 18, 4), (2, 2, 18), (2, 18)]
+  return [*tokens, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)]
+
+
+def test_lowers_inside_a_shard_map_over_heads():
+  tokens, heads = PartitionSpec(None, None, "heads"), PartitionSpec(None, "heads")
+  sharded = jax.shard_map(
+    gradients,
+    mesh=abstract_mesh(devices=2),
+    in_specs=(*[tokens] * 3, *[heads] * 3, PartitionSpec()),
+    out_specs=(tokens,) * 3,
+  )
+  assert "summarise_merge_grad" in lower_for_tpu(sharded, *structs("bfloat16"), devices=2)
+
+
+def test_an_absent_tpu_gets_the_kernels():
+  program = lower_for_tpu(gradients, *structs("bfloat16"))
+  for name in ("gather_rows", "summarise_merge", "summarise_merge_grad", "scatter_rows"):
+    assert f'kernel_name = "{name}"' in program
+  assert "tpu_custom_call" not in lower_for_tpu(gradients, *structs("float16"))
+  named = functools.partial(summarise, scale=1.0, reorder_window=True, implementation="mosaic_tpu")
+  with pytest.raises(NotImplementedError, match="mosaic_tpu runs on a TPU"):
+    jax.eval_shape(named, *structs("bfloat16")[:6])
+  with pytest.raises(NotImplementedError, match="dtype is float16"):
+    jax.eval_shape(named, *structs("float16")[:6])

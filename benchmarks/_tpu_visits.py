@@ -1,0 +1,157 @@
+"""How often each part of the attention kernels runs at some length."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks._bundles import Schedule
+from benchmarks._tpu import abstract_mesh, CHIPS
+from dga_jax import DGAConfig
+from dga_jax.attention.aggregate import plan_and_summarise
+from dga_jax.attention.attend import kernel_options
+from dga_jax.attention.documents import find_documents
+from dga_jax.attention.layout import Sizes, streaming_layout
+from pallas_kernels.grouped_attention.mosaic_tpu_attention import summary_runs, walk_of
+from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks
+from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
+  GradTile,
+  pack_bounds,
+  pack_query_runs,
+  pack_visits,
+  unpack_visits,
+  Walk,
+  WINDOW,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+  """A kernel, found by a part of its name, and how its schedule adds up."""
+
+  kernel: str
+  part: str  # "forward" or "backward"
+  bundles: Callable[[Schedule], float]
+  is_summary: bool = False
+
+
+def splash_counts(L: int, heads: int, kv_heads: int, tiles: tuple[int, int, int]) -> list[Counts]:
+  """Of causal splash attention: it has one grid step for each pair of tiles, seen or not."""
+  block_q, block_k, _ = tiles
+  first_q, first_k = np.arange(0, L, block_q), np.arange(0, L, block_k)
+  seen = int((first_k[None] < first_q[:, None] + block_q).sum())
+  steps = len(first_q) * len(first_k)
+
+  def bundles(schedule: Schedule, outer: float) -> float:
+    parts = schedule.before + schedule.after
+    body = parts.index(max(parts))
+    begin_and_end = parts[body - 1] + parts[body + 1]
+    each_step = sum(parts) + schedule.small - parts[body] - begin_and_end
+    return heads * (seen * parts[body] + outer * begin_and_end + steps * each_step)
+
+  def count(kernel: str, part: str, outer: float) -> Counts:
+    return Counts(kernel, part, lambda schedule: bundles(schedule, outer))
+
+  # The kernel that holds keys begins and ends once a KV head and tile of keys.
+  return [
+    count("splash_mha_fwd", "forward", len(first_q)),
+    count("splash_mha_dq", "backward", len(first_q)),
+    count("splash_mha_dkv", "backward", len(first_k) * kv_heads / heads),
+  ]
+
+
+def dga_counts(
+  chip: str, L: int, heads: tuple[int, int, int], D: int, config: DGAConfig
+) -> list[Counts]:
+  """Of DGA's kernels in streaming mode. Its bounds follow from the length alone."""
+  shapes = [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
+  with jax.sharding.use_abstract_mesh(abstract_mesh(CHIPS[chip].kind)):
+    plan, query, entries = jax.eval_shape(
+      lambda *arrays: plan_and_summarise(*arrays, config=config), *shapes
+    )
+    grids = _grids(lambda *arrays: plan_and_summarise(*arrays, config=config)[2], shapes)
+  options = kernel_options(query, config, None)
+  blocks = tpu_blocks(CHIPS[chip].kind, 2)
+  shapes_ = (query, entries.focal_key, entries.group_key)
+  walk = walk_of(blocks, shapes_, plan.bounds, **options)
+  nothing = jnp.zeros((1, 1, L), bool)
+  layout = streaming_layout(nothing, find_documents(1, L, None, None), Sizes(1, 1), config)
+  bounds = pack_bounds(layout.bounds, walk.group_offset, L)
+
+  queries = _query_side(bounds, walk, heads[1])
+  summary_tile, window_tile = walk.summary_grad, walk.window_grad
+  window_runs = pack_query_runs(bounds, WINDOW, 0, entries.window_key.shape[1], window_tile)
+  of_summaries = _key_side(summary_runs(bounds, walk), summary_tile, walk, heads[1])
+  of_window = _key_side(window_runs, window_tile, walk, heads[1])
+
+  def each_step(steps: int) -> Callable[[Schedule], float]:
+    # Its loop is for inputs that are not finite.
+    return lambda schedule: steps * schedule.straight
+
+  return [
+    Counts("grouped_attention_forward", "forward", queries),
+    Counts("grouped_attention_dq", "backward", queries),
+    Counts("grouped_attention_dkdv_summaries", "backward", of_summaries),
+    Counts("grouped_attention_dkdv_window", "backward", of_window),
+    Counts("summarise_merge_grad", "backward", each_step(grids["summarise_merge"]), True),
+    Counts("summarise_merge", "forward", each_step(grids["summarise_merge"]), True),
+  ]
+
+
+def _query_side(bounds: jax.Array, walk: Walk, kv_heads: int) -> Callable[[Schedule], float]:
+  packed, most_steps = pack_visits(bounds, walk, jnp.bfloat16)
+  visits = unpack_visits(packed)
+  focal, group = visits.focal, visits.group
+  whole = sum(int((run.whole_to - run.whole_from).sum()) for run in (focal, group))
+  rest = sum(int((run.edge - run.first).sum()) for run in (focal, group)) - whole
+  pieces = int(jnp.maximum(visits.pieces - 1, 0).sum())
+  tiles = visits.pieces.size
+  head_tiles = kv_heads * walk.splits
+
+  def bundles(schedule: Schedule) -> float:
+    *each_step, edges = schedule.before
+    piece, *finish = schedule.after
+    per_tile = edges + sum(finish) + int(most_steps) * (sum(each_step) + schedule.small)
+    loops = whole * schedule.loops[0] + rest * schedule.loops[1]
+    return head_tiles * (tiles * per_tile + loops + pieces * piece)
+
+  return bundles
+
+
+def _key_side(
+  runs: jax.Array, tile: GradTile, walk: Walk, kv_heads: int
+) -> Callable[[Schedule], float]:
+  first, whole_from, whole_to, edge = (runs[:, :, i] for i in range(4))
+  whole = int((whole_to - whole_from).sum())
+  rest = int((edge - first).sum()) - whole
+  most_steps = max(-(-int((edge - first).max()) * tile.block_q // tile.piece), 1)
+  steps = first.size * most_steps
+  head_tiles = kv_heads * walk.splits
+
+  def bundles(schedule: Schedule) -> float:
+    loops = whole * schedule.loops[0] + rest * schedule.loops[1]
+    return head_tiles * (steps * schedule.straight + loops)
+
+  return bundles
+
+
+def _grids(function: Callable[..., Any], shapes: list[Any]) -> dict[str, int]:
+  """Steps of each kernel that a function calls."""
+  grids: dict[str, int] = {}
+
+  def visit(jaxpr: Any) -> None:
+    for equation in jaxpr.eqns:
+      if equation.primitive.name == "pallas_call":
+        name = equation.params["name"]
+        grids[name] = int(np.prod(equation.params["grid_mapping"].grid))
+      for value in equation.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+          inner = getattr(inner, "jaxpr", inner)
+          if hasattr(inner, "eqns"):
+            visit(inner)
+
+  visit(jax.make_jaxpr(function)(*shapes).jaxpr)
+  return grids
