@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, Self
@@ -28,6 +29,7 @@ from train.errors import TrainingError
 
 # A process that has not been heard of for so long is given up, and with it the run.
 _HEARTBEAT_SECONDS = 30
+_LAST_WORDS_SECONDS = 2
 AUTOMATIC = "auto"
 
 
@@ -70,14 +72,17 @@ class ProcessFlags:
 def start(processes: ProcessFlags) -> None:
   """Joins the other processes; to be called before anything asks jax for devices.
 
+  Jax ends the process, with "Deadline Exceeded", if they are not all there in five minutes.
+
   Raises:
-    TrainingError: they were not all there within five minutes.
+    TrainingError: they cannot find each other, or have unequal numbers of devices.
   """
   if processes.coordinator is None:
     return
   # Its agreement on a step would be disturbed by orbax, which asks it from another thread.
   jax.config.update("jax_enable_preemption_service", False)
   is_automatic = processes.coordinator == AUTOMATIC
+  logging.info("Waiting for the other processes of the run, five minutes at most.")
   try:
     jax.distributed.initialize(
       coordinator_address=None if is_automatic else processes.coordinator,
@@ -144,7 +149,7 @@ def check_agreement(values: Mapping[str, Any], remedy: str) -> None:
 class StopRequest:
   """SIGTERM, which announces that the machine is taken away: all processes stop at one step.
 
-  Before each step every process says whether it was asked to stop, in an array that the devices
+  In each step every process says whether it was asked to stop, in an array that the devices
   combine; the answer is read one step later, so that nothing waits for it, and is the same
   everywhere.
   """
@@ -193,9 +198,13 @@ def explain(error: Exception) -> str:
 
 
 def leave(status: int, message: str) -> NoReturn:
-  """Ends this process at once, without waiting for others that may be gone."""
+  """Ends this process without waiting for others that may be gone."""
   sys.stdout.flush()
   print(message, file=sys.stderr, flush=True)
+  if jax.distributed.is_initialized() and is_first():
+    # The connection of the others ends with process 0, and they with it: they may have found the
+    # same error, and are to say so first.
+    time.sleep(_LAST_WORDS_SECONDS)
   os._exit(status)
 
 
