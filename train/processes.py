@@ -7,6 +7,7 @@ or its own config, becomes known to all through the functions here, at the same 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from typing import Any, NoReturn, Self
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -30,6 +32,9 @@ from train.errors import TrainingError
 # A process that has not been heard of for so long is given up, and with it the run.
 _HEARTBEAT_SECONDS = 30
 _LAST_WORDS_SECONDS = 2
+# Reading and tokenising a corpus takes process 0 its time.
+_PREPARATION_SECONDS = 24 * 3600
+_BARRIERS = itertools.count()  # Each needs another name; all processes come to them in one order.
 AUTOMATIC = "auto"
 
 
@@ -218,9 +223,10 @@ def _blaming_others() -> Iterator[None]:
 
 
 def _wait_for_all(name: str) -> None:
-  if jax.process_count() > 1:
-    with _blaming_others():
-      multihost_utils.sync_global_devices(name)
+  """Waits for the other processes without their devices, whose transport gives up earlier."""
+  with _blaming_others():
+    barrier = ocp.multihost.get_barrier_sync_fn()
+    barrier(key=f"{name}_{next(_BARRIERS)}", timeout_ms=_PREPARATION_SECONDS * 1000)
 
 
 def _gather(local: bytes) -> list[bytes]:
