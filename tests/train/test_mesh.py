@@ -40,12 +40,8 @@ def test_loss_and_gradients_are_those_of_one_device() -> None:
   run_on_eight("streaming", "[(2, 1, 4, 1), (1, 2, 1, 4)]")
 
 
-def test_the_state_is_made_in_pieces_and_steps_like_one() -> None:
-  run_on_eight("state")
-
-
-def test_nothing_is_gathered_but_weights_residual_and_summaries() -> None:
-  run_on_eight("gathers")
+def test_a_step_in_pieces_gathers_weights_residual_and_summaries_alone() -> None:
+  run_on_eight("step")
 
 
 @pytest.mark.parametrize(
