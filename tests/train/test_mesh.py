@@ -37,7 +37,7 @@ def run_on_eight(*arguments: str) -> None:
 
 def test_loss_and_gradients_are_those_of_one_device() -> None:
   """All twenty shapes: python -m tests.train.check_mesh streaming all, under the same XLA_FLAGS."""
-  run_on_eight("streaming", "[(2, 1, 4, 1), (1, 2, 1, 4)]")
+  run_on_eight("streaming", "[(2, 2, 1, 2)]")
 
 
 def test_a_step_in_pieces_gathers_weights_residual_and_summaries_alone() -> None:
