@@ -126,10 +126,10 @@ def axis_size(name: str) -> int:
 def own_part(axis: str) -> tuple[Array | int, int]:
   """Inside a `jax.shard_map`: which part of the arrays split over a mesh axis is here, of how many.
 
-  (0, 1) outside, and where the mesh has no such axis.
+  (0, 1) outside, and where the mesh has no such axis or does not split it.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if axis not in mesh.manual_axes:
+  if axis not in mesh.manual_axes or mesh.shape[axis] == 1:
     return 0, 1
   return jax.lax.axis_index(axis), mesh.shape[axis]
 

@@ -7,18 +7,21 @@ or its own config, becomes known to all through the functions here, at the same 
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import re
 import signal
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn, Self
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -28,6 +31,10 @@ from train.errors import TrainingError
 
 # A process that has not been heard of for so long is given up, and with it the run.
 _HEARTBEAT_SECONDS = 30
+_LAST_WORDS_SECONDS = 2
+# Reading and tokenising a corpus takes process 0 its time.
+_PREPARATION_SECONDS = 24 * 3600
+_BARRIERS = itertools.count()  # Each needs another name; all processes come to them in one order.
 AUTOMATIC = "auto"
 
 
@@ -70,14 +77,17 @@ class ProcessFlags:
 def start(processes: ProcessFlags) -> None:
   """Joins the other processes; to be called before anything asks jax for devices.
 
+  Jax ends the process, with "Deadline Exceeded", if they are not all there in five minutes.
+
   Raises:
-    TrainingError: they were not all there within five minutes.
+    TrainingError: they cannot find each other, or have unequal numbers of devices.
   """
   if processes.coordinator is None:
     return
   # Its agreement on a step would be disturbed by orbax, which asks it from another thread.
   jax.config.update("jax_enable_preemption_service", False)
   is_automatic = processes.coordinator == AUTOMATIC
+  logging.info("Waiting for the other processes of the run, five minutes at most.")
   try:
     jax.distributed.initialize(
       coordinator_address=None if is_automatic else processes.coordinator,
@@ -144,7 +154,7 @@ def check_agreement(values: Mapping[str, Any], remedy: str) -> None:
 class StopRequest:
   """SIGTERM, which announces that the machine is taken away: all processes stop at one step.
 
-  Before each step every process says whether it was asked to stop, in an array that the devices
+  In each step every process says whether it was asked to stop, in an array that the devices
   combine; the answer is read one step later, so that nothing waits for it, and is the same
   everywhere.
   """
@@ -193,9 +203,13 @@ def explain(error: Exception) -> str:
 
 
 def leave(status: int, message: str) -> NoReturn:
-  """Ends this process at once, without waiting for others that may be gone."""
+  """Ends this process without waiting for others that may be gone."""
   sys.stdout.flush()
   print(message, file=sys.stderr, flush=True)
+  if jax.distributed.is_initialized() and is_first():
+    # The connection of the others ends with process 0, and they with it: they may have found the
+    # same error, and are to say so first.
+    time.sleep(_LAST_WORDS_SECONDS)
   os._exit(status)
 
 
@@ -209,9 +223,10 @@ def _blaming_others() -> Iterator[None]:
 
 
 def _wait_for_all(name: str) -> None:
-  if jax.process_count() > 1:
-    with _blaming_others():
-      multihost_utils.sync_global_devices(name)
+  """Waits for the other processes without their devices, whose transport gives up earlier."""
+  with _blaming_others():
+    barrier = ocp.multihost.get_barrier_sync_fn()
+    barrier(key=f"{name}_{next(_BARRIERS)}", timeout_ms=_PREPARATION_SECONDS * 1000)
 
 
 def _gather(local: bytes) -> list[bytes]:

@@ -46,7 +46,7 @@ def global_entries(
   # Keys and values travel together, side by side in the last axis.
   both = jnp.concatenate([key, value], axis=-1)
   both = jnp.concatenate([split.open_groups(both), both], axis=1)
-  before = 2 * (config.group_size - 1)
+  before = 2 * global_halo(config)
   key, value = jnp.split(both, 2, axis=-1)
   _, made = summarise(
     jnp.pad(query, ((0, 0), (before, 0), (0, 0), (0, 0))),
@@ -64,6 +64,11 @@ def global_entries(
   window = take_rows(both, split.window_index())
   entries = [half for x in (focal, group, window) for half in jnp.split(x, 2, axis=-1)]
   return Entries(*entries), split.bounds()
+
+
+def global_halo(config: DGAConfig) -> int:
+  """Members before a chunk that may belong to a group which ends in it; at least 1."""
+  return max(1, config.group_size - 1)
 
 
 class _Chunks(NamedTuple):
@@ -99,8 +104,8 @@ class _Split(NamedTuple):
 
   @property
   def halo(self) -> int:
-    """Members before a chunk that may belong to a group which ends in it."""
-    return self.config.group_size - 1
+    """`global_halo`."""
+    return global_halo(self.config)
 
   def open_groups(self, x: Float[Array, "B P N D"]) -> Float[Array, "B 2halo N D"]:
     """The last members before each of this device's chunks, wherever they are."""

@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from dga_jax.attention import check
 from dga_jax.attention.attend import kernel_options
-from dga_jax.attention.global_pieces import global_entries
+from dga_jax.attention.global_pieces import global_entries, global_halo
 from dga_jax.attention.pieces import Pieces
 from dga_jax.attention.plan import Rows
 from dga_jax.attention.streaming_pieces import streaming_entries, streaming_halo
@@ -67,7 +67,7 @@ def attend_pieces(
   options = kernel_options(query, config, scale)
   # Between the windows of the two chunks lies what precedes the second one, unseen by queries of
   # the first. Implementations take a tile's windows as one run, which may hold it.
-  options["max_window"] += streaming_halo(config) if streaming else config.group_size - 1
+  options["max_window"] += streaming_halo(config) if streaming else global_halo(config)
   out_BxPxHxD = grouped_attention(query, *entries, bounds, implementation=implementation, **options)
   if rows.broken is None:
     return out_BxPxHxD

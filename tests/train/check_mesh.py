@@ -10,10 +10,9 @@ import numpy as np
 from dga_jax import DGAConfig
 from dga_jax.model import ModelConfig
 from dga_jax.sharding import make_mesh, MeshConfig
-from train.compile_topology import arguments
 from train.config import TrainConfig
 from train.data.config import DataConfig
-from train.program import read_collectives
+from train.program import Collective, read_collectives
 from train.step import Functions, make_functions, mean_gradient
 
 L = 64
@@ -84,9 +83,11 @@ def check(selection: str, shapes: list[tuple[int, ...]]) -> None:
       np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6, err_msg=str(shape))
 
 
-def check_state(shape: tuple[int, ...]) -> None:
-  """Parameters and moments are made in pieces, equal to those made on one device."""
+def check_step(shape: tuple[int, ...]) -> None:
+  """The state is made in pieces and steps like that of one device; little is gathered for it."""
   config = dataclasses.replace(train_config("streaming"), grad_accumulation=2)
+  model = dataclasses.replace(config.model, vocab_size=56, embed_dim=24, mlp_dim=40)
+  config = dataclasses.replace(config, model=model)
   functions = make_functions(config, make_mesh(MeshConfig(*shape)))
   state = functions.init()
   one = make_functions(config, make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -98,8 +99,12 @@ def check_state(shape: tuple[int, ...]) -> None:
   assert len(moments) >= 2
   assert {x.sharding for x in moments} == {gate.sharding}
   _, fsdp, tensor, context = shape
-  assert pieces == {(2, 16 // (fsdp * context), 32 // tensor)}
-  state, scalars = functions.step(state, functions.place(make_batch()))
+  assert pieces == {(2, 24 // (fsdp * context), 40 // tensor)}
+
+  batch = functions.place(make_batch())
+  step = functions.step.lower(state, batch).compile()
+  check_gathers(read_collectives(step.as_text()))
+  state, scalars = step(state, batch)
   first, wanted = one.step(first, one.place(make_batch()))
   np.testing.assert_allclose(scalars["loss"], wanted["loss"], rtol=1e-6)
   np.testing.assert_allclose(scalars["grad_norm"], wanted["grad_norm"], rtol=1e-5)
@@ -111,20 +116,17 @@ def check_state(shape: tuple[int, ...]) -> None:
   )
 
 
-def check_gathers() -> None:
-  """Weights are gathered, and what a product takes of the residual; K, V, heads and logits not."""
-  config = dataclasses.replace(train_config("streaming"), batch_size=8)
-  model = dataclasses.replace(config.model, vocab_size=56, embed_dim=24, mlp_dim=40)
-  config = dataclasses.replace(config, model=model)
+def check_gathers(collectives: list[Collective]) -> None:
+  """Weights are gathered, and what a product takes of the residual; K, V, heads and logits not.
+
+  For the mesh 1, 2, 2, 2 and micro-batches of four rows.
+  """
   weights = {(24,), (24, 4, 4), (4, 4, 24), (24, 20), (20, 24), (24, 28), (28, 24), (56, 24)}
-  functions = make_functions(config, make_mesh(MeshConfig(1, 2, 2, 2)))
-  states = {(4, 32, 24), (4, 1, 32, 24)}
+  states = {(2, 32, 24), (2, 1, 32, 24)}
   # The most likely token, of a chunk of 16 and each half of the vocabulary.
-  best = {(4, 1, 16, 2)}
+  best = {(2, 1, 16, 2)}
   # Blocks of 5 tokens that end in a chunk of 16, each a focal token and a group.
-  summaries = {(4, 4, 4, 2, 4, 4)}
-  text = functions.step.lower(*arguments(config, functions)).compile().as_text()
-  collectives = read_collectives(text)
+  summaries = {(2, 4, 4, 2, 4, 4)}
   assert not any(one.kind == "all-to-all" for one in collectives)
   found = {
     dims[1:] if dims[0] == 1 else dims
@@ -139,9 +141,7 @@ def check_gathers() -> None:
 if __name__ == "__main__":
   jax.config.update("jax_numpy_rank_promotion", "raise")
   jax.config.update("jax_disable_most_optimizations", True)
-  if sys.argv[1] == "gathers":
-    check_gathers()
-  elif sys.argv[1] == "state":
-    check_state((1, 2, 2, 2))
+  if sys.argv[1] == "step":
+    check_step((1, 2, 2, 2))
   else:
     check(sys.argv[1], SHAPES if sys.argv[2] == "all" else eval(sys.argv[2]))

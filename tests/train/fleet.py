@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -146,9 +147,11 @@ def _train(arguments: list[str], cache: str, log: Path) -> None:
       os.dup2(file.fileno(), stream.fileno())
   import jax
   from absl import app
+  from tqdm import tqdm
 
   from train import main
 
+  tqdm.set_lock(threading.RLock())  # Its own is a semaphore of the system, left over by a kill.
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", 1)
   jax.config.update("jax_disable_most_optimizations", True)

@@ -23,6 +23,8 @@ from train.processes import ProcessFlags
 STEPS = 24
 # Parameters in pieces over all devices, so that every process has some of its own to save.
 SPLIT = "--config.mesh.fsdp=-1"
+# What the processes say that are left: from a step, from a save, or from jax's watch over all.
+BLAME = "most likely because one of them is gone|another process has failed|another task died"
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_signals_at_random_moments(fleet: Fleet, alone: Path, two: Path, tmp_pat
       assert status == -SIGKILL
     else:
       assert status != 0
-      assert re.search("computation that all processes share|another task died", trainer.output())
+      assert re.search(BLAME, trainer.output()), trainer.output()
 
   trainers = fleet.start(workdir, 2, SPLIT)
   stop_at_random(trainers, workdir, SIGTERM, rng, span=0.4)

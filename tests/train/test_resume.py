@@ -1,13 +1,16 @@
 """A run that is killed and started again is the run that nobody disturbed, bit for bit."""
 
 import random
+import re
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from signal import SIGKILL, SIGTERM
 
 import pytest
 
+from dga_jax.checkpoint import list_steps
 from tests.train.compare import assert_same_run, records
 
 STEPS = 40
@@ -25,29 +28,39 @@ def undisturbed(run_trainer: RunTrainer, tmp_path_factory: pytest.TempPathFactor
   return workdir
 
 
-def kill_after(process: subprocess.Popen[str], workdir: Path, seconds: float) -> bool:
-  """Kills the trainer some time after its first metrics; False if it was done before that."""
+def stop_after(
+  process: subprocess.Popen[str], workdir: Path, number: int, seconds: float
+) -> tuple[int, str]:
+  """Sends the trainer a signal some time after its first metrics; its exit status and output."""
   metrics = workdir / "metrics.jsonl"
   size = metrics.stat().st_size if metrics.exists() else 0
   while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
     time.sleep(0.02)
   time.sleep(seconds)
-  process.kill()
-  process.communicate()
-  return process.returncode != 0
+  process.send_signal(number)
+  output, _ = process.communicate()
+  return process.returncode, output
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_at_random_moments(
+def test_stopped_at_random_moments(
   seed: int, start_trainer: StartTrainer, run_trainer: RunTrainer, undisturbed: Path, tmp_path: Path
 ) -> None:
   rng = random.Random(seed)
-  kills = 0
-  for _ in range(3):
-    kills += kill_after(start_trainer(tmp_path, *OVERRIDES), tmp_path, rng.uniform(0, 1.5))
+  signals = [SIGKILL, SIGKILL, SIGTERM]
+  rng.shuffle(signals)
+  statuses = []
+  for number in signals:
+    trainer = start_trainer(tmp_path, *OVERRIDES)
+    status, output = stop_after(trainer, tmp_path, number, rng.uniform(0, 1.5))
+    statuses.append(status)
+    if match := re.search(r"Asked to stop: step (\d+) is saved", output):
+      assert list_steps(tmp_path)[-1] == int(match[1])
+  late = {-SIGTERM} if STEPS in list_steps(tmp_path) else set()
+  assert set(statuses) <= {-SIGKILL, 0} | late
+  assert -SIGKILL in statuses
   status, output = run_trainer(tmp_path, *OVERRIDES)
   assert status == 0, output
-  assert kills > 0
   assert_same_run(tmp_path, undisturbed, STEPS)
 
 

@@ -22,6 +22,8 @@ def splash_causal(
   k_BxLxNxD: Float[Array, "B L N D"],
   v_BxLxNxD: Float[Array, "B L N D"],
   documents_BxL: Int[Array, "B L"],
+  *,
+  interpret: bool = False,
 ) -> Float[Array, "B L H D"]:
   """Causal attention inside each document.
 
@@ -30,6 +32,7 @@ def splash_causal(
     k_BxLxNxD: keys.
     v_BxLxNxD: values.
     documents_BxL: number of each token's document; a query sees those of its own.
+    interpret: whether the kernel is run by Pallas's interpreter, on any device.
 
   Raises:
     NotImplementedError: `splash_refusal`.
@@ -56,7 +59,7 @@ def splash_causal(
     block_kv_dq=block,
   )
   mask = MultiHeadMask([CausalMask((L, L))] * H)
-  attend = make_splash_mha_single_device(mask=mask, block_sizes=sizes)
+  attend = make_splash_mha_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
 
   def of_row(q: Array, k: Array, v: Array, documents_L: Array) -> Array:
     return attend(q, k, v, segment_ids=SegmentIds(documents_L, documents_L))

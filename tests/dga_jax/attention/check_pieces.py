@@ -127,7 +127,8 @@ if __name__ == "__main__":
   jax.config.update("jax_numpy_rank_promotion", "raise")
   jax.config.update("jax_disable_most_optimizations", True)
   if sys.argv[1] == "bytes":
-    check_bytes(sys.argv[2])
+    check_bytes("streaming")
+    check_bytes("global")
   elif sys.argv[1] == "crowded":
     check_crowded()
   else:

@@ -15,8 +15,7 @@ ROOT = Path(__file__).parents[3]
   [
     ("equal", "streaming:whole", "streaming-sinks-window:packed", "global:packed"),
     ("crowded",),
-    ("bytes", "streaming"),
-    ("bytes", "global"),
+    ("bytes",),
   ],
   ids=" ".join,
 )

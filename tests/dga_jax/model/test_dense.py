@@ -1,11 +1,16 @@
-"""The dense attention kind on its own: padding, a full cache, cuDNN."""
+"""The dense attention kind on its own: padding, a full cache, cuDNN, splash attention."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dga_jax.model.attention_kinds.dense import DenseAttention
+from dga_jax.model.attention_kinds.splash import splash_causal
+from tests.dga_jax.attention.cases import arrays
 
 
 def test_a_full_cache_keeps_its_tokens() -> None:
@@ -64,3 +69,41 @@ def test_cudnn_is_taken_and_as_exact_as_xla(length: int) -> None:
   for want, plain, got, bound in zip(exact, xla, cudnn, (2, 3, 3, 3), strict=True):
     error = np.abs(got.astype(jnp.float32) - want).max()
     assert error <= bound * np.abs(plain.astype(jnp.float32) - want).max()
+
+
+def test_splash_attention_is_dense_attention() -> None:
+  """Values and gradients, with two query heads a KV head and two documents a row."""
+  q, k, v, t = arrays(0, 1, 256, 2, 1, 128)
+  ids = jnp.asarray(np.repeat([[1, 2]], [100, 156], axis=1).astype(np.int32))
+
+  def run(attend: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
+    out, pull = jax.vjp(attend, q, k, v)
+    return (out, *pull(t))
+
+  got = run(lambda q, k, v: splash_causal(q, k, v, ids, interpret=True))
+  want = run(lambda q, k, v: DenseAttention("xla").attend(q, k, v, segment_ids=ids, lengths=None))
+  for ours, theirs in zip(got, want, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ("length", "head_dim", "wants"), [(256, 64, "head_dim"), (200, 128, "200")]
+)
+def test_what_splash_attention_cannot_compute(length: int, head_dim: int, wants: str) -> None:
+  q, k, v, _ = arrays(0, 1, length, 1, 1, head_dim)
+  with pytest.raises(NotImplementedError, match=wants):
+    DenseAttention("splash").attend(q, k, v, segment_ids=None, lengths=None)
+
+
+def test_a_mesh_of_tpus_takes_splash_attention() -> None:
+  device = AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
+  axes = {"axis_types": (AxisType.Auto,), "abstract_device": device}
+  q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
+  kv = jax.ShapeDtypeStruct((1, 256, 1, 128), jnp.bfloat16)
+
+  def program(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return DenseAttention().attend(q, k, v, segment_ids=None, lengths=None)
+
+  with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), **axes)):
+    assert "splash_mha" in str(jax.make_jaxpr(program)(q, kv, kv))
+  assert "splash_mha" not in str(jax.make_jaxpr(program)(q, kv, kv))
