@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -35,3 +37,12 @@ def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
   for item in items:
     if item.get_closest_marker(marker):
       item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_dropped_in_time() -> Iterator[None]:
+  """XLA dies where memory cannot be mapped: Linux allows 65 530 mappings, programs take some."""
+  yield
+  mappings = Path("/proc/self/maps")
+  if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+    jax.clear_caches()

@@ -30,7 +30,7 @@ def run(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_in_and_used_and_out_again(tmp_path: Path) -> None:
   workdir, folder = str(tmp_path / "run"), tmp_path / "out"
-  flags = ("--attention=dga", "--dtype=float32", "--end_token=<turn>", "--mesh=model=1")
+  flags = ("--attention=dga", "--dtype=float32", "--end_token=<turn>", "--mesh=tensor=1")
   done = run("dga_jax.convert", f"--source={SOURCE}", f"--workdir={workdir}", *flags)
   assert done.returncode == 0, done.stderr
   assert "weights in bfloat16, attention dga" in done.stdout

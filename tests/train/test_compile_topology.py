@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from train.compile_topology import compile_step
 from train.config import TrainConfig
+from train.topology import compile_step
 
 ROOT = Path(__file__).parents[2]
 
