@@ -18,6 +18,7 @@ from train.initial import load_params
 from train.plots import plot_run
 from train.profile import Profiler
 from train.report import Reporter
+from train.sharding import shapes_on
 from train.step import Functions, TrainState
 
 
@@ -98,11 +99,7 @@ class Run:
       logging.info("Beginning with the model in %s.", self._config.init_from)
       return functions.begin(load_params(self._config, functions.mesh)), batches
     position = self._checkpoints.read_data(self._first_step)["next_batch"]
-    target = jax.tree.map(
-      lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-      jax.eval_shape(functions.init),
-      functions.shardings,
-    )
+    target = shapes_on(jax.eval_shape(functions.init), functions.shardings)
     params, training = self._checkpoints.restore(
       self._first_step, params=target.params, training=_training_items(target)
     )

@@ -31,6 +31,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["batch"]))
 
 
+def shapes_on(shapes: PyTree[Any], shardings: PyTree[NamedSharding]) -> PyTree[Any]:
+  """`jax.ShapeDtypeStruct`s of arrays that lie as the shardings say."""
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+  )
+
+
 def optimizer_shardings(
   optimizer: optax.GradientTransformation, params: PyTree[Any], mesh: Mesh
 ) -> PyTree[NamedSharding]:

@@ -21,7 +21,14 @@ from train.config import TrainConfig
 from train.guard import choose, Guard, is_good, new_guard, seen
 from train.loss import token_losses
 from train.optimizer import make_optimizer, make_schedule
-from train.sharding import batch_sharding, HostBatch, optimizer_shardings, place_batch, replicated
+from train.sharding import (
+  batch_sharding,
+  HostBatch,
+  optimizer_shardings,
+  place_batch,
+  replicated,
+  shapes_on,
+)
 
 type Batch = dict[str, Array]
 type Scalars = dict[str, Float[Array, ""]]
@@ -133,11 +140,7 @@ def _state_shardings(
   optimizer: optax.GradientTransformation, variables: nnx.State, mesh: Mesh
 ) -> TrainState:
   params = parameter_shardings(variables, mesh)
-  shapes = jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    nnx.to_pure_dict(variables),
-    params,
-  )
+  shapes = shapes_on(nnx.to_pure_dict(variables), params)
   whole: Any = replicated(mesh)
   return TrainState(
     params, optimizer_shardings(optimizer, shapes, mesh), whole, Guard(whole, whole)

@@ -13,7 +13,7 @@ from dga_jax.model import flops_per_token, parameter_count
 from dga_jax.sharding import make_mesh
 from train.config import TrainConfig
 from train.program import by_kind, Collective, read_collectives
-from train.sharding import batch_sharding
+from train.sharding import batch_sharding, shapes_on
 from train.step import Functions, make_functions
 
 # Bytes of memory of one chip (Google Cloud's documentation of each), and devices of a chip: the
@@ -165,11 +165,7 @@ def arguments(
       f"config.batch_size is {config.batch_size}; on this mesh with config.grad_accumulation="
       f"{config.grad_accumulation} rows of padding would fill it up to a multiple of {rows}."
     )
-  state = jax.tree.map(
-    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-    jax.eval_shape(functions.init),
-    functions.shardings,
-  )
+  state = shapes_on(jax.eval_shape(functions.init), functions.shardings)
   dtypes = {
     "inputs": jnp.int32,
     "targets": jnp.int32,
