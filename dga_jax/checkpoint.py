@@ -194,7 +194,13 @@ class Checkpoints:
       if exc_type is None:
         raise
       logging.error("%s", error)
-    self._manager.close()
+    try:
+      self._manager.close()
+    except Exception as error:
+      # Orbax raises here what further writes of a failed save met: it would hide the first error.
+      if exc_type is None:
+        raise
+      logging.error("%s", error)
 
   def _save_failed(self, error: Exception) -> CheckpointError:
     step, self._saving = self._saving, None

@@ -293,3 +293,24 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(workdir: Path, params: Any) 
     assert checkpoints.latest_step == 4
     save(checkpoints, 6, params)
   assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
+@pytest.mark.parametrize("failed_before", [True, False])
+def test_an_error_while_closing_hides_no_other(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed_before: bool
+) -> None:
+  def close(_: Any) -> None:
+    raise ValueError("a further write failed")
+
+  def use() -> None:
+    with Checkpoints(tmp_path, keep=1):
+      if failed_before:
+        raise CheckpointError("the first error")
+
+  monkeypatch.setattr(ocp.CheckpointManager, "close", close)
+  if failed_before:
+    with pytest.raises(CheckpointError, match="the first error"):
+      use()
+  else:
+    with pytest.raises(ValueError, match="a further write failed"):
+      use()
