@@ -182,25 +182,19 @@ class Checkpoints:
     return self
 
   def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
-    """Waits for the save in the background, whose failure raises unless something else did.
+    """Waits for the save in the background and closes; a failure raises unless something else did.
 
     After an error in one of several processes it does not wait: the save needs them all.
     """
     if exc_type is not None and jax.process_count() > 1:
       return
-    try:
-      self.wait()
-    except CheckpointError as error:
-      if exc_type is None:
-        raise
-      logging.error("%s", error)
-    try:
-      self._manager.close()
-    except Exception as error:
-      # Orbax raises here what further writes of a failed save met: it would hide the first error.
-      if exc_type is None:
-        raise
-      logging.error("%s", error)
+    for finish in (self.wait, self._manager.close):
+      try:
+        finish()
+      except Exception as error:
+        if exc_type is None:
+          raise
+        logging.error("%s", error)
 
   def _save_failed(self, error: Exception) -> CheckpointError:
     step, self._saving = self._saving, None
