@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
   config.model.dga.sink_tokens = 0
   config.model.dga.local_window = 0
   config.model.dga.focal_per_block = placeholder(int)
+  config.model.dga.cache_dtype = placeholder(str)
   config.model.dga.max_documents = placeholder(int)
 
   config.model.sliding_window = ConfigDict({"window": 4096})

@@ -10,6 +10,7 @@ Selection = Literal["global", "streaming", "random"]
 Visibility = Literal["inclusive", "exclusive"]
 AggregationScale = Literal["head_dim", "none"]
 GroupLogitBias = Literal["none", "log_size"]
+CacheDtype = Literal["int8", "float8_e4m3fn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +36,9 @@ class DGAConfig:
     local_window: blocks before a query's own which it sees raw (streaming).
     focal_per_block: f, focal tokens kept of each streaming or decoding block; None for
       max(1, round(γ·m)).
+    cache_dtype: how the compact cache stores entries while decoding; None as the model computes
+      them. Eight bits halve the cache of a 16-bit model, at the price of rounding: each entry of
+      each head has a scale of its own.
     max_documents: bound on the documents packed in a row. Needed under jit with segment_ids,
       except for streaming selection without sinks; None counts concrete segment_ids.
   """
@@ -53,6 +57,7 @@ class DGAConfig:
   sink_tokens: int = 0
   local_window: int = 0
   focal_per_block: int | None = None
+  cache_dtype: CacheDtype | None = None
   max_documents: int | None = None
 
   def __post_init__(self) -> None:
@@ -128,6 +133,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
   "visibility": get_args(Visibility),
   "aggregation_scale": get_args(AggregationScale),
   "group_logit_bias": get_args(GroupLogitBias),
+  "cache_dtype": (None, *get_args(CacheDtype)),
 }
 _LEAST = {
   "group_size": 1,

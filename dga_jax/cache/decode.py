@@ -2,16 +2,27 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dga_jax.attention.aggregate import merge_scale
 from dga_jax.cache.state import CompactCache
 from dga_jax.cache.summary import summarise_blocks
 from dga_jax.config import DGAConfig
-from pallas_kernels.decode import decode_attention, GroupBias, Visible
+from pallas_kernels.decode import (
+  Blocks,
+  decode_attention,
+  GroupBias,
+  has_step_kernel,
+  Progress,
+  step_in_place,
+  Store,
+  unpack_rows,
+  Visible,
+)
 from pallas_kernels.summarise import take_rows
 
 
@@ -36,25 +47,57 @@ def decode_step(
       taking a layer out and putting it back would copy it.
     layer: which of them.
     scale: of the attention logits, default 1/√D.
-    implementation: of the attention; see `pallas_kernels.decode`.
+    implementation: see `pallas_kernels.decode`; "triton" is a kernel that does the whole step.
   """
+  scale = query_BxHxD.shape[-1] ** -0.5 if scale is None else scale
+  token = (query_BxHxD, key_BxNxD, value_BxNxD)
+  store, blocks = _store(cache), _blocks(config, query_BxHxD.shape[-1])
+  if has_step_kernel(query_BxHxD, store, blocks, implementation):
+    progress = Progress(cache.length, cache.origin, cache.prefix, cache.prefix_focal)
+    bias = _bias_amount(config)
+    out_BxHxD, store, length = step_in_place(
+      *token, store, progress, layer, blocks=blocks, scale=scale, group_bias=bias
+    )
+    return out_BxHxD, dataclasses.replace(cache, length=length, **store._asdict())
   place = _Place.of(cache, layer, config)
   cache = _append(key_BxNxD, value_BxNxD, cache, layer, place)
+  compact_key, compact_value, raw_key, raw_value, read_layer = _readable(cache, layer)
   out_BxHxD = decode_attention(
     query_BxHxD,
-    cache.compact_key,
-    cache.compact_value,
-    cache.raw_key,
-    cache.raw_value,
-    layer,
+    compact_key,
+    compact_value,
+    raw_key,
+    raw_value,
+    read_layer,
     _visible(cache, layer, place, config),
-    scale=query_BxHxD.shape[-1] ** -0.5 if scale is None else scale,
+    scale=scale,
     group_bias=_group_bias(cache, layer, config),
     implementation=implementation,
   )
   # Reading comes before the flush. Where XLA does not know that, it copies all layers' entries.
   out_BxHxD, cache = jax.lax.optimization_barrier((out_BxHxD, cache))
   return out_BxHxD, _flush(query_BxHxD, cache, layer, place, config)
+
+
+def _store(cache: CompactCache) -> Store:
+  return Store(
+    cache.compact_key,
+    cache.compact_value,
+    cache.raw_key,
+    cache.raw_value,
+    cache.key_scale,
+    cache.value_scale,
+  )
+
+
+def _blocks(config: DGAConfig, head_dim: int) -> Blocks:
+  return Blocks(
+    members=config.group_size,
+    focal=config.focal_in_block,
+    window=config.local_window,
+    choice_scale=head_dim**-0.5,
+    merge_scale=merge_scale(config, head_dim),
+  )
 
 
 class _Place(NamedTuple):
@@ -89,17 +132,28 @@ def _append(
   compact_B = jnp.where(place.in_prefix, place.position, cache.compact_key.shape[-2])
   raw_B = jnp.where(place.in_prefix, cache.raw_key.shape[-2], place.slot)
 
-  def put(array: Array, slot_B: Array, token_BxNxD: Array) -> Array:
-    return array.at[layer, row_B, :, slot_B].set(token_BxNxD, mode="drop")
+  def put(array: Array, token_BxNxD: Array) -> Array:
+    return array.at[layer, row_B, :, raw_B].set(token_BxNxD, mode="drop")
 
+  cache = cache.put_compact((layer, row_B, slice(None), compact_B), key_BxNxD, value_BxNxD)
   return dataclasses.replace(
     cache,
-    compact_key=put(cache.compact_key, compact_B, key_BxNxD),
-    compact_value=put(cache.compact_value, compact_B, value_BxNxD),
-    raw_key=put(cache.raw_key, raw_B, key_BxNxD),
-    raw_value=put(cache.raw_value, raw_B, value_BxNxD),
+    raw_key=put(cache.raw_key, key_BxNxD),
+    raw_value=put(cache.raw_value, value_BxNxD),
     length=cache.length.at[layer].add(1),
   )
+
+
+def _readable(cache: CompactCache, layer: Array | int) -> tuple[Any, ...]:
+  """Compact keys and values, raw ones, and the layer in them, as `decode_attention` reads them."""
+  raw = (cache.raw_key, cache.raw_value)
+  if cache.key_scale is None or cache.value_scale is None:
+    return cache.compact_key, cache.compact_value, *raw, layer
+  # It reads no 8 bits: it gets this layer alone, restored.
+  dtype = cache.raw_key.dtype
+  key = unpack_rows(cache.compact_key[layer], cache.key_scale[layer], dtype)
+  value = unpack_rows(cache.compact_value[layer], cache.value_scale[layer], dtype)
+  return key[None], value[None], *(x[layer][None] for x in raw), 0
 
 
 def _visible(cache: CompactCache, layer: Array | int, place: _Place, config: DGAConfig) -> Visible:
@@ -124,11 +178,16 @@ def _visible(cache: CompactCache, layer: Array | int, place: _Place, config: DGA
   )
 
 
+def _bias_amount(config: DGAConfig) -> float:
+  return math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0
+
+
 def _group_bias(cache: CompactCache, layer: Array | int, config: DGAConfig) -> GroupBias | None:
-  if config.group_logit_bias != "log_size":
+  amount = _bias_amount(config)
+  if not amount:
     return None
   return GroupBias(
-    amount=math.log(config.group_size),
+    amount=amount,
     first=cache.prefix_focal[layer],
     prefix=cache.prefix[layer],
     period=config.focal_in_block + 1,
@@ -153,13 +212,5 @@ def _flush(
   first_B = cache.prefix[layer] + (f + 1) * place.block
   entry_BxF = first_B[:, None] + jnp.arange(f + 1)[None]
   entry_BxF = jnp.where(full_B[:, None], entry_BxF, cache.compact_key.shape[-2])
-  row_Bx1 = jnp.arange(B)[:, None]
-
-  def store(compact: Array, new_Bx1xFxNxD: Array) -> Array:
-    return compact.at[layer, row_Bx1, :, entry_BxF].set(new_Bx1xFxNxD[:, 0], mode="drop")
-
-  return dataclasses.replace(
-    cache,
-    compact_key=store(cache.compact_key, key_Bx1xFxNxD),
-    compact_value=store(cache.compact_value, value_Bx1xFxNxD),
-  )
+  at = (layer, jnp.arange(B)[:, None], slice(None), entry_BxF)
+  return cache.put_compact(at, key_Bx1xFxNxD[:, 0], value_Bx1xFxNxD[:, 0])

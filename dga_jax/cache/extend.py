@@ -10,6 +10,7 @@ from dga_jax.cache.prefill import ring_positions
 from dga_jax.cache.state import CompactCache
 from dga_jax.cache.summary import summarise_blocks
 from dga_jax.config import DGAConfig
+from pallas_kernels.decode import unpack_rows
 from pallas_kernels.grouped_attention import Bounds, grouped_attention
 from pallas_kernels.summarise import take_rows
 
@@ -155,16 +156,8 @@ def _put_entries(
   """Writes some of E rows to their slots of the compact part; slots beyond its end are dropped."""
   B, _, C, _ = cache.compact_key.shape
   slot_BxE = jnp.where(chosen_BxE, slot_BxE, C)
-  row_Bx1 = jnp.arange(B)[:, None]
-
-  def put(compact_BxNxCxD: Array, rows_BxExNxD: Array) -> Array:
-    return compact_BxNxCxD.at[row_Bx1, :, slot_BxE].set(rows_BxExNxD, mode="drop")
-
-  return dataclasses.replace(
-    cache,
-    compact_key=put(cache.compact_key, key_BxExNxD),
-    compact_value=put(cache.compact_value, value_BxExNxD),
-  )
+  at = (jnp.arange(B)[:, None], slice(None), slot_BxE)
+  return cache.put_compact(at, key_BxExNxD, value_BxExNxD)
 
 
 type _KeyValue = tuple[Array, Array]
@@ -181,7 +174,10 @@ def _entries(cache: CompactCache, span: _Span) -> tuple[_KeyValue, _KeyValue, Bo
   in_prefix_BxT = after_BxT < 0
   seen_BxT = jnp.maximum(jnp.maximum(after_BxT, 0) // size - config.local_window, 0)
   own_BxT = jnp.where(in_prefix_BxT, span.position + 1, 0)
-  compact = (cache.compact_key.swapaxes(1, 2), cache.compact_value.swapaxes(1, 2))
+  compact = (
+    unpack_rows(cache.compact_key, cache.key_scale, cache.raw_key.dtype).swapaxes(1, 2),
+    unpack_rows(cache.compact_value, cache.value_scale, cache.raw_key.dtype).swapaxes(1, 2),
+  )
   if config.group_logit_bias == "none":
     focal, group = compact, (compact[0][:, :0], compact[1][:, :0])
     focal_end_BxT = own_BxT + ~in_prefix_BxT * (cache.prefix[:, None] + (f + 1) * seen_BxT)

@@ -8,6 +8,7 @@ from dga_jax.attention.attend import attend_entries
 from dga_jax.attention.plan import GroupPlan
 from dga_jax.cache.state import cache_size, CompactCache, ring_age
 from dga_jax.config import DGAConfig
+from pallas_kernels.decode import pack_rows
 from pallas_kernels.summarise import Entries, take_rows
 
 
@@ -77,7 +78,10 @@ def cache_prompt(
     prefix_focal_B = jnp.where(whole_B, focal_B, sinks_B)
   ring_BxW = ring_positions(length_B, origin_B, L, config)
   ring_BxNxW = jnp.broadcast_to(ring_BxW[:, None], (B, N, size.raw))
-  compact_key, compact_value = (_heads_first(x, size.compact) for x in compact)
+  stored = config.cache_dtype or key_BxLxNxD.dtype
+  (compact_key, key_scale), (compact_value, value_scale) = (
+    pack_rows(_heads_first(x, size.compact), stored) for x in compact
+  )
   return CompactCache(
     compact_key=compact_key,
     compact_value=compact_value,
@@ -87,6 +91,8 @@ def cache_prompt(
     origin=origin_B,
     prefix=prefix_B,
     prefix_focal=prefix_focal_B,
+    key_scale=key_scale,
+    value_scale=value_scale,
   )
 
 

@@ -7,14 +7,15 @@ Nothing else moves, so every count follows from the number of tokens seen.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int
+from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from dga_jax.config import DGAConfig
+from pallas_kernels.decode import pack_rows
 
 
 @jax.tree_util.register_dataclass
@@ -26,7 +27,8 @@ class CompactCache:
   written are zero.
 
   Attributes:
-    compact_key: C entries: the prefix, then f focal tokens and one group for every block.
+    compact_key: C entries: the prefix, then f focal tokens and one group for every block. In the
+      dtype of config.cache_dtype, if that is set.
     compact_value: likewise.
     raw_key: ring of w + 1 blocks of raw tokens, the current block among them.
     raw_value: likewise.
@@ -34,22 +36,52 @@ class CompactCache:
     origin: position at which blocks begin; earlier tokens are in the prefix.
     prefix: entries of the prefix.
     prefix_focal: how many of them are focal tokens; groups follow.
+    key_scale: by what each compact key is multiplied, with config.cache_dtype; else None.
+    value_scale: likewise.
   """
 
-  compact_key: Float[Array, "*layers B N C D"]
-  compact_value: Float[Array, "*layers B N C D"]
+  compact_key: Shaped[Array, "*layers B N C D"]
+  compact_value: Shaped[Array, "*layers B N C D"]
   raw_key: Float[Array, "*layers B N W D"]
   raw_value: Float[Array, "*layers B N W D"]
   length: Int[Array, "*layers B"]
   origin: Int[Array, "*layers B"]
   prefix: Int[Array, "*layers B"]
   prefix_focal: Int[Array, "*layers B"]
+  key_scale: Float[Array, "*layers B N C"] | None = None
+  value_scale: Float[Array, "*layers B N C"] | None = None
 
   @property
   def bytes(self) -> int:
-    """Bytes of keys and values."""
-    arrays = (self.compact_key, self.compact_value, self.raw_key, self.raw_value)
-    return sum(array.size * array.dtype.itemsize for array in arrays)
+    """Bytes of keys and values, scales included."""
+    arrays = (
+      *(self.compact_key, self.compact_value, self.key_scale, self.value_scale),
+      *(self.raw_key, self.raw_value),
+    )
+    return sum(array.size * array.dtype.itemsize for array in arrays if array is not None)
+
+  def put_compact(
+    self, at: tuple[Any, ...], key: Float[Array, "... D"], value: Float[Array, "... D"]
+  ) -> "CompactCache":
+    """Writes entries at an index of all axes but the last; indices beyond the end write nothing."""
+
+    def put(array: Array, rows: Any) -> Array:
+      return array.at[at].set(rows, mode="drop")
+
+    key_numbers, key_scale = pack_rows(key, self.compact_key.dtype)
+    value_numbers, value_scale = pack_rows(value, self.compact_value.dtype)
+    cache = dataclasses.replace(
+      self,
+      compact_key=put(self.compact_key, key_numbers),
+      compact_value=put(self.compact_value, value_numbers),
+    )
+    if self.key_scale is None or self.value_scale is None:
+      return cache
+    return dataclasses.replace(
+      cache,
+      key_scale=put(self.key_scale, key_scale),
+      value_scale=put(self.value_scale, value_scale),
+    )
 
 
 class CacheSize(NamedTuple):
@@ -95,11 +127,14 @@ def empty_cache(
 ) -> CompactCache:
   """A cache that has seen nothing; decoding can start from it."""
   size = cache_size(config, max_length)
-  compact = jnp.zeros((batch, heads, size.compact, head_dim), dtype)
+  compact, scale = pack_rows(
+    jnp.zeros((batch, heads, size.compact, head_dim), dtype), config.cache_dtype or dtype
+  )
   raw = jnp.zeros((batch, heads, size.raw, head_dim), dtype)
   zero_B = jnp.zeros(batch, jnp.int32)
   sinks_B = zero_B + config.sink_tokens
-  return CompactCache(compact, compact, raw, raw, zero_B, sinks_B, sinks_B, sinks_B)
+  counts = (zero_B, sinks_B, sinks_B, sinks_B)
+  return CompactCache(compact, compact, raw, raw, *counts, key_scale=scale, value_scale=scale)
 
 
 def ring_age(

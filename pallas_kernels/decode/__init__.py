@@ -1,6 +1,18 @@
-"""Attention of one query per sequence to a compact cache and the raw tokens beside it."""
+"""One decoding step over a compact cache and the raw tokens beside it."""
 
-from pallas_kernels.decode.api import decode_attention
-from pallas_kernels.decode.entries import GroupBias, Visible
+from pallas_kernels.decode.api import decode_attention, has_step_kernel, step_in_place
+from pallas_kernels.decode.entries import Blocks, GroupBias, Progress, Store, Visible
+from pallas_kernels.decode.quantise import pack_rows, unpack_rows
 
-__all__ = ["GroupBias", "Visible", "decode_attention"]
+__all__ = [
+  "Blocks",
+  "GroupBias",
+  "Progress",
+  "Store",
+  "Visible",
+  "decode_attention",
+  "has_step_kernel",
+  "pack_rows",
+  "step_in_place",
+  "unpack_rows",
+]

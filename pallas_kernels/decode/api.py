@@ -1,10 +1,13 @@
-"""The one entry to decode attention: picks the implementation for the device."""
+"""The entries to decoding: attention alone, or a whole step; they pick the implementation."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.entries import GroupBias, Visible
+from pallas_kernels.decode.entries import Blocks, GroupBias, Progress, Store, Visible
 from pallas_kernels.decode.xla import decode_attention_xla
 from pallas_kernels.target import choose
+
+_MOST_ROWS = 128  # of a block: more do not fit a kernel's registers
 
 
 def decode_attention(
@@ -52,6 +55,79 @@ def decode_attention(
   from pallas_kernels.decode.mosaic_tpu_decode import decode_attention_mosaic_tpu
 
   return decode_attention_mosaic_tpu(*arrays, scale=scale, group_bias=group_bias)
+
+
+def step_in_place(
+  query: Float[Array, "B H D"],
+  key: Float[Array, "B N D"],
+  value: Float[Array, "B N D"],
+  store: Store,
+  progress: Progress,
+  layer: Int[Array, ""] | int,
+  *,
+  blocks: Blocks,
+  scale: float,
+  group_bias: float = 0.0,
+) -> tuple[Float[Array, "B H D"], Store, Int[Array, "layers B"]]:
+  """Appends a token to every sequence, attends, and summarises the blocks that it completes.
+
+  What `decode_attention` does over the entries of complete blocks before the window and over the
+  raw tokens, the new one included, and what comes before and after it, in one go over the cache
+  and in place. Only where `has_step_kernel` says so.
+
+  Args:
+    query: of the new tokens.
+    key: of the new tokens; a sequence's first ones, up to its origin, go to its prefix.
+    value: likewise.
+    store: the cache. Donate it.
+    progress: before this token.
+    layer: which layer's part is read and written.
+    blocks: what a block is, and what becomes of it.
+    scale: of the attention logits.
+    group_bias: added to the logits of groups.
+
+  Returns:
+    The attention's output, the cache, and the lengths.
+  """
+  from pallas_kernels.decode.triton_step import step_triton
+
+  return step_triton(
+    query, key, value, store, progress, layer, blocks=blocks, scale=scale, bias=group_bias
+  )
+
+
+def has_step_kernel(
+  query: Float[Array, "B H D"], store: Store, blocks: Blocks, implementation: str | None
+) -> bool:
+  """Whether `step_in_place` serves this call.
+
+  Args:
+    query: of the call, like `store` and `blocks`.
+    implementation: "triton" for it, "mosaic_tpu" or "xla" for `decode_attention`, or None for
+      what runs on the device at hand.
+
+  Raises:
+    ValueError: if the implementation is unknown.
+    NotImplementedError: if it is named and cannot compute this call; the message says why.
+  """
+  refusals = {
+    "triton": _triton_refusal(query, store, blocks),
+    "mosaic_tpu": _mosaic_tpu_refusal(query, store.compact_key),
+  }
+  return choose(implementation, refusals, query, store.compact_key) == "triton"
+
+
+def _triton_refusal(query: Array, store: Store, blocks: Blocks) -> str | None:
+  D = query.shape[-1]
+  if D < 16 or D > 256 or D & (D - 1):
+    return f"head_dim is {D}; these kernels want a power of two from 16 to 256"
+  if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+    return f"dtype is {query.dtype}; these kernels have float16, bfloat16 and float32"
+  if blocks.size > _MOST_ROWS:
+    return f"a block has {blocks.size} tokens; these kernels take {_MOST_ROWS}"
+  if 0 in store.compact_key.shape:
+    return "the cache has no compact entries"
+  return None
 
 
 def _mosaic_tpu_refusal(query: Array, compact_key: Array) -> str | None:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 
 class Visible(NamedTuple):
@@ -29,6 +29,57 @@ class Visible(NamedTuple):
 def raw_is_visible(slot: Array, end: Array, hidden_start: Array, hidden_end: Array) -> Array:
   """Whether raw slots are seen; see `Visible`."""
   return (slot < end) & ((slot < hidden_start) | (slot >= hidden_end))
+
+
+class Store(NamedTuple):
+  """The arrays of a cache, all layers'.
+
+  Scales belong to a cache whose compact entries are stored in 8 bits: an entry is its row times
+  its scale.
+  """
+
+  compact_key: Shaped[Array, "layers B N C D"]
+  compact_value: Shaped[Array, "layers B N C D"]
+  raw_key: Float[Array, "layers B N W D"]
+  raw_value: Float[Array, "layers B N W D"]
+  key_scale: Float[Array, "layers B N C"] | None = None
+  value_scale: Float[Array, "layers B N C"] | None = None
+
+  def arrays(self) -> list[Array]:
+    """Those that there are, in this order."""
+    return [x for x in self if x is not None]
+
+
+class Progress(NamedTuple):
+  """How far every layer has come with every sequence.
+
+  Blocks begin at position `origin`. Earlier tokens are in the prefix: `prefix` entries, the first
+  `prefix_focal` of them focal tokens and the others groups.
+  """
+
+  length: Int[Array, "layers B"]
+  origin: Int[Array, "layers B"]
+  prefix: Int[Array, "layers B"]
+  prefix_focal: Int[Array, "layers B"]
+
+
+class Blocks(NamedTuple):
+  """What becomes of a block of tokens once it is complete.
+
+  Its last query keeps `focal` tokens, by softmax(choice_scale · q Kᵀ), and merges the other
+  `members` by softmax(merge_scale · q Kᵀ). `window` earlier blocks are seen raw beside it.
+  """
+
+  members: int
+  focal: int
+  window: int
+  choice_scale: float
+  merge_scale: float
+
+  @property
+  def size(self) -> int:
+    """Tokens of a block."""
+    return self.members + self.focal
 
 
 class GroupBias(NamedTuple):

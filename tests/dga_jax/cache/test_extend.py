@@ -35,9 +35,10 @@ def read_chunks(arrays, cache, config, cuts, pad):
 
 def assert_same_cache(cache, want):
   for field in dataclasses.fields(cache):
-    np.testing.assert_allclose(
-      getattr(cache, field.name), getattr(want, field.name), atol=1e-6, err_msg=field.name
-    )
+    got, wanted = getattr(cache, field.name), getattr(want, field.name)
+    if got is None and wanted is None:  # scales of a cache in 8 bits
+      continue
+    np.testing.assert_allclose(got, wanted, atol=1e-6, err_msg=field.name)
 
 
 @settings(max_examples=12)
@@ -95,5 +96,7 @@ def test_each_sequence_takes_its_own_number_of_tokens():
   np.testing.assert_allclose(out[0], want[0], atol=1e-5)
   for field in dataclasses.fields(cache):
     got = getattr(cache, field.name)
+    if got is None:  # scales of a cache in 8 bits
+      continue
     np.testing.assert_allclose(got[0], getattr(whole, field.name)[0], atol=1e-6)
     np.testing.assert_array_equal(got[1], getattr(empty, field.name)[1], err_msg=field.name)
