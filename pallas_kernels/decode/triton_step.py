@@ -124,7 +124,7 @@ class _Place(NamedTuple):
   raw_end: Array  # raw tokens of the ring that it sees, but for its own block
 
 
-def _place(progress: Progress, layer: Array, b: Array, blocks: Blocks) -> _Place:
+def _place(progress: Progress, layer: Array, b: Array, blocks: Blocks, entries: int) -> _Place:
   length, origin, prefix, _ = (ref[layer, b] for ref in progress)
   after = length - origin
   in_prefix = after < 0
@@ -140,7 +140,7 @@ def _place(progress: Progress, layer: Array, b: Array, blocks: Blocks) -> _Place
     block,
     offset,
     begin,
-    jnp.where(in_prefix, length, prefix + (blocks.focal + 1) * summarised),
+    jnp.minimum(entries, jnp.where(in_prefix, length, prefix + (blocks.focal + 1) * summarised)),
     jnp.where(in_prefix, 0, jnp.where(full, ring * size, begin)),
   )
 
@@ -164,7 +164,7 @@ def _step_kernel(
   blocks, T = static.blocks, static.block
   R, D = static.heads, q_ref.shape[-1]
   M = max(_LEAST, pl.next_power_of_2(R))
-  place = _place(progress, layer, b, blocks)
+  place = _place(progress, layer, b, blocks, store.compact_key.shape[1])
   q_MxD = load_rows(q_ref, (), 0, M, R)
 
   def attend(

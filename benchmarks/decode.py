@@ -1,0 +1,285 @@
+"""Decoding and prompts of LLaMA2-7B: DGA, dense and the other attention kinds, on a GPU.
+
+    ./workspace bench decode
+    ./workspace bench decode --steps=1x16384 --largest= --prompts= --kinds=dga,dense,streaming_llm
+
+Random weights in bfloat16, 32 layers, 32 KV heads, D = 128; DGA streaming, m = 16, f = 2; the
+baselines with their papers' settings. A step is model, greedy choice and cache together; bursts of
+tokens come from one program whose state is donated, as `dga_jax.generation` runs it, and kinds
+take turns. Caches hold random numbers and are full up to the last burst.
+
+The floor is the time to read once what a token needs, at the rate of a large read that is measured
+in the same run: all weights but the table of embeddings, and the entries of the cache that are
+seen at the end of the burst. `live` is what these entries take, `allocated` all of the cache.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import nnx
+from jax import Array
+from tqdm import tqdm
+
+from benchmarks.timing import environment, Times
+from dga_jax import DGAConfig
+from dga_jax.model import Decoder, ModelConfig
+
+_KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds of the steps")
+_STEPS = flags.DEFINE_list(
+  "steps", ["1x4096", "1x8192", "1x16384", "1x32768", "4x16384"], "batch x context of the steps"
+)
+_LARGEST = flags.DEFINE_list(
+  "largest", ["32768"], "contexts at which each kind gets the largest batch that fits"
+)
+_PROMPTS = flags.DEFINE_list("prompts", ["32768", "131072"], "lengths of prompts to be read")
+_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, ["int8", "float8_e4m3fn"], "of DGA's cache")
+_LAYERS = flags.DEFINE_integer("layers", 32, "of the model; fewer for a quick look")
+_BURST = flags.DEFINE_integer("burst", 32, "tokens of one program")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "samples of each kind")
+_SPARE = flags.DEFINE_float("spare_gb", 0.6, "memory that the largest batch leaves")
+
+_READ_BYTES = 4 * 2**30
+
+
+def main(argv: list[str]) -> None:
+  """Prints a table of steps and one of prompts."""
+  del argv
+  print(environment())
+  rate = read_rate()
+  print(f"a large read: {rate / 1e12:.3f} TB/s; bursts of {_BURST.value} tokens")
+  models = {kind: _Model.of(kind) for kind in _KINDS.value}
+  params = make_params(next(iter(models.values())))
+  weights = sum(x.nbytes for x in jax.tree.leaves(params)) - _embedding_bytes(params)
+  print(f"weights that a token reads: {weights / 1e9:.2f} GB")
+  print(
+    "\n| batch, context | kind | ms a token (lowest to highest) | floor | times the floor |", end=""
+  )
+  print(" tokens/s | cache: live, allocated |\n| --- | --- | --- | --- | --- | --- | --- |")
+  for length, cells in _cells(models, params):
+    for (kind, batch), times in _alternate(cells, params).items():
+      live = models[kind].live_bytes(length) * batch
+      floor = (weights + live) / rate
+      allocated = models[kind].allocated_bytes(batch, length)
+      ms = [f"{1e3 * x:.3f}" for x in (*times, floor)]
+      print(
+        f"| {batch} x {length} | {kind} | {ms[0]} ({ms[1]} to {ms[2]}) | {ms[3]} |"
+        f" {times.median / floor:.3f} | {batch / times.median:.1f} |"
+        f" {live / 1e9:.3f}, {allocated / 1e9:.3f} GB |",
+        flush=True,
+      )
+  if _PROMPTS.value:
+    print("\n| prompt | kind | seconds to the first token (lowest to highest) | cache |")
+    print("| --- | --- | --- | --- |")
+  for length in map(int, _PROMPTS.value):
+    for kind in _KINDS.value:
+      _time_prompt(models[kind], params, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+  """LLaMA2-7B with one kind of attention; the kinds share their parameters."""
+
+  config: ModelConfig
+  graphdef: Any
+
+  @classmethod
+  def of(cls, kind: Any) -> "_Model":
+    """The model of that kind."""
+    config = ModelConfig(
+      vocab_size=32000,
+      num_layers=_LAYERS.value,
+      embed_dim=4096,
+      num_heads=32,
+      num_kv_heads=32,
+      head_dim=128,
+      mlp_dim=11008,
+      attention=kind,
+      dga=DGAConfig(selection="streaming", cache_dtype=_CACHE_DTYPE.value),
+      param_dtype="bfloat16",
+    )
+    return cls(config, nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0])
+
+  def decoder(self, params: Any) -> Decoder:
+    """With these parameters."""
+    model: Decoder = nnx.merge(self.graphdef, params)
+    return model
+
+  def live_bytes(self, length: int) -> float:
+    """Of the entries that one sequence's next token sees after `length` tokens."""
+    config, token = self.config, 2 * 2 * self.config.num_kv_heads * self.config.head_dim
+    if config.attention != "dga":
+      return config.num_layers * token * (_seen(config, length))
+    blocks, raw = divmod(length, config.dga.block_size)
+    entries = blocks * (config.dga.focal_in_block + 1)
+    entry = token if config.dga.cache_dtype is None else token // 2 + 2 * 4 * config.num_kv_heads
+    return config.num_layers * (entries * entry + raw * token)
+
+  def allocated_bytes(self, batch: int, length: int) -> int:
+    """Of all arrays of the cache."""
+    cache = jax.eval_shape(lambda p: self.decoder(p).init_cache(batch, length), self.params())
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
+
+  def params(self) -> Any:
+    """Their shapes."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0))))[1]
+
+
+def _seen(config: ModelConfig, length: int) -> int:
+  bounds = {
+    "streaming_llm": config.streaming_llm.sinks + config.streaming_llm.window,
+    "lm_infinite": config.lm_infinite.global_tokens + config.lm_infinite.local_window,
+    "sliding_window": config.sliding_window.window,
+  }
+  return min(length, bounds.get(config.attention, length))
+
+
+def make_params(model: _Model) -> Any:
+  """Random numbers of a deviation of 0.02, in the shapes of the model."""
+
+  def draw(shapes: Any, key: Array) -> Any:
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+    return jax.tree.unflatten(
+      tree,
+      [0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
+    )
+
+  return jax.block_until_ready(jax.jit(functools.partial(draw, model.params()))(jax.random.key(0)))
+
+
+def _embedding_bytes(params: Any) -> int:
+  return int(params["embedding"][...].nbytes)
+
+
+def read_rate() -> float:
+  """Bytes a second of a reduction of 4 GiB, the best of some."""
+  array = jax.jit(lambda: jax.random.bits(jax.random.key(0), (_READ_BYTES // 2**14, 2**12)))()
+  most = jax.jit(lambda x: x.max(axis=1))
+  jax.block_until_ready(most(array))
+  seconds = []
+  for _ in range(10):
+    start = time.perf_counter()
+    for _ in range(4):
+      out = most(array)
+    jax.block_until_ready(out)
+    seconds.append((time.perf_counter() - start) / 4)
+  return _READ_BYTES / min(seconds)
+
+
+type _Cell = tuple[str, int]  # kind and batch
+type _State = tuple[Any, Array]  # cache and last tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+  """A burst of one kind, compiled, and what makes the state before it."""
+
+  start: Callable[[Array], _State]
+  burst: Callable[[Any, _State], _State]
+
+  @classmethod
+  def of(cls, model: _Model, params: Any, batch: int, length: int) -> "_Steps":
+    """For full caches of `length` tokens."""
+
+    def start(key: Array) -> _State:
+      cache = model.decoder(model.params()).init_cache(batch, length)
+      cache = jax.tree_util.tree_map_with_path(functools.partial(fill, key), cache)
+      return cache, jax.random.randint(key, (batch,), 0, model.config.vocab_size)
+
+    def fill(key: Array, path: Any, x: Array) -> Array:
+      name = path[-1].name
+      if name == "length":
+        return jnp.full_like(x, length - _BURST.value)
+      if name in ("key_scale", "value_scale"):
+        return x / 64
+      if x.dtype == jnp.int8:
+        return jax.random.randint(key, x.shape, -127, 128, x.dtype)
+      return x if x.dtype == jnp.int32 else jax.random.normal(key, x.shape, x.dtype)
+
+    def burst(params: Any, state: _State) -> _State:
+      decoder = model.decoder(params)
+
+      def step(state: _State, _: None) -> tuple[_State, None]:
+        logits_BxV, cache = decoder.decode(state[1], state[0])
+        return (cache, jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)), None
+
+      return jax.lax.scan(step, state, None, length=_BURST.value)[0]
+
+    state = jax.eval_shape(start, jax.random.key(0))
+    compiled = jax.jit(burst, donate_argnums=1).lower(params, state).compile()
+    return cls(jax.jit(start), compiled)
+
+
+def _cells(models: dict[str, _Model], params: Any) -> Iterator[tuple[int, dict[_Cell, _Steps]]]:
+  """Programs that take turns, and their context."""
+  for text in tqdm(_STEPS.value, desc="steps", leave=False):
+    batch, length = map(int, text.split("x"))
+    yield (
+      length,
+      {(kind, batch): _Steps.of(model, params, batch, length) for kind, model in models.items()},
+    )
+  for length in map(int, _LARGEST.value):
+    for kind, model in models.items():  # one alone fills the memory
+      yield length, {(kind, batch): steps for batch, steps in [_largest(model, params, length)]}
+
+
+def _largest(model: _Model, params: Any, length: int) -> tuple[int, _Steps]:
+  """The largest batch whose cache, weights and temporary arrays the device holds."""
+  stats = jax.devices()[0].memory_stats() or {}
+  free = stats["bytes_limit"] - stats["bytes_in_use"] - _SPARE.value * 1e9
+  batch = int(free // model.allocated_bytes(1, length))
+  return batch, _Steps.of(model, params, batch, length)
+
+
+def _alternate(cells: dict[_Cell, _Steps], params: Any) -> dict[_Cell, Times]:
+  """Seconds of a token; states that do not fit side by side are made anew each time."""
+  samples: dict[_Cell, list[float]] = {cell: [] for cell in cells}
+  for number in range(_ROUNDS.value + 1):
+    for cell, steps in cells.items():
+      state = jax.block_until_ready(steps.start(jax.random.key(number)))
+      start = time.perf_counter()
+      state = jax.block_until_ready(steps.burst(params, state))
+      if number:
+        samples[cell].append((time.perf_counter() - start) / _BURST.value)
+      del state
+  return {
+    cell: Times(statistics.median(values), min(values), max(values))
+    for cell, values in samples.items()
+  }
+
+
+def _time_prompt(model: _Model, params: Any, length: int) -> None:
+  """One row: the prompt read and its first token chosen; a dense cache of 128K is not kept."""
+  keeps = model.allocated_bytes(1, length) < 40e9
+
+  def first(params: Any, tokens_1xL: Array) -> tuple[Array, Any]:
+    decoder = model.decoder(params)
+    if keeps:
+      logits_1xV, cache = decoder.prefill(tokens_1xL, max_length=length)
+      return jnp.argmax(logits_1xV, axis=-1), cache
+    return jnp.argmax(decoder.unembed(decoder.hidden(tokens_1xL)[:, -1]), axis=-1), None
+
+  run, seconds = jax.jit(first), []
+  for number in range(4):
+    tokens = jax.random.randint(jax.random.key(number), (1, length), 0, model.config.vocab_size)
+    jax.block_until_ready(tokens)
+    start = time.perf_counter()
+    jax.block_until_ready(run(params, tokens))
+    seconds.append(time.perf_counter() - start)
+  seconds = sorted(seconds[1:])
+  print(
+    f"| {length} | {model.config.attention} | {seconds[1]:.3f} ({seconds[0]:.3f} to"
+    f" {seconds[2]:.3f}) | {'kept' if keeps else 'not kept'} |",
+    flush=True,
+  )
+
+
+if __name__ == "__main__":
+  app.run(main)
