@@ -25,6 +25,7 @@ DGA alone: cuDNN's kernels are chosen on the device.
 """
 
 import dataclasses
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -158,6 +159,8 @@ def _compile(config: TrainConfig, mesh_name: str) -> _Program:
   expected = {"dense": "cuDNN", "dga": "Mosaic GPU"}.get(config.model.attention)
   if expected and not counts[expected]:
     print(f"NOTE: {config.model.attention} does not use {expected} here.", flush=True)
+  if again := len(re.findall(r"^\s+%\S+\.remat\d* = ", text, re.MULTILINE)):
+    print(f"NOTE: memory is short: XLA computes {again} operations again, remat aside.", flush=True)
   return _Program(config, functions, step, text)
 
 
