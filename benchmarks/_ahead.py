@@ -25,7 +25,8 @@ def abstract_mesh(devices: int = 1) -> AbstractMesh:
 
 
 @functools.cache
-def _h100() -> Any:
+def h100() -> Any:
+  """One, absent."""
   return topologies.get_topology_desc(
     platform="cuda",
     topology_name="h100",
@@ -36,7 +37,7 @@ def _h100() -> Any:
 
 def compile_for_h100(function: Callable[..., Any], *args: Any) -> Any:
   """Machine code for sm_90a; raises where a kernel overflows shared memory."""
-  sharding = SingleDeviceSharding(_h100())
+  sharding = SingleDeviceSharding(h100())
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
     lowered = jax.jit(function).lower(*placed)

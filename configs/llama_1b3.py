@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
   config.batch_size = 1
   config.learning_rate = 2e-4
   config.warmup_steps = 500
-  config.loss_chunk = 1024
+  config.loss_chunk = 4096  # The unembedding's gradient is added up once a chunk.
   config.eval_every = 1000
   config.checkpoint_every = 1000
 

@@ -55,8 +55,11 @@ def token_losses(
   def chunk_losses(arguments: tuple[Array, Array]) -> tuple[Array, Array]:
     hidden_BxPxCxE, targets_BxPxC = arguments
     logits_BxPxCxV = unembed(hidden_BxPxCxE).astype(jnp.float32)
-    target_logits_BxPxC = jnp.take_along_axis(logits_BxPxCxV, targets_BxPxC[..., None], axis=-1)
-    loss_BxPxC = jax.nn.logsumexp(logits_BxPxCxV, axis=-1) - target_logits_BxPxC[..., 0]
+    # A sum of one logit: the gradient of a lookup would be a scatter into another array of logits.
+    token_1x1x1xV = jnp.arange(logits_BxPxCxV.shape[-1])[None, None, None]
+    is_target_BxPxCxV = token_1x1x1xV == targets_BxPxC[..., None]
+    target_logits_BxPxC = jnp.sum(logits_BxPxCxV, axis=-1, where=is_target_BxPxCxV)
+    loss_BxPxC = jax.nn.logsumexp(logits_BxPxCxV, axis=-1) - target_logits_BxPxC
     return loss_BxPxC, jnp.argmax(logits_BxPxCxV, axis=-1) == targets_BxPxC
 
   loss, correct = jax.lax.map(chunk_losses, (to_chunks(hidden_BxLxE), to_chunks(targets_BxL)))

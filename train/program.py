@@ -165,7 +165,7 @@ def _shapes(result: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 def _collective(kind: str, operation: str, line: str, times: int) -> Collective:
   shapes = _shapes(_result(line))
-  if operation.endswith("-start") and kind in ("all-gather", "collective-permute"):
+  if operation.endswith("-start") and kind != "all-reduce":
     # The result of a start holds the operands too, and for a permutation two counters.
     shapes = tuple(shape for shape in shapes if shape != ("u32", ()))
     shapes = shapes[len(shapes) // 2 :]

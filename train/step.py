@@ -179,7 +179,7 @@ def batch_losses(
 ) -> tuple[Float[Array, "B L"], Bool[Array, "B L"]]:
   """Loss of every token, and whether its target is the most likely token; see `token_losses`."""
   model = nnx.merge(graphdef, params)
-  hidden_BxLxE = model.hidden(batch["inputs"], segment_ids=batch["segment_ids"])
+  hidden_BxLxE = model.hidden(batch["inputs"], **_documents(config, batch))
   targets_BxL, chunk = batch["targets"], config.loss_chunk
   order_L = sequence_order(targets_BxL.shape[1])
   if order_L is None:
@@ -187,6 +187,18 @@ def batch_losses(
   losses = token_losses(model.unembedder(), hidden_BxLxE, targets_BxL[:, order_L], chunk=chunk)
   back_L = np.argsort(order_L)
   return losses[0][:, back_L], losses[1][:, back_L]
+
+
+def _documents(config: TrainConfig, batch: Batch) -> Batch:
+  """Where the documents lie, as arguments of the decoder.
+
+  A row that holds one document at most is a right-padded row: without a mask of documents, which
+  cuDNN's dense attention does not have.
+  """
+  segment_ids_BxL = batch["segment_ids"]
+  if config.data.max_documents == 1:
+    return {"lengths": jnp.sum(segment_ids_BxL >= 0, axis=1, dtype=jnp.int32)}
+  return {"segment_ids": segment_ids_BxL}
 
 
 def micro_batches(config: TrainConfig, batch: Batch) -> Batch:

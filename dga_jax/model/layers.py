@@ -1,5 +1,6 @@
 """The parts of one decoder layer: weights with logical axis names, SelfAttention, SwiGLU."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -14,6 +15,12 @@ from dga_jax.sharding import constrain, gathered
 
 # (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), rotated by position, -> (o_BxLxHxD, what became of a cache).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+# Of elementwise work the backward pass keeps the inputs alone, whatever `remat` says: what lies
+# between, some of it in float32, would take half of a layer's memory, and longer to write and read
+# than to compute again. Layers stand in a scan, where nothing else keeps XLA from merging the two.
+_recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def axis_names(*names: str) -> dict[str, Any]:
@@ -178,8 +185,13 @@ class SwiGLU(nnx.Module):
     """The equation above, in the compute dtype."""
     gate_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, in_use(self.gate, self.dtype))
     up_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, in_use(self.up, self.dtype))
-    inner_BxLxF = constrain(jax.nn.silu(gate_BxLxF) * up_BxLxF, "batch", "length", "mlp")
-    return jnp.einsum("BLF,FE->BLE", inner_BxLxF, in_use(self.down, self.dtype))
+    return _down(gate_BxLxF, up_BxLxF, in_use(self.down, self.dtype))
+
+
+@_recomputed
+def _down(gate_BxLxF: Array, up_BxLxF: Array, down_FxE: Array) -> Array:
+  inner_BxLxF = constrain(jax.nn.silu(gate_BxLxF) * up_BxLxF, "batch", "length", "mlp")
+  return jnp.einsum("BLF,FE->BLE", inner_BxLxF, down_FxE)
 
 
 class DecoderLayer(nnx.Module):
@@ -202,5 +214,6 @@ class DecoderLayer(nnx.Module):
     return x_BxLxE + between_layers(self.mlp(self._norm(self.mlp_norm, x_BxLxE))), cache
 
   def _norm(self, norm: nnx.RMSNorm, x_BxLxE: Array) -> Array:
+    normed = _recomputed(lambda x_BxLxE: norm(x_BxLxE).astype(self.dtype))(x_BxLxE)
     # What the products take is whole along the width, and split by length alone.
-    return constrain(norm(x_BxLxE).astype(self.dtype), "batch", "length", None)
+    return constrain(normed, "batch", "length", None)

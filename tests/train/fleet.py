@@ -17,6 +17,12 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["train.main"])
+# Without the flag sums on a GPU depend on the order of its threads, and products on a race.
+GPU_ENVIRONMENT = {
+  "XLA_FLAGS": "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false",
+  "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+  "NCCL_NVLS_ENABLE": "0",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +66,12 @@ class Fleet:
   Attributes:
     config_file: for --config.
     cache: folder of compiled functions.
+    on_gpus: each process has a GPU of its own, in place of a simulated device.
   """
 
   config_file: Path
   cache: str
+  on_gpus: bool = False
 
   def start(
     self,
@@ -72,7 +80,7 @@ class Fleet:
     *overrides: str,
     overrides_of: Sequence[str] | None = None,
   ) -> list[Trainer]:
-    """Starts the processes of a run, each with one simulated device.
+    """Starts the processes of a run, each with one device.
 
     Args:
       workdir: of the run; logs lie beside it.
@@ -97,7 +105,8 @@ class Fleet:
       if overrides_of is not None and overrides_of[index]:
         arguments.append(overrides_of[index])
       log = workdir.with_suffix(f".{index}.log")
-      process = _CONTEXT.Process(target=_train, args=(arguments, self.cache, log))
+      gpu = index if self.on_gpus else None
+      process = _CONTEXT.Process(target=_train, args=(arguments, self.cache, log, gpu))
       process.start()
       trainers.append(Trainer(process, log))
     return trainers
@@ -113,13 +122,11 @@ class Fleet:
         raise RuntimeError(trainer.output())
 
 
-def stop_at_random(
-  trainers: Sequence[Trainer], workdir: Path, number: int, rng: random.Random, *, span: float
-) -> list[Trainer]:
-  """Sends one process a signal, or all, up to `span` seconds after this start's first step.
+def wait_for_a_step(trainers: Sequence[Trainer], workdir: Path) -> None:
+  """Until this start has taken its first step, or all of its processes have ended.
 
-  Returns:
-    Those that it was sent to.
+  Raises:
+    TimeoutError: it took none.
   """
   metrics = workdir / "metrics.jsonl"
   before = _size(metrics)
@@ -130,6 +137,17 @@ def stop_at_random(
     if time.monotonic() > deadline:
       raise TimeoutError(trainers[0].output())
     time.sleep(0.005)
+
+
+def stop_at_random(
+  trainers: Sequence[Trainer], workdir: Path, number: int, rng: random.Random, *, span: float
+) -> list[Trainer]:
+  """Sends one process a signal, or all, up to `span` seconds after this start's first step.
+
+  Returns:
+    Those that it was sent to.
+  """
+  wait_for_a_step(trainers, workdir)
   time.sleep(rng.uniform(0, span))
   victims = list(trainers) if rng.random() < 0.3 else [rng.choice(trainers)]
   for victim in victims:
@@ -141,10 +159,12 @@ def _size(path: Path) -> int:
   return path.stat().st_size if path.exists() else 0
 
 
-def _train(arguments: list[str], cache: str, log: Path) -> None:
+def _train(arguments: list[str], cache: str, log: Path, gpu: int | None) -> None:
   with log.open("w") as file:
     for stream in (sys.stdout, sys.stderr):
       os.dup2(file.fileno(), stream.fileno())
+  if gpu is not None:
+    os.environ |= {"CUDA_VISIBLE_DEVICES": str(gpu), **GPU_ENVIRONMENT}
   import jax
   from absl import app
   from tqdm import tqdm
@@ -152,13 +172,16 @@ def _train(arguments: list[str], cache: str, log: Path) -> None:
   from train import main
 
   tqdm.set_lock(threading.RLock())  # Its own is a semaphore of the system, left over by a kill.
-  jax.config.update("jax_platforms", "cpu")
-  jax.config.update("jax_num_cpu_devices", 1)
-  jax.config.update("jax_disable_most_optimizations", True)
+  if gpu is None:
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 1)
+    jax.config.update("jax_disable_most_optimizations", True)
+    _share_compiled_functions()
+  else:
+    jax.config.update("jax_platforms", "cuda")
   jax.config.update("jax_compilation_cache_dir", cache)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-  _share_compiled_functions()
   sys.argv = arguments  # Where config flags look for their overrides.
   app.run(main.main, arguments, flags_parser=main.parse_flags)
 

@@ -14,6 +14,7 @@ def test_each_collective_as_often_as_it_runs() -> None:
     Collective("all-reduce", ((f32, (4,)), (f32, (2,))), 2, 1, "jit(step)/sum"),
     Collective("collective-permute", ((f32, (6,)),), 2, 1, "", open_ended=True),
     Collective("reduce-scatter", ((bf16, (8, 4)),), 8, 3, "", channel=""),
+    Collective("reduce-scatter", ((f32, (2, 2)), (bf16, (1,))), 4, 1, ""),
   ]
 
 
@@ -22,5 +23,5 @@ def test_bytes() -> None:
     "all-gather": (3, 3 * 128 * 3 / 4),
     "all-reduce": (1, 2 * 24 / 2),
     "collective-permute": (1, 24),
-    "reduce-scatter": (3, 3 * 64 * 7),
+    "reduce-scatter": (1 + 3, 18 * 3 + 3 * 64 * 7),
   }

@@ -42,6 +42,16 @@ def test_micro_batches_add_up_to_the_whole_batch(config: TrainConfig, batch: Bat
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), other, whole)
 
 
+def test_rows_of_one_document_need_no_mask_of_documents(config: TrainConfig, batch: Batch) -> None:
+  one = dataclasses.replace(config, data=dataclasses.replace(config.data, max_documents=1))
+  functions = make_functions(config)
+  params = functions.init().params
+  ours, masked = (
+    mean_gradient(either, functions.graphdef, params, batch) for either in (one, config)
+  )
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, masked)
+
+
 def test_a_batch_without_tokens_changes_nothing_but_decay(
   config: TrainConfig, batch: Batch
 ) -> None:

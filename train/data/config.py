@@ -107,7 +107,8 @@ class DataConfig:
       long ones every 8th, of the others every 16th.
     tokenizer: "byte", or "bpe" trained on the training documents. Text alone.
     vocab_size: entries of the BPE tokenizer, end-of-document token included; "byte" has 257.
-    max_documents: most documents of a row; None for no bound.
+    max_documents: most documents of a row; None for no bound. Where it is 1 attention needs no mask
+      of documents, and dense attention on GPUs can be cuDNN's.
     prefetch_batches: batches made ahead by one thread of this process; 0 makes each when asked.
       The thread yields several million tokens a second, so there are no worker processes.
     stall_warning_seconds: a batch that takes longer is warned about, again and again.

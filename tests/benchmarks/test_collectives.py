@@ -1,0 +1,56 @@
+"""Profiles of GPUs: what collectives take, and what nothing hides; what nvidia-smi tells."""
+
+import pytest
+from jax.profiler import ProfileData
+
+from benchmarks._collectives import nvlink_bytes, read_profile
+
+# Milliseconds: a product 0 to 4, NCCL 3 to 6 beside it, and the same operations by name again.
+PROFILE = """
+planes {
+  name: "/device:GPU:0"
+  lines {
+    name: "Stream #1(Compute)" timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 0 duration_ps: 4000000000 }
+  }
+  lines {
+    name: "Stream #2" timestamp_ns: 1000
+    events { metadata_id: 2 offset_ps: 3000000000 duration_ps: 3000000000 }
+  }
+  lines {
+    name: "XLA Ops" timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 0 duration_ps: 9000000000 }
+  }
+  event_metadata { key: 1 value { id: 1 name: "gemm" } }
+  event_metadata { key: 2 value { id: 2 name: "ncclDevKernel_AllGather_RING_LL" } }
+}
+planes { name: "/host:CPU" }
+"""
+LINKS = """GPU 0: NVIDIA H100 80GB HBM3
+\t Link 0: Data Tx: 7 KiB
+\t Link 0: Data Rx: 30 KiB
+\t Link 1: Data Tx: 7 KiB
+\t Link 1: Data Rx: 12 KiB
+"""
+
+
+def profile_of(text: str) -> ProfileData:
+  return ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(text))
+
+
+def test_time_in_collectives_and_what_nothing_hides() -> None:
+  profile = read_profile(profile_of(PROFILE))
+  assert profile.busy == pytest.approx(6e-3)
+  assert profile.collectives == pytest.approx(3e-3)
+  assert profile.exposed == pytest.approx(2e-3)
+  assert profile.kernels == pytest.approx({"gemm": 4e-3, "ncclDevKernel_AllGather_RING_LL": 3e-3})
+
+
+def test_a_profile_without_a_gpu() -> None:
+  with pytest.raises(RuntimeError, match="no kernels of a GPU"):
+    read_profile(profile_of('planes { name: "/host:CPU" }'))
+
+
+def test_bytes_over_nvlink() -> None:
+  assert nvlink_bytes(LINKS) == 42 * 1024
+  assert nvlink_bytes("Unable to retrieve NVLink information") is None
