@@ -104,7 +104,7 @@ class _Model:
       dga=DGAConfig(selection="streaming", cache_dtype=_CACHE_DTYPE.value),
       param_dtype="bfloat16",
     )
-    return cls(config, nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0])
+    return cls(config, nnx.split(_abstract(config))[0])
 
   def decoder(self, params: Any) -> Decoder:
     """With these parameters."""
@@ -128,7 +128,12 @@ class _Model:
 
   def params(self) -> Any:
     """Their shapes."""
-    return nnx.split(nnx.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0))))[1]
+    return nnx.split(_abstract(self.config))[1]
+
+
+def _abstract(config: ModelConfig) -> Decoder:
+  model: Decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).with_layers_apart())
+  return model
 
 
 def _seen(config: ModelConfig, length: int) -> int:

@@ -55,7 +55,7 @@ class Programs:
     chunk: int | None,
     burst: int,
   ) -> None:
-    self._graphdef, params = nnx.split(model)
+    self._graphdef, params = nnx.split(model.with_layers_apart())
     self._params = _in_compute_dtype(params, model.config.dtype)
     self._max_length, self._chunk, self._burst = max_length, chunk, burst
     self._compiled: dict[str, Any] = {}
