@@ -23,7 +23,6 @@ from pallas_kernels.decode import (
   unpack_rows,
   Visible,
 )
-from pallas_kernels.summarise import take_rows
 
 
 def decode_step(
@@ -198,12 +197,14 @@ def _flush(
   query_BxHxD: Array, cache: CompactCache, layer: Array | int, place: _Place, config: DGAConfig
 ) -> CompactCache:
   """Where a block is complete, its last query chooses f tokens and merges the other m."""
-  B = query_BxHxD.shape[0]
-  N, size, f = cache.raw_key.shape[-3], config.block_size, config.focal_in_block
-  begin_B = place.slot - place.offset
-  ring_BxNxs = jnp.broadcast_to((begin_B[:, None] + jnp.arange(size)[None])[:, None], (B, N, size))
+  B, size, f = query_BxHxD.shape[0], config.block_size, config.focal_in_block
+
+  @jax.vmap
+  def block(ring_NxWxD: Array, begin: Array) -> Array:
+    return jax.lax.dynamic_slice_in_dim(ring_NxWxD, begin, size, axis=1).swapaxes(0, 1)
+
   key_BxsxNxD, value_BxsxNxD = (
-    take_rows(raw[layer].swapaxes(1, 2), ring_BxNxs) for raw in (cache.raw_key, cache.raw_value)
+    block(raw[layer], place.slot - place.offset) for raw in (cache.raw_key, cache.raw_value)
   )
   key_Bx1xFxNxD, value_Bx1xFxNxD = summarise_blocks(
     query_BxHxD[:, None], key_BxsxNxD[:, None], value_BxsxNxD[:, None], config

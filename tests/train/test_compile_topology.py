@@ -3,12 +3,15 @@
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dga_jax import DGAConfig
+from dga_jax.sharding import MeshConfig
 from train.config import TrainConfig
 from train.topology import compile_step
 
@@ -42,3 +45,23 @@ def test_what_does_not_fit(config: TrainConfig) -> None:
   config = dataclasses.replace(config, batch_size=6)
   with pytest.raises(ValueError, match=r"config\.batch_size is 6"):
     compile_step(config, "v5e:2x2")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("context", [1, 2])
+def test_the_kernels_are_in_the_step_of_a_mesh(context: int, config: TrainConfig) -> None:
+  dga = DGAConfig(selection="streaming", min_focal_tokens=64, max_documents=2)
+  model = dataclasses.replace(
+    config.model, attention="dga", dga=dga, num_heads=4, num_kv_heads=2, head_dim=128
+  )
+  config = dataclasses.replace(
+    config,
+    model=model,
+    mesh=MeshConfig(data=1, fsdp=2 // context, tensor=2, context=context),
+    data=dataclasses.replace(config.data, sequence_length=2048),
+    grad_accumulation=1,
+  )
+  _, program = compile_step(config, "v5e:2x2")
+  kernels = set(re.findall(r"%([a-z_]+)[.\d]* = .*tpu_custom_call", program))
+  parts = ("forward", "dq", "dkdv_summaries", "dkdv_window")
+  assert kernels >= {f"grouped_attention_{part}" for part in parts}

@@ -1,7 +1,10 @@
 """Training that begins with an imported model, or with that of another run."""
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -19,7 +22,8 @@ from train.initial import load_params
 from train.loop import train
 from train.metrics import read_metrics
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "hugging_face"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "hugging_face"
 DGA = DGAConfig(selection="streaming", group_size=6, focal_per_block=2)
 
 
@@ -73,6 +77,17 @@ def test_parameters_come_in_the_stored_dtype_of_the_config(
     jax.tree.map(
       lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, a.dtype)), params, before
     )
+
+
+def test_no_device_is_given_a_whole_parameter(tmp_path: Path) -> None:
+  """In a process of its own, which has four devices."""
+  flags = "--xla_force_host_platform_device_count=4"
+  environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "tests.train.check_initial", GOLDEN / "smollm", tmp_path]
+  done = subprocess.run(
+    command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_run_goes_on_without_what_it_began_with(
