@@ -148,15 +148,14 @@ def _seen(config: ModelConfig, length: int) -> int:
 def make_params(model: _Model) -> Any:
   """Random numbers of a deviation of 0.02, in the shapes of the model."""
 
-  def draw(shapes: Any, key: Array) -> Any:
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(
-      tree,
-      [0.02 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)],
-    )
+  @functools.partial(jax.jit, static_argnums=(1, 2))  # compiled once for every shape
+  def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return 0.02 * jax.random.normal(key, shape, dtype)
 
-  return jax.block_until_ready(jax.jit(functools.partial(draw, model.params()))(jax.random.key(0)))
+  leaves, tree = jax.tree.flatten(model.params())
+  keys = jax.random.split(jax.random.key(0), len(leaves))
+  drawn = [draw(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
+  return jax.block_until_ready(jax.tree.unflatten(tree, drawn))
 
 
 def _embedding_bytes(params: Any) -> int:
