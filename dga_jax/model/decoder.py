@@ -16,8 +16,7 @@ from dga_jax.attention import check
 from dga_jax.attention.documents import find_documents
 from dga_jax.model.attention_kinds import AttentionKind, ExtendingKind, make_attention
 from dga_jax.model.config import ModelConfig
-from dga_jax.model.few_rows import decode_layer, serves, token_logits
-from dga_jax.model.layers import between_layers, DecoderLayer, in_use, rms_norm, weight
+from dga_jax.model.layers import between_layers, DecoderLayer, rms_norm, weight
 from dga_jax.model.parallel import attend_on_mesh
 from dga_jax.model.rope import inverse_frequencies, rope_table, RopeTable
 from dga_jax.model.unembedding import logits
@@ -219,7 +218,7 @@ class Decoder(nnx.Module):
     states_Bx1xE, layers = self._run_layers(
       tokens_B[:, None], cache.length[:, None], attend, cache.layers
     )
-    return self._unembed_tokens(states_Bx1xE[:, 0]), DecoderCache(layers, cache.length + 1)
+    return self.unembed(states_Bx1xE[:, 0]), DecoderCache(layers, cache.length + 1)
 
   def extend(
     self, tokens_BxT: Int[Array, "B T"], cache: DecoderCache, counts_B: Int[Array, "B"]
@@ -277,13 +276,6 @@ class Decoder(nnx.Module):
     ]
     model.layers = nnx.List(layers)
     return model
-
-  def _unembed_tokens(self, states_BxE: Array) -> Array:
-    """`unembed` of one token of each sequence."""
-    config = self.config
-    if isinstance(self.layers, DecoderLayer) or config.tie_embeddings:
-      return self.unembed(states_BxE)
-    return token_logits(states_BxE, in_use(self.unembedding, jnp.dtype(config.dtype)))
 
   def _attention_kind(self) -> AttentionKind:
     return make_attention(self.config)
@@ -358,8 +350,7 @@ def _one_by_one(
   made = []
   for index, layer in enumerate(layers):
     attend_here = functools.partial(_attend_layer, attend, caches, index)
-    run = functools.partial(decode_layer, layer) if serves(layer, x_BxLxE) else layer
-    x_BxLxE, new = run(x_BxLxE, rope, attend_here)
+    x_BxLxE, new = layer(x_BxLxE, rope, attend_here)
     x_BxLxE = between_layers(x_BxLxE)
     if caches is None:
       made.append(new)

@@ -152,19 +152,6 @@ class SelfAttention(nnx.Module):
     q_BxLxHxD = jnp.einsum("BLE,EHD->BLHD", x_BxLxE, in_use(self.query, self.dtype))
     k_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, in_use(self.key, self.dtype))
     v_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, in_use(self.value, self.dtype))
-    o_BxLxHxD, cache = self.mix(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, rope, attend)
-    out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, in_use(self.out, self.dtype))
-    return out_BxLxE, cache
-
-  def mix(
-    self,
-    q_BxLxHxD: Float[Array, "B L H D"],
-    k_BxLxNxD: Float[Array, "B L N D"],
-    v_BxLxNxD: Float[Array, "B L N D"],
-    rope: RopeTable,
-    attend: Attend,
-  ) -> tuple[Float[Array, "B L H D"], Any]:
-    """What lies between the projections: biases, norms, rotation and `attend`."""
     if self.config.qkv_bias:
       q_BxLxHxD = q_BxLxHxD + in_use(self.query_bias, self.dtype)[None, None]
       k_BxLxNxD = k_BxLxNxD + in_use(self.key_bias, self.dtype)[None, None]
@@ -172,7 +159,9 @@ class SelfAttention(nnx.Module):
     if self.config.qk_norm:
       q_BxLxHxD = self.query_norm(q_BxLxHxD).astype(self.dtype)
       k_BxLxNxD = self.key_norm(k_BxLxNxD).astype(self.dtype)
-    return attend(apply_rope(q_BxLxHxD, rope), apply_rope(k_BxLxNxD, rope), v_BxLxNxD)
+    o_BxLxHxD, cache = attend(apply_rope(q_BxLxHxD, rope), apply_rope(k_BxLxNxD, rope), v_BxLxNxD)
+    out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, in_use(self.out, self.dtype))
+    return out_BxLxE, cache
 
 
 class SwiGLU(nnx.Module):
