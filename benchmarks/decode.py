@@ -13,11 +13,13 @@ in the same run: all weights but the table of embeddings, and the entries of the
 seen at the end of the burst. `live` is what these entries take, `allocated` all of the cache.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -58,11 +60,12 @@ def main(argv: list[str]) -> None:
   params = make_params(next(iter(models.values())))
   weights = sum(x.nbytes for x in jax.tree.leaves(params)) - _embedding_bytes(params)
   print(f"weights that a token reads: {weights / 1e9:.2f} GB")
+  programs = _Programs(models, params)
   print(
     "\n| batch, context | kind | ms a token (lowest to highest) | floor | times the floor |", end=""
   )
   print(" tokens/s | cache: live, allocated |\n| --- | --- | --- | --- | --- | --- | --- |")
-  for length, cells in _cells(models, params):
+  for length, cells in programs.turns:
     for (kind, batch), times in _alternate(cells, params).items():
       live = models[kind].live_bytes(length) * batch
       floor = (weights + live) / rate
@@ -77,9 +80,14 @@ def main(argv: list[str]) -> None:
   if _PROMPTS.value:
     print("\n| prompt | kind | seconds to the first token (lowest to highest) | cache |")
     print("| --- | --- | --- | --- |")
-  for length in map(int, _PROMPTS.value):
-    for kind in _KINDS.value:
-      _time_prompt(models[kind], params, length)
+  for (kind, length), prompt in programs.prompts.items():
+    times = _time_prompt(prompt.result(), params, models[kind].config.vocab_size, length)
+    cache = "kept" if _keeps(models[kind], length) else "not kept"
+    print(
+      f"| {length} | {kind} | {times.median:.3f} ({times.least:.3f} to {times.most:.3f}) |"
+      f" {cache} |",
+      flush=True,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,32 +229,51 @@ class _Steps:
     return cls(jax.jit(start), compiled)
 
 
-def _cells(models: dict[str, _Model], params: Any) -> Iterator[tuple[int, dict[_Cell, _Steps]]]:
-  """Programs that take turns, and their context."""
-  for text in tqdm(_STEPS.value, desc="steps", leave=False):
-    batch, length = map(int, text.split("x"))
-    yield (
-      length,
-      {(kind, batch): _Steps.of(model, params, batch, length) for kind, model in models.items()},
-    )
-  for length in map(int, _LARGEST.value):
-    for kind, model in models.items():  # one alone fills the memory
-      yield length, {(kind, batch): steps for batch, steps in [_largest(model, params, length)]}
+class _Programs:
+  """What will be timed, compiled at once: most of the time goes into that."""
+
+  def __init__(self, models: dict[str, _Model], params: Any) -> None:
+    pool = concurrent.futures.ThreadPoolExecutor(8)
+    steps = [tuple(map(int, text.split("x"))) for text in _STEPS.value]
+    self.turns = [  # cells that take turns, and their context
+      (
+        length,
+        {
+          (kind, batch): pool.submit(_Steps.of, model, params, batch, length)
+          for kind, model in models.items()
+        },
+      )
+      for batch, length in steps
+    ]
+    for length in map(int, _LARGEST.value):  # one alone fills the memory
+      for kind, model in models.items():
+        batch = _largest(model, length)
+        steps_of = pool.submit(_Steps.of, model, params, batch, length)
+        self.turns.append((length, {(kind, batch): steps_of}))
+    self.prompts = {
+      (kind, length): pool.submit(_compile_prompt, model, params, length)
+      for length in map(int, _PROMPTS.value)
+      for kind, model in models.items()
+    }
+    every: list[Future[Any]] = [*self.prompts.values()]
+    every += [steps_of for _, cells in self.turns for steps_of in cells.values()]
+    for done in tqdm(concurrent.futures.as_completed(every), total=len(every), desc="compiling"):
+      done.result()
 
 
-def _largest(model: _Model, params: Any, length: int) -> tuple[int, _Steps]:
+def _largest(model: _Model, length: int) -> int:
   """The largest batch whose cache, weights and temporary arrays the device holds."""
   stats = jax.devices()[0].memory_stats() or {}
   free = stats["bytes_limit"] - stats["bytes_in_use"] - _SPARE.value * 1e9
-  batch = int(free // model.allocated_bytes(1, length))
-  return batch, _Steps.of(model, params, batch, length)
+  return int(free // model.allocated_bytes(1, length))
 
 
-def _alternate(cells: dict[_Cell, _Steps], params: Any) -> dict[_Cell, Times]:
+def _alternate(cells: dict[_Cell, Future[_Steps]], params: Any) -> dict[_Cell, Times]:
   """Seconds of a token; states that do not fit side by side are made anew each time."""
   samples: dict[_Cell, list[float]] = {cell: [] for cell in cells}
   for number in range(_ROUNDS.value + 1):
-    for cell, steps in cells.items():
+    for cell, compiled in cells.items():
+      steps = compiled.result()
       state = jax.block_until_ready(steps.start(jax.random.key(number)))
       start = time.perf_counter()
       state = jax.block_until_ready(steps.burst(params, state))
@@ -259,30 +286,37 @@ def _alternate(cells: dict[_Cell, _Steps], params: Any) -> dict[_Cell, Times]:
   }
 
 
-def _time_prompt(model: _Model, params: Any, length: int) -> None:
-  """One row: the prompt read and its first token chosen; a dense cache of 128K is not kept."""
-  keeps = model.allocated_bytes(1, length) < 40e9
+def _keeps(model: _Model, length: int) -> bool:
+  """Whether the cache of a prompt is kept: a dense one of 128K would leave no room."""
+  return model.allocated_bytes(1, length) < 40e9
+
+
+def _compile_prompt(model: _Model, params: Any, length: int) -> Callable[..., Any]:
+  """Reads a prompt and chooses its first token."""
 
   def first(params: Any, tokens_1xL: Array) -> tuple[Array, Any]:
     decoder = model.decoder(params)
-    if keeps:
+    if _keeps(model, length):
       logits_1xV, cache = decoder.prefill(tokens_1xL, max_length=length)
       return jnp.argmax(logits_1xV, axis=-1), cache
     return jnp.argmax(decoder.unembed(decoder.hidden(tokens_1xL)[:, -1]), axis=-1), None
 
-  run, seconds = jax.jit(first), []
+  compiled: Callable[..., Any] = (
+    jax.jit(first).lower(params, jax.ShapeDtypeStruct((1, length), jnp.int32)).compile()
+  )
+  return compiled
+
+
+def _time_prompt(run: Callable[..., Any], params: Any, vocab_size: int, length: int) -> Times:
+  """Seconds to the first token, of three new prompts after one that is not timed."""
+  seconds = []
   for number in range(4):
-    tokens = jax.random.randint(jax.random.key(number), (1, length), 0, model.config.vocab_size)
+    tokens = jax.random.randint(jax.random.key(number), (1, length), 0, vocab_size)
     jax.block_until_ready(tokens)
     start = time.perf_counter()
     jax.block_until_ready(run(params, tokens))
     seconds.append(time.perf_counter() - start)
-  seconds = sorted(seconds[1:])
-  print(
-    f"| {length} | {model.config.attention} | {seconds[1]:.3f} ({seconds[0]:.3f} to"
-    f" {seconds[2]:.3f}) | {'kept' if keeps else 'not kept'} |",
-    flush=True,
-  )
+  return Times(statistics.median(seconds[1:]), min(seconds[1:]), max(seconds[1:]))
 
 
 if __name__ == "__main__":
