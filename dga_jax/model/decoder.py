@@ -1,7 +1,6 @@
 """The decoder: embedding, stacked layers run by one scan, unembedding; training and decoding."""
 
 import dataclasses
-import functools
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -347,20 +346,26 @@ def _one_by_one(
   caches: Any,
 ) -> tuple[Array, Any]:
   """Layers apart; see `Decoder._run_layers`."""
+  structures, params = zip(*(nnx.split(layer) for layer in layers), strict=True)
+
+  @jax.jit  # traced once, for all layers
+  def run(params: Any, x_BxLxE: Array, caches: Any, index: Array) -> tuple[Array, Any]:
+    x_BxLxE, new = nnx.merge(structures[0], params)(
+      x_BxLxE, rope, lambda q, k, v: attend(q, k, v, caches, index)
+    )
+    return between_layers(x_BxLxE), new
+
   made = []
-  for index, layer in enumerate(layers):
-    attend_here = functools.partial(_attend_layer, attend, caches, index)
-    x_BxLxE, new = layer(x_BxLxE, rope, attend_here)
-    x_BxLxE = between_layers(x_BxLxE)
+  for index, layer_params in enumerate(params):
+    x_BxLxE, new = run(layer_params, x_BxLxE, caches, jnp.int32(index))
+    # The next layer waits for this one's cache: else all layers' keys and values, of which a cache
+    # keeps a part, could be alive at once.
+    x_BxLxE, new = jax.lax.optimization_barrier((x_BxLxE, new))
     if caches is None:
       made.append(new)
     else:
       caches = new
   return x_BxLxE, jax.tree.map(lambda *x: jnp.stack(x), *made) if caches is None else caches
-
-
-def _attend_layer(attend: Callable[..., Any], caches: Any, index: int, *qkv: Array) -> Any:
-  return attend(*qkv, caches, index)
 
 
 def _stacked_layers(config: ModelConfig, *, rngs: nnx.Rngs) -> DecoderLayer:

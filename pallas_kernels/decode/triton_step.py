@@ -30,7 +30,7 @@ class Tile(NamedTuple):
   """How the work is cut: entries of a tile, and programs that a device should get at least."""
 
   block: int = 64
-  programs: int = 512
+  programs: int = 256
   num_warps: int = 4
   num_stages: int = 3
 
