@@ -47,6 +47,8 @@ def saved_arrays(workdir: Path, step: int) -> list[np.ndarray]:
 
 def assert_same_run(workdir: Path, other: Path, step: int) -> None:
   """Equal metrics, and at `step` equal arrays, bit for bit."""
-  assert records(workdir) == records(other)
+  for record, wanted in zip(records(workdir), records(other), strict=True):
+    moved = {name: (record.get(name), x) for name, x in wanted.items() if record.get(name) != x}
+    assert record == wanted, f"step {wanted.get('step')}: {moved}"
   for ours, theirs in zip(saved_arrays(workdir, step), saved_arrays(other, step), strict=True):
     np.testing.assert_array_equal(ours, theirs)
