@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
       programs = {kind: _compile(_config(length, kind, name), name) for kind in _ATTENTION.value}
       for kind, program in programs.items():
         _take_losses(kind, program)
-      received = _take_times(programs)
+      received, state = _take_times(programs)
       if name == "one":
         alone = programs
       print(f"\n{_HEAD}", flush=True)
@@ -117,6 +117,9 @@ def main(argv: list[str]) -> None:
         print(_row(kind, name, program, programs.get("dense"), alone.get(kind)), flush=True)
       for kind, program in programs.items():
         _tell_traffic(kind, program, received[kind])
+      if _PROFILE.value:
+        _profile(programs, state)
+      del state
 
 
 def _config(length: int, attention: str, mesh: str) -> TrainConfig:
@@ -189,33 +192,42 @@ def _take_losses(kind: str, program: _Program) -> None:
   for step in tqdm(range(_STEPS.value), desc=f"{kind}: losses", leave=False):
     state, scalars = program.step(state, _batch(program, step))
     program.losses.append(float(scalars["loss"]))
+  print(f"{kind}: losses {', '.join(f'{loss:.6f}' for loss in program.losses)}", flush=True)
 
 
-def _take_times(programs: dict[str, _Program]) -> dict[str, float | None]:
-  """Times the programs in turn; bytes that a step received over NVLink."""
+def _take_times(programs: dict[str, _Program]) -> tuple[dict[str, float | None], TrainState]:
+  """Times the programs in turn; bytes that a step received over NVLink, and the last state.
+
+  Where their meshes differ each takes all its turns at once: to move the state takes longer than
+  a step.
+  """
   state = _initial_state(next(iter(programs.values())))
   received: dict[str, float | None] = {}
-  for number in tqdm(range(_ROUNDS.value), desc="rounds", leave=False):
-    for kind, program in programs.items():
-      # Meshes of dense attention and of DGA may differ, and with them where the state lies.
-      state = jax.device_put(state, program.functions.shardings)
-      batch = jax.block_until_ready(_batch(program, number))
-      before = nvlink_received() if number == 0 and program.devices > 1 else None
-      jax.block_until_ready(state)
-      start = time.perf_counter()
-      state, scalars = program.step(state, batch)
-      jax.block_until_ready((state, scalars))
-      program.seconds.append(time.perf_counter() - start)
-      if number == 0:
-        after = None if before is None else nvlink_received()
-        received[kind] = None if before is None or after is None else after - before
-  for kind, program in programs.items() if _PROFILE.value else ():
+  turns = [(number, kind) for number in range(_ROUNDS.value) for kind in programs]
+  if len({program.functions.mesh for program in programs.values()}) > 1:
+    turns = [(number, kind) for kind in programs for number in range(_ROUNDS.value)]
+  for number, kind in tqdm(turns, desc="steps", leave=False):
+    program = programs[kind]
     state = jax.device_put(state, program.functions.shardings)
-    state = _profile(kind, program, state)
-  return received
+    batch = jax.block_until_ready(_batch(program, number))
+    before = nvlink_received() if number == 0 and program.devices > 1 else None
+    jax.block_until_ready(state)
+    start = time.perf_counter()
+    state, scalars = program.step(state, batch)
+    jax.block_until_ready((state, scalars))
+    program.seconds.append(time.perf_counter() - start)
+    if number == 0:
+      after = None if before is None else nvlink_received()
+      received[kind] = None if before is None or after is None else after - before
+  return received, state
 
 
-def _profile(kind: str, program: _Program, state: TrainState) -> TrainState:
+def _profile(programs: dict[str, _Program], state: TrainState) -> None:
+  for kind, program in programs.items():
+    state = _profile_one(kind, program, jax.device_put(state, program.functions.shardings))
+
+
+def _profile_one(kind: str, program: _Program, state: TrainState) -> TrainState:
   batch = jax.block_until_ready((state, _batch(program, 0)))[1]
   results: list[tuple[TrainState, Any]] = []
 
