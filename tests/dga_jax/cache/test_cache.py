@@ -165,3 +165,19 @@ def test_size_covers_every_ragged_prompt(name):
     alone = cache_size(config, TOTAL - PROMPT + length, prompt=length)
     together = cache_size(config, TOTAL, prompt=PROMPT, ragged=True)
     assert alone.compact <= together.compact
+
+
+@pytest.mark.parametrize(("dtype", "largest_error"), [("int8", 0.02), ("float8_e4m3fn", 0.06)])
+def test_a_cache_in_8_bits_is_half_as_large_and_nearly_as_exact(dtype, largest_error):
+  exact = dataclasses.replace(CONFIGS[STREAMING[0]], sink_tokens=2)
+  config = dataclasses.replace(exact, cache_dtype=dtype)
+  D = 32
+  q, k, v, _ = arrays(0, 2, TOTAL, 4, 2, D)
+  lengths = jnp.array([PROMPT, 5])
+  _, want, _ = continue_from(q, k, v, lengths, config=exact)
+  _, decoded, cache = continue_from(q, k, v, lengths, config=config)
+  error = np.linalg.norm(decoded - want) / np.linalg.norm(want)
+  assert 1e-4 < error < largest_error
+  size = cache_size(config, TOTAL)
+  rows = 2 * 3 * 2 * 2  # keys and values, layers of `stack`, sequences, heads
+  assert cache.bytes == rows * (size.compact * (D + 4) + size.raw * D * 4)

@@ -3,12 +3,14 @@
 import dataclasses
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from dga_jax import DGAConfig
 from dga_jax.model import Decoder, ModelConfig, RopeScaling
 from tests.dga_jax.model.random_decoder import abstract_decoder, random_decoder
 
@@ -164,3 +166,19 @@ def test_bad_input_is_named(arguments: dict, message: str) -> None:
   model = abstract_decoder(CONFIG)
   with pytest.raises(ValueError, match=message):
     model(**({"tokens_BxL": np.zeros((2, 5), int)} | arguments))
+
+
+def test_layers_apart_compute_the_same():
+  """A prompt, a token, and a second turn."""
+  dga = DGAConfig(selection="streaming", group_size=3, sink_tokens=1)
+  model = random_decoder(dataclasses.replace(CONFIG, attention="dga", dga=dga))
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 16)))
+
+  @nnx.jit
+  def run(model: Decoder):
+    first, cache = model.prefill(tokens[:, :9], max_length=20)
+    second, cache = model.decode(tokens[:, 9], cache)
+    third, cache = model.extend(tokens[:, 10:], cache, jnp.array([6, 3]))
+    return first, second, third, cache
+
+  chex.assert_trees_all_close(run(model.with_layers_apart()), run(model), atol=1e-5)
