@@ -24,7 +24,7 @@ def test_without_the_compiler(config: TrainConfig, monkeypatch: pytest.MonkeyPat
     compile_step(config, "v5e:2x2")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.aot
 def test_report(config: TrainConfig, config_file: Path) -> None:
   command = [sys.executable, "-m", "train.compile_topology", f"--config={config_file}"]
   command += ["--topology=v5e:2x2", "--config.mesh.fsdp=2", "--config.mesh.data=2"]
@@ -38,7 +38,7 @@ def test_report(config: TrainConfig, config_file: Path) -> None:
   assert "of 16 GB" in report
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+@pytest.mark.aot
 def test_what_does_not_fit(config: TrainConfig) -> None:
   with pytest.raises(ValueError, match="--topology=v5e:3x7 is none"):
     compile_step(config, "v5e:3x7")

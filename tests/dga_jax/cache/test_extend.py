@@ -16,6 +16,12 @@ B, N, H, D = 2, 2, 4, 8
 STREAMING = DGAConfig(selection="streaming", group_size=3, focal_per_block=2)
 
 
+# Whole, since operation by operation every new length compiles each of them.
+extend_jit = jax.jit(extend, static_argnames="config")
+prefill_jit = jax.jit(prefill, static_argnames=("config", "max_length"))
+decode_jit = jax.jit(decode_step, static_argnames="config")
+
+
 def draw(seed, length):
   keys = jax.random.split(jax.random.key(seed), 3)
   return [jax.random.normal(k, (B, length, h, D)) for k, h in zip(keys, (H, N, N), strict=True)]
@@ -27,7 +33,7 @@ def read_chunks(arrays, cache, config, cuts, pad):
   for begin, end in zip([0, *cuts], [*cuts, length], strict=True):
     free = ((0, 0), (0, pad), (0, 0), (0, 0))
     piece = [jnp.pad(x[:, begin:end], free, constant_values=7.0) for x in arrays]
-    out, cache = extend(*piece, cache, config, count_B=jnp.full(B, end - begin))
+    out, cache = extend_jit(*piece, cache, config=config, count_B=jnp.full(B, end - begin))
     assert not np.asarray(out[:, end - begin :]).any()
     outs.append(out[:, : end - begin])
   return jnp.concatenate(outs, axis=1), cache
@@ -55,7 +61,7 @@ def test_chunks_equal_a_prefill(seed, sinks, window, bias, cuts, pad):
     STREAMING, sink_tokens=sinks, local_window=window, group_logit_bias=bias
   )
   arrays = draw(seed, 32)
-  want, whole = prefill(*arrays, config, lengths_B=None, max_length=40)
+  want, whole = prefill_jit(*arrays, config=config, lengths_B=None, max_length=40)
   out, cache = read_chunks(arrays, empty_cache(config, B, 40, N, D, jnp.float32), config, cuts, pad)
   np.testing.assert_allclose(out, want, atol=1e-5)
   assert_same_cache(cache, whole)
@@ -77,12 +83,12 @@ def test_a_second_turn_equals_decoding_it(config):
   out, cache = read_chunks(second, begun, config, [6], 2)
   stacked = jax.tree.map(lambda x: x[None], begun)
   for t in range(17):
-    want, stacked = decode_step(*(x[:, t] for x in second), stacked, 0, config)
+    want, stacked = decode_jit(*(x[:, t] for x in second), stacked, 0, config=config)
     np.testing.assert_allclose(out[:, t], want, atol=1e-5, err_msg=f"token {t}")
   # Decoding leaves what has left the window in the ring. Both go on alike.
   then = [x[:, 0] for x in draw(2, 1)]
-  want, _ = decode_step(*then, stacked, 0, config)
-  out, _ = decode_step(*then, jax.tree.map(lambda x: x[None], cache), 0, config)
+  want, _ = decode_jit(*then, stacked, 0, config=config)
+  out, _ = decode_jit(*then, jax.tree.map(lambda x: x[None], cache), 0, config=config)
   np.testing.assert_allclose(out, want, atol=1e-5)
 
 
