@@ -1,7 +1,6 @@
 """Timing on an accelerator: as `benchmarks.timing`, with calls queued and inputs per contender."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,5 +47,5 @@ def compare[Name](
       jax.block_until_ready(out)
       times.append((time.perf_counter() - start) / repeats)
       del out, inputs
-  timings = {n: Times(statistics.median(t), min(t), max(t)) for n, t in samples.items()}
+  timings = {name: Times.of(times) for name, times in samples.items()}
   return timings, refused

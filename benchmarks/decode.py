@@ -16,7 +16,6 @@ seen at the end of the burst. `live` is what these entries take, `allocated` all
 import concurrent.futures
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -96,6 +95,7 @@ class _Model:
 
   config: ModelConfig
   graphdef: Any
+  params: Any  # their shapes
 
   @classmethod
   def of(cls, kind: Any) -> "_Model":
@@ -112,7 +112,8 @@ class _Model:
       dga=DGAConfig(selection="streaming", cache_dtype=_CACHE_DTYPE.value),
       param_dtype="bfloat16",
     )
-    return cls(config, nnx.split(_abstract(config))[0])
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).with_layers_apart())
+    return cls(config, *nnx.split(abstract))
 
   def decoder(self, params: Any) -> Decoder:
     """With these parameters."""
@@ -131,17 +132,8 @@ class _Model:
 
   def allocated_bytes(self, batch: int, length: int) -> int:
     """Of all arrays of the cache."""
-    cache = jax.eval_shape(lambda p: self.decoder(p).init_cache(batch, length), self.params())
+    cache = jax.eval_shape(lambda p: self.decoder(p).init_cache(batch, length), self.params)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-
-  def params(self) -> Any:
-    """Their shapes."""
-    return nnx.split(_abstract(self.config))[1]
-
-
-def _abstract(config: ModelConfig) -> Decoder:
-  model: Decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).with_layers_apart())
-  return model
 
 
 def _seen(config: ModelConfig, length: int) -> int:
@@ -160,7 +152,7 @@ def make_params(model: _Model) -> Any:
   def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return 0.02 * jax.random.normal(key, shape, dtype)
 
-  leaves, tree = jax.tree.flatten(model.params())
+  leaves, tree = jax.tree.flatten(model.params)
   keys = jax.random.split(jax.random.key(0), len(leaves))
   drawn = [draw(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
   return jax.block_until_ready(jax.tree.unflatten(tree, drawn))
@@ -201,7 +193,7 @@ class _Steps:
     """For full caches of `length` tokens."""
 
     def start(key: Array) -> _State:
-      cache = model.decoder(model.params()).init_cache(batch, length)
+      cache = model.decoder(model.params).init_cache(batch, length)
       cache = jax.tree_util.tree_map_with_path(functools.partial(fill, key), cache)
       return cache, jax.random.randint(key, (batch,), 0, model.config.vocab_size)
 
@@ -280,10 +272,7 @@ def _alternate(cells: dict[_Cell, Future[_Steps]], params: Any) -> dict[_Cell, T
       if number:
         samples[cell].append((time.perf_counter() - start) / _BURST.value)
       del state
-  return {
-    cell: Times(statistics.median(values), min(values), max(values))
-    for cell, values in samples.items()
-  }
+  return {cell: Times.of(values) for cell, values in samples.items()}
 
 
 def _keeps(model: _Model, length: int) -> bool:
@@ -316,7 +305,7 @@ def _time_prompt(run: Callable[..., Any], params: Any, vocab_size: int, length: 
     start = time.perf_counter()
     jax.block_until_ready(run(params, tokens))
     seconds.append(time.perf_counter() - start)
-  return Times(statistics.median(seconds[1:]), min(seconds[1:]), max(seconds[1:]))
+  return Times.of(seconds[1:])
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +15,11 @@ class Times(NamedTuple):
   median: float
   least: float
   most: float
+
+  @classmethod
+  def of(cls, samples: Sequence[float]) -> "Times":
+    """Of some samples."""
+    return cls(statistics.median(samples), min(samples), max(samples))
 
   def __str__(self) -> str:
     return f"{self.median * 1e3:.4g} ms ({self.least * 1e3:.4g}–{self.most * 1e3:.4g})"
@@ -44,10 +49,7 @@ def alternate(
       jax.block_until_ready(program(*inputs))
       if run > 0:
         seconds[name].append(time.perf_counter() - begin)
-  return {
-    name: Times(statistics.median(values), min(values), max(values))
-    for name, values in seconds.items()
-  }
+  return {name: Times.of(values) for name, values in seconds.items()}
 
 
 def environment() -> str:

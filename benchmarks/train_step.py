@@ -48,7 +48,7 @@ from train.config import make_config, TrainConfig
 from train.program import by_kind, read_collectives
 from train.step import Batch, Functions, make_functions, TrainState
 from train.throughput import memory, peak_flops
-from train.topology import arguments
+from train.topology import lower_step
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -149,7 +149,7 @@ def _compile(config: TrainConfig, mesh_name: str) -> _Program:
   if _COMPILED.value is not None and config.model.attention == "dga" and mesh.size == 1:
     step, how = _ahead.load(_ahead_path(_COMPILED.value, config)), "loaded"
   else:
-    step, how = _lower(config, functions).compile(), "compiled"
+    step, how = lower_step(config, functions).compile(), "compiled"
   text = _text(step)
   counts = {name: text.count(f'custom_call_target="{part}') for name, part in _KERNELS_OF.items()}
   shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
@@ -172,12 +172,6 @@ def _text(step: Any) -> str:
     return step.as_text() or ""
   except RuntimeError:  # A program that was loaded may not tell.
     return ""
-
-
-def _lower(config: TrainConfig, functions: Functions) -> Any:
-  state, batch = arguments(config, functions)
-  with jax.sharding.use_abstract_mesh(functions.mesh.abstract_mesh):
-    return functions.step.lower(state, batch)
 
 
 def _initial_state(program: _Program) -> TrainState:
@@ -312,7 +306,7 @@ def _compile_ahead() -> None:
   for length in tqdm(_LENGTHS.value, desc="compiling"):
     config = _config(int(length), "dga", "one")
     functions = make_functions(config, make_mesh(config.mesh, [_ahead.h100()]))
-    compiled = _lower(config, functions).compile()
+    compiled = lower_step(config, functions).compile()
     analysis = compiled.memory_analysis()
     print(f"L={length}: {analysis.peak_memory_in_bytes / 1e9:.1f} GB", flush=True)
     _ahead.store(_ahead_path(_COMPILE_TO.value, config), compiled)

@@ -68,6 +68,16 @@ def choose(implementation: str | None, refusals: Mapping[str, str | None], *arra
   raise NotImplementedError(reason)
 
 
+def triton_refusal(query: Any) -> str | None:
+  """Why Triton kernels over tokens of heads cannot take queries [..., D]; None where they can."""
+  D = query.shape[-1]
+  if D < 16 or D > 256 or D & (D - 1):
+    return f"head_dim is {D}; these kernels want a power of two from 16 to 256"
+  if query.dtype.name not in ("float16", "bfloat16", "float32"):
+    return f"dtype is {query.dtype}; these kernels have float16, bfloat16 and float32"
+  return None
+
+
 def find_target(*arrays: Any) -> Target:
   """The device of a mesh in force, else of the arrays, else the one that jax runs on.
 

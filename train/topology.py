@@ -104,16 +104,13 @@ def compile_step(config: TrainConfig, topology: str) -> tuple[Report, str]:
   chip_bytes, per_chip = _CHIPS[kind]
   mesh = make_mesh(config.mesh, devices)
   functions = make_functions(config, mesh)
-  state, batch = arguments(config, functions)
   start = time.perf_counter()
-  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    lowered = functions.step.lower(state, batch)
-  compiled = lowered.compile()
+  compiled = lower_step(config, functions).compile()
   seconds = time.perf_counter() - start
   memory, text = compiled.memory_analysis(), compiled.as_text()
   if memory is None or text is None:
     raise RuntimeError("The compiler does not say what memory the program takes.")
-  tokens = batch["inputs"].size
+  tokens = config.batch_size * config.data.sequence_length
   report = Report(
     device=kind,
     chips=len(devices) // per_chip,
@@ -150,10 +147,8 @@ def _devices(topology: str) -> list[jax.Device]:
   return list(description.devices)
 
 
-def arguments(
-  config: TrainConfig, functions: Functions
-) -> tuple[jax.ShapeDtypeStruct, dict[str, jax.ShapeDtypeStruct]]:
-  """Shapes and places of what a step takes, to lower it with.
+def lower_step(config: TrainConfig, functions: Functions) -> jax.stages.Lowered:
+  """The step for the devices of its mesh, which may be absent, ready to be compiled.
 
   Raises:
     ValueError: the mesh does not divide the batch.
@@ -177,4 +172,5 @@ def arguments(
   batch = {
     name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()
   }
-  return state, batch
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return functions.step.lower(state, batch)

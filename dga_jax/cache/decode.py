@@ -20,7 +20,6 @@ from pallas_kernels.decode import (
   Progress,
   step_in_place,
   Store,
-  unpack_rows,
   Visible,
 )
 
@@ -145,14 +144,10 @@ def _append(
 
 def _readable(cache: CompactCache, layer: Array | int) -> tuple[Any, ...]:
   """Compact keys and values, raw ones, and the layer in them, as `decode_attention` reads them."""
-  raw = (cache.raw_key, cache.raw_value)
-  if cache.key_scale is None or cache.value_scale is None:
-    return cache.compact_key, cache.compact_value, *raw, layer
-  # It reads no 8 bits: it gets this layer alone, restored.
-  dtype = cache.raw_key.dtype
-  key = unpack_rows(cache.compact_key[layer], cache.key_scale[layer], dtype)
-  value = unpack_rows(cache.compact_value[layer], cache.value_scale[layer], dtype)
-  return key[None], value[None], *(x[layer][None] for x in raw), 0
+  if cache.key_scale is not None:
+    # It reads no 8 bits: it gets this layer alone, restored.
+    cache, layer = jax.tree.map(lambda x: x[layer][None], cache), 0
+  return *cache.compact, cache.raw_key, cache.raw_value, layer
 
 
 def _visible(cache: CompactCache, layer: Array | int, place: _Place, config: DGAConfig) -> Visible:

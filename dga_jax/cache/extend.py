@@ -10,7 +10,6 @@ from dga_jax.cache.prefill import ring_positions
 from dga_jax.cache.state import CompactCache
 from dga_jax.cache.summary import summarise_blocks
 from dga_jax.config import DGAConfig
-from pallas_kernels.decode import unpack_rows
 from pallas_kernels.grouped_attention import Bounds, grouped_attention
 from pallas_kernels.summarise import take_rows
 
@@ -174,10 +173,8 @@ def _entries(cache: CompactCache, span: _Span) -> tuple[_KeyValue, _KeyValue, Bo
   in_prefix_BxT = after_BxT < 0
   seen_BxT = jnp.maximum(jnp.maximum(after_BxT, 0) // size - config.local_window, 0)
   own_BxT = jnp.where(in_prefix_BxT, span.position + 1, 0)
-  compact = (
-    unpack_rows(cache.compact_key, cache.key_scale, cache.raw_key.dtype).swapaxes(1, 2),
-    unpack_rows(cache.compact_value, cache.value_scale, cache.raw_key.dtype).swapaxes(1, 2),
-  )
+  key_BxNxCxD, value_BxNxCxD = cache.compact
+  compact = (key_BxNxCxD.swapaxes(1, 2), value_BxNxCxD.swapaxes(1, 2))
   if config.group_logit_bias == "none":
     focal, group = compact, (compact[0][:, :0], compact[1][:, :0])
     focal_end_BxT = own_BxT + ~in_prefix_BxT * (cache.prefix[:, None] + (f + 1) * seen_BxT)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Int, Shaped
 
 from dga_jax.config import DGAConfig
-from pallas_kernels.decode import pack_rows
+from pallas_kernels.decode import pack_rows, unpack_rows
 
 
 @jax.tree_util.register_dataclass
@@ -59,6 +59,15 @@ class CompactCache:
       *(self.raw_key, self.raw_value),
     )
     return sum(array.size * array.dtype.itemsize for array in arrays if array is not None)
+
+  @property
+  def compact(self) -> tuple[Float[Array, "*layers B N C D"], Float[Array, "*layers B N C D"]]:
+    """Keys and values of the compact part, restored where they are stored in 8 bits."""
+    dtype = self.raw_key.dtype
+    return (
+      unpack_rows(self.compact_key, self.key_scale, dtype),
+      unpack_rows(self.compact_value, self.value_scale, dtype),
+    )
 
   def put_compact(
     self, at: tuple[Any, ...], key: Float[Array, "... D"], value: Float[Array, "... D"]

@@ -55,8 +55,10 @@ class Programs:
     chunk: int | None,
     burst: int,
   ) -> None:
-    self._graphdef, params = nnx.split(model.with_layers_apart())
-    self._params = _in_compute_dtype(params, model.config.dtype)
+    # Cast before layers are taken apart: what is copied then is half as large.
+    graphdef, params = nnx.split(model)
+    model = nnx.merge(graphdef, _in_compute_dtype(params, model.config.dtype))
+    self._graphdef, self._params = nnx.split(model.with_layers_apart())
     self._max_length, self._chunk, self._burst = max_length, chunk, burst
     self._compiled: dict[str, Any] = {}
     one, at, controls = _shape(1), _shape(), jax.eval_shape(lambda: Controls.of([Sampling()]))

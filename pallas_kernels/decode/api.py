@@ -1,11 +1,10 @@
 """The entries to decoding: attention alone, or a whole step; they pick the implementation."""
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.entries import Blocks, GroupBias, Progress, Store, Visible
 from pallas_kernels.decode.xla import decode_attention_xla
-from pallas_kernels.target import choose
+from pallas_kernels.target import choose, triton_refusal
 
 _MOST_ROWS = 128  # of a block: more do not fit a kernel's registers
 
@@ -118,11 +117,8 @@ def has_step_kernel(
 
 
 def _triton_refusal(query: Array, store: Store, blocks: Blocks) -> str | None:
-  D = query.shape[-1]
-  if D < 16 or D > 256 or D & (D - 1):
-    return f"head_dim is {D}; these kernels want a power of two from 16 to 256"
-  if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
-    return f"dtype is {query.dtype}; these kernels have float16, bfloat16 and float32"
+  if reason := triton_refusal(query):
+    return reason
   if blocks.size > _MOST_ROWS:
     return f"a block has {blocks.size} tokens; these kernels take {_MOST_ROWS}"
   if 0 in store.compact_key.shape:

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.summarise.entries import Entries
 from pallas_kernels.summarise.xla import summarise_blocks_xla, summarise_xla
-from pallas_kernels.target import choose
+from pallas_kernels.target import choose, triton_refusal
 
 _MOST_ROWS = 128  # of a group: more do not fit a kernel's registers
 _MOST_FOCAL = 16  # of a block, on a TPU: a kernel goes through them one by one
@@ -114,11 +114,8 @@ def summarise_blocks(
 
 def _triton_refusal(query: Array, key: Array, rows: int) -> str | None:
   """Why the kernels cannot compute a call with groups or blocks of `rows` rows."""
-  D = query.shape[-1]
-  if D < 16 or D > 256 or D & (D - 1):
-    return f"head_dim is {D}; these kernels want a power of two from 16 to 256"
-  if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
-    return f"dtype is {query.dtype}; these kernels have float16, bfloat16 and float32"
+  if reason := triton_refusal(query):
+    return reason
   if rows > _MOST_ROWS:
     return f"a group or block has {rows} tokens; these kernels take {_MOST_ROWS}"
   if 0 in key.shape:
