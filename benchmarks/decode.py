@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig
+from dga_jax.generation.programs import decode_options
 from dga_jax.model import Decoder, ModelConfig
 
 _KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds of the steps")
@@ -124,7 +125,7 @@ class _Model:
     """Of the entries that one sequence's next token sees after `length` tokens."""
     config, token = self.config, 2 * 2 * self.config.num_kv_heads * self.config.head_dim
     if config.attention != "dga":
-      return config.num_layers * token * (_seen(config, length))
+      return config.num_layers * token * _seen(config, length)
     blocks, raw = divmod(length, config.dga.block_size)
     entries = blocks * (config.dga.focal_in_block + 1)
     entry = token if config.dga.cache_dtype is None else token // 2 + 2 * 4 * config.num_kv_heads
@@ -137,12 +138,17 @@ class _Model:
 
 
 def _seen(config: ModelConfig, length: int) -> int:
+  """Entries of the cache that one token reads."""
   bounds = {
+    "dense": length,
+    "minference": length,  # sparse in the prompt alone
     "streaming_llm": config.streaming_llm.sinks + config.streaming_llm.window,
     "lm_infinite": config.lm_infinite.global_tokens + config.lm_infinite.local_window,
     "sliding_window": config.sliding_window.window,
   }
-  return min(length, bounds.get(config.attention, length))
+  if config.attention not in bounds:
+    raise ValueError(f"--kinds has {config.attention!r}; it must be dga or of {', '.join(bounds)}.")
+  return min(length, bounds[config.attention])
 
 
 def make_params(model: _Model) -> Any:
@@ -217,7 +223,8 @@ class _Steps:
       return jax.lax.scan(step, state, None, length=_BURST.value)[0]
 
     state = jax.eval_shape(start, jax.random.key(0))
-    compiled = jax.jit(burst, donate_argnums=1).lower(params, state).compile()
+    lowered = jax.jit(burst, donate_argnums=1).lower(params, state)
+    compiled = lowered.compile(compiler_options=decode_options())
     return cls(jax.jit(start), compiled)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from dga_jax.generation.sampling import Controls, sample, Sampling
 from dga_jax.model import Decoder
 from dga_jax.model.decoder import DecoderCache
+from pallas_kernels.target import find_target
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +32,19 @@ class Slots:
   token: Int[Array, "B"]
   drawn: Int[Array, "B"]
   controls: Controls
+
+
+def decode_options() -> dict[str, bool | int]:
+  """Compiler options of a program that decodes: on GPUs from Ampere on, few and large products.
+
+  Query, key and value are one product then, gate and up another: fewer kernels, each of which
+  reads more at a stretch. XLA's Triton products read the weights where they lie; others would copy
+  them side by side first, for every token.
+  """
+  target = find_target()
+  if target.platform != "gpu" or (target.capability or 0) < 8.0:
+    return {}
+  return {"xla_gpu_dot_merger_threshold_mb": 512, "xla_gpu_enable_triton_gemm": True}
 
 
 class Programs:
@@ -76,7 +90,7 @@ class Programs:
       self._compile("extend", self._extend, row, self._params, _shape(1, chunk), one, donate=0)
       self._compile("insert", _insert, state, logits, row, at, controls, donate=0)
     self._compile("empty", empty)
-    self._compile("decode", self._decode, state, self._params, donate=0)
+    self._compile("decode", self._decode, state, self._params, donate=0, options=decode_options())
 
   @property
   def count(self) -> int:
@@ -112,9 +126,15 @@ class Programs:
     return decoded
 
   def _compile(
-    self, name: str, function: Callable[..., Any], *shapes: Any, donate: tuple[int, ...] | int = ()
+    self,
+    name: str,
+    function: Callable[..., Any],
+    *shapes: Any,
+    donate: tuple[int, ...] | int = (),
+    options: dict[str, bool | int] | None = None,
   ) -> None:
-    self._compiled[name] = jax.jit(function, donate_argnums=donate).lower(*shapes).compile()
+    lowered = jax.jit(function, donate_argnums=donate).lower(*shapes)
+    self._compiled[name] = lowered.compile(compiler_options=options)
 
   def _model(self, params: Any) -> Decoder:
     model: Decoder = nnx.merge(self._graphdef, params)

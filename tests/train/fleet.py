@@ -17,9 +17,11 @@ from pathlib import Path
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["train.main"])
-# Without the flag sums on a GPU depend on the order of its threads, and products on a race.
+# Without these flags sums on a GPU depend on the order of its threads, and which kernels are chosen
+# on a race, anew in every start.
 GPU_ENVIRONMENT = {
-  "XLA_FLAGS": "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false",
+  "XLA_FLAGS": "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
+  " --xla_gpu_autotune_level=0",
   "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
   "NCCL_NVLS_ENABLE": "0",
 }
