@@ -101,6 +101,8 @@ class _Model:
   @classmethod
   def of(cls, kind: Any) -> "_Model":
     """The model of that kind."""
+    if kind in ("top_k_eviction", "kv_merger"):
+      raise ValueError(f"--kinds has {kind!r}, whose cache is never full: its floor is unknown.")
     config = ModelConfig(
       vocab_size=32000,
       num_layers=_LAYERS.value,
@@ -125,7 +127,7 @@ class _Model:
     """Of the entries that one sequence's next token sees after `length` tokens."""
     config, token = self.config, 2 * 2 * self.config.num_kv_heads * self.config.head_dim
     if config.attention != "dga":
-      return config.num_layers * token * _seen(config, length)
+      return self.allocated_bytes(1, length)  # a full cache is read whole
     blocks, raw = divmod(length, config.dga.block_size)
     entries = blocks * (config.dga.focal_in_block + 1)
     entry = token if config.dga.cache_dtype is None else token // 2 + 2 * 4 * config.num_kv_heads
@@ -135,20 +137,6 @@ class _Model:
     """Of all arrays of the cache."""
     cache = jax.eval_shape(lambda p: self.decoder(p).init_cache(batch, length), self.params)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
-
-
-def _seen(config: ModelConfig, length: int) -> int:
-  """Entries of the cache that one token reads."""
-  bounds = {
-    "dense": length,
-    "minference": length,  # sparse in the prompt alone
-    "streaming_llm": config.streaming_llm.sinks + config.streaming_llm.window,
-    "lm_infinite": config.lm_infinite.global_tokens + config.lm_infinite.local_window,
-    "sliding_window": config.sliding_window.window,
-  }
-  if config.attention not in bounds:
-    raise ValueError(f"--kinds has {config.attention!r}; it must be dga or of {', '.join(bounds)}.")
-  return min(length, bounds[config.attention])
 
 
 def make_params(model: _Model) -> Any:

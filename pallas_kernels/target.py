@@ -29,6 +29,11 @@ class Target(NamedTuple):
   def __str__(self) -> str:
     return f"{self.kind} ({self.platform})"
 
+  @property
+  def runs_triton(self) -> bool:
+    """Whether Triton kernels run on it: an NVIDIA GPU, Ampere or newer."""
+    return (self.capability or 0) >= 8.0
+
 
 class _Needs(NamedTuple):
   """What kernels run on."""
@@ -38,7 +43,7 @@ class _Needs(NamedTuple):
 
 
 _NEEDS = {
-  "triton": _Needs(lambda target: (target.capability or 0) >= 8.0, "an Ampere or newer GPU"),
+  "triton": _Needs(lambda target: target.runs_triton, "an Ampere or newer GPU"),
   "mosaic_tpu": _Needs(lambda target: target.platform == "tpu", "a TPU"),
 }
 

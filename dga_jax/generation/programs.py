@@ -41,8 +41,7 @@ def decode_options() -> dict[str, bool | int]:
   reads more at a stretch. XLA's Triton products read the weights where they lie; others would copy
   them side by side first, for every token.
   """
-  target = find_target()
-  if target.platform != "gpu" or (target.capability or 0) < 8.0:
+  if not find_target().runs_triton:
     return {}
   return {"xla_gpu_dot_merger_threshold_mb": 512, "xla_gpu_enable_triton_gemm": True}
 

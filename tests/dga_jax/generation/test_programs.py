@@ -7,6 +7,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from dga_jax.generation.programs import decode_options
 
 
+def options_for(kind: str, platform: str) -> dict[str, bool | int]:
+  device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+  mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
+  with jax.sharding.use_abstract_mesh(mesh):
+    return decode_options()
+
+
 @pytest.mark.parametrize(
   ("kind", "platform", "merged"),
   [
@@ -17,16 +24,10 @@ from dga_jax.generation.programs import decode_options
   ],
 )
 def test_products_are_merged_on_gpus_from_ampere_on(kind: str, platform: str, merged: bool):
-  device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
-  mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh):
-    assert bool(decode_options()) is merged
+  assert bool(options_for(kind, platform)) is merged
 
 
 def test_xla_knows_the_options():
-  device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
-  mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh):
-    options = decode_options()
+  options = options_for("NVIDIA H100 80GB HBM3", "gpu")
   compiled = jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options)
   assert compiled(1.0) == 2.0
