@@ -18,7 +18,8 @@ what the compiled program sends, and what the first GPU's NVLink counters say of
 --profile a further step says what time NCCL's kernels take, and how much of it nothing hides.
 
 Meshes: "one" GPU; all of them along "fsdp", or along "context", in whose place dense attention,
-which cannot split sequences, gets "tensor"; "config" takes config.mesh.
+which cannot split sequences, gets "tensor"; "config" takes config.mesh. --micro_batches=4 lets one
+GPU take the batch of four in four pieces.
 
 Compiling for one GPU can be done ahead, on a machine without it (see benchmarks/attention.py), for
 DGA alone: cuDNN's kernels are chosen on the device.
@@ -61,6 +62,9 @@ _ATTENTION = flags.DEFINE_list("attention", ["dense", "dga"], "attention kinds")
 _MESHES = flags.DEFINE_list("meshes", ["one"], "one, fsdp, context or config")
 _STEPS = flags.DEFINE_integer("steps", 2, "steps from the initial state, for the losses", 1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "timed steps of each program", 1)
+_MICRO_BATCHES = flags.DEFINE_integer(
+  "micro_batches", None, "pieces in which one GPU takes a batch that it cannot hold at once", 1
+)
 _PROFILE = flags.DEFINE_bool("profile", False, "profile one more step of each program")
 _KERNELS = flags.DEFINE_integer("kernels", 12, "kernels to list of a profile")
 _COMPILE_TO = flags.DEFINE_string("compile_to", None, "compile DGA into this folder, and stop")
@@ -136,6 +140,7 @@ def _config(length: int, attention: str, mesh: str) -> TrainConfig:
   return dataclasses.replace(
     config,
     mesh=shapes[mesh],
+    grad_accumulation=(mesh == "one" and _MICRO_BATCHES.value) or config.grad_accumulation,
     model=dataclasses.replace(config.model, attention=attention),
     data=dataclasses.replace(config.data, sequence_length=length, max_documents=1),
   )
@@ -154,9 +159,10 @@ def _compile(config: TrainConfig, mesh_name: str) -> _Program:
   counts = {name: text.count(f'custom_call_target="{part}') for name, part in _KERNELS_OF.items()}
   shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
   print(
-    f"{config.model.attention}, L={config.data.sequence_length}, batch {config.batch_size}, remat "
-    f"{config.model.remat}, mesh {shape or 'of one'}: {how} in {time.perf_counter() - start:.0f} s;"
-    f" kernels in the program: {', '.join(f'{n} of {name}' for name, n in counts.items())}",
+    f"{config.model.attention}, L={config.data.sequence_length}, batch {config.batch_size} in "
+    f"{config.grad_accumulation}, remat {config.model.remat}, mesh {shape or 'of one'}: {how} in "
+    f"{time.perf_counter() - start:.0f} s; kernels in the program: "
+    f"{', '.join(f'{n} of {name}' for name, n in counts.items())}",
     flush=True,
   )
   expected = {"dense": "cuDNN", "dga": "Mosaic GPU"}.get(config.model.attention)

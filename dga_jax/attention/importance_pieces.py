@@ -8,6 +8,7 @@ from dga_jax.attention.importance import sample_queries
 from dga_jax.attention.pieces import Pieces
 from dga_jax.attention.plan import Rows
 from dga_jax.config import DGAConfig
+from pallas_kernels.summarise import take_positions
 
 
 def importance_of_pieces(
@@ -33,7 +34,7 @@ def importance_of_pieces(
     start_Bx1 = jax.lax.dynamic_slice_in_dim(start_BxC, document, 1, axis=1)
     end_BxS = jnp.where(drawn_BxS, sample_BxS + 1, 0)
     place_BxS = pieces.place(sample_BxS)
-    q_BxSxHxD = jax.vmap(lambda q, i: q.at[i].get(mode="fill", fill_value=0))(query, place_BxS)
+    q_BxSxHxD = take_positions(query, place_BxS)
     q_BxSxHxD = jax.lax.psum(q_BxSxHxD, pieces.axis_name)
     sees_BxSxP = (start_Bx1[:, :, None] <= pieces.positions[None, None]) & (
       pieces.positions[None, None] < end_BxS[:, :, None]

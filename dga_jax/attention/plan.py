@@ -160,9 +160,13 @@ def plan_chosen_blocks(
   sink_BxL = StreamingBlocks.of(rows.documents, config).sink
   focal_BxNxkf = (start_Bxk[:, None, :, None] + chosen_BxNxkxf).reshape(B, N, -1)
   row_Bx1, head_1xN = jnp.arange(B)[:, None, None], jnp.arange(N)[None, :, None]
-  mask_BxNxL = jnp.broadcast_to(sink_BxL[:, None], (B, N, sink_BxL.shape[1]))
-  mask_BxNxL = mask_BxNxL.at[row_Bx1, head_1xN, focal_BxNxkf].set(True, mode="drop")
-  return _lay_out(mask_BxNxL, rows, config)
+  L = sink_BxL.shape[1]
+  # One more entry for what lies beyond the row.
+  mask = jnp.pad(jnp.broadcast_to(sink_BxL[:, None], (B, N, L)), ((0, 0), (0, 0), (0, 1)))
+  mask = mask.at[row_Bx1, head_1xN, jnp.minimum(focal_BxNxkf, L)].set(
+    True, mode="promise_in_bounds"
+  )
+  return _lay_out(mask[..., :L], rows, config)
 
 
 class Rows(NamedTuple):

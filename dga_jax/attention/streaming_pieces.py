@@ -16,7 +16,7 @@ from dga_jax.attention.plan import Rows
 from dga_jax.config import DGAConfig
 from pallas_kernels.grouped_attention import Bounds
 from pallas_kernels.place import place_positions
-from pallas_kernels.summarise import Entries, summarise_blocks
+from pallas_kernels.summarise import Entries, summarise_blocks, take_positions
 
 
 def streaming_entries(
@@ -137,7 +137,7 @@ class _Blocks:
     inside_Bxk = block_k[None] - self._take(self._first_Bx2C, chunk_Bxk, fill=0)
     exists_Bxk = end_Bxk < self._pieces.length
     place_Bxk = jnp.where(exists_Bxk, chunk_Bxk * self._most + inside_Bxk, every.shape[1])
-    blocks = _rows(every, place_Bxk)
+    blocks = take_positions(every, place_Bxk)
     return blocks[:, :, :f].reshape(B, -1, N, D), blocks[:, :, f]
 
   def _take(self, x_BxK: Array, index: Array, *, fill: int) -> Array:
@@ -156,11 +156,11 @@ class _Sinks:
     focal_start_BxL = streaming_focal_start(documents, config)
     f = config.focal_in_block
     first_slot_BxL = focal_start_BxL + config.sink_tokens + f * blocks.index
-    first_slot_Bxk = _rows(first_slot_BxL + 1, start_Bxk) - 1  # -1 for no block
+    first_slot_Bxk = take_positions(first_slot_BxL + 1, start_Bxk) - 1  # -1 for no block
     slot_Bxkxf = first_slot_Bxk[..., None] + jnp.arange(f, dtype=jnp.int32)[None, None]
     slot_Bxkxf = jnp.where(first_slot_Bxk[..., None] < 0, L, slot_Bxkxf)
     self._position_BxS = place_positions(count_before(blocks.sink), blocks.sink, most)
-    sink_slot_BxS = _rows(focal_start_BxL + documents.position - L, self._position_BxS) + L
+    sink_slot_BxS = take_positions(focal_start_BxL + documents.position - L, self._position_BxS) + L
     slot = jnp.concatenate([slot_Bxkxf.reshape(len(slot_Bxkxf), -1), sink_slot_BxS], axis=1)
     self._source_Bxr = place_positions(slot, slot < L, rows.sizes.focal)
     self._pieces = pieces
@@ -169,14 +169,9 @@ class _Sinks:
     self, x_BxPxNxD: Float[Array, "B P N D"], focal: Float[Array, "B fk N D"]
   ) -> Float[Array, "B r N D"]:
     """Blocks' focal tokens and sinks in order of position, of every device's x."""
-    own = _rows(x_BxPxNxD, self._pieces.place(self._position_BxS))
+    own = take_positions(x_BxPxNxD, self._pieces.place(self._position_BxS))
     sinks = jax.lax.psum(own, self._pieces.axis_name)
-    return _rows(jnp.concatenate([focal, sinks], axis=1), self._source_Bxr)
-
-
-def _rows(x: Shaped[Array, "B S *T"], index: Int[Array, "B k"]) -> Shaped[Array, "B k *T"]:
-  """Entries of each batch entry; zeros where the index lies beyond them."""
-  return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x, index)
+    return take_positions(jnp.concatenate([focal, sinks], axis=1), self._source_Bxr)
 
 
 def _join(x: Shaped[Array, "B 2 S *T"]) -> Shaped[Array, "B 2S *T"]:

@@ -17,7 +17,12 @@ def select_highest_xla(scores_BxNxL: Float[Array, "B N L"], ranges: Ranges) -> B
   i_BxNxL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (B, N, L))
   *_, by_rank_BxNxL = jax.lax.sort((range_BxNxL, -scores_BxNxL, i_BxNxL), num_keys=3)
   rank_BxNxL = jnp.put_along_axis(
-    jnp.zeros_like(i_BxNxL), by_rank_BxNxL, i_BxNxL, axis=-1, inplace=False
+    jnp.zeros_like(i_BxNxL),
+    by_rank_BxNxL,
+    i_BxNxL,
+    axis=-1,
+    inplace=False,
+    mode="promise_in_bounds",
   )
   # The sort puts the members of a range behind those of all ranges before it.
   before_BxC = jnp.cumsum(ranges.length, axis=1) - ranges.length

@@ -2,7 +2,13 @@
 
 from pallas_kernels.summarise.api import summarise, summarise_blocks
 from pallas_kernels.summarise.entries import Entries
-from pallas_kernels.summarise.xla import block_scores, choose_in_blocks, merge, take_rows
+from pallas_kernels.summarise.xla import (
+  block_scores,
+  choose_in_blocks,
+  merge,
+  take_positions,
+  take_rows,
+)
 
 __all__ = [
   "Entries",
@@ -11,5 +17,6 @@ __all__ = [
   "merge",
   "summarise",
   "summarise_blocks",
+  "take_positions",
   "take_rows",
 ]

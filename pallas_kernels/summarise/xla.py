@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.summarise.entries import block_indices, Entries
 
@@ -80,8 +80,8 @@ def choose_in_blocks(
   k, R = start_Bxk.shape[1], query_BxLxHxD.shape[2] // N
   query, key = jax.lax.stop_gradient((query_BxLxHxD, key_BxLxNxD))
   place_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
-  key_BxkxsxNxD = _take(key, place_Bxkxs)
-  query_BxkxNxRxD = _take(query, place_Bxkxs[..., -1]).reshape(B, k, N, R, D)
+  key_BxkxsxNxD = take_positions(key, place_Bxkxs)
+  query_BxkxNxRxD = take_positions(query, place_Bxkxs[..., -1]).reshape(B, k, N, R, D)
   scores_BxNxkxs = block_scores(query_BxkxNxRxD, key_BxkxsxNxD)
   _, chosen_BxNxkxf = jax.lax.top_k(scores_BxNxkxs, focal)
   return jnp.sort(chosen_BxNxkxf, axis=-1)
@@ -122,14 +122,20 @@ def take_rows(
   x_BxLxNxD: Float[Array, "B L N D"], index_BxNxS: Int[Array, "B N S"]
 ) -> Float[Array, "B S N D"]:
   """Each head's own selection of positions; zeros for L and beyond."""
-
-  def of_head(x_LxD: Array, index_S: Array) -> Array:
-    return x_LxD.at[index_S].get(mode="fill", fill_value=0)
-
-  of_row = jax.vmap(of_head, in_axes=(1, 0), out_axes=1)
+  of_row = jax.vmap(_take, in_axes=(1, 0), out_axes=1)
   return jax.vmap(of_row)(x_BxLxNxD, index_BxNxS)
 
 
-def _take(x_BxLxNxD: Array, index: Array) -> Array:
-  """Rows of each batch entry by position; zeros for L and beyond."""
-  return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x_BxLxNxD, index)
+def take_positions(x: Shaped[Array, "B L *T"], index: Int[Array, "B *k"]) -> Shaped[Array, "B ..."]:
+  """[B, *k, *T] entries of each batch entry by position; zeros for L and beyond."""
+  return jax.vmap(_take)(x, index)
+
+
+def _take(x: Array, index: Array) -> Array:
+  """x[index], zeros for indices beyond the end.
+
+  They are masked rather than left to the gather: in its gradient, a scatter that reaches beyond
+  the end, XLA on GPUs under --xla_gpu_deterministic_ops takes them for the next row's first.
+  """
+  inside = (index < x.shape[0]).reshape(*index.shape, *(1,) * (x.ndim - 1))
+  return jnp.where(inside, x.at[index].get(mode="clip"), 0)

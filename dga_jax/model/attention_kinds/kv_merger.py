@@ -27,7 +27,7 @@ def kv_merger(config: KVMergerConfig) -> BoundedAttention:
     weight_C = gaussian_weights(key_CxD, received_C, run_C)
 
     def total(x: Array) -> Array:
-      return jax.ops.segment_sum(x, run_C, config.budget, indices_are_sorted=True)
+      return jax.ops.segment_sum(x, run_C, len(run_C), indices_are_sorted=True)[: config.budget]
 
     def merged(x_CxD: Array) -> Array:
       sum_KxD = total(weight_C[:, None] * x_CxD.astype(jnp.float32))

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from dga_jax.attention.documents import Documents, find_documents
 from dga_jax.model.rope import apply_rope, rope_table
 from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.summarise import take_positions
 
 BLOCK_Q = 256
 
@@ -120,10 +121,10 @@ class WindowAttention:
     ring_BxW = jnp.where(place_BxW >= 0, place_BxW + S, L)
     sink_BxS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
     return o_BxLxHxD, WindowCache(
-      sink_key=_take(k_BxLxNxD, sink_BxS).swapaxes(1, 2),
-      sink_value=_take(v_BxLxNxD, sink_BxS).swapaxes(1, 2),
-      ring_key=_take(k_BxLxNxD, ring_BxW).swapaxes(1, 2),
-      ring_value=_take(v_BxLxNxD, ring_BxW).swapaxes(1, 2),
+      sink_key=take_positions(k_BxLxNxD, sink_BxS).swapaxes(1, 2),
+      sink_value=take_positions(v_BxLxNxD, sink_BxS).swapaxes(1, 2),
+      ring_key=take_positions(k_BxLxNxD, ring_BxW).swapaxes(1, 2),
+      ring_value=take_positions(v_BxLxNxD, ring_BxW).swapaxes(1, 2),
       length=length_B,
     )
 
@@ -145,7 +146,7 @@ class WindowAttention:
     row_B = jnp.arange(B)
 
     def put(array: Array, slot_B: Array, token_BxNxD: Array) -> Array:
-      return array.at[layer, row_B, :, slot_B].set(token_BxNxD, mode="drop")
+      return array.at[layer, row_B, :, slot_B].set(token_BxNxD, mode="drop", unique_indices=True)
 
     cache = WindowCache(
       sink_key=put(cache.sink_key, sink_B, k_BxNxD),
@@ -197,7 +198,7 @@ class WindowAttention:
     place_Bxb = start + jnp.arange(block)[None] - start_Bxb  # in the document
     index_BxbS = (start_Bxb[..., None] + sink_1x1xS).reshape(B, -1)
     shape = (B, block, self.sinks, *row.key.shape[2:])
-    key, value = (_take(x, index_BxbS).reshape(shape) for x in (row.key, row.value))
+    key, value = (take_positions(x, index_BxbS).reshape(shape) for x in (row.key, row.value))
     visible_BxbxS = (sink_1x1xS <= place_Bxb[..., None]) & token_Bxb[..., None]
     return _Source(self._turn(key, place_Bxb[..., None], sink_1x1xS), value, visible_BxbxS)
 
@@ -268,11 +269,6 @@ def _attend(q_BxbxNxRxD: Array, sources: list[_Source]) -> Float[Array, "B b N R
 def _pad(x_BxL: Array, length: int) -> Array:
   """Zeros (False) to the right, up to `length`."""
   return jnp.pad(x_BxL, ((0, 0), (0, length - x_BxL.shape[1])) + ((0, 0),) * (x_BxL.ndim - 2))
-
-
-def _take(x_BxLxNxD: Array, index_BxS: Array) -> Array:
-  """Tokens by position; zeros for positions beyond the row."""
-  return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=0))(x_BxLxNxD, index_BxS)
 
 
 def _last_in_slot(count_B: Array, size: int) -> Int[Array, "B W"]:

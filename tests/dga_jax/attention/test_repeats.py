@@ -12,6 +12,7 @@ SHAPES = {"few_tokens": (2, 256, 2, 1, 64), "many_tiles": (2, 3000, 8, 2, 128)}
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("selection", ["streaming", "global"])
 def test_many_calls_repeat_bit_for_bit(selection: str, shape: str):
