@@ -131,7 +131,7 @@ def _append(
   raw_B = jnp.where(place.in_prefix, cache.raw_key.shape[-2], place.slot)
 
   def put(array: Array, token_BxNxD: Array) -> Array:
-    return array.at[layer, row_B, :, raw_B].set(token_BxNxD, mode="drop", unique_indices=True)
+    return array.at[layer, row_B, :, raw_B].set(token_BxNxD, mode="drop")
 
   cache = cache.put_compact((layer, row_B, slice(None), compact_B), key_BxNxD, value_BxNxD)
   return dataclasses.replace(
@@ -206,7 +206,7 @@ def _flush(
   )
   full_B = ~place.in_prefix & (place.offset == size - 1)
   first_B = cache.prefix[layer] + (f + 1) * place.block
-  first_B = jnp.where(full_B, first_B, cache.compact_key.shape[-2])
   entry_BxF = first_B[:, None] + jnp.arange(f + 1)[None]
+  entry_BxF = jnp.where(full_B[:, None], entry_BxF, cache.compact_key.shape[-2])
   at = (layer, jnp.arange(B)[:, None], slice(None), entry_BxF)
   return cache.put_compact(at, key_Bx1xFxNxD[:, 0], value_Bx1xFxNxD[:, 0])

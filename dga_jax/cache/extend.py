@@ -153,10 +153,8 @@ def _put_entries(
   cache: CompactCache, slot_BxE: Array, chosen_BxE: Array, key_BxExNxD: Array, value_BxExNxD: Array
 ) -> CompactCache:
   """Writes some of E rows to their slots of the compact part; slots beyond its end are dropped."""
-  B, E = slot_BxE.shape
-  # Beyond any slot, and no two the same.
-  nowhere_E = jnp.iinfo(jnp.int32).max - E + jnp.arange(E, dtype=jnp.int32)
-  slot_BxE = jnp.where(chosen_BxE, slot_BxE, nowhere_E[None])
+  B, _, C, _ = cache.compact_key.shape
+  slot_BxE = jnp.where(chosen_BxE, slot_BxE, C)
   at = (jnp.arange(B)[:, None], slice(None), slot_BxE)
   return cache.put_compact(at, key_BxExNxD, value_BxExNxD)
 

@@ -72,10 +72,10 @@ class CompactCache:
   def put_compact(
     self, at: tuple[Any, ...], key: Float[Array, "... D"], value: Float[Array, "... D"]
   ) -> "CompactCache":
-    """Writes entries at indices of all axes but the last, no two the same; none beyond the end."""
+    """Writes entries at an index of all axes but the last; indices beyond the end write nothing."""
 
     def put(array: Array, rows: Any) -> Array:
-      return array.at[at].set(rows, mode="drop", unique_indices=True)
+      return array.at[at].set(rows, mode="drop")
 
     key_numbers, key_scale = pack_rows(key, self.compact_key.dtype)
     value_numbers, value_scale = pack_rows(value, self.compact_value.dtype)

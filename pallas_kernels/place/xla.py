@@ -16,7 +16,7 @@ def place_positions_xla(
     row = jnp.full(size, L, jnp.int32)
     return row.at[slot_L].set(position_L, mode="drop", unique_indices=True)
 
-  # What is left out has slots of its own behind the list. Where indices repeat, XLA on GPUs under
-  # --xla_gpu_deterministic_ops takes one behind a row for the next row's first.
+  # What is left out has slots of its own behind the list. Of single numbers at indices that may
+  # repeat, XLA on GPUs under --xla_gpu_deterministic_ops puts those behind a row into the next one.
   slots = jnp.where(chosen & (slot < size), slot, size + position_L).reshape(-1, L)
   return jax.vmap(place)(slots).reshape(*slot.shape[:-1], size)

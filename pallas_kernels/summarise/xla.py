@@ -132,10 +132,4 @@ def take_positions(x: Shaped[Array, "B L *T"], index: Int[Array, "B *k"]) -> Sha
 
 
 def _take(x: Array, index: Array) -> Array:
-  """x[index], zeros for indices beyond the end.
-
-  They are masked rather than left to the gather: in its gradient, a scatter that reaches beyond
-  the end, XLA on GPUs under --xla_gpu_deterministic_ops takes them for the next row's first.
-  """
-  inside = (index < x.shape[0]).reshape(*index.shape, *(1,) * (x.ndim - 1))
-  return jnp.where(inside, x.at[index].get(mode="clip"), 0)
+  return x.at[index].get(mode="fill", fill_value=0)

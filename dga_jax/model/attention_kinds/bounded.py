@@ -168,7 +168,7 @@ class BoundedAttention:
       free = [(0, 0)] * few.ndim
       free[2] = (0, entries - few.shape[2])
       rest = all_tokens.at[row_Bx1, :, whole_B[:, None] + rest_BxI].get(mode="fill", fill_value=0)
-      return jnp.pad(few, free).at[row_Bx1, :, slot_BxI].set(rest, mode="drop", unique_indices=True)
+      return jnp.pad(few, free).at[row_Bx1, :, slot_BxI].set(rest, mode="drop")
 
     key, value, received = map(store, arrays, reduced)
     return BoundedCache(key, value, received, prompt.length)
@@ -195,15 +195,10 @@ class BoundedAttention:
     length_B = cache.length[layer]
     held_B = jnp.minimum(length_B // self.interval * self.interval, self.budget)
     held_B += length_B % self.interval
-    slot_BxT = held_B[:, None] + jnp.arange(T)[None]
-    slot_BxT = jnp.where(is_token_BxT, slot_BxT, entries + slot_BxT)
+    slot_BxT = jnp.where(is_token_BxT, held_B[:, None] + jnp.arange(T)[None], entries)
     row_Bx1 = jnp.arange(B)[:, None]
-
-    def put(array: Array, new_BxTxNxD: Array) -> Array:
-      at = array.at[layer, row_Bx1, :, slot_BxT]
-      return at.set(new_BxTxNxD, mode="drop", unique_indices=True)
-
-    key, value = put(cache.key, k_BxTxNxD), put(cache.value, v_BxTxNxD)
+    key = cache.key.at[layer, row_Bx1, :, slot_BxT].set(k_BxTxNxD, mode="drop")
+    value = cache.value.at[layer, row_Bx1, :, slot_BxT].set(v_BxTxNxD, mode="drop")
 
     logits_BxNxRxTxC = D**-0.5 * jnp.einsum(
       "btnrd,bncd->bnrtc",

@@ -129,13 +129,9 @@ class DenseAttention:
     """
     (B, H, D), N = q_BxHxD.shape, k_BxNxD.shape[1]
     row_B, end_B = jnp.arange(B), cache.length[layer]
-
-    def put(array: Array, new_BxNxD: Array) -> Array:
-      return array.at[layer, row_B, :, end_B].set(new_BxNxD, mode="drop", unique_indices=True)
-
     cache = DenseCache(
-      key=put(cache.key, k_BxNxD),
-      value=put(cache.value, v_BxNxD),
+      key=cache.key.at[layer, row_B, :, end_B].set(k_BxNxD, mode="drop"),
+      value=cache.value.at[layer, row_B, :, end_B].set(v_BxNxD, mode="drop"),
       length=cache.length.at[layer].add(1),
     )
     k_BxNxMxD, v_BxNxMxD = cache.key[layer], cache.value[layer]
@@ -162,16 +158,11 @@ class DenseAttention:
     B, T = q_BxTxHxD.shape[:2]
     M, place_T = cache.key.shape[-2], jnp.arange(T)
     position_BxT = cache.length[layer][:, None] + place_T[None]
-    slot_BxT = jnp.where(place_T[None] < counts[:, None], position_BxT, M + position_BxT)
+    slot_BxT = jnp.where(place_T[None] < counts[:, None], position_BxT, M)
     row_Bx1 = jnp.arange(B)[:, None]
-
-    def put(array: Array, new_BxTxNxD: Array) -> Array:
-      at = array.at[layer, row_Bx1, :, slot_BxT]
-      return at.set(new_BxTxNxD, mode="drop", unique_indices=True)
-
     cache = DenseCache(
-      key=put(cache.key, k_BxTxNxD),
-      value=put(cache.value, v_BxTxNxD),
+      key=cache.key.at[layer, row_Bx1, :, slot_BxT].set(k_BxTxNxD, mode="drop"),
+      value=cache.value.at[layer, row_Bx1, :, slot_BxT].set(v_BxTxNxD, mode="drop"),
       length=cache.length.at[layer].add(counts),
     )
     seen_BxTxM = jnp.arange(M)[None, None] <= position_BxT[..., None]

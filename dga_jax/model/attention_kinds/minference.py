@@ -115,11 +115,11 @@ def vertical_and_slash(
   seen_BxQxL = (distance_BxQxL >= 0) & (position_BxQ >= 0)[..., None]
   logits_BxHxQxL = _logits(q_BxQxHxD, k_BxLxNxD)
   paid_BxHxQxL = jax.lax.stop_gradient(masked_softmax(logits_BxHxQxL, seen_BxQxL[:, None]))
-  index_BxQxL = jnp.where(seen_BxQxL, distance_BxQxL, 0)  # where nothing is paid
+  index_BxQxL = jnp.where(seen_BxQxL, distance_BxQxL, L)
 
   def by_distance(paid_HxQxL: Array, index_QxL: Array) -> Array:
     total_HxL = jnp.zeros((H, L), jnp.float32)
-    return total_HxL.at[:, index_QxL].add(paid_HxQxL, mode="promise_in_bounds")
+    return total_HxL.at[:, index_QxL].add(paid_HxQxL, mode="drop")
 
   slash_BxHxL = jax.vmap(by_distance)(paid_BxHxQxL, index_BxQxL)
   i_1x1xL = jnp.arange(L)[None, None]

@@ -146,7 +146,7 @@ class WindowAttention:
     row_B = jnp.arange(B)
 
     def put(array: Array, slot_B: Array, token_BxNxD: Array) -> Array:
-      return array.at[layer, row_B, :, slot_B].set(token_BxNxD, mode="drop", unique_indices=True)
+      return array.at[layer, row_B, :, slot_B].set(token_BxNxD, mode="drop")
 
     cache = WindowCache(
       sink_key=put(cache.sink_key, sink_B, k_BxNxD),

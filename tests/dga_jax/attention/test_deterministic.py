@@ -1,16 +1,15 @@
 """The op under --xla_gpu_deterministic_ops, with which training on a GPU repeats bit for bit.
 
-XLA then sorts a scatter's indices as numbers of a flat array, so that one beyond the end of a row
-is one of the next row. None of ours may be, unless no two indices are the same: those XLA leaves.
+XLA (jax 0.11.2) then sorts the indices of a scatter of single numbers as places in a flat array, so
+that one beyond the end of a row becomes one of the next row. It leaves a scatter alone that
+promises not to repeat an index, and does not err where it scatters rows.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.lax import GatherScatterMode
 
-from dga_jax import DGAConfig
 from tests.dga_jax.attention.cases import arrays, CONFIGS, run
 
 SAFE = {GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS}
@@ -40,28 +39,6 @@ def test_no_scatter_reaches_beyond_its_array(name):
   found = list(scatters(jax.make_jaxpr(op)(*inputs).jaxpr))
   assert found
   for equation in found:
-    safe = equation.params["unique_indices"] or equation.params["mode"] in SAFE
-    assert safe, equation
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("selection", ["streaming", "global"])
-@pytest.mark.parametrize(("implementation", "dtype"), [("xla", "float32"), (None, "bfloat16")])
-def test_equals_the_op_without_the_flag(selection, implementation, dtype):
-  config = DGAConfig(selection=selection, min_focal_tokens=0, max_documents=4)
-  rng = np.random.default_rng(0)
-  for seed in range(10):
-    inputs = arrays(seed, 3, 256, 2, 1, 64, dtype)
-    cuts = np.sort(rng.integers(0, 256, size=(3, 3)), axis=1)
-    ids = (np.arange(256) >= cuts[..., None]).sum(axis=1)
-    ids = np.where(ids == 3, -1, ids)  # the rest is padding
-
-    def op(*inputs, ids=ids):
-      return run(*inputs, config=config, implementation=implementation, segment_ids=ids)
-
-    want = jax.jit(op)(*inputs)
-    got = jax.jit(op, compiler_options={"xla_gpu_deterministic_ops": True})(*inputs)
-    for what, x, y in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-      error = jnp.linalg.norm((x - y).astype(jnp.float32)) / jnp.linalg.norm(y)
-      assert error < 1e-4, (what, seed, error)
+    moves_rows = equation.params["dimension_numbers"].update_window_dims
+    promises = equation.params["unique_indices"] or equation.params["mode"] in SAFE
+    assert moves_rows or promises, equation
