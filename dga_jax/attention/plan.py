@@ -161,7 +161,7 @@ def plan_chosen_blocks(
   focal_BxNxkf = (start_Bxk[:, None, :, None] + chosen_BxNxkxf).reshape(B, N, -1)
   row_Bx1, head_1xN = jnp.arange(B)[:, None, None], jnp.arange(N)[None, :, None]
   L = sink_BxL.shape[1]
-  # One more entry for what lies beyond the row.
+  # One more entry for what lies beyond the row: see pallas_kernels/place/xla.py.
   mask = jnp.pad(jnp.broadcast_to(sink_BxL[:, None], (B, N, L)), ((0, 0), (0, 0), (0, 1)))
   mask = mask.at[row_Bx1, head_1xN, jnp.minimum(focal_BxNxkf, L)].set(
     True, mode="promise_in_bounds"

@@ -27,6 +27,7 @@ def kv_merger(config: KVMergerConfig) -> BoundedAttention:
     weight_C = gaussian_weights(key_CxD, received_C, run_C)
 
     def total(x: Array) -> Array:
+      # Summed in full and then cut: no index lies beyond the end, see pallas_kernels/place/xla.py.
       return jax.ops.segment_sum(x, run_C, len(run_C), indices_are_sorted=True)[: config.budget]
 
     def merged(x_CxD: Array) -> Array:
