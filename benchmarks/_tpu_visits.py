@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import subjaxprs
 
 from benchmarks._bundles import Schedule
 from benchmarks._tpu import abstract_mesh, CHIPS
@@ -147,11 +148,8 @@ def _grids(function: Callable[..., Any], shapes: list[Any]) -> dict[str, int]:
       if equation.primitive.name == "pallas_call":
         name = equation.params["name"]
         grids[name] = int(np.prod(equation.params["grid_mapping"].grid))
-      for value in equation.params.values():
-        for inner in value if isinstance(value, tuple | list) else (value,):
-          inner = getattr(inner, "jaxpr", inner)
-          if hasattr(inner, "eqns"):
-            visit(inner)
+    for inner in subjaxprs(jaxpr):
+      visit(inner)
 
   visit(jax.make_jaxpr(function)(*shapes).jaxpr)
   return grids

@@ -137,10 +137,13 @@ def _config(length: int, attention: str, mesh: str) -> TrainConfig:
   }
   if mesh not in shapes:
     raise ValueError(f"--meshes has {mesh!r}; it must be of {', '.join(shapes)}.")
+  pieces = config.grad_accumulation
+  if mesh == "one" and _MICRO_BATCHES.value is not None:
+    pieces = _MICRO_BATCHES.value
   return dataclasses.replace(
     config,
     mesh=shapes[mesh],
-    grad_accumulation=(mesh == "one" and _MICRO_BATCHES.value) or config.grad_accumulation,
+    grad_accumulation=pieces,
     model=dataclasses.replace(config.model, attention=attention),
     data=dataclasses.replace(config.data, sequence_length=length, max_documents=1),
   )
@@ -304,7 +307,8 @@ def _tell_traffic(kind: str, program: _Program, received: float | None) -> None:
 
 
 def _ahead_path(folder: str, config: TrainConfig) -> Path:
-  sizes = f"L{config.data.sequence_length}_B{config.batch_size}_{config.model.remat}"
+  batch = f"B{config.batch_size}in{config.grad_accumulation}"
+  sizes = f"L{config.data.sequence_length}_{batch}_{config.model.remat}"
   return Path(folder) / f"train_step_{sizes}_chunk{config.loss_chunk}"
 
 

@@ -111,7 +111,7 @@ class _Blocks:
     chunk_start_1x2x1 = pieces.chunk_starts[None, :, None]
     first_Bx2 = jnp.take(self._first_Bx2C, pieces.chunk_starts // pieces.chunk, axis=1)
     block_Bx2xK = first_Bx2[:, :, None] + jnp.arange(self._most, dtype=jnp.int32)[None, None]
-    start_Bx2xK = self._take(self.start_Bxk, block_Bx2xK, fill=pieces.length)
+    start_Bx2xK = take_positions(self.start_Bxk, block_Bx2xK, fill=pieces.length)
     inside_Bx2xK = start_Bx2xK - chunk_start_1x2x1
     exists_Bx2xK = inside_Bx2xK + self._size <= pieces.chunk
     padded = halo + pieces.chunk
@@ -134,14 +134,11 @@ class _Blocks:
     end_Bxk = self.start_Bxk + self._size - 1
     chunk_Bxk = end_Bxk // self._pieces.chunk
     block_k = jnp.arange(end_Bxk.shape[1], dtype=jnp.int32)
-    inside_Bxk = block_k[None] - self._take(self._first_Bx2C, chunk_Bxk, fill=0)
+    inside_Bxk = block_k[None] - take_positions(self._first_Bx2C, chunk_Bxk)
     exists_Bxk = end_Bxk < self._pieces.length
     place_Bxk = jnp.where(exists_Bxk, chunk_Bxk * self._most + inside_Bxk, every.shape[1])
     blocks = take_positions(every, place_Bxk)
     return blocks[:, :, :f].reshape(B, -1, N, D), blocks[:, :, f]
-
-  def _take(self, x_BxK: Array, index: Array, *, fill: int) -> Array:
-    return jax.vmap(lambda x, i: x.at[i].get(mode="fill", fill_value=fill))(x_BxK, index)
 
 
 class _Sinks:

@@ -11,7 +11,7 @@ from dga_jax.cache.state import CompactCache
 from dga_jax.cache.summary import summarise_blocks
 from dga_jax.config import DGAConfig
 from pallas_kernels.grouped_attention import Bounds, grouped_attention
-from pallas_kernels.summarise import take_rows
+from pallas_kernels.summarise import take_positions
 
 
 def extend(
@@ -91,7 +91,7 @@ class _Span:
     self, raw_BxNxWxD: Float[Array, "B N W D"], new_BxTxNxD: Float[Array, "B T N D"]
   ) -> Float[Array, "B S N D"]:
     """The raw window, from the ring and the new tokens; zeros where neither has a token."""
-    N, W = raw_BxNxWxD.shape[1:3]
+    W = raw_BxNxWxD.shape[2]
     size = self.config.block_size
     place_S = jnp.arange(W + self.tokens)
     position_BxS = self.base[:, None] + place_S[None]
@@ -104,9 +104,7 @@ class _Span:
     )
     index_BxS = jnp.where(exists_BxS, index_BxS, W + self.tokens)
     both_BxSxNxD = jnp.concatenate([raw_BxNxWxD.swapaxes(1, 2), new_BxTxNxD], axis=1)
-    return take_rows(
-      both_BxSxNxD, jnp.broadcast_to(index_BxS[:, None], (len(index_BxS), N, W + self.tokens))
-    )
+    return take_positions(both_BxSxNxD, index_BxS)
 
 
 def _store_sinks(
@@ -206,7 +204,7 @@ def _entries(cache: CompactCache, span: _Span) -> tuple[_KeyValue, _KeyValue, Bo
 
 def _split(cache: CompactCache, compact: _KeyValue, f: int) -> tuple[_KeyValue, _KeyValue]:
   """The compact entries' focal tokens, and their groups, each in order."""
-  B, C, N, _ = compact[0].shape
+  B, C, *_ = compact[0].shape
   focal_B, groups_B = cache.prefix_focal[:, None], (cache.prefix - cache.prefix_focal)[:, None]
   slot_BxC = jnp.broadcast_to(jnp.arange(C)[None], (B, C))
   later_BxC = slot_BxC - focal_B
@@ -219,8 +217,7 @@ def _split(cache: CompactCache, compact: _KeyValue, f: int) -> tuple[_KeyValue, 
   )
 
   def take(index_BxC: Array) -> _KeyValue:
-    index_BxNxC = jnp.broadcast_to(index_BxC[:, None], (B, N, C))
-    return take_rows(compact[0], index_BxNxC), take_rows(compact[1], index_BxNxC)
+    return take_positions(compact[0], index_BxC), take_positions(compact[1], index_BxC)
 
   return take(focal_BxC), take(group_BxC)
 
@@ -232,13 +229,10 @@ def _store_raw(
   length_B = span.length + span.count
   none = jnp.iinfo(jnp.int32).max // 2
   position_BxW = ring_positions(length_B, span.origin, none, span.config)
-  index_BxNxW = jnp.broadcast_to(
-    (position_BxW - span.base[:, None])[:, None],
-    (len(length_B), key_BxSxNxD.shape[2], position_BxW.shape[1]),
-  )
+  index_BxW = position_BxW - span.base[:, None]
   return dataclasses.replace(
     cache,
-    raw_key=take_rows(key_BxSxNxD, index_BxNxW).swapaxes(1, 2),
-    raw_value=take_rows(value_BxSxNxD, index_BxNxW).swapaxes(1, 2),
+    raw_key=take_positions(key_BxSxNxD, index_BxW).swapaxes(1, 2),
+    raw_value=take_positions(value_BxSxNxD, index_BxW).swapaxes(1, 2),
     length=length_B,
   )

@@ -1,5 +1,7 @@
 """Picking and merging rows in jax.numpy: runs on any device, and the kernels' oracle."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -126,10 +128,12 @@ def take_rows(
   return jax.vmap(of_row)(x_BxLxNxD, index_BxNxS)
 
 
-def take_positions(x: Shaped[Array, "B L *T"], index: Int[Array, "B *k"]) -> Shaped[Array, "B ..."]:
-  """[B, *k, *T] entries of each batch entry by position; zeros for L and beyond."""
-  return jax.vmap(_take)(x, index)
+def take_positions(
+  x: Shaped[Array, "B L *T"], index: Int[Array, "B *k"], *, fill: int = 0
+) -> Shaped[Array, "B ..."]:
+  """[B, *k, *T] entries of each batch entry by position; `fill` for L and beyond."""
+  return jax.vmap(functools.partial(_take, fill=fill))(x, index)
 
 
-def _take(x: Array, index: Array) -> Array:
-  return x.at[index].get(mode="fill", fill_value=0)
+def _take(x: Array, index: Array, fill: int = 0) -> Array:
+  return x.at[index].get(mode="fill", fill_value=fill)

@@ -149,6 +149,7 @@ def test_the_run_goes_on_on_fewer_gpus(
   apart = {at: abs(loss / theirs[at] - 1) for at, loss in ours.items()}
   most = max(apart.values())
   print(f"from step {step} on {gpus} GPUs: losses differ by {most:.1e} at most", flush=True)
+  assert not any(x for at, x in apart.items() if at <= step)
   # Losses of different batches differ by more; later the runs part, as runs in bfloat16 do.
   assert max(x for at, x in apart.items() if at <= step + 40) < 1e-2
 

@@ -1,4 +1,4 @@
-"""The loop in this process: what a run leaves, divergence, a full disk, changed data."""
+"""The loop, nearly always in this process: what a run leaves, divergence, a full disk, new data."""
 
 import dataclasses
 import itertools

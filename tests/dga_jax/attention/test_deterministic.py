@@ -8,6 +8,7 @@ promises not to repeat an index, and does not err where it scatters rows.
 import jax
 import numpy as np
 import pytest
+from jax.extend.core import subjaxprs
 from jax.lax import GatherScatterMode
 
 from tests.dga_jax.attention.cases import arrays, CONFIGS, run
@@ -20,12 +21,8 @@ def scatters(jaxpr):
   for equation in jaxpr.eqns:
     if equation.primitive.name.startswith("scatter"):
       yield equation
-    for parameter in jax.tree.leaves(
-      equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")
-    ):
-      inner = getattr(parameter, "jaxpr", parameter)
-      if hasattr(inner, "eqns"):
-        yield from scatters(inner)
+  for inner in subjaxprs(jaxpr):
+    yield from scatters(inner)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax import DGAConfig
+from tests.dga_jax.attention.cases import arrays, run
 
 CALLS = 400
 # B, L, H, N, D
@@ -16,29 +17,19 @@ SHAPES = {"few_tokens": (2, 256, 2, 1, 64), "many_tiles": (2, 3000, 8, 2, 128)}
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("selection", ["streaming", "global"])
 def test_many_calls_repeat_bit_for_bit(selection: str, shape: str):
-  B, L, H, N, D = SHAPES[shape]
   config = DGAConfig(selection=selection)
 
-  def draw(seed):
-    keys = jax.random.split(jax.random.key(seed), 4)
-    return [
-      jax.random.normal(key, (B, L, count, D), jnp.bfloat16)
-      for key, count in zip(keys, (H, N, N, H), strict=True)
-    ]
-
-  @jax.jit
-  def call(q, k, v, cotangent):
-    out, pull = jax.vjp(lambda *a: dynamic_group_attention(*a, config=config), q, k, v)
-    return out, *pull(cotangent)
+  def call(inputs):
+    return run(*inputs, config=config, implementation=None)
 
   @jax.jit
   def differ(one, other):
     return jnp.stack([~jnp.array_equal(a, b) for a, b in zip(one, other, strict=True)])
 
   # In turn, so that what a call before left in memory is something else.
-  inputs = [draw(seed) for seed in range(2)]
-  first = [call(*arrays) for arrays in inputs]
-  moved = [differ(first[i % 2], call(*inputs[i % 2])) for i in range(CALLS)]
+  inputs = [arrays(seed, *SHAPES[shape], jnp.bfloat16) for seed in range(2)]
+  first = [call(x) for x in inputs]
+  moved = [differ(first[i % 2], call(inputs[i % 2])) for i in range(CALLS)]
   counts = jnp.stack(moved).sum(axis=0).tolist()
   names = ("out", "dq", "dk", "dv")
   assert not any(counts), f"of {CALLS} so many moved: {dict(zip(names, counts, strict=True))}"
