@@ -6,7 +6,7 @@ import jax
 from jax import Array
 
 from dga_jax import DGAConfig
-from dga_jax.attention.aggregate import plan_and_summarise
+from dga_jax.attention.aggregate import plan_and_merge
 from pallas_kernels.grouped_attention import Bounds
 
 
@@ -32,7 +32,7 @@ class Shape:
 
   def entries(self, config: DGAConfig, key: Array) -> tuple[tuple[Array, ...], Bounds]:
     """The seven arrays of `grouped_attention` and the bounds, as the op makes them of tokens."""
-    plan, query, entries = plan_and_summarise(*self.tokens(key), config=config)
+    plan, query, entries = plan_and_merge(*self.tokens(key), config=config)
     return (query, *entries), plan.bounds
 
 

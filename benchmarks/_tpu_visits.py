@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import subjaxprs
 
+from benchmarks._aot_tpu import abstract_mesh, CHIPS
 from benchmarks._bundles import Schedule
-from benchmarks._tpu import abstract_mesh, CHIPS
 from dga_jax import DGAConfig
-from dga_jax.attention.aggregate import plan_and_summarise
-from dga_jax.attention.attend import kernel_options
-from dga_jax.attention.documents import find_documents
+from dga_jax.attention.aggregate import plan_and_merge
+from dga_jax.attention.attend import attention_kwargs
 from dga_jax.attention.layout import Sizes, streaming_layout
+from dga_jax.attention.segments import find_documents
 from pallas_kernels.grouped_attention.mosaic_tpu_attention import summary_runs, walk_of
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks
-from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
+from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
   GradTile,
   pack_bounds,
   pack_query_runs,
@@ -71,10 +71,10 @@ def dga_counts(
   shapes = [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
   with jax.sharding.use_abstract_mesh(abstract_mesh(CHIPS[chip].kind)):
     plan, query, entries = jax.eval_shape(
-      lambda *arrays: plan_and_summarise(*arrays, config=config), *shapes
+      lambda *arrays: plan_and_merge(*arrays, config=config), *shapes
     )
-    grids = _grids(lambda *arrays: plan_and_summarise(*arrays, config=config)[2], shapes)
-  options = kernel_options(query, config, None)
+    grids = _grids(lambda *arrays: plan_and_merge(*arrays, config=config)[2], shapes)
+  options = attention_kwargs(query, config, None)
   blocks = tpu_blocks(CHIPS[chip].kind, 2)
   shapes_ = (query, entries.focal_key, entries.group_key)
   walk = walk_of(blocks, shapes_, plan.bounds, **options)
@@ -97,8 +97,8 @@ def dga_counts(
     Counts("grouped_attention_dq", "backward", queries),
     Counts("grouped_attention_dkdv_summaries", "backward", of_summaries),
     Counts("grouped_attention_dkdv_window", "backward", of_window),
-    Counts("summarise_merge_grad", "backward", each_step(grids["summarise_merge"]), True),
-    Counts("summarise_merge", "forward", each_step(grids["summarise_merge"]), True),
+    Counts("group_merge_grad", "backward", each_step(grids["group_merge"]), True),
+    Counts("group_merge", "forward", each_step(grids["group_merge"]), True),
   ]
 
 

@@ -25,12 +25,12 @@ from absl import app, flags
 from jax import Array
 from tqdm import tqdm
 
-from benchmarks import _ahead
+from benchmarks import _aot_gpu
 from benchmarks._inputs import entries_seen, Shape
-from benchmarks._queued import compare, Contender
+from benchmarks._paired_timing import compare, Contender
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig, dynamic_group_attention
-from dga_jax.attention.aggregate import plan_and_summarise
+from dga_jax.attention.aggregate import plan_and_merge
 from pallas_kernels.grouped_attention import Bounds, grouped_attention
 
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "16384", "32768"], "sequence lengths")
@@ -100,7 +100,7 @@ def _prepare(shape: Shape, name: str, run: Any, draw: Any) -> Any:
     drawn = f"entries_{name.split(', ')[1]}"
   slug = "".join(c if c.isalnum() else "_" for c in name) + "_both" * _BACKWARD.value
   sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}"
-  return _ahead.prepare(
+  return _aot_gpu.prepare(
     f"{sizes}/{slug}",
     run,
     draw,
@@ -153,7 +153,7 @@ def _mosaic_gpu_example(arrays: tuple[Array, Array, Array]) -> Array:
 
 
 def _summaries(config: DGAConfig, arrays: tuple[Array, Array, Array]) -> Any:
-  plan, _, entries = plan_and_summarise(*arrays, config=config)
+  plan, _, entries = plan_and_merge(*arrays, config=config)
   # What is passed through would be copied here, and is not in the op.
   reordered = entries if config.selection != "streaming" else entries[:4]
   return reordered, plan.bounds

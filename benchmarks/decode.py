@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig
-from dga_jax.generation.programs import decode_options
+from dga_jax.generation.engine import decode_options
 from dga_jax.model import Decoder, ModelConfig
 
 _KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds of the steps")
@@ -115,7 +115,7 @@ class _Model:
       dga=DGAConfig(selection="streaming", cache_dtype=_CACHE_DTYPE.value),
       param_dtype="bfloat16",
     )
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).with_layers_apart())
+    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstack_layers())
     return cls(config, *nnx.split(abstract))
 
   def decoder(self, params: Any) -> Decoder:

@@ -28,9 +28,9 @@ from benchmarks import _quality_variants as variants_of
 from benchmarks.timing import environment
 from dga_jax.checkpoint import list_steps, load_model
 from dga_jax.config import RETROFIT
-from dga_jax.evaluation import cells, pictures, report
+from dga_jax.evaluation import jobs, plots, report
 from dga_jax.evaluation.perplexity import PerplexitySettings
-from dga_jax.evaluation.records import Records
+from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.retrieval import Haystack
 from dga_jax.evaluation.texts import read_documents, token_rows
 from dga_jax.evaluation.variants import Family, Variant
@@ -64,12 +64,12 @@ def main(argv: Sequence[str]) -> None:
   del argv
   logging.set_verbosity(logging.WARNING)
   out = Path(_OUT.value)
-  records = Records(out / "quality.jsonl")
+  records = Results(out / "quality.jsonl")
   if not _DRAW.value:
     model, _, tokenizer = load_model(_WORKDIR.value)
     family = Family(model, tokenizer.start_ids)
     wanted = re.compile(_CELLS.value)
-    chosen = [cell for cell in make_cells(family, tokenizer) if wanted.search(cell.key)]
+    chosen = [cell for cell in make_jobs(family, tokenizer) if wanted.search(cell.key)]
     if _LIST.value:
       print(
         "\n".join(f"{'done ' if cell.key in records else '     '}{cell.key}" for cell in chosen)
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
       return
     print(environment())
     origin = f"{_WORKDIR.value}, step {list_steps(_WORKDIR.value)[-1]}"
-    missing = cells.run_cells(
+    missing = jobs.run_jobs(
       chosen, records, origin=origin, minutes=_MINUTES.value, workers=_WORKERS.value
     )
     print(f"{len(chosen) - missing} cells are there, {missing} are missing.")
@@ -85,9 +85,9 @@ def main(argv: Sequence[str]) -> None:
     print(path)
 
 
-def make_cells(family: Family, tokenizer: Tokenizer) -> Iterator[cells.Cell]:
+def make_jobs(family: Family, tokenizer: Tokenizer) -> Iterator[jobs.Job]:
   """All cells; the first ones answer the main questions."""
-  make = _Cells(family, tokenizer)
+  make = _Jobs(family, tokenizer)
   lengths, prompts, long = (
     [int(length) for length in flag.value] for flag in (_LENGTHS, _PASSKEYS, _LONG)
   )
@@ -104,7 +104,7 @@ def make_cells(family: Family, tokenizer: Tokenizer) -> Iterator[cells.Cell]:
   yield from make.ablations(lengths[1:])
 
 
-class _Cells:
+class _Jobs:
   """Makes cells of one model and the documents of the flags."""
 
   def __init__(self, family: Family, tokenizer: Tokenizer) -> None:
@@ -114,30 +114,30 @@ class _Cells:
 
   def perplexities(
     self, lengths: Sequence[int], some: _Variants, base: float | None = None
-  ) -> Iterator[cells.Cell]:
+  ) -> Iterator[jobs.Job]:
     for length in lengths:
       settings = PerplexitySettings(
         batch_size=_batch(length), targets=_TARGETS.value, always_decode=False
       )
       for variant in some(length):
-        yield cells.perplexity_cell(
+        yield jobs.perplexity_job(
           self._family, _finish(variant, base), self._rows(length), settings
         )
 
   def passkeys(
     self, lengths: Sequence[int], some: _Variants, base: float | None = None
-  ) -> Iterator[cells.Cell]:
+  ) -> Iterator[jobs.Job]:
     for length in lengths:
-      settings = cells.RetrievalSettings(_DEPTHS, _SAMPLES.value, batch_size=_batch(length))
+      settings = jobs.RetrievalSettings(_DEPTHS, _SAMPLES.value, batch_size=_batch(length))
       for variant in some(length):
-        yield cells.retrieval_cell(
+        yield jobs.retrieval_job(
           self._family, self._tokenizer, self._hay, _finish(variant, base), "passkey", length,
           settings,
         )  # fmt: skip
 
-  def ablations(self, lengths: Sequence[int]) -> Iterator[cells.Cell]:
+  def ablations(self, lengths: Sequence[int]) -> Iterator[jobs.Job]:
     for length in lengths:
-      yield cells.ablation_cell(
+      yield jobs.ablation_job(
         self._family, "DGA retrofit", RETROFIT, self._rows(length), _batch(length)
       )
 
@@ -148,7 +148,7 @@ class _Cells:
     return token_rows(self._documents, self._tokenizer, length, max(1, longest // length))
 
 
-def draw(records: Records, out: Path) -> Iterator[Path]:
+def draw(records: Results, out: Path) -> Iterator[Path]:
   """Tables of each task, and a picture of each question."""
   everything = records.all()
   lengths = {record["length"] for record in everything}
@@ -176,7 +176,7 @@ def _draw_ablation(record: dict, out: Path) -> Iterator[Path]:
     path = out / f"ablation_{title}_{length}.png"
     change = [loss - level for loss in record[title]]
     label = "Loss against dense" if title == "one_layer_dga" else "Loss against DGA in every layer"
-    pictures.plot_by_layer(
+    plots.plot_by_layer(
       {title.replace("_", " "): change}, path, y_label=label, baselines={"no change": 0.0}
     )
     yield path
@@ -189,7 +189,7 @@ def _draw_passkeys_by_share(everything: list[dict], out: Path) -> Iterator[Path]
   own = [record for record in everything if record["task"] == "retrieval"]
   for length in sorted({record["length"] for record in own}):
     path = out / f"passkey_by_share_{length}.png"
-    pictures.plot_against_share(
+    plots.plot_against_share(
       report.by_method(
         [record for record in own if record["length"] == length], lambda record: record["share"]
       ),

@@ -34,8 +34,8 @@ from absl import app, flags
 from jax import Array
 from tqdm import tqdm
 
+from benchmarks._aot_tpu import CHIPS, compile_for_tpu
 from benchmarks._bundles import libtpu_flags, read_schedules, Schedule
-from benchmarks._tpu import CHIPS, compile_for_tpu
 from benchmarks._tpu_visits import Counts, dga_counts, splash_counts
 from dga_jax import DGAConfig, dynamic_group_attention
 

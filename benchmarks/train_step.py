@@ -39,17 +39,17 @@ from absl import app, flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from benchmarks import _ahead
+from benchmarks import _aot_gpu
 from benchmarks._collectives import nvlink_received, take_profile
 from benchmarks.timing import environment
 from dga_jax.model import flops_per_token
 from dga_jax.sharding import make_mesh, MeshConfig
-from train.command_line import parse_flags
+from train.aot_compile import lower_step
 from train.config import make_config, TrainConfig
-from train.program import by_kind, read_collectives
+from train.flags import parse_flags
+from train.hlo_collectives import by_kind, read_collectives
 from train.step import Batch, Functions, make_functions, TrainState
 from train.throughput import memory, peak_flops
-from train.topology import lower_step
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
@@ -155,7 +155,7 @@ def _compile(config: TrainConfig, mesh_name: str) -> _Program:
   functions = make_functions(config, mesh)
   start = time.perf_counter()
   if _COMPILED.value is not None and config.model.attention == "dga" and mesh.size == 1:
-    step, how = _ahead.load(_ahead_path(_COMPILED.value, config)), "loaded"
+    step, how = _aot_gpu.load(_ahead_path(_COMPILED.value, config)), "loaded"
   else:
     step, how = lower_step(config, functions).compile(), "compiled"
   text = _text(step)
@@ -315,11 +315,11 @@ def _ahead_path(folder: str, config: TrainConfig) -> Path:
 def _compile_ahead() -> None:
   for length in tqdm(_LENGTHS.value, desc="compiling"):
     config = _config(int(length), "dga", "one")
-    functions = make_functions(config, make_mesh(config.mesh, [_ahead.h100()]))
+    functions = make_functions(config, make_mesh(config.mesh, [_aot_gpu.h100()]))
     compiled = lower_step(config, functions).compile()
     analysis = compiled.memory_analysis()
     print(f"L={length}: {analysis.peak_memory_in_bytes / 1e9:.1f} GB", flush=True)
-    _ahead.store(_ahead_path(_COMPILE_TO.value, config), compiled)
+    _aot_gpu.store(_ahead_path(_COMPILE_TO.value, config), compiled)
 
 
 if __name__ == "__main__":

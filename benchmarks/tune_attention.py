@@ -20,9 +20,9 @@ import jax
 from absl import app, flags
 from tqdm import tqdm
 
-from benchmarks import _ahead
+from benchmarks import _aot_gpu
 from benchmarks._inputs import Shape
-from benchmarks._queued import compare, Contender
+from benchmarks._paired_timing import compare, Contender
 from benchmarks.timing import environment
 from dga_jax import DGAConfig
 from pallas_kernels.grouped_attention.block_sizes import (
@@ -103,7 +103,7 @@ def _prepare_all(
     numbers = "_".join(str(x) for x in dataclasses.astuple(tile))
     try:
       contenders[tile] = Contender(
-        *_ahead.prepare(
+        *_aot_gpu.prepare(
           f"{backend}_{kernel}_{sizes}_{numbers}",
           _timed(attention, shape, config, kernel),
           functools.partial(shape.entries, config),

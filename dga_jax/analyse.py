@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention import check
+from dga_jax.attention import validation
 from dga_jax.attention.aggregate import merge_scale
 from dga_jax.attention.plan import GroupPlan
-from pallas_kernels.summarise import merge
+from pallas_kernels.group_merge import merge
 
 
 class Seen(enum.IntEnum):
@@ -75,8 +75,8 @@ def merge_weights(
     ValueError: the plan was made for other shapes.
     IndexError: the plan has no such row or head.
   """
-  check.query_and_key(query, key)
-  check.plan_fits(plan, plan.config, query, key, None)
+  validation.query_and_key(query, key)
+  validation.plan_fits(plan, plan.config, query, key, None)
   member_kxm = np.asarray(plan.member_index)[row, head]
   group_query_k = np.asarray(plan.group_query)[row, head]
   _, L, H, _ = query.shape

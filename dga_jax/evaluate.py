@@ -25,9 +25,9 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from dga_jax.checkpoint import CheckpointError, list_steps, load_model
-from dga_jax.evaluation import cells, longbench, many_documents, report
+from dga_jax.evaluation import jobs, longbench, lost_in_the_middle, report
 from dga_jax.evaluation.perplexity import PerplexitySettings
-from dga_jax.evaluation.records import Records
+from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.retrieval import Haystack, TASKS
 from dga_jax.evaluation.texts import read_documents, token_rows
 from dga_jax.evaluation.variants import Family, read_variants, Variant
@@ -65,12 +65,12 @@ def main(argv: Sequence[str]) -> None:
   logging.set_verbosity(logging.WARNING)  # The checkpoint library reports every read.
   try:
     out = Path(_OUT.value or Path(_WORKDIR.value) / "evaluation")
-    records = Records(out / f"{_TASK.value}.jsonl")
+    records = Results(out / f"{_TASK.value}.jsonl")
     model, _, tokenizer = load_model(_WORKDIR.value, _STEP.value)
     family = Family(model, tokenizer.start_ids)
     step = list_steps(_WORKDIR.value)[-1] if _STEP.value is None else _STEP.value
     asked = list(_MAKERS[_TASK.value](family, tokenizer))
-    missing = cells.run_cells(asked, records, origin=f"{_WORKDIR.value}, step {step}")
+    missing = jobs.run_jobs(asked, records, origin=f"{_WORKDIR.value}, step {step}")
     for path in report.write(_TASK.value, records.all(), out):
       print(path)
     if missing:
@@ -87,42 +87,42 @@ def _lengths() -> list[int]:
   return [int(length) for length in _LENGTHS.value]
 
 
-def _perplexity(family: Family, tokenizer: Tokenizer) -> Iterator[cells.Cell]:
+def _perplexity(family: Family, tokenizer: Tokenizer) -> Iterator[jobs.Job]:
   documents = read_documents(_DOCUMENTS.value)
   contexts = tuple(int(context) for context in _CONTEXTS.value)
   settings = PerplexitySettings(_BATCH_SIZE.value, _TARGETS.value, contexts)
   for length in _lengths():
     rows = token_rows(documents, tokenizer, length, _ROWS.value)
     for variant in _variants():
-      yield cells.perplexity_cell(family, variant, rows, settings)
+      yield jobs.perplexity_job(family, variant, rows, settings)
 
 
-def _retrieval(family: Family, tokenizer: Tokenizer) -> Iterator[cells.Cell]:
+def _retrieval(family: Family, tokenizer: Tokenizer) -> Iterator[jobs.Job]:
   hay = Haystack([document.text for document in read_documents(_DOCUMENTS.value)], tokenizer)
   depths = [float(depth) for depth in _DEPTHS.value]
-  settings = cells.RetrievalSettings(depths, _SAMPLES.value, _SEED.value, _BATCH_SIZE.value)
+  settings = jobs.RetrievalSettings(depths, _SAMPLES.value, _SEED.value, _BATCH_SIZE.value)
   for puzzle in _PUZZLES.value:
     for length in _lengths():
       for variant in _variants():
-        yield cells.retrieval_cell(family, tokenizer, hay, variant, puzzle, length, settings)
+        yield jobs.retrieval_job(family, tokenizer, hay, variant, puzzle, length, settings)
 
 
-def _longbench(family: Family, tokenizer: Tokenizer) -> Iterator[cells.Cell]:
+def _longbench(family: Family, tokenizer: Tokenizer) -> Iterator[jobs.Job]:
   if _LONGBENCH.value is None:
     raise app.UsageError("--task=longbench wants --longbench, the folder of its files.")
   for one in longbench.read_sets(_LONGBENCH.value, _LIMIT.value):
     for length in _lengths():
       for variant in _variants():
-        yield cells.longbench_cell(family, tokenizer, one, variant, length, _BATCH_SIZE.value)
+        yield jobs.longbench_job(family, tokenizer, one, variant, length, _BATCH_SIZE.value)
 
 
-def _many_documents(family: Family, tokenizer: Tokenizer) -> Iterator[cells.Cell]:
+def _many_documents(family: Family, tokenizer: Tokenizer) -> Iterator[jobs.Job]:
   if _QUESTIONS.value is None:
     raise app.UsageError("--task=many_documents wants --questions, a file of its format.")
-  questions = many_documents.read_questions(_QUESTIONS.value, _LIMIT.value)
+  questions = lost_in_the_middle.read_questions(_QUESTIONS.value, _LIMIT.value)
   for length in _lengths():
     for variant in _variants():
-      yield cells.many_documents_cell(
+      yield jobs.lost_in_the_middle_job(
         family, tokenizer, questions, variant, length, _BATCH_SIZE.value
       )
 

@@ -15,7 +15,7 @@ from absl import app, flags, logging
 from tqdm import tqdm
 
 from dga_jax.checkpoint import CheckpointError, load_config, load_model
-from dga_jax.generation import Generation, Request, RequestBatch, Sampling
+from dga_jax.generation import ContinuousBatching, Generation, Request, Sampling
 from dga_jax.model import ModelConfig
 from dga_jax.model.config import AttentionName
 from dga_jax.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
       Request(encode_prompt(tokenizer, text), _MAX_NEW_TOKENS.value, read_sampling(place))
       for place, text in enumerate(texts)
     ]
-    batch = RequestBatch(
+    batch = ContinuousBatching(
       model,
       requests,
       slots=_SLOTS.value,
@@ -124,7 +124,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
   return [*tokenizer.start_ids, *tokenizer.encode(text)]
 
 
-def print_as_it_comes(batch: RequestBatch, tokenizer: Tokenizer, prompt: str) -> Generation:
+def print_as_it_comes(batch: ContinuousBatching, tokenizer: Tokenizer, prompt: str) -> Generation:
   """Prints the prompt and each new piece of text at once."""
   print(prompt, end="", flush=True)
   new = (token for step in batch.steps() for emitted in step for token in emitted.tokens)
@@ -135,7 +135,7 @@ def print_as_it_comes(batch: RequestBatch, tokenizer: Tokenizer, prompt: str) ->
   return batch.result
 
 
-def print_all(batch: RequestBatch, tokenizer: Tokenizer, prompts: list[str]) -> Generation:
+def print_all(batch: ContinuousBatching, tokenizer: Tokenizer, prompts: list[str]) -> Generation:
   """Shows progress, then prints every prompt with its continuation."""
   with tqdm(total=len(prompts), desc="generating", unit="prompt") as bar:
     for step in batch.steps():

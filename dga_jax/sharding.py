@@ -123,7 +123,7 @@ def axis_size(name: str) -> int:
   return 1 if mesh is None else mesh.shape[name]
 
 
-def own_part(axis: str) -> tuple[Array | int, int]:
+def axis_index_and_size(axis: str) -> tuple[Array | int, int]:
   """Inside a `jax.shard_map`: which part of the arrays split over a mesh axis is here, of how many.
 
   (0, 1) outside, and where the mesh has no such axis or does not split it.
@@ -134,7 +134,7 @@ def own_part(axis: str) -> tuple[Array | int, int]:
   return jax.lax.axis_index(axis), mesh.shape[axis]
 
 
-def sequence_order(length: int) -> np.ndarray | None:
+def zigzag_order(length: int) -> np.ndarray | None:
   """Which position stands where in a sequence that is split over the context axis.
 
   A later query sees more, so contiguous pieces would cost unlike times. The sequence is cut into
@@ -220,7 +220,7 @@ def constrain(x: Array, *names: str | None) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gathered(parameter: Array, names: tuple[str, ...]) -> Array:
+def fsdp_all_gather(parameter: Array, names: tuple[str, ...]) -> Array:
   """A parameter as it is used: gathered along the axes by which it is only stored in pieces.
 
   Its gradient goes straight back to the pieces: it is summed and scattered, never whole.
@@ -229,7 +229,7 @@ def gathered(parameter: Array, names: tuple[str, ...]) -> Array:
 
 
 def _gather(parameter: Array, names: tuple[str, ...]) -> tuple[Array, None]:
-  return gathered(parameter, names), None
+  return fsdp_all_gather(parameter, names), None
 
 
 def _scatter(names: tuple[str, ...], _: None, gradient: Array) -> tuple[Array]:
@@ -243,4 +243,4 @@ def _scatter(names: tuple[str, ...], _: None, gradient: Array) -> tuple[Array]:
   return (jax.lax.with_sharding_constraint(gradient, stored),)
 
 
-gathered.defvjp(_gather, _scatter)
+fsdp_all_gather.defvjp(_gather, _scatter)

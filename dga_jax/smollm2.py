@@ -25,7 +25,7 @@ from dga_jax.checkpoint import CheckpointError, list_steps, load_config, load_mo
 from dga_jax.config import RETROFIT
 from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.importing import import_model
-from dga_jax.generation import Generation, Request, RequestBatch, Sampling
+from dga_jax.generation import ContinuousBatching, Generation, Request, Sampling
 from dga_jax.model import ModelConfig
 from dga_jax.model.config import AttentionName
 from dga_jax.tokenizer import Tokenizer
@@ -150,7 +150,7 @@ def run(workdir: Path, kind: AttentionName, prompt: Sequence[int]) -> Generation
   )
   count = _MAX_NEW_TOKENS.value
   request = Request(prompt, count, Sampling(temperature=0.0))
-  batch = RequestBatch(model, [request], slots=1, stop_ids=[tokenizer.end_id], burst=1)
+  batch = ContinuousBatching(model, [request], slots=1, stop_ids=[tokenizer.end_id], burst=1)
   with tqdm(total=count, desc=f"{kind:>5}", unit="token", disable=None) as bar:
     for step in batch.steps():
       bar.update(sum(len(emitted.tokens) for emitted in step))

@@ -75,7 +75,7 @@ def test_imports_point_down(folder: str) -> None:
   ("folder", "source", "expected"),
   [
     ("pallas_kernels", "import jax, dga_jax.config", {"dga_jax"}),
-    ("dga_jax", "def f():\n  from train import loop", {"train"}),
+    ("dga_jax", "def f():\n  from train import setup", {"train"}),
     ("dga_jax", "import absl.logging", {"absl"}),
     ("dga_jax", "import safetensors", {"safetensors"}),
     ("dga_jax", "from . import config", {"a relative import"}),

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.batches import Taken
+from train.prefetch import Taken
 
 FOLDER = "bad_batches"
 

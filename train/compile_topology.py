@@ -14,9 +14,9 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from train.command_line import parse_flags
+from train.aot_compile import compile_step
 from train.config import make_config
-from train.topology import compile_step
+from train.flags import parse_flags
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="Config file; --config.KEY=VALUE changes a key.", lock_config=True

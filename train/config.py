@@ -60,7 +60,7 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig:
-  """What happens at a bad step: not finite, or with a spike of the loss; see train/guard.py.
+  """What happens at a bad step: not finite, or with a spike of the loss; see train/bad_steps.py.
 
   Such a step changes nothing but the count of steps, and its batch is kept in the workdir.
 

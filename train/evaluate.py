@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PyTree
 
-from dga_jax.attention.documents import find_documents
+from dga_jax.attention.segments import find_documents
 from dga_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
 from train.sharding import batch_sharding, replicated

@@ -20,13 +20,13 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dga_jax.checkpoint import CheckpointError
-from train import processes
-from train.command_line import parse_flags
+from train import multihost
 from train.config import make_config
 from train.errors import TrainingError
+from train.flags import parse_flags
 from train.logs import set_up_logging
-from train.loop import train
 from train.profile import ProfiledSteps
+from train.setup import train
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", help_string="Config file; --config.KEY=VALUE changes a key.", lock_config=True
@@ -53,8 +53,8 @@ def main(argv: list[str]) -> None:
   try:
     profiled = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
     config = make_config(_CONFIG.value)
-    processes.start(
-      processes.ProcessFlags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    multihost.start(
+      multihost.ProcessFlags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     )
     train(config, Path(_WORKDIR.value), profiled=profiled)
   except (CheckpointError, TrainingError, OSError, ValueError) as error:
@@ -69,7 +69,7 @@ def _fail(message: str) -> NoReturn:
   """Ends the process; one of several does not wait for the others, which may wait for it."""
   if _COORDINATOR.value is None:
     sys.exit(message)
-  processes.leave(1, message)
+  multihost.leave(1, message)
 
 
 if __name__ == "__main__":

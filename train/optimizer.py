@@ -36,7 +36,7 @@ def make_optimizer(config: TrainConfig, variables: nnx.State) -> optax.GradientT
   settings = config.optimizer
   return optax.chain(
     optax.clip_by_global_norm(settings.clip_norm),
-    stored_in(
+    with_moment_dtype(
       jnp.dtype(settings.moment_dtype),
       optax.adamw(
         make_schedule(config),
@@ -50,7 +50,7 @@ def make_optimizer(config: TrainConfig, variables: nnx.State) -> optax.GradientT
   )
 
 
-def stored_in(
+def with_moment_dtype(
   dtype: jnp.dtype, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
   """The optimizer with its moments kept in a dtype; it still computes in float32.

@@ -10,11 +10,11 @@ from tqdm import tqdm
 
 from dga_jax.model import flops_per_token
 from train.bad_batches import record_batch
-from train.batches import Taken
 from train.config import TrainConfig
 from train.errors import DivergenceError
 from train.evaluate import Evaluation
 from train.metrics import FILE_NAME, MetricsWriter
+from train.prefetch import Taken
 from train.step import Scalars
 from train.throughput import memory, peak_flops, StepTimer
 

@@ -16,9 +16,9 @@ from jaxtyping import Array, Bool, Float, Int32, PyTree
 
 from dga_jax.checkpoint import abstract_decoder
 from dga_jax.model import Decoder
-from dga_jax.sharding import make_mesh, parameter_shardings, sequence_order
+from dga_jax.sharding import make_mesh, parameter_shardings, zigzag_order
+from train.bad_steps import choose, Guard, is_good, new_guard, seen
 from train.config import TrainConfig
-from train.guard import choose, Guard, is_good, new_guard, seen
 from train.loss import token_losses
 from train.optimizer import make_optimizer, make_schedule
 from train.sharding import (
@@ -181,7 +181,7 @@ def batch_losses(
   model = nnx.merge(graphdef, params)
   hidden_BxLxE = model.hidden(batch["inputs"], **_documents(config, batch))
   targets_BxL, chunk = batch["targets"], config.loss_chunk
-  order_L = sequence_order(targets_BxL.shape[1])
+  order_L = zigzag_order(targets_BxL.shape[1])
   if order_L is None:
     return token_losses(model.unembedder(), hidden_BxLxE, targets_BxL, chunk=chunk)
   losses = token_losses(model.unembedder(), hidden_BxLxE, targets_BxL[:, order_L], chunk=chunk)

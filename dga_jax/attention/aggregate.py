@@ -3,13 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.documents import Documents
 from dga_jax.attention.plan import GroupPlan, plan_chosen_blocks, plan_groups, Rows
+from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
-from pallas_kernels.summarise import Entries, summarise, summarise_blocks
+from pallas_kernels.group_merge import Entries, merge_blocks, merge_groups
 
 
-def plan_and_summarise(
+def plan_and_merge(
   query_BxLxHxD: Float[Array, "B L H D"],
   key_BxLxNxD: Float[Array, "B L N D"],
   value_BxLxNxD: Float[Array, "B L N D"],
@@ -26,7 +26,7 @@ def plan_and_summarise(
     plan: decides on the split.
     lengths: tokens of each row, the rest being right padding.
     segment_ids: runs of equal ids are documents packed in a row; a negative id is padding.
-    implementation: None or "xla"; see `pallas_kernels.summarise`.
+    implementation: None or "xla"; see `pallas_kernels.group_merge`.
 
   Returns:
     The plan, the query to go on with, and the entries. Padding is hidden in all of them.
@@ -37,10 +37,10 @@ def plan_and_summarise(
     B, L = key_BxLxNxD.shape[:2]
     rows = Rows.of(B, L, config, lengths, segment_ids)
     start_Bxk = rows.block_starts(config)
-    query, key, value = hide_padding(
+    query, key, value = zero_padding(
       rows.documents, rows.padded, query_BxLxHxD, key_BxLxNxD, value_BxLxNxD
     )
-    query, entries, chosen_BxNxkxf = summarise_blocks(
+    query, entries, chosen_BxNxkxf = merge_blocks(
       query,
       key,
       value,
@@ -55,10 +55,10 @@ def plan_and_summarise(
     plan = plan_groups(
       query_BxLxHxD, key_BxLxNxD, config=config, lengths=lengths, segment_ids=segment_ids
     )
-  query, key, value = hide_padding(
+  query, key, value = zero_padding(
     plan.documents, plan.padded, query_BxLxHxD, key_BxLxNxD, value_BxLxNxD
   )
-  query, entries = summarise(
+  query, entries = merge_groups(
     query,
     key,
     value,
@@ -77,7 +77,7 @@ def merge_scale(config: DGAConfig, head_dim: int) -> float:
   return head_dim**-0.5 if config.aggregation_scale == "head_dim" else 1.0
 
 
-def hide_padding(documents: Documents, padded: bool, *arrays: Array) -> tuple[Array, ...]:
+def zero_padding(documents: Documents, padded: bool, *arrays: Array) -> tuple[Array, ...]:
   """[B, L, ...] arrays with zeros in the padding: what lies there must not reach a sum."""
   if not padded:
     return arrays

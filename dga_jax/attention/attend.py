@@ -1,4 +1,4 @@
-"""The op: plan, summarise, attend."""
+"""The op: plan, merge_groups, attend."""
 
 import math
 from typing import Any
@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention import check
-from dga_jax.attention.aggregate import hide_padding, plan_and_summarise
-from dga_jax.attention.documents import find_documents
+from dga_jax.attention import validation
+from dga_jax.attention.aggregate import plan_and_merge, zero_padding
 from dga_jax.attention.plan import GroupPlan, plan_groups
 from dga_jax.attention.reference import reference_attention
+from dga_jax.attention.segments import find_documents
 from dga_jax.config import DGAConfig
+from pallas_kernels.dispatch import find_target
+from pallas_kernels.group_merge import Entries
 from pallas_kernels.grouped_attention import grouped_attention, refusals
-from pallas_kernels.summarise import Entries
-from pallas_kernels.target import find_target
 
 
 def dynamic_group_attention(
@@ -58,21 +58,21 @@ def dynamic_group_attention(
     ValueError: names the argument that does not fit and what it must be.
     NotImplementedError: if the named implementation cannot compute this call, and why.
   """
-  check.query_and_key(query, key)
-  check.value_like_key(value, key)
-  check.softmax_scale(scale)
-  check.implementation(implementation)
+  validation.query_and_key(query, key)
+  validation.value_like_key(value, key)
+  validation.softmax_scale(scale)
+  validation.implementation(implementation)
   B, L, _, D = query.shape
-  check.rows(B, L, lengths, segment_ids)
+  validation.rows(B, L, lengths, segment_ids)
   if plan is not None:
     padded = lengths is not None or segment_ids is not None
     documents = find_documents(B, L, lengths, segment_ids) if padded else None
-    check.plan_fits(plan, config, query, key, documents)
+    validation.plan_fits(plan, config, query, key, documents)
   rows = {"lengths": lengths, "segment_ids": segment_ids}
   if implementation == "reference":
     if plan is None:
       plan = plan_groups(query, key, config=config, **rows)
-    query, key, value = hide_padding(plan.documents, plan.padded, query, key, value)
+    query, key, value = zero_padding(plan.documents, plan.padded, query, key, value)
     out_BxLxHxD = reference_attention(
       query,
       key,
@@ -82,8 +82,8 @@ def dynamic_group_attention(
       config=config,
       scale=D**-0.5 if scale is None else scale,
     )
-    return mark_broken(plan, out_BxLxHxD)
-  plan, query, entries = plan_and_summarise(
+    return nan_where_invalid(plan, out_BxLxHxD)
+  plan, query, entries = plan_and_merge(
     query,
     key,
     value,
@@ -116,10 +116,10 @@ def explain(
   target = find_target(query)
 
   def trace(query: Array, key: Array, value: Array) -> Array:
-    plan, query, entries = plan_and_summarise(
+    plan, query, entries = plan_and_merge(
       query, key, value, config=config, lengths=lengths, segment_ids=segment_ids
     )
-    options = kernel_options(query, config, scale=None)
+    options = attention_kwargs(query, config, scale=None)
     reasons.update(refusals(target, query, *entries, plan.bounds, **options))
     return query
 
@@ -144,19 +144,19 @@ def attend_entries(
     *entries,
     plan.bounds,
     implementation=implementation,
-    **kernel_options(query, plan.config, scale),
+    **attention_kwargs(query, plan.config, scale),
   )
-  return mark_broken(plan, out_BxLxHxD)
+  return nan_where_invalid(plan, out_BxLxHxD)
 
 
-def mark_broken(plan: GroupPlan, out_BxLxHxD: Array) -> Array:
+def nan_where_invalid(plan: GroupPlan, out_BxLxHxD: Array) -> Array:
   """NaN where a static bound was found broken under jit: loud rather than wrong."""
   if plan.broken is None:
     return out_BxLxHxD
   return jnp.where(plan.broken[..., None, None], jnp.nan, out_BxLxHxD)
 
 
-def kernel_options(query: Array, config: DGAConfig, scale: float | None) -> dict[str, Any]:
+def attention_kwargs(query: Array, config: DGAConfig, scale: float | None) -> dict[str, Any]:
   """Keyword arguments of `grouped_attention`."""
   streaming = config.selection == "streaming"
   return {

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from dga_jax.attention.documents import Documents, positions
+from dga_jax.attention.segments import Documents, positions
 from dga_jax.config import DGAConfig
+from pallas_kernels.compact_indices import compact_indices
 from pallas_kernels.grouped_attention import Bounds
-from pallas_kernels.place import place_positions
 
 
 class Sizes(NamedTuple):
@@ -57,10 +57,10 @@ def global_layout(
   seen_BxNxL = (upto_BxNxL if config.visibility == "inclusive" else begun_BxNxL) // m
   window_end_BxNxL = section_BxNxL + upto_BxNxL
   window_start_BxNxL = section_BxNxL + seen_BxNxL * m
-  member_index = place_positions(slot_BxNxL, nonfocal_BxNxL, sizes.groups * m)
+  member_index = compact_indices(slot_BxNxL, nonfocal_BxNxL, sizes.groups * m)
   member_index = member_index.reshape(*member_index.shape[:2], sizes.groups, m)
   return Layout(
-    focal_index=place_positions(focal_before_BxNxL, focal_BxNxL, sizes.focal),
+    focal_index=compact_indices(focal_before_BxNxL, focal_BxNxL, sizes.focal),
     member_index=member_index,
     group_query=member_index[..., -1],
     bounds=Bounds(
@@ -87,13 +87,13 @@ def streaming_layout(
   focal_BxNxL = (focal_BxNxL & blocks.complete[:, None]) | blocks.sink[:, None]
   member_BxNxL = blocks.complete[:, None] & ~focal_BxNxL
   B, N, _ = focal_BxNxL.shape
-  member_index = place_positions(
+  member_index = compact_indices(
     count_before(member_BxNxL), member_BxNxL, sizes.groups * (size - f)
   )
   end_BxL = blocks.complete & (blocks.offset == size - 1)
-  group_query_Bxk = place_positions(count_before(end_BxL), end_BxL, sizes.groups)
+  group_query_Bxk = compact_indices(count_before(end_BxL), end_BxL, sizes.groups)
   return Layout(
-    focal_index=place_positions(count_before(focal_BxNxL), focal_BxNxL, sizes.focal),
+    focal_index=compact_indices(count_before(focal_BxNxL), focal_BxNxL, sizes.focal),
     member_index=member_index.reshape(B, N, sizes.groups, size - f),
     group_query=jnp.broadcast_to(group_query_Bxk[:, None], (B, N, sizes.groups)),
     bounds=streaming_bounds(documents, config),
@@ -160,7 +160,7 @@ class StreamingBlocks:
   def starts(self, blocks: int) -> Int[Array, "B k"]:
     """Position of each complete block's first token, in order; L where there is none."""
     first_BxL = self.complete & (self.offset == 0)
-    return place_positions(count_before(first_BxL), first_BxL, blocks)
+    return compact_indices(count_before(first_BxL), first_BxL, blocks)
 
 
 def count_before(x: Array) -> Array:

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.attention import check
-from dga_jax.attention.documents import Documents, find_documents
-from dga_jax.attention.importance import importance_scores, random_scores, select_focal
+from dga_jax.attention import validation
 from dga_jax.attention.layout import global_layout, Sizes, streaming_layout, StreamingBlocks
+from dga_jax.attention.scores import importance_scores, random_scores, select_focal
+from dga_jax.attention.segments import Documents, find_documents
 from dga_jax.config import DGAConfig
+from pallas_kernels.group_merge import choose_in_blocks
 from pallas_kernels.grouped_attention import Bounds
-from pallas_kernels.summarise import choose_in_blocks
 
 
 @functools.partial(
@@ -87,16 +87,16 @@ class GroupPlan:
       ValueError: for a mask that is not bool [B, N, L], for one that does not fit the config
         or the bound, or if a bound is missing under jit.
     """
-    check.focal_mask(focal_mask)
+    validation.focal_mask(focal_mask)
     B, _, L = focal_mask.shape
     rows = Rows.of(B, L, config, lengths, segment_ids)
     focal_mask = focal_mask & rows.documents.is_token[:, None]
     if config.selection == "streaming":
-      check.focal_in_blocks(focal_mask, rows.documents, config)
+      validation.focal_in_blocks(focal_mask, rows.documents, config)
       return _lay_out(focal_mask, rows, config)
     focal_B = focal_mask.sum(axis=-1).max(axis=-1)
-    most, broken = check.focal_bound(focal_B, max_focal), rows.broken
-    if check.is_traced(focal_B):
+    most, broken = validation.focal_bound(focal_B, max_focal), rows.broken
+    if validation.is_traced(focal_B):
       broken = (focal_B > most)[:, None] | (False if broken is None else broken)
       fewest = 0
     else:
@@ -130,7 +130,7 @@ def plan_groups(
   Raises:
     ValueError: names the argument that does not fit and what it must be.
   """
-  check.query_and_key(query, key)
+  validation.query_and_key(query, key)
   B, L, _, _ = query.shape
   N = key.shape[2]
   query, key = jax.lax.stop_gradient((query, key))
@@ -161,7 +161,7 @@ def plan_chosen_blocks(
   focal_BxNxkf = (start_Bxk[:, None, :, None] + chosen_BxNxkxf).reshape(B, N, -1)
   row_Bx1, head_1xN = jnp.arange(B)[:, None, None], jnp.arange(N)[None, :, None]
   L = sink_BxL.shape[1]
-  # One more entry for what lies beyond the row: see pallas_kernels/place/xla.py.
+  # One more entry for what lies beyond the row: see pallas_kernels/compact_indices/xla.py.
   mask = jnp.pad(jnp.broadcast_to(sink_BxL[:, None], (B, N, L)), ((0, 0), (0, 0), (0, 1)))
   mask = mask.at[row_Bx1, head_1xN, jnp.minimum(focal_BxNxkf, L)].set(
     True, mode="promise_in_bounds"
@@ -192,10 +192,10 @@ class Rows(NamedTuple):
     Raises:
       ValueError: names the argument that does not fit and what it must be.
     """
-    check.rows(batch, length, lengths, segment_ids)
+    validation.rows(batch, length, lengths, segment_ids)
     documents = find_documents(batch, length, lengths, segment_ids)
     padded = lengths is not None or segment_ids is not None
-    max_documents = check.document_bound(config, length, documents, segment_ids)
+    max_documents = validation.document_bound(config, length, documents, segment_ids)
     return cls(
       documents=documents,
       max_documents=max_documents,
@@ -243,7 +243,7 @@ def too_many_documents(
   documents: Documents, config: DGAConfig, segment_ids: Array | None
 ) -> Bool[Array, "B L"] | None:
   """Documents beyond the promised bound; None where there is no promise or it was checked."""
-  if config.max_documents is None or segment_ids is None or not check.is_traced(segment_ids):
+  if config.max_documents is None or segment_ids is None or not validation.is_traced(segment_ids):
     return None
   return documents.index >= config.max_documents
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.attention.documents import Documents
+from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
 from pallas_kernels.grouped_attention.reference import masked_softmax
 

@@ -10,17 +10,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.aggregate import merge_scale
 from dga_jax.cache.state import CompactCache
-from dga_jax.cache.summary import summarise_blocks
+from dga_jax.cache.summary import merge_blocks
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import (
-  Blocks,
+  BlockRule,
+  CacheArrays,
+  CacheLengths,
+  CacheMask,
   decode_attention,
   GroupBias,
   has_step_kernel,
-  Progress,
   step_in_place,
-  Store,
-  Visible,
 )
 
 
@@ -51,7 +51,7 @@ def decode_step(
   token = (query_BxHxD, key_BxNxD, value_BxNxD)
   store, blocks = _store(cache), _blocks(config, query_BxHxD.shape[-1])
   if has_step_kernel(query_BxHxD, store, blocks, implementation):
-    progress = Progress(cache.length, cache.origin, cache.prefix, cache.prefix_focal)
+    progress = CacheLengths(cache.length, cache.origin, cache.prefix, cache.prefix_focal)
     bias = _bias_amount(config)
     out_BxHxD, store, length = step_in_place(
       *token, store, progress, layer, blocks=blocks, scale=scale, group_bias=bias
@@ -77,8 +77,8 @@ def decode_step(
   return out_BxHxD, _flush(query_BxHxD, cache, layer, place, config)
 
 
-def _store(cache: CompactCache) -> Store:
-  return Store(
+def _store(cache: CompactCache) -> CacheArrays:
+  return CacheArrays(
     cache.compact_key,
     cache.compact_value,
     cache.raw_key,
@@ -88,8 +88,8 @@ def _store(cache: CompactCache) -> Store:
   )
 
 
-def _blocks(config: DGAConfig, head_dim: int) -> Blocks:
-  return Blocks(
+def _blocks(config: DGAConfig, head_dim: int) -> BlockRule:
+  return BlockRule(
     members=config.group_size,
     focal=config.focal_in_block,
     window=config.local_window,
@@ -150,7 +150,9 @@ def _readable(cache: CompactCache, layer: Array | int) -> tuple[Any, ...]:
   return *cache.compact, cache.raw_key, cache.raw_value, layer
 
 
-def _visible(cache: CompactCache, layer: Array | int, place: _Place, config: DGAConfig) -> Visible:
+def _visible(
+  cache: CompactCache, layer: Array | int, place: _Place, config: DGAConfig
+) -> CacheMask:
   """Compact entries of blocks before the window, and raw tokens from the window's start on.
 
   Of the ring's slots those behind the current token hold the oldest block, which has left the
@@ -160,7 +162,7 @@ def _visible(cache: CompactCache, layer: Array | int, place: _Place, config: DGA
   full_B = ~place.in_prefix & (place.block >= config.local_window)
   written_B = jnp.where(place.in_prefix, 0, place.slot + 1)
   next_block_B = place.slot - place.offset + config.block_size
-  return Visible(
+  return CacheMask(
     compact_end=jnp.where(
       place.in_prefix,
       place.position + 1,
@@ -201,7 +203,7 @@ def _flush(
   key_BxsxNxD, value_BxsxNxD = (
     block(raw[layer], place.slot - place.offset) for raw in (cache.raw_key, cache.raw_value)
   )
-  key_Bx1xFxNxD, value_Bx1xFxNxD = summarise_blocks(
+  key_Bx1xFxNxD, value_Bx1xFxNxD = merge_blocks(
     query_BxHxD[:, None], key_BxsxNxD[:, None], value_BxsxNxD[:, None], config
   )
   full_B = ~place.in_prefix & (place.offset == size - 1)

@@ -5,13 +5,13 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.attention.attend import kernel_options
+from dga_jax.attention.attend import attention_kwargs
 from dga_jax.cache.prefill import ring_positions
 from dga_jax.cache.state import CompactCache
-from dga_jax.cache.summary import summarise_blocks
+from dga_jax.cache.summary import merge_blocks
 from dga_jax.config import DGAConfig
+from pallas_kernels.group_merge import take_positions
 from pallas_kernels.grouped_attention import Bounds, grouped_attention
-from pallas_kernels.summarise import take_positions
 
 
 def extend(
@@ -48,7 +48,7 @@ def extend(
   cache = _store_sinks(cache, key_BxTxNxD, value_BxTxNxD, span)
   cache = _store_blocks(cache, query_BxTxHxD, key, value, span)
   focal, group, bounds = _entries(cache, span)
-  options = kernel_options(query_BxTxHxD, config, scale)
+  options = attention_kwargs(query_BxTxHxD, config, scale)
   options["max_window"] = (config.local_window + 1) * config.block_size
   out_BxTxHxD = grouped_attention(
     query_BxTxHxD, *focal, *group, key, value, bounds, implementation=implementation, **options
@@ -131,7 +131,7 @@ def _store_blocks(
   def in_blocks(x_BxSxNxD: Array) -> Array:
     return x_BxSxNxD[:, begin : begin + blocks * size].reshape(B, blocks, size, N, D)
 
-  key_BxKxFxNxD, value_BxKxFxNxD = summarise_blocks(
+  key_BxKxFxNxD, value_BxKxFxNxD = merge_blocks(
     query_BxKxHxD, in_blocks(key_BxSxNxD), in_blocks(value_BxSxNxD), span.config
   )
   entry_BxKxF = (cache.prefix[:, None] + per_block * block_BxK)[..., None]

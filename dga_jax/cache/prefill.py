@@ -3,13 +3,13 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.aggregate import hide_padding, plan_and_summarise
+from dga_jax.attention.aggregate import plan_and_merge, zero_padding
 from dga_jax.attention.attend import attend_entries
 from dga_jax.attention.plan import GroupPlan
 from dga_jax.cache.state import cache_size, CompactCache, ring_age
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import pack_rows
-from pallas_kernels.summarise import Entries, take_rows
+from pallas_kernels.group_merge import Entries, take_rows
 
 
 def prefill(
@@ -29,7 +29,7 @@ def prefill(
     lengths_B: tokens of each prompt; None where all have L, and the cache is then exact.
     max_length: tokens that the cache is to hold for a sequence, prompt included, at least L.
   """
-  plan, query, entries = plan_and_summarise(
+  plan, query, entries = plan_and_merge(
     query_BxLxHxD,
     key_BxLxNxD,
     value_BxLxNxD,
@@ -38,7 +38,7 @@ def prefill(
     implementation="xla" if implementation == "xla" else None,
   )
   out_BxLxHxD = attend_entries(query, entries, plan, scale=scale, implementation=implementation)
-  key, value = hide_padding(plan.documents, plan.padded, key_BxLxNxD, value_BxLxNxD)
+  key, value = zero_padding(plan.documents, plan.padded, key_BxLxNxD, value_BxLxNxD)
   return out_BxLxHxD, cache_prompt(key, value, plan, entries, max_length=max_length)
 
 

@@ -6,10 +6,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.aggregate import merge_scale
 from dga_jax.config import DGAConfig
-from pallas_kernels.summarise import block_scores, merge, take_rows
+from pallas_kernels.group_merge import block_scores, merge, take_rows
 
 
-def summarise_blocks(
+def merge_blocks(
   query_BxKxHxD: Float[Array, "B K H D"],
   key_BxKxsxNxD: Float[Array, "B K s N D"],
   value_BxKxsxNxD: Float[Array, "B K s N D"],

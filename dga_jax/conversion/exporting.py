@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dga_jax.checkpoint import load_config, load_model
 from dga_jax.conversion.hugging_face_config import values_from_config
-from dga_jax.conversion.parameters import tensor_specs
+from dga_jax.conversion.param_map import tensor_specs
 from dga_jax.model import ModelConfig
 from dga_jax.tokenizer import FILE_NAME, Tokenizer
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import tokenizers
 
+from dga_jax.conversion.checkpoint_reader import common_dtype
 from dga_jax.conversion.hugging_face_config import config_from_values
-from dga_jax.conversion.parameters import Naming
+from dga_jax.conversion.param_map import Naming
 from dga_jax.conversion.safetensors_files import SafetensorsFiles
-from dga_jax.conversion.source import common_dtype
 from dga_jax.model import ModelConfig
 from dga_jax.tokenizer import FILE_NAME, Tokenizer
 

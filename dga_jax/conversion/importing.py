@@ -15,11 +15,11 @@ from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from dga_jax.checkpoint import abstract_decoder, Checkpoints, list_steps
+from dga_jax.conversion.checkpoint_reader import Source
 from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
-from dga_jax.conversion.parameters import tensor_specs, TensorSpec
-from dga_jax.conversion.placement import parse_mesh, shardings
-from dga_jax.conversion.source import Source
+from dga_jax.conversion.param_map import tensor_specs, TensorSpec
+from dga_jax.conversion.sharding import parse_mesh, shardings
 from dga_jax.model import ModelConfig
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from dga_jax.attention import GroupPlan, plan_groups
-from dga_jax.attention.aggregate import plan_and_summarise
+from dga_jax.attention.aggregate import plan_and_merge
 from dga_jax.attention.attend import attend_entries
 from dga_jax.attention.layout import streaming_layout
 from dga_jax.attention.plan import static_sizes
@@ -71,9 +71,7 @@ class AblatedDGA:
       layout = streaming_layout(focal_BxNxL, plan.documents, sizes, self.config)
       plan = dataclasses.replace(plan, focal_mask=focal_BxNxL, **layout._asdict())
     weighing = jnp.zeros_like(q_BxLxHxD) if self.merging == "mean" else q_BxLxHxD
-    _, _, entries = plan_and_summarise(
-      weighing, k_BxLxNxD, v_BxLxNxD, config=self.config, plan=plan
-    )
+    _, _, entries = plan_and_merge(weighing, k_BxLxNxD, v_BxLxNxD, config=self.config, plan=plan)
     return attend_entries(q_BxLxHxD, entries, self._hide(plan))
 
   def _hide(self, plan: GroupPlan) -> GroupPlan:

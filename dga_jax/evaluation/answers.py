@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from dga_jax.generation import Request, RequestBatch, Sampling
+from dga_jax.generation import ContinuousBatching, Request, Sampling
 from dga_jax.model import Decoder
 from dga_jax.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ def answer(
   """
   greedy = Sampling(temperature=0.0)
   requests = [Request(prompt, new_tokens, greedy) for prompt in prompts]
-  batch = RequestBatch(model, requests, slots=batch_size, stop_ids=[tokenizer.end_id])
+  batch = ContinuousBatching(model, requests, slots=batch_size, stop_ids=[tokenizer.end_id])
   for step in batch.steps():
     for emitted in step:
       if emitted.done:

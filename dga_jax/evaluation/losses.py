@@ -25,7 +25,7 @@ def teacher_forced(
   is not what decoding can reach; see `decoded`.
   """
   model = nnx.merge(graphdef, params)
-  return cross_entropy_of_states(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
+  return cross_entropy_from_states(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -81,7 +81,7 @@ def restarted(
   return np.concatenate([start, rows[:, rows.shape[1] - targets - context :]], axis=1)
 
 
-def cross_entropy_of_states(
+def cross_entropy_from_states(
   model: Decoder, states_BxLxE: Float[Array, "B L E"], targets_BxL: Int[Array, "B L"]
 ) -> Float[Array, "B L"]:
   """Cross entropy, a chunk of positions at a time."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dga_jax.evaluation import pictures
+from dga_jax.evaluation import plots
 
 type _Records = Sequence[Mapping[str, Any]]
 
@@ -17,7 +17,7 @@ def write(
 
   Args:
     task: a task of `python -m dga_jax.evaluate`.
-    records: of `run_cells`; those of other tasks are passed over.
+    records: of `run_jobs`; those of other tasks are passed over.
     out: a folder that exists.
     pictured: variants that have a line or map of their own in pictures; None for all. The table
       and the picture against the share of keys hold every variant.
@@ -86,10 +86,10 @@ def retrieval_table(records: _Records) -> str:
 
 def by_method(records: _Records, value: Callable[[Mapping[str, Any]], float]) -> dict[str, list]:
   """Points of a picture against the share of keys: a method is a name up to its first comma."""
-  methods: dict[str, list[pictures.Point]] = {}
+  methods: dict[str, list[plots.Point]] = {}
   for record in records:
     name = record["variant"].partition(",")[0]
-    methods.setdefault(name, []).append(pictures.Point(record["budget"]["share"], value(record)))
+    methods.setdefault(name, []).append(plots.Point(record["budget"]["share"], value(record)))
   return methods
 
 
@@ -97,7 +97,7 @@ def _perplexity(records: _Records, shown: _Records, out: Path) -> list[Any]:
   drawn: list[Any] = [perplexity_table(records)]
   for length in sorted({record["length"] for record in records}):
     drawn.append(out / f"perplexity_by_share_{length}.png")
-    pictures.plot_against_share(
+    plots.plot_against_share(
       by_method(
         [record for record in records if record["length"] == length],
         lambda record: math.exp(record["last"]["decoded_loss"]),
@@ -110,10 +110,10 @@ def _perplexity(records: _Records, shown: _Records, out: Path) -> list[Any]:
     own = [record for record in shown if record["length"] == length]
     if own:
       drawn.append(out / f"perplexity_by_position_{length}.png")
-      pictures.plot_perplexity_by_position(own, drawn[-1])
+      plots.plot_perplexity_by_position(own, drawn[-1])
     if any(record["restart"] for record in own):
       drawn.append(out / f"restart_{length}.png")
-      pictures.plot_restart([record for record in own if record["restart"]], drawn[-1])
+      plots.plot_restart([record for record in own if record["restart"]], drawn[-1])
   return drawn
 
 
@@ -122,14 +122,14 @@ def _retrieval(records: _Records, shown: _Records, out: Path) -> list[Any]:
   for puzzle in dict.fromkeys(record["puzzle"] for record in shown):
     own = [record for record in shown if record["puzzle"] == puzzle]
     drawn.append(out / f"{puzzle}.png")
-    pictures.plot_retrieval(own, drawn[-1], title=puzzle)
+    plots.plot_retrieval(own, drawn[-1], title=puzzle)
     by_depth = [
       {"variant": record["variant"], "length": record["length"], **cell}
       for record in own
       for cell in record["by_depth"]
     ]
     drawn.append(out / f"{puzzle}_by_depth.png")
-    pictures.plot_heat_maps(by_depth, drawn[-1], title=puzzle)
+    plots.plot_heat_maps(by_depth, drawn[-1], title=puzzle)
   return drawn
 
 

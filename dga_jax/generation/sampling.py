@@ -42,7 +42,7 @@ class Sampling:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Controls:
+class SamplingParams:
   """The `Sampling` of every sequence of a batch, as arrays."""
 
   temperature: Float[Array, "B"]
@@ -52,7 +52,7 @@ class Controls:
   key: Key[Array, "B"]
 
   @classmethod
-  def of(cls, samplings: Sequence[Sampling]) -> "Controls":
+  def of(cls, samplings: Sequence[Sampling]) -> "SamplingParams":
     """One entry for each."""
     return cls(
       temperature=jnp.array([how.temperature for how in samplings], jnp.float32),
@@ -64,7 +64,7 @@ class Controls:
 
 
 def sample(
-  logits_BxV: Float[Array, "B V"], controls: Controls, step_B: Int[Array, "B"]
+  logits_BxV: Float[Array, "B V"], controls: SamplingParams, step_B: Int[Array, "B"]
 ) -> Int[Array, "B"]:
   """The next token of every sequence: int32 [B].
 
@@ -82,7 +82,7 @@ def sample(
   return jnp.where(controls.temperature > 0, drawn_B, likeliest_B)
 
 
-def _draw(logits_BxV: Array, controls: Controls, step_B: Array) -> Array:
+def _draw(logits_BxV: Array, controls: SamplingParams, step_B: Array) -> Array:
   """Draws a rank among the filtered, sorted tokens, and looks up whose rank it is."""
   temperature_B = jnp.where(controls.temperature > 0, controls.temperature, 1.0)
   order_BxV = jnp.argsort(-logits_BxV, axis=-1, stable=True)

@@ -11,15 +11,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention import check
-from dga_jax.attention.documents import find_documents
+from dga_jax.attention import validation
+from dga_jax.attention.segments import find_documents
 from dga_jax.model.attention_kinds import AttentionKind, ExtendingKind, make_attention
 from dga_jax.model.config import ModelConfig
-from dga_jax.model.layers import between_layers, DecoderLayer, rms_norm, weight
-from dga_jax.model.parallel import attend_on_mesh
+from dga_jax.model.layers import constrain_residual, DecoderLayer, rms_norm, weight
+from dga_jax.model.logits import logits
 from dga_jax.model.rope import inverse_frequencies, rope_table, RopeTable
-from dga_jax.model.unembedding import logits
-from dga_jax.sharding import gathered, sequence_order
+from dga_jax.model.sharded_attention import attend_on_mesh
+from dga_jax.sharding import fsdp_all_gather, zigzag_order
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -69,7 +69,7 @@ class Decoder(nnx.Module):
   ) -> Float[Array, "B L V"]:
     """Logits of the token after each position, float32; arguments as for `hidden`."""
     states_BxLxE = self.hidden(tokens_BxL, segment_ids=segment_ids, lengths=lengths)
-    order_L = sequence_order(states_BxLxE.shape[1])
+    order_L = zigzag_order(states_BxLxE.shape[1])
     if order_L is not None:
       states_BxLxE = states_BxLxE[:, np.argsort(order_L)]
     return self.unembed(states_BxLxE)
@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
 
     Returns:
       [B, L, E] in config.dtype. States of padding have no meaning. On a mesh with a context axis
-      they stand in the order of `dga_jax.sharding.sequence_order`.
+      they stand in the order of `dga_jax.sharding.zigzag_order`.
 
     Raises:
       ValueError: a wrong rank, shape or dtype, an empty sequence, or (outside jit) lengths
@@ -111,7 +111,7 @@ class Decoder(nnx.Module):
 
     B, L = tokens_BxL.shape
     positions_BxL = find_documents(B, L, None, segment_ids).position
-    order_L = sequence_order(L)
+    order_L = zigzag_order(L)
     if order_L is not None:
       tokens_BxL, positions_BxL = tokens_BxL[:, order_L], positions_BxL[:, order_L]
     states_BxLxE, _ = self._run_layers(tokens_BxL, positions_BxL, attend)
@@ -125,7 +125,7 @@ class Decoder(nnx.Module):
     """`unembed` with its table gathered from the devices that store it, once for many calls."""
     config = self.config
     table_ExV = self.embedding[...].T if config.tie_embeddings else self.unembedding[...]
-    table_ExV = gathered(table_ExV, ("embed", "vocab"))
+    table_ExV = fsdp_all_gather(table_ExV, ("embed", "vocab"))
     return lambda states: logits(states, table_ExV.astype(config.dtype))
 
   def init_cache(self, batch_size: int, max_length: int) -> DecoderCache:
@@ -260,7 +260,7 @@ class Decoder(nnx.Module):
     last_BxE = jnp.take_along_axis(states_BxTxE, last_B[:, None, None], axis=1)[:, 0]
     return self.unembed(last_BxE), DecoderCache(layers, cache.length + counts_B)
 
-  def with_layers_apart(self) -> "Decoder":
+  def unstack_layers(self) -> "Decoder":
     """The same decoder with every layer's weights in arrays of their own.
 
     For decoding: a layer of stacked weights is copied before XLA multiplies with it, which makes
@@ -301,12 +301,12 @@ class Decoder(nnx.Module):
       config.head_dim, base=config.rope_base, scaling=config.rope_scaling
     )
     rope = rope_table(positions_BxL, omega_C)
-    table_VxE = gathered(self.embedding[...], ("vocab", "embed"))
-    x_BxLxE = between_layers(table_VxE[tokens_BxL].astype(config.dtype))
+    table_VxE = fsdp_all_gather(self.embedding[...], ("vocab", "embed"))
+    x_BxLxE = constrain_residual(table_VxE[tokens_BxL].astype(config.dtype))
     if isinstance(self.layers, DecoderLayer):
       x_BxLxE, caches = self._scan(self.layers, x_BxLxE, rope, attend, caches)
     else:
-      x_BxLxE, caches = _one_by_one(self.layers, x_BxLxE, rope, attend, caches)
+      x_BxLxE, caches = _run_unstacked(self.layers, x_BxLxE, rope, attend, caches)
     return self.norm(x_BxLxE).astype(config.dtype), caches
 
   def _scan(
@@ -326,7 +326,7 @@ class Decoder(nnx.Module):
       x_BxLxE, made = nnx.merge(structure, layer_params)(
         x_BxLxE, rope, lambda q, k, v: attend(q, k, v, caches, index)
       )
-      x_BxLxE = between_layers(x_BxLxE)
+      x_BxLxE = constrain_residual(x_BxLxE)
       return ((x_BxLxE, None), made) if caches is None else ((x_BxLxE, made), None)
 
     if config.remat != "none":
@@ -338,7 +338,7 @@ class Decoder(nnx.Module):
     return x_BxLxE, made if caches is None else updated
 
 
-def _one_by_one(
+def _run_unstacked(
   layers: Iterable[DecoderLayer],
   x_BxLxE: Array,
   rope: RopeTable,
@@ -353,7 +353,7 @@ def _one_by_one(
     x_BxLxE, new = nnx.merge(structures[0], params)(
       x_BxLxE, rope, lambda q, k, v: attend(q, k, v, caches, index)
     )
-    return between_layers(x_BxLxE), new
+    return constrain_residual(x_BxLxE), new
 
   made = []
   for index, layer_params in enumerate(params):
@@ -387,4 +387,4 @@ def _check_inputs(tokens: Array, segment_ids: Array | None, lengths: Array | Non
   B, L = jnp.shape(tokens)
   if B == 0 or L == 0:
     raise ValueError(f"tokens is [{B}, {L}]; it must hold at least one sequence of one token.")
-  check.rows(B, L, lengths, segment_ids)
+  validation.rows(B, L, lengths, segment_ids)

@@ -11,7 +11,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.rope import apply_rope, RopeTable
-from dga_jax.sharding import constrain, gathered
+from dga_jax.sharding import constrain, fsdp_all_gather
 
 # (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), rotated by position, -> (o_BxLxHxD, what became of a cache).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -67,7 +67,7 @@ def bias(config: ModelConfig, shape: tuple[int, ...], names: tuple[str, ...]) ->
   return nnx.Param(jnp.zeros(shape, jnp.dtype(config.param_dtype)), **axis_names(*names))
 
 
-def in_use(parameter: nnx.Param[Array], dtype: DTypeLike) -> Array:
+def gather_weight(parameter: nnx.Param[Array], dtype: DTypeLike) -> Array:
   """A weight in the compute dtype, gathered from the devices that each store a piece of it.
 
   Heads and the MLP's width stay split over the mesh. It is cast before it is sent.
@@ -75,10 +75,10 @@ def in_use(parameter: nnx.Param[Array], dtype: DTypeLike) -> Array:
   value = parameter[...].astype(dtype)
   # Layers that are stacked have the name of one axis more than the weights of one.
   names = parameter.get_metadata()["out_sharding"][-value.ndim :]
-  return gathered(value, tuple(names))
+  return fsdp_all_gather(value, tuple(names))
 
 
-def between_layers(x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+def constrain_residual(x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
   """The residual stream as it is laid out, and kept for the backward pass, between layers."""
   return constrain(x_BxLxE, "batch", "residual_length", None)
 
@@ -149,18 +149,18 @@ class SelfAttention(nnx.Module):
     self, x_BxLxE: Float[Array, "B L E"], rope: RopeTable, attend: Attend
   ) -> tuple[Float[Array, "B L E"], Any]:
     """Projects, rotates, lets `attend` mix positions, and projects back."""
-    q_BxLxHxD = jnp.einsum("BLE,EHD->BLHD", x_BxLxE, in_use(self.query, self.dtype))
-    k_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, in_use(self.key, self.dtype))
-    v_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, in_use(self.value, self.dtype))
+    q_BxLxHxD = jnp.einsum("BLE,EHD->BLHD", x_BxLxE, gather_weight(self.query, self.dtype))
+    k_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, gather_weight(self.key, self.dtype))
+    v_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, gather_weight(self.value, self.dtype))
     if self.config.qkv_bias:
-      q_BxLxHxD = q_BxLxHxD + in_use(self.query_bias, self.dtype)[None, None]
-      k_BxLxNxD = k_BxLxNxD + in_use(self.key_bias, self.dtype)[None, None]
-      v_BxLxNxD = v_BxLxNxD + in_use(self.value_bias, self.dtype)[None, None]
+      q_BxLxHxD = q_BxLxHxD + gather_weight(self.query_bias, self.dtype)[None, None]
+      k_BxLxNxD = k_BxLxNxD + gather_weight(self.key_bias, self.dtype)[None, None]
+      v_BxLxNxD = v_BxLxNxD + gather_weight(self.value_bias, self.dtype)[None, None]
     if self.config.qk_norm:
       q_BxLxHxD = self.query_norm(q_BxLxHxD).astype(self.dtype)
       k_BxLxNxD = self.key_norm(k_BxLxNxD).astype(self.dtype)
     o_BxLxHxD, cache = attend(apply_rope(q_BxLxHxD, rope), apply_rope(k_BxLxNxD, rope), v_BxLxNxD)
-    out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, in_use(self.out, self.dtype))
+    out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, gather_weight(self.out, self.dtype))
     return out_BxLxE, cache
 
 
@@ -183,9 +183,9 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
     """The equation above, in the compute dtype."""
-    gate_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, in_use(self.gate, self.dtype))
-    up_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, in_use(self.up, self.dtype))
-    return _down(gate_BxLxF, up_BxLxF, in_use(self.down, self.dtype))
+    gate_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, gather_weight(self.gate, self.dtype))
+    up_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, gather_weight(self.up, self.dtype))
+    return _down(gate_BxLxF, up_BxLxF, gather_weight(self.down, self.dtype))
 
 
 @_recomputed
@@ -210,8 +210,8 @@ class DecoderLayer(nnx.Module):
     """One layer; returns its output, and the second result of `attend`."""
     normed_BxLxE = self._norm(self.attention_norm, x_BxLxE)
     attended_BxLxE, cache = self.attention(normed_BxLxE, rope, attend)
-    x_BxLxE = x_BxLxE + between_layers(attended_BxLxE)
-    return x_BxLxE + between_layers(self.mlp(self._norm(self.mlp_norm, x_BxLxE))), cache
+    x_BxLxE = x_BxLxE + constrain_residual(attended_BxLxE)
+    return x_BxLxE + constrain_residual(self.mlp(self._norm(self.mlp_norm, x_BxLxE))), cache
 
   def _norm(self, norm: nnx.RMSNorm, x_BxLxE: Array) -> Array:
     normed = _recomputed(lambda x_BxLxE: norm(x_BxLxE).astype(self.dtype))(x_BxLxE)

@@ -1,15 +1,21 @@
 """One decoding step over a compact cache and the raw tokens beside it."""
 
 from pallas_kernels.decode.api import decode_attention, has_step_kernel, step_in_place
-from pallas_kernels.decode.entries import Blocks, GroupBias, Progress, Store, Visible
+from pallas_kernels.decode.cache_arrays import (
+  BlockRule,
+  CacheArrays,
+  CacheLengths,
+  CacheMask,
+  GroupBias,
+)
 from pallas_kernels.decode.quantise import pack_rows, unpack_rows
 
 __all__ = [
-  "Blocks",
+  "BlockRule",
+  "CacheArrays",
+  "CacheLengths",
+  "CacheMask",
   "GroupBias",
-  "Progress",
-  "Store",
-  "Visible",
   "decode_attention",
   "has_step_kernel",
   "pack_rows",

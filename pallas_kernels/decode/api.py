@@ -2,9 +2,15 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.entries import Blocks, GroupBias, Progress, Store, Visible
+from pallas_kernels.decode.cache_arrays import (
+  BlockRule,
+  CacheArrays,
+  CacheLengths,
+  CacheMask,
+  GroupBias,
+)
 from pallas_kernels.decode.xla import decode_attention_xla
-from pallas_kernels.target import choose, triton_refusal
+from pallas_kernels.dispatch import choose, triton_refusal
 
 _MOST_ROWS = 128  # of a block: more do not fit a kernel's registers
 
@@ -16,7 +22,7 @@ def decode_attention(
   raw_key: Float[Array, "layers B N W D"],
   raw_value: Float[Array, "layers B N W D"],
   layer: Int[Array, ""] | int,
-  visible: Visible,
+  visible: CacheMask,
   *,
   scale: float,
   group_bias: GroupBias | None = None,
@@ -60,14 +66,14 @@ def step_in_place(
   query: Float[Array, "B H D"],
   key: Float[Array, "B N D"],
   value: Float[Array, "B N D"],
-  store: Store,
-  progress: Progress,
+  store: CacheArrays,
+  progress: CacheLengths,
   layer: Int[Array, ""] | int,
   *,
-  blocks: Blocks,
+  blocks: BlockRule,
   scale: float,
   group_bias: float = 0.0,
-) -> tuple[Float[Array, "B H D"], Store, Int[Array, "layers B"]]:
+) -> tuple[Float[Array, "B H D"], CacheArrays, Int[Array, "layers B"]]:
   """Appends a token to every sequence, attends, and summarises the blocks that it completes.
 
   What `decode_attention` does over the entries of complete blocks before the window and over the
@@ -96,7 +102,7 @@ def step_in_place(
 
 
 def has_step_kernel(
-  query: Float[Array, "B H D"], store: Store, blocks: Blocks, implementation: str | None
+  query: Float[Array, "B H D"], store: CacheArrays, blocks: BlockRule, implementation: str | None
 ) -> bool:
   """Whether `step_in_place` serves this call.
 
@@ -116,7 +122,7 @@ def has_step_kernel(
   return choose(implementation, refusals, query, store.compact_key) == "triton"
 
 
-def _triton_refusal(query: Array, store: Store, blocks: Blocks) -> str | None:
+def _triton_refusal(query: Array, store: CacheArrays, blocks: BlockRule) -> str | None:
   if reason := triton_refusal(query):
     return reason
   if blocks.size > _MOST_ROWS:

@@ -21,11 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.decode.entries import GroupBias, is_group, raw_is_visible, Visible
+from pallas_kernels.decode.cache_arrays import CacheMask, GroupBias, is_group, raw_is_visible
 from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES, like
 
 _TILE_BYTES = 2**18  # of keys: with values and two in flight 1 MiB of VMEM
-_LOWEST = -1e30  # finite, so that what sees nothing has weights exp(−inf − _LOWEST) = 0
+_MASK_VALUE = -1e30  # finite, so that what sees nothing has weights exp(−inf − _MASK_VALUE) = 0
 
 
 class _Static(NamedTuple):
@@ -45,7 +45,7 @@ def decode_attention_mosaic_tpu(
   raw_key: Float[Array, "layers B N W D"],
   raw_value: Float[Array, "layers B N W D"],
   layer: Int[Array, ""] | int,
-  visible: Visible,
+  visible: CacheMask,
   *,
   scale: float,
   group_bias: GroupBias | None,
@@ -133,7 +133,7 @@ def _kernel(
 
   @pl.when(t == 0)
   def _() -> None:
-    top_ref[...] = jnp.full_like(top_ref, _LOWEST)
+    top_ref[...] = jnp.full_like(top_ref, _MASK_VALUE)
     total_ref[...] = jnp.zeros_like(total_ref)
     sum_ref[...] = jnp.zeros_like(sum_ref)
 

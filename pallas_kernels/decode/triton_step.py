@@ -18,9 +18,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.decode.entries import Blocks, is_group, Progress, Store
-from pallas_kernels.decode.triton_join import join
-from pallas_kernels.decode.triton_tile import add_tile, load_rows, LOWEST, Softmax, store_rows
+from pallas_kernels.decode.cache_arrays import BlockRule, CacheArrays, CacheLengths, is_group
+from pallas_kernels.decode.triton_combine import join
+from pallas_kernels.decode.triton_tile import add_tile, load_rows, MASK_VALUE, Softmax, store_rows
 from pallas_kernels.triton_common import dot, like
 
 _LEAST = 16  # of a side of a matrix product
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
 
 class _Static(NamedTuple):
-  blocks: Blocks
+  blocks: BlockRule
   scale: float
   bias: float
   block: int
@@ -52,16 +52,16 @@ def step_triton(
   query: Array,
   key: Array,
   value: Array,
-  store: Store,
-  progress: Progress,
+  store: CacheArrays,
+  progress: CacheLengths,
   layer: Array | int,
   *,
-  blocks: Blocks,
+  blocks: BlockRule,
   scale: float,
   bias: float,
   tile: Tile | None = None,
   interpret: bool = False,
-) -> tuple[Array, Store, Array]:
+) -> tuple[Array, CacheArrays, Array]:
   """See `step_in_place`."""
   tile = tile or Tile()
   B, H, D = query.shape
@@ -109,7 +109,7 @@ def step_triton(
     name="decode_step",
   )(layer, list(progress), query, key, value, stored)
   out, length = join(query, results[: len(parts)], progress.length, layer, interpret=interpret)
-  return out, Store(*results[len(parts) :]), length
+  return out, CacheArrays(*results[len(parts) :]), length
 
 
 class _Place(NamedTuple):
@@ -124,7 +124,9 @@ class _Place(NamedTuple):
   raw_end: Array  # raw tokens of the ring that it sees, but for its own block
 
 
-def _place(progress: Progress, layer: Array, b: Array, blocks: Blocks, entries: int) -> _Place:
+def _place(
+  progress: CacheLengths, layer: Array, b: Array, blocks: BlockRule, entries: int
+) -> _Place:
   length, origin, prefix, _ = (ref[layer, b] for ref in progress)
   after = length - origin
   in_prefix = after < 0
@@ -158,8 +160,8 @@ def _step_kernel(
   *out_refs: Any,
   static: _Static,
 ) -> None:
-  layer, progress = layer_ref[0], Progress(*progress)
-  store, out = Store(*stored), Store(*out_refs)
+  layer, progress = layer_ref[0], CacheLengths(*progress)
+  store, out = CacheArrays(*stored), CacheArrays(*out_refs)
   share, shares, b = pl.program_id(0), pl.num_programs(0), pl.program_id(2)
   blocks, T = static.blocks, static.block
   R, D = static.heads, q_ref.shape[-1]
@@ -210,7 +212,7 @@ def _step_kernel(
     )
 
   nothing = Softmax(
-    jnp.zeros((M, D), jnp.float32), jnp.full((M,), LOWEST), jnp.zeros((M,), jnp.float32)
+    jnp.zeros((M, D), jnp.float32), jnp.full((M,), MASK_VALUE), jnp.zeros((M,), jnp.float32)
   )
   own = functools.partial(
     _own_block, nothing, q_MxD, key_ref, value_ref, store, out, place, layer, progress, b, static
@@ -232,11 +234,11 @@ def _own_block(
   q_MxD: Array,
   key_ref: Any,
   value_ref: Any,
-  store: Store,
-  out: Store,
+  store: CacheArrays,
+  out: CacheArrays,
   place: _Place,
   layer: Array,
-  progress: Progress,
+  progress: CacheLengths,
   b: Array,
   static: _Static,
 ) -> Softmax:
@@ -294,7 +296,7 @@ def _choose(dots_MxS: Array, static: _Static) -> tuple[Array, Array]:
 
   def weights(logits_MxS: Array, of_S: Array) -> Array:
     """Softmax of every query head over some tokens, summed over the heads."""
-    logits_MxS = jnp.where(of_S[None], logits_MxS, LOWEST)
+    logits_MxS = jnp.where(of_S[None], logits_MxS, MASK_VALUE)
     raised_MxS = jnp.exp(logits_MxS - logits_MxS.max(axis=1)[:, None])
     raised_MxS = jnp.where(of_S[None] & real_Mx1, raised_MxS, 0.0)
     total_M = raised_MxS.sum(axis=1)

@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.decode.quantise import pack_rows
 from pallas_kernels.triton_common import dot
 
-LOWEST = -1e30  # finite, so that what sees nothing has weights exp(−inf − LOWEST) = 0
+MASK_VALUE = -1e30  # finite, so that what sees nothing has weights exp(−inf − MASK_VALUE) = 0
 
 
 class Softmax(NamedTuple):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode.entries import GroupBias, Visible
+from pallas_kernels.decode.cache_arrays import CacheMask, GroupBias
 from pallas_kernels.grouped_attention.reference import masked_softmax
 
 
@@ -14,7 +14,7 @@ def decode_attention_xla(
   raw_key: Float[Array, "layers B N W D"],
   raw_value: Float[Array, "layers B N W D"],
   layer: Int[Array, ""] | int,
-  visible: Visible,
+  visible: CacheMask,
   *,
   scale: float,
   group_bias: GroupBias | None,

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.dispatch import find_target, Target
 from pallas_kernels.grouped_attention.bounds import Bounds
 from pallas_kernels.grouped_attention.reference import grouped_attention_reference
 from pallas_kernels.grouped_attention.xla import grouped_attention_xla
-from pallas_kernels.target import find_target, Target
 
 
 def _mosaic_gpu(*arrays: Any, **options: Any) -> Array:

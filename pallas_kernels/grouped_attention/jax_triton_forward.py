@@ -14,10 +14,10 @@ import triton.language as tl
 from jax import Array
 from jaxtyping import Float
 
+from pallas_kernels.dispatch import find_target
 from pallas_kernels.grouped_attention.block_sizes import triton_blocks
 from pallas_kernels.grouped_attention.bounds import Bounds
-from pallas_kernels.grouped_attention.tile_spans import LOG2_E
-from pallas_kernels.target import find_target
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E
 
 
 def grouped_attention_jax_triton(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from pallas_kernels.dispatch import find_target
 from pallas_kernels.grouped_attention.block_sizes import (
   mosaic_blocks,
   MosaicBlocks,
@@ -18,16 +19,15 @@ from pallas_kernels.grouped_attention.bounds import Bounds
 from pallas_kernels.grouped_attention.mosaic_gpu_dkdv import ENTRIES, mosaic_gpu_dkdv
 from pallas_kernels.grouped_attention.mosaic_gpu_dq import mosaic_gpu_dq
 from pallas_kernels.grouped_attention.mosaic_gpu_forward import mosaic_gpu_forward
-from pallas_kernels.grouped_attention.mosaic_gpu_work import vary_like, WorkSplit
-from pallas_kernels.grouped_attention.tile_spans import (
+from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import pcast_like, WorkSplit
+from pallas_kernels.grouped_attention.tile_ranges import (
   make_sources,
   query_spans,
   ROW_UNIT,
   Source,
   Sources,
-  tile_spans,
+  tile_ranges,
 )
-from pallas_kernels.target import find_target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _query_side(
   split = WorkSplit.of(query.shape[2], entries[0].shape[2])
   padded_L = split.grid(query)[0] * split.queries
   sources = make_sources(entries, _pad_bounds(bounds, padded_L))
-  return split, sources, tile_spans(sources, split.queries)
+  return split, sources, tile_ranges(sources, split.queries)
 
 
 def _attend_fwd(
@@ -125,7 +125,7 @@ def _attend_fwd(
     programs=static.programs,
     interpret=static.interpret,
   )
-  out, lse2 = vary_like(query, results)
+  out, lse2 = pcast_like(query, results)
   return out, (query, entries, bounds, out, lse2)
 
 
@@ -178,7 +178,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
       interpret=static.interpret,
     )
     key_grads += [_sum_heads(x, source) for x in grads]
-  return vary_like(query, dq), vary_like(query, tuple(key_grads)), None
+  return pcast_like(query, dq), pcast_like(query, tuple(key_grads)), None
 
 
 def _sum_heads(partial_BxSxPxD: Array, source: Source) -> Array:

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicKeyTile
-from pallas_kernels.grouped_attention.mosaic_gpu_work import (
+from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
   COLUMN_LAYOUT,
   COMPILER_PARAMS,
@@ -26,7 +26,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_work import (
   WORKERS,
   zero_accumulator,
 )
-from pallas_kernels.grouped_attention.tile_spans import LOG2_E, loop_span, Source, Span
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span, Source, Span
 
 ENTRIES = ROWS * WORKERS  # of one program
 

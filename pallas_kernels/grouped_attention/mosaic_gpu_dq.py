@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicQueryTile
-from pallas_kernels.grouped_attention.mosaic_gpu_work import (
+from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
   COMPILER_PARAMS,
   KeyRing,
@@ -29,7 +29,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_work import (
   WorkSplit,
   zero_accumulator,
 )
-from pallas_kernels.grouped_attention.tile_spans import LOG2_E, Source, Sources
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, Source, Sources
 
 
 class Buffers(NamedTuple):

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicQueryTile
-from pallas_kernels.grouped_attention.mosaic_gpu_work import (
+from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
   COMPILER_PARAMS,
   KeyRing,
@@ -34,7 +34,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_work import (
   WorkSplit,
   zero_accumulator,
 )
-from pallas_kernels.grouped_attention.tile_spans import LOG2_E, LOWEST, Source, Sources
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, MASK_VALUE, Source, Sources
 
 
 class Buffers(NamedTuple):
@@ -65,7 +65,7 @@ def mosaic_gpu_forward(
   """Output [B, L, H, D] and the base-2 logsumexp [B, H, padded L].
 
   Every source holds at least tile.block_k entries; its bounds are padded to a multiple of
-  split.queries. spans: `tile_spans` of the same.
+  split.queries. spans: `tile_ranges` of the same.
   """
   B, _, H, D = query.shape
   dtype = query.dtype
@@ -144,7 +144,7 @@ def _forward_kernel(
       rows = walk.split.query_slice(place, warpgroup)
       step = functools.partial(_attend, buffers, place, rows[1], scale2, interpret)
       zeros = zero_accumulator(buffers.query.shape[-1])
-      carry = (zeros, row_vector(LOWEST), row_vector(0.0), steps)
+      carry = (zeros, row_vector(MASK_VALUE), row_vector(0.0), steps)
       acc_QxD, top_Q, total_Q, steps = key_tiles(place, step, carry)
       pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(buffers.turn))
       _write(buffers, out_ref, lse2_ref, rows, acc_QxD, top_Q, total_Q)

@@ -10,13 +10,14 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Float
 
+from pallas_kernels.dispatch import find_target
 from pallas_kernels.grouped_attention.bounds import Bounds
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks, TpuBlocks
 from pallas_kernels.grouped_attention.mosaic_tpu_dkdv import mosaic_tpu_dkdv
 from pallas_kernels.grouped_attention.mosaic_tpu_dq import mosaic_tpu_dq
 from pallas_kernels.grouped_attention.mosaic_tpu_forward import mosaic_tpu_forward
-from pallas_kernels.grouped_attention.mosaic_tpu_step import scaled
-from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
+from pallas_kernels.grouped_attention.mosaic_tpu_ops import scaled
+from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
   FOCAL,
   GROUP,
   Operands,
@@ -27,9 +28,8 @@ from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
   Walk,
   WINDOW,
 )
-from pallas_kernels.grouped_attention.tile_spans import LOG2_E
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E
 from pallas_kernels.mosaic_tpu_common import Interpret
-from pallas_kernels.target import find_target
 
 _SCALAR_MEMORY = 2**19  # bytes for what tiles visit; a chip has twice as many
 

@@ -13,8 +13,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_attention.mosaic_tpu_step import loop_ranges, scaled
-from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
+from pallas_kernels.grouped_attention.mosaic_tpu_ops import loop_ranges, scaled
+from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
   FIELDS,
   GradTile,
   LN_2,

@@ -8,7 +8,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_attention.mosaic_tpu_step import (
+from pallas_kernels.grouped_attention.mosaic_tpu_ops import (
   capped,
   columns_of,
   EdgeMasks,
@@ -18,7 +18,7 @@ from pallas_kernels.grouped_attention.mosaic_tpu_step import (
   stack_columns,
   summary_tiles,
 )
-from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
+from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
   LN_2,
   Operands,
   pack_visits,

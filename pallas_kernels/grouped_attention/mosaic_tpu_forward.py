@@ -8,7 +8,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_attention.mosaic_tpu_step import (
+from pallas_kernels.grouped_attention.mosaic_tpu_ops import (
   capped,
   columns_of,
   EdgeMasks,
@@ -18,13 +18,13 @@ from pallas_kernels.grouped_attention.mosaic_tpu_step import (
   spread,
   summary_tiles,
 )
-from pallas_kernels.grouped_attention.mosaic_tpu_walk import (
+from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
   Operands,
   pack_visits,
   read_visits,
   Walk,
 )
-from pallas_kernels.grouped_attention.tile_spans import LOWEST
+from pallas_kernels.grouped_attention.tile_ranges import MASK_VALUE
 from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES, like
 
 
@@ -119,7 +119,7 @@ def _forward_kernel(
       logits = capped(dot(q_QxD[at], keys, (1, 1)), mask)
       if (bias := masks.edge_bias()) is not None:
         logits += bias
-      top = jnp.maximum(logits.max(axis=1, keepdims=True), LOWEST)
+      top = jnp.maximum(logits.max(axis=1, keepdims=True), MASK_VALUE)
       top = jnp.broadcast_to(top, (top.shape[0], LANES))
       top_ref[at, :] = top
       total_ref[at, :], acc_ref[at, :] = weigh(logits, top, values)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from pallas_kernels.dispatch import find_target
 from pallas_kernels.grouped_attention.block_sizes import triton_blocks, TritonBlocks
 from pallas_kernels.grouped_attention.bounds import Bounds
-from pallas_kernels.grouped_attention.tile_spans import make_sources, pad_bounds
+from pallas_kernels.grouped_attention.tile_ranges import make_sources, pad_bounds
 from pallas_kernels.grouped_attention.triton_dkdv import triton_dkdv
 from pallas_kernels.grouped_attention.triton_dq import triton_dq
 from pallas_kernels.grouped_attention.triton_forward import triton_forward
-from pallas_kernels.target import find_target
 
 
 @dataclasses.dataclass(frozen=True)

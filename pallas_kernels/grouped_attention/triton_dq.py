@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import TritonTile
-from pallas_kernels.grouped_attention.tile_spans import LOG2_E, loop_span, Source, Sources
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span, Source, Sources
 from pallas_kernels.grouped_attention.triton_tiles import (
   load_rows,
   QueryGrid,

@@ -9,10 +9,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import TritonTile
-from pallas_kernels.grouped_attention.tile_spans import (
+from pallas_kernels.grouped_attention.tile_ranges import (
   LOG2_E,
   loop_span,
-  LOWEST,
+  MASK_VALUE,
   Source,
   Sources,
 )
@@ -102,7 +102,7 @@ def _forward_kernel(
 
   carry = (
     jnp.zeros(q_QxD.shape, jnp.float32),
-    jnp.full((block_q,), LOWEST, jnp.float32),
+    jnp.full((block_q,), MASK_VALUE, jnp.float32),
     jnp.zeros((block_q,), jnp.float32),
   )
   carry = attend(sources.focal, carry)

@@ -7,7 +7,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_attention.tile_spans import Source, Sources, Span
+from pallas_kernels.grouped_attention.tile_ranges import Source, Sources, Span
 
 
 def tile_span(source: Source, block: int) -> Span:

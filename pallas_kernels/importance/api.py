@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import choose
 from pallas_kernels.importance.xla import sampled_importance_xla
-from pallas_kernels.target import choose
 
 
 def sampled_importance(

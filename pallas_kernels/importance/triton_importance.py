@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from pallas_kernels.grouped_attention.reference import in_range
-from pallas_kernels.grouped_attention.tile_spans import LOG2_E
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E
 from pallas_kernels.importance.triton_logsumexp import triton_logsumexp
 from pallas_kernels.importance.triton_rows import importance_tile, ImportanceTile, make_rows
 from pallas_kernels.importance.triton_scores import triton_scores

@@ -8,7 +8,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_attention.tile_spans import loop_span, LOWEST
+from pallas_kernels.grouped_attention.tile_ranges import loop_span, MASK_VALUE
 from pallas_kernels.importance.triton_rows import (
   Chunk,
   chunk_grid,
@@ -30,7 +30,7 @@ def triton_logsumexp(
 ) -> Array:
   """Base-2 logsumexp [B, N, chunks, Q] of scale2 · q·k over the keys of a chunk.
 
-  `LOWEST` for rows that see none of them.
+  `MASK_VALUE` for rows that see none of them.
   """
   L, D = key_BxLxNxD.shape[1], key_BxLxNxD.shape[3]
   grid, row_specs, key_spec = chunk_grid(rows, key_BxLxNxD, tile)
@@ -75,11 +75,11 @@ def _kernel(
     return new_top_Q, total_Q * jnp.exp2(top_Q - new_top_Q) + weights_QxK.sum(axis=1)
 
   start = (
-    jnp.full((tile.block_q,), LOWEST, jnp.float32),
+    jnp.full((tile.block_q,), MASK_VALUE, jnp.float32),
     jnp.zeros((tile.block_q,), jnp.float32),
   )
   has_full_tiles = length >= block_k
   top_Q, total_Q = loop_span(chunk.span(), block_k, step, start, has_full_tiles=has_full_tiles)
   nothing_Q = total_Q == 0
   lse2_Q = top_Q + jnp.log2(jnp.where(nothing_Q, 1, total_Q))
-  lse2_ref[...] = jnp.where(nothing_Q, LOWEST, lse2_Q)
+  lse2_ref[...] = jnp.where(nothing_Q, MASK_VALUE, lse2_Q)

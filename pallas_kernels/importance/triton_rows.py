@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_attention.tile_spans import Span
+from pallas_kernels.grouped_attention.tile_ranges import Span
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_attention.tile_spans import loop_span, LOWEST
+from pallas_kernels.grouped_attention.tile_ranges import loop_span, MASK_VALUE
 from pallas_kernels.importance.triton_rows import (
   Chunk,
   chunk_grid,
@@ -104,7 +104,7 @@ def _combine(lse2_ref: Any) -> Array:
   chunks, block_q = lse2_ref.shape
   rows = pl.next_power_of_2(chunks)
   keep = jnp.broadcast_to((jnp.arange(rows) < chunks)[:, None], (rows, block_q))
-  lse2_CxQ = plgpu.load(lse2_ref.at[pl.ds(0, rows), :], mask=keep, other=LOWEST)
+  lse2_CxQ = plgpu.load(lse2_ref.at[pl.ds(0, rows), :], mask=keep, other=MASK_VALUE)
   top_Q = lse2_CxQ.max(axis=0)
   lse2_Q = top_Q + jnp.log2(jnp.exp2(lse2_CxQ - top_Q[None]).sum(axis=0))
-  return jnp.where(lse2_Q <= LOWEST / 2, 0, lse2_Q)
+  return jnp.where(lse2_Q <= MASK_VALUE / 2, 0, lse2_Q)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from dga_jax import DGAConfig
-from dga_jax.attention.importance import uniform_by_position
+from dga_jax.attention.scores import uniform_by_position
 
 
 def softmax(x):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from dga_jax import DGAConfig, plan_groups
 from dga_jax.analyse import merge_weights, Seen, visibility
-from dga_jax.attention.aggregate import plan_and_summarise
+from dga_jax.attention.aggregate import plan_and_merge
 from dga_jax.attention.reference import write_masks
 from tests.dga_jax.attention.cases import arrays, CONFIGS, fixed_mask_plan, rows
 
@@ -47,7 +47,7 @@ def test_merge_weights_merge_as_the_op_does(name):
   lengths = jnp.array([L, 23])
   q, k, v, _ = arrays(0, 2, L, 4, 2, 8)
   plan = make_plan(q, k, config=CONFIGS[name], lengths=lengths)
-  _, _, merged = plan_and_summarise(q, k, v, config=plan.config, plan=plan)
+  _, _, merged = plan_and_merge(q, k, v, config=plan.config, plan=plan)
   for row, head in ((0, 1), (1, 0)):
     weights = merge_weights(q, k, plan, row=row, head=head)
     members = np.array(plan.member_index[row, head])

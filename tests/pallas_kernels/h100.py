@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks._ahead import abstract_mesh, compile_for_h100
+from benchmarks._aot_gpu import abstract_mesh, compile_for_h100
 
 __all__ = ["abstract_mesh", "compile_for_h100", "lower_for_h100", "needs_cuda_compiler"]
 

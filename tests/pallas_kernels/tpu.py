@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from benchmarks._tpu import abstract_mesh, CHIPS, compile_for_tpu
+from benchmarks._aot_tpu import abstract_mesh, CHIPS, compile_for_tpu
 
 __all__ = ["TOPOLOGIES", "abstract_mesh", "compile_for_tpu", "lower_for_tpu"]
 

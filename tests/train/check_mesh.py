@@ -12,7 +12,7 @@ from dga_jax.model import ModelConfig
 from dga_jax.sharding import make_mesh, MeshConfig
 from train.config import TrainConfig
 from train.data.config import DataConfig
-from train.program import Collective, read_collectives
+from train.hlo_collectives import Collective, read_collectives
 from train.step import Functions, make_functions, mean_gradient
 
 L = 64

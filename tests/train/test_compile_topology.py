@@ -12,8 +12,8 @@ import pytest
 
 from dga_jax import DGAConfig
 from dga_jax.sharding import MeshConfig
+from train.aot_compile import compile_step
 from train.config import TrainConfig
-from train.topology import compile_step
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,7 +18,7 @@ from dga_jax.checkpoint import list_steps
 from dga_jax.config import DGAConfig
 from tests.train.compare import assert_same_run, losses
 from tests.train.fleet import Fleet, Trainer, wait_for_a_step
-from tests.train.test_processes import BLAME, SPLIT, stopped_at
+from tests.train.test_multihost import BLAME, SPLIT, stopped_at
 from tests.train.tiny import interruptible, write_config
 from train.config import TrainConfig
 

@@ -17,7 +17,7 @@ from dga_jax.sharding import (
   MeshConfig,
   PARAMETERS,
   partition_spec,
-  sequence_order,
+  zigzag_order,
 )
 from train.sharding import place_batch, process_share
 
@@ -92,11 +92,11 @@ def test_rules() -> None:
 
 
 def test_a_piece_is_an_early_and_a_late_chunk() -> None:
-  assert sequence_order(12) is None
+  assert zigzag_order(12) is None
   with jax.sharding.use_abstract_mesh(abstract(1, 1, 1, 3)):
-    order = sequence_order(12)
+    order = zigzag_order(12)
     with pytest.raises(ValueError, match="must be a multiple of 6"):
-      sequence_order(9)
+      zigzag_order(9)
   assert order is not None
   assert order.tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
   # A query's work grows with its position: all pieces have the same.

@@ -7,8 +7,8 @@ from typing import ClassVar
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from train.data.building import build, LocalBuilder
 from train.data.files import Corpus, Split
+from train.data.tfds_builder import build, LocalBuilder
 
 # While it writes a split, tensorflow-datasets holds up to 1000 MiB in memory; for more it calls
 # for TensorFlow.

@@ -10,9 +10,9 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 from dga_jax.tokenizer import Tokenizer
-from train.data.building import build, LocalBuilder
 from train.data.files import Split
 from train.data.local_text import LocalText
+from train.data.tfds_builder import build, LocalBuilder
 
 # Tokens of a record: a row of some thousand tokens is read from a few records.
 _BLOCK = 4096

@@ -10,8 +10,8 @@ from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
 from dga_jax.model.attention_kinds.kv_merger import kv_merger
 from dga_jax.model.attention_kinds.minference import MInferenceAttention
+from dga_jax.model.attention_kinds.sink_window import WindowAttention
 from dga_jax.model.attention_kinds.top_k_eviction import top_k_eviction
-from dga_jax.model.attention_kinds.window import WindowAttention
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.rope import inverse_frequencies
 

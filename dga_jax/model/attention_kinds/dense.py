@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from dga_jax.attention.documents import find_documents
+from dga_jax.attention.segments import find_documents
 from dga_jax.model.attention_kinds.splash import splash_causal, splash_refusal
-from pallas_kernels.target import find_target
+from pallas_kernels.dispatch import find_target
 
 Implementation = Literal["xla", "cudnn", "splash"]
 

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention import dynamic_group_attention
-from dga_jax.attention.split import attend_pieces
+from dga_jax.attention.context_parallel.attend import attend_sharded
 from dga_jax.cache import CompactCache, decode_step, empty_cache, extend, prefill
 from dga_jax.config import DGAConfig
 
@@ -36,7 +36,7 @@ class DynamicGroupAttention:
       lengths=lengths,
     )
 
-  def attend_pieces(
+  def attend_sharded(
     self,
     q_BxPxHxD: Float[Array, "B P H D"],
     k_BxPxNxD: Float[Array, "B P N D"],
@@ -46,8 +46,8 @@ class DynamicGroupAttention:
     lengths: Int[Array, "B"] | None,
     axis_name: str,
   ) -> Float[Array, "B P H D"]:
-    """The op on one device's piece of the sequences; see `dga_jax.attention.split`."""
-    return attend_pieces(
+    """The op on one device's piece of the sequences; see `context_parallel.attend`."""
+    return attend_sharded(
       q_BxPxHxD,
       k_BxPxNxD,
       v_BxPxNxD,

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.model.attention_kinds.bounded import BoundedAttention
+from dga_jax.model.attention_kinds.budgeted_cache import BudgetedCacheAttention
 from dga_jax.model.baselines import KVMergerConfig
 
 
-def kv_merger(config: KVMergerConfig) -> BoundedAttention:
+def kv_merger(config: KVMergerConfig) -> BudgetedCacheAttention:
   """The attention kind of these settings."""
 
   def rule(
@@ -27,7 +27,8 @@ def kv_merger(config: KVMergerConfig) -> BoundedAttention:
     weight_C = gaussian_weights(key_CxD, received_C, run_C)
 
     def total(x: Array) -> Array:
-      # Summed in full and then cut: no index lies beyond the end, see pallas_kernels/place/xla.py.
+      # Sum in full, then cut, so that no index exceeds the array: see
+      # pallas_kernels/compact_indices/xla.py.
       return jax.ops.segment_sum(x, run_C, len(run_C), indices_are_sorted=True)[: config.budget]
 
     def merged(x_CxD: Array) -> Array:
@@ -36,7 +37,9 @@ def kv_merger(config: KVMergerConfig) -> BoundedAttention:
 
     return merged(key_CxD), merged(value_CxD), total(received_C)
 
-  return BoundedAttention("kv_merger", config.budget, config.interval, rule, config.dense_prompt)
+  return BudgetedCacheAttention(
+    "kv_merger", config.budget, config.interval, rule, config.dense_prompt
+  )
 
 
 def links(

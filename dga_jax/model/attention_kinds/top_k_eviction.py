@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.model.attention_kinds.bounded import BoundedAttention
+from dga_jax.model.attention_kinds.budgeted_cache import BudgetedCacheAttention
 from dga_jax.model.baselines import TopKEvictionConfig
 
 
-def top_k_eviction(config: TopKEvictionConfig) -> BoundedAttention:
+def top_k_eviction(config: TopKEvictionConfig) -> BudgetedCacheAttention:
   """The attention kind of these settings."""
 
   def rule(
@@ -21,7 +21,7 @@ def top_k_eviction(config: TopKEvictionConfig) -> BoundedAttention:
     kept_K = kept_entries(received_C, held, heavy=config.heavy, recent=config.recent)
     return key_CxD[kept_K], value_CxD[kept_K], received_C[kept_K]
 
-  return BoundedAttention(
+  return BudgetedCacheAttention(
     "top_k_eviction", config.entries, config.interval, rule, config.dense_prompt
   )
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 
 from dga_jax import DGAConfig, dynamic_group_attention, GroupPlan, plan_groups
-from dga_jax.attention.documents import find_documents
-from dga_jax.attention.importance import sample_queries
 from dga_jax.attention.reference import write_masks
+from dga_jax.attention.scores import sample_queries
+from dga_jax.attention.segments import find_documents
 from tests.dga_jax.attention.cases import (
   arrays,
   CONFIGS,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dga_jax import DGAConfig
-from dga_jax.cache.summary import summarise_blocks
+from dga_jax.cache.summary import merge_blocks
 
 CONFIG = DGAConfig(selection="streaming", group_size=6, importance_rate=0.25, min_focal_tokens=0)
 SIZE, KEPT = CONFIG.block_size, CONFIG.focal_in_block
@@ -16,7 +16,7 @@ def summary(key_s):
   key, value = (
     jnp.asarray(x, jnp.float32)[None, None, :, None, None] for x in (key_s, np.arange(SIZE))
   )
-  return [np.ravel(x) for x in summarise_blocks(jnp.ones((1, 1, 1, 1)), key, value, CONFIG)]
+  return [np.ravel(x) for x in merge_blocks(jnp.ones((1, 1, 1, 1)), key, value, CONFIG)]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -8,7 +8,7 @@ import numpy as np
 
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_params
-from dga_jax.conversion.placement import parse_mesh, shardings
+from dga_jax.conversion.sharding import parse_mesh, shardings
 
 
 def check(folder: Path) -> None:

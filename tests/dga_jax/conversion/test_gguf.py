@@ -18,7 +18,7 @@ from dga_jax.conversion.gguf_file import GGUFFile, half_split
 from dga_jax.conversion.gguf_tokenizer import tokenizer_from_metadata
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model, import_params, open_source
-from dga_jax.conversion.parameters import tensor_specs
+from dga_jax.conversion.param_map import tensor_specs
 from dga_jax.model import Decoder, ModelConfig, RopeScaling
 from dga_jax.model.rope import inverse_frequencies
 

@@ -20,7 +20,7 @@ from dga_jax.checkpoint import list_steps, load_config, load_model
 from dga_jax.conversion.exporting import export_hugging_face
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
-from dga_jax.conversion.placement import parse_mesh, shardings
+from dga_jax.conversion.sharding import parse_mesh, shardings
 from dga_jax.model import Decoder
 
 ROOT = Path(__file__).parents[3]

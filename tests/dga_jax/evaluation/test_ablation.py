@@ -10,7 +10,7 @@ import pytest
 
 from dga_jax.config import DGAConfig
 from dga_jax.evaluation.ablation import AblatedDGA, focal_by_score, received_later, swaps
-from dga_jax.evaluation.by_layer import losses_by_kinds
+from dga_jax.evaluation.layerwise import losses_by_kinds
 from dga_jax.evaluation.losses import teacher_forced
 from dga_jax.evaluation.variants import Variant
 from dga_jax.model.attention_kinds.dense import DenseAttention

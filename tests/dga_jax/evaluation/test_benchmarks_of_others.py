@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dga_jax.evaluation import longbench, many_documents
+from dga_jax.evaluation import longbench, lost_in_the_middle
 from tests.dga_jax.evaluation.tiny import TOKENIZER
 
 
@@ -107,22 +107,22 @@ def test_questions_over_documents(tmp_path: Path) -> None:
   lines = [question(0, ["Ann"]), question(2, ["Bob", "Robert"]), question(2, ["Carl"])]
   with gzip.open(tmp_path / "q.jsonl.gz", "wt") as file:
     file.write("\n".join(map(json.dumps, lines)))
-  questions = many_documents.read_questions(tmp_path / "q.jsonl.gz")
+  questions = lost_in_the_middle.read_questions(tmp_path / "q.jsonl.gz")
   assert [(one.gold, one.documents) for one in questions] == [(0, 3), (2, 3), (2, 3)]
   assert "[3] Title 2\nText 2.\n\nQuestion: who won?\nAnswer:" in questions[0].prompt
-  record = many_documents.score(questions, ["It was Ann.", "robert!", "nobody\nCarl"])
+  record = lost_in_the_middle.score(questions, ["It was Ann.", "robert!", "nobody\nCarl"])
   assert [(one["gold"], one["hits"], one["samples"]) for one in record["by_place"]] == [
     (0, 1, 1),
     (2, 1, 2),
   ]
   assert (record["hits"], record["samples"]) == (2, 3)
-  assert len(many_documents.read_questions(tmp_path / "q.jsonl.gz", limit=2)) == 2
+  assert len(lost_in_the_middle.read_questions(tmp_path / "q.jsonl.gz", limit=2)) == 2
 
 
 def test_questions_without_a_marked_document(tmp_path: Path) -> None:
   (tmp_path / "q.jsonl").write_text(json.dumps(question(None, ["Ann"])))
-  (one,) = many_documents.read_questions(tmp_path / "q.jsonl")
-  assert many_documents.score([one], ["Ann"])["by_place"][0]["gold"] is None
+  (one,) = lost_in_the_middle.read_questions(tmp_path / "q.jsonl")
+  assert lost_in_the_middle.score([one], ["Ann"])["by_place"][0]["gold"] is None
 
 
 @pytest.mark.parametrize(
@@ -132,4 +132,4 @@ def test_questions_without_a_marked_document(tmp_path: Path) -> None:
 def test_broken_questions(content: str, message: str, tmp_path: Path) -> None:
   (tmp_path / "q.jsonl").write_text(content)
   with pytest.raises(ValueError, match=message):
-    many_documents.read_questions(tmp_path / "q.jsonl")
+    lost_in_the_middle.read_questions(tmp_path / "q.jsonl")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dga_jax.generation.sampling import Controls, sample, Sampling
+from dga_jax.generation.sampling import sample, Sampling, SamplingParams
 
 PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3])
 
@@ -12,7 +12,7 @@ PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3])
 def draw(how: Sampling, count: int = 2000) -> np.ndarray:
   """Tokens of as many steps."""
   logits = jnp.broadcast_to(jnp.log(jnp.array(PROBABILITIES, jnp.float32)), (count, 4))
-  return np.asarray(sample(logits, Controls.of([how] * count), jnp.arange(count)))
+  return np.asarray(sample(logits, SamplingParams.of([how] * count), jnp.arange(count)))
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,9 @@ def test_a_sequence_draws_alone_what_it_draws_among_others():
   ]
   logits = jnp.log(jnp.array([PROBABILITIES] * 4, jnp.float32))
   steps = jnp.array([0, 5, 6, 7])
-  together = sample(logits, Controls.of(hows), steps)
+  together = sample(logits, SamplingParams.of(hows), steps)
   for row, how in enumerate(hows):
-    alone = sample(logits[row : row + 1], Controls.of([how]), steps[row : row + 1])
+    alone = sample(logits[row : row + 1], SamplingParams.of([how]), steps[row : row + 1])
     assert alone[0] == together[row]
   assert together[0] == 1
 

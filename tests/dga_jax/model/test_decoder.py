@@ -181,4 +181,4 @@ def test_layers_apart_compute_the_same():
     third, cache = model.extend(tokens[:, 10:], cache, jnp.array([6, 3]))
     return first, second, third, cache
 
-  chex.assert_trees_all_close(run(model.with_layers_apart()), run(model), atol=1e-5)
+  chex.assert_trees_all_close(run(model.unstack_layers()), run(model), atol=1e-5)

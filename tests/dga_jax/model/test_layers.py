@@ -11,8 +11,8 @@ from flax import nnx
 
 from dga_jax.model import ModelConfig, RopeScaling
 from dga_jax.model.layers import DecoderLayer, rms_norm, SelfAttention, SwiGLU
+from dga_jax.model.logits import logits
 from dga_jax.model.rope import apply_rope, inverse_frequencies, rope_table
-from dga_jax.model.unembedding import logits
 
 CONFIG = ModelConfig(
   vocab_size=32,

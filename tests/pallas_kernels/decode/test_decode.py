@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.decode import decode_attention, GroupBias, Visible
+from pallas_kernels.decode import CacheMask, decode_attention, GroupBias
 from pallas_kernels.decode.mosaic_tpu_decode import decode_attention_mosaic_tpu
 from pallas_kernels.decode.xla import decode_attention_xla
 from pallas_kernels.mosaic_tpu_common import CHECKED
@@ -41,7 +41,7 @@ class Case:
     compact_end = np.array([C, 0, 0, max(1, C * 2 // 5)])
     raw_end = np.array([W, 0, W // 2 + 1, W])
     hidden = np.array([[1, 0, 0, W // 3], [W // 2, 0, 0, W // 3]])
-    visible = Visible(*(jnp.asarray(x, jnp.int32) for x in (compact_end, raw_end, *hidden)))
+    visible = CacheMask(*(jnp.asarray(x, jnp.int32) for x in (compact_end, raw_end, *hidden)))
     return *arrays, jnp.int32(self.layers - 1), visible
 
   def options(self) -> dict[str, Any]:

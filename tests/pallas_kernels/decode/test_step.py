@@ -11,7 +11,7 @@ import pytest
 
 from dga_jax import DGAConfig
 from dga_jax.cache import CompactCache, decode_step, empty_cache
-from pallas_kernels.decode import Blocks, Progress, Store
+from pallas_kernels.decode import BlockRule, CacheArrays, CacheLengths
 from pallas_kernels.decode.triton_step import step_triton, Tile
 from tests.pallas_kernels.h100 import compile_for_h100, lower_for_h100, needs_cuda_compiler
 
@@ -50,15 +50,15 @@ class Case:
     """The kernel on a cache, as `decode_step` calls it."""
     c, D = self.config, self.head_dim
     merge_scale = D**-0.5 if c.aggregation_scale == "head_dim" else 1.0
-    blocks = Blocks(c.group_size, c.focal_in_block, c.local_window, D**-0.5, merge_scale)
+    blocks = BlockRule(c.group_size, c.focal_in_block, c.local_window, D**-0.5, merge_scale)
     bias = math.log(c.group_size) if c.group_logit_bias == "log_size" else 0.0
     run = functools.partial(
       step_triton, blocks=blocks, scale=D**-0.5, bias=bias, interpret=interpret, tile=tile
     )
 
     def step(q, k, v, cache: CompactCache):
-      store = Store(**{name: getattr(cache, name) for name in Store._fields})
-      progress = Progress(**{name: getattr(cache, name) for name in Progress._fields})
+      store = CacheArrays(**{name: getattr(cache, name) for name in CacheArrays._fields})
+      progress = CacheLengths(**{name: getattr(cache, name) for name in CacheLengths._fields})
       out, store, length = run(q, k, v, store, progress, LAYER)
       return out, dataclasses.replace(cache, length=length, **store._asdict())
 

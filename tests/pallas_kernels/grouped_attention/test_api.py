@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from dga_jax import DGAConfig, dynamic_group_attention, explain
+from pallas_kernels.dispatch import find_target
 from pallas_kernels.grouped_attention.xla import grouped_attention_xla
-from pallas_kernels.target import find_target
 from tests.pallas_kernels.grouped_attention.kernel_cases import CASES, check_against_reference
 from tests.pallas_kernels.h100 import abstract_mesh, lower_for_h100
 

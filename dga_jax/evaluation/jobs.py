@@ -1,0 +1,323 @@
+"""Cells of results: each is measured by itself, and what was measured is not measured again."""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+from tqdm import tqdm
+
+from dga_jax.config import DGAConfig
+from dga_jax.evaluation import longbench, lost_in_the_middle
+from dga_jax.evaluation.ablation import AblatedDGA, swaps
+from dga_jax.evaluation.answers import answer
+from dga_jax.evaluation.layerwise import losses_by_kinds
+from dga_jax.evaluation.losses import batches, fill
+from dga_jax.evaluation.perplexity import measure_perplexity, parts, PerplexitySettings
+from dga_jax.evaluation.results import environment, Results
+from dga_jax.evaluation.retrieval import exact_match, Haystack, NEW_TOKENS
+from dga_jax.evaluation.variants import Family, Variant
+from dga_jax.model.attention_kinds import AttentionKind
+from dga_jax.model.attention_kinds.dense import DenseAttention
+from dga_jax.tokenizer import Tokenizer
+
+type Tick = Callable[[], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """One result to be made.
+
+  Attributes:
+    fields: what identifies it, for tables: task, variant, length and the like.
+    depends_on: all else that it depends on, for JSON; with the fields it makes the key.
+    ticks: how often `run` calls its argument, for a progress bar.
+    run: measures.
+  """
+
+  fields: dict[str, Any]
+  depends_on: Any
+  ticks: int
+  run: Callable[[Tick], dict[str, Any]]
+
+  @property
+  def key(self) -> str:
+    """Names the cell in the file of results."""
+    digest = hashlib.sha256(json.dumps([self.fields, self.depends_on]).encode()).hexdigest()
+    return " ".join([*map(str, self.fields.values()), digest[:10]])
+
+
+def run_jobs(
+  cells: Sequence[Job],
+  records: Results,
+  *,
+  origin: str,
+  minutes: float | None = None,
+  workers: int = 1,
+) -> int:
+  """Measures the cells that the records lack, and adds each as soon as it is there.
+
+  A cell that the device cannot run, for lack of memory above all, is named with the reason and
+  stays missing. Any other error ends the run.
+
+  Args:
+    origin: which checkpoint was measured, kept in every record.
+    minutes: begins no cell after that time.
+    workers: cells under way at once. Programs are compiled on the host, several at a time, while
+      the device runs one; what they take of its memory adds up.
+
+  Returns:
+    How many cells are still missing.
+  """
+  missing = [cell for cell in cells if cell.key not in records]
+  begin, left = time.perf_counter(), len(missing)
+
+  def measure(cell: Job) -> tuple[Job, dict[str, Any] | None]:
+    cell_begin = time.perf_counter()
+    if minutes is not None and cell_begin - begin > 60 * minutes:
+      return cell, None
+    try:
+      result = cell.run(bar.update)
+    except jax.errors.JaxRuntimeError as error:
+      tqdm.write(f"{cell.key} failed: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+      return cell, None
+    return cell, result | {"seconds": time.perf_counter() - cell_begin}
+
+  with (
+    tqdm(total=sum(cell.ticks for cell in missing), unit="batch") as bar,
+    concurrent.futures.ThreadPoolExecutor(workers) as pool,
+  ):
+    futures = [pool.submit(measure, cell) for cell in missing]
+    try:
+      for future in concurrent.futures.as_completed(futures):
+        cell, result = future.result()
+        if result is not None:
+          bar.set_description_str(cell.key)
+          common = {"origin": origin, "environment": environment(), "depends_on": cell.depends_on}
+          records.add(cell.key, cell.fields | result | common)
+          left -= 1
+    except BaseException:
+      pool.shutdown(wait=False, cancel_futures=True)
+      raise
+  return left
+
+
+def perplexity_job(
+  family: Family,
+  variant: Variant,
+  rows: Int[np.ndarray, "B L+1"],
+  settings: PerplexitySettings,
+) -> Job:
+  """Losses of one variant on rows of one length; see `measure_perplexity`."""
+  length = rows.shape[1] - 1
+  return Job(
+    fields={"task": "perplexity", "variant": variant.name, "length": length, "rows": len(rows)},
+    depends_on=[
+      variant.config(family.config, length).to_dict(),
+      [settings.targets, list(settings.contexts), settings.buckets, settings.always_decode],
+      _rows_digest(rows),
+    ],
+    ticks=parts(family, variant, length, len(rows), settings),
+    run=lambda tick: measure_perplexity(family, variant, rows, settings, tick),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class RetrievalSettings:
+  """Which prompts are asked.
+
+  Attributes:
+    depths: where the asked sentence stands.
+    samples: prompts for each depth.
+    seed: of everything drawn.
+    batch_size: prompts that run together.
+  """
+
+  depths: Sequence[float]
+  samples: int
+  seed: int = 0
+  batch_size: int = 1
+
+
+def retrieval_job(
+  family: Family,
+  tokenizer: Tokenizer,
+  hay: Haystack,
+  variant: Variant,
+  puzzle: str,
+  length: int,
+  settings: RetrievalSettings,
+) -> Job:
+  """One puzzle at one length: exact match over all depths, and for each."""
+
+  def run(tick: Tick) -> dict[str, Any]:
+    samples = {
+      depth: [
+        hay.sample(puzzle, length, depth, seed=settings.seed, index=index)
+        for index in range(settings.samples)
+      ]
+      for depth in settings.depths
+    }
+    flat = [sample for some in samples.values() for sample in some]
+    texts = answer(
+      family.model(variant, length),
+      tokenizer,
+      [sample.tokens for sample in flat],
+      new_tokens=NEW_TOKENS,
+      batch_size=settings.batch_size,
+      tick=tick,
+    )
+    by_depth = []
+    for place, depth in enumerate(samples):
+      own = texts[place * settings.samples : (place + 1) * settings.samples]
+      by_depth.append({"depth": depth, **exact_match(own, samples[depth])})
+    return {
+      **exact_match(texts, flat),
+      "by_depth": by_depth,
+      "budget": dataclasses.asdict(family.budget(variant, length)),
+      "answers": [[sample.answer, text] for sample, text in zip(flat, texts, strict=True)],
+    }
+
+  return Job(
+    fields={"task": "retrieval", "puzzle": puzzle, "variant": variant.name, "length": length},
+    depends_on=[
+      variant.config(family.config, length).to_dict(),
+      [list(settings.depths), settings.samples, settings.seed],
+      hay.fingerprint,
+    ],
+    ticks=len(settings.depths) * settings.samples,
+    run=run,
+  )
+
+
+def ablation_job(
+  family: Family, name: str, config: DGAConfig, rows: Int[np.ndarray, "B L+1"], batch_size: int
+) -> Job:
+  """The loss on the second half of the rows with parts of DGA swapped, and layer by layer.
+
+  Args:
+    name: of the config, for tables.
+    config: with streaming selection.
+
+  "swaps" has the loss of each of `ablation.swaps`; "one_layer_dga" the loss with DGA in one layer
+  and dense attention in the others, for each layer; "one_layer_dense" the reverse.
+  """
+  length, layers = rows.shape[1] - 1, family.config.num_layers
+  model = family.model(Variant("dense", {"attention": "dense"}), length)
+  dense, own = DenseAttention(), AblatedDGA(config)
+  runs: dict[str, list[AttentionKind]] = {"dense": [dense] * layers}
+  runs |= {swap: [kind] * layers for swap, kind in swaps(config).items()}
+  for layer in range(layers):
+    for title, one, rest in (("dga", own, dense), ("dense", dense, own)):
+      kinds: list[AttentionKind] = [rest] * layers
+      kinds[layer] = one
+      runs[f"one_layer_{title} {layer}"] = kinds
+
+  def run(tick: Tick) -> dict[str, Any]:
+    losses = {}
+    for title, kinds in runs.items():
+      total = 0.0
+      for batch in batches(rows, batch_size):
+        loss_BxL = losses_by_kinds(model, kinds, fill(batch, batch_size))
+        total += float(np.asarray(loss_BxL)[: len(batch), length // 2 :].mean(axis=1).sum())
+        tick()
+      losses[title] = total / len(rows)
+    by_layer = {
+      title: [losses.pop(f"{title} {layer}") for layer in range(layers)]
+      for title in ("one_layer_dga", "one_layer_dense")
+    }
+    return {"swaps": losses, **by_layer}
+
+  return Job(
+    fields={"task": "ablation", "variant": name, "length": length, "rows": len(rows)},
+    depends_on=[dataclasses.asdict(config), model.config.to_dict(), _rows_digest(rows)],
+    ticks=len(runs) * -(-len(rows) // batch_size),
+    run=run,
+  )
+
+
+def longbench_job(
+  family: Family,
+  tokenizer: Tokenizer,
+  one: longbench.LongBenchSet,
+  variant: Variant,
+  length: int,
+  batch_size: int,
+) -> Job:
+  """A data set of LongBench-E; prompts and answers fit `length` tokens."""
+
+  def run(tick: Tick) -> dict[str, Any]:
+    most = length - one.new_tokens
+    texts = answer(
+      family.model(variant, length),
+      tokenizer,
+      [longbench.fit(tokenizer, prompt, most) for prompt in one.prompts],
+      new_tokens=one.new_tokens,
+      batch_size=batch_size,
+      tick=tick,
+    )
+    return {**longbench.score(one, texts), "answers": texts}
+
+  return Job(
+    fields={"task": "longbench", "dataset": one.name, "variant": variant.name, "length": length},
+    depends_on=[variant.config(family.config, length).to_dict(), _digest(one.prompts)],
+    ticks=len(one.prompts),
+    run=run,
+  )
+
+
+def lost_in_the_middle_job(
+  family: Family,
+  tokenizer: Tokenizer,
+  questions: Sequence[lost_in_the_middle.Question],
+  variant: Variant,
+  length: int,
+  batch_size: int,
+) -> Job:
+  """Questions of Liu et al.; a prompt that does not fit `length` tokens is an error."""
+  prompts = [[*tokenizer.start_ids, *tokenizer.encode(one.prompt)] for one in questions]
+  longest = max(map(len, prompts)) + lost_in_the_middle.NEW_TOKENS
+  if longest > length:
+    raise ValueError(f"length is {length}; the longest question takes {longest} tokens.")
+
+  def run(tick: Tick) -> dict[str, Any]:
+    texts = answer(
+      family.model(variant, length),
+      tokenizer,
+      prompts,
+      new_tokens=lost_in_the_middle.NEW_TOKENS,
+      batch_size=batch_size,
+      tick=tick,
+    )
+    return {**lost_in_the_middle.score(questions, texts), "answers": texts}
+
+  documents = sorted({one.documents for one in questions})
+  return Job(
+    fields={
+      "task": "many_documents",
+      "documents": ",".join(map(str, documents)),
+      "variant": variant.name,
+      "length": length,
+    },
+    depends_on=[
+      variant.config(family.config, length).to_dict(),
+      _digest([one.prompt for one in questions]),
+    ],
+    ticks=len(prompts),
+    run=run,
+  )
+
+
+def _rows_digest(rows: np.ndarray) -> str:
+  return hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
+
+
+def _digest(texts: Sequence[str]) -> str:
+  return hashlib.sha256("\0".join(texts).encode()).hexdigest()

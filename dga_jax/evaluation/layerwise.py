@@ -1,0 +1,73 @@
+"""A decoder run layer by layer, each layer with an attention kind of its own."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dga_jax.evaluation.losses import cross_entropy_from_states
+from dga_jax.model import Decoder
+from dga_jax.model.attention_kinds import AttentionKind
+from dga_jax.model.rope import inverse_frequencies, rope_table
+
+
+def losses_by_kinds(
+  model: Decoder, kinds: Sequence[AttentionKind], tokens: Int[Array, "B L+1"]
+) -> Float[Array, "B L"]:
+  """Nats for each next token, over whole sequences.
+
+  One program is compiled for each kind, not for each choice of kinds, so that layers can be
+  changed one at a time.
+
+  Args:
+    model: gives the parameters; its own attention kind is not used.
+    kinds: one for each layer, hashable.
+    tokens: rows of inputs and their next tokens.
+
+  Raises:
+    ValueError: not one kind for each layer.
+  """
+  if len(kinds) != model.config.num_layers:
+    raise ValueError(f"kinds has {len(kinds)} entries; the model has {model.config.num_layers}.")
+  graphdef, params = nnx.split(model)
+  x_BxLxE = _embed(graphdef, params, tokens[:, :-1])
+  for layer, kind in enumerate(kinds):
+    x_BxLxE = _layer(graphdef, kind, params, jnp.int32(layer), x_BxLxE)
+  return _losses(graphdef, params, x_BxLxE, tokens[:, 1:])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graphdef: nnx.GraphDef, params: Any, tokens_BxL: Array) -> Float[Array, "B L E"]:
+  model = nnx.merge(graphdef, params)
+  return model.embedding[tokens_BxL].astype(model.config.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(
+  graphdef: nnx.GraphDef, kind: AttentionKind, params: Any, layer: Array, x_BxLxE: Array
+) -> Float[Array, "B L E"]:
+  model = nnx.merge(graphdef, params)
+  config = model.config
+  omega_C = inverse_frequencies(config.head_dim, base=config.rope_base, scaling=config.rope_scaling)
+  B, L = x_BxLxE.shape[:2]
+  rope = rope_table(jnp.broadcast_to(jnp.arange(L)[None], (B, L)), omega_C)
+  structure, stacked = nnx.split(model.layers)
+  one = jax.tree.map(lambda array: array[layer], stacked)
+
+  def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+    return kind.attend(q, k, v, segment_ids=None, lengths=None), None
+
+  return nnx.merge(structure, one)(x_BxLxE, rope, attend)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(
+  graphdef: nnx.GraphDef, params: Any, x_BxLxE: Array, targets_BxL: Array
+) -> Float[Array, "B L"]:
+  model = nnx.merge(graphdef, params)
+  states_BxLxE = model.norm(x_BxLxE).astype(model.config.dtype)
+  return cross_entropy_from_states(model, states_BxLxE, targets_BxL)

@@ -1,0 +1,150 @@
+"""Summarise on a TPU: rows are gathered where groups do not lie one behind the other, then merged.
+
+Kernels take heads before tokens, as the attention kernels do: XLA then writes the projections in
+that layout, and nothing is transposed.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.group_merge.entries import Entries
+from pallas_kernels.group_merge.mosaic_tpu_merge import Groups, merge_rows
+from pallas_kernels.group_merge.mosaic_tpu_merge_grad import merge_rows_grad
+from pallas_kernels.group_merge.mosaic_tpu_rows import gather_rows, scatter_rows
+from pallas_kernels.mosaic_tpu_common import Interpret
+
+
+def merge_groups_mosaic_tpu(
+  query: Array,
+  key: Array,
+  value: Array,
+  focal_index: Array,
+  member_index: Array,
+  group_query: Array,
+  *,
+  scale: float,
+  reorder_window: bool,
+  interpret: Interpret = False,
+) -> tuple[Array, Entries]:
+  """See `merge_groups`."""
+  B, N, k, m = member_index.shape
+  query_BxHxLxD, *tokens = (x.swapaxes(1, 2) for x in (query, key, value))
+  members = _take(tuple(tokens), member_index.reshape(B, N, k * m), interpret)
+  focal = _take(tuple(tokens), focal_index, interpret)
+  (weighing,) = _take((query_BxHxLxD,), group_query, interpret)
+  groups = _groups(query, key, k, m, 0, scale)
+  merged = _merge(weighing, *members, groups, interpret)
+  window = members if reorder_window else tokens
+  return query, Entries(*(x.swapaxes(1, 2) for x in (*focal, *merged, *window)))
+
+
+def merge_blocks_mosaic_tpu(
+  query: Array,
+  key: Array,
+  value: Array,
+  start: Array | None,
+  *,
+  members: int,
+  focal: int,
+  scale: float,
+  interpret: Interpret = False,
+) -> tuple[Array, Entries, Array]:
+  """See `merge_blocks`."""
+  B, L, N, _ = key.shape
+  size = members + focal
+  query_BxHxLxD, *rows = (x.swapaxes(1, 2) for x in (query, key, value))
+  if start is None:
+    k = L // size
+    weighing = query_BxHxLxD[:, :, size - 1 : k * size : size]
+  else:
+    k = start.shape[1]
+    start_Bx1xkx1 = start[:, None, :, None]
+    row_Bx1xkxP = start_Bx1xkx1 + jnp.arange(size, dtype=jnp.int32)[None, None, None]
+    row_Bx1xkxP = jnp.where(start_Bx1xkx1 < L, row_Bx1xkxP, L)
+    row_BxNxkxP = jnp.broadcast_to(row_Bx1xkxP, (B, N, k, size))
+    rows = list(_take(tuple(rows), row_BxNxkxP.reshape(B, N, k * size), interpret))
+    (weighing,) = _take((query_BxHxLxD,), row_BxNxkxP[..., -1], interpret)
+  groups = _groups(query, key, k, size, focal, scale)
+  *summaries, slot = _merge(weighing, *rows, groups, interpret)
+  group_key, group_value, focal_key, focal_value = (x.swapaxes(1, 2) for x in summaries)
+  entries = Entries(focal_key, focal_value, group_key, group_value, key, value)
+  return query, entries, _places(slot, groups)
+
+
+def _groups(query: Array, key: Array, count: int, rows: int, focal: int, scale: float) -> Groups:
+  _, _, N, D = key.shape
+  return Groups(count, rows, focal, query.shape[2] // N, D, key.dtype.itemsize, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take(arrays: tuple[Array, ...], index: Array, interpret: Interpret) -> tuple[Array, ...]:
+  """Rows [B, N·a, S, D] of arrays [B, N·a, L, D]; see `gather_rows`."""
+  if index.shape[-1] == 0:
+    return tuple(x[:, :, :0] for x in arrays)
+  return gather_rows(arrays, index, interpret=interpret)
+
+
+def _take_fwd(
+  arrays: tuple[Array, ...], index: Array, interpret: Interpret
+) -> tuple[tuple[Array, ...], tuple[Array, int]]:
+  return _take(arrays, index, interpret), (index, arrays[0].shape[2])
+
+
+def _take_bwd(
+  interpret: Interpret, residuals: tuple[Array, int], cotangents: tuple[Array, ...]
+) -> tuple[tuple[Array, ...], None]:
+  index, length = residuals
+  if index.shape[-1] == 0:
+    return tuple(jnp.zeros((*d.shape[:2], length, d.shape[3]), d.dtype) for d in cotangents), None
+  return scatter_rows(cotangents, index, length, interpret=interpret), None
+
+
+_take.defvjp(_take_fwd, _take_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _merge(
+  query: Array, key: Array, value: Array, groups: Groups, interpret: Interpret
+) -> list[Array]:
+  """See `merge_rows`."""
+  if groups.count == 0:
+    none = key[:, :, :0]
+    slot = jnp.zeros((*key.shape[:2], 0, 0, 0), jnp.int32)
+    return [none] * 4 + [slot] if groups.focal else [none] * 2
+  return merge_rows(query, key, value, groups, interpret=interpret)
+
+
+def _merge_fwd(
+  query: Array, key: Array, value: Array, groups: Groups, interpret: Interpret
+) -> tuple[list[Array], tuple[Array, ...]]:
+  merged = _merge(query, key, value, groups, interpret)
+  return merged, (query, key, value, *merged[4:])
+
+
+def _merge_bwd(
+  groups: Groups, interpret: Interpret, residuals: tuple[Array, ...], cotangents: list[Array]
+) -> tuple[Array, Array, Array]:
+  query, key, value, *slot = residuals
+  if groups.count == 0:
+    return jnp.zeros_like(query), jnp.zeros_like(key), jnp.zeros_like(value)
+  dquery, *drows = merge_rows_grad(
+    (query, key, value), slot, cotangents[:4], groups, interpret=interpret
+  )
+  behind = key.shape[2] - groups.count * groups.rows
+  dkey, dvalue = (jnp.pad(d, ((0, 0), (0, 0), (0, behind), (0, 0))) for d in drows)
+  return dquery, dkey, dvalue
+
+
+_merge.defvjp(_merge_fwd, _merge_bwd)
+
+
+def _places(slot: Array, groups: Groups) -> Array:
+  """[B, N, k, focal]: the places in their group of the focal rows, ascending."""
+  B, N = slot.shape[:2]
+  slot_BxNxkx1xP = slot.reshape(B, N, -1, 1, groups.rows)[:, :, : groups.count]
+  j_f = jnp.arange(groups.focal, dtype=jnp.int32)[None, None, None, :, None]
+  place_P = jnp.arange(groups.rows, dtype=jnp.int32)[None, None, None, None]
+  return jnp.where(slot_BxNxkx1xP == j_f, place_P, 0).sum(axis=-1)

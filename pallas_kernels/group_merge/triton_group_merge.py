@@ -1,0 +1,195 @@
+"""Summarise through Pallas-Triton: index arrays, and the gradients.
+
+The query is passed through, and under streaming selection key and value too, as the window: so
+the backward pass is handed all other gradients of these arrays and adds its own in place, where
+summing them outside would read and write the whole arrays again.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.group_merge.entries import block_indices, Entries
+from pallas_kernels.group_merge.group_tile import GroupTile, pad_index
+from pallas_kernels.group_merge.triton_merge import merge_rows
+from pallas_kernels.group_merge.triton_merge_grad import merge_rows_grad
+from pallas_kernels.group_merge.triton_rows import gather_rows, ROWS, scatter_rows
+
+_FORWARD, _BACKWARD = 128 * 128, 64 * 128  # keys × head dim of a tile
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+  scale: float
+  reorder: bool = False
+  members: int = 0
+  focal: int = 0
+  interpret: bool = False
+
+
+def merge_groups_triton(
+  query: Array,
+  key: Array,
+  value: Array,
+  focal_index: Array,
+  member_index: Array,
+  group_query: Array,
+  *,
+  scale: float,
+  reorder_window: bool,
+  interpret: bool = False,
+) -> tuple[Array, Entries]:
+  """See `merge_groups`."""
+  static = _Static(scale, reorder=reorder_window, interpret=interpret)
+  return _merge_groups(query, key, value, (focal_index, member_index, group_query), static)
+
+
+def merge_blocks_triton(
+  query: Array,
+  key: Array,
+  value: Array,
+  start: Array,
+  *,
+  members: int,
+  focal: int,
+  scale: float,
+  interpret: bool = False,
+) -> tuple[Array, Entries, Array]:
+  """See `merge_blocks`."""
+  static = _Static(scale, members=members, focal=focal, interpret=interpret)
+  query, entries, chosen = _merge_blocks(query, key, value, start, static)
+  return query, entries, chosen[:, :, : start.shape[1]]
+
+
+Indices = tuple[Array, Array, Array]  # of focal tokens, members and group queries
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _merge_groups(
+  query: Array, key: Array, value: Array, indices: Indices, static: _Static
+) -> tuple[Array, Entries]:
+  return _merge_groups_fwd(query, key, value, indices, static)[0]
+
+
+def _merge_groups_fwd(
+  query: Array, key: Array, value: Array, indices: Indices, static: _Static
+) -> tuple[tuple[Array, Entries], tuple]:
+  focal_index, member_index, group_query = indices
+  L, m = key.shape[1], member_index.shape[-1]
+  focal = gather_rows(key, value, pad_index(focal_index, 2, ROWS, L), interpret=static.interpret)
+  group_tile = _group_tile(query, key, m, _FORWARD)
+  group_key, group_value, *window = merge_rows(
+    query,
+    key,
+    value,
+    *group_tile.indices(member_index, group_query, L),
+    group_tile=group_tile,
+    focal=0,
+    scale=static.scale,
+    reorder=static.reorder,
+    interpret=static.interpret,
+  )
+  entries = Entries(*focal, group_key, group_value, *(window or (key, value)))
+  return (query, entries), (query, key, value, indices)
+
+
+def _merge_groups_bwd(static: _Static, residuals: tuple, cotangents: tuple) -> tuple:
+  query, key, value, indices = residuals
+  dquery, d = cotangents
+  return *_add_gradients(query, key, value, indices, dquery, d, static), None
+
+
+_merge_groups.defvjp(_merge_groups_fwd, _merge_groups_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _merge_blocks(
+  query: Array, key: Array, value: Array, start: Array, static: _Static
+) -> tuple[Array, Entries, Array]:
+  return _merge_blocks_fwd(query, key, value, start, static)[0]
+
+
+def _merge_blocks_fwd(
+  query: Array, key: Array, value: Array, start: Array, static: _Static
+) -> tuple[tuple[Array, Entries, Array], tuple]:
+  L, size = key.shape[1], static.members + static.focal
+  group_tile = _group_tile(query, key, size, _FORWARD)
+  row_BxkxP = start[..., None] + jnp.arange(size, dtype=jnp.int32)[None, None]
+  row_BxkxP = jnp.where(start[..., None] < L, row_BxkxP, L)
+  group_key, group_value, focal_key, focal_value, chosen = merge_rows(
+    query,
+    key,
+    value,
+    *group_tile.indices(row_BxkxP[:, None], row_BxkxP[:, None, :, -1], L),
+    group_tile=group_tile,
+    focal=static.focal,
+    scale=static.scale,
+    reorder=False,
+    interpret=static.interpret,
+  )
+  entries = Entries(focal_key, focal_value, group_key, group_value, key, value)
+  return (query, entries, chosen), (query, key, value, start, chosen)
+
+
+def _merge_blocks_bwd(static: _Static, residuals: tuple, cotangents: tuple) -> tuple:
+  query, key, value, start, chosen = residuals
+  dquery, d, _ = cotangents
+  chosen = chosen[:, :, : start.shape[1]]
+  indices = block_indices(start, chosen, static.members, key.shape[1])
+  return *_add_gradients(query, key, value, indices, dquery, d, static), None
+
+
+_merge_blocks.defvjp(_merge_blocks_fwd, _merge_blocks_bwd)
+
+
+def _group_tile(query: Array, key: Array, rows: int, elements: int) -> GroupTile:
+  _, _, N, D = key.shape
+  return GroupTile.of(rows, query.shape[2] // N, D, elements)
+
+
+def _add_gradients(
+  query: Array,
+  key: Array,
+  value: Array,
+  indices: Indices,
+  dquery: Array,
+  d: Entries,
+  static: _Static,
+) -> tuple[Array, Array, Array]:
+  """Gradients of query, key and value: every token is focal, or a member, or neither."""
+  focal_index, member_index, group_query = indices
+  L = key.shape[1]
+  group_tile = _group_tile(query, key, member_index.shape[-1], _BACKWARD)
+  row, last = group_tile.indices(member_index, group_query, L)
+  focal_index = pad_index(focal_index, 2, ROWS, L)
+  num_groups, num_focal = row.shape[2] * group_tile.groups, focal_index.shape[2]
+  window = (d.window_key, d.window_value)
+  onto = (jnp.zeros_like(key), jnp.zeros_like(value)) if static.reorder else window
+  dquery, dkey, dvalue = merge_rows_grad(
+    (query, key, value),
+    row,
+    last,
+    (_at_least(d.group_key, num_groups), _at_least(d.group_value, num_groups)),
+    window if static.reorder else None,
+    (dquery, *onto),
+    group_tile=group_tile,
+    scale=static.scale,
+    interpret=static.interpret,
+  )
+  dkey, dvalue = scatter_rows(
+    (_at_least(d.focal_key, num_focal), _at_least(d.focal_value, num_focal)),
+    (dkey, dvalue),
+    focal_index,
+    add=not static.reorder,
+    interpret=static.interpret,
+  )
+  return dquery, dkey, dvalue
+
+
+def _at_least(x_BxSxNxD: Array, rows: int) -> Array:
+  """With rows of zeros, up to whole tiles of the backward pass."""
+  short = max(0, rows - x_BxSxNxD.shape[1])
+  return jnp.pad(x_BxSxNxD, ((0, 0), (0, short), (0, 0), (0, 0))) if short else x_BxSxNxD

@@ -1,0 +1,188 @@
+"""Forward kernel of merge_groups, through Pallas-Triton: each token's key and value read once.
+
+A program holds a tile of groups. Their queries against all their rows is one small product, of
+which each query keeps its own group's part. Under streaming selection the rows are whole blocks,
+of which it first chooses the focal ones.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.group_merge.group_tile import block_softmax, GroupTile
+from pallas_kernels.group_merge.triton_rows import (
+  load_rows,
+  per_tile,
+  store_rows,
+  tile,
+  whole,
+)
+from pallas_kernels.triton_common import dot, like
+
+
+def merge_rows(
+  query: Array,
+  key: Array,
+  value: Array,
+  row_BxnxtxT: Array,
+  last_BxnxtxM: Array,
+  *,
+  group_tile: GroupTile,
+  focal: int,
+  scale: float,
+  reorder: bool,
+  interpret: bool,
+) -> list[Array]:
+  """Group keys and values [B, k, N, D], and further pairs as asked.
+
+  Args:
+    row_BxnxtxT: each tile's rows; n is N or 1. See `GroupTile.indices`.
+    last_BxnxtxM: the queries that weigh them.
+    focal: how many rows of each group stay focal, chosen here: gives their keys and values
+      [B, k·focal, N, D] and their places in the group [B, N, k, focal].
+    scale: of the merge logits.
+    reorder: also writes the rows one after the other, [B, k·rows, N, D].
+  """
+  B, L, N, D = key.shape
+  tiles, G, rows = row_BxnxtxT.shape[2], group_tile.groups, group_tile.rows
+  counts = [G, G]
+  counts += [G * focal] * 2 if focal else []
+  counts += [G * rows] * 2 if reorder else []
+  out_shape = [like(key, (B, tiles * count, N, D), key.dtype) for count in counts]
+  out_specs = [tile(count, D) for count in counts]
+  if focal:
+    out_shape.append(like(key, (B, N, tiles * G, focal), jnp.int32))
+    out_specs.append(pl.BlockSpec((None, None, G, focal), lambda t, n, b: (b, n, t, 0)))
+  merged: list[Array] = pl.pallas_call(
+    functools.partial(
+      _merge_kernel,
+      length=L,
+      group_tile=group_tile,
+      focal=focal,
+      scale=scale,
+      reorder=reorder,
+    ),
+    grid=(tiles, N, B),
+    in_specs=[
+      whole(query, group_tile.heads),
+      whole(key, None),
+      whole(value, None),
+      per_tile(row_BxnxtxT),
+      per_tile(last_BxnxtxM),
+    ],
+    out_specs=out_specs,
+    out_shape=out_shape,
+    compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+    interpret=interpret,
+    name="group_merge",
+  )(query, key, value, row_BxnxtxT, last_BxnxtxM)
+  return merged
+
+
+def _merge_kernel(
+  q_ref: Any,
+  k_ref: Any,
+  v_ref: Any,
+  row_ref: Any,
+  last_ref: Any,
+  *out_refs: Any,
+  length: int,
+  group_tile: GroupTile,
+  focal: int,
+  scale: float,
+  reorder: bool,
+) -> None:
+  row_T = row_ref[...]
+  D = k_ref.shape[-1]
+  q_MxD = load_rows(
+    q_ref, last_ref[...], jnp.arange(group_tile.queries) % group_tile.heads, length=length
+  )
+  k_TxD, v_TxD = (load_rows(ref, row_T, length=length) for ref in (k_ref, v_ref))
+  logits_MxT = dot(q_MxD, k_TxD, trans_b=True)
+  mask_MxT, holds_SxT = group_tile.weighs(), group_tile.holds()
+  member_T = jnp.arange(group_tile.width) < group_tile.groups * group_tile.rows
+  if focal:
+    scores_T = block_softmax(logits_MxT * D**-0.5, mask_MxT).sum(axis=0)
+    chosen_ref = out_refs[-1]
+    focal_SxF = _choose(scores_T, holds_SxT, focal)
+    chosen_T = _store_focal(
+      focal_SxF, row_T, (k_ref, v_ref), out_refs[2:4], chosen_ref, group_tile, length
+    )
+    member_T &= ~chosen_T
+    mask_MxT &= member_T[None]
+  weights_T = block_softmax(logits_MxT * scale, mask_MxT).sum(axis=0) / group_tile.heads
+  member_SxT = holds_SxT & member_T[None]
+  weights_SxT = jnp.where(member_SxT, weights_T[None], 0.0)
+  slot_S = jnp.arange(group_tile.slots)
+  for x_TxD, out_ref in ((k_TxD, out_refs[0]), (v_TxD, out_refs[1])):
+    merged_SxD = _weighted(weights_SxT, member_SxT, x_TxD)
+    store_rows(out_ref, slot_S, merged_SxD, length=group_tile.groups)
+  if reorder:
+    place_T, rows = jnp.arange(group_tile.width), group_tile.groups * group_tile.rows
+    for x_TxD, out_ref in ((k_TxD, out_refs[2]), (v_TxD, out_refs[3])):
+      store_rows(out_ref, place_T, x_TxD, length=rows)
+
+
+def _weighted(weights_SxT: Array, member_SxT: Array, x_TxD: Array) -> Array:
+  """weights @ x, exact to float32. A row that is not finite makes its own group NaN alone."""
+  wide_TxD = x_TxD.astype(jnp.float32)
+  odd_T = (wide_TxD - wide_TxD).sum(axis=1) != 0  # inf − inf is NaN
+  x_TxD = jnp.where(odd_T[:, None], 0, x_TxD).astype(x_TxD.dtype)
+  high_SxT = weights_SxT.astype(x_TxD.dtype)
+  merged_SxD = dot(high_SxT, x_TxD)
+  if x_TxD.dtype != jnp.float32:  # what the narrow weights leave over
+    merged_SxD += dot((weights_SxT - high_SxT.astype(jnp.float32)).astype(x_TxD.dtype), x_TxD)
+  odd_S = jnp.where(member_SxT & odd_T[None], 1, 0).max(axis=1) > 0
+  return jnp.where(odd_S[:, None], jnp.nan, merged_SxD)
+
+
+def _choose(scores_T: Array, holds_SxT: Array, focal: int) -> list[Array]:
+  """The rows of highest score in each group, ascending; T where a group does not exist."""
+  T = scores_T.shape[0]
+  # As a sort would have it, NaN is the largest.
+  scores_T = jnp.where(scores_T == scores_T, scores_T, jnp.inf)
+  row_SxT = jnp.broadcast_to(jnp.arange(T)[None], holds_SxT.shape)
+  left_SxT = holds_SxT
+  for _ in range(focal):
+    score_SxT = jnp.where(left_SxT, scores_T[None], -1.0)
+    top_SxT = left_SxT & (score_SxT == score_SxT.max(axis=1)[:, None])
+    first_S = jnp.where(top_SxT, row_SxT, T).min(axis=1)
+    left_SxT &= row_SxT != first_S[:, None]
+  chosen_SxT = holds_SxT & ~left_SxT
+  found: list[Array] = []
+  for _ in range(focal):
+    later_SxT = chosen_SxT & (row_SxT > found[-1][:, None]) if found else chosen_SxT
+    found.append(jnp.where(later_SxT, row_SxT, T).min(axis=1))
+  return found
+
+
+def _store_focal(
+  focal_SxF: list[Array],
+  row_T: Array,
+  token_refs: tuple[Any, Any],
+  out_refs: Any,
+  chosen_ref: Any,
+  group_tile: GroupTile,
+  length: int,
+) -> Array:
+  """Writes the focal rows and their places in the group; tells which rows they are."""
+  T, G = group_tile.width, group_tile.groups
+  slot_S = jnp.arange(group_tile.slots)
+  chosen_T = jnp.arange(T) < 0
+  for j, place_S in enumerate(focal_SxF):
+    is_it_SxT = jnp.arange(T)[None] == place_S[:, None]
+    chosen_T |= jnp.where(is_it_SxT, 1, 0).max(axis=0) > 0
+    exists_S = slot_S < G
+    at = chosen_ref.at[slot_S, jnp.full(slot_S.shape, j)]
+    plgpu.store(at, place_S - slot_S * group_tile.rows, mask=exists_S)
+    source_S = jnp.where(is_it_SxT, row_T[None], 0).sum(axis=1)
+    source_S = jnp.where(exists_S, source_S, length)
+    target_S = jnp.where(exists_S, slot_S * len(focal_SxF) + j, G * len(focal_SxF))
+    for ref, out_ref in zip(token_refs, out_refs, strict=True):
+      x_SxD = load_rows(ref, source_S, length=length)
+      store_rows(out_ref, target_S, x_SxD, length=G * len(focal_SxF))
+  return chosen_T

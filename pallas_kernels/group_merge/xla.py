@@ -1,0 +1,139 @@
+"""Picking and merging rows in jax.numpy: runs on any device, and the kernels' oracle."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from pallas_kernels.group_merge.entries import block_indices, Entries
+
+
+def merge_groups_xla(
+  query_BxLxHxD: Float[Array, "B L H D"],
+  key_BxLxNxD: Float[Array, "B L N D"],
+  value_BxLxNxD: Float[Array, "B L N D"],
+  focal_index_BxNxr: Int[Array, "B N r"],
+  member_index_BxNxkxm: Int[Array, "B N k m"],
+  group_query_BxNxk: Int[Array, "B N k"],
+  *,
+  scale: float,
+  reorder_window: bool,
+) -> tuple[Array, Entries]:
+  """See `merge_groups`."""
+  B, _, H, D = query_BxLxHxD.shape
+  N, k, m = member_index_BxNxkxm.shape[1:]
+  member_BxNxkm = member_index_BxNxkxm.reshape(B, N, k * m)
+  member_key_BxkmxNxD = take_rows(key_BxLxNxD, member_BxNxkm)
+  member_value_BxkmxNxD = take_rows(value_BxLxNxD, member_BxNxkm)
+  query_BxLxNxRD = query_BxLxHxD.reshape(B, -1, N, H // N * D)
+  group_query_BxkxNxRxD = take_rows(query_BxLxNxRD, group_query_BxNxk).reshape(B, k, N, H // N, D)
+  group_key_BxkxNxD, group_value_BxkxNxD = merge(
+    group_query_BxkxNxRxD,
+    member_key_BxkmxNxD.reshape(B, k, m, N, D),
+    member_value_BxkmxNxD.reshape(B, k, m, N, D),
+    scale=scale,
+  )
+  return query_BxLxHxD, Entries(
+    focal_key=take_rows(key_BxLxNxD, focal_index_BxNxr),
+    focal_value=take_rows(value_BxLxNxD, focal_index_BxNxr),
+    group_key=group_key_BxkxNxD,
+    group_value=group_value_BxkxNxD,
+    window_key=member_key_BxkmxNxD if reorder_window else key_BxLxNxD,
+    window_value=member_value_BxkmxNxD if reorder_window else value_BxLxNxD,
+  )
+
+
+def merge_blocks_xla(
+  query_BxLxHxD: Float[Array, "B L H D"],
+  key_BxLxNxD: Float[Array, "B L N D"],
+  value_BxLxNxD: Float[Array, "B L N D"],
+  start_Bxk: Int[Array, "B k"],
+  *,
+  members: int,
+  focal: int,
+  scale: float,
+) -> tuple[Array, Entries, Int[Array, "B N k f"]]:
+  """See `merge_blocks`."""
+  chosen_BxNxkxf = choose_in_blocks(
+    query_BxLxHxD, key_BxLxNxD, start_Bxk, size=members + focal, focal=focal
+  )
+  indices = block_indices(start_Bxk, chosen_BxNxkxf, members, key_BxLxNxD.shape[1])
+  query_BxLxHxD, entries = merge_groups_xla(
+    query_BxLxHxD, key_BxLxNxD, value_BxLxNxD, *indices, scale=scale, reorder_window=False
+  )
+  return query_BxLxHxD, entries, chosen_BxNxkxf
+
+
+def choose_in_blocks(
+  query_BxLxHxD: Float[Array, "B L H D"],
+  key_BxLxNxD: Float[Array, "B L N D"],
+  start_Bxk: Int[Array, "B k"],
+  *,
+  size: int,
+  focal: int,
+) -> Int[Array, "B N k f"]:
+  """Places in each block of the `focal` tokens that its last query attends to most, ascending.
+
+  By softmax(q Kᵀ / √D) over the block's `size` tokens, summed over the query heads of a KV head;
+  ties go to the earlier token. Without gradient.
+  """
+  B, _, N, D = key_BxLxNxD.shape
+  k, R = start_Bxk.shape[1], query_BxLxHxD.shape[2] // N
+  query, key = jax.lax.stop_gradient((query_BxLxHxD, key_BxLxNxD))
+  place_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
+  key_BxkxsxNxD = take_positions(key, place_Bxkxs)
+  query_BxkxNxRxD = take_positions(query, place_Bxkxs[..., -1]).reshape(B, k, N, R, D)
+  scores_BxNxkxs = block_scores(query_BxkxNxRxD, key_BxkxsxNxD)
+  _, chosen_BxNxkxf = jax.lax.top_k(scores_BxNxkxs, focal)
+  return jnp.sort(chosen_BxNxkxf, axis=-1)
+
+
+def block_scores(
+  query: Float[Array, "*B N R D"], key: Float[Array, "*B s N D"]
+) -> Float[Array, "B N *k s"]:
+  """What one query pays to each key of its block: softmax(q Kᵀ / √D), summed over R heads."""
+  logits = jnp.einsum("...nrd,...snd->...nrs", query, key, preferred_element_type=jnp.float32)
+  scores = jax.nn.softmax(logits / jnp.sqrt(jnp.float32(query.shape[-1])), axis=-1).sum(axis=-2)
+  return jnp.moveaxis(scores, -2, 1)
+
+
+def merge(
+  query: Float[Array, "*B N R D"],
+  key: Float[Array, "*B m N D"],
+  value: Float[Array, "*B m N D"],
+  *,
+  scale: float,
+) -> tuple[Float[Array, "*B N D"], Float[Array, "*B N D"]]:
+  """Merges the m members of each group (Eq. 14 of the paper).
+
+  w = softmax over members of (scale · q · K_j), averaged over the R query heads of a KV head;
+  Kⁿ = Σ w_j K_j and Vⁿ = Σ w_j V_j. Sums are float32, results have the input dtype.
+  """
+  logits = jnp.einsum("...nrd,...mnd->...nrm", query, key, preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(logits * scale, axis=-1).mean(axis=-2)
+
+  def weighted(x: Array) -> Array:
+    total = jnp.einsum("...nm,...mnd->...nd", weights, x.astype(jnp.float32), precision="highest")
+    return total.astype(x.dtype)
+
+  return weighted(key), weighted(value)
+
+
+def take_rows(
+  x_BxLxNxD: Float[Array, "B L N D"], index_BxNxS: Int[Array, "B N S"]
+) -> Float[Array, "B S N D"]:
+  """Each head's own selection of positions; zeros for L and beyond."""
+  of_row = jax.vmap(_take, in_axes=(1, 0), out_axes=1)
+  return jax.vmap(of_row)(x_BxLxNxD, index_BxNxS)
+
+
+def take_positions(
+  x: Shaped[Array, "B L *T"], index: Int[Array, "B *k"], *, fill: int = 0
+) -> Shaped[Array, "B ..."]:
+  """[B, *k, *T] entries of each batch entry by position; `fill` for L and beyond."""
+  return jax.vmap(functools.partial(_take, fill=fill))(x, index)
+
+
+def _take(x: Array, index: Array, fill: int = 0) -> Array:
+  return x.at[index].get(mode="fill", fill_value=fill)

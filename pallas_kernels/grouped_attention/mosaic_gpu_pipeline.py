@@ -1,0 +1,230 @@
+"""What the Mosaic GPU kernels share: who computes what, and the ring of key and value tiles."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.grouped_attention.tile_ranges import loop_span, ROW_UNIT, Source, Sources, Span
+
+WORKERS = 2  # warpgroups that compute; one more loads
+ROWS = 64  # rows of one of them: the height of a warpgroup's matrix product
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)  # one number a row of a product
+COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)  # ... a column
+
+# Layouts are written out: their inference would search for minutes.
+COMPILER_PARAMS = plgpu.CompilerParams(
+  approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+)
+
+
+def operand_smem(shape: tuple[int, ...], dtype: Any) -> Any:
+  """Shared memory in the layout that the TMA unit writes and the tensor cores read."""
+  tiling = plgpu.TilingTransform((ROW_UNIT, 64))  # type: ignore[abstract]
+  swizzle = plgpu.SwizzleTransform(128)  # type: ignore[abstract]
+  return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+
+def pcast_like[T](x: Array, results: T) -> T:
+  """Kernel results, marked inside a shard_map as varying over the mesh axes that x varies over."""
+
+  def varying(x: Array) -> frozenset[Any]:
+    return jax.typeof(x).manual_axis_type.varying
+
+  def mark(result: Array) -> Array:
+    axes = tuple(varying(x) - varying(result))
+    return lax.pcast(result, axes, to="varying") if axes else result
+
+  return jax.tree.map(mark, results)
+
+
+class Place(NamedTuple):
+  """Where a tile of work lies: `row` and `head` are the first worker's."""
+
+  batch: Array
+  kv_head: Array
+  bound_head: Array | int
+  tile: Array
+  row: Array
+  head: Array
+
+  def span(self, spans_ref: Any, source: int) -> Span:
+    """What the tile sees of a source; spans_ref [B, n, tiles, 12]."""
+    at = (self.batch, self.bound_head, self.tile)
+    return Span(*(spans_ref[(*at, 4 * source + i)] for i in range(4)))
+
+
+class WorkSplit(NamedTuple):
+  """The tile of work of one program: both workers' queries.
+
+  Where query heads share a KV head, the workers take two heads of the same queries: the tile
+  then spans fewer queries, and fewer of its key tiles straddle a bound. Else they take two
+  pieces of the queries of one head.
+  """
+
+  heads: int  # query heads of a tile, 1 or 2
+  heads_per_kv: int
+
+  @classmethod
+  def of(cls, num_heads: int, num_kv_heads: int) -> "WorkSplit":
+    """The split for H query heads over N KV heads."""
+    heads_per_kv = num_heads // num_kv_heads
+    return cls(2 if heads_per_kv % 2 == 0 else 1, heads_per_kv)
+
+  @property
+  def queries(self) -> int:
+    """Queries that a tile spans."""
+    return ROWS * WORKERS // self.heads
+
+  def grid(self, query: jax.Array) -> tuple[int, int, int]:
+    """Tiles of queries, batch, groups of heads."""
+    B, L, H, _ = query.shape
+    return math.ceil(L / self.queries), B, H // self.heads
+
+  def place(self, index: tuple[Array, ...], grid: tuple[int, int, int], bound_heads: int) -> Place:
+    """The tile of work at a grid index. Late queries see most, so they go first."""
+    step, batch, heads = index
+    tile = grid[0] - 1 - step
+    head = heads * self.heads
+    kv_head = lax.div(head, jnp.int32(self.heads_per_kv))
+    bound_head = 0 if bound_heads == 1 else kv_head
+    return Place(batch, kv_head, bound_head, tile, tile * self.queries, head)
+
+  def query_slice(self, place: Place, worker: Array | int) -> tuple[Array, Any, Array]:
+    """The index of a worker's queries in [B, L, H, D]."""
+    row = place.row + worker * (ROWS if self.heads == 1 else 0)
+    head = place.head + worker * (self.heads - 1)
+    return place.batch, pl.ds(row, ROWS), head
+
+
+class Walk(NamedTuple):
+  """The order in which all warpgroups of a program go through its work. Static."""
+
+  split: WorkSplit
+  grid: tuple[int, int, int]
+  block_k: int
+  group_bias2: float
+  max_window: int
+
+  def tiles_of_work(self, spans_ref: Any, body: Callable[..., Array]) -> Array:
+    """Calls body(place, tiles of work before, key tiles before) -> key tiles after."""
+
+    @plgpu.nd_loop(self.grid, collective_axes="program", init_carry=jnp.int32(0))
+    def steps(info: Any, carry: Array) -> Array:
+      place = self.split.place(info.index, self.grid, spans_ref.shape[1])
+      return body(place, info.local_index, carry)
+
+    return steps
+
+  def key_tiles(
+    self, sources: Sources, spans_ref: Any, place: Place, body: Callable[..., Any], carry: Any
+  ) -> Any:
+    """Calls body(source, its bias, first entry, masked, carry) for what a tile sees."""
+    for i, source in enumerate(sources):
+      is_group = i == 1
+      narrow = i == 2 and self.max_window < self.block_k
+      carry = loop_span(
+        place.span(spans_ref, i),
+        self.block_k,
+        functools.partial(body, source, self.group_bias2 if is_group else 0.0),
+        carry,
+        has_full_tiles=not narrow,
+      )
+    return carry
+
+
+class KeyRing(NamedTuple):
+  """Key and value tiles on their way: `ready` is loaded, `free` is read by both workers."""
+
+  key: Any  # [stages, K, D]
+  value: Any
+  key_ready: Any
+  key_free: Any
+  value_ready: Any
+  value_free: Any
+
+  @classmethod
+  def scratch(cls, stages: int, block_k: int, head_dim: int, dtype: Any) -> "KeyRing":
+    """Its scratch types."""
+    smem = operand_smem((stages, block_k, head_dim), dtype)
+    ready = plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages)
+    return cls(smem, smem, ready, free, ready, free)
+
+  def slot(self, step: Array) -> Array:
+    """The stage that holds the key tile number `step`."""
+    return lax.rem(step, jnp.int32(self.key.shape[0]))
+
+  def load(
+    self, place: Place, source: Source, bias2: float, first: Array, masked: bool, step: Array
+  ) -> Array:
+    """A body for `Walk.key_tiles`: fills the next stage once it is free."""
+    del bias2, masked
+    stages, block_k, _ = self.key.shape
+    slot = self.slot(step)
+    entries = (place.batch, pl.ds(first, block_k), place.kv_head)
+    for ref, smem, free, ready in (
+      (source.key, self.key, self.key_free, self.key_ready),
+      (source.value, self.value, self.value_free, self.value_ready),
+    ):
+      pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+      plgpu.copy_gmem_to_smem(ref.at[entries], smem.at[slot], ready.at[slot])
+    return step + 1
+
+  def drain(self, steps: Array) -> None:
+    """Sees every stage free, so that no barrier is left in the middle of a phase."""
+    for stage in range(self.key.shape[0]):
+
+      @pl.when(steps > stage)
+      def _(stage: int = stage) -> None:
+        plgpu.barrier_wait(self.key_free.at[stage])
+        plgpu.barrier_wait(self.value_free.at[stage])
+
+
+def row_vector(value: float) -> Array:
+  """One float32 a row of a product."""
+  return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW_LAYOUT)
+
+
+def zero_accumulator(columns: int) -> Array:
+  """The start of a sum of products, in registers."""
+  return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def load_bounds(source: Source, at: tuple[Any, ...], layout: Any) -> tuple[Array, Array]:
+  """Start and end of each of some queries."""
+  return (
+    plgpu.load(source.start.at[at], layout=layout, optimized=False),
+    plgpu.load(source.end.at[at], layout=layout, optimized=False),
+  )
+
+
+def seen_mask(
+  start: Array, end: Array, first_entry: Array, shape: tuple[int, int], *, query_axis: int
+) -> Array:
+  """Bool of `shape`: whether a query sees an entry, entries running from `first_entry` on."""
+  entry = first_entry + plgpu.broadcasted_iota(
+    jnp.int32, shape, 1 - query_axis, layout=plgpu.Layout.WGMMA
+  )
+  start = lax.broadcast_in_dim(start, shape, [query_axis])
+  end = lax.broadcast_in_dim(end, shape, [query_axis])
+  return (start <= entry) & (entry < end)
+
+
+def add_product(acc: Array, lhs: Array, rhs_smem: Any, *, interpret: bool) -> Array:
+  """acc + lhs @ rhs on the tensor cores; lhs is in registers."""
+  if interpret:  # The interpreter has no run_state. An ordinary read needs a fence, wgmma's do not.
+    product = lax.dot(lhs, rhs_smem[...], preferred_element_type=jnp.float32)
+    plgpu.commit_smem()
+    return acc + product
+
+  def multiply(acc_ref: Any) -> None:
+    plgpu.wgmma(acc_ref, lhs, rhs_smem)
+
+  return pl.run_state(multiply)(plgpu.ACC.init(acc))

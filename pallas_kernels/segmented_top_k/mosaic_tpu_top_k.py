@@ -1,0 +1,155 @@
+"""Selection without a sort on a TPU: a threshold is found bit by bit, then a last position.
+
+One program serves one row. Scores are mapped to integers of the same order; the threshold, the
+highest integer that at least `quota` scores of a range reach, is settled from its highest bit down
+by counting. Where more scores equal the threshold than the quota has room for, the last position
+that is still taken is settled in the same way. A count reads only the tiles that hold the range.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Bool, Float
+
+from pallas_kernels.mosaic_tpu_common import Interpret, LANES, like
+from pallas_kernels.segmented_top_k.segments import Ranges
+
+_ROWS = 32  # of 128 scores in a tile of a count: what bytes, the mask's dtype, are stored by
+_TILE = _ROWS * LANES
+_MASK_VALUE = -(2**31)  # no score has this key, and no candidate threshold is as low
+
+
+def segmented_top_k_mosaic_tpu(
+  scores_BxNxL: Float[Array, "B N L"], ranges: Ranges, *, interpret: Interpret = False
+) -> Bool[Array, "B N L"]:
+  """See `segmented_top_k`.
+
+  Raises:
+    NotImplementedError: for scores that are not float32.
+  """
+  if scores_BxNxL.dtype != jnp.float32:
+    raise NotImplementedError(f"dtype is {scores_BxNxL.dtype}; this backend has float32.")
+  B, N, L = scores_BxNxL.shape
+  tiles = pl.cdiv(L, _TILE)
+  padding = ((0, 0), (0, 0), (0, tiles * _TILE - L))
+  scores_BxNxtxSxW = jnp.pad(scores_BxNxL, padding).reshape(B, N, tiles, _ROWS, LANES)
+  row = pl.BlockSpec((None, None, tiles, _ROWS, LANES), lambda b, n, *_: (b, n, 0, 0, 0))
+  passes = 32 + 2
+  mask_BxNxtxSxW = pl.pallas_call(
+    _kernel,
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=3,
+      grid=(B, N),
+      in_specs=[row],
+      out_specs=row,
+      scratch_shapes=[pltpu.VMEM((tiles, _ROWS, LANES), jnp.int32)],
+    ),
+    out_shape=like(scores_BxNxL, scores_BxNxtxSxW.shape, jnp.int8),
+    compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * passes * B * N * L, bytes_accessed=5 * B * N * L, transcendentals=0
+    ),
+    interpret=interpret,
+    name="segmented_top_k",
+  )(*(jnp.asarray(x, jnp.int32) for x in ranges), scores_BxNxtxSxW)
+  return mask_BxNxtxSxW.reshape(B, N, -1)[..., :L] != 0
+
+
+def _kernel(
+  start_ref: Any, length_ref: Any, quota_ref: Any, scores_ref: Any, mask_ref: Any, keys_ref: Any
+) -> None:
+  keys_ref[...] = ordered_keys(scores_ref[...])
+  mask_ref[...] = jnp.zeros_like(mask_ref)
+  row = pl.program_id(0)
+  num_ranges = start_ref.shape[1]
+
+  @pl.loop(0, num_ranges)
+  def _(c: Array) -> None:
+    start, length = start_ref[row, c], length_ref[row, c]
+    quota = jnp.minimum(quota_ref[row, c], length)
+
+    @pl.when(quota > 0)
+    def _() -> None:
+      _select(_Range(keys_ref, start, start + length), quota, mask_ref)
+
+
+class _Range:
+  """The scores of one range as ordered keys, gone through in tiles."""
+
+  def __init__(self, keys_ref: Any, start: Array, end: Array) -> None:
+    self.keys_ref, self.start, self.end = keys_ref, start, end
+    self.first_tile = lax.div(start, _TILE)
+    self.end_tile = lax.div(end + (_TILE - 1), _TILE)
+
+  def tile(self, t: Array) -> tuple[Array, Array, Array]:
+    """Positions and keys of a tile, and whether each lies in the range."""
+    place_SxW = (
+      t * _TILE
+      + lax.broadcasted_iota(jnp.int32, (_ROWS, LANES), 0) * LANES
+      + lax.broadcasted_iota(jnp.int32, (_ROWS, LANES), 1)
+    )
+    return place_SxW, self.keys_ref[t], (place_SxW >= self.start) & (place_SxW < self.end)
+
+  def count(self, holds: Callable[[Array, Array], Array]) -> Array:
+    """For how many scores `holds(positions, keys)` is true."""
+
+    def add(t: Array, total_SxW: Array) -> Array:
+      place_SxW, keys_SxW, inside_SxW = self.tile(t)
+      return total_SxW + (holds(place_SxW, keys_SxW) & inside_SxW).astype(jnp.int32)
+
+    zeros_SxW = jnp.zeros((_ROWS, LANES), jnp.int32)
+    return jnp.sum(lax.fori_loop(self.first_tile, self.end_tile, add, zeros_SxW))
+
+
+def _select(scores: _Range, quota: Array, mask_ref: Any) -> None:
+  """Writes 1 at the quota's highest scores of a range."""
+
+  def settle_key(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    step, threshold, _ = state
+    # The sign bit of the lowest candidate is set: flipping it orders candidates.
+    candidate = threshold ^ lax.shift_left(jnp.int32(1), 31 - step)
+    reached = scores.count(lambda place, keys: keys >= candidate)
+    return step + 1, jnp.where(reached >= quota, candidate, threshold), reached
+
+  def key_unsettled(state: tuple[Array, Array, Array]) -> Array:
+    step, _, reached = state  # a threshold that exactly the quota reaches needs no further bits
+    return (step < 32) & (reached != quota)
+
+  _, threshold, reached = lax.while_loop(
+    key_unsettled, settle_key, (jnp.int32(0), jnp.int32(_MASK_VALUE), jnp.int32(-1))
+  )
+  above = scores.count(lambda place, keys: keys > threshold)
+
+  # Of the scores equal to it, those before `end` are taken: the first end with enough of them.
+  def settle_end(state: tuple[Array, Array]) -> tuple[Array, Array]:
+    low, high = state  # too few before low, enough before high
+    middle = lax.div(low + high, 2)
+    tied = scores.count(lambda place, keys: (keys == threshold) & (place < middle))
+    enough = tied >= quota - above
+    return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+  all_tied = reached == quota
+  _, end = lax.while_loop(
+    lambda state: state[1] - state[0] > 1,
+    settle_end,
+    (jnp.where(all_tied, scores.end - 1, scores.start), scores.end),
+  )
+
+  def write(t: Array, carry: None) -> None:
+    place_SxW, keys_SxW, inside_SxW = scores.tile(t)
+    taken_SxW = (keys_SxW > threshold) | ((keys_SxW == threshold) & (place_SxW < end))
+    # Ranges are disjoint, and a tile may hold parts of several.
+    mask_ref[t] = mask_ref[t] | (taken_SxW & inside_SxW).astype(jnp.int32).astype(jnp.int8)
+
+  lax.fori_loop(scores.first_tile, scores.end_tile, write, None)
+
+
+def ordered_keys(scores: Float[Array, "*s"]) -> Array:
+  """int32 that compare as float32 scores do: −0.0 equals 0.0, and NaN comes before −∞."""
+  bits = lax.bitcast_convert_type(scores, jnp.int32)
+  keys = jnp.where(bits < 0, jnp.int32(_MASK_VALUE) - bits, bits)
+  return jnp.where(jnp.isnan(scores), _MASK_VALUE + 1, keys)

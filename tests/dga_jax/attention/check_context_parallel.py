@@ -1,0 +1,135 @@
+"""The op on sequences split over devices; run by test_pieces.py in a process with eight of them."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax.attention.context_parallel.attend import attend_sharded
+from dga_jax.sharding import make_mesh, MeshConfig, zigzag_order
+from tests.dga_jax.attention.cases import arrays, CONFIGS
+from train.hlo_collectives import Collective, read_collectives
+
+
+def split_op(config, devices, length):
+  """The op of whole arrays, computed in pieces."""
+  mesh = make_mesh(MeshConfig(data=1, context=devices), jax.devices()[:devices])
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    order = zigzag_order(length)
+  pieces = PartitionSpec(None, "context")
+
+  def op(q, k, v, rows):
+    attend = jax.shard_map(
+      lambda q, k, v, rows: attend_sharded(q, k, v, config=config, axis_name="context", **rows),
+      mesh=mesh,
+      in_specs=(pieces, pieces, pieces, PartitionSpec()),
+      out_specs=pieces,
+    )
+    return attend(q[:, order], k[:, order], v[:, order], rows)[:, np.argsort(order)]
+
+  return op
+
+
+def packed_rows(B, L):
+  """Four documents a row, one of them in fact padding, and then more padding."""
+  rng = np.random.default_rng(0)
+  cuts = np.sort(rng.integers(0, L - 3, (B, 3)), axis=1)
+  ids = (np.arange(L)[None, :, None] >= cuts[:, None]).sum(axis=-1).astype(np.int32)
+  ids[-1, ids[-1] == 2] = -1
+  ids[:, -3:] = -1
+  return {"segment_ids": ids}
+
+
+def compare(config, devices, q, k, v, t, rows):
+  """Values and gradients in pieces and whole."""
+
+  def whole(q, k, v, rows):
+    return dynamic_group_attention(q, k, v, config=config, **rows)
+
+  def run(op):
+    def outputs(q, k, v):
+      out, pull = jax.vjp(lambda q, k, v: op(q, k, v, rows), q, k, v)
+      return (out, *pull(t))
+
+    return jax.jit(outputs)(q, k, v)
+
+  for got, want in zip(run(split_op(config, devices, q.shape[1])), run(whole), strict=True):
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def check_equal(name, rows):
+  """Values and gradients are those of whole sequences, wherever documents and blocks end."""
+  B, L = 2, 112
+  compare(
+    CONFIGS[name], 4, *arrays(0, B, L, 4, 2, 4), packed_rows(B, L) if rows == "packed" else {}
+  )
+
+
+def check_crowded():
+  """Keys that matter all lie in one chunk: the devices go on until all of them are sent."""
+  B, L, config = (
+    1,
+    128,
+    DGAConfig(group_size=4, min_focal_tokens=0, importance_rate=0.2, n_random=0),
+  )
+  q, k, v, t = arrays(0, B, L, 2, 1, 4)
+  k = jnp.where(jnp.arange(L)[None, :, None, None] < 27, 4 * jnp.abs(q[:, -1:, :1]) + k, k)
+  q = jnp.abs(q)
+
+  first, _ = collect._sizes(27 + 25, 8)
+  assert first < 16, "the test would need no second exchange"
+  compare(config, 8, q, k, v, t, {})
+
+
+def sent(collectives: list[Collective]) -> float:
+  """Bytes, but for those of exchanges whose number depends on the data."""
+  return sum(x.times * x.sent_bytes for x in collectives if not x.open_ended)
+
+
+def check_bytes(selection):
+  """At most 0.18 of the keys and values that a ring would pass around."""
+  devices, L, N, D = 8, 131072, 1, 128
+  config = DGAConfig(selection=selection, min_focal_tokens=0)
+  shape = jax.ShapeDtypeStruct((1, L, N, D), jnp.float32)
+  mesh = make_mesh(MeshConfig(data=1, context=devices))
+  sharded = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "context"))
+
+  def attend(q, k, v):
+    return jax.shard_map(
+      lambda q, k, v: attend_sharded(q, k, v, config=config, axis_name="context"),
+      mesh=mesh,
+      in_specs=PartitionSpec(None, "context"),
+      out_specs=PartitionSpec(None, "context"),
+    )(q, k, v)
+
+  def both(q, k, v, t):
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, pull(t)
+
+  def moved(f, arguments):
+    program = jax.jit(f, in_shardings=sharded, out_shardings=sharded).lower(*[shape] * arguments)
+    return sent(read_collectives(program.compile().as_text()))
+
+  ring = 2 * L * N * D * 4 * (devices - 1) / devices  # K and V, from every other device
+  forward, total = moved(attend, 3), moved(both, 4)
+  # Backward a ring passes keys and values around again, and their gradients too.
+  print(selection, forward / ring, (total - forward) / (2 * ring))
+  assert forward <= 0.18 * ring
+  assert total - forward <= 0.18 * 2 * ring
+  assert forward > 0.15 * ring, "some collective was not counted"
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+  jax.config.update("jax_disable_most_optimizations", True)
+  if sys.argv[1] == "bytes":
+    check_bytes("streaming")
+    check_bytes("global")
+  elif sys.argv[1] == "crowded":
+    check_crowded()
+  else:
+    for case in sys.argv[2:]:
+      check_equal(*case.split(":"))

@@ -1,0 +1,35 @@
+"""Sequences split over devices, each check in a process that has eight of them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize(
+  "arguments",
+  [
+    ("equal", "streaming:whole", "streaming-sinks-window:packed", "global:packed"),
+    ("crowded",),
+    ("bytes",),
+  ],
+  ids=" ".join,
+)
+def test_pieces(arguments: tuple[str, ...]) -> None:
+  """The whole sequence's values and gradients, with few bytes between the devices.
+
+  Every switch:
+  python -m tests.dga_jax.attention.check_context_parallel equal NAME:whole NAME:packed
+  with the names in cases.py, under the same XLA_FLAGS.
+  """
+  flags = "--xla_force_host_platform_device_count=8"
+  environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "tests.dga_jax.attention.check_context_parallel", *arguments]
+  done = subprocess.run(
+    command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-3000:]

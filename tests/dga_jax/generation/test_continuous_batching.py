@@ -1,0 +1,179 @@
+"""Batches of requests: what comes out does not depend on neighbours, padding or the path taken."""
+
+import dataclasses
+import gc
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dga_jax import DGAConfig
+from dga_jax.generation import ContinuousBatching, generate, Request, Sampling
+from dga_jax.model import Decoder, ModelConfig
+
+CONFIG = ModelConfig(
+  vocab_size=61,
+  num_layers=2,
+  embed_dim=32,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  mlp_dim=48,
+  attention="dga",
+  dga=DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1),
+  dtype="float32",
+)
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+  return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def prompts():
+  return draw_prompts(1, 13, 40)
+
+
+def draw_prompts(*lengths):
+  rng = np.random.default_rng(0)
+  return [rng.integers(0, 61, n).tolist() for n in lengths]
+
+
+def with_attention(model, **changes):
+  """The same weights under another attention."""
+  config = dataclasses.replace(CONFIG, **changes)
+  return nnx.merge(nnx.graphdef(Decoder(config, rngs=nnx.Rngs(0))), nnx.state(model))
+
+
+def run(batch):
+  """The tokens of every request, put together from what `steps` yields."""
+  tokens = {}
+  for step in batch.steps():
+    for emitted in step:
+      tokens.setdefault(emitted.request, []).extend(emitted.tokens)
+  assert [tokens[i] for i in range(len(tokens))] == batch.result.tokens
+  return batch.result.tokens
+
+
+def test_teacher_forced_logits_equal_decoded_logits(model):
+  tokens = jax.random.randint(jax.random.key(0), (2, 40), 0, 61)
+  want = nnx.jit(lambda m, t: m(t))(model, tokens)
+  lengths = jnp.array([9, 16])
+  logits, cache = nnx.jit(lambda m, t, n: m.prefill(t, n, max_length=48))(
+    model, tokens[:, :16], lengths
+  )
+  decode = nnx.jit(lambda m, t, c: m.decode(t, c))
+  for t in range(24):
+    at = np.array([9, 16]) + t
+    np.testing.assert_allclose(logits, want[np.arange(2), at - 1], atol=1e-4)
+    logits, cache = decode(model, tokens[np.arange(2), at], cache)
+
+
+@pytest.mark.parametrize("kind", ["dga", "global", "dense", "streaming_llm", "kv_merger"])
+def test_greedy_tokens_do_not_depend_on_neighbours(model, prompts, kind):
+  if kind == "global":
+    other = with_attention(model, dga=DGAConfig(min_focal_tokens=4, group_size=5))
+  else:
+    other = with_attention(model, attention=kind)
+  requests = [
+    Request(prompt, new, GREEDY) for prompt, new in zip(prompts, (20, 7, 13), strict=True)
+  ]
+  together = run(ContinuousBatching(other, requests, slots=2))
+  assert [len(tokens) for tokens in together] == [20, 7, 13]
+  alone = ContinuousBatching(other, requests[2:], slots=1, burst=3)
+  assert run(alone) == together[2:]
+
+
+@pytest.mark.parametrize("attention", ["dga", "dense"])
+def test_chunks_of_prompts_give_the_same_tokens(model, prompts, attention):
+  other = with_attention(model, attention=attention)
+  requests = [Request(prompt, 9, GREEDY) for prompt in prompts]
+  whole = run(ContinuousBatching(other, requests, slots=3))
+  assert run(ContinuousBatching(other, requests, slots=2, prompt_chunk=8)) == whole
+
+
+def test_kinds_that_read_whole_prompts_say_so(model, prompts):
+  other = with_attention(model, attention="minference")
+  with pytest.raises(ValueError, match="'minference', which reads a prompt whole"):
+    ContinuousBatching(other, [Request(prompts[0], 9)], slots=1, prompt_chunk=8)
+
+
+def test_global_selection_reads_whole_prompts(model, prompts):
+  other = with_attention(model, dga=DGAConfig(min_focal_tokens=4, group_size=5))
+  with pytest.raises(ValueError, match=r"prompt_chunk is 8.*ranks a prompt's tokens together"):
+    ContinuousBatching(other, [Request(prompts[0], 9)], slots=1, prompt_chunk=8)
+
+
+def test_many_requests_leak_nothing_and_compile_nothing(model):
+  rng = np.random.default_rng(1)
+  requests = [
+    Request(
+      rng.integers(0, 61, rng.integers(1, 40)).tolist(),
+      int(rng.integers(1, 12)),
+      Sampling(temperature=float(rng.integers(0, 2)), top_k=int(rng.integers(0, 5)), seed=i),
+    )
+    for i in range(1000)
+  ]
+  batch = ContinuousBatching(model, requests, slots=5, stop_ids=[7], prompt_chunk=16)
+  compiled, seen = [], []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+  )
+  for number, _ in enumerate(batch.steps()):
+    if number in (20, 200):
+      gc.collect()
+      live = jax.live_arrays()
+      seen.append((len(compiled), len(live), sum(x.nbytes for x in live)))
+  # The first tokens of requests just admitted may wait to be read.
+  assert seen[1][0] == seen[0][0] == len(compiled)
+  assert abs(seen[1][1] - seen[0][1]) <= 10
+  assert abs(seen[1][2] - seen[0][2]) <= 500
+  for request, tokens in zip(requests, batch.result.tokens, strict=True):
+    assert len(tokens) <= request.max_new_tokens
+    assert 7 not in tokens
+  for i in (0, 999):
+    alone = ContinuousBatching(model, [requests[i]], slots=1, stop_ids=[7], prompt_chunk=16)
+    assert run(alone) == [batch.result.tokens[i]]
+
+
+def test_seeds_repeat_and_differ(model, prompts):
+  def tokens(seed):
+    how = Sampling(temperature=1.0, top_p=0.9, seed=seed)
+    return generate(model, prompts[:2], max_new_tokens=12, sampling=how).tokens
+
+  assert tokens(0) == tokens(0)
+  assert tokens(0) != tokens(1)
+
+
+def test_a_stop_token_ends_a_sequence(model, prompts):
+  free = generate(model, prompts, max_new_tokens=20, sampling=GREEDY)
+  end = free.tokens[1][3]
+  stopped = generate(model, prompts, max_new_tokens=20, sampling=GREEDY, stop_ids=[end], slots=2)
+  for tokens, until in zip(free.tokens, stopped.tokens, strict=True):
+    assert until == (tokens[: tokens.index(end)] if end in tokens else tokens)
+  assert 0 < free.cache_bytes < free.dense_cache_bytes
+  dense = generate(
+    with_attention(model, attention="dense"), prompts, max_new_tokens=2, sampling=GREEDY
+  )
+  assert dense.cache_bytes == dense.dense_cache_bytes
+
+
+@pytest.mark.parametrize(
+  ("prompts", "options", "message"),
+  [
+    ([], {}, "There is no prompt"),
+    ([[]], {}, "Prompt 0 has no token"),
+    ([[3], [61]], {}, "Prompt 1 holds ids outside 0..60"),
+    ([[1] * 30], {"max_length": 40}, "30 tokens; with max_new_tokens=20 it does not fit"),
+    ([[1]], {"slots": 0}, "slots is 0"),
+    ([[1]], {"prompt_chunk": 0}, "prompt_chunk is 0"),
+  ],
+)
+def test_bad_requests(model, prompts, options, message):
+  requests = [Request(prompt, 20, GREEDY) for prompt in prompts]
+  with pytest.raises(ValueError, match=message):
+    ContinuousBatching(model, requests, **({"slots": 2} | options))

@@ -1,0 +1,259 @@
+"""The group_merge kernels against jax.numpy: interpreted, lowered, and on a GPU."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.group_merge import Entries, merge_blocks, merge_groups
+from pallas_kernels.group_merge.mosaic_tpu_group_merge import (
+  merge_blocks_mosaic_tpu,
+  merge_groups_mosaic_tpu,
+)
+from pallas_kernels.group_merge.triton_group_merge import merge_blocks_triton, merge_groups_triton
+from pallas_kernels.group_merge.xla import merge_blocks_xla, merge_groups_xla
+from pallas_kernels.mosaic_tpu_common import CHECKED
+from tests.pallas_kernels.h100 import compile_for_h100, lower_for_h100, needs_cuda_compiler
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One call: by index arrays where `focal_per_block` is 0, else by blocks."""
+
+  length: int = 90
+  query_heads: int = 4
+  kv_heads: int = 2
+  head_dim: int = 16
+  members: int = 4
+  focal_per_block: int = 0
+  reorder: bool = True
+  dtype: str = "float32"
+  batch: int = 2
+  contiguous: bool = False  # blocks lie one behind the other
+
+  def arrays(self) -> list[jax.Array]:
+    """Query, key and value."""
+    rng = np.random.default_rng(0)
+    heads = (self.query_heads, self.kv_heads, self.kv_heads)
+    shapes = [(self.batch, self.length, h, self.head_dim) for h in heads]
+    return [jnp.asarray(rng.normal(size=shape), self.dtype) for shape in shapes]
+
+  def index_arrays(self) -> tuple[jax.Array, ...]:
+    """Focal tokens, members and group queries, or the starts of blocks. Some do not exist."""
+    rng = np.random.default_rng(1)
+    L, m = self.length, self.members
+    if self.focal_per_block:
+      size = m + self.focal_per_block
+      if self.contiguous:
+        return (jnp.asarray(np.tile(np.arange(L // size) * size, (self.batch, 1)), jnp.int32),)
+      start = np.arange(L // size) * size + rng.integers(0, 2, size=(self.batch, 1)) * (L % size)
+      start[0, -1:] = L
+      return (jnp.asarray(start, jnp.int32),)
+    groups = (L - L // 5) // m
+    shape = (self.batch, self.kv_heads)
+    order = np.stack([rng.permutation(L) for _ in range(self.batch * self.kv_heads)])
+    focal = np.sort(order[:, groups * m :]).reshape(*shape, -1)
+    member = np.sort(order[:, : groups * m]).reshape(*shape, groups, m)
+    focal[0, :, -1:], member[0, :, -1:] = L, L  # a shorter row
+    member[1:, 0, -1:, -1] = L  # an unfinished group
+    return tuple(jnp.asarray(x, jnp.int32) for x in (focal, member, member[..., -1]))
+
+  def kernels(self, **options: Any) -> Any:
+    """The function of query, key and value that the kernels compute."""
+    return self._bind(merge_blocks_triton, merge_groups_triton, **options)
+
+  def tpu_kernels(self, **options: Any) -> Any:
+    """Likewise, on a TPU."""
+    kernels = self._bind(merge_blocks_mosaic_tpu, merge_groups_mosaic_tpu, **options)
+    if not self.contiguous:
+      return kernels
+    options |= {"members": self.members, "focal": self.focal_per_block, "scale": 0.3}
+    return lambda q, k, v: merge_blocks_mosaic_tpu(q, k, v, None, **options)
+
+  def plain(self) -> Any:
+    """The same in jax.numpy."""
+    return self._bind(merge_blocks_xla, merge_groups_xla)
+
+  def _bind(self, blocks: Any, by_index: Any, **options: Any) -> Any:
+    options["scale"] = 0.3
+    if self.focal_per_block:
+      options |= {"members": self.members, "focal": self.focal_per_block}
+    else:
+      options["reorder_window"] = self.reorder
+    call = blocks if self.focal_per_block else by_index
+    indices = self.index_arrays()
+    return lambda q, k, v: call(q, k, v, *indices, **options)
+
+
+CASES = {
+  "reordered": Case(),
+  "raw_window": Case(reorder=False),
+  "one_query_head": Case(query_heads=2, members=3),
+  "eight_query_heads": Case(query_heads=8, kv_heads=1, members=16),
+  "odd_heads": Case(query_heads=6, members=7, length=71),
+  "groups_of_one": Case(members=1, length=40),
+  "blocks": Case(focal_per_block=1),
+  "wide_blocks": Case(focal_per_block=3, members=18, length=100),
+  "many_focal": Case(focal_per_block=9, members=2, query_heads=8, kv_heads=1),
+  "no_groups": Case(length=3),
+  "no_blocks": Case(length=3, focal_per_block=1),
+  "half": Case(dtype="bfloat16"),
+  "half_blocks": Case(dtype="float16", focal_per_block=2, members=5),
+}
+TPU_CASES = {
+  "reordered": CASES["reordered"],
+  "blocks": CASES["blocks"],
+  "contiguous": Case(focal_per_block=2, length=97, dtype="bfloat16", contiguous=True),
+}
+GPU_CASES = {
+  "global": Case(length=4000, head_dim=128, query_heads=8, members=16, dtype="bfloat16"),
+  "streaming": Case(
+    length=4001, head_dim=128, query_heads=8, members=16, focal_per_block=2, dtype="bfloat16"
+  ),
+  "wide_head": Case(length=1000, head_dim=256, members=16, dtype="float16"),
+  "narrow_head": Case(length=1000, head_dim=64, members=30, focal_per_block=2, dtype="bfloat16"),
+  "long_blocks": Case(length=1000, head_dim=64, members=120, focal_per_block=8, dtype="bfloat16"),
+  "exact": Case(length=1000, head_dim=64, members=16),
+}
+
+
+def results(function: Any, arrays: list[jax.Array], rows: Entries) -> dict[str, np.ndarray]:
+  """All outputs, cut to `rows`, and the gradients of their product with random numbers."""
+
+  def run(arrays: list[jax.Array]) -> Any:
+    def cut(*arrays: jax.Array) -> Any:
+      query, entries, *chosen = function(*arrays)
+      entries = [x[:, : like.shape[1]] for x, like in zip(entries, rows, strict=True)]
+      return (query, *entries), chosen
+
+    outputs, pull, chosen = jax.vjp(cut, *arrays, has_aux=True)
+    keys = jax.random.split(jax.random.key(5), len(outputs))
+    cotangents = tuple(
+      jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype)
+      for key, x in zip(keys, outputs, strict=True)
+    )
+    return outputs, chosen, pull(cotangents)
+
+  (query, *entries), chosen, grads = jax.jit(run)(arrays)
+  named = {"query": query, **dict(zip(Entries._fields, entries, strict=True))}
+  named |= dict(zip(("dquery", "dkey", "dvalue"), grads, strict=True))
+  named |= {"chosen": chosen[0]} if chosen else {}
+  return {name: np.asarray(x, np.float32) for name, x in named.items()}
+
+
+def check(case: Case, kernels: Any) -> None:
+  """Error at most 2x (gradients 3x) that of jax.numpy in the same dtype."""
+  arrays = case.arrays()
+  rows = jax.eval_shape(case.plain(), *arrays)[1]
+  exact_arrays = [x.astype(jnp.float32) for x in arrays]
+  with jax.default_matmul_precision("highest"):
+    exact = results(case.plain(), exact_arrays, rows)
+    plain = results(case.plain(), arrays, rows)
+  actual = results(kernels, arrays, rows)
+  for name, value in actual.items():
+    if name == "chosen" or not name.startswith(("d", "group")):
+      np.testing.assert_array_equal(value, plain[name], err_msg=name)  # rows are only moved
+      continue
+    norm = np.linalg.norm(exact[name]) or 1.0
+    allowed = np.linalg.norm(plain[name] - exact[name]) / norm * (3 if name[0] == "d" else 2)
+    error = np.linalg.norm(value - exact[name]) / norm
+    assert error <= max(allowed, 2e-6), f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_equal_plain(name: str):
+  check(CASES[name], CASES[name].kernels(interpret=True))
+
+
+@pytest.mark.parametrize("name", TPU_CASES)
+def test_interpreted_tpu_kernels_equal_plain(name: str):
+  """All together; `test_mosaic_tpu.py` has the parts in more variety."""
+  check(TPU_CASES[name], TPU_CASES[name].tpu_kernels(interpret=CHECKED))
+
+
+def test_no_focal_tokens_leave_rows_of_zeros():
+  case = Case(length=12, batch=1)
+  member = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32).reshape(3, 4), (1, 2, 3, 4))
+  indices = (jnp.zeros((1, 2, 0), jnp.int32), member, member[..., -1])
+  options = {"scale": 0.3, "reorder_window": True}
+  _, entries = merge_groups_triton(*case.arrays(), *indices, interpret=True, **options)
+  _, plain = merge_groups_xla(*case.arrays(), *indices, **options)
+  assert not entries.focal_key.any()
+  np.testing.assert_allclose(entries.group_key[:, :3], plain.group_key, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_that_are_not_finite_stay_among_themselves():
+  case = Case(focal_per_block=1, members=4, length=60, kv_heads=1)
+  query, key, value = case.arrays()
+  key = key.at[0, 11].set(jnp.nan)
+  value = value.at[1, 22].set(jnp.inf)
+  clean = case.kernels(interpret=True)(*case.arrays())[1]
+  odd = case.kernels(interpret=True)(query, key, value)[1]
+  first = case.index_arrays()[0]
+  for x, y in zip(clean[:4], odd[:4], strict=True):
+    for row, place in ((0, 11), (1, 22)):
+      block = int(np.searchsorted(np.asarray(first[row]), place, side="right")) - 1
+      others = np.delete(np.arange(first.shape[1]), block)
+      np.testing.assert_array_equal(x[row, others], y[row, others])
+  assert np.isnan(odd.group_key[0]).any()
+  assert not np.isfinite(odd.group_value[1]).all()
+
+
+def test_ties_go_to_the_earlier_token():
+  arrays = [jnp.ones((1, 40, heads, 16)) for heads in (2, 1, 1)]
+  start = jnp.arange(0, 40, 10, dtype=jnp.int32)[None]
+  *_, chosen = merge_blocks_triton(*arrays, start, members=7, focal=3, scale=0.25, interpret=True)
+  np.testing.assert_array_equal(chosen, np.broadcast_to([0, 1, 2], (1, 1, 4, 3)))
+
+
+@pytest.mark.parametrize("name", ["reordered", "raw_window", "blocks"])
+def test_lowers_for_h100(name: str):
+  case = dataclasses.replace(CASES[name], head_dim=64, dtype="bfloat16")
+  assert lower_for_h100(gradients(case), *structs(case)).count("group_merge") >= 2
+
+
+@needs_cuda_compiler
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_compiles_for_h100(name: str):
+  case = GPU_CASES[name]
+  compile_for_h100(gradients(case), *structs(case))
+
+
+def gradients(case: Case) -> Any:
+  """A program with all kernels, forward and backward."""
+
+  def run(*arrays: jax.Array) -> Any:
+    outputs, pull, _ = jax.vjp(
+      lambda *arrays: (case.kernels()(*arrays)[:2], None), *arrays, has_aux=True
+    )
+    return pull(outputs)
+
+  return run
+
+
+def structs(case: Case) -> list[jax.ShapeDtypeStruct]:
+  return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.arrays()]
+
+
+def test_says_why_kernels_cannot():
+  case = Case(head_dim=24)
+  call = functools.partial(merge_groups, scale=1.0, reorder_window=True)
+  with pytest.raises(NotImplementedError, match="Ampere or newer"):
+    call(*CASES["reordered"].arrays(), *case.index_arrays(), implementation="triton")
+  with pytest.raises(ValueError, match="implementation is 'fast'"):
+    call(*case.arrays(), *case.index_arrays(), implementation="fast")
+  # Left to itself it takes what any device has.
+  start = jnp.zeros((2, 1), jnp.int32)
+  merge_blocks(*case.arrays(), start, members=4, focal=1, scale=1.0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpu_equals_plain(name: str):
+  check(GPU_CASES[name], GPU_CASES[name].kernels())

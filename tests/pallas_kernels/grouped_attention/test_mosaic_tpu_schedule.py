@@ -1,0 +1,143 @@
+"""Which tiles the TPU kernels visit, against the masks written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.mosaic_tpu_blocks import KeyTile, tpu_blocks, TpuBlocks
+from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
+  FOCAL,
+  GROUP,
+  pack_bounds,
+  pack_query_runs,
+  pack_visits,
+  unpack_visits,
+  Walk,
+  WINDOW,
+)
+from tests.pallas_kernels.grouped_attention.kernel_cases import Case
+
+_TILE = 128
+_BLOCKS = TpuBlocks(
+  rows=128,
+  edge_rows=128,
+  block_k=_TILE,
+  summaries=2 * _TILE * 64 * 4,
+  summary_grad=KeyTile(_TILE, 128, 1),
+  window_grad=KeyTile(_TILE, 128, 1),
+  vmem=2**24,
+)
+_CASES = {
+  "long": Case(documents=((1500,),), length=1536, focal_rate=0.5, group_size=2),
+  "packed": Case(documents=((300, 1, 700, 64), (900,)), length=1100, focal_rate=0.6, group_size=2),
+  "masked_row": Case(documents=((), (400,)), length=400),
+}
+
+
+def _packed(case: Case) -> tuple[Bounds, Walk, jax.Array]:
+  arrays, bounds, options = case.inputs()
+  walk = Walk.of(
+    _BLOCKS,
+    dtype=jnp.dtype("float32"),
+    head_dim=64,
+    heads_per_kv=1,
+    length=case.length,
+    focal=arrays[1].shape[1],
+    groups=arrays[3].shape[1],
+    max_window=options["max_window"],
+    shared_bounds=False,
+    scale2=1.0,
+    group_bias2=0.0,
+  )
+  length = -(-case.length // walk.block_q) * walk.block_q
+  return bounds, walk, pack_bounds(bounds, walk.group_offset, length)
+
+
+def _seen(packed: jax.Array, b: int, source: int, entries: int) -> np.ndarray:
+  """[queries, entries] bool."""
+  start, end = (np.asarray(packed[b, 0, source + i])[:, None] for i in (0, 1))
+  entry = np.arange(entries)[None]
+  return (start <= entry) & (entry < end)
+
+
+def _tiles(seen: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+  """Of tiles: whether any query sees any entry, and whether all see all."""
+  L, S = seen.shape
+  tiled = seen.reshape(L // rows, rows, S // columns, columns)
+  return tiled.any(axis=(1, 3)), tiled.all(axis=(1, 3))
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_tiles_of_queries_visit_what_they_see_and_little_else(name: str):
+  _, walk, packed = _packed(_CASES[name])
+  visits = unpack_visits(pack_visits(packed, walk, jnp.dtype("float32"))[0])
+  for b in range(packed.shape[0]):
+    for source, run in ((FOCAL, visits.focal), (GROUP, visits.group)):
+      any_seen, all_seen = _tiles(_seen(packed, b, source, walk.summaries), walk.block_q, _TILE)
+      for t in range(any_seen.shape[0]):
+        first, whole_from, whole_to, edge = (int(x[b, 0, t]) for x in run)
+        assert set(np.flatnonzero(any_seen[t])) <= set(range(first, edge + 1))
+        assert edge - first <= max(any_seen[t].sum() - 1, 0)  # no further tile is computed
+        assert all_seen[t, whole_from:whole_to].all()
+        # The edge is masked, though it may be seen whole.
+        assert whole_to - whole_from >= all_seen[t].sum() - 1
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_every_visited_tile_lies_in_a_visited_block_once(name: str):
+  _, walk, packed = _packed(_CASES[name])
+  numbers, steps = pack_visits(packed, walk, jnp.dtype("float32"))
+  visits = unpack_visits(numbers)
+  B, _, tiles = visits.pieces.shape
+  for b, t in np.ndindex(B, tiles):
+    focal, group, blocks = (
+      type(x)(*(int(y[b, 0, t]) for y in x)) for x in (visits.focal, visits.group, visits.blocks)
+    )
+    visited = [int(blocks.at(j)) for j in range(int(blocks.count))]
+    assert len(visited) == len(set(visited)) <= int(steps)
+    needed = {
+      x // walk.tiles_per_block for run in (focal, group) for x in range(run.first, run.edge)
+    }
+    assert needed <= set(visited)
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_pieces_of_the_window_hold_what_is_seen(name: str):
+  bounds, walk, packed = _packed(_CASES[name])
+  visits = unpack_visits(pack_visits(packed, walk, jnp.dtype("float32"))[0])
+  entries = -(-int(bounds.window_end.max()) // _TILE) * _TILE
+  for b in range(packed.shape[0]):
+    seen = _seen(packed, b, WINDOW, entries)
+    for t in range(visits.pieces.shape[2]):
+      columns = np.flatnonzero(seen[t * walk.block_q : (t + 1) * walk.block_q].any(axis=0))
+      first, pieces = int(visits.window_from[b, 0, t]), int(visits.pieces[b, 0, t])
+      if columns.size:
+        assert first <= columns[0]
+        assert columns[-1] < first + pieces * walk.window
+
+
+@pytest.mark.parametrize("name", _CASES)
+def test_tiles_of_entries_visit_the_queries_that_see_them(name: str):
+  _, walk, packed = _packed(_CASES[name])
+  tile = walk.window_grad
+  entries = 1536
+  runs = pack_query_runs(packed, WINDOW, 0, entries, tile)
+  for b in range(packed.shape[0]):
+    any_seen, all_seen = _tiles(_seen(packed, b, WINDOW, entries), tile.block_q, tile.block_k)
+    for e in range(any_seen.shape[1]):
+      first, whole_from, whole_to, edge = (int(runs[b, 0, i, e]) for i in range(4))
+      assert set(np.flatnonzero(any_seen[:, e])) <= set(range(first, edge))
+      assert all_seen[whole_from:whole_to, e].all()
+      assert whole_to - whole_from == all_seen[:, e].sum()
+
+
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "TPU v4"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_fit_each_other(kind: str, itemsize: int):
+  blocks = tpu_blocks(kind, itemsize)
+  numbers = [blocks.rows, blocks.edge_rows, blocks.block_k]
+  numbers += [x for tile in (blocks.summary_grad, blocks.window_grad) for x in vars(tile).values()]
+  assert all(x & (x - 1) == 0 for x in numbers)
+  assert 512 <= blocks.rows <= 1024

@@ -1,0 +1,118 @@
+"""Training that begins with an imported model, or with that of another run."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from dga_jax import DGAConfig
+from dga_jax.checkpoint import CheckpointError, load_config, load_model
+from dga_jax.conversion.hugging_face import HuggingFaceFolder
+from dga_jax.conversion.importing import import_model
+from dga_jax.sharding import make_mesh
+from train.config import TrainConfig
+from train.init_from import load_params
+from train.metrics import read_metrics
+from train.setup import train
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "hugging_face"
+DGA = DGAConfig(selection="streaming", group_size=6, focal_per_block=2)
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """SmolLM's layout, with weights in bfloat16 and an alphabet for a vocabulary."""
+  workdir = tmp_path_factory.mktemp("imported")
+  source = HuggingFaceFolder(GOLDEN / "smollm")
+  import_model(source, source.config(), workdir)
+  return workdir
+
+
+def begin(config: TrainConfig, imported: Path, attention: str) -> TrainConfig:
+  model = dataclasses.replace(config.model, attention=attention, dga=DGA)
+  return dataclasses.replace(config, model=model, init_from=str(imported), learning_rate=3e-3)
+
+
+@pytest.mark.parametrize("attention", ["dense", "dga"])
+def test_training_begins_with_the_model(
+  attention: str, config: TrainConfig, imported: Path, tmp_path: Path
+) -> None:
+  train(begin(config, imported, attention), tmp_path)
+  held_out = [record["eval_loss"] for record in read_metrics(tmp_path) if "eval_loss" in record]
+  model, trained, tokenizer = load_model(tmp_path)
+  before, original, its_tokenizer = load_model(imported)
+  assert tokenizer.to_json() == its_tokenizer.to_json()
+  # What the weights are comes from the import, how they are used from the config.
+  own = {"attention": attention, "dga": DGA, "dtype": "float32", "param_dtype": "float32"}
+  assert trained == dataclasses.replace(original, **own)
+  assert load_config(tmp_path)["origin"] == load_config(imported)["origin"]
+
+  # The loss before the first step is the imported model's; it then falls.
+  assert held_out[-1] < held_out[0] - 0.1
+  moved = jax.tree.map(
+    lambda a, b: float(np.abs(np.float32(a) - np.float32(b)).max()),
+    *(nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (model, before)),
+  )
+  # Twelve steps of at most the learning rate, and some decay.
+  assert all(0 < change < 0.1 for change in jax.tree.leaves(moved))
+
+
+def test_parameters_come_in_the_stored_dtype_of_the_config(
+  config: TrainConfig, imported: Path
+) -> None:
+  before = nnx.to_pure_dict(nnx.state(load_model(imported)[0], nnx.Param))
+  for dtype in ("float32", "bfloat16"):
+    model = dataclasses.replace(config.model, param_dtype=dtype)
+    of_import = dataclasses.replace(config, model=model, init_from=str(imported))
+    params = load_params(of_import, make_mesh(config.mesh))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {dtype}
+    jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, a.dtype)), params, before
+    )
+
+
+def test_no_device_is_given_a_whole_parameter(tmp_path: Path) -> None:
+  """In a process of its own, which has four devices."""
+  flags = "--xla_force_host_platform_device_count=4"
+  environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "tests.train.check_init_from", GOLDEN / "smollm", tmp_path]
+  done = subprocess.run(
+    command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_run_goes_on_without_what_it_began_with(
+  config: TrainConfig, imported: Path, tmp_path: Path
+) -> None:
+  copy = Path(shutil.copytree(imported, tmp_path / "imported"))
+  config = begin(config, copy, "dense")
+  train(dataclasses.replace(config, eval_batches=0), tmp_path / "whole")
+  # Half a run: the checkpoint of the last step is taken away.
+  shutil.copytree(tmp_path / "whole", tmp_path / "halves")
+  shutil.rmtree(tmp_path / "halves" / "checkpoints" / "12")
+  shutil.rmtree(copy)
+  train(dataclasses.replace(config, eval_batches=0), tmp_path / "halves")
+  states = (nnx.state(load_model(tmp_path / name)[0]) for name in ("whole", "halves"))
+  jax.tree.map(np.testing.assert_array_equal, *states)
+
+
+def test_what_cannot_be_begun_with(config: TrainConfig, imported: Path, tmp_path: Path) -> None:
+  nowhere = dataclasses.replace(config, init_from=str(tmp_path / "none"))
+  with pytest.raises(CheckpointError, match=r"no checkpoint in .*none"):
+    train(nowhere, tmp_path / "run")
+  with pytest.raises(ValueError, match=r"holds an imported model.*--config\.init_from="):
+    train(config, imported)
+  with pytest.raises(ValueError, match=r"config\.init_from is 3"):
+    dataclasses.replace(config, init_from=3)
+  data = dataclasses.replace(config.data, kind="recall", sequence_length=128)
+  with pytest.raises(ValueError, match="another vocabulary than this recall task"):
+    train(dataclasses.replace(config, init_from=str(imported), data=data), tmp_path / "recall")

@@ -1,0 +1,210 @@
+"""The loop, nearly always in this process: what a run leaves, divergence, a full disk, new data."""
+
+import dataclasses
+import itertools
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from dga_jax import DGAConfig
+from dga_jax.checkpoint import list_steps, load_model
+from train import setup
+from train import step as step_module
+from train.config import GuardConfig, TrainConfig
+from train.data.pipeline import load_data
+from train.errors import TrainingError
+from train.metrics import read_metrics
+from train.profile import ProfiledSteps
+from train.setup import train
+from train.step import Functions, make_functions, mean_gradient
+
+
+def test_what_a_run_leaves(config: TrainConfig, tmp_path: Path) -> None:
+  train(config, tmp_path, profiled=ProfiledSteps.parse("2:3"))
+  (profile,) = (tmp_path / "profile").rglob("*.xplane.pb")
+  assert b"step_num" in profile.read_bytes()
+  told = {name for record in read_metrics(tmp_path) for name in record}
+  assert told >= {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+  assert told >= {"host_memory_bytes", "data_wait_seconds"}
+  held_out = [record for record in read_metrics(tmp_path) if "eval_loss" in record]
+  assert [record["step"] for record in held_out] == [0, 6, 12]
+  assert held_out[-1]["eval_loss"] < 0.8 * held_out[0]["eval_loss"]
+  # The two newest, the last of which is the best too.
+  assert list_steps(tmp_path) == [9, 12]
+  for name in ("loss.png", "loss_by_position.png", "tensorboard"):
+    assert (tmp_path / name).exists()
+  model, model_config, tokenizer = load_model(tmp_path)
+  assert model_config == config.model
+  assert model(jax.numpy.array([tokenizer.encode("a key")])).shape == (1, 5, 257)
+
+
+def test_dynamic_group_attention_trains(config: TrainConfig, tmp_path: Path) -> None:
+  dga = DGAConfig(selection="streaming", group_size=6, focal_per_block=2)
+  model = dataclasses.replace(config.model, attention="dga", dga=dga)
+  train(dataclasses.replace(config, model=model), tmp_path)
+  held_out = [record["eval_loss"] for record in read_metrics(tmp_path) if "eval_loss" in record]
+  assert held_out[-1] < 0.8 * held_out[0]
+
+
+def test_without_evaluation(config: TrainConfig, tmp_path: Path) -> None:
+  train(dataclasses.replace(config, eval_batches=0), tmp_path)
+  assert all("eval_loss" not in record for record in read_metrics(tmp_path))
+  assert list_steps(tmp_path) == [9, 12]
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str) -> None:
+  """Makes the loss of these steps not a number, or their gradient.
+
+  A token below 0 marks a batch that the gradient's function then spoils.
+  """
+
+  def spoilt_gradient(config: TrainConfig, graphdef: Any, params: Any, batch: Any) -> Any:
+    loss, accuracy, grads = mean_gradient(config, graphdef, params, batch)
+    factor = jax.numpy.where(jax.numpy.any(batch["inputs"] < 0), jax.numpy.nan, 1.0)
+    if name == "loss":
+      return loss * factor, accuracy, grads
+    return loss, accuracy, jax.tree.map(lambda x: x * factor, grads)
+
+  def make_poisoned(config: TrainConfig) -> Functions:
+    functions = make_functions(config)
+    mark = jax.jit(lambda batch: batch | {"inputs": batch["inputs"].at[0, 0].set(-1)})
+    count = 0
+
+    def step(state: Any, batch: Any) -> Any:
+      nonlocal count
+      count += 1
+      return functions.step(state, mark(batch) if count in steps else batch)
+
+    return dataclasses.replace(functions, step=step)
+
+  monkeypatch.setattr(step_module, "mean_gradient", spoilt_gradient)
+  monkeypatch.setattr(setup, "make_functions", make_poisoned)
+
+
+@pytest.mark.parametrize(
+  ("broken_step", "name", "last_good"),
+  [(9, "loss", 6), (10, "grad_norm", 9)],
+)
+def test_divergence_stops_before_a_checkpoint_takes_it(
+  broken_step: int,
+  name: str,
+  last_good: int,
+  config: TrainConfig,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  poison(monkeypatch, {broken_step}, name)
+  with pytest.raises(
+    TrainingError, match=rf"diverged at step {broken_step}: .*checkpoint of step {last_good}\."
+  ):
+    train(config, tmp_path)
+  assert list_steps(tmp_path)[-1] == last_good
+  assert [record["step"] for record in read_metrics(tmp_path)][-1] == broken_step - 1
+  load_model(tmp_path)
+
+
+def test_divergence_before_the_first_checkpoint(
+  config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  poison(monkeypatch, {1}, "loss")
+  with pytest.raises(TrainingError, match=r"diverged at step 1: .*There is no checkpoint\."):
+    train(config, tmp_path)
+
+
+def skipping(config: TrainConfig, **changes: Any) -> TrainConfig:
+  return dataclasses.replace(config, guard=GuardConfig(policy="skip", **changes))
+
+
+def test_a_bad_step_is_skipped_and_its_batch_kept(
+  config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  poison(monkeypatch, {5, 8}, "grad_norm")
+  train(skipping(config), tmp_path)
+  records = {record["step"]: record for record in read_metrics(tmp_path) if "loss" in record}
+  assert list(records) == list(range(1, 13))
+  assert [step for step, record in records.items() if "skipped" in record] == [5, 8]
+  assert records[5]["grad_norm"] is None
+  assert records[5]["param_norm"] is None
+  assert records[6]["param_norm"] == pytest.approx(records[4]["param_norm"], rel=0.05)
+  assert list_steps(tmp_path) == [9, 12]
+
+  data = load_data(config.data, tmp_path, seed=config.seed, batch_size=config.batch_size)
+  batches = list(itertools.islice(data.train, 12))
+  assert len(list((tmp_path / "bad_batches").iterdir())) == 2
+  kept = np.load(tmp_path / "bad_batches" / "step_00000005_process_0_of_1.npz")
+  assert kept["batch_index"] == 4
+  for name, rows in batches[4].items():
+    np.testing.assert_array_equal(kept[name], rows)
+
+
+def test_too_many_bad_steps_in_a_row(
+  config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  poison(monkeypatch, {2, 3, 5, 6, 7}, "loss")
+  with pytest.raises(TrainingError, match=r"step 7: loss nan.* last of 3 bad steps.*of step 6\."):
+    train(skipping(config, max_skipped=3), tmp_path)
+
+
+def test_other_data_are_refused(config: TrainConfig, corpus: Path, tmp_path: Path) -> None:
+  folder = tmp_path / "corpus"
+  shutil.copytree(corpus, folder)
+  data = dataclasses.replace(
+    config.data,
+    train_files=(str(folder / "train-*.txt"),),
+    validation_files=(str(folder / "held-out.txt"),),
+  )
+  config = dataclasses.replace(config, data=data)
+  with pytest.MonkeyPatch.context() as patch:
+    poison(patch, {5}, "loss")
+    with pytest.raises(TrainingError, match="diverged"):
+      train(config, tmp_path / "run")
+  (folder / "train-0.txt").write_text("other words " * 400)
+  with pytest.raises(ValueError, match="data files are not those"):
+    train(config, tmp_path / "run")
+
+
+def test_a_vocabulary_too_small(config: TrainConfig, tmp_path: Path) -> None:
+  model = dataclasses.replace(config.model, vocab_size=256)
+  with pytest.raises(ValueError, match=r"config\.model\.vocab_size is 256; .* 257 entries"):
+    train(dataclasses.replace(config, model=model), tmp_path)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+  """A file system of 1.5 MB: room for a few checkpoints of the tiny model."""
+  path = tmp_path / "disk"
+  path.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(path)]
+  if subprocess.run(mount, capture_output=True, check=False).returncode:
+    pytest.skip("may not mount a file system")
+  yield path
+  subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+# In a process of its own: Orbax abandons its other writes when one fails.
+def test_a_full_disk(
+  config: TrainConfig, run_trainer: Callable[..., tuple[int, str]], small_disk: Path
+) -> None:
+  settings = {"keep_checkpoints": 100, "checkpoint_every": 1, "num_steps": 60}
+  status, output = run_trainer(
+    small_disk, *(f"--config.{name}={value}" for name, value in settings.items())
+  )
+  assert status == 1
+  assert re.search(r"No space left.*checkpoint of step \d+", output), output
+  steps = list_steps(small_disk)
+  assert 1 <= steps[-1] < 60
+  load_model(small_disk)
+  # With room again, the same run goes on from there.
+  for step in steps[:-1]:
+    shutil.rmtree(small_disk / "checkpoints" / str(step))
+  config = dataclasses.replace(config, keep_checkpoints=1, checkpoint_every=20, num_steps=60)
+  train(config, small_disk)
+  records = [record["step"] for record in read_metrics(small_disk) if "loss" in record]
+  assert records == list(range(1, 61))
