@@ -5,7 +5,7 @@ import dataclasses
 import jax
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from dga_jax.attention import dynamic_group_attention
+from dga_jax.api import dynamic_group_attention
 from dga_jax.attention.context_parallel.attend import attend_sharded
 from dga_jax.cache import CompactCache, decode_step, empty_cache, extend, prefill
 from dga_jax.config import DGAConfig
