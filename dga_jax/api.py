@@ -238,7 +238,7 @@ def _known_documents(batch: int, length: int, lengths: Any, segment_ids: Any) ->
   rows = _present(lengths=lengths, segment_ids=segment_ids)
   if not rows or any(map(validation.is_traced, rows.values())):
     return None
-  host = {name: np.asarray(x) for name, x in rows.items()}
+  host: dict[str, Any] = {name: np.asarray(x) for name, x in rows.items()}
   return find_documents(batch, length, host.get("lengths"), host.get("segment_ids"))
 
 

@@ -93,7 +93,7 @@ class ShardingRules:
     return any(axis in getattr(self, field.name) for field in dataclasses.fields(self))
 
 
-# A user context is a part of the key of jax.jit's cache: a function is traced again for other rules.
+# User contexts are part of the key of jax.jit's cache: other rules trace a function again.
 _RULES = jax.make_user_context(ShardingRules())
 _HEAD_AXES = jax.make_user_context(())
 
@@ -106,10 +106,9 @@ def use_rules(rules: ShardingRules) -> contextlib.AbstractContextManager[None]:
   attention kernels compute the same on all devices along such an axis.
 
   Example:
-
     rules = ShardingRules(batch=("x",), heads=("y",), mlp=("y",), vocab=("y",))
     with jax.set_mesh(mesh), use_rules(rules):
-      logits = jax.jit(lambda tokens: model(tokens))(tokens)
+      logits = nnx.jit(Decoder.__call__)(model, tokens)
   """
   return _RULES(rules)
 

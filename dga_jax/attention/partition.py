@@ -119,6 +119,8 @@ class AttentionPartition:
         return function(operands)
 
     return checked
+
+  def _size(self, axes: tuple[str, ...]) -> int:
     return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
@@ -241,10 +243,8 @@ def _layout(x: Array, sharding: NamedSharding | None) -> _Layout | None:
   """Of an array's four axes; None for an array that is on no mesh."""
   if sharding is not None:
     return _axes(sharding.spec)
-  mesh = _mesh_of(x)
-  if mesh is None or mesh.empty:
-    return None
-  return _axes(x.sharding.spec if _is_concrete(x) else jax.typeof(x).sharding.spec)
+  own = x.sharding if _is_concrete(x) else jax.typeof(x).sharding
+  return _axes(own.spec) if isinstance(own, NamedSharding) and not own.mesh.empty else None
 
 
 def _check_layouts(layouts: Mapping[str, _Layout], arrays: Mapping[str, Array]) -> None:

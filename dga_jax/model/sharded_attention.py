@@ -81,17 +81,11 @@ def attend_on_mesh(
     assert isinstance(kind, SupportsContextParallel)
     return kind.attend_sharded(q, k, v, **given, axis_name=partition.length)
 
-  states = partition.states
+  states, split_rows = partition.states, partition.rows
   out_BxLxHxD: Array = partition.shard_map(
     attend,
     {"q": q_BxLxHxD, "k": k_BxLxNxD, "v": v_BxLxNxD, **rows},
-    {
-      "q": states,
-      "k": states,
-      "v": states,
-      "segment_ids": partition.rows,
-      "lengths": partition.rows,
-    },
+    {"q": states, "k": states, "v": states, "segment_ids": split_rows, "lengths": split_rows},
     states,
     # Some kernels of JAX do not tell over which mesh axes their results vary. Only the collectives
     # of context parallelism need the check.

@@ -1,7 +1,6 @@
 """The op on four devices; run by test_mesh.py in a process that has four."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from tests.dga_jax.attention import cases, mesh_cases
