@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention.partition import AttentionPartition
@@ -67,6 +66,7 @@ def attend_on_mesh(
   partition = _partition(kind, q_BxLxHxD, k_BxLxNxD)
   if partition is None:
     return kind.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, segment_ids=segment_ids, lengths=lengths)
+  axis_name = context_axis()
   rows = {
     name: array
     for name, array in (("segment_ids", segment_ids), ("lengths", lengths))
@@ -76,10 +76,10 @@ def attend_on_mesh(
   def attend(operands: Mapping[str, Array]) -> Array:
     given: dict[str, Any] = {"segment_ids": None, "lengths": None, **operands}
     q, k, v = given.pop("q"), given.pop("k"), given.pop("v")
-    if partition.length is None:
+    if axis_name is None:
       return kind.attend(q, k, v, **given)
     assert isinstance(kind, SupportsContextParallel)
-    return kind.attend_sharded(q, k, v, **given, axis_name=partition.length)
+    return kind.attend_sharded(q, k, v, **given, axis_name=axis_name)
 
   states, split_rows = partition.states, partition.rows
   out_BxLxHxD: Array = partition.shard_map(
@@ -89,7 +89,7 @@ def attend_on_mesh(
     states,
     # Some kernels of JAX do not tell over which mesh axes their results vary. Only the collectives
     # of context parallelism need the check.
-    check_vma=partition.length is not None,
+    check_vma=axis_name is not None,
   )
   return out_BxLxHxD
 
@@ -110,16 +110,17 @@ def _partition(
     return tuple(axis for axis in axes if axis in mesh.auto_axes)
 
   partition = AttentionPartition(
-    jax.sharding.get_abstract_mesh(),
+    mesh,
     batch=usable(rules.batch),
     heads=usable(rules.heads),
-    length=context_axis(),
+    length=next(iter(usable(rules.length)), None),
   )
   partition.check_divides(rows=q_BxLxHxD.shape[0], kv_heads=k_BxLxNxD.shape[2])
-  if partition.length is not None and not isinstance(kind, SupportsContextParallel):
+  axis = context_axis()
+  if axis is not None and not isinstance(kind, SupportsContextParallel):
     raise ValueError(
-      f"The mesh axis {partition.length!r} splits sequences over {mesh.shape[partition.length]} "
-      f"devices, but {type(kind).__name__} attends to whole sequences: its size must be 1 "
+      f"The mesh axis {axis!r} splits sequences over {mesh.shape[axis]} devices, but "
+      f"{type(kind).__name__} attends to whole sequences: the size of this mesh axis must be 1 "
       "(config.mesh.context in training)."
     )
   return partition
