@@ -18,14 +18,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from dga_jax.checkpoint import CheckpointError
-from train import multihost
-from train.config import make_config
-from train.errors import TrainingError
 from train.flags import define_config_flag, parse_flags
-from train.logs import set_up_logging
-from train.profile import ProfiledSteps
-from train.setup import train
 
 _CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -45,6 +38,15 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> None:
   """Trains by the flags."""
+  # Imported after the flags are parsed, so that --help and slips are answered at once.
+  from dga_jax.checkpoint import CheckpointError
+  from train import multihost
+  from train.config import make_config
+  from train.errors import TrainingError
+  from train.logs import set_up_logging
+  from train.profile import ProfiledSteps
+  from train.setup import train
+
   del argv
   set_up_logging()
   try:
@@ -66,6 +68,8 @@ def _fail(message: str) -> NoReturn:
   """Ends the process; one of several does not wait for the others, which may wait for it."""
   if _COORDINATOR.value is None:
     sys.exit(message)
+  from train import multihost
+
   multihost.leave(1, message)
 
 

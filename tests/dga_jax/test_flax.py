@@ -99,7 +99,7 @@ BAD_MASKS = {
   "a window": jnp.tril(jnp.ones((L, L), bool)) & ~jnp.tril(jnp.ones((L, L), bool), -5),
   "packed documents": nnx.combine_masks(
     nnx.make_causal_mask(X[..., 0]),
-    nnx.make_attention_mask(jnp.arange(L) // 8, jnp.arange(L) // 8, jnp.equal),
+    nnx.make_attention_mask(jnp.arange(L) // 8, jnp.arange(L) // 8, jnp.equal)[None],
   ),
 }
 
