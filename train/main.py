@@ -17,20 +17,17 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
 from dga_jax.checkpoint import CheckpointError
 from train import multihost
 from train.config import make_config
 from train.errors import TrainingError
-from train.flags import parse_flags
+from train.flags import define_config_flag, parse_flags
 from train.logs import set_up_logging
 from train.profile import ProfiledSteps
 from train.setup import train
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="Config file; --config.KEY=VALUE changes a key.", lock_config=True
-)
+_CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run: checkpoints, metrics, plots.", required=True
 )
