@@ -11,17 +11,17 @@ process 0 hashes the rest and writes the manifest. All of this happens in the ba
 the save, before the checkpoint gets its final name.
 """
 
-import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+
+from dga_jax.file_hashes import FileRecord, find_file_damage, hash_files
 
 # Orbax finalizes items in alphabetical order, and this one has to be the last.
 ITEM = "verification"
@@ -29,22 +29,6 @@ FILE_NAME = "manifest.json"
 _FORMAT = 1
 # Suffix of an item's folder until orbax finalizes the item.
 _TEMPORARY = ".orbax-checkpoint-tmp"
-_THREADS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class FileRecord:
-  """Attributes: bytes of a file, and its BLAKE2b hash of 32 bytes in hexadecimal."""
-
-  size: int
-  blake2b: str
-
-  @classmethod
-  def from_file(cls, path: Path) -> Self:
-    """Reads and hashes a file."""
-    with path.open("rb") as file:
-      digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
-      return cls(os.fstat(file.fileno()).st_size, digest.hexdigest())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,20 +92,7 @@ class Manifest:
     if missing:
       return f"its manifest lacks the item '{min(missing)}'."
     index, count = share
-    damage = _map(lambda name: self._find_file_damage(folder, name), names[index::count])
-    return next((sentence for sentence in damage if sentence is not None), None)
-
-  def _find_file_damage(self, folder: Path, name: str) -> str | None:
-    wanted, path = self.files[name], folder / name
-    try:
-      size = path.stat().st_size
-      if size != wanted.size:
-        return f"{name} has {size} bytes in place of {wanted.size}."
-      if FileRecord.from_file(path) != wanted:
-        return f"{name} does not have the hash of the manifest."
-    except OSError as error:
-      return f"{name} cannot be read: {error.strerror}."
-    return None
+    return find_file_damage(folder, {name: self.files[name] for name in names[index::count]})
 
 
 @dataclasses.dataclass
@@ -167,7 +138,7 @@ class ManifestHandler(ocp.AsyncCheckpointHandler):
       part.unlink()
     paths = [path for path in folder.glob("*/**/*") if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
-    files |= _hash_files(folder, [name for name in names if name not in files])
+    files |= hash_files(folder, [name for name in names if name not in files])
     manifest = Manifest(self._args.step, self._args.eval_loss, files)
     (directory / FILE_NAME).write_text(manifest.to_json())
 
@@ -197,21 +168,9 @@ class _OwnArrayFiles(ocp.future.Future):
     ]
     records = {
       name.replace(_TEMPORARY, "", 1): dataclasses.asdict(record)
-      for name, record in _hash_files(folder, names).items()
+      for name, record in hash_files(folder, names).items()
     }
     (self._directory / f"process_{process}.json").write_text(json.dumps(records))
-
-
-def _hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
-  names = list(names)
-  records = _map(lambda name: FileRecord.from_file(folder / name), names)
-  return dict(zip(names, records, strict=True))
-
-
-def _map[T](function: Callable[[str], T], names: Iterable[str]) -> list[T]:
-  """Calls the function for all names in a few threads: hashlib releases Python's lock."""
-  with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-    return list(threads.map(function, names))
 
 
 def _hash_json(values: Any) -> str:

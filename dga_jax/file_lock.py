@@ -35,12 +35,14 @@ def hold_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
   path.parent.mkdir(parents=True, exist_ok=True)
   with path.open("a+") as file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
-      raise LockedError(f"{path} is locked by {file.read(200).strip() or 'another process'}") from (
-        error
-      )
+      message = f"{path} is locked by {file.read(200).strip() or 'another process'}"
+      if not wait:
+        raise LockedError(message) from error
+      logging.info("Waiting: %s.", message)
+      fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
       if error.errno not in _UNSUPPORTED:
         raise
