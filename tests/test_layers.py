@@ -31,6 +31,7 @@ COMMAND_MODULES = {
   "convert",
   "evaluate",
   "generate",
+  "picture",
   "smollm2",
   "tokenizer",
 }
