@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 from matplotlib.colors import ListedColormap
@@ -57,3 +58,22 @@ def plot_masks(
   patches = [Patch(color=_COLOURS[code], label=_LABELS[code]) for code in Seen]
   figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
   figure.savefig(path)
+
+
+def salient_tokens(
+  length: int, seed: int
+) -> tuple[Float[Array, "1 L 1 16"], Float[Array, "1 L 1 16"]]:
+  """Query and key, float32: a random walk in which one token in eight attracts every query.
+
+  Args:
+    length: L.
+    seed: of the walk and of the salient tokens.
+  """
+  draw = np.random.default_rng(seed)
+  query_LxD, key_LxD = draw.normal(size=(2, length, 16)).cumsum(axis=1) * length**-0.25
+  salient = draw.choice(length, max(1, length // 8), replace=False)
+  direction_D = draw.normal(size=16)
+  query_LxD = query_LxD + direction_D[None]
+  key_LxD[salient] += direction_D
+  query, key = (jnp.asarray(x[None, :, None], jnp.float32) for x in (query_LxD, key_LxD))
+  return query, key
