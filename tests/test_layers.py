@@ -33,6 +33,7 @@ COMMAND_MODULES = {
   "convert",
   "evaluate",
   "generate",
+  "picture",
   "smollm2",
   "smollm2_demo",
   "tokenizer",
