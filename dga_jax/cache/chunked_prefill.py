@@ -20,7 +20,7 @@ from dga_jax.cache.validation import Lengths
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheLengths
 from pallas_kernels.group_merge import take_positions
-from pallas_kernels.grouped_attention import Bounds, grouped_attention
+from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
 
 
 def extend(
@@ -30,7 +30,7 @@ def extend(
   cache: CompactCache,
   *,
   config: DGAConfig,
-  lengths: Lengths,
+  lengths: Lengths | None = None,
   layer: Int[Array, ""] | int | None = None,
   scale: float | None = None,
   implementation: str | None = None,
@@ -47,7 +47,7 @@ def extend(
     value: as key.
     cache: from `prefill`, `empty_cache`, `decode_step` or this function.
     config: the config that the cache was made with.
-    lengths: int [B], new tokens of each sequence, from 0 to T; a list works.
+    lengths: int [B], new tokens of each sequence, from 0 to T; a list works. None for T.
     layer: None for a cache of one layer; the layer to read and write of a cache with a leading axis
       of layers.
     scale: of the attention logits, default 1/√D.
@@ -67,24 +67,14 @@ def extend(
   validation.room(cache, layer, count_B)
   one = cache if layer is None else jax.tree.map(lambda x: x[layer], cache)
   chunk = _Chunk.after(one.lengths, jnp.asarray(count_B), query.shape[1], config)
-  raw_key_BxSxNxD = chunk.raw_window(one.arrays.raw_key, key)
-  raw_value_BxSxNxD = chunk.raw_window(one.arrays.raw_value, value)
+  raw = (chunk.raw_window(one.arrays.raw_key, key), chunk.raw_window(one.arrays.raw_value, value))
   one = _store_sinks(one, key, value, chunk)
-  one = _store_blocks(one, query, raw_key_BxSxNxD, raw_value_BxSxNxD, chunk, config)
-  focal, group, bounds = _compact_sources(one, chunk, config)
+  one = _store_blocks(one, query, *raw, chunk, config)
+  sources = _sources(one, raw, chunk, config)
   options = attention_kwargs(query, config, scale)
   options["max_window"] = chunk.layout.raw_size
-  out_BxTxHxD = grouped_attention(
-    query,
-    *focal,
-    *group,
-    raw_key_BxSxNxD,
-    raw_value_BxSxNxD,
-    bounds,
-    implementation=implementation,
-    **options,
-  )
-  one = _store_raw(one, raw_key_BxSxNxD, raw_value_BxSxNxD, chunk, config)
+  out_BxTxHxD = grouped_attention(query, sources, implementation=implementation, **options)
+  one = _store_raw(one, *raw, chunk, config)
   if layer is None:
     return out_BxTxHxD, one
   return out_BxTxHxD, jax.tree.map(lambda every, new: every.at[layer].set(new), cache, one)
@@ -194,10 +184,8 @@ def _put_entries(
 type _KeyValue = tuple[Array, Array]
 
 
-def _compact_sources(
-  cache: CompactCache, chunk: _Chunk, config: DGAConfig
-) -> tuple[_KeyValue, _KeyValue, Bounds]:
-  """Focal tokens and groups, and what each new query sees of them and of the raw window.
+def _sources(cache: CompactCache, raw: _KeyValue, chunk: _Chunk, config: DGAConfig) -> KVSources:
+  """Focal tokens, groups and the raw window, each with the range that a new query sees.
 
   Without a bias on groups, all compact entries are read as one list of focal tokens.
   """
@@ -222,14 +210,10 @@ def _compact_sources(
     return start_BxT[:, None], end_BxT[:, None]
 
   zero_BxT = jnp.zeros_like(end_BxT)
-  return (
-    focal,
-    group,
-    Bounds(
-      *of_tokens(zero_BxT, focal_end_BxT),
-      *of_tokens(zero_BxT, group_end_BxT),
-      *of_tokens(start_BxT, end_BxT),
-    ),
+  return KVSources(
+    focal=KVSource(*focal, *of_tokens(zero_BxT, focal_end_BxT)),
+    group=KVSource(*group, *of_tokens(zero_BxT, group_end_BxT)),
+    window=KVSource(*raw, *of_tokens(start_BxT, end_BxT)),
   )
 
 

@@ -19,9 +19,14 @@ from dga_jax.config import DGAConfig
 type Lengths = Int[Array, "B"] | Int[np.ndarray, "B"] | Sequence[int]
 
 
-def as_array(lengths: Any, batch: int, most: int) -> Any:
-  """`lengths` as an int [B] array with values in 0..most; lists become numpy arrays."""
-  if not hasattr(lengths, "dtype"):
+def as_array(lengths: Lengths | None, batch: int, most: int) -> Int[Array, "B"] | np.ndarray:
+  """`lengths` as an int [B] array with values in 0..most; None stands for `most`.
+
+  Lists become numpy arrays, whose values are known under jit too.
+  """
+  if lengths is None:
+    return np.full(batch, most, np.int32)
+  if not isinstance(lengths, jax.Array):
     lengths = np.asarray(lengths)
   validation.rows(batch, most, lengths, None)
   return lengths
