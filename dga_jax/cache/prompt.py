@@ -9,7 +9,7 @@ from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.validation import query_and_key, softmax_scale, value_like_key
 from dga_jax.cache import validation
 from dga_jax.cache.layout import cache_layout, cache_size
-from dga_jax.cache.state import CompactCache
+from dga_jax.cache.state import CompactCache, lengths_with_sinks
 from dga_jax.cache.validation import Lengths
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheArrays, CacheLengths, pack_rows
@@ -118,7 +118,8 @@ def _cache_prompt(
   size = cache_size(config=config, max_length=max_length, prompt=L, ragged=plan.padded)
   entries = _asked_for(plan, entries)
   if config.selection == "streaming":
-    lengths, compact = _streaming_lengths(plan), _interleave(entries, config)
+    lengths = lengths_with_sinks(plan.documents.length[:, 0], config.sink_tokens)
+    compact = _interleave(entries, config)
   else:
     focal_B = plan.focal_mask.sum(axis=-1, dtype=jnp.int32)[:, 0]
     lengths, compact = _prompt_lengths(plan, focal_B), _concatenate(entries, focal_B)
@@ -148,13 +149,6 @@ def _asked_for(plan: GroupPlan, entries: Entries) -> Entries:
     group_key=entries.group_key[:, :k],
     group_value=entries.group_value[:, :k],
   )
-
-
-def _streaming_lengths(plan: GroupPlan) -> CacheLengths:
-  """Only sinks are in the prefix."""
-  length_B = plan.documents.length[:, 0]
-  sinks_B = jnp.full(length_B.shape, plan.config.sink_tokens, jnp.int32)
-  return CacheLengths(length_B, origin=sinks_B, prefix=sinks_B, prefix_focal=sinks_B)
 
 
 def _prompt_lengths(plan: GroupPlan, focal_B: Array) -> CacheLengths:

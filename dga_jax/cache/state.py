@@ -99,13 +99,25 @@ def empty_cache(
   if min(shape.values()) < 1:
     raise ValueError(f"empty_cache got {shape}; every size must be at least 1.")
   size = cache_size(config=config, max_length=max_length)
-  compact, scale = pack_rows(
-    jnp.zeros((batch, num_kv_heads, size.compact, head_dim), dtype), config.cache_dtype or dtype
-  )
-  raw = jnp.zeros((batch, num_kv_heads, size.raw, head_dim), dtype)
-  sinks_B = jnp.full(batch, config.sink_tokens, jnp.int32)
+
+  def zeros(entries: int) -> Array:
+    return jnp.zeros((batch, num_kv_heads, entries, head_dim), dtype)
+
+  stored = config.cache_dtype or dtype
+  compact_key, key_scale = pack_rows(zeros(size.compact), stored)
+  compact_value, value_scale = pack_rows(zeros(size.compact), stored)
+  raw_key, raw_value = zeros(size.raw), zeros(size.raw)
   return CompactCache(
-    CacheArrays(compact, compact, raw, raw, scale, scale),
-    CacheLengths(jnp.zeros_like(sinks_B), origin=sinks_B, prefix=sinks_B, prefix_focal=sinks_B),
+    CacheArrays(compact_key, compact_value, raw_key, raw_value, key_scale, value_scale),
+    lengths_with_sinks(jnp.zeros(batch, jnp.int32), config.sink_tokens),
     max_length,
   )
+
+
+def lengths_with_sinks(length_B: Int[Array, "B"], sinks: int) -> CacheLengths:
+  """The lengths of sequences whose prefix is their sinks.
+
+  No two fields share a buffer: a donated cache must not hold a buffer twice.
+  """
+  origin, prefix, prefix_focal = (jnp.full(length_B.shape, sinks, jnp.int32) for _ in range(3))
+  return CacheLengths(length_B, origin, prefix, prefix_focal)
