@@ -63,10 +63,11 @@ def extend(
     NotImplementedError: if the named implementation cannot compute this call, and why.
   """
   validation.new_tokens(query, key, value, cache, config=config, layer=layer)
-  count_B = validation.as_array(lengths, *query.shape[:2])
-  validation.room(cache, layer, count_B)
+  B, T = query.shape[:2]
+  count_B = jnp.full(B, T) if lengths is None else validation.as_array(lengths, B, T)
+  validation.room(cache, T if lengths is None else lengths, layer=layer)
   one = cache if layer is None else jax.tree.map(lambda x: x[layer], cache)
-  chunk = _Chunk.after(one.lengths, jnp.asarray(count_B), query.shape[1], config)
+  chunk = _Chunk.after(one.lengths, count_B, T, config)
   raw = (chunk.raw_window(one.arrays.raw_key, key), chunk.raw_window(one.arrays.raw_value, value))
   one = _store_sinks(one, key, value, chunk)
   one = _store_blocks(one, query, *raw, chunk, config)

@@ -64,7 +64,7 @@ def decode_step(
       why.
   """
   validation.new_tokens(query, key, value, cache, config=config, layer=layer)
-  validation.room(cache, layer, 1)
+  validation.room(cache, 1, layer=layer)
   if layer is None:
     stacked = jax.tree.map(lambda x: x[None], cache)
     out, stacked = _step(query, key, value, stacked, 0, config, scale, implementation)

@@ -19,17 +19,11 @@ from dga_jax.config import DGAConfig
 type Lengths = Int[Array, "B"] | Int[np.ndarray, "B"] | Sequence[int]
 
 
-def as_array(lengths: Lengths | None, batch: int, most: int) -> Int[Array, "B"] | np.ndarray:
-  """`lengths` as an int [B] array with values in 0..most; None stands for `most`.
-
-  Lists become numpy arrays, whose values are known under jit too.
-  """
-  if lengths is None:
-    return np.full(batch, most, np.int32)
-  if not isinstance(lengths, jax.Array):
-    lengths = np.asarray(lengths)
-  validation.rows(batch, most, lengths, None)
-  return lengths
+def as_array(lengths: Lengths, batch: int, most: int) -> Int[Array, "B"]:
+  """`lengths` as an int [B] array with values in 0..most (where they are known)."""
+  values: Any = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+  validation.rows(batch, most, values, None)
+  return jnp.asarray(values)
 
 
 def prompt_fits(length: int, max_length: int) -> None:
@@ -72,8 +66,8 @@ def new_tokens(
     )
 
 
-def room(cache: CompactCache, layer: Any, count: Any) -> None:
-  """`count` new tokens fit every sequence of the cache, where lengths are known."""
+def room(cache: CompactCache, count: Any, *, layer: Any) -> None:
+  """`count` new tokens, one number or one per sequence, fit the cache, where values are known."""
   length = cache.length if layer is None else cache.length[layer]
   if isinstance(length, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
     return
