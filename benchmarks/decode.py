@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig
+from dga_jax.cache.layout import cache_layout
 from dga_jax.generation.engine import decode_options
 from dga_jax.model import Decoder, ModelConfig
 
@@ -128,8 +129,10 @@ class _Model:
     config, token = self.config, 2 * 2 * self.config.num_kv_heads * self.config.head_dim
     if config.attention != "dga":
       return self.allocated_bytes(1, length)  # a full cache is read whole
-    blocks, raw = divmod(length, config.dga.block_size)
-    entries = blocks * (config.dga.focal_in_block + 1)
+    layout, sinks = cache_layout(config.dga), config.dga.sink_tokens
+    coords = layout.locate(length, sinks)
+    entries = int(layout.earlier_blocks(coords, prefix=sinks).compact_end)
+    raw = int(layout.raw_tokens(coords))
     entry = token if config.dga.cache_dtype is None else token // 2 + 2 * 4 * config.num_kv_heads
     return config.num_layers * (entries * entry + raw * token)
 
