@@ -13,7 +13,10 @@ from dga_jax.prompts import check_text, read_prompts
   [
     ("one\ntwo\n", ["one", "two"]),
     ("one\r\n\n  \ntwo", ["one", "two"]),
-    ("a\u2028b\nc\u0085d\ne\x0cf\ng\rh\ni\x1cj", ["a\u2028b", "c\u0085d", "e\x0cf", "g\rh", "i\x1cj"]),
+    (
+      "a\u2028b\nc\u0085d\ne\x0cf\ng\rh\ni\x1cj",
+      ["a\u2028b", "c\u0085d", "e\x0cf", "g\rh", "i\x1cj"],
+    ),
     ("\ufeffone\n\ufefftwo", ["one", "\ufefftwo"]),
     ("größe\n日本", ["größe", "日本"]),
   ],
