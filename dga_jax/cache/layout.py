@@ -46,7 +46,8 @@ def cache_size(
     config: of the cache.
     max_length: tokens of the sequence, prompt and new ones together.
     prompt: tokens of the (padded) prompt, which global and random selection rank as a whole.
-    ragged: whether prompts may be shorter; the size is then the largest over their lengths.
+    ragged: whether prompts may be shorter. The size is then the largest over the prompt's lengths:
+      a short prompt leaves more blocks to decode.
 
   Raises:
     ValueError: if max_length is negative, or prompt is not in 0..max_length.
@@ -59,9 +60,9 @@ def cache_size(
   layout, sinks = cache_layout(config), min(config.sink_tokens, max_length)
   if config.selection == "streaming":
     return CacheSize(int(layout.compact_size(max_length, sinks, sinks)), layout.raw_size)
-  quotas = config.focal_quota(prompt)
-  entries = quotas + (np.arange(prompt + 1) - quotas) // config.group_size
-  most = int(entries.max()) if ragged else int(entries[-1])
-  origin = prompt if ragged else max(prompt, sinks)
-  compact = layout.compact_size(max_length, origin, max(most, sinks))
-  return CacheSize(int(compact), layout.raw_size)
+  # Of every prompt length that may occur: where blocks begin, and the entries before them.
+  lengths, quotas = np.arange(prompt + 1), config.focal_quota(prompt)
+  origins = np.maximum(lengths, sinks)
+  prefixes = np.maximum(quotas + (lengths - quotas) // config.group_size, sinks)
+  sizes = layout.compact_size(max_length, origins, prefixes)
+  return CacheSize(int(sizes.max() if ragged else sizes[-1]), layout.raw_size)

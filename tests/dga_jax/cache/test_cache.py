@@ -117,6 +117,20 @@ def test_decoding_after_a_global_prefill_follows_the_decode_rule(name):
       assert len(rule.entries) <= cache.arrays.compact_key.shape[-2]
 
 
+def test_a_short_prompt_in_a_long_padding_can_grow_to_max_length():
+  """No compact entry is dropped on the way."""
+  config = dataclasses.replace(CONFIGS["global-no-rate-m7"], max_documents=None)
+  q, k, v, _ = arrays(1, 1, TOTAL, 2, 1, 4)
+  prompt = [x[:, : TOTAL - 1] for x in (k, v, q)]
+  cache = prefill(*prompt, config=config, max_length=TOTAL, lengths=[2])
+  step = jax.jit(functools.partial(decode_step, config=config))
+  rule = DecodingOracle(Oracle(q[0, :2], k[0, :2], v[0, :2], config), 0)
+  for i in range(2, TOTAL):
+    out, cache = step(q[:, i], k[:, i], v[:, i], cache)
+    token = [np.asarray(x, np.float64) for x in (q[0, i], k[0, i, 0], v[0, i, 0])]
+    np.testing.assert_allclose(out[0], rule.step(*token), atol=1e-5, err_msg=f"token {i}")
+
+
 def test_a_prompt_shorter_than_the_sinks_is_completed_by_decoding():
   """All tokens are exact until the first flush, so attention is dense."""
   config = dataclasses.replace(CONFIGS["global"], sink_tokens=6)
@@ -161,12 +175,10 @@ def test_cache_size_is_the_formula_and_the_arrays(length):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_size_covers_every_ragged_prompt(name):
-  """No sequence outgrows its cache: the compact part holds all that its length asks for."""
-  config = CONFIGS[name]
-  for length in range(PROMPT + 1):
-    alone = cache_size(config=config, max_length=TOTAL - PROMPT + length, prompt=length)
-    together = cache_size(config=config, max_length=TOTAL, prompt=PROMPT, ragged=True)
-    assert alone.compact <= together.compact
+  """A sequence of any prompt length can grow to max_length, and no entry is superfluous."""
+  size = functools.partial(cache_size, config=CONFIGS[name], max_length=3 * TOTAL)
+  alone = [size(prompt=length).compact for length in range(2 * TOTAL)]
+  assert max(alone) == size(prompt=2 * TOTAL - 1, ragged=True).compact
 
 
 @pytest.mark.parametrize(("dtype", "largest_error"), [("int8", 0.02), ("float8_e4m3fn", 0.06)])
