@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from dga_jax.checksum import checksum
 from flax import nnx
 
 from dga_jax.checkpoint import load_model
