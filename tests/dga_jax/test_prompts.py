@@ -47,5 +47,5 @@ def test_a_raw_byte_in_an_argument() -> None:
   assert check_text("größe", "--prompt") == "größe"
   with pytest.raises(ValueError, match="--prompt has the byte 0xff at position 2"):
     check_text(os.fsdecode(b"ab\xff"), "--prompt")
-  with pytest.raises(ValueError, match="surrogate U\\+D800 at position 0"):
+  with pytest.raises(ValueError, match=r"surrogate U\+D800 at position 0"):
     check_text("\ud800", "--prompt")

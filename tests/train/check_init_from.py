@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from dga_jax.checksum import checksum
 from flax import nnx
 
 from dga_jax.checkpoint import load_model
-from dga_jax.checksum import checksum
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
 from dga_jax.sharding import make_mesh, MeshConfig

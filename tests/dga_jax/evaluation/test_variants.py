@@ -51,10 +51,11 @@ def test_variants_from_json_and_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("[", "is no JSON"),
-    ("[]", "or an empty one"),
-    ('[{"attention": "dense"}]', 'wants an object with a "name"'),
-    ('[{"name": "a"}, {"name": "a"}]', "more than once"),
+    ("[", "is not JSON"),
+    ("[]", "with at least one entry"),
+    ('[{"attention": "dense"}]', 'must be an object with a "name"'),
+    ('[{"name": "a"}, {"name": "a"}]', "has a name twice"),
+    ('[{"name": "a", "keys": "half"}]', "keys of variant 'a' is 'half'"),
   ],
 )
 def test_broken_variants(text: str, message: str) -> None:
