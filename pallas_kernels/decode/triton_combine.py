@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode.triton_tile import load_rows, MASK_VALUE, OnlineSoftmax
-from pallas_kernels.triton_common import like
+from pallas_kernels.triton_common import like, padded_slice
 
 
 def combine(
@@ -61,7 +61,7 @@ def _combine_kernel(
 ) -> None:
   head, b, P = pl.program_id(0), pl.program_id(1), m_ref.shape[0]
   Q = pl.next_power_of_2(P)
-  rows, exists_Q = pl.ds(0, Q), jnp.arange(Q) < P
+  rows, exists_Q = padded_slice(0, Q), jnp.arange(Q) < P
   m_Q = plgpu.load(m_ref.at[rows], mask=exists_Q, other=MASK_VALUE)
   l_Q = plgpu.load(l_ref.at[rows], mask=exists_Q, other=0)
   acc_QxD = load_rows(acc_ref, (), 0, Q, P)

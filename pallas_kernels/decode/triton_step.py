@@ -29,7 +29,7 @@ from pallas_kernels.decode.triton_tile import (
   MIN_DOT_SIDE,
   OnlineSoftmax,
 )
-from pallas_kernels.triton_common import dot, like
+from pallas_kernels.triton_common import dot, like, padded_slice
 
 
 class Tile(NamedTuple):
@@ -172,7 +172,7 @@ def _step_kernel(
   softmax = lax.cond(split == 0, own_block, lambda: empty)
   for source in _sources(cache, mask, group_bias if static.group_bias else None, rule):
     softmax = _attend_split(softmax, q_MxD, source, layer, static)
-  is_head_M, rows = jnp.arange(M) < R, pl.ds(0, M)
+  is_head_M, rows = jnp.arange(M) < R, padded_slice(0, M)
   is_head_MxD = jnp.broadcast_to(is_head_M[:, None], softmax.acc.shape)
   plgpu.store(acc_ref.at[rows, :], softmax.acc, mask=is_head_MxD)
   plgpu.store(m_ref.at[rows], softmax.m, mask=is_head_M)

@@ -4,11 +4,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode.quantise import pack_rows
-from pallas_kernels.triton_common import dot
+from pallas_kernels.triton_common import dot, padded_slice
 
 MASK_VALUE = -1e30  # finite: a query that sees nothing has weights exp(−inf − MASK_VALUE) = 0
 MIN_DOT_SIDE = 16  # rows and columns of a matrix product are padded to at least this many
@@ -50,7 +49,7 @@ def load_rows(
 ) -> Array:
   """Rows [first, first + rows) of a reference [..., entries, D]; zeros from row `end` on."""
   keep = (first + jnp.arange(rows) < end)[:, None]
-  part = ref.at[(*at, pl.ds(first, rows), slice(None))]
+  part = ref.at[(*at, padded_slice(first, rows), slice(None))]
   zero = 0 if jnp.issubdtype(ref.dtype, jnp.integer) else 0.0
   return plgpu.load(part, mask=jnp.broadcast_to(keep, part.shape), other=zero)
 
