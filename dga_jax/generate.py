@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
       model,
       requests,
       slots=_SLOTS.value,
-      stop_ids=[tokenizer.end_id],
+      stop_ids=tokenizer.stop_ids,
       max_length=_MAX_LENGTH.value,
       prompt_chunk=_PROMPT_CHUNK.value,
       **({"burst": 1} if _PROMPT_FILE.value is None else {}),

@@ -150,7 +150,7 @@ def run(workdir: Path, kind: AttentionName, prompt: Sequence[int]) -> Generation
   )
   count = _MAX_NEW_TOKENS.value
   request = Request(prompt, count, Sampling(temperature=0.0))
-  batch = ContinuousBatching(model, [request], slots=1, stop_ids=[tokenizer.end_id], burst=1)
+  batch = ContinuousBatching(model, [request], slots=1, stop_ids=tokenizer.stop_ids, burst=1)
   with tqdm(total=count, desc=f"{kind:>5}", unit="token", disable=None) as bar:
     for step in batch.steps():
       bar.update(sum(len(emitted.tokens) for emitted in step))
