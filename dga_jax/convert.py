@@ -5,10 +5,10 @@
   python -m dga_jax.convert --workdir=runs/imported --to_hf=exported
 
 Supported are LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3 and SmolLM. The import includes the
-tokenizer, the ids that stop a generation, and chat templates. An imported model attends as in its own program
-(densely, or Mistral by its window) unless --attention says otherwise. The attention kind is no part
-of the weights: generation, training and evaluation may choose another. The settings of "dga" are
-those of `dga_jax.config.RETROFIT`.
+tokenizer, the ids that stop a generation, and chat templates. An imported model attends as in its
+own program (densely, or Mistral by its window) unless --attention says otherwise. The attention
+kind is no part of the weights: generation, training and evaluation may choose another. The settings
+of "dga" are those of `dga_jax.config.RETROFIT`.
 
 Every key of config.json and of GGUF metadata is implemented, known to change nothing, or refused.
 A key that is unknown is refused by name; --ignore_keys accepts it.

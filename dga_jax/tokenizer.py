@@ -97,7 +97,7 @@ class Tokenizer:
     Raises:
       ValueError: the text is damaged or not a tokenizer of this project.
     """
-    with tokenizer_errors("this is no tokenizer"):
+    with _library_errors("this is no tokenizer"):
       values = json.loads(text)
       ours = values.pop(_OUR_KEY, {"end": END_TOKEN, "start": [END_TOKEN]})
       stop_ids = ours.get("stop", [])
@@ -195,7 +195,7 @@ class Tokenizer:
       for word in " ".join(texts).split():
         if self._backend.token_to_id(word) is None:
           raise ValueError(f"The text holds {word!r}, which is no word of this vocabulary.")
-    with tokenizer_errors("The text cannot be encoded"):
+    with _library_errors("The text cannot be encoded"):
       encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
@@ -255,17 +255,18 @@ def template_tokens(backend: tokenizers.Tokenizer) -> tuple[list[str], list[str]
   raise ValueError("The tokenizer encodes the texts 'a', 'the', '0', ' ' and '.' to no tokens.")
 
 
-@contextlib.contextmanager
-def tokenizer_errors(problem: str) -> Iterator[None]:
-  """Turns every error of the `tokenizers` library into a ValueError that begins with `problem`.
+def is_panic(error: BaseException) -> bool:
+  """Whether an error is a panic of Rust code, which is a BaseException and no Exception."""
+  return type(error).__name__ == "PanicException"
 
-  The library raises plain Exception, and a panic of its Rust code is a BaseException.
-  """
+
+@contextlib.contextmanager
+def _library_errors(problem: str) -> Iterator[None]:
+  """Turns every error of the `tokenizers` library into a ValueError that begins with `problem`."""
   try:
     yield
   except BaseException as error:
-    panic = type(error).__name__ == "PanicException"
-    if not panic and not isinstance(error, Exception):
+    if not (isinstance(error, Exception) or is_panic(error)):
       raise
     raise ValueError(f"{problem}: {error}") from error
 

@@ -5,6 +5,8 @@ import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from dga_jax.tokenizer import is_panic
+
 
 class ConversionError(ValueError):
   """A file is damaged, or the decoder cannot compute its model. The message names the file."""
@@ -12,21 +14,23 @@ class ConversionError(ValueError):
 
 @contextlib.contextmanager
 def conversion_errors(where: str | Path) -> Iterator[None]:
-  """Turns errors of the wrapped code into ConversionError with `where` in front.
+  """Turns errors of the wrapped code, Rust panics included, into ConversionError.
 
-  ConversionError itself and OSError, which names its file, pass.
+  The message begins with `where`. ConversionError itself and OSError, which names its file, pass.
   """
   try:
     yield
   except (ConversionError, OSError):
     raise
-  except Exception as error:
+  except BaseException as error:
+    if not (isinstance(error, Exception) or is_panic(error)):
+      raise
     raise ConversionError(f"{where}: {error}") from error
 
 
 def shown(value: object) -> str:
-  """The repr of a value from a file, cut to a few hundred characters."""
-  return _REPR.repr(value)
+  """The repr of a value from a file, in one line of a few hundred characters."""
+  return " ".join(_REPR.repr(value).split())
 
 
 _REPR = reprlib.Repr(

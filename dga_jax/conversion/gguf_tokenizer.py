@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from dga_jax.conversion.checkpoint_reader import TokenizerChoices
 from dga_jax.conversion.errors import conversion_errors, ConversionError, shown
 from dga_jax.conversion.known_keys import Values
-from dga_jax.tokenizer import Tokenizer, tokenizer_errors
+from dga_jax.tokenizer import Tokenizer
 
 _PREFIX = "tokenizer.ggml."
 # Values of tokenizer.ggml.token_type.
@@ -66,7 +66,7 @@ def tokenizer_from_metadata(
     )
   tokens = _tokens(values)
   rule = _rule(values, choices) if kind == "gpt2" else None
-  with conversion_errors(where), tokenizer_errors("its tokenizer cannot be rebuilt"):
+  with conversion_errors(where):
     backend = _sentencepiece(values, tokens) if rule is None else _byte_level(values, tokens, rule)
     if _adds_bos(values, choices, starts=rule is None or _RULES[rule] is _LLAMA3):
       index = values.integer("bos_token_id", least=0, most=len(tokens) - 1)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from dga_jax.conversion.errors import ConversionError
-from dga_jax.conversion.hugging_face_keys import BOOKKEEPING, TOKEN_IDS
+from dga_jax.conversion.hugging_face_keys import CONFIG as CONFIG_KEYS
+from dga_jax.conversion.hugging_face_keys import DTYPES, TOKEN_IDS
 from dga_jax.conversion.json_files import read_json, read_text
 from dga_jax.conversion.known_keys import Values
 
@@ -67,8 +68,9 @@ class FolderFiles:
 
   def origin(self) -> dict[str, Any]:
     """What an export writes back; see `origin.py`."""
+    written_anew = CONFIG_KEYS.read | DTYPES | frozenset(TOKEN_IDS)
     kept: dict[str, Any] = {
-      "config": {key: value for key, value in self.config.items() if key in BOOKKEEPING},
+      "config": {key: value for key, value in self.config.items() if key not in written_anew},
       "token_ids": {key: self.config[key] for key in TOKEN_IDS if key in self.config},
       "generation_config": self.generation_config,
       "tokenizer_config": self.tokenizer_config,

@@ -6,9 +6,8 @@ and the further keys that published checkpoints of these families have.
 
 from dga_jax.conversion.known_keys import KnownKeys
 
-# Kept through an import and an export, though the decoder does not compute with them. Dropout acts
-# in training alone, and pretraining_tp only splits matrix products.
-BOOKKEEPING = frozenset(
+# Dropout acts in training alone, and pretraining_tp only splits matrix products.
+_BOOKKEEPING = frozenset(
   """
   _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
   _flash_attn_2_enabled _name_or_path attention_dropout attn_implementation auto_map
@@ -51,7 +50,7 @@ _COMPUTED = frozenset(
 
 CONFIG = KnownKeys(
   read=_COMPUTED | _ROPE_SOURCES,
-  unused=BOOKKEEPING | _GENERATION | DTYPES | frozenset(TOKEN_IDS),
+  unused=_BOOKKEEPING | _GENERATION | DTYPES | frozenset(TOKEN_IDS),
   fixed={
     "add_cross_attention": (False,),
     "alibi": (False,),

@@ -12,7 +12,7 @@ from dga_jax.conversion.hugging_face_files import FolderFiles
 from dga_jax.conversion.json_files import MAX_TOKENIZER_BYTES, parse_json, read_text
 from dga_jax.conversion.known_keys import Values
 from dga_jax.conversion.template import settle_template, StatedTokens
-from dga_jax.tokenizer import FILE_NAME, Tokenizer, tokenizer_errors
+from dga_jax.tokenizer import FILE_NAME, Tokenizer
 
 
 def read_tokenizer(files: FolderFiles, choices: TokenizerChoices) -> Tokenizer:
@@ -38,10 +38,9 @@ def read_tokenizer(files: FolderFiles, choices: TokenizerChoices) -> Tokenizer:
   config = Values(files.tokenizer_config, str(config_path))
   _check_prefix_space(stored, config)
   stop_ids = files.stop_ids()
-  with conversion_errors(path), tokenizer_errors("it is damaged"):
+  with conversion_errors(f"{path} is damaged"):
     backend = tokenizers.Tokenizer.from_str(text)
-    backend.no_padding()
-    backend.no_truncation()
+  with conversion_errors(path):
     _check_added_tokens(backend, config)
     stated = StatedTokens(
       where=str(config_path if files.tokenizer_config else path),

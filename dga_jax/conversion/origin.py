@@ -4,7 +4,7 @@ A checkpoint's config has the entry "origin", a JSON object. All of its keys are
 
   model_type               the family of the weights
   max_position_embeddings  the trained context length in tokens
-  config                   keys of config.json that change nothing in the logits
+  config                   keys of config.json that ModelConfig does not determine
   token_ids                bos_token_id, eos_token_id (an id or a list) and pad_token_id
   generation_config        generation_config.json
   tokenizer_config         tokenizer_config.json, chat templates included
@@ -45,9 +45,8 @@ def json_files(
     ValueError: no family of transformers has the decoder's features.
   """
   token_ids, generation = _token_ids(origin, tokenizer)
-  bookkeeping = origin.get("config", {})
   files = {
-    CONFIG: bookkeeping | values_from_config(config, origin) | token_ids,
+    CONFIG: origin.get("config", {}) | values_from_config(config, origin) | token_ids,
     GENERATION_CONFIG: generation,
     TOKENIZER_CONFIG: _tokenizer_config(origin, tokenizer),
     SPECIAL_TOKENS_MAP: origin.get("special_tokens_map", {}),
