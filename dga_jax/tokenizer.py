@@ -23,6 +23,8 @@ END_TOKEN = "<|end|>"
 # What this class adds to the library's JSON:
 # {"end": token, "start": [token, ...], "stop": [id, ...]}.
 _OUR_KEY = "dga_jax"
+# The library lists every id up to the largest when it writes a tokenizer; vocabularies have 2^18.
+_MAX_TOKENS = 1 << 22
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _Spelling = Literal["byte_level", "sentencepiece", "words"]
 
@@ -62,13 +64,18 @@ class Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     self._backend = backend
+    self.vocab_size: int = 1 + max(backend.get_vocab().values(), default=-1)
+    if not 0 < self.vocab_size <= _MAX_TOKENS:
+      raise ValueError(
+        f"The tokenizer has ids up to {self.vocab_size - 1}; it must have a token, and ids below "
+        f"{_MAX_TOKENS}."
+      )
     self._added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
     self._spelling = _spelling(backend)
     self.end_token = end_token
     self.end_id: int = _special_id(backend, end_token)
     self.start_ids: tuple[int, ...] = tuple(_special_id(backend, t) for t in start_tokens)
     self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.end_id, *stop_ids]))
-    self.vocab_size: int = 1 + max(backend.get_vocab().values())
     self._ours = {"end": end_token, "start": list(start_tokens), "stop": list(self.stop_ids)}
 
   @classmethod

@@ -14,6 +14,7 @@ from dga_jax.conversion.param_map import tensor_specs
 from dga_jax.model import ModelConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "hugging_face"
+SENTENCEPIECE = GOLDEN.parent / "sentencepiece" / "expected.json"
 ARCHITECTURES = {"llama3": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 Q8_0, F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
 
@@ -125,3 +126,12 @@ def letters_metadata(**changes: Any) -> dict[str, Any]:
   }
   merged = {key: value for key, value in (values | changes).items() if value is not None}
   return {f"tokenizer.ggml.{key}": value for key, value in merged.items()}
+
+
+def sentencepiece_metadata(**changes: Any) -> tuple[dict[str, Any], dict[str, list[int]]]:
+  """Metadata of a tokenizer trained with SentencePiece, and its tokens of some texts."""
+  values = json.loads(SENTENCEPIECE.read_text())
+  texts = values.pop("texts")
+  values |= {key: np.array(values[key]) for key in ("scores", "token_type")}
+  values |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "model": "llama"}
+  return {f"tokenizer.ggml.{k}": v for k, v in (values | changes).items()}, texts

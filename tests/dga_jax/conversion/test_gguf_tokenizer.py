@@ -1,7 +1,5 @@
 """Tokenizers in GGUF metadata: splits, begin and stop tokens, SentencePiece, and refusals."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,22 +9,11 @@ from dga_jax.conversion.checkpoint_reader import NO_CHOICES, TokenizerChoices
 from dga_jax.conversion.errors import ConversionError
 from dga_jax.conversion.gguf_tokenizer import origin_from_metadata, tokenizer_from_metadata
 from dga_jax.tokenizer import Tokenizer
-from tests.dga_jax.conversion.gguf_files import letters_metadata
-
-SENTENCEPIECE = Path(__file__).parents[2] / "golden" / "sentencepiece" / "expected.json"
+from tests.dga_jax.conversion.gguf_files import letters_metadata, sentencepiece_metadata
 
 
 def rebuild(metadata: dict[str, Any], choices: TokenizerChoices = NO_CHOICES) -> Tokenizer:
   return tokenizer_from_metadata(metadata, choices, "model.gguf")
-
-
-def sentencepiece_metadata(**changes: Any) -> tuple[dict[str, Any], dict[str, list[int]]]:
-  """Metadata of a tokenizer trained with SentencePiece, and its tokens of some texts."""
-  values = json.loads(SENTENCEPIECE.read_text())
-  texts = values.pop("texts")
-  values |= {key: np.array(values[key]) for key in ("scores", "token_type")}
-  values |= {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "model": "llama"}
-  return {f"tokenizer.ggml.{k}": v for k, v in (values | changes).items()}, texts
 
 
 @pytest.mark.parametrize(
