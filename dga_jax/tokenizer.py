@@ -64,12 +64,15 @@ class Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     self._backend = backend
-    self.vocab_size: int = 1 + max(backend.get_vocab().values(), default=-1)
+    ids = backend.get_vocab().values()
+    self.vocab_size: int = 1 + max(ids, default=-1)
     if not 0 < self.vocab_size <= _MAX_TOKENS:
       raise ValueError(
         f"The tokenizer has ids up to {self.vocab_size - 1}; it must have a token, and ids below "
         f"{_MAX_TOKENS}."
       )
+    if len(set(ids)) < len(ids):
+      raise ValueError("The tokenizer gives two tokens the same id.")
     self._added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
     self._spelling = _spelling(backend)
     self.end_token = end_token

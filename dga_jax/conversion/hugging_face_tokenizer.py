@@ -1,6 +1,6 @@
 """The tokenizer of a Hugging Face folder: tokenizer.json, and what the files beside it change."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def read_tokenizer(files: FolderFiles, choices: TokenizerChoices) -> Tokenizer:
   with conversion_errors(f"{path} is damaged"):
     backend = tokenizers.Tokenizer.from_str(text)
   with conversion_errors(path):
-    _check_added_tokens(backend, config)
+    _check_added_tokens(backend, stored.get("added_tokens") or (), config)
     stated = StatedTokens(
       where=str(config_path if files.tokenizer_config else path),
       bos_token=special_token(config, "bos_token"),
@@ -119,8 +119,20 @@ def _prepends(step: Mapping[str, Any]) -> bool:
   return kind == "Prepend" or (kind == "ByteLevel" and step.get("add_prefix_space") is True)
 
 
-def _check_added_tokens(backend: tokenizers.Tokenizer, config: Values) -> None:
-  """Refuses a token of added_tokens_decoder that tokenizer.json lacks or has at another id."""
+def _check_added_tokens(
+  backend: tokenizers.Tokenizer, tokens: Sequence[Mapping[str, Any]], config: Values
+) -> None:
+  """Refuses an added token that the library gives another id than the files.
+
+  The library counts on from the model's vocabulary, and says nothing if an id in tokenizer.json
+  differs. It does not read added_tokens_decoder of tokenizer_config.json.
+  """
+  for token in tokens:
+    if (given := backend.token_to_id(token["content"])) != token["id"]:
+      raise ValueError(
+        f"The added token {shown(token['content'])} has the id {token['id']}, but the vocabulary "
+        f"gives it {given}."
+      )
   added = config.mapping("added_tokens_decoder")
   for token_id in added or ():
     assert added is not None

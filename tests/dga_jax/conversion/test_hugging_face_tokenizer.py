@@ -151,6 +151,8 @@ def test_an_end_token_behind_every_text_can_be_left_out(template: str, folder: P
     ),
     (lambda v: v["model"]["vocab"].update({"zz": 2**31}), "has ids up to 2147483648"),
     (lambda v: v["model"].update(vocab=[]), "is damaged"),
+    (lambda v: v["model"]["vocab"].pop("<end>"), "token '<end>' has the id 2, but .* gives it 33"),
+    (lambda v: v["model"]["vocab"].update(th=5), "gives two tokens the same id"),
   ],
 )
 def test_tokenizers_that_are_refused(
