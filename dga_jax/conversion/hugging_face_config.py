@@ -89,7 +89,7 @@ def config_from_values(
   width, heads = checked.integer("hidden_size"), checked.integer("num_attention_heads")
   layers = checked.integer("num_hidden_layers")
   window = _window(checked, family, layers)
-  base, scaling = read_rope(checked, _FULL if window is None else _SLIDING)
+  base, scaling = read_rope(checked, _FULL if window is None else _SLIDING, ignored_keys)
   default_kv_heads = family.num_kv_heads if checked.absent("num_key_value_heads") else heads
   with conversion_errors(where):
     config = ModelConfig(

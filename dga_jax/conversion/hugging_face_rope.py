@@ -1,5 +1,7 @@
 """RoPE's base and scaling in a config.json, in each form in which transformers stores them."""
 
+from collections.abc import Collection
+
 from dga_jax.conversion.errors import conversion_errors, ConversionError, shown
 from dga_jax.conversion.hugging_face_keys import LAYER_TYPES, ROPE
 from dga_jax.conversion.known_keys import Values
@@ -8,7 +10,9 @@ from dga_jax.model import RopeScaling
 _DEFAULT_BASE = 10000.0
 
 
-def read_rope(values: Values, layer_type: str) -> tuple[float, RopeScaling | None]:
+def read_rope(
+  values: Values, layer_type: str, ignored_keys: Collection[str] = ()
+) -> tuple[float, RopeScaling | None]:
   """The base of the wavelengths, and the scaling of the frequencies.
 
   transformers 4 has `rope_theta` beside `rope_scaling`, transformers 5 has one object
@@ -18,14 +22,15 @@ def read_rope(values: Values, layer_type: str) -> tuple[float, RopeScaling | Non
   Args:
     values: config.json.
     layer_type: "full_attention" or "sliding_attention", the type of all layers.
+    ignored_keys: unknown keys that change nothing, such as "rope_scaling.note".
 
   Raises:
     ConversionError: an unknown key or type, a factor without a type, a missing or odd value, or
       forms that disagree.
   """
   stored = [_of_layer_type(values, key, layer_type) for key in ("rope_scaling", "rope_parameters")]
-  found = [rope for rope in stored if rope is not None]
-  results = [_read(values, rope) for rope in found] or [_read(values, None)]
+  found: list[Values | None] = [rope for rope in stored if rope is not None]
+  results = [_read(values, rope, ignored_keys) for rope in found or [None]]
   if results[0] != results[-1]:
     raise ConversionError(
       f"{values.where} has both rope_scaling and rope_parameters, and they differ; delete one."
@@ -55,25 +60,30 @@ def _of_layer_type(values: Values, key: str, layer_type: str) -> Values | None:
     return rope
   if flat := [name for name in rope if name not in LAYER_TYPES]:
     raise ConversionError(
-      f"{rope.where} has {shown(flat)} beside objects for types of layers; it must have either."
+      f"{rope.where} has {shown(flat)} in {key} beside objects for types of layers; it must have "
+      "either."
     )
   nested = rope.mapping(layer_type)
   if nested is None:
     raise ConversionError(
-      f"{rope.where} has no entry for {layer_type!r}, the type of all layers of this model."
+      f"{rope.where} has no {key}.{layer_type}, the type of all layers of this model."
     )
   return nested
 
 
-def _read(values: Values, rope: Values | None) -> tuple[float, RopeScaling | None]:
+def _read(
+  values: Values, rope: Values | None, ignored_keys: Collection[str]
+) -> tuple[float, RopeScaling | None]:
   top = values.number("rope_theta", _DEFAULT_BASE)
   if rope is None:
     return top, None
   kind = _type(rope)
-  ROPE[kind].check(rope)
+  ROPE[kind].check(rope, ignored_keys)
   base = rope.number("rope_theta", top)
   if "rope_theta" in values and base != top:
-    raise ConversionError(f"{values.where} has rope_theta={top}, but {rope.where} has {base}.")
+    raise ConversionError(
+      f"{values.where} has rope_theta={top}, but {rope.prefix}rope_theta={base}; delete one."
+    )
   if kind == "default":
     return base, None
   if kind == "linear":
@@ -103,15 +113,16 @@ def _type(rope: Values) -> str:
   kind = rope.string("rope_type", rope.string("type", "default"))
   if "type" in rope and rope["type"] != kind:
     raise ConversionError(
-      f"{rope.where} has rope_type={kind!r}, but type={shown(rope['type'])}; delete one."
+      f"{rope.where} has {rope.prefix}rope_type={shown(kind)}, but {rope.prefix}type="
+      f"{shown(rope['type'])}; delete one."
     )
   if kind not in ROPE:
     raise ConversionError(
-      f"{rope.where} has the rope type {kind!r}; supported are {', '.join(map(repr, ROPE))}."
+      f"{rope.where} has the rope type {shown(kind)}; supported are {', '.join(map(repr, ROPE))}."
     )
   if "rope_type" not in rope and "type" not in rope and rope.number("factor", 1.0) != 1:
     raise ConversionError(
-      f"{rope.where} has factor={shown(rope['factor'])} without a rope_type; write "
+      f"{rope.where} has {rope.prefix}factor={shown(rope['factor'])} without a rope_type; write "
       '"rope_type": "linear" if the factor divides every frequency.'
     )
   return kind

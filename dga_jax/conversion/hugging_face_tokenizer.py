@@ -85,7 +85,7 @@ def _check_model(stored: Mapping[str, Any], path: Path) -> None:
   model = stored.get("model")
   if not isinstance(model, dict):
     raise ConversionError(f"{path} is damaged: it has no model.")
-  values = Values(model, f"{path} (model)")
+  values = Values(model, str(path), "model.")
   if values.number("dropout", 0.0) != 0:
     raise values.error("dropout", "null or 0, since dropout gives a text other tokens every time")
 

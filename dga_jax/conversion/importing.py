@@ -72,7 +72,6 @@ def import_model(
   tokenizer = source.tokenizer(choices)
   check_vocabulary(source, config, tokenizer)
   origin = dict(source.origin())
-  check_tensors(source, config)
   report = CastReport()
   placed = None if mesh is None else shardings(config, parse_mesh(mesh))
   params = import_params(source, config, placed, report)

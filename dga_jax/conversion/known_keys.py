@@ -69,8 +69,8 @@ class Values:
 
   Args:
     values: the mapping.
-    where: the file, and where in the file the mapping is.
-    prefix: what the file writes before every key, for messages.
+    where: the file, for messages.
+    prefix: what messages put before every key, such as the object's own key and a dot.
   """
 
   def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
@@ -127,7 +127,7 @@ class Values:
     value = self[key]
     if value is not None and not isinstance(value, dict):
       raise self.error(key, "an object")
-    return Values(value, f"{self.where} ({key})") if value else None
+    return Values(value, self.where, f"{self.prefix}{key}.") if value else None
 
   def error(self, key: str, wants: str) -> ConversionError:
     """The error for the value of `key`, which must be `wants`."""

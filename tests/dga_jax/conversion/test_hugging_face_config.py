@@ -86,7 +86,7 @@ def folder(tmp_path: Path) -> Path:
     ({"rope_tehta": 5.0}, "unknown key rope_tehta=5.0.* Did you mean rope_theta?"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'; supported"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'; supported"),
-    ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+    ({"rope_scaling": {"type": "linear"}}, "lacks rope_scaling.factor"),
     ({"num_attention_heads": 0}, "num_attention_heads=0; it must be an integer"),
     ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
     ({"num_key_value_heads": 3}, "num_heads is 4.*multiple of num_kv_heads=3"),
@@ -139,9 +139,12 @@ def test_an_unknown_key_can_be_ignored_by_name(folder: Path) -> None:
   set_keys(folder / "config.json", note=1)
   with pytest.raises(ConversionError, match="unknown key note=1"):
     HuggingFaceFolder(folder).config()
-  assert (
-    HuggingFaceFolder(folder, ["note"]).config() == HuggingFaceFolder(GOLDEN / "llama2").config()
-  )
+  expected = HuggingFaceFolder(GOLDEN / "llama2").config()
+  assert HuggingFaceFolder(folder, ["note"]).config() == expected
+  set_keys(folder / "config.json", rope_parameters={"rope_theta": 1e4, "note": 1})
+  with pytest.raises(ConversionError, match=r"unknown key rope_parameters\.note=1"):
+    HuggingFaceFolder(folder, ["note"]).config()
+  assert HuggingFaceFolder(folder, ["note", "rope_parameters.note"]).config() == expected
 
 
 @pytest.mark.parametrize(
@@ -251,30 +254,42 @@ def test_frequencies_of_llama3(form: str, original: str) -> None:
     ({"rope_scaling": {"factor": 4.0}}, "factor=4.0 without a rope_type"),
     ({"rope_parameters": {"rope_theta": 5e5, "factor": 4.0}}, "factor=4.0 without a rope_type"),
     ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, "factor=4.0; only 1 is"),
-    ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
+    ({"rope_scaling": {"type": "linear"}}, "lacks rope_scaling.factor"),
     ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5; it must be .* at least"),
     ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor='4'; it must be a finite number"),
-    ({"rope_scaling": {"name": "linear", "alpha": 4.0}}, "unknown key name='linear'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 1}}, "unknown key alpha=1"),
-    ({"rope_scaling": {"type": "linear", "rope_type": "llama3"}}, "'llama3', but type='linear'"),
+    ({"rope_scaling": {"name": "linear", "alpha": 4.0}}, "unknown key rope_scaling.name='linear'"),
+    (
+      {"rope_scaling": {"type": "linear", "factor": 2.0, "alpha": 1}},
+      "unknown key rope_scaling.alpha=1",
+    ),
+    (
+      {"rope_scaling": {"type": "linear", "rope_type": "llama3"}},
+      "'llama3', but rope_scaling.type='linear'",
+    ),
     ({"rope_scaling": {"type": "mrope", "mrope_section": [2, 2]}}, "the rope type 'mrope'"),
     ({"rope_scaling": {"type": 3}}, "type=3; it must be a string"),
     ({"rope_scaling": "linear"}, "rope_scaling='linear'; it must be an object"),
-    ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "lacks low_freq_factor"),
+    ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "lacks rope_scaling.low_freq_factor"),
     (
       {"rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
       "partial_rotary_factor=0.5; only 1 is",
     ),
     ({"rope_theta": -1.0}, "rope_base is -1.0; it must be"),
     ({"rope_theta": True}, "rope_theta=True; it must be a finite number"),
-    ({"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, "rope_theta=5.0, but .* has 6.0"),
+    (
+      {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
+      "rope_theta=5.0, but rope_parameters.rope_theta=6.0",
+    ),
     (
       {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 1e4}},
       "both rope_scaling and rope_parameters",
     ),
     ({"rope_parameters": {FULL: {"rope_type": "yarn", "factor": 2.0}}}, "the rope type 'yarn'"),
-    ({"rope_parameters": {SLIDING: {"rope_theta": 5.0}}}, "no entry for 'full_attention'"),
-    ({"rope_parameters": {FULL: None, SLIDING: {"rope_theta": 5.0}}}, "no entry for 'full_att"),
+    ({"rope_parameters": {SLIDING: {"rope_theta": 5.0}}}, "no rope_parameters.full_attention"),
+    (
+      {"rope_parameters": {FULL: None, SLIDING: {"rope_theta": 5.0}}},
+      "no rope_parameters.full_att",
+    ),
     ({"rope_parameters": {FULL: {"rope_theta": 5.0}, "rope_theta": 5.0}}, "beside objects for"),
     ({"rope_parameters": {FULL: 5.0}}, "full_attention=5.0; it must be an object"),
   ],
