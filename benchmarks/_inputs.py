@@ -1,13 +1,15 @@
 """Random inputs of the attention benchmarks."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import Array
 
 from dga_jax import DGAConfig
 from dga_jax.attention.aggregate import plan_and_merge
-from pallas_kernels.grouped_attention import Bounds
+from pallas_kernels.grouped_attention import KVSources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +32,18 @@ class Shape:
     )
     return q, k, v
 
-  def entries(self, config: DGAConfig, key: Array) -> tuple[tuple[Array, ...], Bounds]:
-    """The seven arrays of `grouped_attention` and the bounds, as the op makes them of tokens."""
+  def sources(self, config: DGAConfig, key: Array) -> tuple[Array, KVSources]:
+    """The query and the sources of `grouped_attention`, as the op makes them from tokens."""
     plan, query, entries = plan_and_merge(*self.tokens(key), config=config)
-    return (query, *entries), plan.bounds
+    return query, plan.bounds.sources(entries)
 
 
-def entries_seen(bounds: Bounds) -> float:
-  """Mean number of entries that a query sees."""
-  return sum(
-    float((end - start).mean())
-    for start, end in (
-      (bounds.focal_start, bounds.focal_end),
-      (bounds.group_start, bounds.group_end),
-      (bounds.window_start, bounds.window_end),
-    )
-  )
+def mean_visible(sources: KVSources) -> float:
+  """Mean number of keys that a query attends to."""
+  return sum(float((source.end - source.start).mean()) for source in sources)
+
+
+def with_gradients(attention: Callable[..., Array], query: Array, sources: KVSources) -> Any:
+  """The output, and the gradients of the query, keys and values for it as its own cotangent."""
+  out, pull = jax.vjp(lambda q, kv: attention(q, sources.with_kv(kv)), query, sources.kv)
+  return out, pull(out)

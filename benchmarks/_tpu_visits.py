@@ -76,11 +76,10 @@ def dga_counts(
     grids = _grids(lambda *arrays: plan_and_merge(*arrays, config=config)[2], shapes)
   options = attention_kwargs(query, config, None)
   blocks = tpu_blocks(CHIPS[chip].kind, 2)
-  shapes_ = (query, entries.focal_key, entries.group_key)
-  walk = walk_of(blocks, shapes_, plan.bounds, **options)
+  walk = walk_of(blocks, query, plan.bounds.sources(entries), **options)
   nothing = jnp.zeros((1, 1, L), bool)
   layout = streaming_layout(nothing, find_documents(1, L, None, None), Sizes(1, 1), config)
-  bounds = pack_bounds(layout.bounds, walk.group_offset, L)
+  bounds = pack_bounds(layout.bounds.sources(entries), walk.group_offset, L)
 
   queries = _query_side(bounds, walk, heads[1])
   summary_tile, window_tile = walk.summary_grad, walk.window_grad

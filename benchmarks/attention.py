@@ -3,11 +3,14 @@
     ./workspace bench attention --lengths=8192,16384,32768,131072
     ./workspace bench attention --lengths=32768 --kv_heads=32 --backward
 
-Batch 1, m = 16, importance rate 0.1. One row a contender: milliseconds (median, lowest, highest
+    ./workspace bench attention --selection=streaming --group_size=126 --focal_per_block=2 \
+      --sink_tokens=4 --local_window=8 --lengths=32768,131072
+
+Batch 1. One row a contender: milliseconds (median, lowest, highest
 of the rounds, each on new random inputs), how many times faster than cuDNN's dense causal
 attention in the same process. "op" is all of it; "summaries" is what comes before attention:
 importance, selection, reordering and merging; "kernel" is attention alone, with its rate for
-4·D·H·L·(mean number of entries that a query sees) operations, 9/2 of it with the backward pass.
+4·D·H·L·(mean number of keys that a query attends to) operations, 9/2 of it with the backward pass.
 
 Compiling takes longer than measuring. It can be done ahead, on a machine without a GPU:
 
@@ -26,18 +29,24 @@ from jax import Array
 from tqdm import tqdm
 
 from benchmarks import _aot_gpu
-from benchmarks._inputs import entries_seen, Shape
+from benchmarks._inputs import mean_visible, Shape, with_gradients
 from benchmarks._paired_timing import compare, Contender
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig, dynamic_group_attention
 from dga_jax.attention.aggregate import plan_and_merge
-from pallas_kernels.grouped_attention import Bounds, grouped_attention
+from pallas_kernels.grouped_attention import grouped_attention, KVSources
 
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "16384", "32768"], "sequence lengths")
 _HEADS = flags.DEFINE_integer("heads", 32, "query heads")
 _KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "head dim")
 _MIN_FOCAL = flags.DEFINE_integer("min_focal_tokens", 0, "floor on focal tokens (global selection)")
+_GROUP_SIZE = flags.DEFINE_integer("group_size", 16, "m, tokens in a group")
+_FOCAL_PER_BLOCK = flags.DEFINE_integer(
+  "focal_per_block", None, "f, focal tokens of a streaming block; default: a tenth of m"
+)
+_SINKS = flags.DEFINE_integer("sink_tokens", 0, "first tokens that stay focal")
+_LOCAL_WINDOW = flags.DEFINE_integer("local_window", 0, "raw blocks before the query (streaming)")
 _SELECTIONS = flags.DEFINE_multi_enum(
   "selection",
   ["streaming", "global"],
@@ -71,7 +80,9 @@ def main(argv: list[str]) -> None:
         _prepare(shape, name, run, draw)
     return
   print(environment())
-  print(f"{passes}; m = 16, importance rate 0.1, min_focal_tokens {_MIN_FOCAL.value}")
+  print(passes)
+  for selection in _SELECTIONS.value:
+    print(_config(selection))
   for shape in shapes:
     print(f"\n{shape}\n| contender | ms | lowest to highest | times cuDNN | TFLOP/s |")
     print("| --- | --- | --- | --- | --- |")
@@ -97,9 +108,10 @@ def _prepare(shape: Shape, name: str, run: Any, draw: Any) -> Any:
   if name == _EXAMPLE_NAME:
     drawn = "half_tokens"
   elif name.startswith("kernel"):
-    drawn = f"entries_{name.split(', ')[1]}"
+    drawn = f"sources_{name.split(', ')[1]}"
   slug = "".join(c if c.isalnum() else "_" for c in name) + "_both" * _BACKWARD.value
-  sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}"
+  blocks = f"m{_GROUP_SIZE.value}_f{_FOCAL_PER_BLOCK.value}_s{_SINKS.value}_w{_LOCAL_WINDOW.value}"
+  sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}_{blocks}"
   return _aot_gpu.prepare(
     f"{sizes}/{slug}",
     run,
@@ -117,17 +129,29 @@ def _contenders(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[..
   if _EXAMPLE.value and not _BACKWARD.value:  # it has no causal backward
     contenders[_EXAMPLE_NAME] = (_mosaic_gpu_example, functools.partial(_half_tokens, shape))
   for selection in _SELECTIONS.value:
-    config: DGAConfig = DGAConfig(selection=selection, min_focal_tokens=_MIN_FOCAL.value)
+    config = _config(selection)
     if "summaries" in _PARTS.value and not _BACKWARD.value:
       contenders[f"summaries, {selection}"] = (functools.partial(_summaries, config), tokens)
     for name in _IMPLEMENTATIONS.value:
-      op, kernel = (_with_passes(functools.partial(f, config, name)) for f in (_op, _kernel))
+      op = _with_passes(functools.partial(_op, config, name))
+      kernel = functools.partial(_kernel, config, name)
       if "op" in _PARTS.value:
         contenders[f"op, {selection}, {name}"] = (op, tokens)
       if "kernel" in _PARTS.value:
-        draw = functools.partial(shape.entries, config)
+        draw = functools.partial(shape.sources, config)
         contenders[f"kernel, {selection}, {name}"] = (kernel, draw)
   return contenders
+
+
+def _config(selection: Any) -> DGAConfig:
+  return DGAConfig(
+    group_size=_GROUP_SIZE.value,
+    focal_per_block=_FOCAL_PER_BLOCK.value,
+    min_focal_tokens=_MIN_FOCAL.value,
+    sink_tokens=_SINKS.value,
+    local_window=_LOCAL_WINDOW.value if selection == "streaming" else 0,
+    selection=selection,
+  )
 
 
 def _tokens(shape: Shape, key: Array) -> tuple[Any]:
@@ -163,17 +187,16 @@ def _op(config: DGAConfig, implementation: str, arrays: tuple[Array, Array, Arra
   return dynamic_group_attention(*arrays, config=config, implementation=implementation)
 
 
-def _kernel(
-  config: DGAConfig, implementation: str, arrays: tuple[Array, ...], bounds: Bounds
-) -> Array:
-  window = config.block_size if config.selection == "streaming" else config.group_size
+def _kernel(config: DGAConfig, implementation: str, query: Array, sources: KVSources) -> Any:
+  streaming = config.selection == "streaming"
+  window = (config.local_window + 1) * config.block_size if streaming else config.group_size
   call: Any = functools.partial(
     grouped_attention,
-    scale=arrays[0].shape[-1] ** -0.5,
+    scale=query.shape[-1] ** -0.5,
     max_window=window,
     implementation=implementation,
   )
-  return call(*arrays, bounds)
+  return with_gradients(call, query, sources) if _BACKWARD.value else call(query, sources)
 
 
 def _with_passes(function: Callable[..., Array]) -> Callable[..., Any]:
@@ -181,8 +204,8 @@ def _with_passes(function: Callable[..., Array]) -> Callable[..., Any]:
   if not _BACKWARD.value:
     return function
 
-  def with_gradient(arrays: tuple[Array, ...], *rest: Any) -> Any:
-    out, pull = jax.vjp(lambda arrays: function(arrays, *rest), arrays)
+  def with_gradient(arrays: tuple[Array, ...]) -> Any:
+    out, pull = jax.vjp(function, arrays)
     return out, pull(out)
 
   return with_gradient
@@ -193,9 +216,9 @@ def _row(shape: Shape, name: str, times: Times, peer: Times | None, draw: Any) -
   faster = f"{peer.median / times.median:.2f}" if peer else ""
   rate = ""
   if name.startswith("kernel"):
-    seen = entries_seen(draw(jax.random.key(_SEED.value))[1])
+    seen = mean_visible(draw(jax.random.key(_SEED.value))[1])
     flops = 4.0 * shape.D * shape.H * shape.L * seen * (4.5 if _BACKWARD.value else 1)
-    rate = f"{flops / times.median / 1e12:.0f} ({seen:.0f} entries a query)"
+    rate = f"{flops / times.median / 1e12:.0f} ({seen:.0f} keys a query)"
   return f"| {name} | {ms[0]} | {ms[1]} to {ms[2]} | {faster} | {rate} |"
 
 

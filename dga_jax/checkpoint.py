@@ -55,6 +55,17 @@ from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.sharding import parameter_shardings
 from dga_jax.tokenizer import Tokenizer
 
+__all__ = [
+  "CheckpointError",
+  "Checkpoints",
+  "abstract_decoder",
+  "list_steps",
+  "load_config",
+  "load_model",
+  "load_model_config",
+  "load_tokenizer",
+]
+
 # Fields of ModelConfig that may differ between training and use: they change how the parameters
 # are used, not what they are.
 _FREE_MODEL_FIELDS = frozenset(

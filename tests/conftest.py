@@ -24,11 +24,13 @@ hypothesis.settings.load_profile("dga_ci" if os.environ.get("CI") else "dga")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-  """Skips tests marked `gpu` where jax has no GPU; `aot` and `nightly` unless asked for by -m."""
+  """Skips tests marked `gpu` where jax has no GPU, and those marked `aot` unless asked for."""
   if jax.default_backend() != "gpu":
     _skip(items, "gpu", "needs an NVIDIA GPU")
   if "nightly" not in config.option.markexpr:
-    _skip(items, "nightly", "takes minutes: python -m pytest -m nightly")
+    _skip(items, "nightly", "slow or random: python -m pytest -m nightly")
+  if "wheel" not in config.option.markexpr:
+    _skip(items, "wheel", "installs packages: ./workspace test-wheel")
   if "aot" not in config.option.markexpr:
     _skip(items, "aot", "takes minutes: ./workspace test-aot")
   elif importlib.util.find_spec("libtpu") is None:

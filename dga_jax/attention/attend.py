@@ -120,7 +120,7 @@ def explain(
       query, key, value, config=config, lengths=lengths, segment_ids=segment_ids
     )
     options = attention_kwargs(query, config, scale=None)
-    reasons.update(refusals(target, query, *entries, plan.bounds, **options))
+    reasons.update(refusals(target, query, plan.bounds.sources(entries), **options))
     return query
 
   jax.eval_shape(trace, query, key, value)
@@ -141,8 +141,7 @@ def attend_entries(
   """Attention of every query to what the plan lets it see."""
   out_BxLxHxD = grouped_attention(
     query,
-    *entries,
-    plan.bounds,
+    plan.bounds.sources(entries),
     implementation=implementation,
     **attention_kwargs(query, plan.config, scale),
   )

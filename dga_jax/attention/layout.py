@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from dga_jax.attention.segments import Documents, positions
+from dga_jax.attention.visibility import Visibility
 from dga_jax.config import DGAConfig
 from pallas_kernels.compact_indices import compact_indices
-from pallas_kernels.grouped_attention import Bounds
 
 
 class Sizes(NamedTuple):
@@ -30,7 +30,7 @@ class Layout(NamedTuple):
   focal_index: Int[Array, "B N r"]
   member_index: Int[Array, "B N k m"]
   group_query: Int[Array, "B N k"]  # whose attention weighs the members of a group
-  bounds: Bounds
+  bounds: Visibility
 
 
 def global_layout(
@@ -63,7 +63,7 @@ def global_layout(
     focal_index=compact_indices(focal_before_BxNxL, focal_BxNxL, sizes.focal),
     member_index=member_index,
     group_query=member_index[..., -1],
-    bounds=Bounds(
+    bounds=Visibility(
       focal_start=_at_start(focal_before_BxNxL, documents),
       focal_end=focal_before_BxNxL + focal_BxNxL,
       group_start=section_BxNxL // m,
@@ -100,7 +100,7 @@ def streaming_layout(
   )
 
 
-def streaming_bounds(documents: Documents, config: DGAConfig) -> Bounds:
+def streaming_bounds(documents: Documents, config: DGAConfig) -> Visibility:
   """What each query sees under streaming selection, whatever the blocks choose."""
   f, size, sinks = config.focal_in_block, config.block_size, config.sink_tokens
   blocks = StreamingBlocks.of(documents, config)
@@ -110,7 +110,7 @@ def streaming_bounds(documents: Documents, config: DGAConfig) -> Bounds:
   i_BxL = jnp.broadcast_to(positions(seen_BxL), seen_BxL.shape)
   after_sinks_BxL = documents.is_token & ~blocks.sink
   window_end_BxL = i_BxL + documents.is_token
-  bounds_BxL = Bounds(
+  bounds_BxL = Visibility(
     focal_start=focal_start_BxL,
     focal_end=focal_start_BxL
     + jnp.where(after_sinks_BxL, sinks + f * seen_BxL, (documents.position + 1) * blocks.sink),

@@ -14,9 +14,9 @@ from dga_jax.attention import validation
 from dga_jax.attention.layout import global_layout, Sizes, streaming_layout, StreamingBlocks
 from dga_jax.attention.scores import importance_scores, random_scores, select_focal
 from dga_jax.attention.segments import Documents, find_documents
+from dga_jax.attention.visibility import Visibility
 from dga_jax.config import DGAConfig
 from pallas_kernels.group_merge import choose_in_blocks
-from pallas_kernels.grouped_attention import Bounds
 
 
 @functools.partial(
@@ -57,7 +57,7 @@ class GroupPlan:
   focal_index: Int[Array, "B N r"]
   member_index: Int[Array, "B N k m"]
   group_query: Int[Array, "B N k"]
-  bounds: Bounds
+  bounds: Visibility
   broken: Bool[Array, "B L"] | None
   config: DGAConfig
   padded: bool

@@ -68,7 +68,9 @@ def attend_sharded(
   # Between the windows of the two chunks lies what precedes the second one, unseen by queries of
   # the first. Implementations take a tile's windows as one run, which may hold it.
   options["max_window"] += streaming_halo(config) if streaming else global_halo(config)
-  out_BxPxHxD = grouped_attention(query, *entries, bounds, implementation=implementation, **options)
+  out_BxPxHxD = grouped_attention(
+    query, bounds.sources(entries), implementation=implementation, **options
+  )
   if rows.broken is None:
     return out_BxPxHxD
   return jnp.where(pieces.own(rows.broken)[..., None, None], jnp.nan, out_BxPxHxD)

@@ -13,9 +13,9 @@ from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.layout import global_layout, Layout
 from dga_jax.attention.plan import Rows
 from dga_jax.attention.scores import random_scores, select_focal
+from dga_jax.attention.visibility import Visibility
 from dga_jax.config import DGAConfig
 from pallas_kernels.group_merge import Entries, merge_groups, take_rows
-from pallas_kernels.grouped_attention import Bounds
 
 
 def global_entries(
@@ -27,7 +27,7 @@ def global_entries(
   *,
   config: DGAConfig,
   implementation: str | None,
-) -> tuple[Entries, Bounds]:
+) -> tuple[Entries, Visibility]:
   """What one device's queries attend to, and what each of them sees of it.
 
   Scores are gathered, so that every device makes the same plan. A focal token is sent by the
@@ -164,7 +164,7 @@ class _Split(NamedTuple):
     slot = jnp.where(is_second, second + entry - 2 * self.halo - count, first + entry - self.halo)
     return self._entry(slot, is_second.astype(jnp.int32))
 
-  def bounds(self) -> Bounds:
+  def bounds(self) -> Visibility:
     """The plan's, of this device's queries, with windows over its own list."""
     bounds = jax.tree.map(self.pieces.own, self.layout.bounds)
     (first, second), (count, _) = self._own_members()

@@ -13,10 +13,10 @@ from dga_jax.attention.layout import (
   StreamingBlocks,
 )
 from dga_jax.attention.plan import Rows
+from dga_jax.attention.visibility import Visibility
 from dga_jax.config import DGAConfig
 from pallas_kernels.compact_indices import compact_indices
 from pallas_kernels.group_merge import Entries, merge_blocks, take_positions
-from pallas_kernels.grouped_attention import Bounds
 
 
 def streaming_entries(
@@ -28,7 +28,7 @@ def streaming_entries(
   *,
   config: DGAConfig,
   implementation: str | None,
-) -> tuple[Entries, Bounds]:
+) -> tuple[Entries, Visibility]:
   """What one device's queries attend to, and what each of them sees of it.
 
   A block is summarised where its last token lies. For that, and for the raw window, each chunk
