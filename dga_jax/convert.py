@@ -1,27 +1,27 @@
 """Imports models of the LLaMA family from Hugging Face folders and GGUF files, and exports them.
 
-  python -m dga_jax.convert --source=DIR_OR_FILE.gguf --workdir=runs/imported
-  python -m dga_jax.generate --workdir=runs/imported --prompt="The capital of France is"
-  python -m dga_jax.convert --workdir=runs/imported --to_hf=exported
+  dga convert --source=DIR_OR_FILE.gguf --workdir=runs/imported
+  dga generate --workdir=runs/imported --prompt="The capital of France is"
+  dga convert --workdir=runs/imported --to_hf=exported
 
-LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3, SmolLM. The tokenizer comes along. An imported model
-attends as it did (densely, or Mistral by its window) unless --attention says otherwise. That is no
-part of the weights: generation, training and evaluation may choose anew. With "dga" the settings
-are those of `dga_jax.config.RETROFIT`.
+Supported are LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3 and SmolLM. The import includes the
+tokenizer, the ids that stop a generation, and chat templates. An imported model attends as in its
+own program (densely, or Mistral by its window) unless --attention says otherwise. The attention
+kind is no part of the weights: generation, training and evaluation may choose another. The settings
+of "dga" are those of `dga_jax.config.RETROFIT`.
+
+Every key of config.json and of GGUF metadata is implemented, known to change nothing, or refused.
+A key that is unknown is refused by name; --ignore_keys accepts it.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from dga_jax.checkpoint import CheckpointError
-from dga_jax.config import RETROFIT
-from dga_jax.conversion.exporting import export_hugging_face
-from dga_jax.conversion.importing import import_model, open_source
-from dga_jax.model.config import AttentionName, DtypeName
+from dga_jax import command_line
+from dga_jax.choices import AttentionName, DtypeName
 
 _SOURCE = flags.DEFINE_string("source", None, "A Hugging Face folder or a GGUF file to import.")
 _WORKDIR = flags.DEFINE_string(
@@ -45,34 +45,57 @@ _ATTENTION = flags.DEFINE_enum(
   "attention", None, get_args(AttentionName), "Attention kind to use the model with."
 )
 _END_TOKEN = flags.DEFINE_string(
-  "end_token", None, "Token that ends a text; default: the one that the files name."
+  "end_token",
+  None,
+  "Token that ends a text; default: the one that the files name. Every eos_token_id of the files "
+  "stops a generation as well.",
+)
+_ADD_BOS_TOKEN = flags.DEFINE_bool(
+  "add_bos_token",
+  None,
+  "Whether a begin token is put before a text; default: what the files say.",
+)
+_ADD_EOS_TOKEN = flags.DEFINE_bool(
+  "add_eos_token",
+  None,
+  "--noadd_eos_token leaves out an end token that the files put behind every text.",
+)
+_TOKENIZER_PRE = flags.DEFINE_string(
+  "tokenizer_pre",
+  None,
+  "Rule that splits a text into words, for GGUF files without tokenizer.ggml.pre, e.g. llama-bpe.",
+)
+_IGNORE_KEYS = flags.DEFINE_list(
+  "ignore_keys",
+  [],
+  "Unknown keys of config.json or of GGUF metadata that change nothing in what the model computes.",
 )
 _MESH = flags.DEFINE_string(
   "mesh", None, "Devices to spread the weights over while importing, e.g. fsdp=2,tensor=4."
 )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Imports or exports, by the flags."""
-  if len(argv) > 1:
-    raise app.UsageError(f"{argv[1]!r} is no flag.")
-  logging.set_verbosity(logging.WARNING)  # The checkpoint library reports every write.
   source, to_hf = _SOURCE.value, _TO_HF.value
-  try:
-    if source is not None and to_hf is None:
-      print(import_by_flags(Path(source)))
-    elif to_hf is not None and source is None:
-      export_hugging_face(_WORKDIR.value, Path(to_hf), step=_STEP.value)
-      print(f"{to_hf} holds the model for transformers.")
-    else:
-      raise app.UsageError("Give one of --source (to import) and --to_hf (to export).")
-  except (CheckpointError, ValueError, OSError) as error:
-    raise SystemExit(f"error: {error}") from error
+  if source is not None and to_hf is None:
+    print(import_by_flags(Path(source)))
+  elif to_hf is not None and source is None:
+    from dga_jax.conversion.exporting import export_hugging_face
+
+    export_hugging_face(_WORKDIR.value, Path(to_hf), step=_STEP.value)
+    print(f"{to_hf} holds the model for transformers.")
+  else:
+    raise app.UsageError("Give one of --source (to import) and --to_hf (to export).")
 
 
 def import_by_flags(path: Path) -> str:
-  """Imports what is at `path` and returns a summary."""
-  source = open_source(path)
+  """Imports the model at `path` and returns a summary."""
+  from dga_jax.config import RETROFIT
+  from dga_jax.conversion.checkpoint_reader import TokenizerChoices
+  from dga_jax.conversion.importing import import_model, open_source
+
+  source = open_source(path, _IGNORE_KEYS.value)
   config = source.config()
   changes: dict[str, Any] = {"dga": RETROFIT}
   if _PARAM_DTYPE.value is not None:
@@ -84,10 +107,15 @@ def import_by_flags(path: Path) -> str:
     source,
     dataclasses.replace(config, **changes),
     Path(_WORKDIR.value),
-    end_token=_END_TOKEN.value,
+    choices=TokenizerChoices(
+      end_token=_END_TOKEN.value,
+      add_bos_token=_ADD_BOS_TOKEN.value,
+      add_eos_token=_ADD_EOS_TOKEN.value,
+      pre=_TOKENIZER_PRE.value,
+    ),
     mesh=_MESH.value,
   )
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

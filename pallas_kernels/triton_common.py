@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
 
 # Raised while lowering, thus long after any function here has returned.
 warnings.filterwarnings(
@@ -19,6 +20,14 @@ warnings.filterwarnings(
 def like(x: Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
   """A kernel's output: inside a shard_map it varies over the mesh axes that x varies over."""
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def padded_slice(first: Array | int, size: int) -> pl.Slice:
+  """The slice [first, first + size), which may end beyond the array: mask the loads and stores.
+
+  JAX 0.12 refuses such a slice if its start is a Python int, so the start becomes an array.
+  """
+  return pl.ds(jnp.asarray(first, jnp.int32), size)
 
 
 def dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:

@@ -1,7 +1,7 @@
 """From tokens to what attention reads: focal rows, merged groups, and the raw window."""
 
 from pallas_kernels.group_merge.api import merge_blocks, merge_groups
-from pallas_kernels.group_merge.entries import Entries
+from pallas_kernels.group_merge.entries import block_indices, Entries
 from pallas_kernels.group_merge.xla import (
   block_scores,
   choose_in_blocks,
@@ -12,6 +12,7 @@ from pallas_kernels.group_merge.xla import (
 
 __all__ = [
   "Entries",
+  "block_indices",
   "block_scores",
   "choose_in_blocks",
   "merge",

@@ -16,7 +16,7 @@ from pallas_kernels.importance.triton_rows import (
   load_keys,
   Rows,
 )
-from pallas_kernels.triton_common import dot, like
+from pallas_kernels.triton_common import dot, like, padded_slice
 
 
 def triton_scores(
@@ -104,7 +104,7 @@ def _combine(lse2_ref: Any) -> Array:
   chunks, block_q = lse2_ref.shape
   rows = pl.next_power_of_2(chunks)
   keep = jnp.broadcast_to((jnp.arange(rows) < chunks)[:, None], (rows, block_q))
-  lse2_CxQ = plgpu.load(lse2_ref.at[pl.ds(0, rows), :], mask=keep, other=MASK_VALUE)
+  lse2_CxQ = plgpu.load(lse2_ref.at[padded_slice(0, rows), :], mask=keep, other=MASK_VALUE)
   top_Q = lse2_CxQ.max(axis=0)
   lse2_Q = top_Q + jnp.log2(jnp.exp2(lse2_CxQ - top_Q[None]).sum(axis=0))
   return jnp.where(lse2_Q <= MASK_VALUE / 2, 0, lse2_Q)
