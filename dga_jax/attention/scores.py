@@ -59,8 +59,10 @@ def sample_queries(
   """
   B, L = inside_BxL.shape
   if documents.whole_rows:
-    # The same positions whatever the data: no program has to draw and sort them again.
-    with jax.ensure_compile_time_eval():
+    # The same positions whatever the data: no program has to draw and sort them again. They are
+    # computed outside the mesh in force, over whose Manual axes nothing can be computed eagerly.
+    no_mesh = jax.sharding.AbstractMesh((), ())
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(no_mesh):
       sample_S = np.asarray(_sample_whole_row(L, samples, config))
     return jnp.broadcast_to(sample_S, (B, samples)), jnp.ones((B, samples), bool)
   return _sample(documents, inside_BxL, samples, config)
