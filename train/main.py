@@ -103,7 +103,7 @@ def _train(workdir: Path, signals: StopSignals) -> bool:
 
 
 def _describe(error: Exception) -> str:
-  """One line for an error that the user can repair, whose message has the remedy; else all of it."""
+  """The message of an error that the user can repair; of any other one the traceback."""
   from dga_jax.checkpoint_files import CheckpointError
 
   if not isinstance(error, CheckpointError | TrainingError | OSError | ValueError):

@@ -96,9 +96,9 @@ def summary(workdir: Path) -> str:
 
 def _run(module: str, *arguments: str) -> int:
   _say(f"$ python -m {module} {shlex.join(arguments)}")
-  with subprocess.Popen([sys.executable, "-m", module, *arguments]) as process:
-    with _signals_are_for(process):
-      return process.wait()
+  command = [sys.executable, "-m", module, *arguments]
+  with subprocess.Popen(command) as process, _signals_are_for(process):
+    return process.wait()
 
 
 @contextlib.contextmanager

@@ -43,13 +43,14 @@ def test_a_failure_of_training_is_passed_on(
   assert "Training failed" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+  "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
+)
 def test_a_signal_stops_the_training_in_it(
   number: signal.Signals, config: TrainConfig, compilation_cache: dict[str, str], tmp_path: Path
 ) -> None:
-  long = write_config(
-    interruptible(config, num_steps=10**6, checkpoint_every=10**6), tmp_path / "c"
-  )
+  config = interruptible(config, num_steps=10**6, checkpoint_every=10**6)
+  long = write_config(config, tmp_path / "long.py")
   workdir = tmp_path / "run"
   command = [sys.executable, "-m", "train.quickstart", f"--config={long}", f"--workdir={workdir}"]
   settings = {name.upper(): value for name, value in compilation_cache.items()}
