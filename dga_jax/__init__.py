@@ -4,7 +4,9 @@ import importlib
 from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from dga_jax.attention import dynamic_group_attention, explain, GroupPlan, plan_groups
+  from dga_jax.api import dynamic_group_attention, plan_groups
+  from dga_jax.attention.attend import explain
+  from dga_jax.attention.plan import GroupPlan
   from dga_jax.config import DGAConfig
 
 __version__ = "0.1.0"
@@ -21,10 +23,10 @@ __all__ = [
 # Imported on first use, so that the commands print their help without importing jax.
 _MODULES = {
   "DGAConfig": "dga_jax.config",
-  "GroupPlan": "dga_jax.attention",
-  "dynamic_group_attention": "dga_jax.attention",
-  "explain": "dga_jax.attention",
-  "plan_groups": "dga_jax.attention",
+  "GroupPlan": "dga_jax.attention.plan",
+  "dynamic_group_attention": "dga_jax.api",
+  "explain": "dga_jax.attention.attend",
+  "plan_groups": "dga_jax.api",
 }
 
 if not TYPE_CHECKING:

@@ -21,7 +21,7 @@ import numpy as np
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Num, Shaped
 
-from dga_jax.attention import dynamic_group_attention
+from dga_jax.api import dynamic_group_attention
 from dga_jax.config import DGAConfig
 
 __all__ = ["attention_fn"]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.sharding import axis_size, constrain
+from dga_jax.sharding import constrain, context_size
 
 Unembed = Callable[[Float[Array, "*S E"]], Float[Array, "*S V"]]
 
@@ -34,7 +34,7 @@ def token_losses(
   """
   B, L = targets_BxL.shape
   # A chunk takes tokens from every device that holds a part of the sequence.
-  pieces = axis_size("context")
+  pieces = context_size()
   length = L // pieces
   chunk = min(chunk, length)
   num_chunks = -(-length // chunk)

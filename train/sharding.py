@@ -1,5 +1,6 @@
-"""Where the training state and the batches lie on the mesh."""
+"""Shardings of the training state and of the batches."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,30 +10,30 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree, Shaped
 
-from dga_jax.sharding import ACTIVATIONS
+from dga_jax.sharding import ShardingRules
 
 type HostBatch = Mapping[str, Shaped[np.ndarray, "B L"]]
 
-# What fills rows of padding; 0 for the others.
+# Values of padding rows, by array; 0 for arrays without an entry.
 _PADDING = {"segment_ids": -1}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """Whole on every device."""
+  """The sharding of an array that every device holds whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Of [B, L] arrays of tokens: rows are split, sequences are whole.
+  """The sharding of [B, L] arrays of tokens: rows are split, sequences are whole.
 
-  A token of a batch takes a few bytes, so the devices that share a sequence (context) each hold
-  it whole, and take their part while computing.
+  A token of a batch takes a few bytes. The devices that share a sequence (context) each hold all
+  of it, and take their part inside the computation.
   """
-  return NamedSharding(mesh, PartitionSpec(ACTIVATIONS["batch"]))
+  return NamedSharding(mesh, PartitionSpec(ShardingRules().batch))
 
 
 def shapes_on(shapes: PyTree[Any], shardings: PyTree[NamedSharding]) -> PyTree[Any]:
-  """`jax.ShapeDtypeStruct`s of arrays that lie as the shardings say."""
+  """`jax.ShapeDtypeStruct`s with these shapes, dtypes and shardings."""
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
   )
@@ -41,12 +42,12 @@ def shapes_on(shapes: PyTree[Any], shardings: PyTree[NamedSharding]) -> PyTree[A
 def optimizer_shardings(
   optimizer: optax.GradientTransformation, params: PyTree[Any], mesh: Mesh
 ) -> PyTree[NamedSharding]:
-  """Of the optimizer's state: what belongs to a parameter lies like it.
+  """Shardings of the optimizer state: a parameter's moments have the parameter's sharding.
 
   Args:
-    optimizer: whose state it is.
+    optimizer: the optimizer of the state.
     params: shapes of the parameters, with their shardings.
-    mesh: the rest, a few scalars, is whole on each of its devices.
+    mesh: the devices. The rest of the state, a few scalars, is replicated.
   """
   return optax.tree_map_params(
     optimizer,
@@ -58,35 +59,37 @@ def optimizer_shardings(
 
 
 def process_share(mesh: Mesh) -> tuple[int, int]:
-  """Which part of every global batch this process reads: (index, of how many).
+  """The part of every global batch that this process reads: (index, number of parts).
 
   Processes whose devices hold the same rows (tensor, context) read the same part.
+
+  Raises:
+    ValueError: the rows of this process's devices are not contiguous in the global batch.
   """
-  pieces = mesh.shape["data"] * mesh.shape["fsdp"]
-  places = batch_sharding(mesh).addressable_devices_indices_map((pieces,))
-  mine = sorted({place[0].indices(pieces)[0] for place in places.values() if place is not None})
+  parts = _row_parts(mesh)
+  indices = batch_sharding(mesh).addressable_devices_indices_map((parts,))
+  mine = sorted({index[0].indices(parts)[0] for index in indices.values() if index is not None})
   if mine != list(range(mine[0], mine[0] + len(mine))) or mine[0] % len(mine):
     raise ValueError(
-      f"This process's devices hold the parts {mine} of {pieces} of the batch, which are not one "
-      "run; choose config.mesh.data and config.mesh.fsdp so that a process holds whole runs."
+      f"The devices of this process hold the parts {mine} of {parts} of the batch, which are not "
+      "contiguous. Choose config.mesh.data and config.mesh.fsdp so that they are."
     )
-  return mine[0] // len(mine), pieces // len(mine)
+  return mine[0] // len(mine), parts // len(mine)
 
 
 def place_batch(batch: HostBatch, mesh: Mesh, *, micro_batches: int) -> dict[str, Array]:
-  """This process's rows of a batch, as its part of global arrays on the mesh.
+  """Puts this process's rows of a batch on its devices, as a part of global arrays on the mesh.
 
-  Rows of padding, which have no loss, fill the batch up to what the devices and the micro-batches
-  divide.
+  Padding rows, which have no loss, fill the batch up to a multiple of devices and micro-batches.
 
   Args:
     batch: numpy arrays [rows of `process_share`, L].
-    mesh: where to.
-    micro_batches: how many pieces a step cuts the batch into.
+    mesh: the devices.
+    micro_batches: the number of micro-batches of a step.
   """
   sharding = batch_sharding(mesh)
   _, shares = process_share(mesh)
-  divisor = mesh.shape["data"] * mesh.shape["fsdp"] // shares * micro_batches
+  divisor = _row_parts(mesh) // shares * micro_batches
 
   def place(name: str, rows_BxL: np.ndarray) -> Array:
     padding = ((0, -len(rows_BxL) % divisor), (0, 0))
@@ -95,3 +98,8 @@ def place_batch(batch: HostBatch, mesh: Mesh, *, micro_batches: int) -> dict[str
     return jax.make_array_from_process_local_data(sharding, padded_BxL, global_shape)
 
   return {name: place(name, np.asarray(rows_BxL)) for name, rows_BxL in batch.items()}
+
+
+def _row_parts(mesh: Mesh) -> int:
+  """The number of parts into which the mesh splits the rows of a batch."""
+  return math.prod(mesh.shape[axis] for axis in ShardingRules().batch)

@@ -1,4 +1,4 @@
-"""The op: plan, merge_groups, attend."""
+"""The op on one device: plan, merge groups, attend."""
 
 import math
 from typing import Any
@@ -7,18 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention import validation
 from dga_jax.attention.aggregate import plan_and_merge, zero_padding
 from dga_jax.attention.plan import GroupPlan, plan_groups
 from dga_jax.attention.reference import reference_attention
-from dga_jax.attention.segments import find_documents
 from dga_jax.config import DGAConfig
 from pallas_kernels.dispatch import find_target
 from pallas_kernels.group_merge import Entries
 from pallas_kernels.grouped_attention import grouped_attention, refusals
 
 
-def dynamic_group_attention(
+def attend(
   query: Float[Array, "B L H D"],
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
@@ -30,48 +28,23 @@ def dynamic_group_attention(
   scale: float | None = None,
   implementation: str | None = None,
 ) -> Float[Array, "B L H D"]:
-  """Causal attention over focal tokens, merged groups and the raw tokens of one open group.
-
-  Zhang et al., ICML 2025 (arXiv 2505.22107), Algorithm 1, masked before the softmax. Query i
-  attends, in one softmax, to the focal tokens j ≤ i, to the groups that end by then, each a
-  weighted mean of m tokens' keys and values (Eq. 14), and to the raw members of the group whose
-  span it lies in.
+  """`dga_jax.dynamic_group_attention` of the rows and heads of one device.
 
   Args:
-    query: any float dtype, which all arrays share. Softmax statistics are float32.
-    key: N KV heads, N dividing H; query head h belongs to KV head ⌊h / (H/N)⌋.
-    value: as key.
+    query: checked, as all arguments are, by the caller.
+    key: as query.
+    value: as query.
     config: every switch of the mechanism.
-    plan: fixes the split. Default: `plan_groups(query, key, config=config, ...)`.
-    lengths: tokens of each row, the rest being right padding. Default: all L.
-    segment_ids: runs of equal ids are documents packed in a row; a negative id is padding. Each
-      row and document is computed exactly as it would be alone; padded queries give 0.
-    scale: of the attention logits, default 1/√D. The choice of focal tokens always uses 1/√D,
-      and the merge weights follow `config.aggregation_scale`.
-    implementation: None for the one that `explain` says is taken, "reference" for the masks
-      written out, or another name that `explain` lists.
-
-  Returns:
-    The query's shape and dtype. Differentiable in query, key and value.
-
-  Raises:
-    ValueError: names the argument that does not fit and what it must be.
-    NotImplementedError: if the named implementation cannot compute this call, and why.
+    plan: fixes the split into focal tokens and groups.
+    lengths: tokens of each row.
+    segment_ids: documents packed in the rows.
+    scale: of the attention logits.
+    implementation: of attention.
   """
-  validation.query_and_key(query, key)
-  validation.value_like_key(value, key)
-  validation.softmax_scale(scale)
-  validation.implementation(implementation)
-  B, L, _, D = query.shape
-  validation.rows(B, L, lengths, segment_ids)
-  if plan is not None:
-    padded = lengths is not None or segment_ids is not None
-    documents = find_documents(B, L, lengths, segment_ids) if padded else None
-    validation.plan_fits(plan, config, query, key, documents)
-  rows = {"lengths": lengths, "segment_ids": segment_ids}
+  D = query.shape[-1]
   if implementation == "reference":
     if plan is None:
-      plan = plan_groups(query, key, config=config, **rows)
+      plan = plan_groups(query, key, config=config, lengths=lengths, segment_ids=segment_ids)
     query, key, value = zero_padding(plan.documents, plan.padded, query, key, value)
     out_BxLxHxD = reference_attention(
       query,
@@ -89,8 +62,9 @@ def dynamic_group_attention(
     value,
     config=config,
     plan=plan,
+    lengths=lengths,
+    segment_ids=segment_ids,
     implementation="xla" if implementation == "xla" else None,
-    **rows,
   )
   return attend_entries(query, entries, plan, scale=scale, implementation=implementation)
 

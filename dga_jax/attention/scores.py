@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.segments import Documents, find_documents, positions
 from dga_jax.config import DGAConfig
-from dga_jax.sharding import axis_index_and_size
+from dga_jax.sharding import head_part
 from pallas_kernels.importance import sampled_importance
 from pallas_kernels.segmented_top_k import Ranges, segmented_top_k
 
@@ -83,11 +83,12 @@ def _sample(
 
 
 def random_scores(documents: Documents, heads: int, seed: int) -> Float[Array, "B N L"]:
-  """Scores of the paper's random baseline (Table 5): uniform, one draw per head and place.
+  """Scores of the paper's random baseline (Table 5): uniform by KV head and position.
 
-  Where a mesh splits the heads, these `heads` draw as they do among all of them.
+  Where a mesh splits the heads, each device's `heads` heads get the scores that they have among
+  all heads.
   """
-  part, parts = axis_index_and_size("tensor")
+  part, parts = head_part()
   keys = jax.random.split(jax.random.key(seed), heads * parts)
   return jnp.stack(
     [uniform_by_position(keys[part * heads + head], documents.position) for head in range(heads)],

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from dga_jax.attention import GroupPlan, plan_groups
+from dga_jax import GroupPlan, plan_groups
 from dga_jax.attention.aggregate import plan_and_merge
 from dga_jax.attention.attend import attend_entries
 from dga_jax.attention.layout import streaming_layout

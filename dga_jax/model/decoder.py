@@ -17,6 +17,7 @@ from dga_jax.model.attention_kinds import AttentionKind, ExtendingKind, make_att
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.layers import constrain_residual, DecoderLayer, rms_norm, weight
 from dga_jax.model.logits import logits
+from dga_jax.model.on_mesh import on_mesh
 from dga_jax.model.rope import inverse_frequencies, rope_table, RopeTable
 from dga_jax.model.sharded_attention import attend_on_mesh
 from dga_jax.sharding import fsdp_all_gather, zigzag_order
@@ -60,6 +61,7 @@ class Decoder(nnx.Module):
     if not config.tie_embeddings:
       self.unembedding = weight(config, (E, V), ("embed", "vocab"), inputs=(0,), rngs=rngs)
 
+  @on_mesh("batch", None, "vocab")
   def __call__(
     self,
     tokens_BxL: Int[Array, "B L"],
@@ -74,6 +76,7 @@ class Decoder(nnx.Module):
       states_BxLxE = states_BxLxE[:, np.argsort(order_L)]
     return self.unembed(states_BxLxE)
 
+  @on_mesh("batch", "length", None)
   def hidden(
     self,
     tokens_BxL: Int[Array, "B L"],
@@ -117,6 +120,7 @@ class Decoder(nnx.Module):
     states_BxLxE, _ = self._run_layers(tokens_BxL, positions_BxL, attend)
     return states_BxLxE
 
+  @on_mesh(..., "vocab")
   def unembed(self, states: Float[Array, "*S E"]) -> Float[Array, "*S V"]:
     """Logits of states from `hidden`, accumulated and returned in float32."""
     return self.unembedder()(states)

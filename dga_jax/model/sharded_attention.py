@@ -1,19 +1,18 @@
-"""Attention over a mesh: each device attends to what it holds, and nothing is gathered for it."""
+"""Attention of the model on a mesh: each device attends to its own rows and heads."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-import jax
-from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from dga_jax.attention.partition import AttentionPartition
 from dga_jax.model.attention_kinds import AttentionKind
-from dga_jax.sharding import ACTIVATIONS, current_mesh
+from dga_jax.sharding import context_axis, current_mesh, current_rules
 
 
 @runtime_checkable
 class SupportsContextParallel(Protocol):
-  """An attention kind whose sequences may be split over the context axis."""
+  """An attention kind whose sequences may be split over a mesh axis."""
 
   def attend_sharded(
     self,
@@ -25,15 +24,15 @@ class SupportsContextParallel(Protocol):
     lengths: Int[Array, "B"] | None,
     axis_name: str,
   ) -> Float[Array, "B P H D"]:
-    """As `AttentionKind.attend`, on one device's piece of the sequence.
+    """As `AttentionKind.attend`, inside a `jax.shard_map`, on one device's part of the sequence.
 
     Args:
-      q_BxPxHxD: queries of this piece, in the order of `dga_jax.sharding.zigzag_order`.
-      k_BxPxNxD: keys.
-      v_BxPxNxD: values.
-      segment_ids: of the whole sequence, in its own order.
+      q_BxPxHxD: queries of this device, in the order of `dga_jax.sharding.zigzag_order`.
+      k_BxPxNxD: keys, in the same order.
+      v_BxPxNxD: values, in the same order.
+      segment_ids: of the whole sequence, in the order of positions.
       lengths: of the whole sequence.
-      axis_name: of the mesh, over which sequences are split.
+      axis_name: the mesh axis that splits sequences.
     """
 
 
@@ -46,59 +45,82 @@ def attend_on_mesh(
   segment_ids: Int[Array, "B L"] | None,
   lengths: Int[Array, "B"] | None,
 ) -> Float[Array, "B L H D"]:
-  """`kind.attend` on every device of the current mesh; the same as that without a mesh.
+  """`kind.attend` on every device of the current mesh, or on one device without a mesh.
 
-  A kernel is opaque to the compiler, which would gather its operands. So rows are split over data
-  and fsdp, heads over tensor, and the kernel sees its device's rows and heads alone. Where the
-  mesh has a context axis, q, k and v stand in `dga_jax.sharding.zigzag_order`, segment_ids and
-  lengths are those of the sequences in their own order.
+  The compiler cannot partition kernels: it would gather their operands. A `jax.shard_map` by the
+  rules in force gives each device's kernel the rows and heads of that device. Along mesh axes that
+  no rule gives to rows, heads or length, all devices compute the same.
+
+  Args:
+    kind: the attention kind.
+    q_BxLxHxD: queries. Where a mesh axis splits sequences, queries, keys and values are in the
+      order of `dga_jax.sharding.zigzag_order`.
+    k_BxLxNxD: keys.
+    v_BxLxNxD: values.
+    segment_ids: of the sequences, in the order of positions.
+    lengths: of the sequences.
 
   Raises:
-    ValueError: the mesh does not divide heads, rows or sequences, or the kind cannot be split.
+    ValueError: the mesh does not divide heads or rows, or the kind attends to whole sequences only.
   """
-  mesh = current_mesh()
-  if mesh is None:
+  partition = _partition(kind, q_BxLxHxD, k_BxLxNxD)
+  if partition is None:
     return kind.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, segment_ids=segment_ids, lengths=lengths)
-  _check(mesh, kind, q_BxLxHxD, k_BxLxNxD)
+  axis_name = context_axis()
   rows = {
     name: array
     for name, array in (("segment_ids", segment_ids), ("lengths", lengths))
     if array is not None
   }
 
-  def attend(q: Array, k: Array, v: Array, rows: Mapping[str, Array]) -> Array:
-    given: dict[str, Any] = {"segment_ids": None, "lengths": None, **rows}
-    if mesh.shape["context"] == 1:
+  def attend(operands: Mapping[str, Array]) -> Array:
+    given: dict[str, Any] = {"segment_ids": None, "lengths": None, **operands}
+    q, k, v = given.pop("q"), given.pop("k"), given.pop("v")
+    if axis_name is None:
       return kind.attend(q, k, v, **given)
     assert isinstance(kind, SupportsContextParallel)
-    return kind.attend_sharded(q, k, v, **given, axis_name="context")
+    return kind.attend_sharded(q, k, v, **given, axis_name=axis_name)
 
-  batch = ACTIVATIONS["batch"]
-  states = PartitionSpec(batch, "context", "tensor", None)
-  return jax.shard_map(
+  states, split_rows = partition.states, partition.rows
+  out_BxLxHxD: Array = partition.shard_map(
     attend,
-    in_specs=(states, states, states, PartitionSpec(batch)),
-    out_specs=states,
-    # Without collectives there is nothing to check, and kernels of JAX's own do not tell over
-    # which axes their results vary.
-    check_vma=mesh.shape["context"] > 1,
-  )(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, rows)
+    {"q": q_BxLxHxD, "k": k_BxLxNxD, "v": v_BxLxNxD, **rows},
+    {"q": states, "k": states, "v": states, "segment_ids": split_rows, "lengths": split_rows},
+    states,
+    # Some kernels of JAX do not tell over which mesh axes their results vary. Only the collectives
+    # of context parallelism need the check.
+    check_vma=axis_name is not None,
+  )
+  return out_BxLxHxD
 
 
-def _check(mesh: AbstractMesh, kind: AttentionKind, q_BxLxHxD: Array, k_BxLxNxD: Array) -> None:
-  B, N = q_BxLxHxD.shape[0], k_BxLxNxD.shape[2]
-  tensor, rows = mesh.shape["tensor"], mesh.shape["data"] * mesh.shape["fsdp"]
-  if N % tensor:
+def _partition(
+  kind: AttentionKind, q_BxLxHxD: Array, k_BxLxNxD: Array
+) -> AttentionPartition | None:
+  """The partition by the rules in force; None without a mesh.
+
+  Raises:
+    ValueError: the mesh does not divide heads or rows, or the kind attends to whole sequences only.
+  """
+  mesh, rules = current_mesh(), current_rules()
+  if mesh is None:
+    return None
+
+  def usable(axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if axis in mesh.auto_axes)
+
+  partition = AttentionPartition(
+    mesh,
+    batch=usable(rules.batch),
+    heads=usable(rules.heads),
+    length=next(iter(usable(rules.length)), None),
+  )
+  partition.check_divides(rows=q_BxLxHxD.shape[0], kv_heads=k_BxLxNxD.shape[2])
+  axis = context_axis()
+  if axis is not None and not isinstance(kind, SupportsContextParallel):
     raise ValueError(
-      f"config.mesh.tensor is {tensor} and the model has {N} KV heads; it must divide them."
+      f"The mesh axis {axis!r} splits sequences over {mesh.shape[axis]} devices, but "
+      f"{type(kind).__name__} attends to whole sequences: the size of this mesh axis must be 1 "
+      "(config.mesh.context in training)."
     )
-  if B % rows:
-    raise ValueError(
-      f"The batch has {B} rows; config.mesh.data x config.mesh.fsdp, which is {rows}, must divide "
-      "them. Fill it up with rows of padding (segment_ids -1)."
-    )
-  if mesh.shape["context"] > 1 and not isinstance(kind, SupportsContextParallel):
-    raise ValueError(
-      f"config.mesh.context is {mesh.shape['context']}, but {type(kind).__name__} attends to whole "
-      "sequences: it must be 1."
-    )
+  return partition

@@ -11,12 +11,11 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from dga_jax.sharding import (
-  ACTIVATIONS,
   make_mesh,
   MESH_AXES,
   MeshConfig,
-  PARAMETERS,
   partition_spec,
+  ShardingRules,
   zigzag_order,
 )
 from train.sharding import place_batch, process_share
@@ -79,15 +78,15 @@ def abstract(*sizes: int) -> AbstractMesh:
 
 
 def test_rules() -> None:
-  mesh = abstract(2, 2, 2, 4)
+  mesh, rules = abstract(2, 2, 2, 4), ShardingRules()
   names, shape = ("layers", "embed", "mlp"), (3, 16, 6)
-  assert partition_spec(names, shape, mesh, PARAMETERS) == jax.P(
+  assert partition_spec(names, shape, mesh, rules.parameters) == jax.P(
     None, ("fsdp", "context"), "tensor"
   )
-  assert partition_spec(names, (3, 6, 5), mesh, PARAMETERS) == jax.P(None, "fsdp", None)
-  spec = partition_spec(("batch", "length", None), (4, 8, 3), mesh, ACTIVATIONS)
+  assert partition_spec(names, (3, 6, 5), mesh, rules.parameters) == jax.P(None, "fsdp", None)
+  spec = partition_spec(("batch", "length", None), (4, 8, 3), mesh, rules.activations)
   assert spec == jax.P(("data", "fsdp"), "context", None)
-  whole = partition_spec(("embed", "mlp"), (4, 4), abstract(8, 1, 1, 1), PARAMETERS)
+  whole = partition_spec(("embed", "mlp"), (4, 4), abstract(8, 1, 1, 1), rules.parameters)
   assert whole == jax.P(None, None)
 
 

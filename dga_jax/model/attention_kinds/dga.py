@@ -4,7 +4,7 @@ import dataclasses
 
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from dga_jax.attention import dynamic_group_attention
+from dga_jax.api import dynamic_group_attention
 from dga_jax.attention.context_parallel.attend import attend_sharded
 from dga_jax.cache import attend_and_prefill, CompactCache, decode_step, empty_cache, extend
 from dga_jax.config import DGAConfig
