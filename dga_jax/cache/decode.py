@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.attention.aggregate import merge_scale
+from dga_jax.attention.attend import merge_scale
 from dga_jax.cache.state import CompactCache
 from dga_jax.cache.summary import merge_blocks
 from dga_jax.config import DGAConfig

@@ -48,7 +48,7 @@ def extend(
   cache = _store_sinks(cache, key_BxTxNxD, value_BxTxNxD, span)
   cache = _store_blocks(cache, query_BxTxHxD, key, value, span)
   focal, group, bounds = _entries(cache, span)
-  options = attention_kwargs(query_BxTxHxD, config, scale)
+  options = attention_kwargs(config, query_BxTxHxD.shape[-1], scale)
   options["max_window"] = (config.local_window + 1) * config.block_size
   out_BxTxHxD = grouped_attention(
     query_BxTxHxD, *focal, *group, key, value, bounds, implementation=implementation, **options

@@ -3,13 +3,14 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.aggregate import plan_and_merge, zero_padding
-from dga_jax.attention.attend import attend_entries
-from dga_jax.attention.plan import GroupPlan
+from dga_jax.attention._interim import KVSources
+from dga_jax.attention.attend import attend_merged, merge_tokens, zero_padding
+from dga_jax.attention.metadata import AttentionMetadata, prepare, StreamingMetadata
+from dga_jax.attention.segments import find_documents
 from dga_jax.cache.state import cache_size, CompactCache, ring_age
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import pack_rows
-from pallas_kernels.group_merge import Entries, take_rows
+from pallas_kernels.group_merge import take_rows
 
 
 def prefill(
@@ -29,48 +30,65 @@ def prefill(
     lengths_B: tokens of each prompt; None where all have L, and the cache is then exact.
     max_length: tokens that the cache is to hold for a sequence, prompt included, at least L.
   """
-  plan, query, entries = plan_and_merge(
+  B, L = key_BxLxNxD.shape[:2]
+  documents = find_documents(B, L, lengths_B, None)
+  return prefill_prepared(
     query_BxLxHxD,
     key_BxLxNxD,
     value_BxLxNxD,
-    config=config,
-    lengths=lengths_B,
-    implementation="xla" if implementation == "xla" else None,
+    prepare(documents, config),
+    max_length=max_length,
+    scale=scale,
+    implementation=implementation,
   )
-  out_BxLxHxD = attend_entries(query, entries, plan, scale=scale, implementation=implementation)
-  key, value = zero_padding(plan.documents, plan.padded, key_BxLxNxD, value_BxLxNxD)
-  return out_BxLxHxD, cache_prompt(key, value, plan, entries, max_length=max_length)
+
+
+def prefill_prepared(
+  query_BxLxHxD: Float[Array, "B L H D"],
+  key_BxLxNxD: Float[Array, "B L N D"],
+  value_BxLxNxD: Float[Array, "B L N D"],
+  metadata: AttentionMetadata,
+  *,
+  max_length: int,
+  scale: float | None = None,
+  implementation: str | None = None,
+) -> tuple[Float[Array, "B L H D"], CompactCache]:
+  """As `prefill`, for rows whose metadata all layers share."""
+  merged = merge_tokens(
+    query_BxLxHxD, key_BxLxNxD, value_BxLxNxD, metadata, implementation=implementation
+  )
+  out_BxLxHxD = attend_merged(
+    merged, metadata.invalid, metadata.config, scale=scale, implementation=implementation
+  )
+  key, value = zero_padding(metadata.documents, key_BxLxNxD, value_BxLxNxD)
+  return out_BxLxHxD, cache_prompt(key, value, metadata, merged.sources, max_length=max_length)
 
 
 def cache_prompt(
   key_BxLxNxD: Float[Array, "B L N D"],
   value_BxLxNxD: Float[Array, "B L N D"],
-  plan: GroupPlan,
-  entries: Entries,
+  metadata: AttentionMetadata,
+  sources: KVSources,
   *,
   max_length: int,
 ) -> CompactCache:
-  """The cache after right-padded prompts, from their plan and entries."""
-  config = plan.config
+  """The cache after right-padded prompts, from their metadata and merged tokens."""
+  config, documents = metadata.config, metadata.documents
   B, L, N, _D = key_BxLxNxD.shape
-  r, k = plan.focal_index.shape[-1], plan.group_query.shape[-1]
-  entries = entries._replace(  # without what kernels leave behind them
-    focal_key=entries.focal_key[:, :r],
-    focal_value=entries.focal_value[:, :r],
-    group_key=entries.group_key[:, :k],
-    group_value=entries.group_value[:, :k],
-  )
-  ragged = plan.padded
-  size = cache_size(config, max_length, prompt=L, ragged=ragged)
-  length_B = plan.documents.length[:, 0]
+  r, k = metadata.sizes
+  # Without the rows that kernels append.
+  focal = (sources.focal.key[:, :r], sources.focal.value[:, :r])
+  group = (sources.group.key[:, :k], sources.group.value[:, :k])
+  size = cache_size(config, max_length, prompt=L, ragged=documents.rows != "whole")
+  length_B = documents.row_length
   sinks_B = jnp.full(B, config.sink_tokens, jnp.int32)
-  if config.selection == "streaming":
-    compact = _interleaved(entries, config)
+  if isinstance(metadata.by_selection, StreamingMetadata):
+    compact = [_interleaved(*pair, config) for pair in zip(focal, group, strict=True)]
     origin_B = prefix_B = prefix_focal_B = sinks_B
   else:
-    focal_B = plan.focal_mask.sum(axis=-1, dtype=jnp.int32)[:, 0]
+    focal_B = metadata.by_selection.quotas.quota[:, 0]
     groups_B = (length_B - focal_B) // config.group_size
-    compact = _joined(entries, focal_B)
+    compact = [_joined(*pair, focal_B) for pair in zip(focal, group, strict=True)]
     # A prompt shorter than the sinks is all focal, and the next tokens complete them.
     whole_B = length_B >= sinks_B
     origin_B = jnp.maximum(length_B, sinks_B)
@@ -96,38 +114,24 @@ def cache_prompt(
   )
 
 
-def _interleaved(entries: Entries, config: DGAConfig) -> tuple[Array, Array]:
+def _interleaved(focal_BxrxNxD: Array, group_BxkxNxD: Array, config: DGAConfig) -> Array:
   """Sinks, then for every block its f focal tokens and its group."""
   f = config.focal_in_block
-
-  def interleave(focal_BxrxNxD: Array, group_BxkxNxD: Array) -> Array:
-    B, k, N, D = group_BxkxNxD.shape
-    sinks = focal_BxrxNxD.shape[1] - f * k
-    blocks = jnp.concatenate(
-      [focal_BxrxNxD[:, sinks:].reshape(B, k, f, N, D), group_BxkxNxD[:, :, None]], axis=2
-    )
-    return jnp.concatenate([focal_BxrxNxD[:, :sinks], blocks.reshape(B, k * (f + 1), N, D)], axis=1)
-
-  return (
-    interleave(entries.focal_key, entries.group_key),
-    interleave(entries.focal_value, entries.group_value),
+  B, k, N, D = group_BxkxNxD.shape
+  sinks = focal_BxrxNxD.shape[1] - f * k
+  blocks = jnp.concatenate(
+    [focal_BxrxNxD[:, sinks:].reshape(B, k, f, N, D), group_BxkxNxD[:, :, None]], axis=2
   )
+  return jnp.concatenate([focal_BxrxNxD[:, :sinks], blocks.reshape(B, k * (f + 1), N, D)], axis=1)
 
 
-def _joined(entries: Entries, focal_B: Array) -> tuple[Array, Array]:
-  """Each row's own focal tokens, and its groups right behind them."""
-  B, r, N, _ = entries.focal_key.shape
-  slot = jnp.arange(r + entries.group_key.shape[1])[None]
+def _joined(focal_BxrxNxD: Array, group_BxkxNxD: Array, focal_B: Array) -> Array:
+  """Each row's own focal tokens, followed by its groups."""
+  B, r, N, _ = focal_BxrxNxD.shape
+  slot = jnp.arange(r + group_BxkxNxD.shape[1])[None]
   source_BxS = jnp.where(slot < focal_B[:, None], slot, slot - focal_B[:, None] + r)
   source_BxNxS = jnp.broadcast_to(source_BxS[:, None], (B, N, source_BxS.shape[1]))
-
-  def join(focal_BxrxNxD: Array, group_BxkxNxD: Array) -> Array:
-    return take_rows(jnp.concatenate([focal_BxrxNxD, group_BxkxNxD], axis=1), source_BxNxS)
-
-  return (
-    join(entries.focal_key, entries.group_key),
-    join(entries.focal_value, entries.group_value),
-  )
+  return take_rows(jnp.concatenate([focal_BxrxNxD, group_BxkxNxD], axis=1), source_BxNxS)
 
 
 def _heads_first(x_BxSxNxD: Array, size: int) -> Float[Array, "B N S D"]:

@@ -12,7 +12,7 @@ from dga_jax.conversion.checkpoint_reader import common_dtype
 from dga_jax.conversion.gguf_tokenizer import tokenizer_from_metadata
 from dga_jax.conversion.param_map import Naming
 from dga_jax.model import ModelConfig, RopeScaling
-from dga_jax.model.baselines import SlidingWindowConfig
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
 from dga_jax.model.rope import inverse_frequencies
 from dga_jax.tokenizer import Tokenizer
 

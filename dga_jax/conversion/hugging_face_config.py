@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dga_jax.model import ModelConfig, RopeScaling
-from dga_jax.model.baselines import SlidingWindowConfig
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
 from dga_jax.model.config import DtypeName
 
 

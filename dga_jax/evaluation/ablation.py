@@ -5,18 +5,19 @@ All of it concerns streaming selection over whole sequences, where that is what 
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from dga_jax.attention import GroupPlan, plan_groups
-from dga_jax.attention.aggregate import plan_and_merge
-from dga_jax.attention.attend import attend_entries
-from dga_jax.attention.layout import streaming_layout
-from dga_jax.attention.plan import static_sizes
+from dga_jax.attention.attend import attend_merged, make_plan, merge_planned
+from dga_jax.attention.metadata import AttentionMetadata, prepare
+from dga_jax.attention.plan import GroupPlan
+from dga_jax.attention.segments import Documents
+from dga_jax.attention.selection import Selection as FocalSelection
 from dga_jax.config import DGAConfig
+from dga_jax.model.attention_kinds.base import AttentionKind
 from pallas_kernels.grouped_attention.reference import masked_softmax
 
 Selection = Literal["own", "random", "oracle"]
@@ -25,17 +26,22 @@ _BLOCK_Q = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class AblatedDGA:
+class AblatedDGA(AttentionKind):
   """An attention kind for whole sequences of one document; it has no cache.
 
   Attributes:
     config: with streaming selection.
-    selection: which f tokens of a block stay: "own", by the block's last query; "random"; or
-      "oracle", those that later queries, which see the block no longer raw, would pay most to
-      under dense attention.
-    merging: weights of the others: "own", "mean", or "hidden" for groups that nobody sees.
-    focal: False hides the focal tokens, but for sinks.
+    selection: which f tokens of a block stay focal: "own", the choice of the block's last query;
+      "random"; or "oracle", the tokens to which later queries, for which the block is no longer
+      raw, would pay most under dense attention.
+    merging: weights of the other tokens: "own", "mean", or "hidden" for groups that no query sees.
+    focal: False hides the focal tokens, except sinks.
+
+  Raises:
+    ValueError: the config has another selection than streaming.
   """
+
+  name = "ablated dga"
 
   config: DGAConfig
   selection: Selection = "own"
@@ -48,54 +54,44 @@ class AblatedDGA:
         f"config.selection is {self.config.selection!r}; ablations want 'streaming'."
       )
 
+  def prepare(self, documents: Documents) -> AttentionMetadata:
+    """The rows.
+
+    Raises:
+      ValueError: padded or packed rows.
+    """
+    if documents.rows != "whole":
+      raise ValueError(
+        "segment_ids or lengths are given; ablations want whole rows of one document."
+      )
+    return prepare(documents, self.config)
+
   def attend(
     self,
     q_BxLxHxD: Float[Array, "B L H D"],
     k_BxLxNxD: Float[Array, "B L N D"],
     v_BxLxNxD: Float[Array, "B L N D"],
-    *,
-    segment_ids: Int[Array, "B L"] | None,
-    lengths: Int[Array, "B"] | None,
+    metadata: AttentionMetadata,
   ) -> Float[Array, "B L H D"]:
     """The op with the parts that the fields name."""
-    if segment_ids is not None or lengths is not None:
-      raise ValueError(
-        "segment_ids or lengths are given; ablations want whole rows of one document."
-      )
-    plan = plan_groups(q_BxLxHxD, k_BxLxNxD, config=self.config)
-    if self.selection != "own":
+    if self.selection == "own":
+      plan = make_plan(q_BxLxHxD, k_BxLxNxD, metadata)
+    else:
       scores = _random_scores if self.selection == "random" else received_later
       focal_BxNxL = focal_by_score(scores(q_BxLxHxD, k_BxLxNxD, self.config), self.config)
-      # Not GroupPlan.from_focal_mask, which counts the focal tokens of blocks and so needs values.
-      sizes = static_sizes(self.config, q_BxLxHxD.shape[1], max_documents=1, exact=True)
-      layout = streaming_layout(focal_BxNxL, plan.documents, sizes, self.config)
-      plan = dataclasses.replace(plan, focal_mask=focal_BxNxL, **layout._asdict())
+      plan = GroupPlan.from_selection(FocalSelection(focal_BxNxL), metadata)
     weighing = jnp.zeros_like(q_BxLxHxD) if self.merging == "mean" else q_BxLxHxD
-    _, _, entries = plan_and_merge(weighing, k_BxLxNxD, v_BxLxNxD, config=self.config, plan=plan)
-    return attend_entries(q_BxLxHxD, entries, self._hide(plan))
+    merged = merge_planned(weighing, k_BxLxNxD, v_BxLxNxD, self._hide(plan))
+    return attend_merged(merged._replace(query=q_BxLxHxD), plan.invalid, self.config)
 
   def _hide(self, plan: GroupPlan) -> GroupPlan:
-    bounds = plan.bounds
+    visibility = plan.visibility
     if self.merging == "hidden":
-      bounds = bounds._replace(group_end=bounds.group_start)
+      visibility = visibility._replace(group_end=visibility.group_start)
     if not self.focal:
-      sinks = bounds.focal_start + self.config.sink_tokens
-      bounds = bounds._replace(focal_end=jnp.minimum(bounds.focal_end, sinks))
-    return dataclasses.replace(plan, bounds=bounds)
-
-  def init_cache(
-    self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
-  ) -> Any:
-    """Not for ablations."""
-    raise NotImplementedError("ablations are for whole sequences and have no cache.")
-
-  def prefill(self, *arrays: Array, lengths: Array | None, max_length: int) -> Any:
-    """Not for ablations."""
-    raise NotImplementedError("ablations are for whole sequences and have no cache.")
-
-  def decode(self, *arrays: Any) -> Any:
-    """Not for ablations."""
-    raise NotImplementedError("ablations are for whole sequences and have no cache.")
+      sinks = visibility.focal_start + self.config.sink_tokens
+      visibility = visibility._replace(focal_end=jnp.minimum(visibility.focal_end, sinks))
+    return dataclasses.replace(plan, visibility=visibility)
 
 
 def swaps(config: DGAConfig) -> dict[str, AblatedDGA]:

@@ -1,72 +1,38 @@
-"""Configuration of the decoder: frozen dataclasses, checked when made, to and from JSON dicts."""
+"""Configuration of the decoder: a frozen dataclass, validated, convertible to and from dicts."""
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any, get_args, Literal, Self
 
-from dga_jax.config import DGAConfig
-from dga_jax.model.baselines import (
-  KVMergerConfig,
-  LMInfiniteConfig,
-  MInferenceConfig,
-  SlidingWindowConfig,
-  StreamingLLMConfig,
-  TopKEvictionConfig,
-)
+import numpy as np
 
-RopeKind = Literal["linear", "llama3"]
-AttentionName = Literal[
-  "dga",
-  "dense",
-  "sliding_window",
-  "streaming_llm",
-  "lm_infinite",
-  "minference",
-  "top_k_eviction",
-  "kv_merger",
-]
+from dga_jax.config import DGAConfig
+from dga_jax.config_checks import (
+  require,
+  require_bool,
+  require_choice,
+  require_instance,
+  require_int,
+  require_number,
+)
+from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.attention_kinds.kv_merger import KVMergerConfig
+from dga_jax.model.attention_kinds.lm_infinite import LMInfiniteConfig
+from dga_jax.model.attention_kinds.minference import MInferenceConfig
+from dga_jax.model.attention_kinds.registry import (
+  ATTENTION_NAMES,
+  ATTENTION_SETTINGS,
+  AttentionName,
+  make_kind,
+)
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
+from dga_jax.model.attention_kinds.streaming_llm import StreamingLLMConfig
+from dga_jax.model.attention_kinds.top_k_eviction import TopKEvictionConfig
+from dga_jax.model.rope import inverse_frequencies, RopeScaling
+
 RematName = Literal["none", "full", "dots"]
 DtypeName = Literal["bfloat16", "float16", "float32"]
-
-# The field of ModelConfig that holds an attention kind's settings, and their class.
-ATTENTION_SETTINGS: dict[str, type] = {
-  "dga": DGAConfig,
-  "sliding_window": SlidingWindowConfig,
-  "streaming_llm": StreamingLLMConfig,
-  "lm_infinite": LMInfiniteConfig,
-  "minference": MInferenceConfig,
-  "top_k_eviction": TopKEvictionConfig,
-  "kv_merger": KVMergerConfig,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How rotary frequencies are stretched beyond the context that a model was trained on.
-
-  Attributes:
-    kind: "linear" divides every frequency by `factor`; "llama3" divides the low ones, keeps the
-      high ones and blends between them (see rope.inverse_frequencies).
-    factor: by how much the context grows, at least 1.
-    low_freq_factor: wavelengths above original_max_position / low_freq_factor are stretched.
-    high_freq_factor: wavelengths below original_max_position / high_freq_factor are kept.
-    original_max_position: context length in tokens of the training before stretching.
-  """
-
-  kind: RopeKind
-  factor: float
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_max_position: int = 8192
-
-  def __post_init__(self) -> None:
-    _require_choice(self, "kind", RopeKind)
-    _require_number(self, "factor", least=1.0)
-    _require_number(self, "low_freq_factor", above=0.0)
-    _require_number(self, "high_freq_factor", above=self.low_freq_factor)
-    _require_positive_int(self, "original_max_position")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,33 +40,36 @@ class ModelConfig:
   """A LLaMA-family decoder.
 
   Attributes:
-    vocab_size: V, entries of the embedding table.
+    vocab_size: V, rows of the embedding table.
     num_layers: decoder layers.
     embed_dim: E, width of the residual stream.
     num_heads: H, query heads.
     num_kv_heads: N, key and value heads; H must be a multiple of N.
-    head_dim: D, width of one head; even, since RoPE rotates pairs.
+    head_dim: D, width of one head; even, since RoPE rotates pairs of channels.
     mlp_dim: F, inner width of SwiGLU.
     rope_base: base of the rotary wavelengths.
-    rope_scaling: stretch of the rotary frequencies, None for none.
+    rope_scaling: scaling of the rotary frequencies; None for none.
     norm_eps: added to the mean square in RMSNorm.
-    tie_embeddings: whether the embedding table is the unembedding too.
+    tie_embeddings: whether the embedding table is also the unembedding.
     qkv_bias: whether the query, key and value projections add a bias (Qwen 2.5).
     qk_norm: whether an RMSNorm over each head's channels follows the query and key projections,
       before RoPE (Qwen 3).
-    attention: attention kind. All but "dense" have settings in the field of their name, which
-      the other kinds ignore.
-    dga: switches of the "dga" kind.
-    sliding_window: settings of the baseline of that name, like the following.
-    streaming_llm: attention sinks and a window.
-    lm_infinite: first tokens and a window, under a bound on distances.
-    minference: sparse prefill, dense cache.
-    top_k_eviction: heavy hitters and recent tokens.
-    kv_merger: adjacent similar keys merged.
-    dtype: of activations and of weights while they are used.
+    attention: the attention kind. Every kind but "dense" has settings in the field of its name;
+      the other kinds' settings are ignored.
+    dga: settings of Dynamic Group Attention.
+    sliding_window: settings of sliding-window attention.
+    streaming_llm: settings of attention sinks and a window.
+    lm_infinite: settings of global tokens and a window, with a bound on distances.
+    minference: settings of the sparse prefill with a dense cache.
+    top_k_eviction: settings of heavy hitters and recent tokens.
+    kv_merger: settings of merging adjacent similar keys.
+    dtype: of activations, and of weights while they are used.
     param_dtype: of the stored (master) weights.
-    remat: what the backward pass recomputes in each layer: "none" of it; "full", all from the
-      layer's input; "dots", all but the outputs of products with weights.
+    remat: what the backward pass recomputes in each layer: "none"; "full", everything from the
+      layer's input; "dots", everything but the outputs of products with weights.
+
+  Raises:
+    ValueError: names the field, its value and the values it takes.
   """
 
   vocab_size: int
@@ -130,22 +99,30 @@ class ModelConfig:
 
   def __post_init__(self) -> None:
     for name in _SIZES:
-      _require_positive_int(self, name)
-    if self.num_heads % self.num_kv_heads:
-      raise _error(self, "num_heads", f"a multiple of num_kv_heads={self.num_kv_heads}")
-    if self.head_dim % 2:
-      raise _error(self, "head_dim", "even, since RoPE rotates pairs of channels")
-    _require_number(self, "rope_base", above=0.0)
-    _require_number(self, "norm_eps", above=0.0)
-    _require_instance(self, "rope_scaling", RopeScaling, type(None))
+      require_int(self, name, least=1)
+    wants = f"a multiple of num_kv_heads={self.num_kv_heads}"
+    require(self, "num_heads", self.num_heads % self.num_kv_heads == 0, wants)
+    require(self, "head_dim", self.head_dim % 2 == 0, "even, since RoPE rotates pairs of channels")
+    require_number(self, "rope_base", above=0.0)
+    require_number(self, "norm_eps", above=0.0)
+    require_instance(self, "rope_scaling", RopeScaling, type(None))
     for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
-      _require_instance(self, name, bool)
+      require_bool(self, name)
     for name, settings in ATTENTION_SETTINGS.items():
-      _require_instance(self, name, settings)
-    _require_choice(self, "attention", AttentionName)
-    _require_choice(self, "remat", RematName)
-    _require_choice(self, "dtype", DtypeName)
-    _require_choice(self, "param_dtype", DtypeName)
+      require_instance(self, name, settings)
+    require_choice(self, "attention", ATTENTION_NAMES)
+    require_choice(self, "remat", get_args(RematName))
+    require_choice(self, "dtype", get_args(DtypeName))
+    require_choice(self, "param_dtype", get_args(DtypeName))
+
+  def rope_frequencies(self) -> np.ndarray:
+    """Angles per position ω [D/2] of RoPE; see `inverse_frequencies`."""
+    return inverse_frequencies(self.head_dim, base=self.rope_base, scaling=self.rope_scaling)
+
+  def make_attention(self) -> AttentionKind:
+    """The attention kind that `attention` names, with the settings of its field."""
+    settings = getattr(self, self.attention, None)
+    return make_kind(self.attention, settings, self.rope_frequencies())
 
   def to_dict(self) -> dict[str, Any]:
     """This config as nested plain dicts that JSON can store."""
@@ -160,7 +137,7 @@ class ModelConfig:
         mappings themselves.
 
     Raises:
-      ValueError: an unknown or missing key, named with its path, or a value that makes no sense.
+      ValueError: an unknown or missing key, named with its path, or an invalid value.
     """
     values = dict(values)
     for name, nested in {"rope_scaling": RopeScaling, **ATTENTION_SETTINGS}.items():
@@ -175,10 +152,10 @@ def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], *, path: str
   Args:
     cls: a dataclass.
     values: its field names to values.
-    path: where `values` stands in the whole config, for messages.
+    path: of `values` in the whole config, for messages.
 
   Raises:
-    ValueError: a key that is no field, with the closest field, or a missing field.
+    ValueError: an unknown key, with the closest field, or a missing field.
   """
   fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
   for key in values:
@@ -207,34 +184,3 @@ _SIZES = (
   "head_dim",
   "mlp_dim",
 )
-
-
-def _error(config: object, name: str, wants: str) -> ValueError:
-  got = getattr(config, name)
-  return ValueError(f"{type(config).__name__}.{name} is {got!r}; it must be {wants}.")
-
-
-def _require_choice(config: object, name: str, choices: Any) -> None:
-  if getattr(config, name) not in get_args(choices):
-    raise _error(config, name, f"one of {', '.join(map(repr, get_args(choices)))}")
-
-
-def _require_instance(config: object, name: str, *types: type) -> None:
-  if not isinstance(getattr(config, name), types):
-    raise _error(config, name, f"of type {' or '.join(t.__name__ for t in types)}")
-
-
-def _require_positive_int(config: object, name: str) -> None:
-  value = getattr(config, name)
-  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-    raise _error(config, name, "an integer of at least 1")
-
-
-def _require_number(
-  config: object, name: str, *, above: float = -math.inf, least: float = -math.inf
-) -> None:
-  value = getattr(config, name)
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not (is_number and math.isfinite(value) and value > above and value >= least):
-    bound = f"at least {least}" if least > -math.inf else f"greater than {above}"
-    raise _error(config, name, f"a finite number {bound}")

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dga_jax import DGAConfig, plan_groups
-from dga_jax.attention.scores import sample_queries, select_focal
+from dga_jax.attention.scores import sample_queries
 from dga_jax.attention.segments import find_documents
+from dga_jax.attention.selection import document_quotas, select_by_score
 from tests.dga_jax.attention.cases import arrays
 from tests.pallas_kernels.h100 import lower_for_h100
 
@@ -22,10 +23,9 @@ CONFIG = DGAConfig(
 def test_whole_rows_sample_what_padded_ones_do():
   """Known while tracing or drawn by the program: the same queries in the same order."""
   whole, padded = find_documents(2, 33, None, None), find_documents(2, 33, np.array([33, 33]), None)
-  assert whole.whole_rows
-  assert not padded.whole_rows
-  run = jax.jit(functools.partial(sample_queries, samples=7, config=CONFIG))
-  for fixed, drawn in zip(run(whole, whole.is_token), run(padded, padded.is_token), strict=True):
+  assert (whole.rows, padded.rows) == ("whole", "padded")
+  run = jax.jit(functools.partial(sample_queries, max_documents=1, config=CONFIG))
+  for fixed, drawn in zip(run(whole), run(padded), strict=True):
     np.testing.assert_array_equal(fixed, drawn)
 
 
@@ -50,7 +50,8 @@ def test_each_document_keeps_its_quota_and_its_sinks():
   ids = np.repeat([0, 1, 2, -1], [*lengths, 4])[None]
   documents = find_documents(1, 52, None, ids)
   scores = jax.random.normal(jax.random.key(0), (1, 2, 52))
-  mask = np.asarray(select_focal(scores, documents, 3, config))
+  quotas = document_quotas(documents, 3, config)
+  mask = np.asarray(select_by_score(scores, documents, quotas, config).focal_mask)
   quota = config.focal_quota(52)
   for start, length in zip(np.cumsum([0, *lengths]), lengths, strict=False):
     part = slice(start, start + length)
