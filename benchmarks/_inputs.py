@@ -1,13 +1,17 @@
 """Random inputs of the attention benchmarks."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import Array
 
 from dga_jax import DGAConfig
-from dga_jax.attention.aggregate import plan_and_merge
-from pallas_kernels.grouped_attention import Bounds
+from dga_jax.attention.attend import merge_tokens, Merged
+from dga_jax.attention.metadata import prepare
+from dga_jax.attention.segments import find_documents
+from pallas_kernels.grouped_attention import KVSources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +34,23 @@ class Shape:
     )
     return q, k, v
 
-  def entries(self, config: DGAConfig, key: Array) -> tuple[tuple[Array, ...], Bounds]:
-    """The seven arrays of `grouped_attention` and the bounds, as the op makes them of tokens."""
-    plan, query, entries = plan_and_merge(*self.tokens(key), config=config)
-    return (query, *entries), plan.bounds
+  def sources(self, config: DGAConfig, key: Array) -> tuple[Array, KVSources]:
+    """The query and the sources of `grouped_attention`, as the op makes them from tokens."""
+    return merge(config, *self.tokens(key))
 
 
-def entries_seen(bounds: Bounds) -> float:
-  """Mean number of entries that a query sees."""
-  return sum(
-    float((end - start).mean())
-    for start, end in (
-      (bounds.focal_start, bounds.focal_end),
-      (bounds.group_start, bounds.group_end),
-      (bounds.window_start, bounds.window_end),
-    )
-  )
+def merge(config: DGAConfig, query: Array, key: Array, value: Array) -> Merged:
+  """The arguments of `grouped_attention` for whole rows of tokens."""
+  metadata = prepare(find_documents(query.shape[0], query.shape[1], None, None), config)
+  return merge_tokens(query, key, value, metadata)
+
+
+def mean_visible(sources: KVSources) -> float:
+  """Mean number of keys that a query attends to."""
+  return sum(float((source.end - source.start).mean()) for source in sources)
+
+
+def with_gradients(attention: Callable[..., Array], query: Array, sources: KVSources) -> Any:
+  """The output, and the gradients of the query, keys and values for it as its own cotangent."""
+  out, pull = jax.vjp(lambda q, kv: attention(q, sources.with_kv(kv)), query, sources.kv)
+  return out, pull(out)

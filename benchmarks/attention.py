@@ -7,7 +7,7 @@ Batch 1, m = 16, importance rate 0.1. One row a contender: milliseconds (median,
 of the rounds, each on new random inputs), how many times faster than cuDNN's dense causal
 attention in the same process. "op" is all of it; "summaries" is what comes before attention:
 importance, selection, reordering and merging; "kernel" is attention alone, with its rate for
-4·D·H·L·(mean number of entries that a query sees) operations, 9/2 of it with the backward pass.
+4·D·H·L·(mean number of keys that a query attends to) operations, 9/2 of it with the backward pass.
 
 Compiling takes longer than measuring. It can be done ahead, on a machine without a GPU:
 
@@ -26,12 +26,11 @@ from jax import Array
 from tqdm import tqdm
 
 from benchmarks import _aot_gpu
-from benchmarks._inputs import entries_seen, Shape
+from benchmarks._inputs import mean_visible, merge, Shape, with_gradients
 from benchmarks._paired_timing import compare, Contender
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig, dynamic_group_attention
-from dga_jax.attention.aggregate import plan_and_merge
-from pallas_kernels.grouped_attention import Bounds, grouped_attention
+from pallas_kernels.grouped_attention import grouped_attention, KVSources
 
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "16384", "32768"], "sequence lengths")
 _HEADS = flags.DEFINE_integer("heads", 32, "query heads")
@@ -97,7 +96,7 @@ def _prepare(shape: Shape, name: str, run: Any, draw: Any) -> Any:
   if name == _EXAMPLE_NAME:
     drawn = "half_tokens"
   elif name.startswith("kernel"):
-    drawn = f"entries_{name.split(', ')[1]}"
+    drawn = f"sources_{name.split(', ')[1]}"
   slug = "".join(c if c.isalnum() else "_" for c in name) + "_both" * _BACKWARD.value
   sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}"
   return _aot_gpu.prepare(
@@ -121,11 +120,12 @@ def _contenders(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[..
     if "summaries" in _PARTS.value and not _BACKWARD.value:
       contenders[f"summaries, {selection}"] = (functools.partial(_summaries, config), tokens)
     for name in _IMPLEMENTATIONS.value:
-      op, kernel = (_with_passes(functools.partial(f, config, name)) for f in (_op, _kernel))
+      op = _with_passes(functools.partial(_op, config, name))
+      kernel = functools.partial(_kernel, config, name)
       if "op" in _PARTS.value:
         contenders[f"op, {selection}, {name}"] = (op, tokens)
       if "kernel" in _PARTS.value:
-        draw = functools.partial(shape.entries, config)
+        draw = functools.partial(shape.sources, config)
         contenders[f"kernel, {selection}, {name}"] = (kernel, draw)
   return contenders
 
@@ -153,27 +153,26 @@ def _mosaic_gpu_example(arrays: tuple[Array, Array, Array]) -> Array:
 
 
 def _summaries(config: DGAConfig, arrays: tuple[Array, Array, Array]) -> Any:
-  plan, _, entries = plan_and_merge(*arrays, config=config)
-  # What is passed through would be copied here, and is not in the op.
-  reordered = entries if config.selection != "streaming" else entries[:4]
-  return reordered, plan.bounds
+  sources = merge(config, *arrays).sources
+  if config.selection != "streaming":
+    return sources
+  # The window's keys and values are the op's own inputs. Returning them would copy them.
+  return sources.focal, sources.group, sources.window.start, sources.window.end
 
 
 def _op(config: DGAConfig, implementation: str, arrays: tuple[Array, Array, Array]) -> Array:
   return dynamic_group_attention(*arrays, config=config, implementation=implementation)
 
 
-def _kernel(
-  config: DGAConfig, implementation: str, arrays: tuple[Array, ...], bounds: Bounds
-) -> Array:
+def _kernel(config: DGAConfig, implementation: str, query: Array, sources: KVSources) -> Any:
   window = config.block_size if config.selection == "streaming" else config.group_size
   call: Any = functools.partial(
     grouped_attention,
-    scale=arrays[0].shape[-1] ** -0.5,
+    scale=query.shape[-1] ** -0.5,
     max_window=window,
     implementation=implementation,
   )
-  return call(*arrays, bounds)
+  return with_gradients(call, query, sources) if _BACKWARD.value else call(query, sources)
 
 
 def _with_passes(function: Callable[..., Array]) -> Callable[..., Any]:
@@ -181,8 +180,8 @@ def _with_passes(function: Callable[..., Array]) -> Callable[..., Any]:
   if not _BACKWARD.value:
     return function
 
-  def with_gradient(arrays: tuple[Array, ...], *rest: Any) -> Any:
-    out, pull = jax.vjp(lambda arrays: function(arrays, *rest), arrays)
+  def with_gradient(arrays: tuple[Array, ...]) -> Any:
+    out, pull = jax.vjp(function, arrays)
     return out, pull(out)
 
   return with_gradient
@@ -193,9 +192,9 @@ def _row(shape: Shape, name: str, times: Times, peer: Times | None, draw: Any) -
   faster = f"{peer.median / times.median:.2f}" if peer else ""
   rate = ""
   if name.startswith("kernel"):
-    seen = entries_seen(draw(jax.random.key(_SEED.value))[1])
+    seen = mean_visible(draw(jax.random.key(_SEED.value))[1])
     flops = 4.0 * shape.D * shape.H * shape.L * seen * (4.5 if _BACKWARD.value else 1)
-    rate = f"{flops / times.median / 1e12:.0f} ({seen:.0f} entries a query)"
+    rate = f"{flops / times.median / 1e12:.0f} ({seen:.0f} keys a query)"
   return f"| {name} | {ms[0]} | {ms[1]} to {ms[2]} | {faster} | {rate} |"
 
 

@@ -18,13 +18,15 @@ from typing import Any
 
 import jax
 from absl import app, flags
+from jax import Array
 from tqdm import tqdm
 
 from benchmarks import _aot_gpu
-from benchmarks._inputs import Shape
+from benchmarks._inputs import Shape, with_gradients
 from benchmarks._paired_timing import compare, Contender
 from benchmarks.timing import environment
 from dga_jax import DGAConfig
+from pallas_kernels.grouped_attention import KVSources
 from pallas_kernels.grouped_attention.block_sizes import (
   mosaic_blocks,
   MosaicKeyTile,
@@ -106,8 +108,8 @@ def _prepare_all(
         *_aot_gpu.prepare(
           f"{backend}_{kernel}_{sizes}_{numbers}",
           _timed(attention, shape, config, kernel),
-          functools.partial(shape.entries, config),
-          drawn=f"entries_{sizes}",
+          functools.partial(shape.sources, config),
+          drawn=f"sources_{sizes}",
           folder=_COMPILE_TO.value or _COMPILED.value,
           compile_now=_COMPILE_TO.value is not None,
         )
@@ -139,11 +141,10 @@ def _timed(
   window = config.block_size if config.selection == "streaming" else config.group_size
   call = functools.partial(attention, scale=shape.D**-0.5, group_bias=0.0, max_window=window)
 
-  def run(arrays: Any, bounds: Any) -> Any:
+  def run(query: Array, sources: KVSources) -> Any:
     if kernel == "forward":
-      return call(*arrays, bounds)
-    out, vjp = jax.vjp(lambda *arrays: call(*arrays, bounds), *arrays)
-    return vjp(out)
+      return call(query, sources)
+    return with_gradients(call, query, sources)[1]
 
   return run
 

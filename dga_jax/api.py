@@ -4,7 +4,6 @@ import jax
 from jaxtyping import Array, Float
 
 from dga_jax.attention import validation
-from dga_jax.attention._interim import refusals
 from dga_jax.attention.attend import (
   attend,
   attend_with_plan,
@@ -20,6 +19,7 @@ from dga_jax.attention.segments import find_documents
 from dga_jax.attention.validation import Lengths, SegmentIds
 from dga_jax.config import DGAConfig
 from pallas_kernels.dispatch import find_target
+from pallas_kernels.grouped_attention import refusals
 
 
 def dynamic_group_attention(
@@ -146,13 +146,13 @@ def explain(
   """
   reasons: dict[str, str | None] = {}
   target = find_target(query)
-  B, L, _, D = query.shape
+  B, L = query.shape[:2]
   lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
 
   def trace(query: Array, key: Array, value: Array) -> Array:
     metadata = prepare(find_documents(B, L, lengths, segment_ids), config)
     merged = merge_tokens(query, key, value, metadata)
-    reasons.update(refusals(target, *merged, **attention_kwargs(config, D, scale=None)))
+    reasons.update(refusals(target, *merged, **attention_kwargs(query, config, scale=None)))
     return merged.query
 
   jax.eval_shape(trace, query, key, value)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dga_jax.attention._interim import grouped_attention, KVSources
 from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
 from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.scores import importance_scores, random_scores
@@ -19,6 +18,7 @@ from dga_jax.attention.segments import Documents
 from dga_jax.attention.selection import select_by_score, select_in_blocks, Selection
 from dga_jax.config import DGAConfig
 from pallas_kernels.group_merge import choose_in_blocks, merge_blocks, merge_groups
+from pallas_kernels.grouped_attention import grouped_attention, KVSources
 
 
 def attend(
@@ -167,16 +167,16 @@ def attend_merged(
     merged.query,
     merged.sources,
     implementation=implementation,
-    **attention_kwargs(config, merged.query.shape[-1], scale),
+    **attention_kwargs(merged.query, config, scale),
   )
   return nan_where_invalid(out_BxLxHxD, invalid)
 
 
-def attention_kwargs(config: DGAConfig, head_dim: int, scale: float | None) -> dict[str, Any]:
+def attention_kwargs(query: Array, config: DGAConfig, scale: float | None) -> dict[str, Any]:
   """Keyword arguments of `grouped_attention`, but for `implementation`."""
   streaming = config.selection == "streaming"
   return {
-    "scale": head_dim**-0.5 if scale is None else scale,
+    "scale": query.shape[-1] ** -0.5 if scale is None else scale,
     "group_bias": math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0,
     "max_window": (config.local_window + 1) * config.block_size if streaming else config.group_size,
   }

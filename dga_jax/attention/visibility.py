@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from dga_jax.attention._interim import KVSource, KVSources
 from dga_jax.attention.layout import ListPositions
 from dga_jax.attention.segments import at_document_start, count_before, Documents
 from dga_jax.attention.selection import Selection
 from dga_jax.attention.streaming_blocks import StreamingBlocks
 from dga_jax.config import DGAConfig
 from pallas_kernels.group_merge import Entries
+from pallas_kernels.grouped_attention import KVSource, KVSources
 
 
 class Visibility(NamedTuple):

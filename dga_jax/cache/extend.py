@@ -11,7 +11,7 @@ from dga_jax.cache.state import CompactCache
 from dga_jax.cache.summary import merge_blocks
 from dga_jax.config import DGAConfig
 from pallas_kernels.group_merge import take_positions
-from pallas_kernels.grouped_attention import Bounds, grouped_attention
+from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
 
 
 def extend(
@@ -47,12 +47,10 @@ def extend(
   )
   cache = _store_sinks(cache, key_BxTxNxD, value_BxTxNxD, span)
   cache = _store_blocks(cache, query_BxTxHxD, key, value, span)
-  focal, group, bounds = _entries(cache, span)
-  options = attention_kwargs(config, query_BxTxHxD.shape[-1], scale)
+  sources = _sources(cache, key, value, span)
+  options = attention_kwargs(query_BxTxHxD, config, scale)
   options["max_window"] = (config.local_window + 1) * config.block_size
-  out_BxTxHxD = grouped_attention(
-    query_BxTxHxD, *focal, *group, key, value, bounds, implementation=implementation, **options
-  )
+  out_BxTxHxD = grouped_attention(query_BxTxHxD, sources, implementation=implementation, **options)
   return out_BxTxHxD, _store_raw(cache, key, value, span)
 
 
@@ -160,8 +158,10 @@ def _put_entries(
 type _KeyValue = tuple[Array, Array]
 
 
-def _entries(cache: CompactCache, span: _Span) -> tuple[_KeyValue, _KeyValue, Bounds]:
-  """Focal tokens and groups, and what each new query sees of them and of the raw window.
+def _sources(
+  cache: CompactCache, key_BxSxNxD: Array, value_BxSxNxD: Array, span: _Span
+) -> KVSources:
+  """Focal tokens, groups and the raw window, each with the range that a new query sees.
 
   Without a bias on groups all compact entries are read as one list, as they lie.
   """
@@ -191,14 +191,10 @@ def _entries(cache: CompactCache, span: _Span) -> tuple[_KeyValue, _KeyValue, Bo
     return start_BxT[:, None], end_BxT[:, None]
 
   zero_BxT = jnp.zeros_like(end_BxT)
-  return (
-    focal,
-    group,
-    Bounds(
-      *visible(zero_BxT, focal_end_BxT),
-      *visible(zero_BxT, group_end_BxT),
-      *visible(first_BxT, end_BxT),
-    ),
+  return KVSources(
+    focal=KVSource(*focal, *visible(zero_BxT, focal_end_BxT)),
+    group=KVSource(*group, *visible(zero_BxT, group_end_BxT)),
+    window=KVSource(key_BxSxNxD, value_BxSxNxD, *visible(first_BxT, end_BxT)),
   )
 
 

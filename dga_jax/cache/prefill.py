@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention._interim import KVSources
 from dga_jax.attention.attend import attend_merged, merge_tokens, zero_padding
 from dga_jax.attention.metadata import AttentionMetadata, prepare, StreamingMetadata
 from dga_jax.attention.segments import find_documents
@@ -11,6 +10,7 @@ from dga_jax.cache.state import cache_size, CompactCache, ring_age
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import pack_rows
 from pallas_kernels.group_merge import take_rows
+from pallas_kernels.grouped_attention import KVSources
 
 
 def prefill(

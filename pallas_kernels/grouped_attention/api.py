@@ -9,36 +9,36 @@ import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import find_target, Target
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.kv_sources import KVSources
 from pallas_kernels.grouped_attention.reference import grouped_attention_reference
 from pallas_kernels.grouped_attention.xla import grouped_attention_xla
 
 
-def _mosaic_gpu(*arrays: Any, **options: Any) -> Array:
+def _mosaic_gpu(query: Array, sources: KVSources, **options: Any) -> Array:
   # Imported when used: it loads a compiler that most machines have no use for.
   from pallas_kernels.grouped_attention.mosaic_gpu_attention import grouped_attention_mosaic_gpu
 
-  return grouped_attention_mosaic_gpu(*arrays, **options)
+  return grouped_attention_mosaic_gpu(query, sources, **options)
 
 
-def _mosaic_tpu(*arrays: Any, **options: Any) -> Array:
+def _mosaic_tpu(query: Array, sources: KVSources, **options: Any) -> Array:
   from pallas_kernels.grouped_attention.mosaic_tpu_attention import grouped_attention_mosaic_tpu
 
-  return grouped_attention_mosaic_tpu(*arrays, **options)
+  return grouped_attention_mosaic_tpu(query, sources, **options)
 
 
-def _triton(*arrays: Any, **options: Any) -> Array:
+def _triton(query: Array, sources: KVSources, **options: Any) -> Array:
   from pallas_kernels.grouped_attention.triton_attention import grouped_attention_triton
 
-  return grouped_attention_triton(*arrays, **options)
+  return grouped_attention_triton(query, sources, **options)
 
 
-def _jax_triton(*arrays: Any, **options: Any) -> Array:
+def _jax_triton(query: Array, sources: KVSources, **options: Any) -> Array:
   try:
     from pallas_kernels.grouped_attention.jax_triton_forward import grouped_attention_jax_triton
   except ModuleNotFoundError as missing:
     raise NotImplementedError(f"{missing.name} is not installed; see WORKSPACE.md") from missing
-  return grouped_attention_jax_triton(*arrays, **options)
+  return grouped_attention_jax_triton(query, sources, **options)
 
 
 class _Backend(NamedTuple):
@@ -66,33 +66,29 @@ IMPLEMENTATIONS = ("reference", *_BACKENDS)
 
 def grouped_attention(
   query: Float[Array, "B L H D"],
-  focal_key: Float[Array, "B r N D"],
-  focal_value: Float[Array, "B r N D"],
-  group_key: Float[Array, "B k N D"],
-  group_value: Float[Array, "B k N D"],
-  window_key: Float[Array, "B w N D"],
-  window_value: Float[Array, "B w N D"],
-  bounds: Bounds,
+  sources: KVSources,
   *,
   scale: float,
   max_window: int,
   group_bias: float = 0.0,
   implementation: str | None = None,
 ) -> Float[Array, "B L H D"]:
-  """One softmax per query over a range of each of three key sources.
+  """One softmax per query over one range of each of three key/value sources.
 
-  With s over focal [focal_start, focal_end), groups [group_start, group_end) and window
-  [window_start, window_end) of query (b, i) and KV head n = ⌊h / R⌋:
+  For query (b, i) of head h, KV head n = ⌊h / (H / N)⌋, and s over the tokens [start, end) that
+  the query sees of the focal, the group and the window source:
 
       out = Σ_s softmax_s(scale · q·k_s + bias_s) v_s,   bias_s = group_bias for groups, else 0
 
-  Softmax statistics are float32. Queries that see nothing give 0, in value and gradient.
+  Softmax statistics are float32. A query whose three ranges are empty gives 0, in value and
+  gradient. Differentiable in the query, keys and values.
 
   Args:
-    query: any float dtype; all arrays share it.
-    bounds: int32 ranges per query; see `Bounds`. Entries outside all ranges must be finite.
-    scale: of the logits.
-    max_window: static bound on window_end − window_start of one query.
+    query: any float dtype; all keys and values share it.
+    sources: keys, values and int32 ranges; see `KVSources`. A token outside all ranges must be
+      finite.
+    scale: multiplies the logits.
+    max_window: static upper bound on end − start of one query's range of the window.
     group_bias: added to the logits of groups.
     implementation: a name of `IMPLEMENTATIONS`, or None for the first that applies and is
         not marked as chosen by name only.
@@ -101,27 +97,26 @@ def grouped_attention(
     ValueError: if the implementation is unknown.
     NotImplementedError: if it cannot compute this call; the message says why.
   """
-  arrays = (query, focal_key, focal_value, group_key, group_value, window_key, window_value)
   options: dict[str, Any] = {
     "scale": scale,
     "group_bias": group_bias,
     "max_window": max_window,
   }
   if implementation == "reference":
-    return grouped_attention_reference(*arrays, bounds, **options)
+    return grouped_attention_reference(query, sources, **options)
   if implementation is not None and implementation not in _BACKENDS:
     raise ValueError(
       f"implementation is {implementation!r}; it must be None or one of {IMPLEMENTATIONS}."
     )
-  target = find_target(*arrays)
+  target = find_target(query, *jax.tree.leaves(sources))
   if implementation is not None:
-    return _attend(implementation, target, *arrays, bounds, **options)
+    return _attend(implementation, target, query, sources, **options)
   refusals = []
   for name, backend in _BACKENDS.items():
     try:
       if backend.by_name_only is not None:
         raise NotImplementedError(backend.by_name_only)
-      out = _attend(name, target, *arrays, bounds, **options)
+      out = _attend(name, target, query, sources, **options)
     except NotImplementedError as refusal:
       refusals.append(f"{name}: {refusal}")
     else:
@@ -130,28 +125,31 @@ def grouped_attention(
   raise NotImplementedError("; ".join(refusals))
 
 
-def refusals(target: Target, *arrays: Any, **options: Any) -> dict[str, str | None]:
+def refusals(
+  target: Target, query: Array, sources: KVSources, **options: Any
+) -> dict[str, str | None]:
   """Why each implementation is not taken by itself, None for those that apply; runs nothing.
 
   Args:
     target: the device it is for.
-    arrays: the positional arguments of `grouped_attention`, or their shapes.
+    query: as in `grouped_attention`, or its shape.
+    sources: likewise.
     options: its keyword arguments but for `implementation`.
   """
   reasons: dict[str, str | None] = {}
   for name, backend in _BACKENDS.items():
     try:
-      jax.eval_shape(functools.partial(_attend, name, target, **options), *arrays)
+      jax.eval_shape(functools.partial(_attend, name, target, **options), query, sources)
       reasons[name] = backend.by_name_only
     except NotImplementedError as refusal:
       reasons[name] = str(refusal)
   return reasons
 
 
-def _attend(name: str, target: Target, *arrays: Any, **options: Any) -> Array:
+def _attend(name: str, target: Target, query: Array, sources: KVSources, **options: Any) -> Array:
   backend = _BACKENDS[name]
   if not backend.runs_on(target):
     raise NotImplementedError(
       f"{name} runs on {backend.wants}, and this call is for {target}; see dga_jax.explain"
     )
-  return backend.attend(*arrays, **options)
+  return backend.attend(query, sources, **options)

@@ -16,19 +16,13 @@ from jaxtyping import Float
 
 from pallas_kernels.dispatch import find_target
 from pallas_kernels.grouped_attention.block_sizes import triton_blocks
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.kv_sources import KVSources
 from pallas_kernels.grouped_attention.tile_ranges import LOG2_E
 
 
 def grouped_attention_jax_triton(
   query: Float[Array, "B L H D"],
-  focal_key: Float[Array, "B r N D"],
-  focal_value: Float[Array, "B r N D"],
-  group_key: Float[Array, "B k N D"],
-  group_value: Float[Array, "B k N D"],
-  window_key: Float[Array, "B w N D"],
-  window_value: Float[Array, "B w N D"],
-  bounds: Bounds,
+  sources: KVSources,
   *,
   scale: float,
   group_bias: float,
@@ -46,22 +40,19 @@ def grouped_attention_jax_triton(
     raise NotImplementedError(f"head_dim is {D}; this backend wants a power of two, 16 or more.")
   if query.dtype not in (jnp.float16, jnp.bfloat16):
     raise NotImplementedError(f"dtype is {query.dtype}; this backend has float16 and bfloat16.")
-  entries = (focal_key, focal_value, group_key, group_value, window_key, window_value)
-  if any(x.shape[1] == 0 for x in entries):
+  if any(source.key.shape[1] == 0 for source in sources):
     raise NotImplementedError("a key source has no entries; this backend wants one in each.")
-  return _forward(scale, group_bias, query, entries, bounds)
+  return _forward(scale, group_bias, query, sources)
 
 
-def _call(
-  scale: float, group_bias: float, query: Array, entries: tuple[Array, ...], bounds: Bounds
-) -> Array:
+def _call(scale: float, group_bias: float, query: Array, sources: KVSources) -> Array:
   B, L, H, D = query.shape
-  N = entries[0].shape[2]
+  r, k, w = (source.key.shape[1] for source in sources)
+  N = sources.focal.key.shape[2]
   tile = triton_blocks(find_target(query).kind, D, query.dtype.itemsize).forward
   out: Array = jax_triton.triton_call(
     query,
-    *entries,
-    *bounds,
+    *jax.tree.leaves(sources),
     kernel=_forward_kernel,
     out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
     grid=(triton.cdiv(L, tile.block_q), H, B),
@@ -71,10 +62,10 @@ def _call(
     H=H,
     N=N,
     D=D,
-    r=entries[0].shape[1],
-    k=entries[2].shape[1],
-    w=entries[4].shape[1],
-    bound_heads=bounds.focal_start.shape[1],
+    r=r,
+    k=k,
+    w=w,
+    bound_heads=sources.focal.start.shape[1],
     scale2=scale * LOG2_E,
     bias2=group_bias * LOG2_E,
     block_q=tile.block_q,
@@ -84,10 +75,8 @@ def _call(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _forward(
-  scale: float, group_bias: float, query: Array, entries: tuple[Array, ...], bounds: Bounds
-) -> Array:
-  return _call(scale, group_bias, query, entries, bounds)
+def _forward(scale: float, group_bias: float, query: Array, sources: KVSources) -> Array:
+  return _call(scale, group_bias, query, sources)
 
 
 def _no_gradient(*args: object) -> tuple[Array, None]:
@@ -102,14 +91,14 @@ def _forward_kernel(
   q_ptr,
   focal_key_ptr,
   focal_value_ptr,
-  group_key_ptr,
-  group_value_ptr,
-  window_key_ptr,
-  window_value_ptr,
   focal_start_ptr,
   focal_end_ptr,
+  group_key_ptr,
+  group_value_ptr,
   group_start_ptr,
   group_end_ptr,
+  window_key_ptr,
+  window_value_ptr,
   window_start_ptr,
   window_end_ptr,
   out_ptr,

@@ -15,17 +15,19 @@ from pallas_kernels.grouped_attention.block_sizes import (
   MosaicBlocks,
   multiprocessors,
 )
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.kv_sources import (
+  kv_cotangent,
+  KVSource,
+  KVSources,
+  pad_ranges,
+)
 from pallas_kernels.grouped_attention.mosaic_gpu_dkdv import ENTRIES, mosaic_gpu_dkdv
 from pallas_kernels.grouped_attention.mosaic_gpu_dq import mosaic_gpu_dq
 from pallas_kernels.grouped_attention.mosaic_gpu_forward import mosaic_gpu_forward
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import pcast_like, WorkSplit
 from pallas_kernels.grouped_attention.tile_ranges import (
-  make_sources,
   query_spans,
   ROW_UNIT,
-  Source,
-  Sources,
   tile_ranges,
 )
 
@@ -42,13 +44,7 @@ class _Static:
 
 def grouped_attention_mosaic_gpu(
   query: Float[Array, "B L H D"],
-  focal_key: Float[Array, "B r N D"],
-  focal_value: Float[Array, "B r N D"],
-  group_key: Float[Array, "B k N D"],
-  group_value: Float[Array, "B k N D"],
-  window_key: Float[Array, "B w N D"],
-  window_value: Float[Array, "B w N D"],
-  bounds: Bounds,
+  sources: KVSources,
   *,
   scale: float,
   group_bias: float,
@@ -74,12 +70,11 @@ def grouped_attention_mosaic_gpu(
     raise NotImplementedError(f"dtype is {query.dtype}; this backend has float16 and bfloat16.")
   if scale <= 0:
     raise NotImplementedError(f"scale is {scale}; this backend wants a positive one.")
-  entries = (focal_key, focal_value, group_key, group_value, window_key, window_value)
   blocks = blocks or mosaic_blocks(find_target(query).kind, D)
   programs = programs or multiprocessors()
   static = _Static(scale, group_bias, max_window, blocks, programs, interpret)
-  padded = tuple(_pad_rows(x, ENTRIES) for x in entries)
-  return _attend(_pad_rows(query, ROW_UNIT), padded, bounds, static)[:, :L]
+  padded = sources.with_kv(jax.tree.map(lambda x: _pad_rows(x, ENTRIES), sources.kv))
+  return _attend(_pad_rows(query, ROW_UNIT), padded, static)[:, :L]
 
 
 def _pad_rows(x: Array, least: int) -> Array:
@@ -88,34 +83,23 @@ def _pad_rows(x: Array, least: int) -> Array:
   return jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))) if short else x
 
 
-def _pad_bounds(bounds: Bounds, length: int) -> Bounds:
-  """Repeats the last query's bounds up to `length` queries."""
-  short = length - bounds.focal_start.shape[-1]
-  return Bounds(*(jnp.pad(x, ((0, 0), (0, 0), (0, short)), mode="edge") for x in bounds))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _attend(query: Array, sources: KVSources, static: _Static) -> Array:
+  return _attend_fwd(query, sources, static)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(query: Array, entries: tuple[Array, ...], bounds: Bounds, static: _Static) -> Array:
-  return _attend_fwd(query, entries, bounds, static)[0]
-
-
-def _query_side(
-  query: Array, entries: tuple[Array, ...], bounds: Bounds
-) -> tuple[WorkSplit, Sources, Array]:
+def _query_side(query: Array, sources: KVSources) -> tuple[WorkSplit, KVSources, Array]:
   """What the kernels that hold queries share."""
-  split = WorkSplit.of(query.shape[2], entries[0].shape[2])
-  padded_L = split.grid(query)[0] * split.queries
-  sources = make_sources(entries, _pad_bounds(bounds, padded_L))
+  split = WorkSplit.of(query.shape[2], sources.focal.key.shape[2])
+  sources = pad_ranges(sources, split.grid(query)[0] * split.queries)
   return split, sources, tile_ranges(sources, split.queries)
 
 
-def _attend_fwd(
-  query: Array, entries: tuple[Array, ...], bounds: Bounds, static: _Static
-) -> tuple[Array, tuple]:
-  split, sources, spans = _query_side(query, entries, bounds)
+def _attend_fwd(query: Array, sources: KVSources, static: _Static) -> tuple[Array, tuple]:
+  split, padded, spans = _query_side(query, sources)
   results = mosaic_gpu_forward(
     query,
-    sources,
+    padded,
     spans,
     split=split,
     scale=static.scale,
@@ -126,17 +110,17 @@ def _attend_fwd(
     interpret=static.interpret,
   )
   out, lse2 = pcast_like(query, results)
-  return out, (query, entries, bounds, out, lse2)
+  return out, (query, sources, out, lse2)
 
 
 def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
-  query, entries, bounds, out, lse2 = residuals
-  split, sources, spans = _query_side(query, entries, bounds)
+  query, sources, out, lse2 = residuals
+  split, padded, spans = _query_side(query, sources)
   delta = jnp.einsum("blhd,blhd->bhl", out, dout, preferred_element_type=jnp.float32)
   delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse2.shape[-1] - delta.shape[-1])))
   dq = mosaic_gpu_dq(
     query,
-    sources,
+    padded,
     spans,
     lse2,
     delta,
@@ -150,17 +134,17 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     interpret=static.interpret,
   )
   tile = static.blocks.dkdv
-  L = bounds.focal_start.shape[-1]
-  sources = make_sources(entries, _pad_bounds(bounds, query.shape[1] + tile.block_q))
-  whole = query.shape[2] // entries[0].shape[2]
+  L = sources.focal.start.shape[-1]
+  padded = pad_ranges(sources, query.shape[1] + tile.block_q)
+  whole = query.shape[2] // sources.focal.key.shape[2]
   # Few long tiles in the prefixes: half the query heads in a tile of work keep the GPU busy. Many
   # short ones in the window: all heads in one spare the partial sums.
   half = whole // 2 if whole % 2 == 0 else whole
-  key_grads: list[Array] = []
+  key_grads = []
   for name, source, bias, heads in (
-    ("focal", sources.focal, 0.0, half),
-    ("group", sources.group, static.group_bias, half),
-    ("window", sources.window, 0.0, whole),
+    ("focal", padded.focal, 0.0, half),
+    ("group", padded.group, static.group_bias, half),
+    ("window", padded.window, 0.0, whole),
   ):
     grads = mosaic_gpu_dkdv(
       query,
@@ -177,11 +161,12 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
       name=name,
       interpret=static.interpret,
     )
-    key_grads += [_sum_heads(x, source) for x in grads]
-  return pcast_like(query, dq), pcast_like(query, tuple(key_grads)), None
+    dk, dv = (_sum_heads(x, source) for x in grads)
+    key_grads.append((dk, dv))
+  return pcast_like(query, dq), kv_cotangent(pcast_like(query, key_grads))
 
 
-def _sum_heads(partial_BxSxPxD: Array, source: Source) -> Array:
+def _sum_heads(partial_BxSxPxD: Array, source: KVSource) -> Array:
   """[B, S, N, D] from the sums over parts of the query heads, without padding."""
   B, S, N, D = source.key.shape
   partial = partial_BxSxPxD[:, :S].reshape(B, S, N, -1, D)

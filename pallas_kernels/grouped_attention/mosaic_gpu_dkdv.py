@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicKeyTile
+from pallas_kernels.grouped_attention.kv_sources import KVSource, KVSourceRef
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
   COLUMN_LAYOUT,
@@ -26,7 +27,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   WORKERS,
   zero_accumulator,
 )
-from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span, Source, Span
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span, Span
 
 ENTRIES = ROWS * WORKERS  # of one program
 
@@ -104,7 +105,7 @@ class KeyWalk(NamedTuple):
 
 def mosaic_gpu_dkdv(
   query: Array,
-  source: Source,
+  source: KVSource,
   spans: Array,
   lse2: Array,
   delta: Array,
@@ -174,7 +175,7 @@ def mosaic_gpu_dkdv(
 
 def _dkdv_kernel(
   q_ref: Any,
-  source: Source,
+  source: KVSourceRef,
   spans_ref: Any,
   lse2_ref: Any,
   delta_ref: Any,
@@ -262,7 +263,7 @@ def _load_queries(
 
 def _add_queries(
   buffers: Buffers,
-  source: Source,
+  source: KVSourceRef,
   tile: Tile,
   scale2: float,
   bias2: float,

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicQueryTile
+from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSources, KVSourcesRef
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
   COMPILER_PARAMS,
@@ -29,7 +30,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   WorkSplit,
   zero_accumulator,
 )
-from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, Source, Sources
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E
 
 
 class Buffers(NamedTuple):
@@ -44,7 +45,7 @@ class Buffers(NamedTuple):
 
 def mosaic_gpu_dq(
   query: Array,
-  sources: Sources,
+  sources: KVSources,
   spans: Array,
   lse2: Array,
   delta: Array,
@@ -90,7 +91,7 @@ def mosaic_gpu_dq(
 
 def _dq_kernel(
   q_ref: Any,
-  sources: Sources,
+  sources: KVSourcesRef,
   spans_ref: Any,
   lse2_ref: Any,
   delta_ref: Any,
@@ -159,7 +160,7 @@ def _add_tile(
   delta_Q: Array,
   scale2: float,
   interpret: bool,
-  source: Source,
+  source: KVSourceRef,
   bias2: float,
   first: Array,
   masked: bool,

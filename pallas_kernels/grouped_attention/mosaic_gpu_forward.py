@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicQueryTile
+from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSources, KVSourcesRef
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
   COMPILER_PARAMS,
@@ -34,7 +35,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   WorkSplit,
   zero_accumulator,
 )
-from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, MASK_VALUE, Source, Sources
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, MASK_VALUE
 
 
 class Buffers(NamedTuple):
@@ -51,7 +52,7 @@ class Buffers(NamedTuple):
 
 def mosaic_gpu_forward(
   query: Array,
-  sources: Sources,
+  sources: KVSources,
   spans: Array,
   *,
   split: WorkSplit,
@@ -102,7 +103,7 @@ def mosaic_gpu_forward(
 
 def _forward_kernel(
   q_ref: Any,
-  sources: Sources,
+  sources: KVSourcesRef,
   spans_ref: Any,
   out_ref: Any,
   lse2_ref: Any,
@@ -171,7 +172,7 @@ def _attend(
   rows: Any,
   scale2: float,
   interpret: bool,
-  source: Source,
+  source: KVSourceRef,
   bias2: float,
   first: Array,
   masked: bool,

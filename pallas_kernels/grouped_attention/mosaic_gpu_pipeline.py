@@ -11,7 +11,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_attention.tile_ranges import loop_span, ROW_UNIT, Source, Sources, Span
+from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSourcesRef
+from pallas_kernels.grouped_attention.tile_ranges import loop_span, ROW_UNIT, Span
 
 WORKERS = 2  # warpgroups that compute; one more loads
 ROWS = 64  # rows of one of them: the height of a warpgroup's matrix product
@@ -123,7 +124,7 @@ class Walk(NamedTuple):
     return steps
 
   def key_tiles(
-    self, sources: Sources, spans_ref: Any, place: Place, body: Callable[..., Any], carry: Any
+    self, sources: KVSourcesRef, spans_ref: Any, place: Place, body: Callable[..., Any], carry: Any
   ) -> Any:
     """Calls body(source, its bias, first entry, masked, carry) for what a tile sees."""
     for i, source in enumerate(sources):
@@ -162,7 +163,7 @@ class KeyRing(NamedTuple):
     return lax.rem(step, jnp.int32(self.key.shape[0]))
 
   def load(
-    self, place: Place, source: Source, bias2: float, first: Array, masked: bool, step: Array
+    self, place: Place, source: KVSourceRef, bias2: float, first: Array, masked: bool, step: Array
   ) -> Array:
     """A body for `Walk.key_tiles`: fills the next stage once it is free."""
     del bias2, masked
@@ -197,7 +198,7 @@ def zero_accumulator(columns: int) -> Array:
   return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def load_bounds(source: Source, at: tuple[Any, ...], layout: Any) -> tuple[Array, Array]:
+def load_bounds(source: KVSourceRef, at: tuple[Any, ...], layout: Any) -> tuple[Array, Array]:
   """Start and end of each of some queries."""
   return (
     plgpu.load(source.start.at[at], layout=layout, optimized=False),

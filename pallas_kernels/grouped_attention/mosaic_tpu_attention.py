@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float
 
 from pallas_kernels.dispatch import find_target
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.kv_sources import KVSources
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks, TpuBlocks
 from pallas_kernels.grouped_attention.mosaic_tpu_dkdv import mosaic_tpu_dkdv
 from pallas_kernels.grouped_attention.mosaic_tpu_dq import mosaic_tpu_dq
@@ -43,13 +43,7 @@ class _Static:
 
 def grouped_attention_mosaic_tpu(
   query: Float[Array, "B L H D"],
-  focal_key: Float[Array, "B r N D"],
-  focal_value: Float[Array, "B r N D"],
-  group_key: Float[Array, "B k N D"],
-  group_value: Float[Array, "B k N D"],
-  window_key: Float[Array, "B w N D"],
-  window_value: Float[Array, "B w N D"],
-  bounds: Bounds,
+  sources: KVSources,
   *,
   scale: float,
   group_bias: float,
@@ -74,27 +68,29 @@ def grouped_attention_mosaic_tpu(
   blocks = blocks or tpu_blocks(find_target(query).kind, query.dtype.itemsize)
   walk = walk_of(
     blocks,
-    (query, focal_key, group_key),
-    bounds,
+    query,
+    sources,
     scale=scale,
     group_bias=group_bias,
     max_window=max_window,
   )
-  if (size := walk.scalar_bytes(B * bounds.focal_start.shape[1], L)) > _SCALAR_MEMORY:
+  if (size := walk.scalar_bytes(B * sources.focal.start.shape[1], L)) > _SCALAR_MEMORY:
     raise NotImplementedError(
       f"query has {B} rows of {L}; what their tiles visit takes {size} bytes of scalar memory, and "
       f"this backend has {_SCALAR_MEMORY}: split the batch."
     )
   length = round_up(L, max(walk.block_q, walk.summary_grad.block_q, walk.window_grad.block_q))
 
-  def summaries(focal: Array, group: Array) -> Array:
+  focal, group, _ = sources
+
+  def summaries(focal_x: Array, group_x: Array) -> Array:
     parts = [
-      pad_to(focal, 1, walk.group_offset),
-      pad_to(group, 1, walk.summaries - walk.group_offset),
+      pad_to(focal_x, 1, walk.group_offset),
+      pad_to(group_x, 1, walk.summaries - walk.group_offset),
     ]
     return jnp.concatenate(parts, axis=1).transpose(0, 2, 1, 3)
 
-  def window(x: Array) -> Array:
+  def last_axes(x: Array) -> Array:
     size = max(walk.window, round_up(x.shape[1], walk.window_grad.block_k))
     return pad_to(x, 1, size).transpose(0, 2, 1, 3)
 
@@ -104,11 +100,11 @@ def grouped_attention_mosaic_tpu(
   operands = Operands(
     heads_BxPxGxLxD,
     # Scaled while they are laid out, instead of every logit.
-    scaled(summaries(focal_key, group_key), walk.scale2),
-    summaries(focal_value, group_value),
-    window(window_key),
-    window(window_value),
-    pack_bounds(bounds, walk.group_offset, length),
+    scaled(summaries(focal.key, group.key), walk.scale2),
+    summaries(focal.value, group.value),
+    last_axes(sources.window.key),
+    last_axes(sources.window.value),
+    pack_bounds(sources, walk.group_offset, length),
   )
   out_BxPxGxLxD = _attend(operands, _Static(walk, blocks, interpret))
   return out_BxPxGxLxD.transpose(0, 3, 1, 2, 4).reshape(B, length, H, D)[:, :L]
@@ -116,25 +112,24 @@ def grouped_attention_mosaic_tpu(
 
 def walk_of(
   blocks: TpuBlocks,
-  shapes: tuple[Any, Any, Any],
-  bounds: Bounds,
+  query: Array,
+  sources: KVSources,
   *,
   scale: float,
   group_bias: float,
   max_window: int,
 ) -> Walk:
-  """Static sizes of a call, from its query, focal and group keys or what has their shapes."""
-  query, focal_key, group_key = shapes
+  """Static sizes of a call, from its arrays or their shapes."""
   return Walk.of(
     blocks,
     dtype=query.dtype,
     head_dim=query.shape[3],
-    heads_per_kv=query.shape[2] // focal_key.shape[2],
+    heads_per_kv=query.shape[2] // sources.focal.key.shape[2],
     length=query.shape[1],
-    focal=focal_key.shape[1],
-    groups=group_key.shape[1],
+    focal=sources.focal.key.shape[1],
+    groups=sources.group.key.shape[1],
     max_window=max_window,
-    shared_bounds=bounds.focal_start.shape[1] == 1,
+    shared_bounds=sources.focal.start.shape[1] == 1,
     scale2=scale * LOG2_E,
     group_bias2=group_bias * LOG2_E,
   )

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.kv_sources import KVSources
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import KeyTile, TpuBlocks
 from pallas_kernels.mosaic_tpu_common import LANES
 
@@ -173,10 +173,11 @@ def pad_to(x: Array, axis: int, size: int, *, mode: str = "constant") -> Array:
   return jnp.pad(x, widths, mode=mode)
 
 
-def pack_bounds(bounds: Bounds, group_offset: int, length: int) -> Array:
+def pack_bounds(sources: KVSources, group_offset: int, length: int) -> Array:
   """[B, n, FIELDS, length] int32; queries past the end repeat the last one's bounds."""
   shifts = (0, 0, group_offset, group_offset, 0, 0)
-  fields = [x.astype(jnp.int32) + shift for x, shift in zip(bounds, shifts, strict=True)]
+  ranges = [x for source in sources for x in (source.start, source.end)]
+  fields = [x.astype(jnp.int32) + shift for x, shift in zip(ranges, shifts, strict=True)]
   fields += [jnp.zeros_like(fields[0])] * (FIELDS - len(fields))
   return pad_to(jnp.stack(fields, axis=2), 3, length, mode="edge")
 

@@ -4,18 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.kv_sources import KVSources
 
 
 def grouped_attention_reference(
   query: Float[Array, "B L H D"],
-  focal_key: Float[Array, "B r N D"],
-  focal_value: Float[Array, "B r N D"],
-  group_key: Float[Array, "B k N D"],
-  group_value: Float[Array, "B k N D"],
-  window_key: Float[Array, "B w N D"],
-  window_value: Float[Array, "B w N D"],
-  bounds: Bounds,
+  sources: KVSources,
   *,
   scale: float,
   group_bias: float,
@@ -24,23 +18,17 @@ def grouped_attention_reference(
   """See `grouped_attention`; holds B·H·L·(r + k + w) logits at once."""
   del max_window
   B, L, H, D = query.shape
-  N = focal_key.shape[2]
+  N = sources.focal.key.shape[2]
   q_BxLxNxRxD = query.reshape(B, L, N, H // N, D).astype(jnp.float32)
-  key_BxSxNxD = jnp.concatenate([focal_key, group_key, window_key], axis=1).astype(jnp.float32)
-  value_BxSxNxD = jnp.concatenate([focal_value, group_value, window_value], axis=1)
+  key_BxSxNxD = jnp.concatenate([s.key for s in sources], axis=1).astype(jnp.float32)
+  value_BxSxNxD = jnp.concatenate([s.value for s in sources], axis=1)
   visible_BxnxLxS = jnp.concatenate(
-    [
-      in_range(focal_key.shape[1], bounds.focal_start, bounds.focal_end),
-      in_range(group_key.shape[1], bounds.group_start, bounds.group_end),
-      in_range(window_key.shape[1], bounds.window_start, bounds.window_end),
-    ],
-    axis=-1,
+    [in_range(s.key.shape[1], s.start, s.end) for s in sources], axis=-1
   )
   bias_S = jnp.concatenate(
     [
-      jnp.zeros(focal_key.shape[1]),
-      jnp.full(group_key.shape[1], group_bias),
-      jnp.zeros(window_key.shape[1]),
+      jnp.full(source.key.shape[1], bias)
+      for source, bias in zip(sources, (0.0, group_bias, 0.0), strict=True)
     ]
   )
   logits_BxNxRxLxS = (

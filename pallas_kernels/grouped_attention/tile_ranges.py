@@ -6,51 +6,19 @@ key source (focal, groups or window), n key/value heads of the bounds (N or 1).
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.kv_sources import KVSources
 
 LOG2_E = math.log2(math.e)
 
 # Where a running maximum starts: finite, so that a row which sees nothing gets exp2(-inf - m) = 0
 # and a correction of exp2(0) = 1 instead of the NaN of (-inf) - (-inf).
 MASK_VALUE = -1e30
-
-
-class Source(NamedTuple):
-  """One key source: arrays outside a kernel, references inside, or their block specs."""
-
-  key: Any  # [B, S, N, D]
-  value: Any  # [B, S, N, D]
-  start: Any  # [B, n, padded L] int32
-  end: Any  # [B, n, padded L] int32
-
-
-class Sources(NamedTuple):
-  """The three sources, in the order in which kernels go through them."""
-
-  focal: Source
-  group: Source
-  window: Source
-
-
-def make_sources(entries: tuple[Array, ...], bounds: Bounds) -> Sources:
-  """Pairs the six key/value arrays with their bounds."""
-  return Sources(
-    Source(entries[0], entries[1], bounds.focal_start, bounds.focal_end),
-    Source(entries[2], entries[3], bounds.group_start, bounds.group_end),
-    Source(entries[4], entries[5], bounds.window_start, bounds.window_end),
-  )
-
-
-def pad_bounds(bounds: Bounds, block: int) -> Bounds:
-  """Repeats the last query's bounds up to a multiple of `block` queries."""
-  short = -bounds.focal_start.shape[-1] % block
-  return Bounds(*(jnp.pad(x, ((0, 0), (0, 0), (0, short)), mode="edge") for x in bounds))
 
 
 class Span(NamedTuple):
@@ -97,7 +65,7 @@ def loop_span[T](
 ROW_UNIT = 8
 
 
-def tile_ranges(sources: Sources, block: int) -> Array:
+def tile_ranges(sources: KVSources, block: int) -> Array:
   """[B, n, tiles, 12] int32: per tile of `block` queries its `Span` of each source.
 
   Bounds never decrease along a tile, so its first and last query tell everything.

@@ -9,12 +9,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental import pallas as pl
 from jaxtyping import Float
 
 from pallas_kernels.dispatch import find_target
 from pallas_kernels.grouped_attention.block_sizes import triton_blocks, TritonBlocks
-from pallas_kernels.grouped_attention.bounds import Bounds
-from pallas_kernels.grouped_attention.tile_ranges import make_sources, pad_bounds
+from pallas_kernels.grouped_attention.kv_sources import kv_cotangent, KVSources, pad_ranges
 from pallas_kernels.grouped_attention.triton_dkdv import triton_dkdv
 from pallas_kernels.grouped_attention.triton_dq import triton_dq
 from pallas_kernels.grouped_attention.triton_forward import triton_forward
@@ -31,13 +31,7 @@ class _Static:
 
 def grouped_attention_triton(
   query: Float[Array, "B L H D"],
-  focal_key: Float[Array, "B r N D"],
-  focal_value: Float[Array, "B r N D"],
-  group_key: Float[Array, "B k N D"],
-  group_value: Float[Array, "B k N D"],
-  window_key: Float[Array, "B w N D"],
-  window_value: Float[Array, "B w N D"],
-  bounds: Bounds,
+  sources: KVSources,
   *,
   scale: float,
   group_bias: float,
@@ -58,43 +52,42 @@ def grouped_attention_triton(
     raise NotImplementedError(
       f"dtype is {query.dtype}; this backend has float16, bfloat16 and float32."
     )
-  entries = tuple(
-    # A source without entries gets one that nobody sees: arrays of size 0 have no address.
-    x if x.shape[1] else jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype)
-    for x in (focal_key, focal_value, group_key, group_value, window_key, window_value)
-  )
+
+  def at_least_one(x: Array) -> Array:
+    """An empty source gets a token that no query sees: an array of size 0 has no address."""
+    return x if x.shape[1] else jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype)
+
   blocks = blocks or triton_blocks(find_target(query).kind, D, query.dtype.itemsize)
   static = _Static(scale, group_bias, max_window, blocks, interpret)
-  return _attend(query, entries, bounds, static)
+  sources = sources.with_kv(jax.tree.map(at_least_one, sources.kv))
+  return _attend(query, sources, static)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(query: Array, entries: tuple[Array, ...], bounds: Bounds, static: _Static) -> Array:
-  return _attend_fwd(query, entries, bounds, static)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _attend(query: Array, sources: KVSources, static: _Static) -> Array:
+  return _attend_fwd(query, sources, static)[0]
 
 
-def _attend_fwd(
-  query: Array, entries: tuple[Array, ...], bounds: Bounds, static: _Static
-) -> tuple[Array, tuple]:
+def _attend_fwd(query: Array, sources: KVSources, static: _Static) -> tuple[Array, tuple]:
   tile = static.blocks.forward
   out, lse2 = triton_forward(
     query,
-    make_sources(entries, pad_bounds(bounds, tile.block_q)),
+    _pad_to_tiles(sources, tile.block_q),
     scale=static.scale,
     group_bias=static.group_bias,
     max_window=static.max_window,
     tile=tile,
     interpret=static.interpret,
   )
-  return out, (query, entries, bounds, out, lse2)
+  return out, (query, sources, out, lse2)
 
 
 def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
-  query, entries, bounds, out, lse2 = residuals
+  query, sources, out, lse2 = residuals
   tile = static.blocks.dq
   dq, delta = triton_dq(
     query,
-    make_sources(entries, pad_bounds(bounds, tile.block_q)),
+    _pad_to_tiles(sources, tile.block_q),
     out,
     lse2,
     dout,
@@ -104,7 +97,6 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     tile=tile,
     interpret=static.interpret,
   )
-  sources = make_sources(entries, bounds)
   heads_per_kv = query.shape[2] // sources.focal.key.shape[2]
   key_grads = functools.partial(
     triton_dkdv,
@@ -120,7 +112,11 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
   focal = key_grads(query, sources.focal, bias=0.0, heads_per_program=1)
   group = key_grads(query, sources.group, bias=static.group_bias, heads_per_program=1)
   window = key_grads(query, sources.window, bias=0.0, heads_per_program=heads_per_kv)
-  return dq, (*focal, *group, *window), None
+  return dq, kv_cotangent((focal, group, window))
+
+
+def _pad_to_tiles(sources: KVSources, block_q: int) -> KVSources:
+  return pad_ranges(sources, pl.cdiv(sources.focal.start.shape[-1], block_q) * block_q)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -9,20 +9,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import TritonTile
-from pallas_kernels.grouped_attention.tile_ranges import (
-  LOG2_E,
-  loop_span,
-  query_spans,
-  Source,
-  Span,
-)
+from pallas_kernels.grouped_attention.kv_sources import KVSource, KVSourceRef
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span, query_spans, Span
 from pallas_kernels.grouped_attention.triton_tiles import load_rows
 from pallas_kernels.triton_common import dot, like
 
 
 def triton_dkdv(
   query: Array,
-  source: Source,
+  source: KVSource,
   lse2: Array,
   delta: Array,
   dout: Array,
@@ -51,9 +46,9 @@ def triton_dkdv(
   def per_head(*shape: int | None) -> pl.BlockSpec:
     return pl.BlockSpec((None, *shape), lambda p, t, b: (b, 0, p, 0))
 
-  entries = pl.BlockSpec((None, tile.block_k, None, D), lambda p, t, b: (b, t, p * G // R, 0))
+  kv: Any = pl.BlockSpec((None, tile.block_k, None, D), lambda p, t, b: (b, t, p * G // R, 0))
   rows = pl.BlockSpec((None, G, L), lambda p, t, b: (b, p, 0))
-  bound = pl.BlockSpec(
+  visible: Any = pl.BlockSpec(
     (None, None, rows_bound), lambda p, t, b: (b, 0 if shared else p * G // R, 0)
   )
   span = pl.BlockSpec((None, None, None, 4), lambda p, t, b: (b, 0 if shared else p * G // R, t, 0))
@@ -64,7 +59,7 @@ def triton_dkdv(
     grid=(H // G, pl.cdiv(S, tile.block_k), B),
     in_specs=[
       per_head(L, G, D),
-      Source(entries, entries, bound, bound),
+      KVSource(kv, kv, visible, visible),
       span,
       rows,
       rows,
@@ -88,7 +83,7 @@ def _sum_heads(partial_BxSxPxD: Array, like_BxSxNxD: Array) -> Array:
 
 def _dkdv_kernel(
   q_ref: Any,
-  source: Source,
+  source: KVSourceRef,
   span_ref: Any,
   lse2_ref: Any,
   delta_ref: Any,

@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import TritonTile
-from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span, Source, Sources
+from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSources, KVSourcesRef
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span
 from pallas_kernels.grouped_attention.triton_tiles import (
   load_rows,
   QueryGrid,
@@ -21,7 +22,7 @@ from pallas_kernels.triton_common import dot, like
 
 def triton_dq(
   query: Array,
-  sources: Sources,
+  sources: KVSources,
   out: Array,
   lse2: Array,
   dout: Array,
@@ -63,7 +64,7 @@ def triton_dq(
 
 def _dq_kernel(
   q_ref: Any,
-  sources: Sources,
+  sources: KVSourcesRef,
   out_ref: Any,
   lse2_ref: Any,
   dout_ref: Any,
@@ -87,7 +88,9 @@ def _dq_kernel(
   delta_Q = (out_QxD.astype(jnp.float32) * dout_QxD.astype(jnp.float32)).sum(axis=1)
   plgpu.store(delta_ref, delta_Q, mask=inside_Q)
 
-  def attend(source: Source, dq_QxD: Array, *, bias: float = 0.0, narrow: bool = False) -> Array:
+  def attend(
+    source: KVSourceRef, dq_QxD: Array, *, bias: float = 0.0, narrow: bool = False
+  ) -> Array:
     def step(first: Array, masked: bool, dq_QxD: Array) -> Array:
       limit = source.end[block_q - 1] if masked else None
       k_KxD = load_rows(source.key, first, block_k, limit)

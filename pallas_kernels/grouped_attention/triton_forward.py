@@ -9,13 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import TritonTile
-from pallas_kernels.grouped_attention.tile_ranges import (
-  LOG2_E,
-  loop_span,
-  MASK_VALUE,
-  Source,
-  Sources,
-)
+from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSources, KVSourcesRef
+from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span, MASK_VALUE
 from pallas_kernels.grouped_attention.triton_tiles import (
   load_rows,
   QueryGrid,
@@ -27,7 +22,7 @@ from pallas_kernels.triton_common import dot, like
 
 def triton_forward(
   query: Array,
-  sources: Sources,
+  sources: KVSources,
   *,
   scale: float,
   group_bias: float,
@@ -66,7 +61,7 @@ def triton_forward(
 
 def _forward_kernel(
   q_ref: Any,
-  sources: Sources,
+  sources: KVSourcesRef,
   out_ref: Any,
   lse2_ref: Any,
   *,
@@ -81,7 +76,7 @@ def _forward_kernel(
   rows_left = length - grid.first_row()
   q_QxD = load_rows(q_ref, 0, block_q, rows_left)
 
-  def attend(source: Source, carry: Any, *, bias: float = 0.0, narrow: bool = False) -> Any:
+  def attend(source: KVSourceRef, carry: Any, *, bias: float = 0.0, narrow: bool = False) -> Any:
     def step(first: Array, masked: bool, carry: Any) -> Any:
       acc_QxD, top_Q, total_Q = carry
       limit = source.end[block_q - 1] if masked else None

@@ -7,10 +7,16 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_attention.tile_ranges import Source, Sources, Span
+from pallas_kernels.grouped_attention.kv_sources import (
+  KVSource,
+  KVSourceRef,
+  KVSources,
+  KVSourcesRef,
+)
+from pallas_kernels.grouped_attention.tile_ranges import Span
 
 
-def tile_span(source: Source, block: int) -> Span:
+def tile_span(source: KVSourceRef, block: int) -> Span:
   """The entries that a tile of `block` queries sees; bounds never decrease along the tile."""
   return Span(source.start[0], source.start[block - 1], source.end[0], source.end[block - 1])
 
@@ -56,28 +62,28 @@ class QueryGrid(NamedTuple):
     """A tile of one head of [B, H, L]."""
     return pl.BlockSpec((None, None, self.block_q), lambda h, t, b: (b, h, self.blocks - 1 - t))
 
-  def sources(self, sources: Sources) -> Sources:
+  def sources(self, sources: KVSources) -> KVSourcesRef:
     """All entries of the key/value head that a query head reads, and a tile of the bounds."""
 
-    def entries(x: Array) -> pl.BlockSpec:
+    def entries(x: Array) -> Any:
       return pl.BlockSpec(
         (None, x.shape[1], None, self.head_dim),
         lambda h, t, b: (b, 0, h // self.heads_per_kv, 0),
       )
 
-    def bound(x: Array) -> pl.BlockSpec:
+    def bound(x: Array) -> Any:
       shared = x.shape[1] == 1
       return pl.BlockSpec(
         (None, None, self.block_q),
         lambda h, t, b: (b, 0 if shared else h // self.heads_per_kv, self.blocks - 1 - t),
       )
 
-    return Sources(
-      *(Source(entries(s.key), entries(s.value), bound(s.start), bound(s.end)) for s in sources)
+    return KVSources(
+      *(KVSource(entries(s.key), entries(s.value), bound(s.start), bound(s.end)) for s in sources)
     )
 
 
-def seen_mask(source: Source, first: Array, block: int) -> Array:
+def seen_mask(source: KVSourceRef, first: Array, block: int) -> Array:
   """[queries, block] bool: which entries from `first` on each query of the tile sees."""
   entry_K = (first + jnp.arange(block))[None]
   return (source.start[...][:, None] <= entry_K) & (entry_K < source.end[...][:, None])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention.kv_sources import KVSources
 from pallas_kernels.grouped_attention.reference import in_range
 
 BLOCK_Q = 256
@@ -18,13 +18,7 @@ BLOCK_Q = 256
 
 def grouped_attention_xla(
   query: Float[Array, "B L H D"],
-  focal_key: Float[Array, "B r N D"],
-  focal_value: Float[Array, "B r N D"],
-  group_key: Float[Array, "B k N D"],
-  group_value: Float[Array, "B k N D"],
-  window_key: Float[Array, "B w N D"],
-  window_value: Float[Array, "B w N D"],
-  bounds: Bounds,
+  sources: KVSources,
   *,
   scale: float,
   group_bias: float,
@@ -32,43 +26,44 @@ def grouped_attention_xla(
 ) -> Float[Array, "B L H D"]:
   """See `grouped_attention`."""
   B, L, H, D = query.shape
-  N = focal_key.shape[2]
+  N = sources.focal.key.shape[2]
   R = H // N
   block = min(BLOCK_Q, L)
   blocks = math.ceil(L / block)
-  slab = min(block + max_window, window_key.shape[1])
+  focal, group, window = sources
+  slab = min(block + max_window, window.key.shape[1])
 
   q_TxBxNxRxbxD = _split(query.reshape(B, L, N, R, D).transpose(0, 2, 3, 1, 4), blocks, block)
-  bounds_Txnxb = jax.tree.map(lambda x: _split(x[..., None], blocks, block)[..., 0], bounds)
+  ranges_TxBxnxb = jax.tree.map(
+    lambda x_BxnxL: _split(x_BxnxL[..., None], blocks, block)[..., 0],
+    [(s.start, s.end) for s in sources],
+  )
 
   # The window of a block of queries is one piece of the window list. All pieces are cut out
   # before the loop: inside, their transpose would touch the whole list once a block.
-  slab_start_TxBxn = bounds_Txnxb.window_start[..., 0]
-  slab_start_TxBxn = jnp.minimum(slab_start_TxBxn, window_key.shape[1] - slab)
-  slab_key = _slabs(_heads_first(window_key), slab_start_TxBxn, slab)
-  slab_value = _slabs(_heads_first(window_value), slab_start_TxBxn, slab)
+  slab_start_TxBxn = ranges_TxBxnxb[2][0][..., 0]
+  slab_start_TxBxn = jnp.minimum(slab_start_TxBxn, window.key.shape[1] - slab)
+  slab_key = _slabs(_heads_first(window.key), slab_start_TxBxn, slab)
+  slab_value = _slabs(_heads_first(window.value), slab_start_TxBxn, slab)
 
   # Held in float32, so that their gradients, summed block by block, are too.
   def summaries(*x_BxSxNxD: Array) -> Float[Array, "B N S D"]:
     return _heads_first(jnp.concatenate(x_BxSxNxD, axis=1).astype(jnp.float32))
 
-  summary_key_BxNxSxD = summaries(focal_key, group_key)
-  summary_value_BxNxSxD = summaries(focal_value, group_value)
-  r, k = focal_key.shape[1], group_key.shape[1]
+  summary_key_BxNxSxD = summaries(focal.key, group.key)
+  summary_value_BxNxSxD = summaries(focal.value, group.value)
+  r, k = focal.key.shape[1], group.key.shape[1]
   bias_S = jnp.concatenate([jnp.zeros(r), jnp.full(k, group_bias), jnp.zeros(slab)])
 
   @jax.checkpoint
   def attend(block_inputs: tuple) -> Array:
-    q_BxNxRxbxD, seen, start_Bxn, key_BxNxwxD, value_BxNxwxD = block_inputs
+    q_BxNxRxbxD, ranges_Bxnxb, start_Bxn, key_BxNxwxD, value_BxNxwxD = block_inputs
+    focal_Bxnxb, group_Bxnxb, window_Bxnxb = ranges_Bxnxb
     visible_Bxnx1xbxS = jnp.concatenate(
       [
-        in_range(r, seen.focal_start, seen.focal_end),
-        in_range(k, seen.group_start, seen.group_end),
-        in_range(
-          slab,
-          seen.window_start - start_Bxn[..., None],
-          seen.window_end - start_Bxn[..., None],
-        ),
+        in_range(r, *focal_Bxnxb),
+        in_range(k, *group_Bxnxb),
+        in_range(slab, *(x - start_Bxn[..., None] for x in window_Bxnxb)),
       ],
       axis=-1,
     )[:, :, None]
@@ -91,7 +86,7 @@ def grouped_attention_xla(
     return (out_BxNxRxbxD / jnp.where(total == 0, 1, total)).astype(query.dtype)
 
   out_TxBxNxRxbxD = jax.lax.map(
-    attend, (q_TxBxNxRxbxD, bounds_Txnxb, slab_start_TxBxn, slab_key, slab_value)
+    attend, (q_TxBxNxRxbxD, ranges_TxBxnxb, slab_start_TxBxn, slab_key, slab_value)
   )
   out_BxTxbxNxRxD = out_TxBxNxRxbxD.transpose(1, 0, 4, 2, 3, 5)
   return out_BxTxbxNxRxD.reshape(B, blocks * block, H, D)[:, :L]

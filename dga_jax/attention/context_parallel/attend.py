@@ -4,7 +4,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dga_jax.attention import validation
-from dga_jax.attention._interim import grouped_attention
 from dga_jax.attention.attend import (
   attention_kwargs,
   merging_implementation,
@@ -14,6 +13,7 @@ from dga_jax.attention.context_parallel.global_ import global_halo, global_sourc
 from dga_jax.attention.context_parallel.streaming import streaming_halo, streaming_sources
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.metadata import AttentionMetadata
+from pallas_kernels.grouped_attention import grouped_attention
 
 
 def attend_sharded(
@@ -62,7 +62,7 @@ def attend_sharded(
     shards,
     implementation=merging_implementation(implementation),
   )
-  options = attention_kwargs(config, query.shape[-1], scale)
+  options = attention_kwargs(query, config, scale)
   # Between the windows of the two chunks are the tokens before the second one, unseen by queries of
   # the first. Implementations take a tile's windows as one run, which may include them.
   options["max_window"] += streaming_halo(config) if streaming else global_halo(config)

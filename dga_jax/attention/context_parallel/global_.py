@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention._interim import KVSources
 from dga_jax.attention.attend import merge_scale
 from dga_jax.attention.context_parallel.ragged_all_gather import collect, GatherPlan, places
 from dga_jax.attention.context_parallel.scores import sharded_importance_scores
@@ -19,6 +18,7 @@ from dga_jax.attention.selection import select_by_score
 from dga_jax.attention.visibility import Visibility
 from dga_jax.config import DGAConfig
 from pallas_kernels.group_merge import Entries, merge_groups, take_rows
+from pallas_kernels.grouped_attention import KVSources
 
 
 def global_sources(

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from dga_jax.attention._interim import KVSources
 from dga_jax.attention.attend import merge_scale
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
@@ -14,6 +13,7 @@ from dga_jax.attention.visibility import focal_list_start
 from dga_jax.config import DGAConfig
 from pallas_kernels.compact_indices import compact_indices
 from pallas_kernels.group_merge import Entries, merge_blocks, take_positions
+from pallas_kernels.grouped_attention import KVSources
 
 
 def streaming_sources(

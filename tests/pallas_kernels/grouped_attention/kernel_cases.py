@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention import KVSource, KVSources
 from pallas_kernels.grouped_attention.reference import grouped_attention_reference
 from pallas_kernels.grouped_attention.xla import grouped_attention_xla
 
@@ -29,24 +30,29 @@ class Case:
   group_bias: float = 0.0
   dtype: str = "float32"
 
-  def inputs(self, seed: int = 0) -> tuple[list[jax.Array], Bounds, dict[str, Any]]:
-    """The seven arrays, the bounds and the keyword arguments of `grouped_attention`."""
+  def inputs(self, seed: int = 0) -> tuple[jax.Array, KVSources, dict[str, Any]]:
+    """The arguments of `grouped_attention`."""
     rng = np.random.default_rng(seed)
     bound_heads = 1 if self.shared_bounds else self.kv_heads
     make = self._streaming_row if self.streaming else self._sorted_row
     fields_BxnxFxL = np.stack(
       [np.stack([make(rng, row) for _ in range(bound_heads)]) for row in self.documents]
     )
-    bounds = Bounds(*(jnp.asarray(x, jnp.int32) for x in np.moveaxis(fields_BxnxFxL, 2, 0)))
-    # Some entries more than any query sees, as static sizes leave them.
-    sizes = [int(getattr(bounds, f"{s}_end").max()) + 3 for s in ("focal", "group", "window")]
     B, D = len(self.documents), self.head_dim
-    shapes = [(B, self.length, self.query_heads, D)]
-    shapes += [(B, size, self.kv_heads, D) for size in sizes for _ in range(2)]
-    arrays = [jnp.asarray(rng.normal(size=s), self.dtype) for s in shapes]
+
+    def draw(*shape: int) -> jax.Array:
+      return jnp.asarray(rng.normal(size=shape), self.dtype)
+
+    query = draw(B, self.length, self.query_heads, D)
+    ranges = jnp.asarray(np.moveaxis(fields_BxnxFxL, 2, 0), jnp.int32)
+    sources = []
+    for start, end in zip(ranges[::2], ranges[1::2], strict=True):
+      # Static sizes leave a few tokens that no query sees.
+      shape = (B, int(end.max()) + 3, self.kv_heads, D)
+      sources.append(KVSource(draw(*shape), draw(*shape), start, end))
     block = self.group_size + 1 if self.streaming else self.group_size
     options = {"scale": D**-0.5, "group_bias": self.group_bias, "max_window": block}
-    return arrays, bounds, options
+    return query, KVSources(*sources), options
 
   def _sorted_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
     """Global selection: prefixes of focal tokens and groups, a window of the other tokens."""
@@ -168,40 +174,57 @@ GPU_CASES = {
 def structs_and_options(*, head_dim: int, dtype: str) -> tuple[tuple, dict[str, Any]]:
   """Shapes of a call and its cotangent, for lowering without data; and its keywords."""
   B, L, H, N = 2, 1000, 4, 2
-  shapes = [(B, L, H, head_dim)]
-  shapes += [(B, size, N, head_dim) for size in (211, 117, L) for _ in range(2)]
-  arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-  bounds = Bounds(*[jax.ShapeDtypeStruct((B, N, L), jnp.int32)] * 6)
-  return (arrays, bounds, arrays[0]), {"scale": 0.1, "group_bias": 0.0, "max_window": 16}
+  query = jax.ShapeDtypeStruct((B, L, H, head_dim), dtype)
+  visible: Any = jax.ShapeDtypeStruct((B, N, L), jnp.int32)
+  sources = []
+  for size in (211, 117, L):
+    kv: Any = jax.ShapeDtypeStruct((B, size, N, head_dim), dtype)
+    sources.append(KVSource(kv, kv, visible, visible))
+  options = {"scale": 0.1, "group_bias": 0.0, "max_window": 16}
+  return (query, KVSources(*sources), query), options
 
 
-GRADIENTS = (
-  "query",
-  "focal_key",
-  "focal_value",
-  "group_key",
-  "group_value",
-  "window_key",
-  "window_value",
-)
+def output_and_gradients(attention: Callable[..., jax.Array], options: dict[str, Any]) -> Any:
+  """A function of query, sources and dout: the output, and dq and (dk, dv) of each source."""
+
+  def run(query: jax.Array, sources: KVSources, dout: jax.Array) -> Any:
+    def attend(query: jax.Array, kv: Any) -> jax.Array:
+      return attention(query, sources.with_kv(kv), **options)
+
+    out, vjp = jax.vjp(attend, query, sources.kv)
+    return out, vjp(dout.astype(out.dtype))
+
+  return run
+
+
+def lower_over_heads(attention: Callable[..., jax.Array], mesh: Any) -> tuple[Any, tuple]:
+  """Output and gradients inside a shard_map that splits the axis "heads", and their arguments."""
+  args, options = structs_and_options(head_dim=64, dtype="bfloat16")
+  heads = PartitionSpec(None, None, "heads")
+  source = KVSource(heads, heads, *[PartitionSpec(None, "heads")] * 2)
+  sharded = jax.shard_map(
+    output_and_gradients(attention, options),
+    mesh=mesh,
+    in_specs=(heads, KVSources(source, source, source), heads),
+    out_specs=(heads, (heads, ((heads, heads),) * 3)),
+  )
+  return sharded, args
 
 
 def values_and_gradients(
   attention: Callable[..., jax.Array],
-  arrays: list[jax.Array],
-  bounds: Bounds,
+  query: jax.Array,
+  sources: KVSources,
   options: dict[str, Any],
   seed: int = 1,
 ) -> dict[str, np.ndarray]:
   """The output and the gradients of Σ out · random, by name."""
-  dout = jax.random.normal(jax.random.key(seed), arrays[0].shape, jnp.float32)
-
-  def run(arrays: list[jax.Array], dout: jax.Array) -> Any:
-    out, vjp = jax.vjp(lambda *a: attention(*a, bounds, **options), *arrays)
-    return out, vjp(dout.astype(out.dtype))
-
-  out, grads = jax.jit(run)(arrays, dout)
-  named = {"out": out, **dict(zip(GRADIENTS, grads, strict=True))}
+  dout = jax.random.normal(jax.random.key(seed), query.shape, jnp.float32)
+  run = jax.jit(output_and_gradients(attention, options))
+  out, (dq, dkv) = run(query, sources, dout)
+  named = {"out": out, "query": dq}
+  for source, (dk, dv) in zip(KVSources._fields, dkv, strict=True):
+    named |= {f"{source}_key": dk, f"{source}_value": dv}
   return {name: np.asarray(x, np.float32) for name, x in named.items()}
 
 
@@ -212,12 +235,15 @@ def relative_error(x: np.ndarray, expected: np.ndarray) -> float:
 
 def check_against_reference(attention: Callable[..., jax.Array], case: Case, seed: int = 0) -> None:
   """Error at most 2x (gradients 3x) that of the plain implementation in the same dtype."""
-  arrays, bounds, options = case.inputs(seed)
-  exact = [x.astype(jnp.float32) for x in arrays]
+  query, sources, options = case.inputs(seed)
+  exact_query, exact_kv = jax.tree.map(lambda x: x.astype(jnp.float32), (query, sources.kv))
+  exact_sources = sources.with_kv(exact_kv)
   with jax.default_matmul_precision("highest"):
-    expected = values_and_gradients(grouped_attention_reference, exact, bounds, options)
-    plain = values_and_gradients(grouped_attention_xla, arrays, bounds, options)
-  actual = values_and_gradients(attention, arrays, bounds, options)
+    expected = values_and_gradients(
+      grouped_attention_reference, exact_query, exact_sources, options
+    )
+    plain = values_and_gradients(grouped_attention_xla, query, sources, options)
+  actual = values_and_gradients(attention, query, sources, options)
   for name, value in actual.items():
     # Two correct float32 programs differ by the order of their sums.
     floor = 2e-6 if case.dtype == "float32" else 0.0

@@ -4,18 +4,17 @@ import functools
 import os
 import subprocess
 import sys
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
-from pallas_kernels.grouped_attention.bounds import Bounds
 from pallas_kernels.grouped_attention.mosaic_gpu_attention import grouped_attention_mosaic_gpu
 from tests.pallas_kernels.grouped_attention.kernel_cases import (
   check_against_reference,
   GPU_CASES,
+  lower_over_heads,
+  output_and_gradients,
   structs_and_options,
   values_and_gradients,
 )
@@ -27,6 +26,7 @@ from tests.pallas_kernels.h100 import (
 )
 
 _COMMAND = "tests.pallas_kernels.grouped_attention.interpret_mosaic_gpu"
+_gradients = functools.partial(output_and_gradients, grouped_attention_mosaic_gpu)
 
 
 # Two heads a tile of work and packing; one head a tile, shared bounds and the original keys.
@@ -53,14 +53,7 @@ def test_lowers_for_h100(head_dim: int, dtype: str):
 
 
 def test_lowers_inside_a_shard_map_over_heads():
-  args, options = structs_and_options(head_dim=64, dtype="bfloat16")
-  heads = PartitionSpec(None, None, "heads")
-  sharded = jax.shard_map(
-    _gradients(options),
-    mesh=abstract_mesh(2),
-    in_specs=([heads] * 7, PartitionSpec(None, "heads"), heads),
-    out_specs=(heads, (heads,) * 7),
-  )
+  sharded, args = lower_over_heads(grouped_attention_mosaic_gpu, abstract_mesh(2))
   lower_for_h100(sharded, *args, devices=2)
 
 
@@ -69,16 +62,6 @@ def test_lowers_inside_a_shard_map_over_heads():
 def test_compiles_for_h100(head_dim: int):
   args, options = structs_and_options(head_dim=head_dim, dtype="bfloat16")
   compile_for_h100(_gradients(options), *args)
-
-
-def _gradients(options: dict[str, Any]) -> Any:
-  attention = functools.partial(grouped_attention_mosaic_gpu, **options)
-
-  def run(arrays: list[jax.Array], bounds: Bounds, dout: jax.Array) -> Any:
-    out, vjp = jax.vjp(lambda *arrays: attention(*arrays, bounds), *arrays)
-    return out, vjp(dout)
-
-  return run
 
 
 @pytest.mark.parametrize(
@@ -105,9 +88,9 @@ def test_gpu_equals_reference(name: str):
 
 @pytest.mark.gpu
 def test_gpu_runs_repeat_bit_for_bit():
-  arrays, bounds, options = GPU_CASES["packed"].inputs()
+  query, sources, options = GPU_CASES["packed"].inputs()
   first, second = (
-    values_and_gradients(grouped_attention_mosaic_gpu, arrays, bounds, options) for _ in range(2)
+    values_and_gradients(grouped_attention_mosaic_gpu, query, sources, options) for _ in range(2)
   )
   for name, value in first.items():
     np.testing.assert_array_equal(value, second[name], err_msg=name)

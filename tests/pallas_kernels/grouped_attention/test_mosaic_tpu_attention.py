@@ -2,17 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from dga_jax import DGAConfig, explain
-from pallas_kernels.grouped_attention import grouped_attention
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
 from pallas_kernels.grouped_attention.mosaic_tpu_attention import grouped_attention_mosaic_tpu
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import KeyTile, TpuBlocks
 from pallas_kernels.mosaic_tpu_common import CHECKED
@@ -20,6 +17,8 @@ from tests.pallas_kernels.grouped_attention.kernel_cases import (
   Case,
   CASES,
   check_against_reference,
+  lower_over_heads,
+  output_and_gradients,
   structs_and_options,
 )
 from tests.pallas_kernels.tpu import abstract_mesh, lower_for_tpu
@@ -35,6 +34,7 @@ _BLOCKS = TpuBlocks(
   vmem=2**24,
 )
 _interpreted = functools.partial(grouped_attention_mosaic_tpu, blocks=_BLOCKS, interpret=CHECKED)
+_gradients = functools.partial(output_and_gradients, grouped_attention_mosaic_tpu)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,20 +96,25 @@ def test_interpreted_kernels_equal_reference_in_further_cases(
 def test_a_tile_reads_nothing_that_its_queries_do_not_see():
   """Entries that only later queries see may hold anything."""
   case = Case(documents=((400,),), length=400, group_size=2, focal_rate=0.7, head_dim=64)
-  arrays, bounds, options = case.inputs()
+  query, sources, options = case.inputs()
   first_tile = slice(0, 128)
-  seen = {
-    name: int(getattr(bounds, f"{name}_end")[..., first_tile].max()) for name in ("focal", "group")
-  }
-  poisoned = list(arrays)
-  for i, name in ((1, "focal"), (2, "focal"), (3, "group"), (4, "group")):
-    after = -(-seen[name] // 128) * 128
-    assert poisoned[i].shape[1] > after or name == "group"
-    poisoned[i] = poisoned[i].at[:, after:].set(jnp.nan)
-  for i in (5, 6):
-    poisoned[i] = poisoned[i].at[:, 256:].set(jnp.nan)
+
+  def poisoned(source: KVSource, *, whole_tiles: bool) -> KVSource:
+    after = 256
+    if whole_tiles:
+      after = -(-int(source.end[..., first_tile].max()) // 128) * 128
+    return source._replace(
+      key=source.key.at[:, after:].set(jnp.nan), value=source.value.at[:, after:].set(jnp.nan)
+    )
+
+  assert sources.focal.key.shape[1] > 256
+  unseen = KVSources(
+    poisoned(sources.focal, whole_tiles=True),
+    poisoned(sources.group, whole_tiles=True),
+    poisoned(sources.window, whole_tiles=False),
+  )
   run = jax.jit(functools.partial(_interpreted, **options))
-  expected, got = run(*arrays, bounds), run(*poisoned, bounds)
+  expected, got = run(query, sources), run(query, unseen)
   np.testing.assert_array_equal(got[:, first_tile], expected[:, first_tile])
   assert np.isnan(got[:, 256:]).any()
 
@@ -131,15 +136,8 @@ def test_lowers_for_a_tpu(kind: str, head_dim: int, dtype: str):
 
 
 def test_lowers_inside_a_shard_map_over_heads():
-  args, options = structs_and_options(head_dim=64, dtype="bfloat16")
-  heads = PartitionSpec(None, None, "heads")
   mesh = abstract_mesh(devices=2)
-  sharded = jax.shard_map(
-    _gradients(options),
-    mesh=mesh,
-    in_specs=([heads] * 7, PartitionSpec(None, "heads"), heads),
-    out_specs=(heads, (heads,) * 7),
-  )
+  sharded, args = lower_over_heads(grouped_attention_mosaic_tpu, mesh)
   with jax.sharding.use_abstract_mesh(mesh):
     lowered = jax.jit(sharded).trace(*args).lower(lowering_platforms=("tpu",))
   assert "grouped_attention_dq" in lowered.as_text()
@@ -174,26 +172,16 @@ def test_refuses_what_it_cannot_do(head_dim: int, dtype: str, message: str):
 
 def test_refuses_more_queries_than_scalar_memory_describes():
   args, options = structs_and_options(head_dim=64, dtype="bfloat16")
-  arrays, bounds, _ = jax.tree.map(
+  query, sources, _ = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((4000, *x.shape[1:]), x.dtype), args
   )
   with pytest.raises(NotImplementedError, match="query has 4000 rows of 1000"):
-    jax.eval_shape(functools.partial(grouped_attention_mosaic_tpu, **options), *arrays, bounds)
+    jax.eval_shape(functools.partial(grouped_attention_mosaic_tpu, **options), query, sources)
 
 
 def test_is_named_or_refused_elsewhere():
   args, options = structs_and_options(head_dim=64, dtype="bfloat16")
-  arrays, bounds, _ = args
+  query, sources, _ = args
   run = functools.partial(grouped_attention, implementation="mosaic_tpu", **options)
   with pytest.raises(NotImplementedError, match="mosaic_tpu runs on a TPU"):
-    jax.eval_shape(run, *arrays, bounds)
-
-
-def _gradients(options: dict[str, Any]) -> Any:
-  attention = functools.partial(grouped_attention_mosaic_tpu, **options)
-
-  def run(arrays: list[jax.Array], bounds: Bounds, dout: jax.Array) -> Any:
-    out, vjp = jax.vjp(lambda *arrays: attention(*arrays, bounds), *arrays)
-    return out, vjp(dout)
-
-  return run
+    jax.eval_shape(run, query, sources)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_attention.bounds import Bounds
+from pallas_kernels.grouped_attention import KVSources
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import KeyTile, tpu_blocks, TpuBlocks
 from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
   FOCAL,
@@ -36,23 +36,23 @@ _CASES = {
 }
 
 
-def _packed(case: Case) -> tuple[Bounds, Walk, jax.Array]:
-  arrays, bounds, options = case.inputs()
+def _packed(case: Case) -> tuple[KVSources, Walk, jax.Array]:
+  _, sources, options = case.inputs()
   walk = Walk.of(
     _BLOCKS,
     dtype=jnp.dtype("float32"),
     head_dim=64,
     heads_per_kv=1,
     length=case.length,
-    focal=arrays[1].shape[1],
-    groups=arrays[3].shape[1],
+    focal=sources.focal.key.shape[1],
+    groups=sources.group.key.shape[1],
     max_window=options["max_window"],
     shared_bounds=False,
     scale2=1.0,
     group_bias2=0.0,
   )
   length = -(-case.length // walk.block_q) * walk.block_q
-  return bounds, walk, pack_bounds(bounds, walk.group_offset, length)
+  return sources, walk, pack_bounds(sources, walk.group_offset, length)
 
 
 def _seen(packed: jax.Array, b: int, source: int, entries: int) -> np.ndarray:
@@ -105,9 +105,9 @@ def test_every_visited_tile_lies_in_a_visited_block_once(name: str):
 
 @pytest.mark.parametrize("name", _CASES)
 def test_pieces_of_the_window_hold_what_is_seen(name: str):
-  bounds, walk, packed = _packed(_CASES[name])
+  sources, walk, packed = _packed(_CASES[name])
   visits = unpack_visits(pack_visits(packed, walk, jnp.dtype("float32"))[0])
-  entries = -(-int(bounds.window_end.max()) // _TILE) * _TILE
+  entries = -(-int(sources.window.end.max()) // _TILE) * _TILE
   for b in range(packed.shape[0]):
     seen = _seen(packed, b, WINDOW, entries)
     for t in range(visits.pieces.shape[2]):

@@ -2,20 +2,19 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
 
 from pallas_kernels.grouped_attention.block_sizes import TritonBlocks, TritonTile
-from pallas_kernels.grouped_attention.bounds import Bounds
 from pallas_kernels.grouped_attention.triton_attention import grouped_attention_triton
 from tests.pallas_kernels.grouped_attention.kernel_cases import (
   CASES,
   check_against_reference,
   GPU_CASES,
+  lower_over_heads,
+  output_and_gradients,
   structs_and_options,
   values_and_gradients,
 )
@@ -34,6 +33,7 @@ _interpreted = functools.partial(
   blocks=TritonBlocks(forward=_SMALL, dq=_SMALL, dkdv=_SMALL),
   interpret=True,
 )
+_gradients = functools.partial(output_and_gradients, grouped_attention_triton)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -46,18 +46,18 @@ def test_low_precision_equals_plain_attention_within_twice_its_error():
 
 
 def test_queries_that_see_nothing_have_zero_output_and_gradient():
-  arrays, bounds, options = CASES["fully_masked_row"].inputs()
-  results = values_and_gradients(_interpreted, arrays, bounds, options)
+  query, sources, options = CASES["fully_masked_row"].inputs()
+  results = values_and_gradients(_interpreted, query, sources, options)
   for name, value in results.items():
     assert not value[0].any(), name
     assert np.isfinite(value).all(), name
 
 
 def test_gradients_of_unseen_entries_are_zero():
-  arrays, bounds, options = CASES["plain"].inputs()
-  results = values_and_gradients(_interpreted, arrays, bounds, options)
+  query, sources, options = CASES["plain"].inputs()
+  results = values_and_gradients(_interpreted, query, sources, options)
   for source in ("focal", "group", "window"):
-    used = int(getattr(bounds, f"{source}_end").max())
+    used = int(getattr(sources, source).end.max())
     for part in ("key", "value"):
       gradient = results[f"{source}_{part}"]
       assert gradient.shape[1] > used
@@ -74,14 +74,7 @@ def test_lowers_for_h100(head_dim: int, dtype: str):
 
 
 def test_lowers_inside_a_shard_map_over_heads():
-  args, options = structs_and_options(head_dim=64, dtype="bfloat16")
-  heads = PartitionSpec(None, None, "heads")
-  sharded = jax.shard_map(
-    _gradients(options),
-    mesh=abstract_mesh(2),
-    in_specs=([heads] * 7, PartitionSpec(None, "heads"), heads),
-    out_specs=(heads, (heads,) * 7),
-  )
+  sharded, args = lower_over_heads(grouped_attention_triton, abstract_mesh(2))
   lower_for_h100(sharded, *args, devices=2)
 
 
@@ -90,16 +83,6 @@ def test_lowers_inside_a_shard_map_over_heads():
 def test_compiles_for_h100(head_dim: int):
   args, options = structs_and_options(head_dim=head_dim, dtype="bfloat16")
   compile_for_h100(_gradients(options), *args)
-
-
-def _gradients(options: dict[str, Any]) -> Any:
-  attention = functools.partial(grouped_attention_triton, **options)
-
-  def run(arrays: list[jax.Array], bounds: Bounds, dout: jax.Array) -> Any:
-    out, vjp = jax.vjp(lambda *arrays: attention(*arrays, bounds), *arrays)
-    return out, vjp(dout)
-
-  return run
 
 
 @pytest.mark.parametrize(
@@ -127,9 +110,9 @@ def test_gpu_float32_equals_reference():
 
 @pytest.mark.gpu
 def test_gpu_runs_repeat_bit_for_bit():
-  arrays, bounds, options = GPU_CASES["packed"].inputs()
+  query, sources, options = GPU_CASES["packed"].inputs()
   first, second = (
-    values_and_gradients(grouped_attention_triton, arrays, bounds, options) for _ in range(2)
+    values_and_gradients(grouped_attention_triton, query, sources, options) for _ in range(2)
   )
   for name, value in first.items():
     np.testing.assert_array_equal(value, second[name], err_msg=name)
