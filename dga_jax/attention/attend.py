@@ -13,9 +13,9 @@ from dga_jax.attention.plan import GroupPlan, plan_groups
 from dga_jax.attention.reference import reference_attention
 from dga_jax.attention.segments import find_documents
 from dga_jax.config import DGAConfig
-from pallas_kernels.dispatch import find_target
+from pallas_kernels import dispatch
 from pallas_kernels.group_merge import Entries
-from pallas_kernels.grouped_attention import grouped_attention, refusals
+from pallas_kernels.grouped_attention import grouped_attention
 
 
 def dynamic_group_attention(
@@ -113,17 +113,19 @@ def explain(
     reason why it does not.
   """
   reasons: dict[str, str | None] = {}
-  target = find_target(query)
+  target = dispatch.find_target(query)
 
   def trace(query: Array, key: Array, value: Array) -> Array:
     plan, query, entries = plan_and_merge(
       query, key, value, config=config, lengths=lengths, segment_ids=segment_ids
     )
     options = attention_kwargs(query, config, scale=None)
-    reasons.update(refusals(target, query, plan.bounds.sources(entries), **options))
+    sources = plan.bounds.sources(entries)
+    reasons.update(dispatch.report("grouped_attention", None, query, sources, **options).reasons)
     return query
 
-  jax.eval_shape(trace, query, key, value)
+  with dispatch.collect_reports(target):
+    jax.eval_shape(trace, query, key, value)
   taken = next(name for name, reason in reasons.items() if reason is None)
   return {
     name: "taken" if name == taken else reason or "applies" for name, reason in reasons.items()

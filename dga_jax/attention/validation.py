@@ -10,7 +10,7 @@ from jaxtyping import Array
 from dga_jax.attention.layout import StreamingBlocks
 from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
-from pallas_kernels.grouped_attention import IMPLEMENTATIONS
+from pallas_kernels import dispatch
 
 
 def is_traced(x: Any) -> bool:
@@ -80,10 +80,9 @@ def softmax_scale(scale: float | Array | None) -> None:
     raise ValueError(f"scale is {scale!r}; it must be a positive number.")
 
 
-def implementation(name: str | None) -> None:
-  """None, or a name that grouped attention knows."""
-  if name is not None and name not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation is {name!r}; it must be None or one of {IMPLEMENTATIONS}.")
+def implementation(choice: dispatch.Implementation) -> None:
+  """None, a backend of grouped attention, or a tuple of them."""
+  dispatch.check_implementation("grouped_attention", choice)
 
 
 def document_bound(
