@@ -2,9 +2,18 @@
 
 import dataclasses
 from fractions import Fraction
-from typing import Any, get_args, Literal
+from typing import Literal
 
 import numpy as np
+
+from dga_jax.config_dataclasses import (
+  config_error,
+  LARGEST_SEED,
+  require_choice,
+  require_int,
+  require_number,
+  require_type,
+)
 
 Selection = Literal["global", "streaming", "random"]
 Visibility = Literal["inclusive", "exclusive"]
@@ -61,34 +70,30 @@ class DGAConfig:
   max_documents: int | None = None
 
   def __post_init__(self) -> None:
-    for name, choices in _CHOICES.items():
-      _require(getattr(self, name) in choices, name, getattr(self, name), f"one of {choices}")
-    for name, least in _LEAST.items():
-      value = getattr(self, name)
-      if value is None and name in ("focal_per_block", "max_documents"):
-        continue
-      whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-      _require(whole and value >= least, name, value, f"an integer of at least {least}")
-    rate = self.importance_rate
-    is_number = isinstance(rate, (int, float)) and not isinstance(rate, bool)
-    _require(is_number and 0 <= rate <= 1, "importance_rate", rate, "a number in [0, 1]")
-    _require(isinstance(self.complementary, bool), "complementary", self.complementary, "a bool")
-    _require(
-      self.n_recent + self.n_random > 0, "n_recent + n_random", 0, "at least one sampled query"
+    require_choice(self, "selection", Selection)
+    require_choice(self, "visibility", Visibility)
+    require_choice(self, "aggregation_scale", AggregationScale)
+    require_choice(self, "group_logit_bias", GroupLogitBias)
+    require_choice(self, "cache_dtype", CacheDtype, optional=True)
+    require_int(self, "group_size", least=1)
+    require_int(
+      self, "min_focal_tokens", "n_recent", "n_random", "sink_tokens", "local_window", least=0
     )
-    if self.selection == "streaming":
-      _require(
-        self.complementary,
+    require_int(self, "seed", least=0, most=LARGEST_SEED)
+    require_int(self, "focal_per_block", "max_documents", least=1, optional=True)
+    require_number(self, "importance_rate", least=0, most=1)
+    require_type(self, "complementary", bool)
+    if self.n_recent + self.n_random == 0:
+      raise ValueError("DGAConfig.n_recent + n_random is 0; it must be at least 1.")
+    if self.selection == "streaming" and not self.complementary:
+      raise config_error(
+        self,
         "complementary",
-        False,
-        "True with selection='streaming', where a block's raw tokens are all that is seen of it",
+        "True with selection='streaming', where a query sees its own block by its raw tokens alone",
       )
-    else:
-      _require(
-        self.local_window == 0,
-        "local_window",
-        self.local_window,
-        f"0 with selection={self.selection!r}; use selection='streaming'",
+    if self.selection != "streaming" and self.local_window:
+      raise config_error(
+        self, "local_window", f"0 with selection={self.selection!r}; use selection='streaming'"
       )
 
   @property
@@ -126,31 +131,6 @@ class DGAConfig:
     floor = max(self.min_focal_tokens, self.sink_tokens)
     r0 = np.minimum(lengths, np.maximum(self.focal_at_rate(lengths), floor))
     return (r0 + (lengths - r0) % self.group_size).astype(np.int32)
-
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-  "selection": get_args(Selection),
-  "visibility": get_args(Visibility),
-  "aggregation_scale": get_args(AggregationScale),
-  "group_logit_bias": get_args(GroupLogitBias),
-  "cache_dtype": (None, *get_args(CacheDtype)),
-}
-_LEAST = {
-  "group_size": 1,
-  "min_focal_tokens": 0,
-  "n_recent": 0,
-  "n_random": 0,
-  "seed": 0,
-  "sink_tokens": 0,
-  "local_window": 0,
-  "focal_per_block": 1,
-  "max_documents": 1,
-}
-
-
-def _require(holds: bool, name: str, got: Any, wants: str) -> None:
-  if not holds:
-    raise ValueError(f"DGAConfig.{name} is {got!r}; it must be {wants}.")
 
 
 # What to begin with for a model that was pretrained with dense attention: causal, so that decoding

@@ -1,12 +1,19 @@
 """Configuration of the decoder: frozen dataclasses, checked when made, to and from JSON dicts."""
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Mapping
-from typing import Any, get_args, Literal, Self
+from typing import Any, Self
 
+from dga_jax.choices import AttentionName, DtypeName, RematName, RopeKind
 from dga_jax.config import DGAConfig
+from dga_jax.config_dataclasses import (
+  config_error,
+  from_dict,
+  require_choice,
+  require_int,
+  require_number,
+  require_type,
+)
 from dga_jax.model.baselines import (
   KVMergerConfig,
   LMInfiniteConfig,
@@ -15,20 +22,6 @@ from dga_jax.model.baselines import (
   StreamingLLMConfig,
   TopKEvictionConfig,
 )
-
-RopeKind = Literal["linear", "llama3"]
-AttentionName = Literal[
-  "dga",
-  "dense",
-  "sliding_window",
-  "streaming_llm",
-  "lm_infinite",
-  "minference",
-  "top_k_eviction",
-  "kv_merger",
-]
-RematName = Literal["none", "full", "dots"]
-DtypeName = Literal["bfloat16", "float16", "float32"]
 
 # The field of ModelConfig that holds an attention kind's settings, and their class.
 ATTENTION_SETTINGS: dict[str, type] = {
@@ -62,11 +55,11 @@ class RopeScaling:
   original_max_position: int = 8192
 
   def __post_init__(self) -> None:
-    _require_choice(self, "kind", RopeKind)
-    _require_number(self, "factor", least=1.0)
-    _require_number(self, "low_freq_factor", above=0.0)
-    _require_number(self, "high_freq_factor", above=self.low_freq_factor)
-    _require_positive_int(self, "original_max_position")
+    require_choice(self, "kind", RopeKind)
+    require_number(self, "factor", least=1)
+    require_number(self, "low_freq_factor", above=0)
+    require_number(self, "high_freq_factor", above=self.low_freq_factor)
+    require_int(self, "original_max_position", least=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,23 +122,31 @@ class ModelConfig:
   remat: RematName = "none"
 
   def __post_init__(self) -> None:
-    for name in _SIZES:
-      _require_positive_int(self, name)
+    require_int(
+      self,
+      "vocab_size",
+      "num_layers",
+      "embed_dim",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "mlp_dim",
+      least=1,
+    )
     if self.num_heads % self.num_kv_heads:
-      raise _error(self, "num_heads", f"a multiple of num_kv_heads={self.num_kv_heads}")
+      raise config_error(self, "num_heads", f"a multiple of num_kv_heads={self.num_kv_heads}")
     if self.head_dim % 2:
-      raise _error(self, "head_dim", "even, since RoPE rotates pairs of channels")
-    _require_number(self, "rope_base", above=0.0)
-    _require_number(self, "norm_eps", above=0.0)
-    _require_instance(self, "rope_scaling", RopeScaling, type(None))
+      raise config_error(self, "head_dim", "even, since RoPE rotates pairs of channels")
+    require_number(self, "rope_base", "norm_eps", above=0)
+    require_type(self, "rope_scaling", RopeScaling, type(None))
     for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
-      _require_instance(self, name, bool)
+      require_type(self, name, bool)
     for name, settings in ATTENTION_SETTINGS.items():
-      _require_instance(self, name, settings)
-    _require_choice(self, "attention", AttentionName)
-    _require_choice(self, "remat", RematName)
-    _require_choice(self, "dtype", DtypeName)
-    _require_choice(self, "param_dtype", DtypeName)
+      require_type(self, name, settings)
+    require_choice(self, "attention", AttentionName)
+    require_choice(self, "remat", RematName)
+    require_choice(self, "dtype", DtypeName)
+    require_choice(self, "param_dtype", DtypeName)
 
   def to_dict(self) -> dict[str, Any]:
     """This config as nested plain dicts that JSON can store."""
@@ -160,81 +161,6 @@ class ModelConfig:
         mappings themselves.
 
     Raises:
-      ValueError: an unknown or missing key, named with its path, or a value that makes no sense.
+      ValueError: an unknown key, with the closest known one; a missing key; or a wrong value.
     """
-    values = dict(values)
-    for name, nested in {"rope_scaling": RopeScaling, **ATTENTION_SETTINGS}.items():
-      if isinstance(values.get(name), Mapping):
-        values[name] = dataclass_from_dict(nested, values[name], path=f"model.{name}")
-    return dataclass_from_dict(cls, values, path="model")
-
-
-def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], *, path: str) -> T:
-  """Makes the dataclass `cls` from `values`.
-
-  Args:
-    cls: a dataclass.
-    values: its field names to values.
-    path: where `values` stands in the whole config, for messages.
-
-  Raises:
-    ValueError: a key that is no field, with the closest field, or a missing field.
-  """
-  fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-  for key in values:
-    if key not in fields:
-      close = difflib.get_close_matches(str(key), fields, n=1)
-      hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}."
-      raise ValueError(f"{path} has the unknown key {key!r}; {hint}")
-  missing = [
-    name
-    for name, field in fields.items()
-    if name not in values
-    and field.default is dataclasses.MISSING
-    and field.default_factory is dataclasses.MISSING
-  ]
-  if missing:
-    raise ValueError(f"{path} lacks {', '.join(missing)}.")
-  return cls(**values)
-
-
-_SIZES = (
-  "vocab_size",
-  "num_layers",
-  "embed_dim",
-  "num_heads",
-  "num_kv_heads",
-  "head_dim",
-  "mlp_dim",
-)
-
-
-def _error(config: object, name: str, wants: str) -> ValueError:
-  got = getattr(config, name)
-  return ValueError(f"{type(config).__name__}.{name} is {got!r}; it must be {wants}.")
-
-
-def _require_choice(config: object, name: str, choices: Any) -> None:
-  if getattr(config, name) not in get_args(choices):
-    raise _error(config, name, f"one of {', '.join(map(repr, get_args(choices)))}")
-
-
-def _require_instance(config: object, name: str, *types: type) -> None:
-  if not isinstance(getattr(config, name), types):
-    raise _error(config, name, f"of type {' or '.join(t.__name__ for t in types)}")
-
-
-def _require_positive_int(config: object, name: str) -> None:
-  value = getattr(config, name)
-  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-    raise _error(config, name, "an integer of at least 1")
-
-
-def _require_number(
-  config: object, name: str, *, above: float = -math.inf, least: float = -math.inf
-) -> None:
-  value = getattr(config, name)
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not (is_number and math.isfinite(value) and value > above and value >= least):
-    bound = f"at least {least}" if least > -math.inf else f"greater than {above}"
-    raise _error(config, name, f"a finite number {bound}")
+    return from_dict(cls, values, path="model")
