@@ -3,7 +3,10 @@
     ./workspace bench attention --lengths=8192,16384,32768,131072
     ./workspace bench attention --lengths=32768 --kv_heads=32 --backward
 
-Batch 1, m = 16, importance rate 0.1. One row a contender: milliseconds (median, lowest, highest
+    ./workspace bench attention --selection=streaming --group_size=126 --focal_per_block=2 \
+      --sink_tokens=4 --local_window=8 --lengths=32768,131072
+
+Batch 1. One row a contender: milliseconds (median, lowest, highest
 of the rounds, each on new random inputs), how many times faster than cuDNN's dense causal
 attention in the same process. "op" is all of it; "summaries" is what comes before attention:
 importance, selection, reordering and merging; "kernel" is attention alone, with its rate for
@@ -37,6 +40,12 @@ _HEADS = flags.DEFINE_integer("heads", 32, "query heads")
 _KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "head dim")
 _MIN_FOCAL = flags.DEFINE_integer("min_focal_tokens", 0, "floor on focal tokens (global selection)")
+_GROUP_SIZE = flags.DEFINE_integer("group_size", 16, "m, tokens in a group")
+_FOCAL_PER_BLOCK = flags.DEFINE_integer(
+  "focal_per_block", None, "f, focal tokens of a streaming block; default: a tenth of m"
+)
+_SINKS = flags.DEFINE_integer("sink_tokens", 0, "first tokens that stay focal")
+_LOCAL_WINDOW = flags.DEFINE_integer("local_window", 0, "raw blocks before the query (streaming)")
 _SELECTIONS = flags.DEFINE_multi_enum(
   "selection",
   ["streaming", "global"],
@@ -70,7 +79,9 @@ def main(argv: list[str]) -> None:
         _prepare(shape, name, run, draw)
     return
   print(environment())
-  print(f"{passes}; m = 16, importance rate 0.1, min_focal_tokens {_MIN_FOCAL.value}")
+  print(passes)
+  for selection in _SELECTIONS.value:
+    print(_config(selection))
   for shape in shapes:
     print(f"\n{shape}\n| contender | ms | lowest to highest | times cuDNN | TFLOP/s |")
     print("| --- | --- | --- | --- | --- |")
@@ -98,7 +109,8 @@ def _prepare(shape: Shape, name: str, run: Any, draw: Any) -> Any:
   elif name.startswith("kernel"):
     drawn = f"sources_{name.split(', ')[1]}"
   slug = "".join(c if c.isalnum() else "_" for c in name) + "_both" * _BACKWARD.value
-  sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}"
+  blocks = f"m{_GROUP_SIZE.value}_f{_FOCAL_PER_BLOCK.value}_s{_SINKS.value}_w{_LOCAL_WINDOW.value}"
+  sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}_{blocks}"
   return _aot_gpu.prepare(
     f"{sizes}/{slug}",
     run,
@@ -116,7 +128,7 @@ def _contenders(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[..
   if _EXAMPLE.value and not _BACKWARD.value:  # it has no causal backward
     contenders[_EXAMPLE_NAME] = (_mosaic_gpu_example, functools.partial(_half_tokens, shape))
   for selection in _SELECTIONS.value:
-    config: DGAConfig = DGAConfig(selection=selection, min_focal_tokens=_MIN_FOCAL.value)
+    config = _config(selection)
     if "summaries" in _PARTS.value and not _BACKWARD.value:
       contenders[f"summaries, {selection}"] = (functools.partial(_summaries, config), tokens)
     for name in _IMPLEMENTATIONS.value:
@@ -128,6 +140,17 @@ def _contenders(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[..
         draw = functools.partial(shape.sources, config)
         contenders[f"kernel, {selection}, {name}"] = (kernel, draw)
   return contenders
+
+
+def _config(selection: Any) -> DGAConfig:
+  return DGAConfig(
+    group_size=_GROUP_SIZE.value,
+    focal_per_block=_FOCAL_PER_BLOCK.value,
+    min_focal_tokens=_MIN_FOCAL.value,
+    sink_tokens=_SINKS.value,
+    local_window=_LOCAL_WINDOW.value if selection == "streaming" else 0,
+    selection=selection,
+  )
 
 
 def _tokens(shape: Shape, key: Array) -> tuple[Any]:
@@ -165,7 +188,8 @@ def _op(config: DGAConfig, implementation: str, arrays: tuple[Array, Array, Arra
 
 
 def _kernel(config: DGAConfig, implementation: str, query: Array, sources: KVSources) -> Any:
-  window = config.block_size if config.selection == "streaming" else config.group_size
+  streaming = config.selection == "streaming"
+  window = (config.local_window + 1) * config.block_size if streaming else config.group_size
   call: Any = functools.partial(
     grouped_attention,
     scale=query.shape[-1] ** -0.5,

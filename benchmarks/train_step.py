@@ -36,7 +36,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from benchmarks import _aot_gpu
@@ -46,17 +45,12 @@ from dga_jax.model import flops_per_token
 from dga_jax.sharding import make_mesh, MeshConfig
 from train.aot_compile import lower_step
 from train.config import make_config, TrainConfig
-from train.flags import parse_flags
+from train.flags import define_config_flag, parse_flags
 from train.hlo_collectives import by_kind, read_collectives
 from train.step import Batch, Functions, make_functions, TrainState
 from train.throughput import memory, peak_flops
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config",
-  "configs/llama_1b3.py",
-  "Config file; --config.KEY=VALUE changes a key.",
-  lock_config=True,
-)
+_CONFIG = define_config_flag("configs/llama_1b3.py")
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "32768"], "sequence lengths")
 _ATTENTION = flags.DEFINE_list("attention", ["dense", "dga"], "attention kinds")
 _MESHES = flags.DEFINE_list("meshes", ["one"], "one, fsdp, context or config")

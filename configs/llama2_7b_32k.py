@@ -4,8 +4,8 @@
   python -m train.main --config=configs/llama2_7b_32k.py --config.init_from=runs/llama2 \
     --config.data.train_files="('texts/**/*.txt',)" --workdir=runs/llama2_32k
 
-For at least 128 chips of 16 GB: rows over 128 of them, heads over what is left. It was compiled
-for TPU pods (README) and not run.
+The config is for at least 128 chips of 16 GB: rows are split over 128 chips, and heads over the
+remaining factor. It was compiled for TPU pods (docs/benchmarks.md) but not run.
 """
 
 from ml_collections import ConfigDict
@@ -14,17 +14,16 @@ from configs import llama2_7b_8k
 
 
 def get_config() -> ConfigDict:
-  """Streaming selection, with sinks and a raw window for a model that was pretrained dense."""
+  """Streaming selection, with sinks and a raw window, since the model was pretrained dense."""
   config = llama2_7b_8k.get_config()
-  config.batch_size = 128
-
-  config.model.dga.selection = "streaming"
-  config.model.dga.sink_tokens = 4
-  config.model.dga.local_window = 16
-  config.model.dga.max_documents = 16
-
-  config.mesh.fsdp = 128
-  config.mesh.tensor = -1
-
-  config.data.sequence_length = 32768
+  config.update(
+    {
+      "batch_size": 128,
+      "model": {
+        "dga": {"selection": "streaming", "sink_tokens": 4, "local_window": 16},
+      },
+      "mesh": {"fsdp": 128, "tensor": -1},
+      "data": {"sequence_length": 32768},
+    }
+  )
   return config

@@ -1,7 +1,41 @@
 """Dynamic Group Attention for JAX (Zhang et al., ICML 2025, arXiv 2505.22107)."""
 
-from dga_jax.api import dynamic_group_attention, explain, plan_groups
-from dga_jax.attention.plan import GroupPlan
-from dga_jax.config import DGAConfig
+import importlib
+from typing import Any, TYPE_CHECKING
 
-__all__ = ["DGAConfig", "GroupPlan", "dynamic_group_attention", "explain", "plan_groups"]
+if TYPE_CHECKING:
+  from dga_jax.api import dynamic_group_attention, explain, plan_groups
+  from dga_jax.attention.plan import GroupPlan
+  from dga_jax.config import DGAConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "DGAConfig",
+  "GroupPlan",
+  "__version__",
+  "dynamic_group_attention",
+  "explain",
+  "plan_groups",
+]
+
+# Imported on first use, so that the commands print their help without importing jax.
+_MODULES = {
+  "DGAConfig": "dga_jax.config",
+  "GroupPlan": "dga_jax.attention.plan",
+  "dynamic_group_attention": "dga_jax.api",
+  "explain": "dga_jax.api",
+  "plan_groups": "dga_jax.api",
+}
+
+if not TYPE_CHECKING:
+
+  def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+      raise AttributeError(f"module 'dga_jax' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+  def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

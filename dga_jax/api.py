@@ -18,8 +18,7 @@ from dga_jax.attention.reference import number_documents, reference_attention
 from dga_jax.attention.segments import find_documents
 from dga_jax.attention.validation import Lengths, SegmentIds
 from dga_jax.config import DGAConfig
-from pallas_kernels.dispatch import find_target
-from pallas_kernels.grouped_attention import refusals
+from pallas_kernels import dispatch
 
 
 def dynamic_group_attention(
@@ -145,17 +144,19 @@ def explain(
     reason why it does not.
   """
   reasons: dict[str, str | None] = {}
-  target = find_target(query)
+  target = dispatch.find_target(query)
   B, L = query.shape[:2]
   lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
 
   def trace(query: Array, key: Array, value: Array) -> Array:
     metadata = prepare(find_documents(B, L, lengths, segment_ids), config)
     merged = merge_tokens(query, key, value, metadata)
-    reasons.update(refusals(target, *merged, **attention_kwargs(query, config, scale=None)))
+    options = attention_kwargs(query, config, scale=None)
+    reasons.update(dispatch.report("grouped_attention", None, *merged, **options).reasons)
     return merged.query
 
-  jax.eval_shape(trace, query, key, value)
+  with dispatch.collect_reports(target):
+    jax.eval_shape(trace, query, key, value)
   taken = next(name for name, reason in reasons.items() if reason is None)
   return {
     name: "taken" if name == taken else reason or "applies" for name, reason in reasons.items()

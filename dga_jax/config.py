@@ -2,16 +2,17 @@
 
 import dataclasses
 from fractions import Fraction
-from typing import Any, get_args, Literal
+from typing import Literal
 
 import numpy as np
 
-from dga_jax.config_checks import (
-  require,
-  require_bool,
+from dga_jax.config_dataclasses import (
+  config_error,
+  LARGEST_SEED,
   require_choice,
   require_int,
   require_number,
+  require_type,
 )
 
 Selection = Literal["global", "streaming", "random"]
@@ -74,26 +75,33 @@ class DGAConfig:
   max_documents: int | None = None
 
   def __post_init__(self) -> None:
-    for name, choices in _CHOICES.items():
-      require_choice(self, name, choices)
-    for name, least in _LEAST.items():
-      require_int(self, name, least=least)
-    for name in ("focal_per_block", "max_documents"):
-      if getattr(self, name) is not None:
-        require_int(self, name, least=1)
+    require_choice(self, "selection", Selection)
+    require_choice(self, "visibility", Visibility)
+    require_choice(self, "aggregation_scale", AggregationScale)
+    require_choice(self, "group_logit_bias", GroupLogitBias)
+    require_choice(self, "cache_dtype", CacheDtype, optional=True)
+    require_int(self, "group_size", least=1)
+    require_int(
+      self, "min_focal_tokens", "n_recent", "n_random", "sink_tokens", "local_window", least=0
+    )
+    require_int(self, "seed", least=0, most=LARGEST_SEED)
+    require_int(self, "focal_per_block", "max_documents", least=1, optional=True)
     require_number(self, "importance_rate", least=0, most=1)
-    require_bool(self, "complementary")
+    require_type(self, "complementary", bool)
     if self.n_recent + self.n_random == 0:
       raise ValueError(
-        "DGAConfig.n_recent and DGAConfig.n_random are both 0; their sum must be at least 1, so"
-        " that some query ranks the keys."
+        "DGAConfig.n_recent + n_random is 0; it must be at least 1, so that some query ranks keys."
       )
-    if self.selection == "streaming":
-      wants = "True with selection='streaming', whose raw window is the block itself"
-      require(self, "complementary", self.complementary, wants)
-    else:
-      wants = f"0 with selection={self.selection!r}; a raw window needs selection='streaming'"
-      require(self, "local_window", self.local_window == 0, wants)
+    if self.selection == "streaming" and not self.complementary:
+      raise config_error(
+        self,
+        "complementary",
+        "True with selection='streaming', where a query sees its own block by its raw tokens alone",
+      )
+    if self.selection != "streaming" and self.local_window:
+      raise config_error(
+        self, "local_window", f"0 with selection={self.selection!r}; use selection='streaming'"
+      )
 
   @property
   def focal_in_block(self) -> int:
@@ -135,23 +143,6 @@ class DGAConfig:
     r0 = np.minimum(lengths, np.maximum(self.focal_at_rate(lengths), floor))
     return (r0 + (lengths - r0) % self.group_size).astype(np.int32)
 
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-  "selection": get_args(Selection),
-  "visibility": get_args(Visibility),
-  "aggregation_scale": get_args(AggregationScale),
-  "group_logit_bias": get_args(GroupLogitBias),
-  "cache_dtype": (None, *get_args(CacheDtype)),
-}
-_LEAST = {
-  "group_size": 1,
-  "min_focal_tokens": 0,
-  "n_recent": 0,
-  "n_random": 0,
-  "seed": 0,
-  "sink_tokens": 0,
-  "local_window": 0,
-}
 
 # Settings for a model that was pretrained with dense attention. Streaming selection decodes with
 # the function that prefill computes. The first 4 tokens are sinks and the last 38 blocks (1216

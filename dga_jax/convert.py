@@ -1,8 +1,8 @@
 """Imports models of the LLaMA family from Hugging Face folders and GGUF files, and exports them.
 
-  python -m dga_jax.convert --source=DIR_OR_FILE.gguf --workdir=runs/imported
-  python -m dga_jax.generate --workdir=runs/imported --prompt="The capital of France is"
-  python -m dga_jax.convert --workdir=runs/imported --to_hf=exported
+  dga convert --source=DIR_OR_FILE.gguf --workdir=runs/imported
+  dga generate --workdir=runs/imported --prompt="The capital of France is"
+  dga convert --workdir=runs/imported --to_hf=exported
 
 LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3, SmolLM. The tokenizer comes along. An imported model
 attends as it did (densely, or Mistral by its window) unless --attention says otherwise. That is no
@@ -11,17 +11,13 @@ are those of `dga_jax.config.RETROFIT`.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from dga_jax.checkpoint import CheckpointError
-from dga_jax.config import RETROFIT
-from dga_jax.conversion.exporting import export_hugging_face
-from dga_jax.conversion.importing import import_model, open_source
-from dga_jax.model.config import AttentionName, DtypeName
+from dga_jax import command_line
+from dga_jax.choices import AttentionName, DtypeName
 
 _SOURCE = flags.DEFINE_string("source", None, "A Hugging Face folder or a GGUF file to import.")
 _WORKDIR = flags.DEFINE_string(
@@ -52,26 +48,25 @@ _MESH = flags.DEFINE_string(
 )
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Imports or exports, by the flags."""
-  if len(argv) > 1:
-    raise app.UsageError(f"{argv[1]!r} is no flag.")
-  logging.set_verbosity(logging.WARNING)  # The checkpoint library reports every write.
   source, to_hf = _SOURCE.value, _TO_HF.value
-  try:
-    if source is not None and to_hf is None:
-      print(import_by_flags(Path(source)))
-    elif to_hf is not None and source is None:
-      export_hugging_face(_WORKDIR.value, Path(to_hf), step=_STEP.value)
-      print(f"{to_hf} holds the model for transformers.")
-    else:
-      raise app.UsageError("Give one of --source (to import) and --to_hf (to export).")
-  except (CheckpointError, ValueError, OSError) as error:
-    raise SystemExit(f"error: {error}") from error
+  if source is not None and to_hf is None:
+    print(import_by_flags(Path(source)))
+  elif to_hf is not None and source is None:
+    from dga_jax.conversion.exporting import export_hugging_face
+
+    export_hugging_face(_WORKDIR.value, Path(to_hf), step=_STEP.value)
+    print(f"{to_hf} holds the model for transformers.")
+  else:
+    raise app.UsageError("Give one of --source (to import) and --to_hf (to export).")
 
 
 def import_by_flags(path: Path) -> str:
   """Imports what is at `path` and returns a summary."""
+  from dga_jax.config import RETROFIT
+  from dga_jax.conversion.importing import import_model, open_source
+
   source = open_source(path)
   config = source.config()
   changes: dict[str, Any] = {"dga": RETROFIT}
@@ -90,4 +85,4 @@ def import_by_flags(path: Path) -> str:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

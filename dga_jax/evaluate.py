@@ -1,139 +1,143 @@
-"""Measures a model's quality on long contexts, for one or several attention kinds at once.
+"""Measures a model's quality on long contexts, for one or several attention kinds.
 
-  python -m dga_jax.evaluate --workdir=runs/mine --task=perplexity --documents=texts.jsonl
-  python -m dga_jax.evaluate --workdir=runs/mine --task=retrieval --documents=texts.jsonl \
+  dga evaluate --workdir=runs/mine --task=perplexity --documents=texts.jsonl
+  dga evaluate --workdir=runs/mine --task=retrieval --documents=texts.jsonl \
     --lengths=1024,2048 --variants='[{"name": "dense", "attention": "dense"},
       {"name": "sinks and window", "attention": "streaming_llm", "keys": 0.25}]'
 
 Tasks:
-  perplexity      loss by position on the documents; the same last tokens with less context
-                  (--contexts); and both over whole sequences and by the rule of decoding, which
-                  differ where later queries choose what stays (selection="global")
-  retrieval       passkey, needle, multi_key, key_value, variable_tracking (--puzzles), hidden in
-                  the documents at --depths of prompts of --lengths tokens
-  longbench       LongBench-E from the folder --longbench
-  many_documents  question answering over many documents (Liu et al.) from the file --questions
+  perplexity          loss by position on the documents; loss of the last tokens with less context
+                      (--contexts); and loss of the last tokens token by token, as in decoding,
+                      which differs from the loss over whole sequences if later queries choose what
+                      earlier queries see (selection="global")
+  retrieval           passkey, needle, multi_key, key_value and variable_tracking (--puzzles),
+                      hidden in the documents at --depths of prompts of --lengths tokens
+  longbench           LongBench-E, from the files in the folder --longbench
+  lost_in_the_middle  question answering over many documents (Liu et al.), from --questions
 
-Results are added to OUT/TASK.jsonl cell by cell, and the same command goes on where it stopped.
-Pictures and a table (OUT/TASK.md) are drawn from all that the file holds; they need the extra
-"evaluate" (matplotlib).
+Each result is appended to OUT/TASK.jsonl as soon as it is measured; the same command continues
+after an interruption. Plots and a table (OUT/TASK.md) show all results in the file. They need the
+extra "evaluate" (matplotlib).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from dga_jax.checkpoint import CheckpointError, list_steps, load_model
-from dga_jax.evaluation import jobs, longbench, lost_in_the_middle, report
-from dga_jax.evaluation.perplexity import PerplexitySettings
-from dga_jax.evaluation.results import Results
-from dga_jax.evaluation.retrieval import Haystack, TASKS
-from dga_jax.evaluation.texts import read_documents, token_rows
-from dga_jax.evaluation.variants import Family, read_variants, Variant
-from dga_jax.tokenizer import Tokenizer
+from dga_jax import command_line
+from dga_jax.evaluation.retrieval import TASKS
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.", required=True)
-_STEP = flags.DEFINE_integer("step", None, "Which checkpoint; default: the newest.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder with the checkpoint.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _TASK = flags.DEFINE_enum(
-  "task", None, ["perplexity", "retrieval", "longbench", "many_documents"], "See above.",
-  required=True,
+  "task", None, ["perplexity", "retrieval", "longbench", "lost_in_the_middle"],
+  "What to measure; see above.", required=True,
 )  # fmt: skip
 _OUT = flags.DEFINE_string("out", None, "Folder for results; default: WORKDIR/evaluation.")
 _VARIANTS = flags.DEFINE_string(
-  "variants", None, "JSON, or a file of it: names and overrides; default: the model as it is."
+  "variants", None, "Names and config overrides, as JSON or a JSON file; default: the model as is."
 )
-_DOCUMENTS = flags.DEFINE_list("documents", [], "Files: .jsonl with id and text (.xz, .gz), .txt.")
-_LENGTHS = flags.DEFINE_list("lengths", ["2048"], "Tokens of a sequence.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Sequences that run together.", lower_bound=1)
-_ROWS = flags.DEFINE_integer("rows_per_document", 1, "perplexity: pieces.", lower_bound=1)
-_TARGETS = flags.DEFINE_integer("targets", 256, "perplexity: last tokens decoded.", lower_bound=2)
-_CONTEXTS = flags.DEFINE_list("contexts", [], "perplexity: contexts of the restart control.")
-_PUZZLES = flags.DEFINE_list("puzzles", list(TASKS), "retrieval: which.")
-_DEPTHS = flags.DEFINE_list("depths", ["0", "0.25", "0.5", "0.75", "1"], "retrieval: where.")
+_DOCUMENTS = flags.DEFINE_list(
+  "documents", [], "Files: .jsonl with id and text (also .xz, .gz, .bz2), or .txt."
+)
+_LENGTHS = flags.DEFINE_list("lengths", ["2048"], "Sequence lengths in tokens.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Sequences in a batch.", lower_bound=1)
+_ROWS = flags.DEFINE_integer(
+  "rows_per_document", 1, "perplexity: largest number of rows from one document.", lower_bound=1
+)
+_TARGETS = flags.DEFINE_integer(
+  "targets", 256, "perplexity: last tokens of a row that are decoded.", lower_bound=2
+)
+_CONTEXTS = flags.DEFINE_list(
+  "contexts", [], "perplexity: tokens of context before the targets, for the restart control."
+)
+_PUZZLES = flags.DEFINE_list("puzzles", list(TASKS), "retrieval: names of puzzles.")
+_DEPTHS = flags.DEFINE_list(
+  "depths", ["0", "0.25", "0.5", "0.75", "1"], "retrieval: depths of the answer, from 0 to 1."
+)
 _SAMPLES = flags.DEFINE_integer("samples", 4, "retrieval: prompts per depth.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "retrieval: of what is hidden, where, and what is asked.")
-_LONGBENCH = flags.DEFINE_string("longbench", None, "Folder of LongBench-E's files.")
-_QUESTIONS = flags.DEFINE_string("questions", None, "File of Liu et al.'s questions.")
-_LIMIT = flags.DEFINE_integer("limit", None, "At most so many examples of a file.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "retrieval: seed of texts, facts and their places.")
+_LONGBENCH = flags.DEFINE_string("longbench", None, "Folder with LongBench-E's files.")
+_QUESTIONS = flags.DEFINE_string("questions", None, "File with the questions of Liu et al.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Largest number of examples of a file.", lower_bound=1)
 
-
-def main(argv: Sequence[str]) -> None:
-  """Measures what the file of results lacks, then draws."""
-  if len(argv) > 1:
-    raise app.UsageError(f"{argv[1]!r} is no flag; quote values that hold spaces.")
-  logging.set_verbosity(logging.WARNING)  # The checkpoint library reports every read.
-  try:
-    out = Path(_OUT.value or Path(_WORKDIR.value) / "evaluation")
-    records = Results(out / f"{_TASK.value}.jsonl")
-    model, _, tokenizer = load_model(_WORKDIR.value, _STEP.value)
-    family = Family(model, tokenizer.start_ids)
-    step = list_steps(_WORKDIR.value)[-1] if _STEP.value is None else _STEP.value
-    asked = list(_MAKERS[_TASK.value](family, tokenizer))
-    missing = jobs.run_jobs(asked, records, origin=f"{_WORKDIR.value}, step {step}")
-    for path in report.write(_TASK.value, records.all(), out):
-      print(path)
-    if missing:
-      raise SystemExit(f"error: {missing} of {len(asked)} cells failed; their messages are above.")
-  except (CheckpointError, ValueError, OSError) as error:
-    raise SystemExit(f"error: {error}") from error
-
-
-def _variants() -> list[Variant]:
-  return read_variants(_VARIANTS.value) if _VARIANTS.value else [Variant("as trained")]
-
-
-def _lengths() -> list[int]:
-  return [int(length) for length in _LENGTHS.value]
-
-
-def _perplexity(family: Family, tokenizer: Tokenizer) -> Iterator[jobs.Job]:
-  documents = read_documents(_DOCUMENTS.value)
-  contexts = tuple(int(context) for context in _CONTEXTS.value)
-  settings = PerplexitySettings(_BATCH_SIZE.value, _TARGETS.value, contexts)
-  for length in _lengths():
-    rows = token_rows(documents, tokenizer, length, _ROWS.value)
-    for variant in _variants():
-      yield jobs.perplexity_job(family, variant, rows, settings)
-
-
-def _retrieval(family: Family, tokenizer: Tokenizer) -> Iterator[jobs.Job]:
-  hay = Haystack([document.text for document in read_documents(_DOCUMENTS.value)], tokenizer)
-  depths = [float(depth) for depth in _DEPTHS.value]
-  settings = jobs.RetrievalSettings(depths, _SAMPLES.value, _SEED.value, _BATCH_SIZE.value)
-  for puzzle in _PUZZLES.value:
-    for length in _lengths():
-      for variant in _variants():
-        yield jobs.retrieval_job(family, tokenizer, hay, variant, puzzle, length, settings)
-
-
-def _longbench(family: Family, tokenizer: Tokenizer) -> Iterator[jobs.Job]:
-  if _LONGBENCH.value is None:
-    raise app.UsageError("--task=longbench wants --longbench, the folder of its files.")
-  for one in longbench.read_sets(_LONGBENCH.value, _LIMIT.value):
-    for length in _lengths():
-      for variant in _variants():
-        yield jobs.longbench_job(family, tokenizer, one, variant, length, _BATCH_SIZE.value)
-
-
-def _many_documents(family: Family, tokenizer: Tokenizer) -> Iterator[jobs.Job]:
-  if _QUESTIONS.value is None:
-    raise app.UsageError("--task=many_documents wants --questions, a file of its format.")
-  questions = lost_in_the_middle.read_questions(_QUESTIONS.value, _LIMIT.value)
-  for length in _lengths():
-    for variant in _variants():
-      yield jobs.lost_in_the_middle_job(
-        family, tokenizer, questions, variant, length, _BATCH_SIZE.value
-      )
-
-
-_MAKERS = {
-  "perplexity": _perplexity,
-  "retrieval": _retrieval,
-  "longbench": _longbench,
-  "many_documents": _many_documents,
+# The flag that names a task's files, if it is not --documents.
+_NEEDED: dict[str | None, flags.FlagHolder] = {
+  "longbench": _LONGBENCH,
+  "lost_in_the_middle": _QUESTIONS,
 }
 
 
+def main() -> None:
+  """Measures the results that the file lacks, then writes the table and plots."""
+  _check_flags()
+
+  from dga_jax.evaluation import report
+  from dga_jax.evaluation.jobs import run_jobs
+  from dga_jax.evaluation.results import Results
+
+  out = Path(_OUT.value or Path(_WORKDIR.value) / "evaluation")
+  results = Results(out / f"{_TASK.value}.jsonl")
+  jobs, origin = _make_jobs()
+  failed = run_jobs(jobs, results, origin=origin)
+  for path in report.write(_TASK.value, results.all(), out):
+    print(path)
+  if failed:
+    raise ValueError(f"{failed} of {len(jobs)} jobs failed; their messages are above.")
+
+
+def _check_flags() -> None:
+  """Raises UsageError or ValueError for flags that are missing or wrong, before any import."""
+  needed = _NEEDED.get(_TASK.value, _DOCUMENTS)
+  if not needed.value:
+    raise app.UsageError(f"--task={_TASK.value} needs --{needed.name}.")
+  _numbers(_LENGTHS, int)
+  _numbers(_CONTEXTS, int)
+  _numbers(_DEPTHS, float)
+  if unknown := [name for name in _PUZZLES.value if name not in TASKS]:
+    raise ValueError(f"--puzzles has {unknown[0]!r}; the puzzles are {', '.join(TASKS)}.")
+
+
+def _numbers[T: (int, float)](flag: flags.FlagHolder, convert: Callable[[str], T]) -> list[T]:
+  try:
+    return [convert(text) for text in flag.value]
+  except ValueError as error:
+    raise ValueError(
+      f"--{flag.name} is {','.join(flag.value)}; it must be numbers with commas between them."
+    ) from error
+
+
+def _make_jobs() -> tuple[list[Any], str]:
+  """The jobs of the task, and the name of the checkpoint that they measure."""
+  from dga_jax.checkpoint import list_steps, load_model
+  from dga_jax.evaluation import task_jobs
+  from dga_jax.evaluation.jobs import RetrievalSettings
+  from dga_jax.evaluation.perplexity import PerplexitySettings
+  from dga_jax.evaluation.texts import read_documents
+  from dga_jax.evaluation.variants import Family, read_variants, Variant
+
+  variants = read_variants(_VARIANTS.value) if _VARIANTS.value else [Variant("as trained")]
+  lengths = _numbers(_LENGTHS, int)
+  model, _, tokenizer = load_model(_WORKDIR.value, _STEP.value)
+  step = list_steps(_WORKDIR.value)[-1] if _STEP.value is None else _STEP.value
+  make = task_jobs.TaskJobs(Family(model, tokenizer.start_ids), tokenizer, variants, lengths)
+  match _TASK.value:
+    case "perplexity":
+      rows = PerplexitySettings(_BATCH_SIZE.value, _TARGETS.value, tuple(_numbers(_CONTEXTS, int)))
+      jobs = make.perplexity(read_documents(_DOCUMENTS.value), _ROWS.value, rows)
+    case "retrieval":
+      prompts = RetrievalSettings(
+        _numbers(_DEPTHS, float), _SAMPLES.value, _SEED.value, _BATCH_SIZE.value
+      )
+      jobs = make.retrieval(read_documents(_DOCUMENTS.value), _PUZZLES.value, prompts)
+    case "longbench":
+      jobs = make.longbench(str(_LONGBENCH.value), _LIMIT.value, _BATCH_SIZE.value)
+    case _:
+      jobs = make.lost_in_the_middle(str(_QUESTIONS.value), _LIMIT.value, _BATCH_SIZE.value)
+  return list(jobs), f"{_WORKDIR.value}, step {step}"
+
+
 if __name__ == "__main__":
-  app.run(main)
+  command_line.run(main)

@@ -28,10 +28,14 @@ ABOVE = {  # of folders free to use any library: which of ours they may not impo
 COMMAND_MODULES = {
   "analyse",
   "checkpoint",
+  "command_line",
+  "console",
   "convert",
   "evaluate",
   "generate",
+  "picture",
   "smollm2",
+  "smollm2_demo",
   "tokenizer",
 }
 FOLDERS = sorted(ALLOWED.keys() | ABOVE.keys())

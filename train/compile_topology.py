@@ -12,15 +12,12 @@ from pathlib import Path
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from train.aot_compile import compile_step
 from train.config import make_config
-from train.flags import parse_flags
+from train.flags import define_config_flag, parse_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="Config file; --config.KEY=VALUE changes a key.", lock_config=True
-)
+_CONFIG = define_config_flag()
 _TOPOLOGY = flags.DEFINE_string(
   "topology",
   "v5p:8x8x8",

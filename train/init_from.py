@@ -1,4 +1,4 @@
-"""Training that begins with the model of a checkpoint, of an import or of another run."""
+"""Training that begins with the model of a checkpoint: of an import or of another run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,23 +10,23 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from dga_jax.checkpoint import load_config, load_model, load_tokenizer
-from dga_jax.model import ModelConfig
+from dga_jax.checkpoint import load_config, load_model, load_model_config, load_tokenizer
+from dga_jax.checkpoint_files import existing_step
 from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
 
-# What stays the training config's own; the rest says what the weights are and how RoPE turns.
+# Fields that the training config decides; the checkpoint decides the others, which define the
+# weights and RoPE.
 _OWN_FIELDS = frozenset({"attention", *ATTENTION_SETTINGS, "dtype", "param_dtype", "remat"})
 
-
-# Entry of a checkpoint's config: what an import knew of the model, for an export.
+# Entry of a checkpoint's config: what an import knows of the model besides, for an export.
 ORIGIN = "origin"
 
 
 @dataclasses.dataclass(frozen=True)
 class Initial:
-  """What a run takes over from the checkpoint that it begins with.
+  """What a run takes over from the checkpoint that training begins with.
 
   Attributes:
     config: the training config with that checkpoint's model; attention, its settings, dtypes and
@@ -40,37 +40,38 @@ class Initial:
   entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def find_initial(config: TrainConfig, workdir: str | None) -> Initial:
-  """Reads all but the parameters.
+def find_initial(config: TrainConfig, workdir: str | None, step: int | None = None) -> Initial:
+  """Reads everything but the parameters.
 
   Args:
     config: of the run.
-    workdir: where the checkpoint lies: `config.init_from`, or the run's own folder once it has
-      checkpoints. It is not looked at where `config.init_from` is None.
+    workdir: the folder with the checkpoint: `config.init_from`, or the run's own folder once it has
+      checkpoints. Not read where `config.init_from` is None.
+    step: which checkpoint; None for the newest.
 
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
   """
   if config.init_from is None or workdir is None:
     return Initial(config)
-  saved = load_config(workdir)
+  step = existing_step(workdir, step)
+  saved = load_config(workdir, step)
   own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
-  model = dataclasses.replace(ModelConfig.from_dict(saved["model"]), **own)
+  model = dataclasses.replace(load_model_config(workdir, step), **own)
   entries = {ORIGIN: saved[ORIGIN]} if ORIGIN in saved else {}
-  return Initial(dataclasses.replace(config, model=model), load_tokenizer(workdir), entries)
+  return Initial(dataclasses.replace(config, model=model), load_tokenizer(workdir, step), entries)
 
 
 def load_params(config: TrainConfig, mesh: Mesh) -> PyTree[Array]:
   """The parameters in `config.init_from`, in the dtype that the config stores them in.
 
-  They are read straight into shards over `mesh`.
+  Each device reads its own shards over `mesh`.
 
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
   """
   assert config.init_from is not None
-  saved = ModelConfig.from_dict(load_config(config.init_from)["model"])
-  model, _, _ = load_model(config.init_from, config=saved, mesh=mesh)
+  model, _, _ = load_model(config.init_from, mesh=mesh)
   params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   dtype = jnp.dtype(config.model.param_dtype)
   return jax.tree.map(lambda array: array.astype(dtype), params)

@@ -3,7 +3,11 @@ r"""Trains a decoder.
   python -m train.main --config=configs/quickstart.py --workdir=runs/quickstart \
     --config.learning_rate=1e-3
 
-The same command again goes on where the run stopped.
+The same command again continues from the newest checkpoint.
+
+SIGTERM, SIGHUP or Ctrl-C saves the current step and stops with exit status 75; the same command
+then continues. A second Ctrl-C stops at once, without saving, with exit status 130. The exit status
+is 0 after the last step, and 1 after an error.
 
 A run of several processes, here two on one machine, is the same command in each of them:
 
@@ -17,22 +21,35 @@ from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from dga_jax.checkpoint import CheckpointError
+from dga_jax.checkpoint_files import CheckpointError
 from train import multihost
+from train.abort_filter import newest_checkpoint_note
 from train.config import make_config
 from train.errors import TrainingError
-from train.flags import parse_flags
+from train.flags import define_config_flag, parse_flags
 from train.logs import set_up_logging
 from train.profile import ProfiledSteps
+from train.resume import Resume
 from train.setup import train
+from train.stop_signals import EXIT_STATUS, StoppedError, StopSignals
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", help_string="Config file; --config.KEY=VALUE changes a key.", lock_config=True
-)
+_CONFIG = define_config_flag()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run: checkpoints, metrics, plots.", required=True
+)
+_STEP = flags.DEFINE_integer(
+  "step",
+  None,
+  "Continue from the checkpoint of this step; newer ones are renamed. Default: newest.",
+)
+_SKIP_DAMAGED = flags.DEFINE_bool(
+  "skip_damaged",
+  False,
+  "Where the newest checkpoint is damaged, continue from the newest whole one; rename the others.",
+)
+_REPAIR_DATA = flags.DEFINE_bool(
+  "repair_data", False, "If the prepared data are damaged, prepare them anew from the text files."
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
@@ -42,6 +59,9 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes of the run.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+_START_TIMEOUT = flags.DEFINE_float(
+  "start_timeout", 300.0, "Seconds to wait for missing processes of the run.", lower_bound=1.0
+)
 _PROFILE = flags.DEFINE_string("profile", None, "N:M takes a profile of the steps N to M.")
 flags.mark_flag_as_required("config")
 
@@ -50,26 +70,47 @@ def main(argv: list[str]) -> None:
   """Trains by the flags."""
   del argv
   set_up_logging()
+  workdir = Path(_WORKDIR.value)
   try:
-    profiled = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
-    config = make_config(_CONFIG.value)
-    multihost.start(
-      multihost.ProcessFlags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    )
-    train(config, Path(_WORKDIR.value), profiled=profiled)
+    with StopSignals() as signals:
+      is_finished = _train(workdir, signals)
+  except StoppedError as error:
+    note = f"{newest_checkpoint_note(workdir)} The same command continues."
+    _end(EXIT_STATUS, f"{error} {note} (Exit status {EXIT_STATUS}.)")
   except (CheckpointError, TrainingError, OSError, ValueError) as error:
-    # What a user can mend: the message says how, and a traceback would hide it.
+    # The user can repair these: the message has the remedy, and a traceback would hide it.
     logging.debug("Traceback:", exc_info=True)
-    _fail(f"{type(error).__name__}: {error}\n(--verbosity=1 shows the traceback.)")
+    _end(1, f"{type(error).__name__}: {error}\n(--verbosity=1 shows the traceback.)")
   except Exception:
-    _fail(traceback.format_exc())
+    _end(1, traceback.format_exc())
+  if not is_finished:
+    sys.exit(EXIT_STATUS)
 
 
-def _fail(message: str) -> NoReturn:
+def _train(workdir: Path, signals: StopSignals) -> bool:
+  profiled = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
+  config = make_config(_CONFIG.value)
+  processes = multihost.ProcessFlags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  try:
+    multihost.start(processes, workdir, timeout=_START_TIMEOUT.value)
+  except TrainingError as error:
+    raise TrainingError(f"{error} {newest_checkpoint_note(workdir)}") from error
+  return train(
+    config,
+    workdir,
+    profiled=profiled,
+    resume=Resume(_STEP.value, _SKIP_DAMAGED.value),
+    repair_data=_REPAIR_DATA.value,
+    signals=signals,
+  )
+
+
+def _end(status: int, message: str) -> NoReturn:
   """Ends the process; one of several does not wait for the others, which may wait for it."""
   if _COORDINATOR.value is None:
-    sys.exit(message)
-  multihost.leave(1, message)
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(status)
+  multihost.leave(status, message)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The processes of a run: how they find each other, agree, and stop together.
+"""The processes of a run: how they connect, agree, and stop together.
 
-Every process runs the same program on its own devices. What one of them alone can know, a signal
-or its own config, becomes known to all through the functions here, at the same step in each.
+Every process runs the same program on its own devices. A signal or an error that one of them has,
+or a difference between their configs, becomes known to all through the functions here.
 """
 
 import contextlib
@@ -9,15 +9,14 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
-import signal
 import sys
-import threading
 import time
-import types
-from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn, Self
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -27,10 +26,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool
 
+from train import abort_filter, rendezvous
 from train.errors import TrainingError
+from train.stop_signals import StopSignals
 
-# A process that has not been heard of for so long is given up, and with it the run.
-_HEARTBEAT_SECONDS = 30
+# A process that has not answered for so long counts as lost, and the run ends. Jax sends and checks
+# heartbeats in C++ threads, which a busy interpreter does not hold up.
+_HEARTBEAT_SECONDS = 8
+# All processes have met before jax connects them.
+_CONNECT_SECONDS = 60
 _LAST_WORDS_SECONDS = 2
 # Reading and tokenising a corpus takes process 0 its time.
 _PREPARATION_SECONDS = 24 * 3600
@@ -73,11 +77,30 @@ class ProcessFlags:
         f"--process_id is {self.process_id}; it must be from 0 to {self.num_processes - 1}."
       )
 
+  def meet(self, timeout: float) -> None:
+    """Waits until all processes of the run are at the coordinator's address; see `rendezvous`."""
+    assert self.coordinator is not None
+    assert self.num_processes is not None
+    assert self.process_id is not None
+    host, _, port = self.coordinator.rpartition(":")
+    rendezvous.meet(
+      host.strip("[]"),
+      int(port),
+      process_id=self.process_id,
+      num_processes=self.num_processes,
+      timeout=timeout,
+    )
 
-def start(processes: ProcessFlags) -> None:
-  """Joins the other processes; to be called before anything asks jax for devices.
 
-  Jax ends the process, with "Deadline Exceeded", if they are not all there in five minutes.
+def start(processes: ProcessFlags, workdir: Path, *, timeout: float) -> None:
+  """Connects to the other processes; to be called before anything asks jax for devices.
+
+  From then on, where jax finds that a process is gone, this process ends with a sentence.
+
+  Args:
+    processes: which process this is.
+    workdir: the run's folder, for the messages.
+    timeout: seconds to wait for missing processes.
 
   Raises:
     TrainingError: they cannot find each other, or have unequal numbers of devices.
@@ -86,13 +109,17 @@ def start(processes: ProcessFlags) -> None:
     return
   # Its agreement on a step would be disturbed by orbax, which asks it from another thread.
   jax.config.update("jax_enable_preemption_service", False)
+  abort_filter.install(workdir)
   is_automatic = processes.coordinator == AUTOMATIC
-  logging.info("Waiting for the other processes of the run, five minutes at most.")
+  logging.info("Waiting for the other processes of the run, %.0f s at most.", timeout)
+  if not is_automatic:
+    processes.meet(timeout)
   try:
     jax.distributed.initialize(
       coordinator_address=None if is_automatic else processes.coordinator,
       num_processes=processes.num_processes,
       process_id=processes.process_id,
+      initialization_timeout=math.ceil(timeout) if is_automatic else _CONNECT_SECONDS,
       heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
@@ -114,10 +141,10 @@ def is_first() -> bool:
 
 @contextlib.contextmanager
 def first_process_first(name: str) -> Iterator[None]:
-  """What stands inside is done by process 0, then by the others.
+  """Process 0 runs the body first, then the others run it.
 
-  On a shared disk they find done what it did; on disks of their own they do it themselves. What
-  fails in process 0 most likely fails in the others too, each of which then says so.
+  On a shared disk they find the work of process 0; on disks of their own they do it themselves. An
+  error of process 0 most likely comes up in the others too, and each of them reports its own.
 
   Raises:
     TrainingError: a process is gone.
@@ -129,6 +156,38 @@ def first_process_first(name: str) -> Iterator[None]:
   finally:
     if is_first():
       _wait_for_all(name)
+
+
+def on_first_process(action: Callable[[], object]) -> None:
+  """Process 0 calls `action`, and all processes raise an error where it fails.
+
+  Raises:
+    TrainingError: in the other processes, with the text of process 0's OSError or RuntimeError.
+  """
+  failure: OSError | RuntimeError | None = None
+  if is_first():
+    try:
+      action()
+    except (OSError, RuntimeError) as error:
+      failure = error
+  text = gather_texts("" if failure is None else str(failure))[0]
+  if failure is not None:
+    raise failure
+  if text:
+    raise TrainingError(text)
+
+
+def gather_texts(text: str) -> list[str]:
+  """Every process's text, in the order of the processes.
+
+  Raises:
+    TrainingError: a process is gone.
+  """
+  if jax.process_count() == 1:
+    return [text]
+  content = text.encode(errors="backslashreplace")
+  size = max(1, *(int.from_bytes(size) for size in _gather(len(content).to_bytes(4))))
+  return [padded.rstrip(b"\0").decode() for padded in _gather(content.ljust(size, b"\0"))]
 
 
 def check_agreement(values: Mapping[str, Any], remedy: str) -> None:
@@ -146,59 +205,47 @@ def check_agreement(values: Mapping[str, Any], remedy: str) -> None:
   text = json.dumps(values, sort_keys=True, default=str).encode()
   if len(set(_gather(hashlib.blake2b(text, digest_size=16).digest()))) == 1:
     return
-  size = max(int.from_bytes(size) for size in _gather(len(text).to_bytes(4)))
-  values_P = [json.loads(text) for text in _gather(text.ljust(size))]
+  values_P = [json.loads(text) for text in gather_texts(text.decode())]
   raise ValueError(f"{_describe_differences(values_P)} {remedy}")
 
 
-class StopRequest:
-  """SIGTERM, which announces that the machine is taken away: all processes stop at one step.
+class StopAgreement:
+  """Lets all processes of a run stop after the same step when one of them was sent a signal.
 
   In each step every process says whether it was asked to stop, in an array that the devices
   combine; the answer is read one step later, so that nothing waits for it, and is the same
-  everywhere.
+  in all processes.
+
+  Args:
+    signals: those of this process.
   """
 
-  def __init__(self) -> None:
-    self._asked = False
+  def __init__(self, signals: StopSignals) -> None:
+    self._signals = signals
     self._pending: Bool[Array, ""] | None = None
-    self._before: Any = None
     mesh = jax.make_mesh((jax.device_count(),), ("all",), axis_types=(AxisType.Auto,))
     self._sharding = NamedSharding(mesh, PartitionSpec("all"))
     self._any = jax.jit(
       lambda asked: asked.any(), out_shardings=NamedSharding(mesh, PartitionSpec())
     )
 
-  def __enter__(self) -> Self:
-    if threading.current_thread() is threading.main_thread():  # No other may set a handler.
-      self._before = signal.signal(signal.SIGTERM, self._take)
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
-
   def agreed(self) -> bool:
     """Whether to stop after this step; to be called once in each, by all processes alike."""
     if jax.process_count() == 1:
-      return self._asked
+      return self._signals.asked
     before = self._pending
-    local = np.full(jax.local_device_count(), self._asked)
+    local = np.full(jax.local_device_count(), self._signals.asked)
     self._pending = self._any(jax.make_array_from_process_local_data(self._sharding, local))
     return before is not None and bool(jax.device_get(before))
 
-  def _take(self, number: int, frame: types.FrameType | None) -> None:
-    del number, frame
-    self._asked = True
-
 
 def explain(error: Exception) -> str:
-  """What to say of a computation that all processes share and that failed in this one."""
+  """The message for a failed computation that all processes share."""
   message = str(error)
   shown = message if len(message) <= 400 else f"{message[:200]} ... {message[-200:]}"
   return (
     f"Process {jax.process_index()} stops: a computation that all processes share has failed, "
-    f"most likely because one of them is gone; the log of that one says why. ({shown})"
+    f"most likely because one of them is gone; see the log of that process. ({shown})"
   )
 
 
@@ -207,15 +254,14 @@ def leave(status: int, message: str) -> NoReturn:
   sys.stdout.flush()
   print(message, file=sys.stderr, flush=True)
   if jax.distributed.is_initialized() and is_first():
-    # The connection of the others ends with process 0, and they with it: they may have found the
-    # same error, and are to say so first.
+    # Jax aborts the others when process 0 ends. They may have the same error, and report it first.
     time.sleep(_LAST_WORDS_SECONDS)
   os._exit(status)
 
 
 @contextlib.contextmanager
 def _blaming_others() -> Iterator[None]:
-  """Explains what fails between processes."""
+  """Raises TrainingError for errors of communication between processes."""
   try:
     yield
   except (RuntimeError, ValueError) as error:  # Both come from jax, by transport.
@@ -223,14 +269,14 @@ def _blaming_others() -> Iterator[None]:
 
 
 def _wait_for_all(name: str) -> None:
-  """Waits for the other processes without their devices, whose transport gives up earlier."""
+  """Waits for the other processes, not by their devices, whose transport times out earlier."""
   with _blaming_others():
     barrier = ocp.multihost.get_barrier_sync_fn()
     barrier(key=f"{name}_{next(_BARRIERS)}", timeout_ms=_PREPARATION_SECONDS * 1000)
 
 
 def _gather(local: bytes) -> list[bytes]:
-  """Every process's bytes, as many from each, in the order of the processes."""
+  """Every process's bytes, equally many from each, in the order of the processes."""
   with _blaming_others():
     gathered_PxN = multihost_utils.process_allgather(np.frombuffer(local, np.uint8))
   return [row_N.tobytes() for row_N in np.asarray(gathered_PxN)]

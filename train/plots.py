@@ -1,6 +1,7 @@
-"""Pictures of a run: the loss by step, and by position in the context."""
+"""Plots of a run: the loss by step, and by position in the context."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -16,15 +17,25 @@ POSITION_FILE = "loss_by_position.png"
 def plot_run(workdir: Path) -> None:
   """Draws WORKDIR/loss.png and WORKDIR/loss_by_position.png from metrics.jsonl."""
   records = read_metrics(workdir)
-  train = [record for record in records if record.get("loss") is not None]
-  held_out = [record for record in records if "eval_loss" in record]
+  train = [record for record in records if _is_number(record.get("loss"))]
+  held_out = [record for record in records if _is_number(record.get("eval_loss"))]
   _plot_loss(workdir / LOSS_FILE, train, held_out)
-  if held_out:
-    _plot_positions(workdir / POSITION_FILE, held_out)
+  by_position = [record for record in held_out if _has_positions(record)]
+  if by_position:
+    _plot_positions(workdir / POSITION_FILE, by_position)
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float)
+
+
+def _has_positions(record: dict[str, Any]) -> bool:
+  losses = record.get("eval_loss_by_position")
+  return isinstance(losses, dict) and all(start.isdecimal() for start in losses)
 
 
 def smooth(values_N: Float[np.ndarray, "N"], span: float) -> Float[np.ndarray, "N"]:
-  """Exponential moving average over about `span` values, without a bias towards 0 at the start."""
+  """Exponential moving average over about `span` values, corrected for its start at 0."""
   decay = 1 - 1 / max(span, 1.0)
   total = weight = 0.0
   smoothed = []
@@ -58,7 +69,7 @@ def _plot_positions(path: Path, held_out: list[dict]) -> None:
     starts = [int(start) for start in record["eval_loss_by_position"]]
     losses = list(record["eval_loss_by_position"].values())
     shade = 0.25 + 0.75 * (index + 1) / len(shown)
-    # A bucket is drawn at its middle.
+    # The x value of a bucket is its middle.
     middles = [max(8.0, 1.5 * start) for start in starts]
     axes.plot(
       middles, losses, "o-", color="tab:orange", alpha=shade, label=f"step {record['step']}"
@@ -70,7 +81,7 @@ def _plot_positions(path: Path, held_out: list[dict]) -> None:
 
 
 def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-  # A figure without pyplot keeps no global state and needs no display.
+  # Without pyplot there is no global state, and no display is needed.
   figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
   axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
   axes.grid(alpha=0.3)

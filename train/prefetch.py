@@ -1,10 +1,9 @@
-"""The batches of a run, one after another; says so when they do not come."""
+"""Prefetching batch iterator that reports a stalled input pipeline."""
 
 import dataclasses
 import queue
 import threading
 import time
-from collections.abc import Iterator
 
 from absl import logging
 
@@ -12,14 +11,17 @@ from train.data.config import DataConfig
 from train.data.pipeline import Batch, Data
 from train.errors import TrainingError
 
+# The pipeline's thread ends in this time, unless the pipeline hangs.
+_CLOSE_SECONDS = 2.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Taken:
-  """A batch as it was taken.
+  """A batch as the loop took it.
 
   Attributes:
     rows: this process's rows of it.
-    index: its number in the run's order of global batches, from 0.
+    index: its number in the run's order of batches, from 0.
     waited: seconds that the step waited for it.
   """
 
@@ -29,29 +31,31 @@ class Taken:
 
 
 class Batches:
-  """This process's rows of the global batches, from a position on.
+  """This process's rows of the global batches, from a position on; close it after use.
 
   A thread asks the pipeline, so that a wait can be measured and given up.
 
   Args:
     config: when a wait is worth a warning, and when it is an error.
     data: whose training batches to read.
-    position: batches that the run has taken before.
+    position: number of the first batch in the run's order.
 
   Attributes:
-    position: batches taken so far; with the config it says which come next, in any number of
-      processes.
+    position: number of the next batch. With the config it determines the batches that follow, for
+      any number of processes.
   """
 
   def __init__(self, config: DataConfig, data: Data, *, position: int) -> None:
     self._config = config
     self.position = position
-    batches = iter(data.train)
-    batches.set_state({"next_index": position})
-    self._requests: queue.SimpleQueue[None] = queue.SimpleQueue()
+    self._batches = iter(data.train)
+    self._batches.set_state({"next_index": position})
+    # True asks for a batch, False ends the thread.
+    self._requests: queue.SimpleQueue[bool] = queue.SimpleQueue()
     self._answers: queue.SimpleQueue[Batch | Exception] = queue.SimpleQueue()
     # A daemon: a pipeline that hangs must not keep the process from ending.
-    threading.Thread(target=self._read, args=(batches,), daemon=True).start()
+    self._thread = threading.Thread(target=self._read, name="batches", daemon=True)
+    self._thread.start()
 
   def take(self) -> Taken:
     """The next batch.
@@ -60,7 +64,7 @@ class Batches:
       TrainingError: it took longer than config.data.stall_error_seconds.
     """
     start = time.perf_counter()
-    self._requests.put(None)
+    self._requests.put(True)
     while True:
       waited = time.perf_counter() - start
       try:
@@ -73,8 +77,13 @@ class Batches:
     self.position += 1
     return Taken(answer, self.position - 1, time.perf_counter() - start)
 
+  def close(self) -> None:
+    """Ends the threads of the pipeline and closes its files."""
+    self._requests.put(False)
+    self._thread.join(_CLOSE_SECONDS)
+
   def _patience(self, waited: float) -> float:
-    """Seconds until there is something to say about a wait."""
+    """Seconds until the next warning about a wait, or the error."""
     limit = self._config.stall_error_seconds - waited
     return max(0.0, min(self._config.stall_warning_seconds, limit))
 
@@ -85,10 +94,10 @@ class Batches:
       raise TrainingError(f"{state} The limit is config.data.stall_error_seconds, {limit} s.")
     logging.warning("%s At %s s it is an error.", state, limit)
 
-  def _read(self, batches: Iterator[Batch]) -> None:
-    while True:
-      self._requests.get()
+  def _read(self) -> None:
+    while self._requests.get():
       try:
-        self._answers.put(next(batches))
+        self._answers.put(next(self._batches))
       except Exception as error:
         self._answers.put(error)
+    self._batches.close()

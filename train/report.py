@@ -1,4 +1,4 @@
-"""What a run tells: log lines, a progress bar, metrics.jsonl and TensorBoard."""
+"""Reports of a run: log lines, a progress bar, metrics.jsonl and TensorBoard."""
 
 import dataclasses
 import math
@@ -15,6 +15,7 @@ from train.errors import DivergenceError
 from train.evaluate import Evaluation
 from train.metrics import FILE_NAME, MetricsWriter
 from train.prefetch import Taken
+from train.resume import Position
 from train.step import Scalars
 from train.throughput import memory, peak_flops, StepTimer
 
@@ -22,27 +23,30 @@ from train.throughput import memory, peak_flops, StepTimer
 class Reporter:
   """Reports each step one step late, so that the device never waits for the report.
 
-  While step n is on its way, the scalars of step n - 1 are fetched; `flush` fetches those of the
-  last step too, before an evaluation or a checkpoint.
+  While step n runs, the scalars of step n - 1 are fetched; `flush` also fetches those of the last
+  step, before an evaluation or a checkpoint.
 
-  Every process of a run has one, so that all stop at the same step if it diverges; one of them
-  writes.
+  Every process of a run has one, so that all stop at the same step if training diverges; process 0
+  writes the numbers.
 
   Args:
     config: the training config.
-    workdir: where batches of bad steps are kept.
-    metrics: where the numbers go; None in a process that does not write them.
-    first_step: the step that the run goes on from.
+    workdir: its folder bad_batches gets the batches of bad steps.
+    metrics: writes the numbers; None in a process that does not write them.
+    start: the position that the run continues from.
+
+  Attributes:
+    skipped_in_row: bad steps in a row up to the last step that was reported.
   """
 
   def __init__(
-    self, config: TrainConfig, workdir: Path, metrics: MetricsWriter | None, *, first_step: int
+    self, config: TrainConfig, workdir: Path, metrics: MetricsWriter | None, *, start: Position
   ) -> None:
     self._config = config
     self._workdir = workdir
     self._metrics = metrics
     self._pending: tuple[int, Scalars, Taken] | None = None
-    self._skipped = 0  # in a row
+    self.skipped_in_row = start.skipped_in_row
     length = config.data.sequence_length
     self._timer = StepTimer(
       tokens_per_step=config.batch_size * length,
@@ -51,7 +55,7 @@ class Reporter:
     )
     self._bar = tqdm(
       total=config.num_steps,
-      initial=first_step,
+      initial=start.steps_done,
       unit=" steps",
       dynamic_ncols=True,
       disable=None if metrics is not None else True,
@@ -61,14 +65,14 @@ class Reporter:
     """Takes the scalars of a step that was just dispatched, and reports the step before it.
 
     Raises:
-      DivergenceError: that one was bad, and so the run ends.
+      DivergenceError: the step before it was bad, and the config ends the run for it.
     """
     before, self._pending = self._pending, (step, scalars, taken)
     if before is not None:
       self._report(*before)
 
   def flush(self) -> None:
-    """Waits for the last step and reports it; what follows does not count as training time.
+    """Waits for the last step and reports it; the time until the next step is not counted.
 
     Raises:
       DivergenceError: as for `add`.
@@ -96,7 +100,7 @@ class Reporter:
     )
 
   def finish(self, last_step: int) -> None:
-    """Says where everything is."""
+    """Closes the progress bar, and logs the run's folder if all steps are done."""
     self._bar.close()
     if self._metrics is not None and last_step == self._config.num_steps:
       logging.info("Finished. Checkpoints, %s and plots are in %s.", FILE_NAME, self._workdir)
@@ -107,26 +111,26 @@ class Reporter:
     if values["skipped"]:
       self._judge_bad_step(step, values, taken)
     else:
-      self._skipped = 0
+      self.skipped_in_row = 0
       del values["skipped"]
     self._timer.lap()
     if self._metrics is not None:
       self._write(self._metrics, step, values, taken.waited)
 
   def _judge_bad_step(self, step: int, values: dict[str, float], taken: Taken) -> None:
-    """Keeps the batch of a step that changed nothing; ends the run if the config says so."""
+    """Keeps the batch of a skipped step; ends the run if the config asks for it."""
     path = record_batch(self._workdir, step, taken, values)
-    self._skipped += 1
+    self.skipped_in_row += 1
     guard = self._config.guard
     diverged = f"Training diverged at step {step}: {_numbers(values)} Its batch is in {path}."
     if guard.policy == "stop":
       raise DivergenceError(
-        f"{diverged} Lower config.learning_rate or raise config.warmup_steps, or go on without "
-        "such batches: --config.guard.policy=skip."
+        f"{diverged} Lower config.learning_rate or raise config.warmup_steps, or skip such "
+        "batches: --config.guard.policy=skip."
       )
-    if self._skipped >= guard.max_skipped:
+    if self.skipped_in_row >= guard.max_skipped:
       raise DivergenceError(
-        f"{diverged} It is the last of {self._skipped} bad steps in a row, of which "
+        f"{diverged} It is the last of {self.skipped_in_row} bad steps in a row, of which "
         "config.guard.max_skipped allows no more."
       )
     logging.warning("%s It is skipped.", diverged)

@@ -1,4 +1,4 @@
-"""Training from the config to the end: what a run starts from, and what remains when it fails."""
+"""Sets up a training run, new or resumed: lock, checks, data, checkpoint, and errors of the run."""
 
 import contextlib
 import dataclasses
@@ -9,9 +9,11 @@ from typing import Any
 import jax
 from absl import logging
 
-from dga_jax.checkpoint import Checkpoints, list_steps
+from dga_jax.checkpoint import Checkpoints
+from dga_jax.file_lock import hold_lock, LockedError
 from dga_jax.tokenizer import Tokenizer
 from train import multihost
+from train.abort_filter import newest_checkpoint_note
 from train.config import check_resumable, to_flat_dict, TrainConfig
 from train.data.pipeline import Data, load_data
 from train.errors import DivergenceError, TrainingError
@@ -19,62 +21,109 @@ from train.init_from import find_initial, ORIGIN
 from train.metrics import MetricsWriter
 from train.profile import ProfiledSteps, Profiler
 from train.report import Reporter
+from train.resume import choose_checkpoint, Position, Resume
 from train.sharding import process_share
 from train.step import Functions, make_functions
+from train.stop_signals import StopSignals
 from train.train_loop import Run
 
 # Entry of a checkpoint's config beside those of TrainConfig.
 _FINGERPRINT = "data_fingerprint"
+_LOCK_FILE = ".lock"
 
 
-def train(config: TrainConfig, workdir: Path, *, profiled: ProfiledSteps | None = None) -> None:
-  """Trains, or goes on with the training in `workdir`, up to `config.num_steps`.
+def train(
+  config: TrainConfig,
+  workdir: Path,
+  *,
+  profiled: ProfiledSteps | None = None,
+  resume: Resume | None = None,
+  repair_data: bool = False,
+  signals: StopSignals | None = None,
+) -> bool:
+  """Trains, or continues the training in `workdir`, up to `config.num_steps`.
 
   In `workdir` it leaves checkpoints/, metrics.jsonl, tensorboard/, loss.png, loss_by_position.png,
   the batches of bad steps in bad_batches/ and, unless data.cache_dir is elsewhere, the prepared
   data.
 
-  All processes of a run call it alike. A SIGTERM to one of them stops all after the same step,
-  which is saved.
+  All processes of a run call it alike. A SIGTERM, SIGINT or SIGHUP to one of them stops all after
+  the same step, which is saved.
 
   Args:
     config: of the run.
     workdir: the run's folder, on a disk that its processes share.
     profiled: steps to take a profile of, in `workdir`/profile.
+    resume: which checkpoint to continue from; None for the newest.
+    repair_data: prepare the data anew where the prepared files are damaged.
+    signals: the caller's handling of signals; None handles them here.
+
+  Returns:
+    Whether all steps are done; else a signal has stopped the run.
 
   Raises:
     CheckpointError: a checkpoint is damaged or could not be written.
-    TrainingError: training diverged, no data came, a file of the run could not be written, or
-      another process is gone.
+    StoppedError: a signal came before the first step.
+    TrainingError: training diverged, no data came, a file of the run could not be written, another
+      run uses `workdir`, or another process is gone.
     ValueError: the config makes no sense, or is not the one that the run was started with, or not
       that of the other processes.
-    OSError: files of the data are missing or could not be prepared.
+    OSError: files of the data are missing, damaged or could not be prepared.
   """
+  _check_dtypes(config)
+  resume = Resume() if resume is None else resume
   multihost.check_agreement(
-    {**to_flat_dict(config), "jax's version": jax.__version__},
-    "Start all of them with the same --config and the same --config.KEY=VALUE.",
+    {**to_flat_dict(config), **resume.to_dict(), "jax's version": jax.__version__},
+    "Start all of them with the same flags.",
   )
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (
-    multihost.StopRequest() as stop_request,
-    Checkpoints(workdir, keep=config.keep_checkpoints) as checkpoints,
-  ):
-    start = _find_start(config, workdir, checkpoints)
-    if start.step == config.num_steps:
-      logging.info("The run in %s is finished: all %d steps are done.", workdir, start.step)
-      return
+  with contextlib.ExitStack() as stack:
+    if signals is None:
+      signals = stack.enter_context(StopSignals())
+    multihost.on_first_process(lambda: stack.enter_context(_hold_workdir(workdir)))
+    checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.keep_checkpoints))
+    start = _find_start(config, workdir, checkpoints, resume)
+    if start.position.step == config.num_steps:
+      logging.info("The run in %s is finished: all %d steps are done.", workdir, config.num_steps)
+      return True
     functions = make_functions(start.config)
-    data = _load_data(start, workdir, functions)
+    data = _load_data(start, workdir, functions, repair=repair_data)
     entries = {**start.entries, _FINGERPRINT: data.fingerprint}
-    with _note_last_checkpoint(checkpoints, workdir), contextlib.ExitStack() as stack:
+    with _note_last_checkpoint(checkpoints, workdir), contextlib.ExitStack() as files:
       metrics = None
       if multihost.is_first():
-        last_step = -1 if start.step is None else start.step
-        metrics = stack.enter_context(MetricsWriter(workdir, last_step=last_step))
-      reporter = Reporter(start.config, workdir, metrics, first_step=start.step or 0)
-      profiler = stack.enter_context(contextlib.closing(Profiler(workdir, profiled)))
-      run = Run(start.config, workdir, functions, data, checkpoints, entries, first_step=start.step)
-      run.run_to_end(reporter, profiler, stop_request)
+        last_step = -1 if start.position.step is None else start.position.step
+        metrics = files.enter_context(MetricsWriter(workdir, last_step=last_step))
+      reporter = Reporter(start.config, workdir, metrics, start=start.position)
+      profiler = files.enter_context(contextlib.closing(Profiler(workdir, profiled)))
+      run = Run(start.config, workdir, functions, data, checkpoints, entries, start=start.position)
+      return run.run_to_end(reporter, profiler, signals) == config.num_steps
+
+
+@contextlib.contextmanager
+def _hold_workdir(workdir: Path) -> Iterator[None]:
+  """Keeps other runs out of a workdir; nothing else reads the lock."""
+  try:
+    with hold_lock(workdir / _LOCK_FILE):
+      yield
+  except LockedError as error:
+    raise TrainingError(
+      f"Another run trains in {workdir}: {error}. Wait for it, stop it, or give another --workdir."
+    ) from error
+
+
+def _check_dtypes(config: TrainConfig) -> None:
+  """Refuses what cannot train: without scaling of the loss float16 has too small a range."""
+  if config.model.param_dtype == "float16":
+    raise ValueError(
+      "config.model.param_dtype is 'float16': the optimizer's updates underflow in it, and the "
+      "first step would give parameters that are not finite. Use 'float32', or 'bfloat16'; a model "
+      "in float16 that training begins with (config.init_from) is converted."
+    )
+  if config.model.dtype == "float16":
+    logging.warning(
+      "config.model.dtype is 'float16': the trainer does not scale the loss, so small gradients "
+      "become 0. 'bfloat16' has the range of float32."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,42 +131,43 @@ class _Start:
   """What a run starts from.
 
   Attributes:
-    config: the training config; its model may be that of the checkpoint it begins with.
-    step: the step of the run's own checkpoint to go on from, None for a new run.
-    tokenizer: of the checkpoint that the run began with, None where it began with nothing.
+    config: the training config; its model may be that of the checkpoint that training begins with.
+    position: of the run's own checkpoint to continue from.
+    tokenizer: of the checkpoint that training begins with, None where there is none.
     entries: further entries for the config in the run's checkpoints.
     fingerprint: of the data that the run was started with, None for a new run.
   """
 
   config: TrainConfig
-  step: int | None
+  position: Position
   tokenizer: Tokenizer | None
   entries: Mapping[str, Any]
   fingerprint: str | None
 
 
-def _find_start(config: TrainConfig, workdir: Path, checkpoints: Checkpoints) -> _Start:
-  latest = checkpoints.latest_step
-  multihost.check_agreement(
-    {"the newest checkpoint": latest, "its folder exists": checkpoints.directory.is_dir()},
-    "Give all of them the same --workdir, on a disk that they share.",
-  )
-  saved = {} if latest is None else checkpoints.read_config(latest)
-  if saved and "data" not in saved:
+def _find_start(
+  config: TrainConfig, workdir: Path, checkpoints: Checkpoints, resume: Resume
+) -> _Start:
+  step = choose_checkpoint(workdir, resume)
+  if step is None:
+    initial = find_initial(config, config.init_from)
+    return _Start(initial.config, Position(), initial.tokenizer, initial.entries, None)
+  saved = checkpoints.read_config(step)
+  if "data" not in saved:
     raise ValueError(
       f"{workdir} holds an imported model. Train it in a folder of its own, with "
       f"--config.init_from={workdir} and another --workdir."
     )
-  # A run that goes on needs the folder that it began with no more.
-  initial = find_initial(config, config.init_from if latest is None else str(workdir))
+  # The run's own checkpoint has all that it took over from the folder that it began with.
+  initial = find_initial(config, str(workdir), step)
   fingerprint = saved.pop(_FINGERPRINT, None)
   saved.pop(ORIGIN, None)
-  if latest is not None:
-    check_resumable(initial.config, saved)
-  return _Start(initial.config, latest, initial.tokenizer, initial.entries, fingerprint)
+  check_resumable(initial.config, saved)
+  position = Position.from_dict(checkpoints.read_data(step), workdir, step)
+  return _Start(initial.config, position, initial.tokenizer, initial.entries, fingerprint)
 
 
-def _load_data(start: _Start, workdir: Path, functions: Functions) -> Data:
+def _load_data(start: _Start, workdir: Path, functions: Functions, *, repair: bool) -> Data:
   """This process's part of the data, which are the same for all and for the whole of a run."""
   config = start.config
   share, shares = process_share(functions.mesh)
@@ -130,6 +180,7 @@ def _load_data(start: _Start, workdir: Path, functions: Functions) -> Data:
       tokenizer=start.tokenizer,
       process_index=share,
       process_count=shares,
+      repair=repair,
     )
   multihost.check_agreement(
     {"the data's fingerprint": data.fingerprint}, "Give all of them the same files."
@@ -141,15 +192,15 @@ def _load_data(start: _Start, workdir: Path, functions: Functions) -> Data:
     )
   if start.fingerprint not in (None, data.fingerprint):
     raise ValueError(
-      "The data files are not those that the run in this workdir was started with. Bring the old "
-      "ones back, or give another --workdir to start a new run."
+      "The data files are not those that the run in this workdir was started with. Restore the old "
+      "files, or give another --workdir to start a new run."
     )
   return data
 
 
 @contextlib.contextmanager
 def _note_last_checkpoint(checkpoints: Checkpoints, workdir: Path) -> Iterator[None]:
-  """Adds to an error of the run which checkpoint is there."""
+  """Adds the newest checkpoint to an error of the run."""
   try:
     yield
   except (TrainingError, OSError, jax.errors.JaxRuntimeError) as error:
@@ -158,8 +209,6 @@ def _note_last_checkpoint(checkpoints: Checkpoints, workdir: Path) -> Iterator[N
       raise
     if is_alone or isinstance(error, DivergenceError):  # Else the save may lack a process.
       checkpoints.wait()
-    steps = list_steps(workdir)
-    remains = f"the intact checkpoint of step {steps[-1]}" if steps else "no checkpoint"
     is_shared = isinstance(error, jax.errors.JaxRuntimeError)
     reason = multihost.explain(error) if is_shared else str(error)
-    raise TrainingError(f"{reason} There is {remains}.") from error
+    raise TrainingError(f"{reason} {newest_checkpoint_note(workdir)}") from error

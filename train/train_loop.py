@@ -1,5 +1,6 @@
-"""One run from a checkpoint or from the start: steps, evaluations, checkpoints."""
+"""The training loop: steps, evaluations, checkpoints."""
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,30 +10,34 @@ from absl import logging
 from jaxtyping import PyTree
 
 from dga_jax.checkpoint import Checkpoints
+from dga_jax.checkpoint_files import CheckpointError
 from train import multihost
 from train.config import to_dict, TrainConfig
 from train.data.pipeline import Data
 from train.evaluate import evaluate, Evaluation, make_eval_step
 from train.init_from import load_params
+from train.multihost import StopAgreement
 from train.plots import plot_run
 from train.prefetch import Batches
 from train.profile import Profiler
 from train.report import Reporter
+from train.resume import Position
 from train.sharding import shapes_on
 from train.step import Functions, TrainState
+from train.stop_signals import EXIT_STATUS, StopSignals
 
 
 class Run:
-  """A run in one of its processes; all of them do the same, on their own rows and devices.
+  """A run in one of its processes; every process runs the same loop on its own rows and devices.
 
   Args:
     config: the training config.
     workdir: the run's folder.
     functions: the jitted functions of the config.
-    data: what this process reads.
-    checkpoints: where to save, and to go on from.
+    data: the rows that this process reads.
+    checkpoints: of the run.
     entries: of a checkpoint's config, beside the training config's.
-    first_step: the step of the checkpoint to go on from, None for a new run.
+    start: the position of the checkpoint to continue from.
   """
 
   def __init__(
@@ -44,7 +49,7 @@ class Run:
     checkpoints: Checkpoints,
     entries: Mapping[str, Any],
     *,
-    first_step: int | None,
+    start: Position,
   ) -> None:
     self._config = config
     self._workdir = workdir
@@ -52,18 +57,46 @@ class Run:
     self._data = data
     self._checkpoints = checkpoints
     self._entries = dict(entries)
-    self._first_step = first_step
+    self._start = start
     self._eval_step = make_eval_step(config, functions, data.tokenizer)
 
-  def run_to_end(
-    self, reporter: Reporter, profiler: Profiler, stop_request: multihost.StopRequest
-  ) -> None:
-    """Takes all steps that are left, unless a stop is asked for, and evaluates and saves."""
+  def run_to_end(self, reporter: Reporter, profiler: Profiler, signals: StopSignals) -> int:
+    """Takes all steps that are left, unless a signal stops the run; evaluates and saves.
+
+    Returns:
+      The steps done.
+
+    Raises:
+      StoppedError: a signal came before the first step.
+    """
+    state = self._first_state()
+    batches = Batches(self._config.data, self._data, position=self._start.next_batch)
+    with contextlib.closing(batches):
+      if self._start.step is None:
+        self._evaluate(0, state, reporter)
+      signals.defer()
+      step = self._take_steps(state, batches, reporter, profiler, StopAgreement(signals))
+    self._checkpoints.wait()
+    reporter.finish(step)
+    if step < self._config.num_steps:
+      logging.info(
+        "Asked to stop: step %d is saved, and the same command continues from it. (Exit status "
+        "%d.)",
+        step,
+        EXIT_STATUS,
+      )
+    return step
+
+  def _take_steps(
+    self,
+    state: TrainState,
+    batches: Batches,
+    reporter: Reporter,
+    profiler: Profiler,
+    stop: StopAgreement,
+  ) -> int:
     config = self._config
-    state, batches = self._first_state()
-    if self._first_step is None:
-      self._evaluate(0, state, reporter)
-    step = self._first_step or 0
+    step = self._start.steps_done
     stopping = False
     while step < config.num_steps and not stopping:
       step += 1
@@ -77,38 +110,37 @@ class Run:
         reporter.add(step, scalars, taken)
       profiler.after(step, scalars)
       self._checkpoints.raise_if_failed()
-      stopping = stop_request.agreed()
+      stopping = stop.agreed()
       is_last = step == config.num_steps
       evaluation = None
       if is_last or step % config.eval_every == 0:
         evaluation = self._evaluate(step, state, reporter)
       if is_last or stopping or step % config.checkpoint_every == 0:
         self._save(step, state, batches, evaluation, reporter)
-    self._checkpoints.wait()
-    reporter.finish(step)
-    if step < config.num_steps:
-      logging.info("Asked to stop: step %d is saved, and the same command goes on from it.", step)
+    return step
 
-  def _first_state(self) -> tuple[TrainState, Batches]:
-    """The state to go on from, and the batches that follow."""
-    functions = self._functions
-    if self._first_step is None:
-      batches = Batches(self._config.data, self._data, position=0)
+  def _first_state(self) -> TrainState:
+    """The state to continue from, or that of a new run."""
+    functions, step = self._functions, self._start.step
+    if step is None:
       if self._config.init_from is None:
-        return functions.init(), batches
+        return functions.init()
       logging.info("Beginning with the model in %s.", self._config.init_from)
-      return functions.begin(load_params(self._config, functions.mesh)), batches
-    position = self._checkpoints.read_data(self._first_step)["next_batch"]
+      return functions.begin(load_params(self._config, functions.mesh))
     target = shapes_on(jax.eval_shape(functions.init), functions.shardings)
     params, training = self._checkpoints.restore(
-      self._first_step, params=target.params, training=_training_items(target)
+      step, params=target.params, training=_training_items(target)
     )
-    logging.info("Going on from the checkpoint of step %d.", self._first_step)
-    batches = Batches(self._config.data, self._data, position=position)
-    return TrainState(params=params, **training), batches
+    if int(training["step"]) != step:
+      raise CheckpointError(
+        f"The state in the checkpoint of step {step} in {self._workdir} is that of step "
+        f"{int(training['step'])}. Continue from another checkpoint with --step."
+      )
+    logging.info("Continuing from the checkpoint of step %d.", step)
+    return TrainState(params=params, **training)
 
   def _evaluate(self, step: int, state: TrainState, reporter: Reporter) -> Evaluation | None:
-    """Reports the held-out loss and draws the plots anew."""
+    """Reports the held-out loss and redraws the plots."""
     reporter.flush()
     if not self._config.eval_batches:
       return None
@@ -128,13 +160,14 @@ class Run:
     evaluation: Evaluation | None,
     reporter: Reporter,
   ) -> None:
-    """Starts a checkpoint, once the metrics up to its step are on the disk."""
+    """Starts a checkpoint after the metrics up to its step are on the disk."""
     reporter.flush()
+    position = Position(step, batches.position, reporter.skipped_in_row)
     self._checkpoints.save(
       step,
       params=state.params,
       training=_training_items(state),
-      data={"next_batch": batches.position},
+      data=position.to_dict(),
       config=to_dict(self._config) | self._entries,
       tokenizer=self._data.tokenizer,
       eval_loss=None if evaluation is None else evaluation.loss,
@@ -142,5 +175,5 @@ class Run:
 
 
 def _training_items(state: TrainState) -> dict[str, PyTree[Any]]:
-  """What a checkpoint holds of the state besides the parameters."""
+  """The checkpoint's item "training": the state without the parameters."""
   return {"optimizer": state.optimizer, "step": state.step, "guard": state.guard}

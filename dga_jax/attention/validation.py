@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Int
 from dga_jax.attention.segments import IntArray, is_traced
 from dga_jax.attention.streaming_blocks import StreamingBlocks
 from dga_jax.config import DGAConfig
-from pallas_kernels.grouped_attention import IMPLEMENTATIONS
+from pallas_kernels import dispatch
 
 # Arguments of public functions. `rows` converts lists to arrays.
 Lengths = Int[IntArray, "B"] | Sequence[int]
@@ -99,10 +99,9 @@ def softmax_scale(scale: float | Array | None) -> None:
     raise ValueError(f"scale is {scale!r}; it must be a positive number.")
 
 
-def implementation(name: str | None) -> None:
-  """None, or a name that grouped attention knows."""
-  if name is not None and name not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation is {name!r}; it must be None or one of {IMPLEMENTATIONS}.")
+def implementation(choice: dispatch.Implementation) -> None:
+  """None, a backend of grouped attention, or a tuple of them."""
+  dispatch.check_implementation("grouped_attention", choice)
 
 
 def focal_mask(mask: Array) -> None:

@@ -1,1 +1,1 @@
-"""What `python -m dga_jax.evaluate` is made of: tasks, scores, variants of a model, pictures."""
+"""Evaluation on long contexts: tasks, scores, variants of a model, tables and plots."""

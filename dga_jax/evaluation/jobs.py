@@ -1,9 +1,10 @@
-"""Cells of results: each is measured by itself, and what was measured is not measured again."""
+"""Jobs: each measures one result, and a result that the file has is not measured again."""
 
 import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,13 +34,13 @@ type Tick = Callable[[], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """One result to be made.
+  """The measurement of one result.
 
   Attributes:
-    fields: what identifies it, for tables: task, variant, length and the like.
-    depends_on: all else that it depends on, for JSON; with the fields it makes the key.
+    fields: the columns that identify the result in tables: task, variant, length and others.
+    depends_on: everything else that the result depends on, as JSON values; part of the key.
     ticks: how often `run` calls its argument, for a progress bar.
-    run: measures.
+    run: measures the result and returns its fields.
   """
 
   fields: dict[str, Any]
@@ -49,59 +50,62 @@ class Job:
 
   @property
   def key(self) -> str:
-    """Names the cell in the file of results."""
+    """The key of the result in the file of results."""
     digest = hashlib.sha256(json.dumps([self.fields, self.depends_on]).encode()).hexdigest()
     return " ".join([*map(str, self.fields.values()), digest[:10]])
 
 
 def run_jobs(
-  cells: Sequence[Job],
-  records: Results,
+  jobs: Sequence[Job],
+  results: Results,
   *,
   origin: str,
   minutes: float | None = None,
   workers: int = 1,
 ) -> int:
-  """Measures the cells that the records lack, and adds each as soon as it is there.
+  """Runs the jobs whose results are missing, and stores each result as soon as it is measured.
 
-  A cell that the device cannot run, for lack of memory above all, is named with the reason and
-  stays missing. Any other error ends the run.
+  A job fails if the device cannot run it, for example for lack of memory, or if the model's numbers
+  are not finite. The reason is printed, the result stays missing, and the other jobs run. Any other
+  error ends the run.
 
   Args:
-    origin: which checkpoint was measured, kept in every record.
-    minutes: begins no cell after that time.
-    workers: cells under way at once. Programs are compiled on the host, several at a time, while
-      the device runs one; what they take of its memory adds up.
+    jobs: in the order in which they start.
+    results: the file of results.
+    origin: the checkpoint that was measured, stored with every result.
+    minutes: no job starts after that time; None for no bound.
+    workers: jobs that run at the same time. The host compiles several programs at once, and the
+      device runs one; the memory that the jobs need on the device adds up.
 
   Returns:
-    How many cells are still missing.
+    How many results are still missing.
   """
-  missing = [cell for cell in cells if cell.key not in records]
+  missing = [job for job in jobs if job.key not in results]
   begin, left = time.perf_counter(), len(missing)
 
-  def measure(cell: Job) -> tuple[Job, dict[str, Any] | None]:
-    cell_begin = time.perf_counter()
-    if minutes is not None and cell_begin - begin > 60 * minutes:
-      return cell, None
+  def measure(job: Job) -> tuple[Job, dict[str, Any] | None]:
+    job_begin = time.perf_counter()
+    if minutes is not None and job_begin - begin > 60 * minutes:
+      return job, None
     try:
-      result = cell.run(bar.update)
-    except jax.errors.JaxRuntimeError as error:
-      tqdm.write(f"{cell.key} failed: {str(error).partition(chr(10))[0]}", file=sys.stderr)
-      return cell, None
-    return cell, result | {"seconds": time.perf_counter() - cell_begin}
+      measured = job.run(bar.update)
+    except (jax.errors.JaxRuntimeError, FloatingPointError) as error:
+      tqdm.write(f"{job.key} failed: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+      return job, None
+    return job, measured | {"seconds": time.perf_counter() - job_begin}
 
   with (
-    tqdm(total=sum(cell.ticks for cell in missing), unit="batch") as bar,
+    tqdm(total=sum(job.ticks for job in missing), unit="batch") as bar,
     concurrent.futures.ThreadPoolExecutor(workers) as pool,
   ):
-    futures = [pool.submit(measure, cell) for cell in missing]
+    futures = [pool.submit(measure, job) for job in missing]
     try:
       for future in concurrent.futures.as_completed(futures):
-        cell, result = future.result()
-        if result is not None:
-          bar.set_description_str(cell.key)
-          common = {"origin": origin, "environment": environment(), "depends_on": cell.depends_on}
-          records.add(cell.key, cell.fields | result | common)
+        job, measured = future.result()
+        if measured is not None:
+          bar.set_description_str(job.key)
+          common = {"origin": origin, "environment": environment(), "depends_on": job.depends_on}
+          results.add(job.key, job.fields | measured | common)
           left -= 1
     except BaseException:
       pool.shutdown(wait=False, cancel_futures=True)
@@ -115,7 +119,7 @@ def perplexity_job(
   rows: Int[np.ndarray, "B L+1"],
   settings: PerplexitySettings,
 ) -> Job:
-  """Losses of one variant on rows of one length; see `measure_perplexity`."""
+  """The job of `measure_perplexity` for one variant and rows of one length."""
   length = rows.shape[1] - 1
   return Job(
     fields={"task": "perplexity", "variant": variant.name, "length": length, "rows": len(rows)},
@@ -131,12 +135,12 @@ def perplexity_job(
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalSettings:
-  """Which prompts are asked.
+  """The prompts of a retrieval job.
 
   Attributes:
-    depths: where the asked sentence stands.
+    depths: positions of the answer's sentence, as shares of the prompt.
     samples: prompts for each depth.
-    seed: of everything drawn.
+    seed: of the texts, the facts and their positions.
     batch_size: prompts that run together.
   """
 
@@ -155,7 +159,7 @@ def retrieval_job(
   length: int,
   settings: RetrievalSettings,
 ) -> Job:
-  """One puzzle at one length: exact match over all depths, and for each."""
+  """The job of one puzzle at one length: exact match over all depths, and at each depth."""
 
   def run(tick: Tick) -> dict[str, Any]:
     samples = {
@@ -175,8 +179,8 @@ def retrieval_job(
       tick=tick,
     )
     by_depth = []
-    for place, depth in enumerate(samples):
-      own = texts[place * settings.samples : (place + 1) * settings.samples]
+    for i, depth in enumerate(samples):
+      own = texts[i * settings.samples : (i + 1) * settings.samples]
       by_depth.append({"depth": depth, **exact_match(own, samples[depth])})
     return {
       **exact_match(texts, flat),
@@ -200,14 +204,18 @@ def retrieval_job(
 def ablation_job(
   family: Family, name: str, config: DGAConfig, rows: Int[np.ndarray, "B L+1"], batch_size: int
 ) -> Job:
-  """The loss on the second half of the rows with parts of DGA swapped, and layer by layer.
+  """The job of an ablation: the loss on the second half of the rows with parts of DGA replaced.
+
+  The result has "swaps", the loss of each config of `ablation.swaps`; "one_layer_dga", for each
+  layer the loss with DGA in that layer and dense attention in the others; and "one_layer_dense",
+  the reverse.
 
   Args:
+    family: the model.
     name: of the config, for tables.
     config: with streaming selection.
-
-  "swaps" has the loss of each of `ablation.swaps`; "one_layer_dga" the loss with DGA in one layer
-  and dense attention in the others, for each layer; "one_layer_dense" the reverse.
+    rows: inputs and their next tokens.
+    batch_size: rows that run together.
   """
   length, layers = rows.shape[1] - 1, family.config.num_layers
   model = family.model(Variant("dense", {"attention": "dense"}), length)
@@ -228,6 +236,8 @@ def ablation_job(
         loss_BxL = losses_by_kinds(model, kinds, fill(batch, batch_size))
         total += float(np.asarray(loss_BxL)[: len(batch), length // 2 :].mean(axis=1).sum())
         tick()
+      if not math.isfinite(total):
+        raise FloatingPointError(f"the loss of {title!r} is not finite")
       losses[title] = total / len(rows)
     by_layer = {
       title: [losses.pop(f"{title} {layer}") for layer in range(layers)]
@@ -251,7 +261,7 @@ def longbench_job(
   length: int,
   batch_size: int,
 ) -> Job:
-  """A data set of LongBench-E; prompts and answers fit `length` tokens."""
+  """The job of a data set of LongBench-E; a prompt and its answer fit in `length` tokens."""
 
   def run(tick: Tick) -> dict[str, Any]:
     most = length - one.new_tokens
@@ -281,7 +291,11 @@ def lost_in_the_middle_job(
   length: int,
   batch_size: int,
 ) -> Job:
-  """Questions of Liu et al.; a prompt that does not fit `length` tokens is an error."""
+  """The job of the questions of Liu et al.
+
+  Raises:
+    ValueError: a prompt and its answer exceed `length` tokens.
+  """
   prompts = [[*tokenizer.start_ids, *tokenizer.encode(one.prompt)] for one in questions]
   longest = max(map(len, prompts)) + lost_in_the_middle.NEW_TOKENS
   if longest > length:
@@ -301,7 +315,7 @@ def lost_in_the_middle_job(
   documents = sorted({one.documents for one in questions})
   return Job(
     fields={
-      "task": "many_documents",
+      "task": "lost_in_the_middle",
       "documents": ",".join(map(str, documents)),
       "variant": variant.name,
       "length": length,

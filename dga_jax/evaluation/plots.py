@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""Plots of results, as PNG files."""
 
 import itertools
 import math
@@ -15,38 +15,48 @@ _MARKERS = "osD^vP*X<>"
 
 
 class Point(NamedTuple):
-  """One setting of a method."""
+  """One setting of a method.
 
-  share: float  # of the keys that it keeps
+  Attributes:
+    share: of the keys that the method keeps, from 0 to 1.
+    value: the y value.
+  """
+
+  share: float
   value: float
 
 
-def plot_perplexity_by_position(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-  """One line a variant: perplexity over the pieces of the rows.
+def plot_perplexity_by_position(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+  """Perplexity against the position in the context, one line a variant.
 
   Args:
-    records: of `measure_perplexity`, each with "variant".
-    path: of the PNG.
+    results: of `measure_perplexity`, each with "variant".
+    path: of the PNG file.
   """
   figure, axes = _figure("Position in the context (tokens)", "Perplexity")
-  for style, record in zip(_styles(len(records)), records, strict=True):
-    pieces = record["by_position"]
+  for style, result in zip(_styles(len(results)), results, strict=True):
+    pieces = result["by_position"]
     middles = [(piece["from"] + piece["to"]) / 2 for piece in pieces]
     values = [math.exp(piece["loss"]) for piece in pieces]
-    axes.plot(middles, values, label=record["variant"], **style)
+    axes.plot(middles, values, label=result["variant"], **style)
   _focus(axes)
   _legend(axes)
   figure.savefig(path)
 
 
-def plot_restart(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-  """One line a variant: loss on the same last tokens, by how much context stands before them."""
+def plot_restart(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+  """Loss on the same last tokens against the length of the context before them.
+
+  Args:
+    results: as for `plot_perplexity_by_position`.
+    path: of the PNG file.
+  """
   figure, axes = _figure("Context before the target tokens", "Loss on the targets (nats per token)")
-  for style, record in zip(_styles(len(records)), records, strict=True):
-    last = record["last"]
-    points = [(one["context"], one["loss"]) for one in record["restart"]]
-    points.append((record["length"] - last["targets"], last["teacher_forced_loss"]))
-    axes.plot(*zip(*sorted(points), strict=True), label=record["variant"], **style)
+  for style, result in zip(_styles(len(results)), results, strict=True):
+    last = result["last"]
+    points = [(one["context"], one["loss"]) for one in result["restart"]]
+    points.append((result["length"] - last["targets"], last["teacher_forced_loss"]))
+    axes.plot(*zip(*sorted(points), strict=True), label=result["variant"], **style)
   axes.set_xscale("log", base=2)
   axes.xaxis.set_major_formatter("{x:.0f}")
   _legend(axes)
@@ -61,11 +71,18 @@ def plot_against_share(
   title: str = "",
   focus: bool = False,
 ) -> None:
-  """One line a method: a figure of merit against the share of the keys that it keeps.
+  """A measure of quality against the share of the keys that a method keeps, one line a method.
 
-  A method that keeps all keys is drawn as a level line, for the others to be compared with; one
-  with several settings at the same share as points without a line. With `focus` the few methods
-  that are far above the others do not squeeze them together.
+  A method that keeps all keys is a horizontal line. A method with several settings at the same
+  share has points without a line.
+
+  Args:
+    methods: the points of each method.
+    path: of the PNG file.
+    y_label: label of the y axis.
+    title: of the plot.
+    focus: whether the y axis ends above the bulk of the values, so that outliers do not compress
+      the others.
   """
   figure, axes = _figure("Share of the keys kept", y_label)
   axes.set_title(title)
@@ -88,22 +105,24 @@ def plot_against_share(
   figure.savefig(path)
 
 
-def plot_retrieval(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-  """One line a variant: share of right answers by length, with 95 % intervals.
+def plot_retrieval(results: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+  """Share of right answers against the length, with 95 % intervals, one line a variant.
 
   Args:
-    records: each with "variant", "length" and what `exact_match` gives, one for each pair.
+    results: each with "variant", "length" and the fields of `exact_match`; one for each pair.
+    path: of the PNG file.
+    title: of the plot.
   """
   figure, axes = _figure("Length of the prompt (tokens)", "Answered right")
-  names = list(dict.fromkeys(record["variant"] for record in records))
+  names = list(dict.fromkeys(result["variant"] for result in results))
   for place, (style, name) in enumerate(zip(_styles(len(names)), names, strict=True)):
-    own = sorted((r for r in records if r["variant"] == name), key=lambda r: r["length"])
-    # Side by side, or intervals would cover each other.
-    x = [record["length"] * 1.015 ** (place - len(names) / 2) for record in own]
-    y = np.array([record["share"] for record in own])
-    below = y - [record["low"] for record in own]
-    above = [record["high"] for record in own] - y
-    errors = np.maximum([below, above], 0)  # rounding may take a bound past the share itself
+    own = sorted((r for r in results if r["variant"] == name), key=lambda r: r["length"])
+    # The intervals of different variants are drawn side by side.
+    x = [result["length"] * 1.015 ** (place - len(names) / 2) for result in own]
+    y = np.array([result["share"] for result in own])
+    below = y - [result["low"] for result in own]
+    above = [result["high"] for result in own] - y
+    errors = np.maximum([below, above], 0)  # Rounding may move a bound past the share.
     axes.errorbar(x, y, yerr=errors, label=name, capsize=2, elinewidth=0.8, **style)
   axes.set_xscale("log", base=2)
   axes.xaxis.set_major_formatter("{x:.0f}")
@@ -113,15 +132,17 @@ def plot_retrieval(records: Sequence[Mapping[str, Any]], path: Path, *, title: s
   figure.savefig(path)
 
 
-def plot_heat_maps(records: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-  """Share of right answers by depth and length, one map a variant.
+def plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+  """Share of right answers by depth and length, one heat map a variant.
 
   Args:
-    records: as for `plot_retrieval`, each with "depth" as well.
+    results: as for `plot_retrieval`, each also with "depth".
+    path: of the PNG file.
+    title: of the plot.
   """
-  names = list(dict.fromkeys(record["variant"] for record in records))
-  lengths = sorted({record["length"] for record in records})
-  depths = sorted({record["depth"] for record in records})
+  names = list(dict.fromkeys(result["variant"] for result in results))
+  lengths = sorted({result["length"] for result in results})
+  depths = sorted({result["depth"] for result in results})
   columns = min(4, len(names))
   rows = -(-len(names) // columns)
   width, height = 1.6 + 0.62 * len(lengths), 1.2 + 0.3 * len(depths)
@@ -131,8 +152,8 @@ def plot_heat_maps(records: Sequence[Mapping[str, Any]], path: Path, *, title: s
   figure.suptitle(title)
   for place, name in enumerate(names):
     axes = figure.add_subplot(rows, columns, place + 1)
-    cells = {(r["depth"], r["length"]): r["share"] for r in records if r["variant"] == name}
-    shares = np.array([[cells.get((depth, n), np.nan) for n in lengths] for depth in depths])
+    own = {(r["depth"], r["length"]): r["share"] for r in results if r["variant"] == name}
+    shares = np.array([[own.get((depth, n), np.nan) for n in lengths] for depth in depths])
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
       if not np.isnan(share):
@@ -151,7 +172,14 @@ def plot_heat_maps(records: Sequence[Mapping[str, Any]], path: Path, *, title: s
 def plot_by_layer(
   losses: Mapping[str, Sequence[float]], path: Path, *, y_label: str, baselines: Mapping[str, float]
 ) -> None:
-  """One line a way to ablate: a loss by the layer that was changed; baselines are level lines."""
+  """A loss against the layer that was changed, one line an ablation; baselines are horizontal.
+
+  Args:
+    losses: for each ablation the loss of every layer.
+    path: of the PNG file.
+    y_label: label of the y axis.
+    baselines: names and losses of horizontal lines.
+  """
   figure, axes = _figure("Layer", y_label)
   for style, (name, values) in zip(_styles(len(losses)), losses.items(), strict=True):
     axes.plot(range(len(values)), values, label=name, **style)
@@ -162,7 +190,7 @@ def plot_by_layer(
 
 
 def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
-  # A figure without pyplot keeps no global state and needs no display.
+  # A figure made without pyplot has no global state and needs no display.
   figure = Figure(figsize=(9, 5.2), dpi=120, layout="constrained")
   axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
   axes.grid(alpha=0.3)
@@ -183,7 +211,7 @@ def _styles(count: int) -> list[dict[str, Any]]:
 
 
 def _focus(axes: Axes) -> None:
-  """Ends the y axis above the bulk of the values; the legend says which lines lie beyond."""
+  """Ends the y axis above the bulk of the values; the legend marks the lines beyond the end."""
   values = {line: np.asarray(line.get_ydata(), float) for line in axes.get_lines()}
   top = 1.3 * np.median(np.concatenate(list(values.values())))
   if max(y.max() for y in values.values()) <= top:

@@ -1,4 +1,4 @@
-"""Tables and pictures of the records of a task."""
+"""Tables and plots of the results of a task."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -7,25 +7,25 @@ from typing import Any
 
 from dga_jax.evaluation import plots
 
-type _Records = Sequence[Mapping[str, Any]]
+type _Results = Sequence[Mapping[str, Any]]
 
 
 def write(
-  task: str, records: _Records, out: Path, pictured: Collection[str] | None = None
+  task: str, results: _Results, out: Path, plotted: Collection[str] | None = None
 ) -> list[Path]:
-  """Writes OUT/TASK.md and the task's pictures; returns their paths.
+  """Writes OUT/TASK.md and the task's plots; returns their paths.
 
   Args:
     task: a task of `python -m dga_jax.evaluate`.
-    records: of `run_jobs`; those of other tasks are passed over.
+    results: of `run_jobs`; results of other tasks are ignored.
     out: a folder that exists.
-    pictured: variants that have a line or map of their own in pictures; None for all. The table
-      and the picture against the share of keys hold every variant.
+    plotted: variants with a line or map of their own in the plots; None for all. The table and the
+      plot against the share of keys always show every variant.
   """
-  own = [record for record in records if record["task"] == task]
+  own = [result for result in results if result["task"] == task]
   if not own:
     return []
-  shown = [r for r in own if pictured is None or r["variant"] in pictured]
+  shown = [r for r in own if plotted is None or r["variant"] in plotted]
   table, *drawn = _WRITERS[task](own, shown, out)
   path = out / f"{task}.md"
   path.write_text(f"{table}\n", encoding="utf-8")
@@ -33,32 +33,33 @@ def write(
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table."""
+  """A Markdown table."""
   lines = [header, ["---"] * len(header), *rows]
   return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def perplexity_table(records: _Records) -> str:
-  """One line a record: budget, perplexity, and the last tokens by both rules.
+def perplexity_table(results: _Results) -> str:
+  """One row a result: cache budget, perplexity, and perplexity of the last tokens both ways.
 
-  "over dense" divides by the perplexity of the variant "dense" at the same length, by decoding.
+  The column "over dense" divides the perplexity of the decoded tokens by that of the variant
+  "dense" at the same length.
   """
   header = [
     "variant", "length", "keys kept", "perplexity", "± (loss)",
     "last tokens: whole sequence", "last tokens: decoding", "over dense",
   ]  # fmt: skip
-  dense = {r["length"]: r["last"]["decoded_loss"] for r in records if r["variant"] == "dense"}
+  dense = {r["length"]: r["last"]["decoded_loss"] for r in results if r["variant"] == "dense"}
   rows = []
-  for record in records:
-    last, level = record["last"], dense.get(record["length"])
+  for result in results:
+    last, level = result["last"], dense.get(result["length"])
     decoded = last["decoded_loss"]
     rows.append(
       [
-        record["variant"],
-        str(record["length"]),
-        f"{record['budget']['keys']:.0f} ({record['budget']['share']:.1%})",
-        f"{record['perplexity']:.3f}",
-        "" if record["standard_error"] is None else f"{record['standard_error']:.3f}",
+        result["variant"],
+        str(result["length"]),
+        f"{result['budget']['keys']:.0f} ({result['budget']['share']:.1%})",
+        f"{result['perplexity']:.3f}",
+        "" if result["standard_error"] is None else f"{result['standard_error']:.3f}",
         f"{math.exp(last['teacher_forced_loss']):.3f}",
         f"{math.exp(decoded):.3f}" + ("" if last["measured_by_decoding"] else " (same function)"),
         "" if level is None else f"{math.exp(decoded - level):.4f}",
@@ -67,103 +68,108 @@ def perplexity_table(records: _Records) -> str:
   return markdown(header, rows)
 
 
-def retrieval_table(records: _Records) -> str:
-  """One line a record: hits, share and interval."""
+def retrieval_table(results: _Results) -> str:
+  """One row a result: right answers, their share, and its 95 % interval."""
   header = ["puzzle", "variant", "length", "keys kept", "right", "share (95 %)"]
   rows = [
     [
-      record["puzzle"],
-      record["variant"],
-      str(record["length"]),
-      f"{record['budget']['keys']:.0f} ({record['budget']['share']:.1%})",
-      f"{record['hits']} of {record['samples']}",
-      f"{record['share']:.0%} ({record['low']:.0%}–{record['high']:.0%})",
+      result["puzzle"],
+      result["variant"],
+      str(result["length"]),
+      f"{result['budget']['keys']:.0f} ({result['budget']['share']:.1%})",
+      f"{result['hits']} of {result['samples']}",
+      f"{result['share']:.0%} ({result['low']:.0%}–{result['high']:.0%})",
     ]
-    for record in records
+    for result in results
   ]
   return markdown(header, rows)
 
 
-def by_method(records: _Records, value: Callable[[Mapping[str, Any]], float]) -> dict[str, list]:
-  """Points of a picture against the share of keys: a method is a name up to its first comma."""
+def by_method(results: _Results, value: Callable[[Mapping[str, Any]], float]) -> dict[str, list]:
+  """Points of a plot against the share of keys kept; a method is a variant's name up to a comma.
+
+  Args:
+    results: of one task at one length.
+    value: the y value of a result.
+  """
   methods: dict[str, list[plots.Point]] = {}
-  for record in records:
-    name = record["variant"].partition(",")[0]
-    methods.setdefault(name, []).append(plots.Point(record["budget"]["share"], value(record)))
+  for result in results:
+    name = result["variant"].partition(",")[0]
+    methods.setdefault(name, []).append(plots.Point(result["budget"]["share"], value(result)))
   return methods
 
 
-def _perplexity(records: _Records, shown: _Records, out: Path) -> list[Any]:
-  drawn: list[Any] = [perplexity_table(records)]
-  for length in sorted({record["length"] for record in records}):
+def _perplexity(results: _Results, shown: _Results, out: Path) -> list[Any]:
+  drawn: list[Any] = [perplexity_table(results)]
+  for length in sorted({result["length"] for result in results}):
     drawn.append(out / f"perplexity_by_share_{length}.png")
     plots.plot_against_share(
       by_method(
-        [record for record in records if record["length"] == length],
-        lambda record: math.exp(record["last"]["decoded_loss"]),
+        [result for result in results if result["length"] == length],
+        lambda result: math.exp(result["last"]["decoded_loss"]),
       ),
       drawn[-1],
       y_label="Perplexity of the last tokens, by decoding",
       title=f"{length} tokens",
       focus=True,
     )
-    own = [record for record in shown if record["length"] == length]
+    own = [result for result in shown if result["length"] == length]
     if own:
       drawn.append(out / f"perplexity_by_position_{length}.png")
       plots.plot_perplexity_by_position(own, drawn[-1])
-    if any(record["restart"] for record in own):
+    if any(result["restart"] for result in own):
       drawn.append(out / f"restart_{length}.png")
-      plots.plot_restart([record for record in own if record["restart"]], drawn[-1])
+      plots.plot_restart([result for result in own if result["restart"]], drawn[-1])
   return drawn
 
 
-def _retrieval(records: _Records, shown: _Records, out: Path) -> list[Any]:
-  drawn: list[Any] = [retrieval_table(records)]
-  for puzzle in dict.fromkeys(record["puzzle"] for record in shown):
-    own = [record for record in shown if record["puzzle"] == puzzle]
+def _retrieval(results: _Results, shown: _Results, out: Path) -> list[Any]:
+  drawn: list[Any] = [retrieval_table(results)]
+  for puzzle in dict.fromkeys(result["puzzle"] for result in shown):
+    own = [result for result in shown if result["puzzle"] == puzzle]
     drawn.append(out / f"{puzzle}.png")
     plots.plot_retrieval(own, drawn[-1], title=puzzle)
     by_depth = [
-      {"variant": record["variant"], "length": record["length"], **cell}
-      for record in own
-      for cell in record["by_depth"]
+      {"variant": result["variant"], "length": result["length"], **depth}
+      for result in own
+      for depth in result["by_depth"]
     ]
     drawn.append(out / f"{puzzle}_by_depth.png")
     plots.plot_heat_maps(by_depth, drawn[-1], title=puzzle)
   return drawn
 
 
-def _longbench(records: _Records, shown: _Records, out: Path) -> list[Any]:
+def _longbench(results: _Results, shown: _Results, out: Path) -> list[Any]:
   del shown, out
   buckets = ("0-4k", "4-8k", "8k+", "all")
   rows = [
-    [record["dataset"], record["variant"], str(record["length"])]
-    + ["" if (score := record["score"][name]) is None else f"{score:.2f}" for name in buckets]
-    for record in records
+    [result["dataset"], result["variant"], str(result["length"])]
+    + ["" if (score := result["score"][name]) is None else f"{score:.2f}" for name in buckets]
+    for result in results
   ]
   return [markdown(["data set", "variant", "length", *buckets], rows)]
 
 
-def _many_documents(records: _Records, shown: _Records, out: Path) -> list[Any]:
+def _lost_in_the_middle(results: _Results, shown: _Results, out: Path) -> list[Any]:
   del shown, out
   rows = [
     [
-      record["variant"],
-      record["documents"],
-      "any" if cell["gold"] is None else str(cell["gold"] + 1),
-      f"{cell['hits']} of {cell['samples']}",
-      f"{cell['share']:.0%} ({cell['low']:.0%}–{cell['high']:.0%})",
+      result["variant"],
+      result["documents"],
+      "any" if place["gold"] is None else str(place["gold"] + 1),
+      f"{place['hits']} of {place['samples']}",
+      f"{place['share']:.0%} ({place['low']:.0%}–{place['high']:.0%})",
     ]
-    for record in records
-    for cell in record["by_place"]
+    for result in results
+    for place in result["by_place"]
   ]
-  header = ["variant", "documents", "place of the answer", "right", "share (95 %)"]
+  header = ["variant", "documents", "position of the answer", "right", "share (95 %)"]
   return [markdown(header, rows)]
 
 
-_WRITERS: dict[str, Callable[[_Records, _Records, Path], list[Any]]] = {
+_WRITERS: dict[str, Callable[[_Results, _Results, Path], list[Any]]] = {
   "perplexity": _perplexity,
   "retrieval": _retrieval,
   "longbench": _longbench,
-  "many_documents": _many_documents,
+  "lost_in_the_middle": _lost_in_the_middle,
 }

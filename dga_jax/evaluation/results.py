@@ -1,4 +1,4 @@
-"""Results as JSON lines: a run that was cut off goes on with the cells that it lacks."""
+"""A file of results as JSON lines, so that an interrupted run continues with missing results."""
 
 import importlib.metadata
 import json
@@ -14,12 +14,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "dga-jax")
 
 
 def environment() -> dict[str, Any]:
-  """Versions, and the devices that computed."""
+  """The versions of the packages and of Python, and the devices."""
   versions = {}
   for package in _PACKAGES:
     try:
       versions[package] = importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout, not installed
+    except importlib.metadata.PackageNotFoundError:  # A checkout that is not installed.
       versions[package] = "checkout"
   device = jax.devices()[0]
   return {
@@ -29,49 +29,59 @@ def environment() -> dict[str, Any]:
 
 
 class Results:
-  """A .jsonl file of cells, one line each; a later line with the same key replaces an earlier.
+  """A .jsonl file of results, one a line; a later line with the same key replaces an earlier one.
 
   Args:
-    path: the file; made with its folder at the first `add`.
+    path: the file; `add` creates it and its folder.
 
   Raises:
-    ValueError: a line other than the last is no record.
+    ValueError: a line other than the last is not a result.
   """
 
   def __init__(self, path: str | Path) -> None:
     self._path = Path(path)
-    self._cells: dict[str, dict[str, Any]] = {}
+    self._results: dict[str, dict[str, Any]] = {}
     if self._path.is_file():
       self._read()
 
   def __contains__(self, key: object) -> bool:
-    return key in self._cells
+    return key in self._results
 
   def __getitem__(self, key: str) -> dict[str, Any]:
-    return self._cells[key]
+    return self._results[key]
 
   def all(self) -> list[dict[str, Any]]:
-    """Every record, oldest first."""
-    return list(self._cells.values())
+    """Every result, oldest first."""
+    return list(self._results.values())
 
-  def add(self, key: str, record: Mapping[str, Any]) -> None:
-    """Appends a cell; it is on disk when this returns."""
-    self._cells[key] = {"key": key, **record}
+  def add(self, key: str, result: Mapping[str, Any]) -> None:
+    """Appends a result; it is on disk when this returns."""
+    self._results[key] = {"key": key, **result}
     self._path.parent.mkdir(parents=True, exist_ok=True)
     with self._path.open("a", encoding="utf-8") as file:
-      file.write(json.dumps(self._cells[key]) + "\n")
+      file.write(json.dumps(self._results[key], allow_nan=False) + "\n")
       file.flush()
       os.fsync(file.fileno())
 
   def _read(self) -> None:
-    lines = self._path.read_text(encoding="utf-8").splitlines()
+    *lines, rest = self._path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
-      try:
-        record = json.loads(line)
-        self._cells[record["key"]] = record
-      except (json.JSONDecodeError, KeyError, TypeError) as error:
-        if number < len(lines):
-          raise ValueError(f"{self._path}, line {number}, is no record.") from error
-        # The process was killed while it wrote this line: the cell is done again.
-        whole = "".join(f"{line}\n" for line in lines[:-1])
-        self._path.write_text(whole, encoding="utf-8")
+      if not self._take(line):
+        raise ValueError(f"{self._path}, line {number}, is not a result.")
+    if not rest:
+      return
+    with self._path.open("r+b") as file:
+      if self._take(rest):
+        file.seek(0, os.SEEK_END)
+        file.write(b"\n")
+      else:  # The process was killed while it wrote this line: the job runs again.
+        file.truncate(sum(len(line) + 1 for line in lines))
+
+  def _take(self, line: bytes) -> bool:
+    """Adds the result in a line; False if there is none."""
+    try:
+      result = json.loads(line)
+      self._results[result["key"]] = result
+    except (ValueError, KeyError, TypeError):
+      return False
+    return True

@@ -1,4 +1,4 @@
-"""Continuing prompts: a batch of requests kept full, its programs, how a token is drawn."""
+"""Generation: continuous batching, the compiled engine under it, and sampling."""
 
 from dga_jax.generation.continuous_batching import (
   ContinuousBatching,

@@ -1,4 +1,4 @@
-"""The compiled programs of a request batch: read a prompt into a slot, decode all slots."""
+"""The compiled programs of generation: prefill a prompt into a slot, decode all slots."""
 
 import dataclasses
 from collections.abc import Callable, Collection
@@ -19,27 +19,27 @@ from pallas_kernels.dispatch import find_target
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BatchState:
-  """State of all slots, on the device. What lies in a free slot has no meaning.
+  """The state of all slots, on the device. The entries of a free slot have no meaning.
 
   Attributes:
     cache: one row a slot.
-    token: the last token of each, not yet in the cache.
-    drawn: tokens drawn so far.
-    controls: how they are drawn.
+    token: the last token of each slot; the cache does not contain it yet.
+    sampled: tokens sampled so far in each slot.
+    sampling: the sampling settings of each slot.
   """
 
   cache: DecoderCache
   token: Int[Array, "B"]
-  drawn: Int[Array, "B"]
-  controls: SamplingParams
+  sampled: Int[Array, "B"]
+  sampling: SamplingParams
 
 
 def decode_options() -> dict[str, bool | int]:
-  """Compiler options of a program that decodes: on GPUs from Ampere on, few and large products.
+  """XLA options for a decoding program; empty except for GPUs from Ampere on.
 
-  Query, key and value are one product then, gate and up another: fewer kernels, each of which
-  reads more at a stretch. XLA's Triton products read the weights where they lie; others would copy
-  them side by side first, for every token.
+  The options merge the products of query, key and value into one kernel, and those of gate and up
+  into another. XLA's Triton products read merged weights in place; other products would copy the
+  weights side by side first, for every token.
   """
   if not find_target().runs_triton:
     return {}
@@ -47,15 +47,18 @@ def decode_options() -> dict[str, bool | int]:
 
 
 class Engine:
-  """What runs on the device, compiled when made; every program updates the slots in place.
+  """The programs of a batch of slots, compiled by the constructor; they update slots in place.
 
   Args:
-    model: a decoder. Its weights are kept in the dtype that they are multiplied in.
-    slots: sequences under way at once.
-    max_length: tokens that a slot's cache is to hold.
-    padded_lengths: of the prompts that will come, as arrays.
-    chunk: tokens of a prompt that are read at once; None for all.
-    burst: tokens that `decode` draws for every slot.
+    model: a decoder. The engine keeps its weights in the dtype of the products.
+    slots: sequences that run at once.
+    max_length: tokens for which a slot's cache has room.
+    padded_lengths: the array lengths of the prompts to come.
+    prompt_chunk: tokens of a prompt that one program prefills; None for whole prompts.
+    decode_chunk: tokens that one call of `decode` samples for every slot.
+
+  Raises:
+    ValueError: a weight that overflows the dtype of the products.
   """
 
   def __init__(
@@ -65,63 +68,82 @@ class Engine:
     slots: int,
     max_length: int,
     padded_lengths: Collection[int],
-    chunk: int | None,
-    burst: int,
+    prompt_chunk: int | None,
+    decode_chunk: int,
   ) -> None:
-    # Cast before layers are taken apart: what is copied then is half as large.
+    # Cast before the layers are unstacked, since unstacking copies the weights.
     graphdef, params = nnx.split(model)
     model = nnx.merge(graphdef, _in_compute_dtype(params, model.config.dtype))
     self._graphdef, self._params = nnx.split(model.unstack_layers())
-    self._max_length, self._chunk, self._burst = max_length, chunk, burst
+    self._max_length, self._prompt_chunk = max_length, prompt_chunk
+    self._decode_chunk = decode_chunk
     self._compiled: dict[str, Any] = {}
-    one, at, controls = _shape(1), _shape(), jax.eval_shape(lambda: SamplingParams.of([Sampling()]))
-    if chunk is None:
+    one, slot = _shape(1), _shape()
+    sampling = jax.eval_shape(lambda: SamplingParams.from_samplings([Sampling()]))
+    if prompt_chunk is None:
       prompts = {length: (self._params, _shape(1, length), one) for length in padded_lengths}
-      rows = [jax.eval_shape(self._read, *prompt)[1] for prompt in prompts.values()]
+      rows = [jax.eval_shape(self._prefill, *prompt)[1] for prompt in prompts.values()]
       empty, state = self._empty_slots(slots, rows)
       for length, prompt in prompts.items():
-        self._compile(f"admit {length}", self._admit, state, *prompt, at, controls, donate=0)
+        self._compile(f"admit {length}", self._admit, state, *prompt, slot, sampling, donate=0)
     else:
       row = jax.eval_shape(self._empty_row)
       empty, state = self._empty_slots(slots, [row])
       logits = _shape(1, model.config.vocab_size, dtype=jnp.float32)
+      piece = _shape(1, prompt_chunk)
       self._compile("empty row", self._empty_row)
-      self._compile("extend", self._extend, row, self._params, _shape(1, chunk), one, donate=0)
-      self._compile("insert", _insert, state, logits, row, at, controls, donate=0)
+      self._compile("extend", self._extend, row, self._params, piece, one, donate=0)
+      self._compile("insert", _insert, state, logits, row, slot, sampling, donate=0)
     self._compile("empty", empty)
     self._compile("decode", self._decode, state, self._params, donate=0, options=decode_options())
 
   @property
   def count(self) -> int:
-    """Programs compiled. Each refuses other shapes than its own, so none is compiled later."""
+    """Programs compiled. No program is compiled later: each refuses arrays of other shapes."""
     return len(self._compiled)
 
   def empty(self) -> BatchState:
     """Slots without a sequence."""
-    slots: BatchState = self._compiled["empty"]()
-    return slots
+    state: BatchState = self._compiled["empty"]()
+    return state
 
   def admit(
-    self, slots: BatchState, prompt_1xL: Int[np.ndarray, "1 L"], length: int, at: int, how: Sampling
+    self,
+    state: BatchState,
+    prompt_1xL: Int[np.ndarray, "1 L"],
+    length: int,
+    slot: int,
+    sampling: Sampling,
   ) -> tuple[Int[Array, "1"], BatchState]:
-    """Reads a right-padded prompt into slot `at` and draws its first token."""
-    place = (np.int32(at), SamplingParams.of([how]))
-    if self._chunk is None:
+    """Prefills a right-padded prompt into a slot and samples its first token.
+
+    Args:
+      state: of all slots; its buffers are donated.
+      prompt_1xL: int32, with L one of `padded_lengths` or a multiple of `prompt_chunk`.
+      length: tokens of the prompt without the padding.
+      slot: a free slot.
+      sampling: how the sequence's tokens are sampled.
+
+    Returns:
+      (the first token, the new state).
+    """
+    where = (np.int32(slot), SamplingParams.from_samplings([sampling]))
+    if self._prompt_chunk is None:
       count = np.array([length], np.int32)
       run = self._compiled[f"admit {prompt_1xL.shape[1]}"]
-      admitted: tuple[Array, BatchState] = run(slots, self._params, prompt_1xL, count, *place)
+      admitted: tuple[Array, BatchState] = run(state, self._params, prompt_1xL, count, *where)
       return admitted
     row, logits = self._compiled["empty row"](), None
-    for begin in range(0, length, self._chunk):
-      piece = prompt_1xL[:, begin : begin + self._chunk]
-      count = np.array([min(self._chunk, length - begin)], np.int32)
+    for begin in range(0, length, self._prompt_chunk):
+      piece = prompt_1xL[:, begin : begin + self._prompt_chunk]
+      count = np.array([min(self._prompt_chunk, length - begin)], np.int32)
       logits, row = self._compiled["extend"](row, self._params, piece, count)
-    inserted: tuple[Array, BatchState] = self._compiled["insert"](slots, logits, row, *place)
+    inserted: tuple[Array, BatchState] = self._compiled["insert"](state, logits, row, *where)
     return inserted
 
-  def decode(self, slots: BatchState) -> tuple[Int[Array, "burst B"], BatchState]:
-    """The next tokens of every slot."""
-    decoded: tuple[Array, BatchState] = self._compiled["decode"](slots, self._params)
+  def decode(self, state: BatchState) -> tuple[Int[Array, "T B"], BatchState]:
+    """Samples the next T = `decode_chunk` tokens of every slot; the state's buffers are donated."""
+    decoded: tuple[Array, BatchState] = self._compiled["decode"](state, self._params)
     return decoded
 
   def _compile(
@@ -139,19 +161,19 @@ class Engine:
     model: Decoder = nnx.merge(self._graphdef, params)
     return model
 
-  def _read(self, params: Any, prompt_1xL: Array, length_1: Array) -> tuple[Array, DecoderCache]:
+  def _prefill(self, params: Any, prompt_1xL: Array, length_1: Array) -> tuple[Array, DecoderCache]:
     return self._model(params).prefill(prompt_1xL, length_1, max_length=self._max_length)
 
   def _admit(
     self,
-    slots: BatchState,
+    state: BatchState,
     params: Any,
     prompt_1xL: Array,
     length_1: Array,
-    at: Array,
-    controls: SamplingParams,
+    slot: Array,
+    sampling: SamplingParams,
   ) -> tuple[Array, BatchState]:
-    return _insert(slots, *self._read(params, prompt_1xL, length_1), at, controls)
+    return _insert(state, *self._prefill(params, prompt_1xL, length_1), slot, sampling)
 
   def _empty_row(self) -> DecoderCache:
     return self._model(self._params).init_cache(1, self._max_length)
@@ -164,7 +186,7 @@ class Engine:
   def _empty_slots(
     self, count: int, rows: list[DecoderCache]
   ) -> tuple[Callable[[], BatchState], BatchState]:
-    """What makes empty slots that any of the rows fits into, and their shapes."""
+    """A function that makes empty slots into which any of the rows fits, and their shapes."""
 
     def widest(*leaves: Any) -> Any:
       shape = tuple(np.max([leaf.shape for leaf in leaves], axis=0).tolist())
@@ -174,57 +196,68 @@ class Engine:
 
     def empty() -> BatchState:
       zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), layers)
-      none_B = jnp.zeros(count, jnp.int32)
-      return BatchState(
-        DecoderCache(zeros, none_B), none_B, none_B, SamplingParams.of([Sampling()] * count)
-      )
+      zero_B = jnp.zeros(count, jnp.int32)
+      sampling = SamplingParams.from_samplings([Sampling()] * count)
+      return BatchState(DecoderCache(zeros, zero_B), zero_B, zero_B, sampling)
 
     return empty, jax.eval_shape(empty)
 
-  def _decode(self, slots: BatchState, params: Any) -> tuple[Array, BatchState]:
+  def _decode(self, state: BatchState, params: Any) -> tuple[Array, BatchState]:
     model = self._model(params)
 
-    def step(slots: BatchState, _: None) -> tuple[BatchState, Array]:
-      logits_BxV, cache = model.decode(slots.token, slots.cache)
-      token_B = sample(logits_BxV, slots.controls, slots.drawn)
-      return BatchState(cache, token_B, slots.drawn + 1, slots.controls), token_B
+    def step(state: BatchState, _: None) -> tuple[BatchState, Array]:
+      logits_BxV, cache = model.decode(state.token, state.cache)
+      token_B = sample(logits_BxV, state.sampling, state.sampled)
+      return BatchState(cache, token_B, state.sampled + 1, state.sampling), token_B
 
-    slots, tokens = jax.lax.scan(step, slots, None, length=self._burst)
-    return tokens, slots
+    state, token_TxB = jax.lax.scan(step, state, None, length=self._decode_chunk)
+    return token_TxB, state
 
 
 def _insert(
-  slots: BatchState, logits_1xV: Array, row: DecoderCache, at: Array, controls: SamplingParams
+  state: BatchState, logits_1xV: Array, row: DecoderCache, slot: Array, sampling: SamplingParams
 ) -> tuple[Array, BatchState]:
-  """Draws a prompt's first token and puts its cache into slot `at`."""
-  token_1 = sample(logits_1xV, controls, jnp.zeros(1, jnp.int32))
+  """Samples a prompt's first token and writes its cache into a slot."""
+  token_1 = sample(logits_1xV, sampling, jnp.zeros(1, jnp.int32))
 
-  def put(all_rows: Array, one_row: Array, axis: int) -> Array:
-    short = [(0, whole - own) for whole, own in zip(all_rows.shape, one_row.shape, strict=True)]
-    short[axis] = (0, 0)
-    return jax.lax.dynamic_update_slice_in_dim(all_rows, jnp.pad(one_row, short), at, axis)
+  def write(all_rows: Array, one_row: Array, axis: int) -> Array:
+    missing = [(0, whole - own) for whole, own in zip(all_rows.shape, one_row.shape, strict=True)]
+    missing[axis] = (0, 0)
+    padded = jnp.pad(one_row, missing)
+    return jax.lax.dynamic_update_slice_in_dim(all_rows, padded, slot, axis)
 
-  def put_key(all_keys: Array, key: Array) -> Array:
-    return all_keys.at[at].set(key[0])
+  def write_setting(settings_B: Array, setting_1: Array) -> Array:
+    return settings_B.at[slot].set(setting_1[0])
 
-  old = slots.controls
   return token_1, BatchState(
     cache=DecoderCache(
-      layers=jax.tree.map(lambda a, b: put(a, b, 1), slots.cache.layers, row.layers),
-      length=put(slots.cache.length, row.length, 0),
+      layers=jax.tree.map(lambda a, b: write(a, b, 1), state.cache.layers, row.layers),
+      length=write(state.cache.length, row.length, 0),
     ),
-    token=put(slots.token, token_1, 0),
-    drawn=put(slots.drawn, jnp.ones(1, jnp.int32), 0),
-    controls=jax.tree.map(put_key, old, controls),
+    token=write(state.token, token_1, 0),
+    sampled=write(state.sampled, jnp.ones(1, jnp.int32), 0),
+    sampling=jax.tree.map(write_setting, state.sampling, sampling),
   )
 
 
 def _in_compute_dtype(params: Any, dtype: str) -> Any:
-  """Weights as they are multiplied, so that no step has to cast them; norms compute in float32."""
+  """Casts the weights to the dtype of the products, once; norms compute in float32.
+
+  Raises:
+    ValueError: a weight that is too large for the dtype, which only float16 can cause.
+  """
 
   def cast(path: tuple[Any, ...], x: Array) -> Float[Array, "..."]:
-    is_norm = any("scale" in str(entry) for entry in path)
-    return x if is_norm else x.astype(dtype)
+    name = jax.tree_util.keystr(path)
+    if "scale" in name:
+      return x
+    narrow = x.astype(dtype)
+    if dtype == "float16" and bool((jnp.isinf(narrow) & jnp.isfinite(x)).any()):
+      raise ValueError(
+        f"dtype is 'float16', whose largest number is 65504, but the parameter {name} contains"
+        f" {float(jnp.abs(x).max()):g}; use dtype 'bfloat16' or 'float32'."
+      )
+    return narrow
 
   return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -1,38 +1,30 @@
 """Configuration of the decoder: a frozen dataclass, validated, convertible to and from dicts."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
-from typing import Any, get_args, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
+from dga_jax.choices import AttentionName, DtypeName, RematName
 from dga_jax.config import DGAConfig
-from dga_jax.config_checks import (
-  require,
-  require_bool,
+from dga_jax.config_dataclasses import (
+  config_error,
+  from_dict,
   require_choice,
-  require_instance,
   require_int,
   require_number,
+  require_type,
 )
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.kv_merger import KVMergerConfig
 from dga_jax.model.attention_kinds.lm_infinite import LMInfiniteConfig
 from dga_jax.model.attention_kinds.minference import MInferenceConfig
-from dga_jax.model.attention_kinds.registry import (
-  ATTENTION_NAMES,
-  ATTENTION_SETTINGS,
-  AttentionName,
-  make_kind,
-)
+from dga_jax.model.attention_kinds.registry import ATTENTION_SETTINGS, make_kind
 from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
 from dga_jax.model.attention_kinds.streaming_llm import StreamingLLMConfig
 from dga_jax.model.attention_kinds.top_k_eviction import TopKEvictionConfig
 from dga_jax.model.rope import inverse_frequencies, RopeScaling
-
-RematName = Literal["none", "full", "dots"]
-DtypeName = Literal["bfloat16", "float16", "float32"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,22 +90,31 @@ class ModelConfig:
   remat: RematName = "none"
 
   def __post_init__(self) -> None:
-    for name in _SIZES:
-      require_int(self, name, least=1)
-    wants = f"a multiple of num_kv_heads={self.num_kv_heads}"
-    require(self, "num_heads", self.num_heads % self.num_kv_heads == 0, wants)
-    require(self, "head_dim", self.head_dim % 2 == 0, "even, since RoPE rotates pairs of channels")
-    require_number(self, "rope_base", above=0.0)
-    require_number(self, "norm_eps", above=0.0)
-    require_instance(self, "rope_scaling", RopeScaling, type(None))
+    require_int(
+      self,
+      "vocab_size",
+      "num_layers",
+      "embed_dim",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "mlp_dim",
+      least=1,
+    )
+    if self.num_heads % self.num_kv_heads:
+      raise config_error(self, "num_heads", f"a multiple of num_kv_heads={self.num_kv_heads}")
+    if self.head_dim % 2:
+      raise config_error(self, "head_dim", "even, since RoPE rotates pairs of channels")
+    require_number(self, "rope_base", "norm_eps", above=0)
+    require_type(self, "rope_scaling", RopeScaling, type(None))
     for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
-      require_bool(self, name)
+      require_type(self, name, bool)
     for name, settings in ATTENTION_SETTINGS.items():
-      require_instance(self, name, settings)
-    require_choice(self, "attention", ATTENTION_NAMES)
-    require_choice(self, "remat", get_args(RematName))
-    require_choice(self, "dtype", get_args(DtypeName))
-    require_choice(self, "param_dtype", get_args(DtypeName))
+      require_type(self, name, settings)
+    require_choice(self, "attention", AttentionName)
+    require_choice(self, "remat", RematName)
+    require_choice(self, "dtype", DtypeName)
+    require_choice(self, "param_dtype", DtypeName)
 
   def rope_frequencies(self) -> np.ndarray:
     """Angles per position ω [D/2] of RoPE; see `inverse_frequencies`."""
@@ -137,50 +138,6 @@ class ModelConfig:
         mappings themselves.
 
     Raises:
-      ValueError: an unknown or missing key, named with its path, or an invalid value.
+      ValueError: an unknown key, with the closest known one; a missing key; or a wrong value.
     """
-    values = dict(values)
-    for name, nested in {"rope_scaling": RopeScaling, **ATTENTION_SETTINGS}.items():
-      if isinstance(values.get(name), Mapping):
-        values[name] = dataclass_from_dict(nested, values[name], path=f"model.{name}")
-    return dataclass_from_dict(cls, values, path="model")
-
-
-def dataclass_from_dict[T](cls: type[T], values: Mapping[str, Any], *, path: str) -> T:
-  """Makes the dataclass `cls` from `values`.
-
-  Args:
-    cls: a dataclass.
-    values: its field names to values.
-    path: of `values` in the whole config, for messages.
-
-  Raises:
-    ValueError: an unknown key, with the closest field, or a missing field.
-  """
-  fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-  for key in values:
-    if key not in fields:
-      close = difflib.get_close_matches(str(key), fields, n=1)
-      hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(fields)}."
-      raise ValueError(f"{path} has the unknown key {key!r}; {hint}")
-  missing = [
-    name
-    for name, field in fields.items()
-    if name not in values
-    and field.default is dataclasses.MISSING
-    and field.default_factory is dataclasses.MISSING
-  ]
-  if missing:
-    raise ValueError(f"{path} lacks {', '.join(missing)}.")
-  return cls(**values)
-
-
-_SIZES = (
-  "vocab_size",
-  "num_layers",
-  "embed_dim",
-  "num_heads",
-  "num_kv_heads",
-  "head_dim",
-  "mlp_dim",
-)
+    return from_dict(cls, values, path="model")

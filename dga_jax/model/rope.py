@@ -2,15 +2,14 @@
 
 import dataclasses
 import math
-from typing import get_args, Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dga_jax.config_checks import require_choice, require_int, require_number
-
-RopeKind = Literal["linear", "llama3"]
+from dga_jax.choices import RopeKind
+from dga_jax.config_dataclasses import require_choice, require_int, require_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +35,9 @@ class RopeScaling:
   original_max_position: int = 8192
 
   def __post_init__(self) -> None:
-    require_choice(self, "kind", get_args(RopeKind))
-    require_number(self, "factor", least=1.0)
-    require_number(self, "low_freq_factor", above=0.0)
+    require_choice(self, "kind", RopeKind)
+    require_number(self, "factor", least=1)
+    require_number(self, "low_freq_factor", above=0)
     require_number(self, "high_freq_factor", above=self.low_freq_factor)
     require_int(self, "original_max_position", least=1)
 

@@ -1,7 +1,10 @@
 """The entries to decoding: attention alone, or a whole step; they pick the implementation."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.decode.cache_arrays import (
   BlockRule,
   CacheArrays,
@@ -9,8 +12,7 @@ from pallas_kernels.decode.cache_arrays import (
   CacheMask,
   GroupBias,
 )
-from pallas_kernels.decode.xla import decode_attention_xla
-from pallas_kernels.dispatch import choose, triton_refusal
+from pallas_kernels.triton_common import head_refusal
 
 _MOST_ROWS = 128  # of a block: more do not fit a kernel's registers
 
@@ -26,7 +28,7 @@ def decode_attention(
   *,
   scale: float,
   group_bias: GroupBias | None = None,
-  implementation: str | None = None,
+  implementation: dispatch.Implementation = None,
 ) -> Float[Array, "B H D"]:
   """One softmax per query over what its sequence sees of one layer's cache.
 
@@ -46,20 +48,17 @@ def decode_attention(
     visible: what each sequence sees.
     scale: of the logits.
     group_bias: what is added to the logits of groups; None for nothing.
-    implementation: "mosaic_tpu" (TPUs), "xla" (any device), or None for the first that runs on
-      the device at hand.
+    implementation: "mosaic_tpu" (TPUs) or "xla" (any device); a tuple of names in order of
+      preference; None for the first that can run the call.
 
   Raises:
-    ValueError: if the implementation is unknown.
-    NotImplementedError: if it is named and cannot compute this call; the message says why.
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
   arrays = (query, compact_key, compact_value, raw_key, raw_value, layer, visible)
-  refusals = {"mosaic_tpu": _mosaic_tpu_refusal(query, compact_key)}
-  if choose(implementation, refusals, query, compact_key) == "xla":
-    return decode_attention_xla(*arrays, scale=scale, group_bias=group_bias)
-  from pallas_kernels.decode.mosaic_tpu_decode import decode_attention_mosaic_tpu
-
-  return decode_attention_mosaic_tpu(*arrays, scale=scale, group_bias=group_bias)
+  options = {"scale": scale, "group_bias": group_bias}
+  out_BxHxD: Array = dispatch.run("decode_attention", implementation, *arrays, **options)
+  return out_BxHxD
 
 
 def step_in_place(
@@ -102,39 +101,47 @@ def step_in_place(
 
 
 def has_step_kernel(
-  query: Float[Array, "B H D"], store: CacheArrays, blocks: BlockRule, implementation: str | None
+  query: Float[Array, "B H D"],
+  store: CacheArrays,
+  blocks: BlockRule,
+  implementation: dispatch.Implementation,
 ) -> bool:
   """Whether `step_in_place` serves this call.
 
   Args:
     query: of the call, like `store` and `blocks`.
-    implementation: "triton" for it, "mosaic_tpu" or "xla" for `decode_attention`, or None for
-      what runs on the device at hand.
+    implementation: "triton" for it, "mosaic_tpu" or "xla" for `decode_attention`; a tuple of
+      names in order of preference; None for the first that can run the call.
 
   Raises:
-    ValueError: if the implementation is unknown.
-    NotImplementedError: if it is named and cannot compute this call; the message says why.
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  refusals = {
-    "triton": _triton_refusal(query, store, blocks),
-    "mosaic_tpu": _mosaic_tpu_refusal(query, store.compact_key),
-  }
-  return choose(implementation, refusals, query, store.compact_key) == "triton"
+  return dispatch.choose("decode_step", implementation, query, store, blocks) == "triton"
 
 
-def _triton_refusal(query: Array, store: CacheArrays, blocks: BlockRule) -> str | None:
-  if reason := triton_refusal(query):
+def step_refusal(query: Array, store: CacheArrays, blocks: BlockRule) -> str | None:
+  """Why the Triton kernels of a whole step cannot run a call; None if they can."""
+  if reason := head_refusal(query):
     return reason
   if blocks.size > _MOST_ROWS:
-    return f"a block has {blocks.size} tokens; these kernels take {_MOST_ROWS}"
+    return f"a block has {blocks.size} tokens; at most {_MOST_ROWS} fit a kernel's registers"
   if 0 in store.compact_key.shape:
     return "the cache has no compact entries"
   return None
 
 
-def _mosaic_tpu_refusal(query: Array, compact_key: Array) -> str | None:
+def step_attention_refusal(query: Array, store: CacheArrays, blocks: BlockRule) -> str | None:
+  """Why the TPU kernel cannot run the attention of a step; None if it can."""
+  del blocks
+  return attention_refusal(query, store.compact_key)
+
+
+def attention_refusal(query: Array, compact_key: Array, *_: Any, **options: Any) -> str | None:
+  """Why the TPU kernel cannot run a call of `decode_attention`; None if it can."""
+  del options
   if str(query.dtype) not in ("bfloat16", "float32"):
-    return f"dtype is {query.dtype}; mosaic_tpu has bfloat16 and float32"
+    return f"dtype is {query.dtype}; it must be bfloat16 or float32"
   if 0 in compact_key.shape:
     return "the cache has no compact entries"
   return None

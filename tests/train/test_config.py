@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from dga_jax import DGAConfig
+from dga_jax.config_dataclasses import check_key
 from dga_jax.model import RopeScaling
-from train.config import check_key, check_resumable, make_config, to_dict, TrainConfig
+from train.config import check_resumable, make_config, to_dict, TrainConfig
 
 
 def change(config: TrainConfig, key: str, value: Any) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def test_through_json_and_back(config: TrainConfig) -> None:
 )
 def test_an_unknown_key_is_named_with_the_closest(key: str, closest: str) -> None:
   with pytest.raises(ValueError, match=f"'config.{key}'.*'config.{closest}'"):
-    check_key(key)
+    check_key(TrainConfig, key, path="config")
 
 
 def test_an_unknown_key_in_a_file(config: TrainConfig) -> None:
@@ -82,6 +83,13 @@ def test_a_value_without_sense_is_named(key: str, value: Any, config: TrainConfi
     make_config(change(config, key, value))
 
 
+@pytest.mark.parametrize("key", ["seed", "model.dga.seed"])
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_has_32_bits(key: str, seed: int, config: TrainConfig) -> None:
+  with pytest.raises(ValueError, match=rf"config\.{key} is {seed}; .*from 0 to 4294967295"):
+    make_config(change(config, key, seed))
+
+
 def test_a_wrong_type_is_named(config: TrainConfig) -> None:
   with pytest.raises(ValueError, match=r"config\.num_steps is '12'"):
     make_config(change(config, "num_steps", "12"))
@@ -95,6 +103,15 @@ def test_what_would_change_the_run_is_refused(key: str, value: Any, config: Trai
   saved = json.loads(json.dumps(change(config, key, value)))
   with pytest.raises(ValueError, match=rf"config\.{key} is .* was started with {value!r}"):
     check_resumable(config, saved)
+
+
+def test_a_key_newer_than_the_checkpoint_has_its_default(config: TrainConfig) -> None:
+  saved = to_dict(config)
+  del saved["guard"], saved["model"]["qk_norm"]
+  check_resumable(config, saved)
+  changed = dataclasses.replace(config, model=dataclasses.replace(config.model, qk_norm=True))
+  with pytest.raises(ValueError, match=r"config\.model\.qk_norm is True, .* started with False"):
+    check_resumable(changed, saved)
 
 
 @pytest.mark.parametrize(("key", "value"), [("log_every", 1), ("data.prefetch_batches", 0)])

@@ -111,7 +111,7 @@ def test_what_cannot_be_begun_with(config: TrainConfig, imported: Path, tmp_path
     train(nowhere, tmp_path / "run")
   with pytest.raises(ValueError, match=r"holds an imported model.*--config\.init_from="):
     train(config, imported)
-  with pytest.raises(ValueError, match=r"config\.init_from is 3"):
+  with pytest.raises(ValueError, match=r"TrainConfig\.init_from is 3"):
     dataclasses.replace(config, init_from=3)
   data = dataclasses.replace(config.data, kind="recall", sequence_length=128)
   with pytest.raises(ValueError, match="another vocabulary than this recall task"):

@@ -12,7 +12,7 @@ type RunTrainer = Callable[..., tuple[int, str]]
   ("override", "message"),
   [
     ("--config.learing_rate=1", "'config.learing_rate'. Did you mean 'config.learning_rate'?"),
-    ("--config.model.dga.importance_rate=3", "DGAConfig.importance_rate is 3"),
+    ("--config.model.dga.importance_rate=3", "config.model.dga.importance_rate is 3"),
     ("--config.num_steps=many", "config.num_steps=many: invalid literal"),
     ("--config.data.train_files=('missing-*.txt',)", "No file matches 'missing-*.txt'"),
     ("--config.model.rope_scaling.factor=2", "model.rope_scaling.factor can not be applied"),

@@ -137,5 +137,5 @@ def test_moments_in_bfloat16_learn_as_well(config: TrainConfig, batch: Batch) ->
       jax.tree.leaves(shapes, is_leaf=lambda x: isinstance(x, tuple))
     )
   assert losses[1] == pytest.approx(losses[0], rel=0.02)
-  with pytest.raises(ValueError, match=r"config\.optimizer\.b2 is 0\.999"):
+  with pytest.raises(ValueError, match=r"OptimizerConfig\.b2 is 0\.999"):
     OptimizerConfig(b2=0.999, moment_dtype="bfloat16")

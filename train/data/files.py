@@ -1,4 +1,4 @@
-"""The files of a corpus: which they are, the documents in them, and which are held out."""
+"""The files of a corpus, the documents in them, and the documents that are held out."""
 
 import dataclasses
 import glob
@@ -99,11 +99,12 @@ def find_files(patterns: tuple[str, ...]) -> tuple[pathlib.Path, ...]:
 def read_documents(path: pathlib.Path) -> Iterator[str]:
   """The documents of a file that are not blank.
 
-  NUL characters part the documents of a text file; of a .jsonl file each line is one, in its
+  NUL characters separate the documents of a text file; in a .jsonl file each line is one, in its
   field "text". Both may be compressed (.gz, .xz).
 
   Raises:
-    ValueError: a file that is damaged, not UTF-8, or no such JSON; it names the file.
+    ValueError: a file that is damaged, not UTF-8, or no such JSON; it names the file and, of a
+      .jsonl file, the line.
   """
   suffixes = path.suffixes
   text = _read_text(path)
@@ -163,10 +164,18 @@ def _jsonl_texts(path: pathlib.Path, lines: str) -> Iterator[str]:
       continue
     try:
       text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
       raise ValueError(
         f'{path}, line {number}, is no JSON object with a field "text": {error!r}.'
       ) from error
     if not isinstance(text, str):
       raise ValueError(f'{path}, line {number}: the field "text" holds no string but {text!r}.')
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:  # JSON can write half of a pair: "\\ud83d".
+      raise ValueError(
+        f'{path}, line {number}: the field "text" holds the lone surrogate '
+        f"\\u{ord(text[error.start]):04x} at character {error.start}, which is no text. Repair or "
+        "remove the line."
+      ) from error
     yield text

@@ -1,6 +1,7 @@
 """Local files as a tensorflow-datasets data set, one example per document."""
 
 import os
+import pathlib
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -10,8 +11,8 @@ from tqdm import tqdm
 from train.data.files import Corpus, Split
 from train.data.tfds_builder import build, LocalBuilder
 
-# While it writes a split, tensorflow-datasets holds up to 1000 MiB in memory; for more it calls
-# for TensorFlow.
+# While it writes a split, tensorflow-datasets holds up to 1000 MiB in memory; for more it imports
+# TensorFlow.
 _MAX_SPLIT_BYTES = 950 << 20
 
 
@@ -49,14 +50,14 @@ _EMPTY: dict[Split, str] = {
 }
 
 
-def build_local_text(corpus: Corpus, data_dir: str | os.PathLike[str]) -> LocalText:
-  """The documents of a corpus as a data set under data_dir.
+def build_local_text(corpus: Corpus, folder: pathlib.Path, *, repair: bool = False) -> LocalText:
+  """The documents of a corpus as a data set in a folder.
 
   Read it with `.as_data_source(split)`, whose examples hold `text` as UTF-8 bytes. The folder has
-  to change with the corpus: put `corpus.fingerprint()` into it.
+  to change with the corpus: its path has `corpus.fingerprint()`.
 
   Raises:
-    OSError: the data set could not be written.
+    OSError: the data set is damaged (unless `repair`), or could not be written.
     ValueError: a file that cannot be read as text, or a split without text.
   """
-  return build(lambda: LocalText(corpus, data_dir))
+  return build(lambda data_dir: LocalText(corpus, data_dir), folder, repair=repair)

@@ -54,8 +54,9 @@ def load_data(
   tokenizer: Tokenizer | None = None,
   process_index: int = 0,
   process_count: int = 1,
+  repair: bool = False,
 ) -> Data:
-  """Prepares the data, or finds them prepared, and makes this process's batches.
+  """Prepares the data unless they are there, and makes this process's batches.
 
   A global batch is the same for any number of processes: process p of P gets its rows
   p * batch_size / P, ..., (p + 1) * batch_size / P - 1.
@@ -69,10 +70,11 @@ def load_data(
       needs one with its own words.
     process_index: number of this process, among those that read different rows.
     process_count: how many those are, a divisor of batch_size.
+    repair: prepare damaged files anew.
 
   Raises:
     FileNotFoundError: a file or pattern of the config that matches nothing.
-    OSError: the prepared files could not be written.
+    OSError: the prepared files are damaged, or could not be written.
     ValueError: files that cannot be read as text, or arguments that make no sense.
   """
   if batch_size < 1 or batch_size % process_count:
@@ -82,18 +84,19 @@ def load_data(
     )
   if config.kind == "text":
     cache = pathlib.Path(config.cache_dir or pathlib.Path(workdir) / "data").expanduser()
-    source = text_source(config, cache, seed, tokenizer)
+    source = text_source(config, cache, seed, tokenizer, repair=repair)
   else:
     source = recall_source(config, seed)
     if tokenizer is not None and tokenizer.to_json() != source.tokenizer.to_json():
       raise ValueError(
         "The model that training begins with has another vocabulary than this recall task; begin "
-        "with one that was trained on the task, or without."
+        "with one that was trained on the task, or without config.init_from."
       )
 
   def batches(rows: grain.MapDataset[Row]) -> grain.IterDataset[Batch]:
-    # Batches of one process's size, dealt out in turn, keep a global batch's rows in order. There
-    # is no remainder; told so, grain counts endless batches of one row without an overflow.
+    # Batches of one process's size, dealt in turn to the processes, keep a global batch's rows in
+    # order. drop_remainder: there is none, and grain then counts endless batches of one row without
+    # an overflow.
     local_batches = rows.batch(batch_size // process_count, drop_remainder=True)
     dealt = local_batches[process_index::process_count]
     threads = min(1, config.prefetch_batches)

@@ -1,29 +1,31 @@
-"""Text files to rows: documents are read, tokenised and stored once, cut and packed at each start.
+"""Text files to rows: documents are read, tokenized and stored once, cut and packed at each start.
 
-In the cache folder, <corpus> holds the documents (local_text), the tokenizer trained on them
-(bpe_<size>/tokenizer.json) and their tokens (<tokenizer>/tokenized_text), where <corpus> and
-<tokenizer> are hashes: changed files or another tokenizer go to other folders.
+The cache folder has a subfolder <corpus>, with the documents in text/, the tokenizer trained on
+them in bpe_<size>/ and their tokens in tokens_<tokenizer>/. <corpus> and <tokenizer> are hashes, so
+changed files or another tokenizer go to other folders.
 """
 
+import functools
 import hashlib
 import pathlib
 import sys
+from collections.abc import Callable
 
 import grain
 from absl import logging
 
-from dga_jax import tokenizer as tokenizer_lib
 from dga_jax.tokenizer import Tokenizer
 from train.data.config import DataConfig
 from train.data.files import Corpus, Split
 from train.data.local_text import build_local_text, LocalText
 from train.data.packing import cut, pack, Span
+from train.data.prepared import prepare
 from train.data.rows import padding_row, Row, Source
 from train.data.token_stream import build_token_stream, TokenStream
 
 
 class TextRows:
-  """The packed rows of a token stream, for grain to read at random.
+  """The packed rows of a token stream, with random access for grain.
 
   Args:
     stream: the documents' tokens.
@@ -54,7 +56,12 @@ class TextRows:
 
 
 def text_source(
-  config: DataConfig, cache: pathlib.Path, seed: int, tokenizer: Tokenizer | None = None
+  config: DataConfig,
+  cache: pathlib.Path,
+  seed: int,
+  tokenizer: Tokenizer | None = None,
+  *,
+  repair: bool = False,
 ) -> Source:
   """The rows of the files that a config names; training rows are shuffled anew in each epoch.
 
@@ -63,20 +70,25 @@ def text_source(
     cache: folder of prepared text and tokens.
     seed: of the order of the training rows.
     tokenizer: in place of the config's.
+    repair: prepare damaged files anew.
 
   Raises:
     FileNotFoundError: a file or pattern that matches nothing.
-    OSError: the prepared files could not be written.
+    OSError: the prepared files are damaged, or could not be written.
     ValueError: files that cannot be read as text, or without text.
   """
   corpus = Corpus.find(config.train_files, config.validation_files)
   fingerprint = corpus.fingerprint()
   folder = cache / fingerprint
   logging.info("The prepared text and tokens are kept in %s.", folder)
-  text = build_local_text(corpus, folder)
-  tokenizer = tokenizer or _tokenizer(config, text, folder)
+
+  @functools.cache
+  def text() -> LocalText:
+    return build_local_text(corpus, folder / "text", repair=repair)
+
+  tokenizer = tokenizer or _tokenizer(config, text, folder, repair=repair)
   tokenizer_hash = hashlib.blake2b(tokenizer.to_json().encode(), digest_size=8).hexdigest()
-  tokens = build_token_stream(text, tokenizer, folder / tokenizer_hash)
+  tokens = build_token_stream(text, tokenizer, folder / f"tokens_{tokenizer_hash}", repair=repair)
 
   def rows(split: Split) -> grain.MapDataset[Row]:
     stream = TokenStream(tokens.as_data_source(split), tokenizer.end_id)
@@ -90,14 +102,18 @@ def text_source(
   )
 
 
-def _tokenizer(config: DataConfig, text: LocalText, folder: pathlib.Path) -> Tokenizer:
+def _tokenizer(
+  config: DataConfig, text: Callable[[], LocalText], folder: pathlib.Path, *, repair: bool
+) -> Tokenizer:
   if config.tokenizer == "byte":
     return Tokenizer.byte_level()
+
+  def build(partial: pathlib.Path) -> None:
+    logging.info("Training a BPE tokenizer of %d tokens.", config.vocab_size)
+    documents = (example["text"].decode() for example in text().as_data_source("train"))
+    progress = sys.stderr.isatty()
+    Tokenizer.train_bpe(documents, config.vocab_size, progress=progress).save(partial)
+
   folder /= f"bpe_{config.vocab_size}"
-  if (folder / tokenizer_lib.FILE_NAME).exists():
-    return Tokenizer.load(folder)
-  logging.info("Training a BPE tokenizer of %d tokens.", config.vocab_size)
-  documents = (example["text"].decode() for example in text.as_data_source("train"))
-  tokenizer = Tokenizer.train_bpe(documents, config.vocab_size, progress=sys.stderr.isatty())
-  tokenizer.save(folder)
-  return tokenizer
+  prepare(folder, build, repair=repair)
+  return Tokenizer.load(folder)

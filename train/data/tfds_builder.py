@@ -1,15 +1,24 @@
-"""The common part of the data sets built here: once, whole or not at all, without TensorFlow."""
+"""Base class of the data sets that are built here with tensorflow-datasets, without TensorFlow."""
 
 import contextlib
 import io
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
 from train.data.files import Split
+from train.data.prepared import prepare
+
+
+class _LocalInfo(tfds.core.DatasetInfo):
+  """Information on a data set that exists on this machine alone."""
+
+  def initialize_from_bucket(self) -> None:
+    """Does not ask for a copy elsewhere; the original leaves a temporary folder behind."""
 
 
 class LocalBuilder(tfds.core.GeneratorBasedBuilder):
@@ -19,7 +28,7 @@ class LocalBuilder(tfds.core.GeneratorBasedBuilder):
   """
 
   VERSION = tfds.core.Version("1.0.0")
-  # Where it would look for checksums of downloads, through a package that it does not install.
+  # There are no downloads, and so no checksums of them; looking for them needs another package.
   code_path = None
 
   feature: ClassVar[dict[str, tfds.features.FeatureConnector]]
@@ -29,7 +38,7 @@ class LocalBuilder(tfds.core.GeneratorBasedBuilder):
 
   def _info(self) -> tfds.core.DatasetInfo:
     features = tfds.features.FeaturesDict(self.feature)
-    return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+    return _LocalInfo(builder=self, features=features, disable_shuffling=True)
 
   def _split_generators(self, dl_manager: Any) -> dict[Split, Iterator[tuple[int, Any]]]:
     del dl_manager
@@ -37,37 +46,33 @@ class LocalBuilder(tfds.core.GeneratorBasedBuilder):
     return {split: self._generate_examples(split) for split in splits}
 
 
-def build[Builder: LocalBuilder](make_builder: Callable[[], Builder]) -> Builder:
+def build[Builder: LocalBuilder](
+  make_builder: Callable[[pathlib.Path], Builder], folder: pathlib.Path, *, repair: bool = False
+) -> Builder:
   """Builds a data set unless it is there already, and returns its builder for reading.
 
-  The builder writes to a folder of its own and renames that at the end, so a run that is killed
-  or fails leaves nothing that would pass as the data set. When two runs build the same one, the
-  second to finish reads what the first wrote.
-
   Args:
-    make_builder: makes the builder; its `data_dir` has to change whenever its content would.
+    make_builder: makes the builder for a data_dir.
+    folder: the data_dir; it has to change whenever the content would.
+    repair: build a damaged data set anew.
 
   Raises:
-    OSError: the data set could not be written, for want of space or permission.
+    OSError: the data set is damaged, or could not be written, for want of space or permission.
     ValueError: what the builder's own generators raise.
   """
-  builder = make_builder()
-  if _is_built(builder):
-    return builder
-  tfds.disable_progress_bar()
-  try:
-    # It announces a download of unknown size; there is none.
-    with contextlib.redirect_stdout(io.StringIO()):
-      builder.download_and_prepare()
-  except (OSError, RuntimeError) as error:  # array_record reports a full disk as RuntimeError.
-    builder = make_builder()
-    if not _is_built(builder):
+
+  def write(partial: pathlib.Path) -> None:
+    tfds.disable_progress_bar()
+    try:
+      # It announces a download of unknown size; there is none.
+      with contextlib.redirect_stdout(io.StringIO()):
+        make_builder(partial).download_and_prepare()
+    except (OSError, RuntimeError) as error:  # array_record reports a full disk as RuntimeError.
       raise OSError(
-        f"Could not write the data set to {builder.data_dir}: {error}. Free some space or set "
-        "another data.cache_dir; nothing half-made was left."
+        f"Could not write the data set to {folder}: {error}. Free some space or set another "
+        "data.cache_dir; nothing half-made was left."
       ) from error
-  return builder
+    shutil.rmtree(partial / "downloads", ignore_errors=True)
 
-
-def _is_built(builder: LocalBuilder) -> bool:
-  return pathlib.Path(builder.data_dir).exists()
+  prepare(folder, write, repair=repair)
+  return make_builder(folder)

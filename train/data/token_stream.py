@@ -1,7 +1,8 @@
-"""Tokenised documents: one long stream of ids in array_record blocks, read at random."""
+"""Tokenized documents: one long stream of ids in array_record blocks, with random access."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +22,7 @@ _ENCODE_CHARACTERS = 4_000_000
 
 
 class TokenStream:
-  """A split's documents, one after the other: end, document, end, document, ..., end.
+  """The tokens of a split's documents: end, document, end, document, ..., end.
 
   The token after each position is the one to predict there, up to and including the end token of
   each document: end token and document are the inputs, document and end token the targets.
@@ -52,14 +53,17 @@ class TokenizedText(LocalBuilder):
   feature: ClassVar = {"tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32)}
 
   def __init__(
-    self, text: LocalText, tokenizer: Tokenizer, data_dir: str | os.PathLike[str]
+    self,
+    text: Callable[[], LocalText],
+    tokenizer: Tokenizer,
+    data_dir: str | os.PathLike[str],
   ) -> None:
     self._text = text
     self._tokenizer = tokenizer
     super().__init__(data_dir)
 
   def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    documents = self._text.as_data_source(split)
+    documents = self._text().as_data_source(split)
     progress = tqdm(documents, f"Encoding {split} documents", unit=" documents", disable=None)
     texts = (document["text"].decode() for document in progress)
     for index, block in enumerate(token_blocks(texts, self._tokenizer)):
@@ -67,14 +71,25 @@ class TokenizedText(LocalBuilder):
 
 
 def build_token_stream(
-  text: LocalText, tokenizer: Tokenizer, data_dir: str | os.PathLike[str]
+  text: Callable[[], LocalText],
+  tokenizer: Tokenizer,
+  folder: pathlib.Path,
+  *,
+  repair: bool = False,
 ) -> TokenizedText:
-  """The tokens of a text data set as a data set under data_dir, which has to change with both.
+  """The tokens of a text data set as a data set in a folder, whose path has to change with both.
+
+  Args:
+    text: makes the text data set; called only where the tokens are not there yet.
+    tokenizer: of the tokens.
+    folder: of the data set.
+    repair: build a damaged data set anew.
 
   Raises:
-    OSError: the data set could not be written.
+    OSError: the data set is damaged, or could not be written.
+    ValueError: what `text` raises.
   """
-  return build(lambda: TokenizedText(text, tokenizer, data_dir))
+  return build(lambda data_dir: TokenizedText(text, tokenizer, data_dir), folder, repair=repair)
 
 
 def token_blocks(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, "T"]]:
@@ -95,7 +110,7 @@ def token_blocks(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Int[np.
 
 
 def _stream(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-  """The stream in pieces of whole documents, each with its end token."""
+  """The stream as arrays of whole documents, each with its end token."""
   end = np.array([tokenizer.end_id], np.int32)
   yield end
   for group in _groups(texts):

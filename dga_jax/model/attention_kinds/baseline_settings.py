@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
-from dga_jax.config_checks import require_bool, require_int
+from dga_jax.config_dataclasses import require_int, require_type
 
 
 class BaselineSettings:
@@ -20,7 +20,7 @@ class BaselineSettings:
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):  # type: ignore[arg-type]
       if isinstance(field.default, bool):
-        require_bool(self, field.name)
+        require_type(self, field.name, bool)
       else:
         require_int(self, field.name, least=self._LEAST.get(field.name, 0))
 

@@ -1,10 +1,11 @@
 """The attention kinds by name: the class of their settings, and how a kind is made from them."""
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from dga_jax.choices import AttentionName
 from dga_jax.config import DGAConfig
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.dense import DenseAttention
@@ -15,17 +16,6 @@ from dga_jax.model.attention_kinds.minference import MInferenceAttention, MInfer
 from dga_jax.model.attention_kinds.sliding_window import sliding_window, SlidingWindowConfig
 from dga_jax.model.attention_kinds.streaming_llm import streaming_llm, StreamingLLMConfig
 from dga_jax.model.attention_kinds.top_k_eviction import top_k_eviction, TopKEvictionConfig
-
-AttentionName = Literal[
-  "dga",
-  "dense",
-  "sliding_window",
-  "streaming_llm",
-  "lm_infinite",
-  "minference",
-  "top_k_eviction",
-  "kv_merger",
-]
 
 
 class _Kind(NamedTuple):
@@ -51,7 +41,6 @@ _KINDS: dict[AttentionName, _Kind] = {
   "kv_merger": _Kind(KVMergerConfig, lambda settings, _: kv_merger(settings)),
 }
 
-ATTENTION_NAMES = tuple(_KINDS)
 # Settings by the name of the kind, for the kinds that have any.
 ATTENTION_SETTINGS: dict[str, type] = {
   name: kind.settings for name, kind in _KINDS.items() if kind.settings
@@ -62,7 +51,7 @@ def make_kind(name: AttentionName, settings: Any, inverse_frequencies: np.ndarra
   """The attention kind of a name.
 
   Args:
-    name: one of ATTENTION_NAMES.
+    name: of the kind.
     settings: an instance of ATTENTION_SETTINGS[name]; None for a kind without settings.
     inverse_frequencies: ω [D/2] of the model's RoPE.
   """

@@ -104,7 +104,7 @@ def test_a_line_cut_off_is_dropped_and_done_again(tmp_path: Path) -> None:
   again.add("b", {"value": 3})
   assert [record["value"] for record in Results(path).all()] == [1, 3]
   path.write_text("no record\n" + path.read_text())
-  with pytest.raises(ValueError, match="line 1, is no record"):
+  with pytest.raises(ValueError, match="line 1, is not a result"):
     Results(path)
 
 
@@ -131,7 +131,7 @@ def test_perplexity_and_its_pictures(tmp_path: Path) -> None:
     "perplexity_by_share_64.png", "perplexity_by_position_64.png", "restart_64.png",
   ]  # fmt: skip
   assert all(map(is_png, drawn[1:]))
-  few = report.write("perplexity", records.all(), tmp_path, pictured=["another"])
+  few = report.write("perplexity", records.all(), tmp_path, plotted=["another"])
   assert few == drawn[:2]
   table = drawn[0].read_text().splitlines()
   assert table[3].startswith("| StreamingLLM, half | 64 | 32 (50.0%) |")
@@ -169,7 +169,7 @@ def test_files_of_others(tmp_path: Path) -> None:
   assert records.all()[0]["examples"]["0-4k"] == 1
   (table,) = report.write("longbench", records.all(), tmp_path)
   assert table.read_text().splitlines()[2].startswith("| qasper | dense | 64 |")
-  (table,) = report.write("many_documents", records.all(), tmp_path)
+  (table,) = report.write("lost_in_the_middle", records.all(), tmp_path)
   assert "| dense | 3 | 3 |" in table.read_text()
   with pytest.raises(ValueError, match="length is 100; the longest question takes 106"):
     lost_in_the_middle_job(models, TOKENIZER, [question], variant, 100, batch_size=1)

@@ -84,7 +84,7 @@ def test_greedy_tokens_do_not_depend_on_neighbours(model, prompts, kind):
   ]
   together = run(ContinuousBatching(other, requests, slots=2))
   assert [len(tokens) for tokens in together] == [20, 7, 13]
-  alone = ContinuousBatching(other, requests[2:], slots=1, burst=3)
+  alone = ContinuousBatching(other, requests[2:], slots=1, decode_chunk=3)
   assert run(alone) == together[2:]
 
 
@@ -162,15 +162,60 @@ def test_a_stop_token_ends_a_sequence(model, prompts):
   assert dense.cache_bytes == dense.dense_cache_bytes
 
 
+def test_steps_runs_the_requests_again(model, prompts):
+  batch = ContinuousBatching(model, [Request(prompt, 11, GREEDY) for prompt in prompts], slots=2)
+  interrupted = batch.steps()
+  next(interrupted)
+  interrupted.close()
+  assert batch.result is None
+  first = run(batch)
+  assert [len(tokens) for tokens in first] == [11, 11, 11]
+  assert run(batch) == first
+
+
+@pytest.fixture(scope="module")
+def overflowing(model):
+  """A float16 model in which the embedding of token 7 overflows the first MLP."""
+  overflowing = with_attention(model, dtype="float16")
+  overflowing.embedding[...] = overflowing.embedding[...].at[7].set(6e4)
+  overflowing.layers.mlp.down[...] = overflowing.layers.mlp.down[...] * 3e4
+  return overflowing
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_request_that_overflows_float16_ends_alone(overflowing, temperature):
+  sampling = Sampling(temperature=temperature)
+  requests = [Request(prompt, 6, sampling) for prompt in ([1, 2], [1, 7], [3])]
+  batch = ContinuousBatching(overflowing, requests, slots=2)
+  result = batch.run()
+  assert result.failed == [False, True, False]
+  assert [len(tokens) for tokens in result.tokens] == [6, 0, 6]
+  alone = ContinuousBatching(overflowing, requests[:1], slots=1).run()
+  assert alone.tokens == result.tokens[:1]
+  alone.raise_if_failed()
+  with pytest.raises(FloatingPointError, match=r"prompt 1 after 0 new tokens\. .*float16.*65504"):
+    result.raise_if_failed()
+  with pytest.raises(FloatingPointError, match="prompt 0 after 0 new tokens"):
+    generate(overflowing, [[7]], max_new_tokens=2, sampling=sampling)
+
+
+def test_weights_that_overflow_float16_are_refused(model):
+  large = with_attention(model, dtype="float16")
+  large.embedding[...] = large.embedding[...].at[0, 0].set(7e4)
+  with pytest.raises(ValueError, match=r"float16.*embedding.*contains 70000; use dtype"):
+    ContinuousBatching(large, [Request([1], 1)], slots=1)
+
+
 @pytest.mark.parametrize(
   ("prompts", "options", "message"),
   [
     ([], {}, "There is no prompt"),
-    ([[]], {}, "Prompt 0 has no token"),
-    ([[3], [61]], {}, "Prompt 1 holds ids outside 0..60"),
-    ([[1] * 30], {"max_length": 40}, "30 tokens; with max_new_tokens=20 it does not fit"),
+    ([[]], {}, "Prompt 0 has no tokens"),
+    ([[3], [61]], {}, "Prompt 1 has token ids outside 0..60"),
+    ([[1] * 30], {"max_length": 40}, "30 tokens; with max_new_tokens=20 it exceeds"),
     ([[1]], {"slots": 0}, "slots is 0"),
     ([[1]], {"prompt_chunk": 0}, "prompt_chunk is 0"),
+    ([[1]], {"decode_chunk": 0}, "decode_chunk is 0"),
   ],
 )
 def test_bad_requests(model, prompts, options, message):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dga_jax.generation.sampling import sample, Sampling, SamplingParams
+from dga_jax.generation.sampling import NOT_FINITE, sample, Sampling, SamplingParams
 
 PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3])
 
@@ -12,7 +12,7 @@ PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3])
 def draw(how: Sampling, count: int = 2000) -> np.ndarray:
   """Tokens of as many steps."""
   logits = jnp.broadcast_to(jnp.log(jnp.array(PROBABILITIES, jnp.float32)), (count, 4))
-  return np.asarray(sample(logits, SamplingParams.of([how] * count), jnp.arange(count)))
+  return np.asarray(sample(logits, SamplingParams.from_samplings([how] * count), jnp.arange(count)))
 
 
 @pytest.mark.parametrize(
@@ -51,16 +51,44 @@ def test_a_sequence_draws_alone_what_it_draws_among_others():
   ]
   logits = jnp.log(jnp.array([PROBABILITIES] * 4, jnp.float32))
   steps = jnp.array([0, 5, 6, 7])
-  together = sample(logits, SamplingParams.of(hows), steps)
+  together = sample(logits, SamplingParams.from_samplings(hows), steps)
   for row, how in enumerate(hows):
-    alone = sample(logits[row : row + 1], SamplingParams.of([how]), steps[row : row + 1])
+    alone = sample(
+      logits[row : row + 1], SamplingParams.from_samplings([how]), steps[row : row + 1]
+    )
     assert alone[0] == together[row]
   assert together[0] == 1
 
 
 @pytest.mark.parametrize(
-  "options", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 2.0}]
+  "options",
+  [
+    {"temperature": -1.0},
+    {"temperature": 1e-40},
+    {"top_k": -1},
+    {"top_k": 2**31},
+    {"top_p": 0.0},
+    {"top_p": 1.5},
+    {"min_p": 2.0},
+    {"seed": -1},
+    {"seed": 2**32},
+  ],
 )
 def test_bad_sampling(options):
   with pytest.raises(ValueError, match=next(iter(options))):
     Sampling(**options)
+
+
+def test_seeds_wrap_around_at_32_bits():
+  assert Sampling(seed=2**32 - 1).with_offset(0).seed == 2**32 - 1
+  assert Sampling(seed=2**32 - 1).with_offset(1).seed == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_not_finite_give_no_token(temperature, value):
+  params = SamplingParams.from_samplings([Sampling(temperature=temperature)] * 2)
+  logits = jnp.zeros((2, 4)).at[0, 2].set(value)
+  tokens = sample(logits, params, jnp.zeros(2, jnp.int32))
+  assert tokens[0] == NOT_FINITE
+  assert tokens[1] == sample(jnp.zeros((2, 4)), params, jnp.zeros(2, jnp.int32))[1] >= 0

@@ -79,11 +79,12 @@ def test_round_trip_through_json(scaling: RopeScaling | None) -> None:
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"num_head": 4}, r"model has the unknown key 'num_head'.*'num_heads'"),
-    ({"dga": {"group_sise": 4}}, r"model\.dga has the unknown key 'group_sise'.*'group_size'"),
-    ({"rope_scaling": {"kind": "linear", "factr": 2.0}}, r"rope_scaling.*'factr'.*'factor'"),
-    ({"zzz": 1}, r"unknown key 'zzz'; known keys: vocab_size"),
-    ({"dga": {"group_size": 0}}, r"group_size is 0"),
+    ({"num_head": 4}, r"no key 'model.num_head'.*'model.num_heads'"),
+    ({"dga": {"group_sise": 4}}, r"no key 'model\.dga\.group_sise'.*'model\.dga\.group_size'"),
+    ({"rope_scaling": {"kind": "linear", "factr": 2.0}}, r"rope_scaling\.factr'.*scaling\.factor'"),
+    ({"zzz": 1}, r"no key 'model.zzz'. Known keys: vocab_size"),
+    ({"dga": {"group_size": 0}}, r"^model\.dga\.group_size is 0"),
+    ({"dga": 3}, r"model\.dga is 3; it must be a mapping"),
     ({"rope_scaling": {"kind": "linear"}}, r"model\.rope_scaling lacks factor"),
   ],
 )

@@ -26,7 +26,7 @@ def test_a_cpu_takes_xla_and_hears_why_not_the_others():
   assert reasons["xla"] == "taken"
   assert "Hopper" in reasons["mosaic_gpu"]
   assert "cpu" in reasons["triton"]
-  with pytest.raises(NotImplementedError, match="triton runs on an Ampere or newer GPU"):
+  with pytest.raises(NotImplementedError, match="triton: runs on an Ampere or newer GPU"):
     dynamic_group_attention(ARRAY, ARRAY, ARRAY, config=CONFIG, implementation="triton")
 
 

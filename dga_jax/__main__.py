@@ -1,0 +1,93 @@
+"""The commands of dga-jax: `dga COMMAND`, or `python -m dga_jax COMMAND`."""
+
+import difflib
+import importlib.util
+import runpy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from dga_jax import __version__
+
+
+class Command(NamedTuple):
+  """A command: the module that runs it, and one line of help."""
+
+  module: str
+  help: str
+
+
+COMMANDS = {
+  "generate": Command("dga_jax.generate", "Continue prompts with a trained or imported model."),
+  "convert": Command("dga_jax.convert", "Import a Hugging Face or GGUF model, or export a model."),
+  "evaluate": Command("dga_jax.evaluate", "Measure perplexity and retrieval on long contexts."),
+  "picture": Command("dga_jax.picture", "Draw what each query sees and how groups merge tokens."),
+  "smollm2": Command("dga_jax.smollm2", "Download a small model; compare dense attention and DGA."),
+  "train": Command("train.main", "Train a model (from a checkout of dga-jax)."),
+}
+_NO_TRAINER = """\
+dga train: training runs from a checkout of dga-jax, since it is started with the files in configs/.
+The dga_jax in {place} is not in a checkout. Clone the repository of dga-jax, and in the clone:
+
+  pip install -e ".[train]"
+  dga train --config=configs/quickstart.py --workdir=runs/quickstart"""
+
+
+def main() -> None:
+  """Runs the command that the first argument names."""
+  name, *arguments = sys.argv[1:] or ["help"]
+  if name in ("help", "--help", "-h"):
+    print(usage())
+  elif name == "--version":
+    print(__version__)
+  elif name not in COMMANDS:
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    sys.exit(f"dga: there is no command {name!r}.{hint}\n\n{usage()}")
+  elif name == "train" and not _find_trainer():
+    message = _NO_TRAINER.format(place=Path(__file__).parent)
+    if set(arguments) & {"--help", "-h", "--helpshort"}:
+      print(message)
+    else:
+      sys.exit(message)
+  else:
+    run(COMMANDS[name].module, arguments)
+
+
+def usage() -> str:
+  """The commands with one line each."""
+  lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
+  return "\n".join(
+    [
+      "Usage: dga COMMAND [FLAG ...]",
+      "",
+      *lines,
+      "",
+      "dga COMMAND --help lists the command's flags; dga --version prints the version.",
+    ]
+  )
+
+
+def run(module: str, arguments: list[str]) -> None:
+  """Runs a module as `python -m` does, with these arguments."""
+  sys.argv[1:] = arguments
+  try:
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+  except ModuleNotFoundError as error:
+    from dga_jax.command_line import exit_with
+
+    exit_with(error)
+
+
+def _find_trainer() -> bool:
+  """Whether this package is in a checkout; if so its root becomes importable."""
+  root = Path(__file__).parents[1]
+  if not (root / "train" / "main.py").is_file():
+    return False
+  if importlib.util.find_spec("train") is None:
+    sys.path.insert(0, str(root))
+  return True
+
+
+if __name__ == "__main__":
+  main()

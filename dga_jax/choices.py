@@ -1,0 +1,17 @@
+"""The names that a model's config and the commands' flags choose from. Imports nothing heavy."""
+
+from typing import Literal
+
+AttentionName = Literal[
+  "dga",
+  "dense",
+  "sliding_window",
+  "streaming_llm",
+  "lm_infinite",
+  "minference",
+  "top_k_eviction",
+  "kv_merger",
+]
+DtypeName = Literal["bfloat16", "float16", "float32"]
+RematName = Literal["none", "full", "dots"]
+RopeKind = Literal["linear", "llama3"]

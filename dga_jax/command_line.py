@@ -1,0 +1,98 @@
+"""What all commands share: --help, one-line errors, missing extras and closed pipes."""
+
+import importlib.metadata
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+  """Parses the flags, calls `main` and exits.
+
+  The exit status is 0 after success and after --help, and 1 after an error. Errors that a user can
+  correct are printed as one line: ValueError, OSError, CheckpointError, FloatingPointError (the
+  model's numbers are not finite), and a missing package of an optional dependency.
+
+  Args:
+    main: the command, without arguments; its module defines the flags.
+  """
+
+  def checked(argv: list[str]) -> None:
+    if len(argv) > 1:
+      raise app.UsageError(f"{argv[1]!r} is not a flag; quote values that contain spaces.")
+    if not flags.FLAGS["verbosity"].present:
+      logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every read and write.
+    try:
+      main()
+      sys.stdout.flush()
+    except BrokenPipeError:
+      # The reader of our output, such as `head`, has ended. Python flushes stdout at exit again.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(1)
+    except Exception as error:
+      exit_with(error)
+
+  app.run(checked, flags_parser=parse_flags)
+  raise AssertionError("app.run exits")
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """Parses flags with absl; --help exits with status 0, where absl's own exits with 1."""
+  for help_flag in (_Help(), _HelpShort()):
+    flags.DEFINE_flag(help_flag)
+  return app.parse_flags_with_usage(argv)
+
+
+def exit_with(error: Exception) -> NoReturn:
+  """Exits with one line for an error that a user can correct; raises any other error again."""
+  if isinstance(error, ModuleNotFoundError) and (extra := extra_with(error.name or "")):
+    sys.exit(f'error: {error}. Install the extra "{extra}": pip install "dga-jax[{extra}]"')
+  if isinstance(error, OSError | ValueError | FloatingPointError):
+    sys.exit(f"error: {error}")
+  if isinstance(error, RuntimeError):
+    from dga_jax.checkpoint import CheckpointError
+
+    if isinstance(error, CheckpointError):
+      sys.exit(f"error: {error}")
+  raise error
+
+
+def extra_with(module: str) -> str | None:
+  """The optional dependency of dga-jax that installs a module, or None."""
+  try:
+    requirements = importlib.metadata.requires("dga-jax") or []
+  except importlib.metadata.PackageNotFoundError:  # A checkout that is not installed.
+    return None
+  wanted = _normalised(module.partition(".")[0])
+  for requirement in requirements:
+    match = re.match(r"([\w.-]+).*\bextra == [\"']([\w-]+)[\"']", requirement)
+    if match and _normalised(match[1]) == wanted:
+      return match[2]
+  return None
+
+
+def _normalised(name: str) -> str:
+  return re.sub(r"[-_.]+", "-", name).lower()
+
+
+class _Help(app.HelpFlag):
+  """--help, with exit status 0."""
+
+  def __init__(self) -> None:
+    super().__init__()
+    self.allow_override = True
+
+  def parse(self, argument: str | bool) -> None:
+    if self._parse(argument):
+      app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+
+
+class _HelpShort(_Help):
+  """--helpshort, the same as --help."""
+
+  NAME = "helpshort"
+  SHORT_NAME = None

@@ -1,0 +1,74 @@
+"""The jobs of each task of the `evaluate` command: one for every length and variant."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dga_jax.evaluation import longbench, lost_in_the_middle
+from dga_jax.evaluation.jobs import (
+  Job,
+  longbench_job,
+  lost_in_the_middle_job,
+  perplexity_job,
+  retrieval_job,
+  RetrievalSettings,
+)
+from dga_jax.evaluation.perplexity import PerplexitySettings
+from dga_jax.evaluation.retrieval import Haystack
+from dga_jax.evaluation.texts import Document, token_rows
+from dga_jax.evaluation.variants import Family, Variant
+from dga_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskJobs:
+  """Makes the jobs of a task for every combination of length and variant.
+
+  Attributes:
+    family: the model.
+    tokenizer: of the model.
+    variants: attention kinds and settings to measure.
+    lengths: sequence lengths in tokens.
+  """
+
+  family: Family
+  tokenizer: Tokenizer
+  variants: Sequence[Variant]
+  lengths: Sequence[int]
+
+  def perplexity(
+    self, documents: Sequence[Document], rows_per_document: int, settings: PerplexitySettings
+  ) -> Iterator[Job]:
+    """Loss by position on the documents."""
+    for length in self.lengths:
+      rows = token_rows(documents, self.tokenizer, length, rows_per_document)
+      for variant in self.variants:
+        yield perplexity_job(self.family, variant, rows, settings)
+
+  def retrieval(
+    self, documents: Sequence[Document], puzzles: Sequence[str], settings: RetrievalSettings
+  ) -> Iterator[Job]:
+    """Facts hidden in the documents, by the names in `retrieval.TASKS`."""
+    hay = Haystack([document.text for document in documents], self.tokenizer)
+    for puzzle in puzzles:
+      for length in self.lengths:
+        for variant in self.variants:
+          yield retrieval_job(self.family, self.tokenizer, hay, variant, puzzle, length, settings)
+
+  def longbench(self, folder: str | Path, limit: int | None, batch_size: int) -> Iterator[Job]:
+    """The data sets of LongBench-E that a folder contains."""
+    for one in longbench.read_sets(folder, limit):
+      for length in self.lengths:
+        for variant in self.variants:
+          yield longbench_job(self.family, self.tokenizer, one, variant, length, batch_size)
+
+  def lost_in_the_middle(
+    self, path: str | Path, limit: int | None, batch_size: int
+  ) -> Iterator[Job]:
+    """The questions of Liu et al. in a file."""
+    questions = lost_in_the_middle.read_questions(path, limit)
+    for length in self.lengths:
+      for variant in self.variants:
+        yield lost_in_the_middle_job(
+          self.family, self.tokenizer, questions, variant, length, batch_size
+        )

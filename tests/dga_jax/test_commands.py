@@ -1,0 +1,173 @@
+"""The command line: help, slips, missing extras and closed pipes. Nothing here imports jax."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dga_jax
+from dga_jax import __main__ as commands
+from dga_jax.checkpoint import CheckpointError
+from dga_jax.command_line import exit_with, extra_with
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("jax", "flax", "orbax", "numpy.linalg", "matplotlib")
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+  """Runs Python code with these arguments; it ends by saying which heavy packages it imported."""
+  reports = f"""
+import atexit, sys
+atexit.register(lambda: print("imported:", *[m for m in {HEAVY} if m in sys.modules]))
+"""
+  return subprocess.run(
+    [sys.executable, "-c", reports + code, *arguments],
+    cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+def dga(*arguments: str) -> subprocess.CompletedProcess[str]:
+  return run("from dga_jax.__main__ import main\nmain()", *arguments)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("help",)])
+def test_the_commands_are_listed(arguments: tuple[str, ...]) -> None:
+  done = dga(*arguments)
+  assert done.returncode == 0, done.stderr
+  for name, command in commands.COMMANDS.items():
+    assert f"  {name:10}{command.help}\n" in done.stdout
+  assert done.stdout.endswith("imported:\n")
+
+
+def test_the_module_is_the_command() -> None:
+  done = subprocess.run(
+    [sys.executable, "-m", "dga_jax", "--version"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout == f"{dga_jax.__version__}\n"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--helpshort"])
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_help_waits_for_no_heavy_import(name: str, flag: str) -> None:
+  done = dga(name, flag)
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "flags:" in done.stdout
+  assert done.stdout.endswith("imported:\n")
+  if name not in ("smollm2",):
+    assert "--workdir" in done.stdout
+
+
+@pytest.mark.parametrize("name", commands.COMMANDS)
+def test_a_slip_in_a_flag_waits_for_no_heavy_import(name: str) -> None:
+  flag = "--prompt_token" if name == "smollm2" else "--workdr"
+  done = dga(name, f"{flag}=3")
+  assert done.returncode == 1
+  assert f"Unknown command line flag '{flag[2:]}'. Did you mean: {flag[2:6]}" in done.stderr
+  assert done.stdout.endswith("imported:\n")
+
+
+def test_an_unknown_command() -> None:
+  done = dga("genrate")
+  assert done.returncode == 1
+  assert "there is no command 'genrate'. Did you mean 'generate'?" in done.stderr
+  assert "Usage: dga COMMAND" in done.stderr
+
+
+def test_an_argument_that_is_not_a_flag() -> None:
+  done = dga("generate", "--workdir=x", "--prompt=a", "b")
+  assert done.returncode == 1
+  assert "'b' is not a flag" in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("name", "flags", "message"),
+  [
+    ("generate", [], "Give one of --prompt and --prompt_file"),
+    ("convert", [], "Give one of --source"),
+    ("evaluate", ["--task=perplexity"], "--task=perplexity needs --documents"),
+    ("evaluate", ["--task=longbench"], "--task=longbench needs --longbench"),
+    ("evaluate", ["--task=perplexity", "--documents=a", "--lengths=2k"], "--lengths is 2k"),
+    ("evaluate", ["--task=retrieval", "--documents=a", "--puzzles=pas"], "--puzzles has 'pas'"),
+    ("generate", ["--prompt_file=nowhere.txt"], "error: [Errno 2] No such file"),
+  ],
+)
+def test_flags_are_checked_before_heavy_imports(name: str, flags: list[str], message: str) -> None:
+  done = dga(name, "--workdir=x", *flags)
+  assert done.returncode == 1
+  assert message in done.stderr + done.stdout
+  assert "Traceback" not in done.stderr
+  assert done.stdout.endswith("imported:\n")
+
+
+def test_training_outside_a_checkout(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  monkeypatch.setattr(commands, "__file__", str(tmp_path / "dga_jax" / "__main__.py"))
+  monkeypatch.setattr(sys, "argv", ["dga", "train", "--config=c.py"])
+  with pytest.raises(SystemExit, match=r"training runs from a checkout(.|\n)*pip install -e"):
+    commands.main()
+  monkeypatch.setattr(sys, "argv", ["dga", "train", "--help"])
+  commands.main()
+  assert "training runs from a checkout" in capsys.readouterr().out
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+  requirements = ["numpy>=2", "gguf>=0.19; extra == 'convert'", 'ml-collections>=1 ; extra=="x"']
+  requirements[2] = 'ml-collections>=1.1; extra == "train"'
+  monkeypatch.setattr(importlib.metadata, "requires", lambda _: requirements)
+  assert extra_with("gguf.quants") == "convert"
+  assert extra_with("ml_collections") == "train"
+  assert extra_with("numpy") is None
+  with pytest.raises(SystemExit, match=r'pip install "dga-jax\[convert\]"'):
+    exit_with(ModuleNotFoundError("No module named 'gguf'", name="gguf"))
+  with pytest.raises(ModuleNotFoundError, match="dga_jax.typo"):
+    exit_with(ModuleNotFoundError("No module named 'dga_jax.typo'", name="dga_jax.typo"))
+
+
+def test_every_extra_that_a_command_needs_is_declared() -> None:
+  assert extra_with("gguf") == extra_with("safetensors") == "convert"
+  assert extra_with("matplotlib") == "evaluate"
+  assert extra_with("optax") == extra_with("ml_collections") == "train"
+
+
+@pytest.mark.parametrize(
+  "error", [ValueError("v"), OSError("v"), FloatingPointError("v"), CheckpointError("v")]
+)
+def test_errors_that_a_user_can_correct_are_one_line(error: Exception) -> None:
+  with pytest.raises(SystemExit, match="^error: v$"):
+    exit_with(error)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("v"), TypeError("v"), KeyError("v")])
+def test_other_errors_are_raised(error: Exception) -> None:
+  with pytest.raises(type(error)):
+    exit_with(error)
+
+
+def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
+  script = tmp_path / "many_lines.py"
+  script.write_text(
+    "from dga_jax import command_line\n\n\n"
+    "def main():\n  for i in range(100_000):\n    print(i)\n\n\ncommand_line.run(main)\n"
+  )
+  command = f"'{sys.executable}' '{script}' | head -n 2; echo ${{PIPESTATUS[0]}}"
+  done = subprocess.run(
+    ["bash", "-c", command],
+    env=os.environ | {"PYTHONPATH": str(ROOT)},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout.split() == ["0", "1", "1"]
+  assert done.stderr == ""

@@ -1,0 +1,167 @@
+"""The attention function of nnx.MultiHeadAttention: equal to the op, and strict about the rest."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax.flax import attention_fn
+
+CONFIG = DGAConfig(group_size=4, selection="streaming", focal_per_block=2)
+B, L, H, N, E = 3, 23, 4, 2, 32
+X = jax.random.normal(jax.random.key(0), (B, L, E))
+LENGTHS = jnp.array([23, 9, 1])
+KEYS = (jnp.arange(L)[None] < LENGTHS[:, None])[:, None, None]  # [B, 1, 1, L]
+
+
+def layer(**options: Any) -> nnx.MultiHeadAttention:
+  defaults = {"attention_fn": attention_fn(CONFIG), "decode": False, "num_kv_heads": N}
+  return nnx.MultiHeadAttention(
+    num_heads=H, in_features=E, rngs=nnx.Rngs(1), **(defaults | options)
+  )
+
+
+def expected(module: nnx.MultiHeadAttention, x: jax.Array, **options: Any) -> jax.Array:
+  """The module's projections around the op itself."""
+  q, k, v = module.query(x), module.key(x), module.value(x)
+  return module.out(dynamic_group_attention(q, k, v, config=CONFIG, **options))
+
+
+def test_forward_and_gradients_equal_the_op() -> None:
+  def loss(function: Any) -> Any:
+    return lambda module, x: jnp.sum(jnp.sin(function(module, x)))
+
+  ours = loss(lambda module, x: module(x, is_causal=True))
+  module = layer()
+  got = nnx.jit(nnx.value_and_grad(ours, argnums=(0, 1)))(module, X)
+  want = nnx.jit(nnx.value_and_grad(loss(expected), argnums=(0, 1)))(module, X)
+  assert len(jax.tree.leaves(got)) == 10
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+@pytest.mark.parametrize(
+  "config", [DGAConfig(importance_rate=1.0, min_focal_tokens=0), DGAConfig(min_focal_tokens=64)]
+)
+def test_with_all_tokens_focal_it_is_flax_attention(config: DGAConfig) -> None:
+  module = layer(attention_fn=attention_fn(config))
+  dense = layer(attention_fn=nnx.dot_product_attention)
+  got, want = (one(X, is_causal=True) for one in (module, dense))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+MASKS = {
+  "keys": (KEYS, True),
+  "keys of numbers": (KEYS.astype(jnp.float32), True),
+  "causal and keys": (nnx.combine_masks(nnx.make_causal_mask(X[..., 0]), KEYS), False),
+  "both flags": (nnx.combine_masks(nnx.make_causal_mask(X[..., 0]), KEYS), True),
+  "pairs of tokens": (nnx.make_attention_mask(KEYS[:, 0, 0], KEYS[:, 0, 0]), True),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("jit", [False, True])
+def test_right_padding_is_honoured(name: str, jit: bool) -> None:
+  mask, is_causal = MASKS[name]
+  module = layer()
+  call = nnx.jit(lambda m, x, mask: m(x, mask=mask, is_causal=is_causal)) if jit else None
+  got = call(module, X, mask) if call else module(X, mask=mask, is_causal=is_causal)
+  np.testing.assert_allclose(got, expected(module, X, lengths=LENGTHS), atol=1e-5)
+  dense = layer(attention_fn=attention_fn(DGAConfig(min_focal_tokens=64)))
+  flax = layer(attention_fn=nnx.dot_product_attention)
+  for row, length in enumerate(LENGTHS.tolist()):
+    a, b = (one(X, mask=mask, is_causal=is_causal)[row, :length] for one in (dense, flax))
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(), (2, 3)])
+def test_any_number_of_batch_axes(shape: tuple[int, ...]) -> None:
+  module = layer()
+  x = jax.random.normal(jax.random.key(2), (*shape, L, E))
+  want = expected(module, x.reshape(-1, L, E)).reshape(*shape, L, E)
+  np.testing.assert_allclose(module(x, is_causal=True), want, atol=1e-5)
+  causal = nnx.make_causal_mask(x[..., 0])
+  np.testing.assert_allclose(module(x, mask=causal), want, atol=1e-5)
+
+
+def test_dtype_of_the_module() -> None:
+  out = layer(dtype=jnp.bfloat16)(X, is_causal=True)
+  assert out.dtype == jnp.bfloat16
+  np.testing.assert_allclose(out, layer()(X, is_causal=True), atol=0.03)
+
+
+BAD_MASKS = {
+  "left padding": KEYS[..., ::-1],
+  "a hole": KEYS.at[0, 0, 0, 3].set(False),
+  "a window": jnp.tril(jnp.ones((L, L), bool)) & ~jnp.tril(jnp.ones((L, L), bool), -5),
+  "packed documents": nnx.combine_masks(
+    nnx.make_causal_mask(X[..., 0]),
+    nnx.make_attention_mask(jnp.arange(L) // 8, jnp.arange(L) // 8, jnp.equal),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_other_masks_are_refused_and_give_nan_under_jit(name: str) -> None:
+  module, mask = layer(), BAD_MASKS[name]
+  with pytest.raises(ValueError, match="not causal attention with right padding"):
+    module(X, mask=mask, is_causal=True)
+  out = nnx.jit(lambda m, x, mask: m(x, mask=mask, is_causal=True))(module, X, mask)
+  assert jnp.isnan(out[0]).all()
+
+
+def test_under_jit_only_the_rows_with_a_wrong_mask_are_nan() -> None:
+  mask = KEYS.at[1, 0, 0, 0].set(False)
+  out = nnx.jit(lambda m, x, mask: m(x, mask=mask, is_causal=True))(layer(), X, mask)
+  assert jnp.isnan(out).any(axis=(1, 2)).tolist() == [False, True, False]
+
+
+def test_a_mask_that_is_not_causal_is_refused_without_is_causal() -> None:
+  with pytest.raises(ValueError, match="not causal attention with right padding"):
+    layer()(X, mask=jnp.ones((B, 1, L, L), bool))
+
+
+@pytest.mark.parametrize(
+  ("options", "call", "message"),
+  [
+    ({}, {}, "is_causal is False and mask is None"),
+    ({}, {"mask": KEYS}, "is_causal is False and mask has one row"),
+    ({}, {"mask": KEYS, "inputs_k": X[:, :9]}, "key has 9 tokens and query has 23"),
+    ({}, {"mask": jnp.ones((B, H, 1, L), bool)}, "mask has 4 heads"),
+    ({}, {"mask": jnp.ones((2, 1, 1, L), bool)}, r"mask has the shape \(2, 1, 1, 23\)"),
+    ({"dropout_rate": 0.1}, {"deterministic": False}, r"dropout_rate is 0\.1"),
+    ({"precision": "highest"}, {}, "precision is given"),
+    ({}, {"sow_weights": True}, "module is given.*sow_weights=False"),
+    ({}, {"input_positions": jnp.arange(L)}, "input_positions is given"),
+  ],
+)
+def test_what_cannot_be_honoured_is_named(options: dict, call: dict, message: str) -> None:
+  with pytest.raises(ValueError, match=message):
+    layer(**options)(X, **call)
+
+
+def test_a_bias_is_refused() -> None:
+  q = jnp.zeros((1, 4, 1, 8))
+  with pytest.raises(ValueError, match="bias is given"):
+    attention_fn(CONFIG)(q, q, q, bias=jnp.zeros((1, 1, 4, 4)), is_causal=True)
+
+
+def test_the_decode_cache_of_the_module_is_refused() -> None:
+  module = layer(decode=True)
+  module.init_cache((B, L, E))
+  with pytest.raises(ValueError, match=r"key has 23 tokens and query has 1.*decode cache"):
+    module(X[:, :1])
+
+
+def test_dropout_is_allowed_where_it_is_off() -> None:
+  module = layer(dropout_rate=0.1)
+  out = module(X, is_causal=True, deterministic=True)
+  np.testing.assert_array_equal(out, layer()(X, is_causal=True))
+
+
+def test_functions_compare_by_value() -> None:
+  assert attention_fn(CONFIG) == attention_fn(DGAConfig(**vars(CONFIG)))
+  assert hash(attention_fn(CONFIG)) != hash(attention_fn(DGAConfig()))
