@@ -1,5 +1,8 @@
 """The public op: checks of its arguments, then the steps of `dga_jax.attention.attend`."""
 
+import functools
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float
 
@@ -7,9 +10,7 @@ from dga_jax.attention import validation
 from dga_jax.attention.attend import (
   attend,
   attend_with_plan,
-  attention_kwargs,
   make_plan,
-  merge_tokens,
   nan_where_invalid,
 )
 from dga_jax.attention.metadata import prepare
@@ -17,8 +18,13 @@ from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.reference import number_documents, reference_attention
 from dga_jax.attention.segments import find_documents
 from dga_jax.attention.validation import Lengths, SegmentIds
+from dga_jax.cache import decode_step, empty_cache
 from dga_jax.config import DGAConfig
+from dga_jax.explanation import Explanation
 from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
+
+ArrayOrShape = Array | jax.ShapeDtypeStruct
 
 
 def dynamic_group_attention(
@@ -31,7 +37,7 @@ def dynamic_group_attention(
   lengths: Lengths | None = None,
   segment_ids: SegmentIds | None = None,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """Causal attention over focal tokens, merged groups and the raw tokens of one open group.
 
@@ -51,8 +57,9 @@ def dynamic_group_attention(
       row and document is computed exactly as it would be alone; padded queries give 0.
     scale: of the attention logits, default 1/√D. The choice of focal tokens always uses 1/√D,
       and the merge weights follow `config.aggregation_scale`.
-    implementation: None for the one that `explain` says is taken, "reference" for the masks
-      written out, or another name that `explain` lists.
+    implementation: of attention: None for the fastest that applies, a name that `explain` lists, or
+      a tuple of names in order of preference. "reference" computes the whole op with L×L masks.
+      "xla" also merges groups in XLA.
 
   Returns:
     The query's shape and dtype. Differentiable in query, key and value.
@@ -71,7 +78,7 @@ def dynamic_group_attention(
   documents = find_documents(B, L, lengths, segment_ids)
   if plan is not None:
     plan.check_fits(query, key, config, None if whole else documents)
-  if implementation == "reference":
+  if implementation in ("reference", ("reference",)):
     if plan is None:
       plan = make_plan(query, key, prepare(documents, config))
     out_BxLxHxD = reference_attention(
@@ -127,37 +134,50 @@ def plan_groups(
 
 
 def explain(
-  query: Float[Array, "B L H D"],
-  key: Float[Array, "B L N D"],
-  value: Float[Array, "B L N D"],
+  query: Float[ArrayOrShape, "B L H D"],
+  key: Float[ArrayOrShape, "B L N D"],
+  value: Float[ArrayOrShape, "B L N D"],
   *,
   config: DGAConfig,
   lengths: Lengths | None = None,
   segment_ids: SegmentIds | None = None,
-) -> dict[str, str]:
-  """Which implementation `dynamic_group_attention` takes by itself, and why not the others.
+  implementation: Implementation = None,
+) -> Explanation:
+  """Which implementation runs each op of a call, and why not the others. Computes nothing.
 
-  Takes the op's arguments, or `jax.ShapeDtypeStruct`s of them, and computes nothing.
+      print(dga_jax.explain(query, key, value, config=config))
 
-  Returns:
-    For every implementation, in the order in which they are tried, "taken", "applies" or the
-    reason why it does not.
+  The ops are those of `dynamic_group_attention` with these arguments, and those of a decoding step
+  over the cache of such prompts.
+
+  Args:
+    query: of the call, or its `jax.ShapeDtypeStruct`.
+    key: likewise.
+    value: likewise.
+    config: as for `dynamic_group_attention`.
+    lengths: likewise.
+    segment_ids: likewise.
+    implementation: likewise.
+
+  Raises:
+    ValueError: as for `dynamic_group_attention`.
+    NotImplementedError: likewise.
   """
-  reasons: dict[str, str | None] = {}
-  target = dispatch.find_target(query)
-  B, L = query.shape[:2]
-  lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
+  (B, L, _, D), N, dtype = query.shape, key.shape[2], key.dtype
 
-  def trace(query: Array, key: Array, value: Array) -> Array:
-    metadata = prepare(find_documents(B, L, lengths, segment_ids), config)
-    merged = merge_tokens(query, key, value, metadata)
-    options = attention_kwargs(query, config, scale=None)
-    reasons.update(dispatch.report("grouped_attention", None, *merged, **options).reasons)
-    return merged.query
+  def decode(query: Array, key: Array, value: Array) -> Any:
+    cache = jax.tree.map(lambda x: x[None], empty_cache(config, B, L + 1, N, D, dtype))
+    return decode_step(query[:, 0], key[:, 0], value[:, 0], cache, 0, config)
 
-  with dispatch.collect_reports(target):
-    jax.eval_shape(trace, query, key, value)
-  taken = next(name for name, reason in reasons.items() if reason is None)
-  return {
-    name: "taken" if name == taken else reason or "applies" for name, reason in reasons.items()
-  }
+  call = functools.partial(
+    dynamic_group_attention,
+    config=config,
+    lengths=lengths,
+    segment_ids=segment_ids,
+    implementation=implementation,
+  )
+  target = dispatch.find_target(query, key, value)
+  with dispatch.collect_reports(target) as reports:
+    jax.eval_shape(call, query, key, value)
+    jax.eval_shape(decode, query, key, value)
+  return Explanation.from_reports(str(target), reports)

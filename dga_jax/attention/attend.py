@@ -17,6 +17,7 @@ from dga_jax.attention.scores import importance_scores, random_scores
 from dga_jax.attention.segments import Documents
 from dga_jax.attention.selection import select_by_score, select_in_blocks, Selection
 from dga_jax.config import DGAConfig
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.group_merge import choose_in_blocks, merge_blocks, merge_groups
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
 
@@ -28,7 +29,7 @@ def attend(
   metadata: AttentionMetadata,
   *,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """Selects, merges and attends; see `dynamic_group_attention`, which checks the arguments.
 
@@ -38,7 +39,7 @@ def attend(
     value: as key.
     metadata: from `prepare`.
     scale: multiplies the attention logits; default 1/√D.
-    implementation: None for the first that applies, or the name of one.
+    implementation: None for the first that applies, a name, or a tuple of names.
   """
   merged = merge_tokens(query, key, value, metadata, implementation=implementation)
   return attend_merged(
@@ -53,7 +54,7 @@ def attend_with_plan(
   plan: GroupPlan,
   *,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """As `attend`, under the selection, layout and visibility of a plan."""
   merged = merge_planned(query, key, value, plan, implementation=implementation)
@@ -79,7 +80,7 @@ def merge_tokens(
   value: Float[Array, "B L N D"],
   metadata: AttentionMetadata,
   *,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Merged:
   """Chooses focal tokens and merges the others into groups.
 
@@ -137,7 +138,7 @@ def merge_planned(
   value: Float[Array, "B L N D"],
   plan: GroupPlan,
   *,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Merged:
   """Merges the groups of a plan and lays out what attention reads."""
   config = plan.config
@@ -160,7 +161,7 @@ def attend_merged(
   config: DGAConfig,
   *,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """Attention of every query to the ranges that it sees of the sources."""
   out_BxLxHxD = grouped_attention(
@@ -187,9 +188,9 @@ def merge_scale(config: DGAConfig, head_dim: int) -> float:
   return head_dim**-0.5 if config.aggregation_scale == "head_dim" else 1.0
 
 
-def merging_implementation(implementation: str | None) -> str | None:
-  """The implementation of merging that goes with one of attention."""
-  return "xla" if implementation == "xla" else None
+def merging_implementation(implementation: Implementation) -> Implementation:
+  """The implementation of merging for one of attention: "xla" for "xla", else the fastest."""
+  return "xla" if implementation in ("xla", ("xla",)) else None
 
 
 def zero_padding(documents: Documents, *arrays: Array) -> tuple[Array, ...]:

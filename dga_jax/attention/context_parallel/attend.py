@@ -13,6 +13,7 @@ from dga_jax.attention.context_parallel.global_ import global_halo, global_sourc
 from dga_jax.attention.context_parallel.streaming import streaming_halo, streaming_sources
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.metadata import AttentionMetadata
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.grouped_attention import grouped_attention
 
 
@@ -24,7 +25,7 @@ def attend_sharded(
   *,
   axis_name: str,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Float[Array, "B P H D"]:
   """`attend` inside a `jax.shard_map`, each device with its shard of the sequence.
 

@@ -17,6 +17,7 @@ from dga_jax.attention.scores import random_scores
 from dga_jax.attention.selection import select_by_score
 from dga_jax.attention.visibility import Visibility
 from dga_jax.config import DGAConfig
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.group_merge import Entries, merge_groups, take_rows
 from pallas_kernels.grouped_attention import KVSources
 
@@ -28,7 +29,7 @@ def global_sources(
   metadata: AttentionMetadata,
   shards: ZigzagShards,
   *,
-  implementation: str | None,
+  implementation: Implementation,
 ) -> KVSources:
   """What one device's queries attend to, and the ranges that each of them sees of it.
 

@@ -12,6 +12,7 @@ from dga_jax.attention.streaming_blocks import StreamingBlocks
 from dga_jax.attention.visibility import focal_list_start
 from dga_jax.config import DGAConfig
 from pallas_kernels.compact_indices import compact_indices
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.group_merge import Entries, merge_blocks, take_positions
 from pallas_kernels.grouped_attention import KVSources
 
@@ -23,7 +24,7 @@ def streaming_sources(
   metadata: AttentionMetadata,
   pieces: ZigzagShards,
   *,
-  implementation: str | None,
+  implementation: Implementation,
 ) -> KVSources:
   """What one device's queries attend to, and the ranges that each of them sees of it.
 

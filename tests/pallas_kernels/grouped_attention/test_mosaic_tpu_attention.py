@@ -154,10 +154,10 @@ def test_exports_for_a_tpu():
 def test_an_absent_tpu_gets_its_own_kernels():
   shape = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
-    reasons = explain(shape, shape, shape, config=DGAConfig(min_focal_tokens=0))
-  assert reasons["mosaic_tpu"] == "taken"
-  assert "TPU v5 lite" in reasons["triton"]
-  assert reasons["xla"] == "applies"
+    choice = explain(shape, shape, shape, config=DGAConfig(min_focal_tokens=0))["grouped_attention"]
+  assert choice.runs == "mosaic_tpu"
+  assert "TPU v5 lite" in choice.reason("triton")
+  assert choice.reason("xla") is None
 
 
 @pytest.mark.parametrize(
