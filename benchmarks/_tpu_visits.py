@@ -1,6 +1,7 @@
 """How often each part of the attention kernels runs at some length."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,12 @@ from jax.extend.core import subjaxprs
 
 from benchmarks._aot_tpu import abstract_mesh, CHIPS
 from benchmarks._bundles import Schedule
+from benchmarks._inputs import merge
 from dga_jax import DGAConfig
-from dga_jax.attention.aggregate import plan_and_merge
 from dga_jax.attention.attend import attention_kwargs
-from dga_jax.attention.layout import Sizes, streaming_layout
+from dga_jax.attention.metadata import prepare, StreamingMetadata
 from dga_jax.attention.segments import find_documents
+from pallas_kernels.group_merge import Entries
 from pallas_kernels.grouped_attention.mosaic_tpu_attention import summary_runs, walk_of
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks
 from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
@@ -67,19 +69,18 @@ def splash_counts(L: int, heads: int, kv_heads: int, tiles: tuple[int, int, int]
 def dga_counts(
   chip: str, L: int, heads: tuple[int, int, int], D: int, config: DGAConfig
 ) -> list[Counts]:
-  """Of DGA's kernels in streaming mode. Its bounds follow from the length alone."""
+  """Of DGA's kernels in streaming mode, whose ranges follow from the length alone."""
   shapes = [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
   with jax.sharding.use_abstract_mesh(abstract_mesh(CHIPS[chip].kind)):
-    plan, query, entries = jax.eval_shape(
-      lambda *arrays: plan_and_merge(*arrays, config=config), *shapes
-    )
-    grids = _grids(lambda *arrays: plan_and_merge(*arrays, config=config)[2], shapes)
+    query, sources = jax.eval_shape(functools.partial(merge, config), *shapes)
+    grids = _grids(lambda *arrays: merge(config, *arrays).sources.kv, shapes)
   options = attention_kwargs(query, config, None)
   blocks = tpu_blocks(CHIPS[chip].kind, 2)
-  walk = walk_of(blocks, query, plan.bounds.sources(entries), **options)
-  nothing = jnp.zeros((1, 1, L), bool)
-  layout = streaming_layout(nothing, find_documents(1, L, None, None), Sizes(1, 1), config)
-  bounds = pack_bounds(layout.bounds.sources(entries), walk.group_offset, L)
+  walk = walk_of(blocks, query, sources, **options)
+  streaming = prepare(find_documents(1, L, None, None), config).by_selection
+  assert isinstance(streaming, StreamingMetadata)
+  entries = Entries(*(x for pair in sources.kv for x in pair))
+  bounds = pack_bounds(streaming.visibility.sources(entries), walk.group_offset, L)
 
   queries = _query_side(bounds, walk, heads[1])
   summary_tile, window_tile = walk.summary_grad, walk.window_grad

@@ -39,3 +39,13 @@ def dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
     precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
     preferred_element_type=jnp.float32,
   )
+
+
+def head_refusal(query: Array) -> str | None:
+  """Why kernels that hold rows of one head cannot take queries [..., D]; None if they can."""
+  D = query.shape[-1]
+  if D < 16 or D > 256 or D & (D - 1):
+    return f"head_dim is {D}; it must be a power of two from 16 to 256"
+  if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+    return f"dtype is {query.dtype}; it must be float16, bfloat16 or float32"
+  return None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.aggregate import merge_scale
+from dga_jax.attention.attend import merge_scale
 from dga_jax.config import DGAConfig
 from pallas_kernels.group_merge import block_indices, block_scores, merge, take_rows
 

@@ -14,8 +14,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Int
 
+from pallas_kernels.dispatch import refuse
 from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES, like, SUBLANES
 
+_MAX_ROW = 2**19  # positions or slots of a row: all of it is in VMEM
+_MAX_POSITIONS = 2**24  # of all rows: scalar memory holds two numbers for every 256
 _RUN = 256  # positions of a product
 _DIGITS = 3  # bytes of a position, which bfloat16 holds exactly
 
@@ -27,7 +30,12 @@ def compact_indices_mosaic_tpu(
   *,
   interpret: Interpret = False,
 ) -> Int[Array, "*rows size"]:
-  """See `compact_indices`."""
+  """See `compact_indices`.
+
+  Raises:
+    NotImplementedError: for the reasons of `refusal`.
+  """
+  refuse(refusal(slot, chosen, size))
   L = slot.shape[-1]
   runs, units = pl.cdiv(L, _RUN), pl.cdiv(size, LANES)
   slot_AxL = jnp.where(chosen & (slot >= 0) & (slot < size), slot, -1).reshape(-1, L)
@@ -61,6 +69,18 @@ def compact_indices_mosaic_tpu(
   )(first_unit_Axr, end_unit_Axr, slot_Axrx1xR)
   placed_AxS = placed_Axux1xW.reshape(rows, -1)[:, :size]
   return jnp.where(placed_AxS == 0, L, placed_AxS - 1).reshape(*slot.shape[:-1], size)
+
+
+def refusal(slot: Array, chosen: Array, size: int) -> str | None:
+  """Why this kernel cannot run a call of `compact_indices`; None if it can."""
+  del chosen
+  if 0 in slot.shape or size == 0:
+    return f"slot has shape {slot.shape} and size is {size}; neither may be empty"
+  if max(slot.shape[-1], size) > _MAX_ROW:
+    return f"a row has {slot.shape[-1]} positions and {size} slots; at most {_MAX_ROW} fit VMEM"
+  if slot.size > _MAX_POSITIONS:
+    return f"slot has {slot.size} positions; at most {_MAX_POSITIONS} fit scalar memory"
+  return None
 
 
 def _kernel(

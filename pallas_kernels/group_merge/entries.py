@@ -21,6 +21,15 @@ class Entries(NamedTuple):
   window_value: Float[Array, "B w N D"]
 
 
+def block_starts(start: Int[Array, "B k"] | None, key: Array, size: int) -> Int[Array, "B k"]:
+  """First position of each block; None is as many blocks of `size` tokens as fit a row."""
+  if start is not None:
+    return start
+  B, L = key.shape[:2]
+  start_k = size * jnp.arange(L // size, dtype=jnp.int32)
+  return jnp.broadcast_to(start_k, (B, L // size))
+
+
 def block_indices(
   start_Bxk: Int[Array, "B k"], chosen_BxNxkxf: Int[Array, "B N k f"], members: int, length: int
 ) -> tuple[Int[Array, "B N kf"], Int[Array, "B N k m"], Int[Array, "B N k"]]:

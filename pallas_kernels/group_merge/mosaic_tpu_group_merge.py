@@ -5,16 +5,23 @@ that layout, and nothing is transposed.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.dispatch import refuse
 from pallas_kernels.group_merge.entries import Entries
 from pallas_kernels.group_merge.mosaic_tpu_merge import Groups, merge_rows
 from pallas_kernels.group_merge.mosaic_tpu_merge_grad import merge_rows_grad
 from pallas_kernels.group_merge.mosaic_tpu_rows import gather_rows, scatter_rows
 from pallas_kernels.mosaic_tpu_common import Interpret
+
+_MAX_ROWS = 128  # of a group or block: a kernel holds it in registers
+_MAX_FOCAL = 16  # of a block: a kernel chooses them one by one
+_MAX_LENGTH = 2**19  # of a row of tokens
+_MAX_SCALARS = 2**17  # indices in scalar memory: one for 128 rows that are copied
 
 
 def merge_groups_mosaic_tpu(
@@ -29,7 +36,12 @@ def merge_groups_mosaic_tpu(
   reorder_window: bool,
   interpret: Interpret = False,
 ) -> tuple[Array, Entries]:
-  """See `merge_groups`."""
+  """See `merge_groups`.
+
+  Raises:
+    NotImplementedError: for the reasons of `merge_groups_refusal`.
+  """
+  refuse(merge_groups_refusal(query, key, value, focal_index, member_index, group_query))
   B, N, k, m = member_index.shape
   query_BxHxLxD, *tokens = (x.swapaxes(1, 2) for x in (query, key, value))
   members = _take(tuple(tokens), member_index.reshape(B, N, k * m), interpret)
@@ -52,7 +64,12 @@ def merge_blocks_mosaic_tpu(
   scale: float,
   interpret: Interpret = False,
 ) -> tuple[Array, Entries, Array]:
-  """See `merge_blocks`."""
+  """See `merge_blocks`.
+
+  Raises:
+    NotImplementedError: for the reasons of `merge_blocks_refusal`.
+  """
+  refuse(merge_blocks_refusal(query, key, value, start, members=members, focal=focal))
   B, L, N, _ = key.shape
   size = members + focal
   query_BxHxLxD, *rows = (x.swapaxes(1, 2) for x in (query, key, value))
@@ -72,6 +89,44 @@ def merge_blocks_mosaic_tpu(
   group_key, group_value, focal_key, focal_value = (x.swapaxes(1, 2) for x in summaries)
   entries = Entries(focal_key, focal_value, group_key, group_value, key, value)
   return query, entries, _places(slot, groups)
+
+
+def merge_groups_refusal(
+  query: Array, key: Array, value: Array, focal: Array, member: Array, last: Array, **_: Any
+) -> str | None:
+  """Why these kernels cannot run a call of `merge_groups`; None if they can."""
+  del value, focal, last
+  return _refusal(query, key, *member.shape[-2:], focal=0)
+
+
+def merge_blocks_refusal(
+  query: Array, key: Array, value: Array, start: Array | None, *, members: int, focal: int, **_: Any
+) -> str | None:
+  """Why these kernels cannot run a call of `merge_blocks`; None if they can."""
+  del value
+  size = members + focal
+  count = key.shape[1] // size if start is None else start.shape[1]
+  return _refusal(query, key, count, size, focal=focal)
+
+
+def _refusal(query: Array, key: Array, count: int, rows: int, *, focal: int) -> str | None:
+  """For `count` groups or blocks of `rows` tokens."""
+  B, L, N, D = key.shape
+  if D % 8 or D > 256:
+    return f"head_dim is {D}; it must be a multiple of 8, at most 256"
+  if query.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"dtype is {query.dtype}; it must be bfloat16 or float32"
+  if rows > _MAX_ROWS or focal > _MAX_FOCAL:
+    return (
+      f"a group or block has {rows} tokens, {focal} of them chosen; at most {_MAX_ROWS} and "
+      f"{_MAX_FOCAL} are possible"
+    )
+  if 0 in key.shape:
+    return f"key has shape {key.shape}; it may not be empty"
+  scalars = B * N * (max(L, count * rows) // 128 + L // 512)
+  if L > _MAX_LENGTH or scalars > _MAX_SCALARS:
+    return f"key has shape {key.shape}; indices of its rows do not fit scalar memory"
+  return None
 
 
 def _groups(query: Array, key: Array, count: int, rows: int, focal: int, scale: float) -> Groups:

@@ -7,18 +7,22 @@ summing them outside would read and write the whole arrays again.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.group_merge.entries import block_indices, Entries
+from pallas_kernels.dispatch import refuse
+from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries
 from pallas_kernels.group_merge.group_tile import GroupTile, pad_index
 from pallas_kernels.group_merge.triton_merge import merge_rows
 from pallas_kernels.group_merge.triton_merge_grad import merge_rows_grad
 from pallas_kernels.group_merge.triton_rows import gather_rows, ROWS, scatter_rows
+from pallas_kernels.triton_common import head_refusal
 
 _FORWARD, _BACKWARD = 128 * 128, 64 * 128  # keys × head dim of a tile
+_MAX_ROWS = 128  # of a group or block: a program holds it in registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,12 @@ def merge_groups_triton(
   reorder_window: bool,
   interpret: bool = False,
 ) -> tuple[Array, Entries]:
-  """See `merge_groups`."""
+  """See `merge_groups`.
+
+  Raises:
+    NotImplementedError: for the reasons of `merge_groups_refusal`.
+  """
+  refuse(merge_groups_refusal(query, key, value, focal_index, member_index, group_query))
   static = _Static(scale, reorder=reorder_window, interpret=interpret)
   return _merge_groups(query, key, value, (focal_index, member_index, group_query), static)
 
@@ -51,17 +60,50 @@ def merge_blocks_triton(
   query: Array,
   key: Array,
   value: Array,
-  start: Array,
+  start: Array | None,
   *,
   members: int,
   focal: int,
   scale: float,
   interpret: bool = False,
 ) -> tuple[Array, Entries, Array]:
-  """See `merge_blocks`."""
+  """See `merge_blocks`.
+
+  Raises:
+    NotImplementedError: for the reasons of `merge_blocks_refusal`.
+  """
+  refuse(merge_blocks_refusal(query, key, value, start, members=members, focal=focal))
+  start = block_starts(start, key, members + focal)
   static = _Static(scale, members=members, focal=focal, interpret=interpret)
   query, entries, chosen = _merge_blocks(query, key, value, start, static)
   return query, entries, chosen[:, :, : start.shape[1]]
+
+
+def merge_groups_refusal(
+  query: Array, key: Array, value: Array, focal: Array, member: Array, last: Array, **_: Any
+) -> str | None:
+  """Why these kernels cannot run a call of `merge_groups`; None if they can."""
+  del value, focal, last
+  return _refusal(query, key, member.shape[-1])
+
+
+def merge_blocks_refusal(
+  query: Array, key: Array, value: Array, start: Array | None, *, members: int, focal: int, **_: Any
+) -> str | None:
+  """Why these kernels cannot run a call of `merge_blocks`; None if they can."""
+  del value, start
+  return _refusal(query, key, members + focal)
+
+
+def _refusal(query: Array, key: Array, rows: int) -> str | None:
+  """For groups or blocks of `rows` tokens."""
+  if reason := head_refusal(query):
+    return reason
+  if rows > _MAX_ROWS:
+    return f"a group or block has {rows} tokens; at most {_MAX_ROWS} fit a kernel's registers"
+  if 0 in key.shape:
+    return f"key has shape {key.shape}; it may not be empty"
+  return None
 
 
 Indices = tuple[Array, Array, Array]  # of focal tokens, members and group queries

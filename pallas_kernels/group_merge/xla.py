@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.group_merge.entries import block_indices, Entries
+from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries
 
 
 def merge_groups_xla(
@@ -48,13 +48,14 @@ def merge_blocks_xla(
   query_BxLxHxD: Float[Array, "B L H D"],
   key_BxLxNxD: Float[Array, "B L N D"],
   value_BxLxNxD: Float[Array, "B L N D"],
-  start_Bxk: Int[Array, "B k"],
+  start_Bxk: Int[Array, "B k"] | None,
   *,
   members: int,
   focal: int,
   scale: float,
 ) -> tuple[Array, Entries, Int[Array, "B N k f"]]:
   """See `merge_blocks`."""
+  start_Bxk = block_starts(start_Bxk, key_BxLxNxD, members + focal)
   chosen_BxNxkxf = choose_in_blocks(
     query_BxLxHxD, key_BxLxNxD, start_Bxk, size=members + focal, focal=focal
   )

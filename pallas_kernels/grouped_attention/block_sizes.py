@@ -9,8 +9,6 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-
 TABLE = pathlib.Path(__file__).with_name("tuned_blocks.json")
 H100_MULTIPROCESSORS = 132
 
@@ -124,11 +122,3 @@ def _tuned(
 def _table() -> dict[str, Any]:
   table: dict[str, Any] = json.loads(TABLE.read_text())
   return table
-
-
-def multiprocessors() -> int:
-  """Of the device that is compiled for: the mesh's abstract device, or the default one."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is not None and device.num_cores:
-    return int(device.num_cores)
-  return int(getattr(jax.devices()[0], "core_count", None) or H100_MULTIPROCESSORS)

@@ -5,6 +5,7 @@ The way out of Pallas's Triton lowering, which JAX will remove: the same walk as
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import triton.language as tl
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels.dispatch import find_target
+from pallas_kernels.dispatch import find_target, refuse
 from pallas_kernels.grouped_attention.block_sizes import triton_blocks
 from pallas_kernels.grouped_attention.kv_sources import KVSources
 from pallas_kernels.grouped_attention.tile_ranges import LOG2_E
@@ -31,25 +32,31 @@ def grouped_attention_jax_triton(
   """See `grouped_attention`.
 
   Raises:
-    NotImplementedError: for a head dim that is no power of two of at least 16, a dtype other than
-      float16 and bfloat16, a source without entries, and when it is differentiated.
+    NotImplementedError: for the reasons of `refusal`, and if it is differentiated.
   """
   del max_window
+  refuse(refusal(query, sources))
+  return _forward(scale, group_bias, query, sources)
+
+
+def refusal(query: Array, sources: KVSources, **_: Any) -> str | None:
+  """Why this kernel cannot run a call of `grouped_attention`; None if it can."""
   D = query.shape[-1]
   if D < 16 or D & (D - 1):
-    raise NotImplementedError(f"head_dim is {D}; this backend wants a power of two, 16 or more.")
+    return f"head_dim is {D}; it must be a power of two, 16 or more"
   if query.dtype not in (jnp.float16, jnp.bfloat16):
-    raise NotImplementedError(f"dtype is {query.dtype}; this backend has float16 and bfloat16.")
-  if any(source.key.shape[1] == 0 for source in sources):
-    raise NotImplementedError("a key source has no entries; this backend wants one in each.")
-  return _forward(scale, group_bias, query, sources)
+    return f"dtype is {query.dtype}; it must be float16 or bfloat16"
+  for name, source in zip(sources._fields, sources, strict=True):
+    if source.key.shape[1] == 0:
+      return f"sources.{name} has no tokens; it must have at least one"
+  return None
 
 
 def _call(scale: float, group_bias: float, query: Array, sources: KVSources) -> Array:
   B, L, H, D = query.shape
   r, k, w = (source.key.shape[1] for source in sources)
   N = sources.focal.key.shape[2]
-  tile = triton_blocks(find_target(query).kind, D, query.dtype.itemsize).forward
+  tile = triton_blocks(find_target(query, sources).kind, D, query.dtype.itemsize).forward
   out: Array = jax_triton.triton_call(
     query,
     *jax.tree.leaves(sources),
@@ -80,7 +87,9 @@ def _forward(scale: float, group_bias: float, query: Array, sources: KVSources) 
 
 
 def _no_gradient(*args: object) -> tuple[Array, None]:
-  raise NotImplementedError("jax_triton has the forward pass alone; use 'triton' or 'xla'.")
+  raise NotImplementedError(
+    "implementation='jax_triton' has no backward pass; take 'triton' or 'xla' for gradients."
+  )
 
 
 _forward.defvjp(_no_gradient, _no_gradient)

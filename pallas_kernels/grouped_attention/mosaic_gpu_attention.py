@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels.dispatch import find_target
+from pallas_kernels.dispatch import find_target, refuse
 from pallas_kernels.grouped_attention.block_sizes import (
+  H100_MULTIPROCESSORS,
   mosaic_blocks,
   MosaicBlocks,
-  multiprocessors,
 )
 from pallas_kernels.grouped_attention.kv_sources import (
   kv_cotangent,
@@ -60,21 +60,29 @@ def grouped_attention_mosaic_gpu(
   Arrays whose lengths are no multiple of 8 are copied; L and the sources' sizes should be.
 
   Raises:
-    NotImplementedError: for a head dim other than 64 and 128, a dtype other than float16 and
-      bfloat16, or a scale that is not positive.
+    NotImplementedError: for the reasons of `refusal`.
   """
+  refuse(refusal(query, sources, scale=scale))
   L, D = query.shape[1], query.shape[3]
-  if D not in (64, 128):
-    raise NotImplementedError(f"head_dim is {D}; this backend has 64 and 128.")
-  if query.dtype not in (jnp.float16, jnp.bfloat16):
-    raise NotImplementedError(f"dtype is {query.dtype}; this backend has float16 and bfloat16.")
-  if scale <= 0:
-    raise NotImplementedError(f"scale is {scale}; this backend wants a positive one.")
-  blocks = blocks or mosaic_blocks(find_target(query).kind, D)
-  programs = programs or multiprocessors()
+  target = find_target(query, sources)
+  blocks = blocks or mosaic_blocks(target.kind, D)
+  programs = programs or target.num_cores or H100_MULTIPROCESSORS
   static = _Static(scale, group_bias, max_window, blocks, programs, interpret)
   padded = sources.with_kv(jax.tree.map(lambda x: _pad_rows(x, ENTRIES), sources.kv))
   return _attend(_pad_rows(query, ROW_UNIT), padded, static)[:, :L]
+
+
+def refusal(query: Array, sources: KVSources, *, scale: float, **_: Any) -> str | None:
+  """Why these kernels cannot run a call of `grouped_attention`; None if they can."""
+  del sources
+  D = query.shape[-1]
+  if D not in (64, 128):
+    return f"head_dim is {D}; it must be 64 or 128"
+  if query.dtype not in (jnp.float16, jnp.bfloat16):
+    return f"dtype is {query.dtype}; it must be float16 or bfloat16"
+  if scale <= 0:
+    return f"scale is {scale}; it must be positive"
+  return None
 
 
 def _pad_rows(x: Array, least: int) -> Array:

@@ -10,7 +10,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Float
 
-from pallas_kernels.dispatch import find_target
+from pallas_kernels.dispatch import find_target, refuse
 from pallas_kernels.grouped_attention.kv_sources import KVSources
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks, TpuBlocks
 from pallas_kernels.grouped_attention.mosaic_tpu_dkdv import mosaic_tpu_dkdv
@@ -57,28 +57,13 @@ def grouped_attention_mosaic_tpu(
   the length of the window are best multiples of 256: others are padded, which copies.
 
   Raises:
-    NotImplementedError: for a head dim other than 64, 128 and 256, a dtype other than bfloat16 and
-      float32, or more queries than scalar memory can describe.
+    NotImplementedError: for the reasons of `refusal`.
   """
+  options: dict[str, Any] = {"scale": scale, "group_bias": group_bias, "max_window": max_window}
+  refuse(refusal(query, sources, blocks=blocks, **options))
   B, L, H, D = query.shape
-  if D not in (64, 128, 256):
-    raise NotImplementedError(f"head_dim is {D}; this backend has 64, 128 and 256.")
-  if query.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"dtype is {query.dtype}; this backend has bfloat16 and float32.")
-  blocks = blocks or tpu_blocks(find_target(query).kind, query.dtype.itemsize)
-  walk = walk_of(
-    blocks,
-    query,
-    sources,
-    scale=scale,
-    group_bias=group_bias,
-    max_window=max_window,
-  )
-  if (size := walk.scalar_bytes(B * sources.focal.start.shape[1], L)) > _SCALAR_MEMORY:
-    raise NotImplementedError(
-      f"query has {B} rows of {L}; what their tiles visit takes {size} bytes of scalar memory, and "
-      f"this backend has {_SCALAR_MEMORY}: split the batch."
-    )
+  blocks = blocks or _blocks_for(query, sources)
+  walk = walk_of(blocks, query, sources, **options)
   length = round_up(L, max(walk.block_q, walk.summary_grad.block_q, walk.window_grad.block_q))
 
   focal, group, _ = sources
@@ -108,6 +93,29 @@ def grouped_attention_mosaic_tpu(
   )
   out_BxPxGxLxD = _attend(operands, _Static(walk, blocks, interpret))
   return out_BxPxGxLxD.transpose(0, 3, 1, 2, 4).reshape(B, length, H, D)[:, :L]
+
+
+def refusal(
+  query: Array, sources: KVSources, *, blocks: TpuBlocks | None = None, **options: Any
+) -> str | None:
+  """Why these kernels cannot run a call of `grouped_attention`; None if they can."""
+  B, L, _, D = query.shape
+  if D not in (64, 128, 256):
+    return f"head_dim is {D}; it must be 64, 128 or 256"
+  if query.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"dtype is {query.dtype}; it must be bfloat16 or float32"
+  walk = walk_of(blocks or _blocks_for(query, sources), query, sources, **options)
+  size = walk.scalar_bytes(B * sources.focal.start.shape[1], L)
+  if size > _SCALAR_MEMORY:
+    return (
+      f"query has {B} rows of {L} tokens, whose tile ranges take {size} bytes of scalar memory; at "
+      f"most {_SCALAR_MEMORY} fit: split the batch"
+    )
+  return None
+
+
+def _blocks_for(query: Array, sources: KVSources) -> TpuBlocks:
+  return tpu_blocks(find_target(query, sources).kind, query.dtype.itemsize)
 
 
 def walk_of(

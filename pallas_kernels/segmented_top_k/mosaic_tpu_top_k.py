@@ -15,11 +15,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Float
 
+from pallas_kernels.dispatch import refuse
 from pallas_kernels.mosaic_tpu_common import Interpret, LANES, like
 from pallas_kernels.segmented_top_k.segments import Ranges
 
 _ROWS = 32  # of 128 scores in a tile of a count: what bytes, the mask's dtype, are stored by
 _TILE = _ROWS * LANES
+_MAX_SCORES = 2**19  # of a row: all of it is in VMEM
 _MASK_VALUE = -(2**31)  # no score has this key, and no candidate threshold is as low
 
 
@@ -29,10 +31,9 @@ def segmented_top_k_mosaic_tpu(
   """See `segmented_top_k`.
 
   Raises:
-    NotImplementedError: for scores that are not float32.
+    NotImplementedError: for the reasons of `refusal`.
   """
-  if scores_BxNxL.dtype != jnp.float32:
-    raise NotImplementedError(f"dtype is {scores_BxNxL.dtype}; this backend has float32.")
+  refuse(refusal(scores_BxNxL, ranges))
   B, N, L = scores_BxNxL.shape
   tiles = pl.cdiv(L, _TILE)
   padding = ((0, 0), (0, 0), (0, tiles * _TILE - L))
@@ -57,6 +58,16 @@ def segmented_top_k_mosaic_tpu(
     name="segmented_top_k",
   )(*(jnp.asarray(x, jnp.int32) for x in ranges), scores_BxNxtxSxW)
   return mask_BxNxtxSxW.reshape(B, N, -1)[..., :L] != 0
+
+
+def refusal(scores: Array, ranges: Ranges) -> str | None:
+  """Why this kernel cannot run a call of `segmented_top_k`; None if it can."""
+  del ranges
+  if scores.dtype != jnp.float32:
+    return f"dtype is {scores.dtype}; it must be float32"
+  if scores.shape[-1] > _MAX_SCORES:
+    return f"a row has {scores.shape[-1]} scores; at most {_MAX_SCORES} fit VMEM"
+  return None
 
 
 def _kernel(

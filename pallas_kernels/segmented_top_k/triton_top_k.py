@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Bool, Float
 
+from pallas_kernels.dispatch import refuse
 from pallas_kernels.segmented_top_k.segments import Ranges
 from pallas_kernels.triton_common import like
 
@@ -38,10 +39,9 @@ def segmented_top_k_triton(
   """See `segmented_top_k`. `chunk` overrides how many scores are held at once.
 
   Raises:
-    NotImplementedError: for scores that are not float32.
+    NotImplementedError: for the reasons of `refusal`.
   """
-  if scores_BxNxL.dtype != jnp.float32:
-    raise NotImplementedError(f"dtype is {scores_BxNxL.dtype}; this backend has float32.")
+  refuse(refusal(scores_BxNxL, ranges))
   B, N, L = scores_BxNxL.shape
   C = ranges.start.shape[1]
   chunk = chunk or (pl.next_power_of_2(L) if L <= _IN_REGISTERS else _CHUNK)
@@ -59,6 +59,14 @@ def segmented_top_k_triton(
   )(scores_BxNxL, ranges)
   # Nobody has written where no range lies.
   return (mask_BxNxL != 0) & ranges.inside(L).any(axis=1)[:, None]
+
+
+def refusal(scores: Array, ranges: Ranges) -> str | None:
+  """Why this kernel cannot run a call of `segmented_top_k`; None if it can."""
+  del ranges
+  if scores.dtype != jnp.float32:
+    return f"dtype is {scores.dtype}; it must be float32"
+  return None
 
 
 def _num_warps(chunk: int) -> int:

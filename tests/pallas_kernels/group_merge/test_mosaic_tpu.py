@@ -219,7 +219,10 @@ def test_an_absent_tpu_gets_the_kernels():
   named = functools.partial(
     merge_groups, scale=1.0, reorder_window=True, implementation="mosaic_tpu"
   )
-  with pytest.raises(NotImplementedError, match="mosaic_tpu runs on a TPU"):
+  with pytest.raises(NotImplementedError, match="mosaic_tpu: runs on a TPU"):
     jax.eval_shape(named, *structs("bfloat16")[:6])
-  with pytest.raises(NotImplementedError, match="dtype is float16"):
+  with (
+    jax.sharding.use_abstract_mesh(abstract_mesh()),
+    pytest.raises(NotImplementedError, match="dtype is float16"),
+  ):
     jax.eval_shape(named, *structs("float16")[:6])

@@ -137,7 +137,7 @@ def test_the_target_decides():
 
 
 def test_an_unknown_implementation_is_named():
-  with pytest.raises(ValueError, match="'sort'; it must be None or one of"):
+  with pytest.raises(ValueError, match="'sort'; for segmented_top_k it must be None"):
     segmented_top_k(
       jnp.zeros((1, 1, 4)), Ranges(*[np.zeros((1, 1), int)] * 3), implementation="sort"
     )
