@@ -13,7 +13,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
-from pallas_kernels.grouped_attention.reference import masked_softmax
 
 
 class Masks(NamedTuple):
@@ -123,7 +122,7 @@ def _attend(
   q_LxRxD, k_LxD, v_LxD = (x.astype(jnp.float32) for x in (q_LxRxD, k_LxD, v_LxD))
   merge_scale = q_LxRxD.shape[-1] ** -0.5 if config.aggregation_scale == "head_dim" else 1.0
   q_GxRxD = q_LxRxD[masks.merge_query]
-  weights_GxRxL = masked_softmax(
+  weights_GxRxL = _masked_softmax(
     merge_scale * jnp.einsum("grd,ld->grl", q_GxRxD, k_LxD, precision="highest"),
     masks.member[:, None],
   )
@@ -138,5 +137,12 @@ def _attend(
   if config.group_logit_bias == "log_size":
     is_group_S = jnp.arange(keys_SxD.shape[0]) >= k_LxD.shape[0]
     logits_LxRxS += jnp.log(config.group_size) * is_group_S[None, None]
-  attention_LxRxS = masked_softmax(logits_LxRxS, sees_LxS[:, None])
+  attention_LxRxS = _masked_softmax(logits_LxRxS, sees_LxS[:, None])
   return jnp.einsum("lrs,sd->lrd", attention_LxRxS, values_SxD, precision="highest").astype(dtype)
+
+
+def _masked_softmax(logits: Array, mask: Array) -> Array:
+  """Softmax over the last axis where the mask holds; 0 elsewhere and in rows without any."""
+  sees = mask.any(axis=-1, keepdims=True)
+  logits = jnp.where(sees, jnp.where(mask, logits, -jnp.inf), 0.0)
+  return jnp.where(sees, jax.nn.softmax(logits, axis=-1), 0.0)

@@ -11,7 +11,7 @@ from dga_jax.attention.segments import Documents, find_documents, positions
 from dga_jax.config import DGAConfig
 from dga_jax.sharding import axis_index_and_size
 from pallas_kernels.importance import sampled_importance
-from pallas_kernels.segmented_top_k import Ranges, segmented_top_k
+from pallas_kernels.segmented_top_k import segmented_top_k, Segments
 
 
 def importance_scores(
@@ -108,7 +108,7 @@ def select_focal(
     scores_BxNxL = jnp.where(sink_BxL[:, None], jnp.inf, scores_BxNxL)
   start_BxC, length_BxC = documents.extents(max_documents)
   quota_BxC = jnp.asarray(config.focal_quota(L))[length_BxC]
-  return segmented_top_k(scores_BxNxL, Ranges(start_BxC, length_BxC, quota_BxC))
+  return segmented_top_k(scores_BxNxL, Segments(start_BxC, length_BxC, quota_BxC))
 
 
 def uniform_by_position(key: Array, position_BxL: Int[Array, "B L"]) -> Float[Array, "B L"]:

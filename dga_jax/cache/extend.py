@@ -10,7 +10,7 @@ from dga_jax.cache.prefill import ring_positions
 from dga_jax.cache.state import CompactCache
 from dga_jax.cache.summary import merge_blocks
 from dga_jax.config import DGAConfig
-from pallas_kernels.group_merge import take_positions
+from pallas_kernels.gather import take_positions
 from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
 
 

@@ -9,7 +9,8 @@ from dga_jax.attention.plan import GroupPlan
 from dga_jax.cache.state import cache_size, CompactCache, ring_age
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import pack_rows
-from pallas_kernels.group_merge import Entries, take_rows
+from pallas_kernels.gather import take_rows
+from pallas_kernels.group_merge import Entries
 
 
 def prefill(

@@ -6,7 +6,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.aggregate import merge_scale
 from dga_jax.config import DGAConfig
-from pallas_kernels.group_merge import block_scores, merge, take_rows
+from pallas_kernels.gather import take_rows
+from pallas_kernels.group_merge import block_scores, merge
 
 
 def merge_blocks(

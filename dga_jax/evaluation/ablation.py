@@ -17,7 +17,7 @@ from dga_jax.attention.attend import attend_entries
 from dga_jax.attention.layout import streaming_layout
 from dga_jax.attention.plan import static_sizes
 from dga_jax.config import DGAConfig
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.masks import masked_softmax
 
 Selection = Literal["own", "random", "oracle"]
 Merging = Literal["own", "mean", "hidden"]

@@ -22,7 +22,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from pallas_kernels.decode.cache_arrays import CacheMask, GroupBias, is_group, raw_is_visible
-from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES, like
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES
 
 _TILE_BYTES = 2**18  # of keys: with values and two in flight 1 MiB of VMEM
 _MASK_VALUE = -1e30  # finite, so that what sees nothing has weights exp(−inf − _MASK_VALUE) = 0
@@ -87,7 +88,7 @@ def decode_attention_mosaic_tpu(
         pltpu.VMEM((H, D), jnp.float32),
       ],
     ),
-    out_shape=like(query, (B, H, D), query.dtype),
+    out_shape=out_struct(query, (B, H, D), query.dtype),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
     cost_estimate=pl.CostEstimate(
       flops=4 * B * H * N * (C + W) * D,

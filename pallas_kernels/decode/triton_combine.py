@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode.triton_tile import load_rows, MASK_VALUE
-from pallas_kernels.triton_common import like
+from pallas_kernels.kernel_common import out_struct
 
 
 def join(
@@ -27,7 +27,10 @@ def join(
     grid=(H, B),
     in_specs=[pl.BlockSpec((1,), lambda h, b: (0,)), lengths, *of_part],
     out_specs=[pl.BlockSpec((None, None, D), lambda h, b: (b, h, 0)), lengths],
-    out_shape=[like(query, query.shape, query.dtype), like(length, length.shape, length.dtype)],
+    out_shape=[
+      out_struct(query, query.shape, query.dtype),
+      out_struct(length, length.shape, length.dtype),
+    ],
     input_output_aliases={1: 1},
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,

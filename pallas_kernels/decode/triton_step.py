@@ -21,7 +21,8 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.decode.cache_arrays import BlockRule, CacheArrays, CacheLengths, is_group
 from pallas_kernels.decode.triton_combine import join
 from pallas_kernels.decode.triton_tile import add_tile, load_rows, MASK_VALUE, Softmax, store_rows
-from pallas_kernels.triton_common import dot, like
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.triton_common import dot
 
 _LEAST = 16  # of a side of a matrix product
 
@@ -82,7 +83,7 @@ def step_triton(
   def of_part(*last: int) -> tuple[pl.BlockSpec, Any]:
     """A row of every query head for each program."""
     spec = pl.BlockSpec((None, R, None, *last), lambda p, n, b: (b, n, p, *[0] * len(last)))
-    return spec, like(query, (B, H, P, *last), jnp.float32)
+    return spec, out_struct(query, (B, H, P, *last), jnp.float32)
 
   parts = [of_part(D), of_part(), of_part()]
   stored = store.arrays()
@@ -101,7 +102,7 @@ def step_triton(
     out_specs=[*(spec for spec, _ in parts), *(of_head(x) for x in stored)],
     out_shape=[
       *(shape for _, shape in parts),
-      *(like(x, x.shape, x.dtype) for x in stored),
+      *(out_struct(x, x.shape, x.dtype) for x in stored),
     ],
     input_output_aliases={before + i: len(parts) + i for i in range(len(stored))},
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.cache_arrays import CacheMask, GroupBias
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.masks import masked_softmax
 
 
 def decode_attention_xla(

@@ -15,7 +15,8 @@ from dga_jax.attention.plan import Rows
 from dga_jax.attention.scores import random_scores, select_focal
 from dga_jax.attention.visibility import Visibility
 from dga_jax.config import DGAConfig
-from pallas_kernels.group_merge import Entries, merge_groups, take_rows
+from pallas_kernels.gather import take_rows
+from pallas_kernels.group_merge import Entries, merge_groups
 
 
 def global_entries(

@@ -8,7 +8,7 @@ from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.plan import Rows
 from dga_jax.attention.scores import sample_queries
 from dga_jax.config import DGAConfig
-from pallas_kernels.group_merge import take_positions
+from pallas_kernels.gather import take_positions
 
 
 def sharded_importance_scores(

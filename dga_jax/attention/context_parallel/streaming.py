@@ -16,7 +16,8 @@ from dga_jax.attention.plan import Rows
 from dga_jax.attention.visibility import Visibility
 from dga_jax.config import DGAConfig
 from pallas_kernels.compact_indices import compact_indices
-from pallas_kernels.group_merge import Entries, merge_blocks, take_positions
+from pallas_kernels.gather import take_positions
+from pallas_kernels.group_merge import Entries, merge_blocks
 
 
 def streaming_entries(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.masks import masked_softmax
 
 
 @jax.tree_util.register_dataclass

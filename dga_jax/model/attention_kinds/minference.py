@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from dga_jax.model.attention_kinds.dense import DenseAttention, DenseCache
 from dga_jax.model.baselines import MInferenceConfig
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.masks import masked_softmax
 
 BLOCK_Q = 128
 
