@@ -14,7 +14,7 @@ from dga_jax.attention.selection import document_quotas
 from dga_jax.attention.streaming_blocks import cut_blocks, StreamingBlocks
 from dga_jax.attention.visibility import streaming_visibility, Visibility
 from dga_jax.config import DGAConfig
-from pallas_kernels.segmented_top_k import Ranges
+from pallas_kernels.segmented_top_k import Segments
 
 
 class StreamingMetadata(NamedTuple):
@@ -32,7 +32,7 @@ class RankingMetadata(NamedTuple):
     samples: the queries that rank the keys; None under random selection.
   """
 
-  quotas: Ranges
+  quotas: Segments
   samples: SampledQueries | None
 
 

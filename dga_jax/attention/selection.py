@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dga_jax.attention.segments import Documents
 from dga_jax.attention.streaming_blocks import StreamingBlocks
 from dga_jax.config import DGAConfig
-from pallas_kernels.segmented_top_k import Ranges, segmented_top_k
+from pallas_kernels.segmented_top_k import segmented_top_k, Segments
 
 
 class Selection(NamedTuple):
@@ -17,15 +17,15 @@ class Selection(NamedTuple):
   focal_mask: Bool[Array, "B N L"]
 
 
-def document_quotas(documents: Documents, max_documents: int, config: DGAConfig) -> Ranges:
+def document_quotas(documents: Documents, max_documents: int, config: DGAConfig) -> Segments:
   """Start, length and number of focal tokens of every document (global and random selection)."""
   start_BxC, length_BxC = documents.extents(max_documents)
   quota_L = jnp.asarray(config.focal_quota(documents.index.shape[1]))
-  return Ranges(start_BxC, length_BxC, quota_L[length_BxC])
+  return Segments(start_BxC, length_BxC, quota_L[length_BxC])
 
 
 def select_by_score(
-  scores_BxNxL: Float[Array, "B N L"], documents: Documents, quotas: Ranges, config: DGAConfig
+  scores_BxNxL: Float[Array, "B N L"], documents: Documents, quotas: Segments, config: DGAConfig
 ) -> Selection:
   """Global and random selection: the highest scores of each document.
 

@@ -19,7 +19,7 @@ from dga_jax.cache.validation import Lengths
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheArrays, CacheLengths, pack_rows
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.group_merge import take_rows
+from pallas_kernels.gather import take_rows
 from pallas_kernels.grouped_attention import KVSources
 
 

@@ -18,7 +18,7 @@ from dga_jax.attention.segments import Documents
 from dga_jax.attention.selection import Selection as FocalSelection
 from dga_jax.config import DGAConfig
 from dga_jax.model.attention_kinds.base import AttentionKind
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.masks import masked_softmax
 
 Selection = Literal["own", "random", "oracle"]
 Merging = Literal["own", "mean", "hidden"]

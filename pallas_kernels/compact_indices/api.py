@@ -12,13 +12,13 @@ def compact_indices(
   *,
   implementation: dispatch.Implementation = None,
 ) -> Int[Array, "*rows size"]:
-  """The list whose entry slot[i] is i for every chosen i; L where it has none.
+  """A list [*rows, size] int32 with list[slot[i]] = i for every chosen position i, else L.
 
   Args:
-    slot: int32; those of the chosen ascend along a row, none occurs twice, and what lies outside
-      the list is left out.
-    chosen: which positions are put in the list.
-    size: of the list.
+    slot: int32. The slots of chosen positions ascend along a row without repeats; positions whose
+      slot is outside [0, size) are dropped.
+    chosen: the positions to list.
+    size: length of the list.
     implementation: "mosaic_tpu" (TPUs) or "xla" (any device); a tuple of names in order of
       preference; None for the first that can run the call.
 

@@ -18,26 +18,32 @@ def merge_groups(
   reorder_window: bool,
   implementation: dispatch.Implementation = None,
 ) -> tuple[Float[Array, "B L H D"], Entries]:
-  """Picks focal tokens, merges groups (Eq. 14 of the paper), and lays out the window.
+  """Gathers focal tokens, merges groups, and lays out the window.
 
-  Group g's members j are merged to Σ_j w_j K_j and Σ_j w_j V_j, with w the softmax over members
-  of scale · q · K_j for the query q at group_query, averaged over the query heads of a KV head.
+  The members j of group g are merged to Kᵍ = Σ_j w_j K_j and Vᵍ = Σ_j w_j V_j (Eq. 14 of
+  arXiv 2505.22107). w is the softmax over the members of scale · q·K_j, for the query q at
+  `group_query`, averaged over the query heads of a KV head. Differentiable in query, key and
+  value.
 
   Args:
     query: any float dtype, which all arrays share.
-    focal_index: positions of the focal tokens, ascending, L where there is none. No position
-      occurs twice in a head's two index arrays.
-    member_index: positions of each group's members, ascending from group to group, L where there
-      is none.
-    group_query: the position whose query weighs a group's members.
-    scale: of the merge logits.
-    reorder_window: whether the window is the members one after the other; else all tokens.
+    focal_index: int32 positions of the focal tokens, ascending; L for none. No position occurs
+      twice in the two index arrays of a head.
+    member_index: int32 positions of each group's members, ascending from group to group; L for
+      none.
+    group_query: int32 position of the query that weighs a group's members.
+    scale: multiplies the merge logits.
+    reorder_window: True for a window of the members in group order; False for all tokens.
     implementation: "triton" (Ampere and newer GPUs), "mosaic_tpu" (TPUs) or "xla" (any device); a
       tuple of names in order of preference; None for the first that can run the call.
 
   Returns:
-    The query, and the entries. Who goes on with the returned query lets the backward pass add
-    its gradients in place. Kernels may leave a few rows of zeros behind the asked ones.
+    The query, and the entries. Use the returned query downstream, so that gradients accumulate
+    into one buffer. Focal and group arrays may have more rows than r and k; see `Entries`.
+
+  Raises:
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
   result: tuple[Array, Entries] = dispatch.run(
     "merge_groups",
@@ -65,18 +71,27 @@ def merge_blocks(
   scale: float,
   implementation: dispatch.Implementation = None,
 ) -> tuple[Float[Array, "B L H D"], Entries, Int[Array, "B N k f"]]:
-  """As `merge_groups`, for blocks of consecutive tokens which choose their own focal ones.
+  """As `merge_groups`, for blocks of consecutive tokens, each with its own choice of focal tokens.
 
-  The last query of a block keeps the `focal` tokens to which softmax(q Kᵀ / √D) over the block,
-  summed over the query heads of a KV head, gives most (ties: the earlier token), and weighs the
-  other `members` of them. The window is all tokens.
+  The last query of a block scores its tokens by softmax(q Kᵀ / √D), summed over the query heads
+  of a KV head. The `focal` highest-scored tokens stay focal (ties: the earlier token), and the
+  same query weighs the other `members` tokens as a group. The window is all tokens.
 
   Args:
-    start: first position of each block, ascending, L for none. None for as many blocks as there
-      are in L tokens, one behind the other from the first token on.
+    query: any float dtype, which all arrays share.
+    start: int32 first position of each block, ascending; L for none. None for ⌊L / size⌋
+      consecutive blocks from the first token on, with size = members + focal.
+    members: tokens of a block that are merged.
+    focal: tokens of a block that stay focal.
+    scale: multiplies the merge logits.
+    implementation: as in `merge_groups`.
 
   Returns:
-    The query, the entries, and the places in their block of the focal tokens, ascending.
+    The query, the entries, and the offsets in their block of the focal tokens, ascending.
+
+  Raises:
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
   result: tuple[Array, Entries, Array] = dispatch.run(
     "merge_blocks",

@@ -1,4 +1,4 @@
-"""Summarise on a TPU: rows are gathered where groups do not lie one behind the other, then merged.
+"""Group merging on a TPU: rows of non-consecutive groups are gathered first, then merged.
 
 Kernels take heads before tokens, as the attention kernels do: XLA then writes the projections in
 that layout, and nothing is transposed.
@@ -15,7 +15,7 @@ from pallas_kernels.dispatch import refuse
 from pallas_kernels.group_merge.entries import Entries
 from pallas_kernels.group_merge.mosaic_tpu_merge import Groups, merge_rows
 from pallas_kernels.group_merge.mosaic_tpu_merge_grad import merge_rows_grad
-from pallas_kernels.group_merge.mosaic_tpu_rows import gather_rows, scatter_rows
+from pallas_kernels.group_merge.mosaic_tpu_row_gather import gather_rows, scatter_rows
 from pallas_kernels.mosaic_tpu_common import Interpret
 
 _MAX_ROWS = 128  # of a group or block: a kernel holds it in registers
@@ -85,10 +85,10 @@ def merge_blocks_mosaic_tpu(
     rows = list(_take(tuple(rows), row_BxNxkxP.reshape(B, N, k * size), interpret))
     (weighing,) = _take((query_BxHxLxD,), row_BxNxkxP[..., -1], interpret)
   groups = _groups(query, key, k, size, focal, scale)
-  *summaries, slot = _merge(weighing, *rows, groups, interpret)
-  group_key, group_value, focal_key, focal_value = (x.swapaxes(1, 2) for x in summaries)
+  *merged, slot = _merge(weighing, *rows, groups, interpret)
+  group_key, group_value, focal_key, focal_value = (x.swapaxes(1, 2) for x in merged)
   entries = Entries(focal_key, focal_value, group_key, group_value, key, value)
-  return query, entries, _places(slot, groups)
+  return query, entries, _offsets(slot, groups)
 
 
 def merge_groups_refusal(
@@ -188,18 +188,18 @@ def _merge_bwd(
   dquery, *drows = merge_rows_grad(
     (query, key, value), slot, cotangents[:4], groups, interpret=interpret
   )
-  behind = key.shape[2] - groups.count * groups.rows
-  dkey, dvalue = (jnp.pad(d, ((0, 0), (0, 0), (0, behind), (0, 0))) for d in drows)
+  after = key.shape[2] - groups.count * groups.rows
+  dkey, dvalue = (jnp.pad(d, ((0, 0), (0, 0), (0, after), (0, 0))) for d in drows)
   return dquery, dkey, dvalue
 
 
 _merge.defvjp(_merge_fwd, _merge_bwd)
 
 
-def _places(slot: Array, groups: Groups) -> Array:
-  """[B, N, k, focal]: the places in their group of the focal rows, ascending."""
+def _offsets(slot: Array, groups: Groups) -> Array:
+  """[B, N, k, focal]: the offsets in their group of the focal rows, ascending."""
   B, N = slot.shape[:2]
   slot_BxNxkx1xP = slot.reshape(B, N, -1, 1, groups.rows)[:, :, : groups.count]
   j_f = jnp.arange(groups.focal, dtype=jnp.int32)[None, None, None, :, None]
-  place_P = jnp.arange(groups.rows, dtype=jnp.int32)[None, None, None, None]
-  return jnp.where(slot_BxNxkx1xP == j_f, place_P, 0).sum(axis=-1)
+  offset_P = jnp.arange(groups.rows, dtype=jnp.int32)[None, None, None, None]
+  return jnp.where(slot_BxNxkx1xP == j_f, offset_P, 0).sum(axis=-1)

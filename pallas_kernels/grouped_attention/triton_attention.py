@@ -1,6 +1,6 @@
-"""Grouped attention through Pallas-Triton: checks, padding and the custom gradient.
+"""Grouped attention through Pallas-Triton, for GPUs older than Hopper: checks and gradient.
 
-The route for GPUs older than Hopper. JAX will remove this backend, hence files of its own.
+JAX will remove this lowering; all code that depends on it is in files named triton_*.
 """
 
 import dataclasses
@@ -113,8 +113,8 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     tile=static.blocks.dkdv,
     interpret=static.interpret,
   )
-  # Few long tiles in the prefixes: one query head a program keeps the GPU busy. Many short ones
-  # in the window: all heads in one program spare the partial sums.
+  # Focal tokens and groups give few programs with many steps: one query head a program keeps the
+  # GPU busy. The window gives many short programs: all heads in one avoid the partial sums.
   focal = key_grads(query, sources.focal, bias=0.0, heads_per_program=1)
   group = key_grads(query, sources.group, bias=static.group_bias, heads_per_program=1)
   window = key_grads(query, sources.window, bias=0.0, heads_per_program=heads_per_kv)

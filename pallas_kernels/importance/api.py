@@ -13,25 +13,25 @@ def sampled_importance(
   *,
   implementation: dispatch.Implementation = None,
 ) -> Float[Array, "B N L"]:
-  """Attention that sampled queries pay to each key, per query that sees it.
+  """Mean attention that sampled queries pay to each key (Eq. 16, 17 of arXiv 2505.22107).
 
-  With query s of row b seeing keys [start, end), and R query heads to a KV head:
+  Query s of row b sees keys [start, end). With R query heads of a KV head:
 
       score_j = Σ_s Σ_r softmax(q_sr Kᵀ / √D)_j / #{s that see j}
 
-  Not differentiable: it ranks keys.
+  Not differentiable: the scores only rank keys.
 
   Args:
     query_BxSxHxD: any float dtype. Head h belongs to KV head ⌊h / (H/N)⌋.
     key_BxLxNxD: same dtype.
     start_BxS: int32, first key that a query sees.
-    end_BxS: int32, at most L. A query with end ≤ start sees nothing and counts nowhere.
+    end_BxS: int32, at most L. A query with end ≤ start sees nothing and counts for no key.
     implementation: "triton" (Ampere and newer GPUs; no float64) or "xla" (any device); a tuple of
       names in order of preference; None for the first that can run the call.
 
   Returns:
-    float32; 0 for keys that no query sees. A non-finite key makes NaN of the scores of all keys
-    that its queries see, and touches no other.
+    float32 scores; 0 for keys that no query sees. A non-finite key makes the scores of all keys
+    that its queries see NaN, and no others.
 
   Raises:
     ValueError: if a name is unknown.

@@ -1,25 +1,25 @@
-"""The entry point of selection by score."""
+"""The entry point of segmented top-k."""
 
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.segmented_top_k.segments import Ranges
+from pallas_kernels.segmented_top_k.segments import Segments
 
 
 def segmented_top_k(
   scores_BxNxL: Float[Array, "B N L"],
-  ranges: Ranges,
+  segments: Segments,
   *,
   implementation: dispatch.Implementation = None,
 ) -> Bool[Array, "B N L"]:
-  """Exactly the `quota` highest scores of each range, ties to the earlier position.
+  """A mask of exactly the `quota` highest scores of each segment; ties go to the earlier position.
 
-  0.0 and −0.0 are equal; NaN is lower than −∞; XLA on a CPU takes subnormals for zeros. Positions
-  in no range are False. On one device all implementations give the same mask, bit for bit.
+  0.0 and −0.0 are equal, and NaN is below −∞; XLA on a CPU treats subnormals as zeros. Positions
+  in no segment are False. On one device all implementations give the same mask, bit for bit.
 
   Args:
     scores_BxNxL: float32.
-    ranges: of the rows, the same for all N.
+    segments: of the rows, shared by all N.
     implementation: "triton" (Ampere and newer GPUs), "mosaic_tpu" (TPUs) or "xla" (any device); a
       tuple of names in order of preference; None for the first that can run the call.
 
@@ -27,5 +27,5 @@ def segmented_top_k(
     ValueError: if a name is unknown.
     NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  mask_BxNxL: Array = dispatch.run("segmented_top_k", implementation, scores_BxNxL, ranges)
+  mask_BxNxL: Array = dispatch.run("segmented_top_k", implementation, scores_BxNxL, segments)
   return mask_BxNxL

@@ -18,7 +18,8 @@ from dga_jax.attention.selection import select_by_score
 from dga_jax.attention.visibility import Visibility
 from dga_jax.config import DGAConfig
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.group_merge import Entries, merge_groups, take_rows
+from pallas_kernels.gather import take_rows
+from pallas_kernels.group_merge import Entries, merge_groups
 from pallas_kernels.grouped_attention import KVSources
 
 

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.scores import SampledQueries
-from pallas_kernels.group_merge import take_positions
+from pallas_kernels.gather import take_positions
 
 
 def sharded_importance_scores(

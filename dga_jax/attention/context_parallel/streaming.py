@@ -13,7 +13,8 @@ from dga_jax.attention.visibility import focal_list_start
 from dga_jax.config import DGAConfig
 from pallas_kernels.compact_indices import compact_indices
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.group_merge import Entries, merge_blocks, take_positions
+from pallas_kernels.gather import take_positions
+from pallas_kernels.group_merge import Entries, merge_blocks
 from pallas_kernels.grouped_attention import KVSources
 
 

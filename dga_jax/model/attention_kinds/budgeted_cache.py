@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.base import AttentionKind, require_one_document
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.masks import masked_softmax
 
 
 @jax.tree_util.register_dataclass

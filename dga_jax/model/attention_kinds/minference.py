@@ -12,7 +12,7 @@ from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.base import require_one_document
 from dga_jax.model.attention_kinds.baseline_settings import BaselineSettings
 from dga_jax.model.attention_kinds.dense_cache import DenseCacheAttention
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.masks import masked_softmax
 
 BLOCK_Q = 128
 

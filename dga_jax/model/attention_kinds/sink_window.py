@@ -18,8 +18,8 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.rope import apply_rope, rope_table
-from pallas_kernels.group_merge import take_positions
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.gather import take_positions
+from pallas_kernels.masks import masked_softmax
 
 BLOCK_Q = 256
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from pallas_kernels.importance import sampled_importance
 from pallas_kernels.importance.triton_importance import sampled_importance_triton
-from pallas_kernels.importance.triton_rows import ImportanceTile
+from pallas_kernels.importance.triton_tiles import ImportanceTile
 from pallas_kernels.importance.xla import sampled_importance_xla
 from tests.pallas_kernels.h100 import (
   abstract_mesh,
