@@ -32,7 +32,7 @@ def answer(
   """
   greedy = Sampling(temperature=0.0)
   requests = [Request(prompt, new_tokens, greedy) for prompt in prompts]
-  batch = ContinuousBatching(model, requests, slots=batch_size, stop_ids=[tokenizer.end_id])
+  batch = ContinuousBatching(model, requests, slots=batch_size, stop_ids=tokenizer.stop_ids)
   for step in batch.steps():
     for emitted in step:
       if emitted.done:
