@@ -322,7 +322,7 @@ def load_tokenizer(workdir: str | Path, step: int | None = None) -> Tokenizer:
   text = json.dumps(read_json(workdir, step, "tokenizer"))
   try:
     return Tokenizer.from_json(text)
-  except ValueError as error:
+  except Exception as error:  # The tokenizers library raises errors of many kinds.
     raise damage_error(workdir, step, first_line(error)) from error
 
 

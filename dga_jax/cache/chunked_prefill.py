@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.attend import attention_kwargs
+from dga_jax.attention.validation import softmax_scale
 from dga_jax.cache import validation
 from dga_jax.cache.layout import cache_layout, CacheLayout, TokenCoords
 from dga_jax.cache.prompt import ring_index
@@ -62,10 +63,11 @@ def extend(
       max_length. Under jit lengths are unknown: the compact entries of later blocks are dropped.
     NotImplementedError: if the named implementation cannot compute this call, and why.
   """
-  validation.new_tokens(query, key, value, cache, config=config, layer=layer)
+  validation.new_tokens(query, key, value, cache, axes="B T H D", config=config, layer=layer)
   B, T = query.shape[:2]
   count_B = jnp.full(B, T) if lengths is None else validation.as_array(lengths, B, T)
   validation.room(cache, T if lengths is None else lengths, layer=layer)
+  softmax_scale(scale)
   one = cache if layer is None else jax.tree.map(lambda x: x[layer], cache)
   chunk = _Chunk.after(one.lengths, count_B, T, config)
   raw = (chunk.raw_window(one.arrays.raw_key, key), chunk.raw_window(one.arrays.raw_value, value))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention.aggregate import merge_scale
+from dga_jax.attention.validation import softmax_scale
 from dga_jax.cache import validation
 from dga_jax.cache.layout import cache_layout, TokenCoords
 from dga_jax.cache.state import CompactCache
@@ -35,10 +36,15 @@ def decode_step(
 ) -> tuple[Float[Array, "B H D"], CompactCache]:
   """Appends one token to every sequence, attends, and summarizes the blocks that it completes.
 
-  The token's query attends, in one softmax, to the compact entries of the prefix and of the blocks
-  before its window, and to the raw tokens from there on, itself included. A token that completes
-  its block then chooses the block's f focal tokens and merges the other m (algorithm of the paper's
-  section on decoding, with f focal tokens kept). Each sequence completes blocks at its own time.
+  With s over the compact entries of the prefix and of the blocks before the token's window, and
+  over the raw tokens from the window on, the token itself included:
+
+      out_h = Σ_s softmax_s(scale · q_h·k_ns + bias_s) v_ns,   KV head n = ⌊h / (H/N)⌋
+
+  where bias is log m for groups under `config.group_logit_bias` "log_size", else 0. A token that
+  completes its block then chooses the block's f focal tokens, and the other m are merged by Eq. 14
+  of Zhang et al. (arXiv 2505.22107). The paper's cache flushes m + f pending tokens alike; it does
+  not say that f of them stay exact. Each sequence completes its blocks at its own time.
 
   Shapes are static: jit the call once, with the cache donated, and call it for every token.
 
@@ -63,8 +69,9 @@ def decode_step(
     NotImplementedError: if the named implementation cannot compute this call; the message says
       why.
   """
-  validation.new_tokens(query, key, value, cache, config=config, layer=layer)
+  validation.new_tokens(query, key, value, cache, axes="B H D", config=config, layer=layer)
   validation.room(cache, 1, layer=layer)
+  softmax_scale(scale)
   if layer is None:
     stacked = jax.tree.map(lambda x: x[None], cache)
     out, stacked = _step(query, key, value, stacked, 0, config, scale, implementation)

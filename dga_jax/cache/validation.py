@@ -36,9 +36,20 @@ def prompt_fits(length: int, max_length: int) -> None:
 
 
 def new_tokens(
-  query: Array, key: Array, value: Array, cache: CompactCache, *, config: DGAConfig, layer: Any
+  query: Array,
+  key: Array,
+  value: Array,
+  cache: CompactCache,
+  *,
+  axes: str,
+  config: DGAConfig,
+  layer: Any,
 ) -> None:
-  """Query, key and value [B, ..., heads, D] fit each other, the cache and the config."""
+  """Query, key and value fit each other, the cache and the config.
+
+  Args:
+    axes: of the query, "B H D" or "B T H D".
+  """
   raw = cache.arrays.raw_key
   if raw.ndim != (4 if layer is None else 5):
     raise ValueError(
@@ -46,12 +57,13 @@ def new_tokens(
       " with a leading axis of layers, and leave it out for a cache of one layer."
     )
   B, N, W, D = raw.shape[-4:]
-  *rows, H, _ = shape = np.shape(query)
-  if shape != (B, *rows[1:], H, D) or H % N or not H:
+  shape = np.shape(query)
+  if len(shape) != len(axes.split()) or (shape[0], shape[-1]) != (B, D) or shape[-2] % N:
     raise ValueError(
-      f"query has shape {shape}; it must be [{B}, ..., heads, {D}] with heads a multiple of the"
-      f" cache's {N} KV heads."
+      f"query has shape {list(shape)}; it must be [{', '.join(axes.split())}] with B = {B} and"
+      f" D = {D}, as the cache has, and H a multiple of its {N} KV heads."
     )
+  *rows, H, _ = shape
   for name, x in (("query", query), ("key", key), ("value", value)):
     shape = (*rows, H if name == "query" else N, D)
     if np.shape(x) != shape or jnp.result_type(x) != raw.dtype:

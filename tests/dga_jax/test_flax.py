@@ -61,7 +61,6 @@ def test_with_all_tokens_focal_it_is_flax_attention(config: DGAConfig) -> None:
 
 MASKS = {
   "keys": (KEYS, True),
-  "keys of numbers": (KEYS.astype(jnp.float32), True),
   "causal and keys": (nnx.combine_masks(nnx.make_causal_mask(X[..., 0]), KEYS), False),
   "both flags": (nnx.combine_masks(nnx.make_causal_mask(X[..., 0]), KEYS), True),
   "pairs of tokens": (nnx.make_attention_mask(KEYS[:, 0, 0], KEYS[:, 0, 0]), True),
@@ -74,22 +73,23 @@ def test_right_padding_is_honoured(name: str) -> None:
   module = layer()
   want = expected(module, X, LENGTHS)
   np.testing.assert_allclose(call(module, X, mask, is_causal), want, atol=1e-5)
-  if name == "keys":
-    np.testing.assert_allclose(module(X, mask=mask, is_causal=True), want, atol=1e-5)
+  if name != "causal and keys":
+    return
   functions = (attention_fn(DGAConfig(min_focal_tokens=64)), nnx.dot_product_attention)
   dense, flax = (call(layer(attention_fn=f), X, mask, is_causal) for f in functions)
   for row, length in enumerate(LENGTHS.tolist()):
     np.testing.assert_allclose(dense[row, :length], flax[row, :length], atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(), (2, 3)])
+@pytest.mark.parametrize("shape", [(), (3, 1)])
 def test_any_number_of_batch_axes(shape: tuple[int, ...]) -> None:
   module = layer()
-  x = jax.random.normal(jax.random.key(2), (*shape, L, E))
-  want = expected(module, x.reshape(-1, L, E)).reshape(*shape, L, E)
-  np.testing.assert_allclose(call(module, x), want, atol=1e-5)
+  x = X.reshape(3, 1, L, E) if shape else X[0]
   causal = nnx.make_causal_mask(x[..., 0])
-  np.testing.assert_allclose(call(module, x, causal, is_causal=False), want, atol=1e-5)
+  got = call(module, x, causal, is_causal=False)
+  assert got.shape == (*shape, L, E)
+  want = expected(module, X)[: 3 if shape else 1]
+  np.testing.assert_allclose(got.reshape(-1, L, E), want, atol=1e-5)
 
 
 def test_dtype_of_the_module() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from dga_jax.checkpoint import load_model
 from dga_jax.checkpoint_files import CheckpointError, find_damage, list_steps
 from dga_jax.file_lock import hold_lock
 from tests.train.compare import assert_same_run, losses
-from tests.train.tiny import interruptible
+from tests.train.fleet import Fleet
+from tests.train.tiny import interruptible, write_config
 from train.config import TrainConfig
 from train.errors import TrainingError
 from train.metrics import read_metrics
@@ -104,6 +106,26 @@ def test_training_continues_from_the_last_good_checkpoint(
   assert find_damage(workdir, 8) is None
   # Nothing is lost.
   assert (workdir / "checkpoints" / "8.set_aside_1" / "training").is_dir()
+
+
+def test_the_flags_of_the_command(
+  config: TrainConfig, workdir: Path, whole: Path, compilation_cache: dict[str, str]
+) -> None:
+  path = write_config(config, workdir.with_suffix(".py"))
+  fleet = Fleet(path, compilation_cache["jax_compilation_cache_dir"])
+  flip_a_bit(largest_file(workdir / "checkpoints" / "8" / "params"))
+  for flags, status, message in (
+    ((), 1, "CheckpointError: The checkpoint .*/8 is damaged: .* --skip_damaged"),
+    (("--step=8",), 1, "use it with --step=6"),
+    (("--step=4", "--skip_damaged"), 1, "ValueError: --step is 4 and --skip_damaged is set"),
+    (("--skip_damaged",), 0, "Continuing from the checkpoint of step 6."),
+    (("--step=10",), 0, "Continuing from the checkpoint of step 10."),
+  ):
+    (trainer,) = fleet.start(workdir, 1, *flags)
+    assert trainer.wait() == status, trainer.output()
+    assert re.search(message, trainer.output()), trainer.output()
+    assert "Traceback" not in trainer.output()
+  assert_same_run(workdir, whole, 12)
 
 
 def test_several_damaged_checkpoints(config: TrainConfig, workdir: Path, whole: Path) -> None:

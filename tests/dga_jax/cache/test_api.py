@@ -121,8 +121,9 @@ def test_misfits_are_refused_by_name():
   cache = filled()
   step = functools.partial(decode_step, config=CONFIG)
   for argument, match in (
-    ((query[:1], key, value), r"query has shape \(1, 4, 8\); it must be \[2, ..., heads, 8\]"),
-    ((query[:, :3], key, value), "heads a multiple of the cache's 2 KV heads"),
+    ((query[:1], key, value), r"query has shape \[1, 4, 8\]; it must be \[B, H, D\] with B = 2"),
+    ((query[:, None], key, value), r"query has shape \[2, 1, 4, 8\]; it must be \[B, H, D\]"),
+    ((query[:, :3], key, value), "H a multiple of its 2 KV heads"),
     ((query, key[:, :1], value), r"key is float32\[2, 1, 8\]; .* must be float32\[2, 2, 8\]"),
     ((query, key, value.astype("bfloat16")), r"value is bfloat16\[2, 2, 8\]"),
   ):
