@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dga_jax.model.baselines import SlidingWindowConfig
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
 
 from dga_jax.conversion.errors import ConversionError
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
