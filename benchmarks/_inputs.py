@@ -8,7 +8,9 @@ import jax
 from jax import Array
 
 from dga_jax import DGAConfig
-from dga_jax.attention.aggregate import plan_and_merge
+from dga_jax.attention.attend import merge_tokens, Merged
+from dga_jax.attention.metadata import prepare
+from dga_jax.attention.segments import find_documents
 from pallas_kernels.grouped_attention import KVSources
 
 
@@ -34,8 +36,13 @@ class Shape:
 
   def sources(self, config: DGAConfig, key: Array) -> tuple[Array, KVSources]:
     """The query and the sources of `grouped_attention`, as the op makes them from tokens."""
-    plan, query, entries = plan_and_merge(*self.tokens(key), config=config)
-    return query, plan.bounds.sources(entries)
+    return merge(config, *self.tokens(key))
+
+
+def merge(config: DGAConfig, query: Array, key: Array, value: Array) -> Merged:
+  """The arguments of `grouped_attention` for whole rows of tokens."""
+  metadata = prepare(find_documents(query.shape[0], query.shape[1], None, None), config)
+  return merge_tokens(query, key, value, metadata)
 
 
 def mean_visible(sources: KVSources) -> float:

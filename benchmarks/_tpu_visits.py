@@ -1,6 +1,7 @@
 """How often each part of the attention kernels runs at some length."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,20 +12,21 @@ from jax.extend.core import subjaxprs
 
 from benchmarks._aot_tpu import abstract_mesh, CHIPS
 from benchmarks._bundles import Schedule
+from benchmarks._inputs import merge
 from dga_jax import DGAConfig
-from dga_jax.attention.aggregate import plan_and_merge
 from dga_jax.attention.attend import attention_kwargs
-from dga_jax.attention.layout import Sizes, streaming_layout
+from dga_jax.attention.metadata import prepare, StreamingMetadata
 from dga_jax.attention.segments import find_documents
-from pallas_kernels.grouped_attention.mosaic_tpu_attention import summary_runs, walk_of
+from pallas_kernels.group_merge import Entries
+from pallas_kernels.grouped_attention.mosaic_tpu_attention import schedule_of, summary_query_ranges
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks
 from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
   GradTile,
   pack_bounds,
-  pack_query_runs,
-  pack_visits,
-  unpack_visits,
-  Walk,
+  pack_key_ranges,
+  pack_query_ranges,
+  TileSchedule,
+  unpack_key_ranges,
   WINDOW,
 )
 
@@ -67,25 +69,24 @@ def splash_counts(L: int, heads: int, kv_heads: int, tiles: tuple[int, int, int]
 def dga_counts(
   chip: str, L: int, heads: tuple[int, int, int], D: int, config: DGAConfig
 ) -> list[Counts]:
-  """Of DGA's kernels in streaming mode. Its bounds follow from the length alone."""
+  """Of DGA's kernels in streaming mode, whose ranges follow from the length alone."""
   shapes = [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
   with jax.sharding.use_abstract_mesh(abstract_mesh(CHIPS[chip].kind)):
-    plan, query, entries = jax.eval_shape(
-      lambda *arrays: plan_and_merge(*arrays, config=config), *shapes
-    )
-    grids = _grids(lambda *arrays: plan_and_merge(*arrays, config=config)[2], shapes)
+    query, sources = jax.eval_shape(functools.partial(merge, config), *shapes)
+    grids = _grids(lambda *arrays: merge(config, *arrays).sources.kv, shapes)
   options = attention_kwargs(query, config, None)
   blocks = tpu_blocks(CHIPS[chip].kind, 2)
-  walk = walk_of(blocks, query, plan.bounds.sources(entries), **options)
-  nothing = jnp.zeros((1, 1, L), bool)
-  layout = streaming_layout(nothing, find_documents(1, L, None, None), Sizes(1, 1), config)
-  bounds = pack_bounds(layout.bounds.sources(entries), walk.group_offset, L)
+  schedule = schedule_of(blocks, query, sources, **options)
+  streaming = prepare(find_documents(1, L, None, None), config).by_selection
+  assert isinstance(streaming, StreamingMetadata)
+  entries = Entries(*(x for pair in sources.kv for x in pair))
+  bounds = pack_bounds(streaming.visibility.sources(entries), schedule.group_offset, L)
 
-  queries = _query_side(bounds, walk, heads[1])
-  summary_tile, window_tile = walk.summary_grad, walk.window_grad
-  window_runs = pack_query_runs(bounds, WINDOW, 0, entries.window_key.shape[1], window_tile)
-  of_summaries = _key_side(summary_runs(bounds, walk), summary_tile, walk, heads[1])
-  of_window = _key_side(window_runs, window_tile, walk, heads[1])
+  queries = _query_side(bounds, schedule, heads[1])
+  summary_tile, window_tile = schedule.summary_grad, schedule.window_grad
+  window_ranges = pack_query_ranges(bounds, WINDOW, 0, entries.window_key.shape[1], window_tile)
+  of_summaries = _key_side(summary_query_ranges(bounds, schedule), summary_tile, schedule, heads[1])
+  of_window = _key_side(window_ranges, window_tile, schedule, heads[1])
 
   def each_step(steps: int) -> Callable[[Schedule], float]:
     # Its loop is for inputs that are not finite.
@@ -101,35 +102,37 @@ def dga_counts(
   ]
 
 
-def _query_side(bounds: jax.Array, walk: Walk, kv_heads: int) -> Callable[[Schedule], float]:
-  packed, most_steps = pack_visits(bounds, walk, jnp.bfloat16)
-  visits = unpack_visits(packed)
-  focal, group = visits.focal, visits.group
-  whole = sum(int((run.whole_to - run.whole_from).sum()) for run in (focal, group))
-  rest = sum(int((run.edge - run.first).sum()) for run in (focal, group)) - whole
-  pieces = int(jnp.maximum(visits.pieces - 1, 0).sum())
-  tiles = visits.pieces.size
-  head_tiles = kv_heads * walk.splits
+def _query_side(
+  bounds: jax.Array, tiling: TileSchedule, kv_heads: int
+) -> Callable[[Schedule], float]:
+  packed, most_steps = pack_key_ranges(bounds, tiling, jnp.bfloat16)
+  ranges = unpack_key_ranges(packed)
+  summaries = (ranges.focal, ranges.group)
+  whole = sum(int((tiles.whole_to - tiles.whole_from).sum()) for tiles in summaries)
+  rest = sum(int((tiles.edge - tiles.first).sum()) for tiles in summaries) - whole
+  pieces = int(jnp.maximum(ranges.pieces - 1, 0).sum())
+  query_tiles = ranges.pieces.size
+  head_tiles = kv_heads * tiling.splits
 
   def bundles(schedule: Schedule) -> float:
     *each_step, edges = schedule.before
     piece, *finish = schedule.after
     per_tile = edges + sum(finish) + int(most_steps) * (sum(each_step) + schedule.small)
     loops = whole * schedule.loops[0] + rest * schedule.loops[1]
-    return head_tiles * (tiles * per_tile + loops + pieces * piece)
+    return head_tiles * (query_tiles * per_tile + loops + pieces * piece)
 
   return bundles
 
 
 def _key_side(
-  runs: jax.Array, tile: GradTile, walk: Walk, kv_heads: int
+  ranges: jax.Array, tile: GradTile, tiling: TileSchedule, kv_heads: int
 ) -> Callable[[Schedule], float]:
-  first, whole_from, whole_to, edge = (runs[:, :, i] for i in range(4))
+  first, whole_from, whole_to, edge = (ranges[:, :, i] for i in range(4))
   whole = int((whole_to - whole_from).sum())
   rest = int((edge - first).sum()) - whole
   most_steps = max(-(-int((edge - first).max()) * tile.block_q // tile.piece), 1)
   steps = first.size * most_steps
-  head_tiles = kv_heads * walk.splits
+  head_tiles = kv_heads * tiling.splits
 
   def bundles(schedule: Schedule) -> float:
     loops = whole * schedule.loops[0] + rest * schedule.loops[1]

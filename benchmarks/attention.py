@@ -29,11 +29,10 @@ from jax import Array
 from tqdm import tqdm
 
 from benchmarks import _aot_gpu
-from benchmarks._inputs import mean_visible, Shape, with_gradients
+from benchmarks._inputs import mean_visible, merge, Shape, with_gradients
 from benchmarks._paired_timing import compare, Contender
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig, dynamic_group_attention
-from dga_jax.attention.aggregate import plan_and_merge
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
 
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "16384", "32768"], "sequence lengths")
@@ -177,10 +176,11 @@ def _mosaic_gpu_example(arrays: tuple[Array, Array, Array]) -> Array:
 
 
 def _summaries(config: DGAConfig, arrays: tuple[Array, Array, Array]) -> Any:
-  plan, _, entries = plan_and_merge(*arrays, config=config)
-  # What is passed through would be copied here, and is not in the op.
-  reordered = entries if config.selection != "streaming" else entries[:4]
-  return reordered, plan.bounds
+  sources = merge(config, *arrays).sources
+  if config.selection != "streaming":
+    return sources
+  # The window's keys and values are the op's own inputs. Returning them would copy them.
+  return sources.focal, sources.group, sources.window.start, sources.window.end
 
 
 def _op(config: DGAConfig, implementation: str, arrays: tuple[Array, Array, Array]) -> Array:

@@ -4,8 +4,7 @@ import importlib
 from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from dga_jax.api import dynamic_group_attention, plan_groups
-  from dga_jax.attention.attend import explain
+  from dga_jax.api import dynamic_group_attention, explain, plan_groups
   from dga_jax.attention.plan import GroupPlan
   from dga_jax.config import DGAConfig
 
@@ -25,7 +24,7 @@ _MODULES = {
   "DGAConfig": "dga_jax.config",
   "GroupPlan": "dga_jax.attention.plan",
   "dynamic_group_attention": "dga_jax.api",
-  "explain": "dga_jax.attention.attend",
+  "explain": "dga_jax.api",
   "plan_groups": "dga_jax.api",
 }
 

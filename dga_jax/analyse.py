@@ -1,4 +1,4 @@
-"""What a plan does, as small arrays to look at: what each query sees, and how tokens merge."""
+"""Small arrays that show a plan: what each query sees, and the weights of merged tokens."""
 
 import enum
 
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention import validation
-from dga_jax.attention.aggregate import merge_scale
+from dga_jax.attention.attend import merge_scale
 from dga_jax.attention.plan import GroupPlan
 from pallas_kernels.group_merge import merge
 
@@ -19,30 +19,30 @@ class Seen(enum.IntEnum):
   """How a query sees a token."""
 
   UNSEEN = 0
-  FOCAL = 1  # by its own key and value, for good
-  MERGED = 2  # through its group
-  RAW = 3  # by its own key and value, until it is merged or chosen
+  FOCAL = 1  # by the token's own key and value, permanently
+  MERGED = 2  # through the token's group
+  RAW = 3  # by the token's own key and value, until the token is merged or chosen
 
 
 def visibility(plan: GroupPlan, *, row: int = 0, head: int = 0) -> Int[np.ndarray, "L L"]:
   """How each query (first axis) sees each token (second axis): codes of `Seen`, int8.
 
-  Written out query by query: for rows short enough to look at.
+  One Python step a query, for short rows.
 
   Args:
-    plan: made outside jit.
-    row: which row of the batch.
-    head: which KV head.
+    plan: with concrete arrays, as made outside jit.
+    row: index of the row in the batch.
+    head: index of the KV head.
 
   Raises:
     IndexError: the plan has no such row or head.
   """
-  focal_r = np.asarray(plan.focal_index)[row, head]
-  member_kxm = np.asarray(plan.member_index)[row, head]
+  focal_r = np.asarray(plan.layout.focal_index)[row, head]
+  member_kxm = np.asarray(plan.layout.member_index)[row, head]
   B, N, L = plan.focal_mask.shape
   window_W = np.arange(L) if plan.config.selection == "streaming" else member_kxm.reshape(-1)
-  # Bounds that all heads share are stored once.
-  ranges_L = (np.broadcast_to(bound, (B, N, L))[row, head] for bound in plan.bounds)
+  # Ranges that all heads share are stored once.
+  ranges_L = (np.broadcast_to(bound, (B, N, L))[row, head] for bound in plan.visibility)
   seen_LxL = np.full((L, L), Seen.UNSEEN, np.int8)
   for i, (focal, focal_end, group, group_end, window, window_end) in enumerate(
     zip(*ranges_L, strict=True)
@@ -63,24 +63,23 @@ def merge_weights(
 ) -> Float[np.ndarray, "k L"]:
   """The weight with which each group merges each token (Eq. 14 of the paper), float32.
 
-  A group's weights sum to 1. They are 0 for tokens that are no members of it, and for groups
-  that the row does not fill.
+  A group's weights sum to 1. They are 0 for tokens outside the group, and in unused groups.
 
   Args:
-    query: what the plan was made with, or anything of that shape.
-    key: likewise.
+    query: queries of the shape that the plan was made for.
+    key: keys of the shape that the plan was made for.
     plan: the groups.
-    row: which row of the batch.
-    head: which KV head.
+    row: index of the row in the batch.
+    head: index of the KV head.
 
   Raises:
     ValueError: the plan was made for other shapes.
     IndexError: the plan has no such row or head.
   """
   validation.query_and_key(query, key)
-  validation.plan_fits(plan, plan.config, query, key, None)
-  member_kxm = np.asarray(plan.member_index)[row, head]
-  group_query_k = np.asarray(plan.group_query)[row, head]
+  plan.check_fits(query, key, plan.config, None)
+  member_kxm = np.asarray(plan.layout.member_index)[row, head]
+  group_query_k = np.asarray(plan.layout.group_query)[row, head]
   _, L, H, _ = query.shape
   R = H // key.shape[2]
   q_LxRxD, k_LxD = query[row, :, head * R : (head + 1) * R], key[row, :, head]

@@ -6,17 +6,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from dga_jax.attention import validation
-from dga_jax.attention.attend import attend
+from dga_jax.attention.attend import attend, attend_with_plan, make_plan, nan_where_invalid
+from dga_jax.attention.metadata import document_bound, prepare
 from dga_jax.attention.partition import AttentionPartition, find_partition
 from dga_jax.attention.plan import GroupPlan
-from dga_jax.attention.plan import plan_groups as plan_one_device
+from dga_jax.attention.reference import number_documents, reference_attention
 from dga_jax.attention.segments import Documents, find_documents
+from dga_jax.attention.validation import Lengths, SegmentIds
+from dga_jax.cache import decode_step, empty_cache
 from dga_jax.config import DGAConfig
+from dga_jax.explanation import Explanation
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation
+
+ArrayOrShape = Array | jax.ShapeDtypeStruct
 
 
 def dynamic_group_attention(
@@ -26,11 +33,11 @@ def dynamic_group_attention(
   *,
   config: DGAConfig,
   plan: GroupPlan | None = None,
-  lengths: Int[Array, "B"] | None = None,
-  segment_ids: Int[Array, "B L"] | None = None,
+  lengths: Lengths | None = None,
+  segment_ids: SegmentIds | None = None,
   scale: float | None = None,
   sharding: NamedSharding | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """Causal attention to focal tokens, merged groups and the raw tokens of one open group.
 
@@ -50,15 +57,17 @@ def dynamic_group_attention(
     config: every switch of the mechanism.
     plan: fixes the split into focal tokens and groups. Default:
       `plan_groups(query, key, config=config, ...)`.
-    lengths: tokens of each row; the rest of a row is padding. Default: L.
-    segment_ids: runs of equal ids are documents packed in a row; negative ids are padding. Each
-      row and document is computed as if it were alone. Padded queries give 0.
+    lengths: tokens of each row, an int array or a list; later tokens are padding. Default: L.
+    segment_ids: runs of equal ids are documents packed in a row; negative ids are padding. An int
+      array or a list of lists. Each row and document is computed as if it were alone. Padded
+      queries give 0.
     scale: of the attention logits, default 1/√D. The choice of focal tokens always uses 1/√D, and
       `config.aggregation_scale` sets the scale of merge weights.
     sharding: of the query, for a mesh whose axes are Auto: `NamedSharding(mesh,
       PartitionSpec(batch axes, None, head axes))`. Key and value are split alike.
-    implementation: None for the fastest that applies, "reference" for the written-out masks, or
-      another name that `explain` lists.
+    implementation: of attention: None for the fastest that applies, a name that `explain` lists, or
+      a tuple of names in order of preference. "reference" computes the whole op with L×L masks.
+      "xla" also merges groups in XLA.
 
   Returns:
     Shape and dtype of the query. Differentiable in query, key and value.
@@ -72,14 +81,16 @@ def dynamic_group_attention(
   validation.softmax_scale(scale)
   validation.implementation(implementation)
   B, L = query.shape[:2]
-  validation.rows(B, L, lengths, segment_ids)
+  lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
+  documents = find_documents(B, L, lengths, segment_ids)
+  whole = lengths is None and segment_ids is None
   if plan is not None:
-    validation.plan_fits(plan, config, query, key, _known_documents(B, L, lengths, segment_ids))
+    plan.check_fits(query, key, config, None if whole else documents)
   query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
   partition = find_partition(query, key, value, sharding)
   rows = _present(lengths=lengths, segment_ids=segment_ids)
   if partition is None:
-    return attend(
+    return _attend_on_device(
       query,
       key,
       value,
@@ -99,7 +110,7 @@ def dynamic_group_attention(
       **_present(plan=plan, scale=traced_scale),
     },
     partition=partition,
-    config=config if plan is not None else _with_document_bound(config, L, rows),
+    config=config if plan is not None else _with_document_bound(config, documents),
     scale=None if scale is None or traced_scale is not None else float(scale),
     implementation=implementation,
   )
@@ -110,8 +121,8 @@ def plan_groups(
   key: Float[Array, "B L N D"],
   *,
   config: DGAConfig,
-  lengths: Int[Array, "B"] | None = None,
-  segment_ids: Int[Array, "B L"] | None = None,
+  lengths: Lengths | None = None,
+  segment_ids: SegmentIds | None = None,
   sharding: NamedSharding | None = None,
 ) -> GroupPlan:
   """Chooses focal tokens and groups for every row, document and KV head.
@@ -125,30 +136,120 @@ def plan_groups(
     query: any float dtype. Query head h belongs to KV head ⌊h / (H/N)⌋.
     key: same dtype as query.
     config: see `DGAConfig`.
-    lengths: tokens of each row; the rest of a row is padding. Default: L.
-    segment_ids: runs of equal ids are documents packed in a row; negative ids are padding.
+    lengths: tokens of each row, an int array or a list; later tokens are padding. Default: L.
+    segment_ids: runs of equal ids are documents packed in a row; negative ids are padding. An int
+      array or a list of lists.
     sharding: of the query, as for `dynamic_group_attention`.
 
   Returns:
-    The plan, whose arrays are split over the mesh as query and key are.
+    A plan for `dynamic_group_attention`; `plan.focal_mask` is bool [B, N, L]. Its arrays are split
+    over the mesh as query and key are.
 
   Raises:
-    ValueError: an argument does not fit; the message names the argument and the remedy.
+    ValueError: an argument does not fit; the message names the argument and the remedy. Under jit,
+      segment_ids need config.max_documents (see `DGAConfig`).
   """
   validation.query_and_key(query, key)
   B, L = query.shape[:2]
-  validation.rows(B, L, lengths, segment_ids)
+  lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
+  documents = find_documents(B, L, lengths, segment_ids)
   query, key = jnp.asarray(query), jnp.asarray(key)
   partition = find_partition(query, key, key, sharding)
-  rows = _present(lengths=lengths, segment_ids=segment_ids)
   if partition is None:
-    return plan_one_device(query, key, config=config, **rows)
+    return make_plan(query, key, prepare(documents, config))
   plan = _plan_on_mesh(
-    {"query": query, "key": key, **rows},
+    {"query": query, "key": key, **_present(lengths=lengths, segment_ids=segment_ids)},
     partition=partition,
-    config=_with_document_bound(config, L, rows),
+    config=_with_document_bound(config, documents),
   )
   return dataclasses.replace(plan, config=config)
+
+
+def explain(
+  query: Float[ArrayOrShape, "B L H D"],
+  key: Float[ArrayOrShape, "B L N D"],
+  value: Float[ArrayOrShape, "B L N D"],
+  *,
+  config: DGAConfig,
+  lengths: Lengths | None = None,
+  segment_ids: SegmentIds | None = None,
+  implementation: Implementation = None,
+) -> Explanation:
+  """Which implementation runs each op of a call, and why not the others. Computes nothing.
+
+      print(dga_jax.explain(query, key, value, config=config))
+
+  The ops are those of `dynamic_group_attention` with these arguments, and those of a decoding step
+  over the cache of such prompts.
+
+  Args:
+    query: of the call, or its `jax.ShapeDtypeStruct`.
+    key: likewise.
+    value: likewise.
+    config: as for `dynamic_group_attention`.
+    lengths: likewise.
+    segment_ids: likewise.
+    implementation: likewise.
+
+  Raises:
+    ValueError: as for `dynamic_group_attention`.
+    NotImplementedError: likewise.
+  """
+  (B, L, _, D), N, dtype = query.shape, key.shape[2], key.dtype
+
+  def decode(query: Array, key: Array, value: Array) -> Any:
+    cache = empty_cache(
+      config=config, batch=B, max_length=L + 1, num_kv_heads=N, head_dim=D, dtype=dtype
+    )
+    return decode_step(query[:, 0], key[:, 0], value[:, 0], cache, config=config)
+
+  call = functools.partial(
+    dynamic_group_attention,
+    config=config,
+    lengths=lengths,
+    segment_ids=segment_ids,
+    implementation=implementation,
+  )
+  target = dispatch.find_target(query, key, value)
+  with dispatch.collect_reports(target) as reports:
+    jax.eval_shape(call, query, key, value)
+    jax.eval_shape(decode, query, key, value)
+  return Explanation.from_reports(str(target), reports)
+
+
+def _attend_on_device(
+  query: Array,
+  key: Array,
+  value: Array,
+  *,
+  config: DGAConfig,
+  plan: GroupPlan | None = None,
+  lengths: Array | None = None,
+  segment_ids: Array | None = None,
+  scale: Any = None,
+  implementation: Implementation = None,
+) -> Array:
+  """The op of the rows and heads of one device; the caller has checked the arguments."""
+  B, L, _, D = query.shape
+  whole = lengths is None and segment_ids is None
+  if implementation in ("reference", ("reference",)):
+    if plan is None:
+      documents = find_documents(B, L, lengths, segment_ids)
+      plan = make_plan(query, key, prepare(documents, config))
+    out_BxLxHxD = reference_attention(
+      query,
+      key,
+      value,
+      plan.focal_mask,
+      plan.documents.index if whole else number_documents(B, L, lengths, segment_ids),
+      config=config,
+      scale=D**-0.5 if scale is None else scale,
+    )
+    return nan_where_invalid(out_BxLxHxD, plan.invalid)
+  if plan is not None:
+    return attend_with_plan(query, key, value, plan, scale=scale, implementation=implementation)
+  metadata = prepare(find_documents(B, L, lengths, segment_ids), config)
+  return attend(query, key, value, metadata, scale=scale, implementation=implementation)
 
 
 @functools.partial(jax.jit, static_argnames=("partition", "config", "scale", "implementation"))
@@ -158,10 +259,10 @@ def _attend_on_mesh(
   partition: AttentionPartition,
   config: DGAConfig,
   scale: float | None,
-  implementation: str | None,
+  implementation: Implementation,
 ) -> Array:
   def attend_part(operands: dict[str, Any]) -> Array:
-    return attend(
+    return _attend_on_device(
       **{"scale": scale} | operands,
       config=config,
       implementation=implementation,
@@ -190,7 +291,10 @@ def _plan_on_mesh(
 
   def plan_part(operands: dict[str, Any]) -> dict[str, list[Array]]:
     nonlocal specs_of_leaves, structure
-    plan = plan_one_device(**operands, config=config)
+    query, key = operands["query"], operands["key"]
+    B, L = query.shape[:2]
+    documents = find_documents(B, L, operands.get("lengths"), operands.get("segment_ids"))
+    plan = make_plan(query, key, prepare(documents, config))
     leaves, structure = jax.tree.flatten(plan)
     specs_of_leaves = jax.tree.leaves(_plan_specs(plan, partition))
     return {
@@ -216,11 +320,9 @@ def _plan_specs(plan: GroupPlan, partition: AttentionPartition) -> PyTree[Partit
   ranges = rows if plan.config.selection == "streaming" else row_heads
   return dataclasses.replace(
     jax.tree.map(lambda _: rows, plan),
-    focal_mask=row_heads,
-    focal_index=row_heads,
-    member_index=row_heads,
-    group_query=row_heads,
-    bounds=jax.tree.map(lambda _: ranges, plan.bounds),
+    selection=jax.tree.map(lambda _: row_heads, plan.selection),
+    layout=jax.tree.map(lambda _: row_heads, plan.layout),
+    visibility=jax.tree.map(lambda _: ranges, plan.visibility),
   )
 
 
@@ -233,22 +335,8 @@ def _present(**arrays: Any) -> dict[str, Any]:
   }
 
 
-def _known_documents(batch: int, length: int, lengths: Any, segment_ids: Any) -> Documents | None:
-  """The documents of the rows, read on the host; None without them or where they are traced."""
-  rows = _present(lengths=lengths, segment_ids=segment_ids)
-  if not rows or any(map(validation.is_traced, rows.values())):
-    return None
-  host: dict[str, Any] = {name: np.asarray(x) for name, x in rows.items()}
-  return find_documents(batch, length, host.get("lengths"), host.get("segment_ids"))
-
-
-def _with_document_bound(config: DGAConfig, length: int, rows: dict[str, Array]) -> DGAConfig:
+def _with_document_bound(config: DGAConfig, documents: Documents) -> DGAConfig:
   """The config with the number of documents of concrete rows, which jit would hide."""
-  segment_ids = rows.get("segment_ids")
-  if segment_ids is None or config.max_documents is not None:
+  if documents.rows != "packed" or documents.count is None or config.max_documents is not None:
     return config
-  documents = _known_documents(len(segment_ids), length, rows.get("lengths"), segment_ids)
-  if documents is None:
-    return config
-  bound = validation.document_bound(config, length, documents, segment_ids)
-  return dataclasses.replace(config, max_documents=bound)
+  return dataclasses.replace(config, max_documents=document_bound(documents, config))

@@ -219,7 +219,7 @@ def read_eval_loss(workdir: str | Path, step: int) -> float | None:
 
 
 def _read_old_eval_loss(folder: Path) -> float | None:
-  """`read_eval_loss` of a checkpoint from before the manifest, where infinity stands for none."""
+  """`read_eval_loss` of a checkpoint from before the manifest, in which infinity means none."""
   try:
     loss = json.loads((folder / "metrics" / "metrics").read_bytes())["eval_loss"]
     return loss if isinstance(loss, float) and loss < float("inf") else None

@@ -133,9 +133,9 @@ class ManifestHandler(ocp.AsyncCheckpointHandler):
     if unfinished:
       raise RuntimeError(f"orbax has not finalized {unfinished} before the item '{ITEM}'.")
     files: dict[str, FileRecord] = {}
-    for part in sorted(directory.iterdir()):
-      files |= {name: FileRecord(**file) for name, file in json.loads(part.read_text()).items()}
-      part.unlink()
+    for path in _part_paths(directory):
+      files |= {name: FileRecord(**file) for name, file in json.loads(path.read_text()).items()}
+      path.unlink()
     paths = [path for path in folder.glob("*/**/*") if path.is_file()]
     names = [path.relative_to(folder).as_posix() for path in paths]
     files |= hash_files(folder, [name for name in names if name not in files])
@@ -170,7 +170,16 @@ class _OwnArrayFiles(ocp.future.Future):
       name.replace(_TEMPORARY, "", 1): dataclasses.asdict(record)
       for name, record in hash_files(folder, names).items()
     }
-    (self._directory / f"process_{process}.json").write_text(json.dumps(records))
+    _part_paths(self._directory)[process].write_text(json.dumps(records))
+
+
+def _part_paths(directory: Path) -> list[Path]:
+  """Files in which processes record their array files; a single process needs none.
+
+  A file is opened by its name: a listing of a shared folder may be some seconds old.
+  """
+  count = jax.process_count()
+  return [directory / f"process_{index}.json" for index in range(count)] if count > 1 else []
 
 
 def _hash_json(values: Any) -> str:

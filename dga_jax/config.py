@@ -1,4 +1,4 @@
-"""Configuration of Dynamic Group Attention: one frozen dataclass, checked when it is made."""
+"""Configuration of Dynamic Group Attention: one frozen dataclass, validated on construction."""
 
 import dataclasses
 from fractions import Fraction
@@ -26,32 +26,37 @@ CacheDtype = Literal["int8", "float8_e4m3fn"]
 
 @dataclasses.dataclass(frozen=True)
 class DGAConfig:
-  """Every switch of Dynamic Group Attention (Zhang et al., ICML 2025, arXiv 2505.22107).
+  """Settings of Dynamic Group Attention (Zhang et al., ICML 2025, arXiv 2505.22107).
 
   Attributes:
-    group_size: m, how many non-focal tokens are merged into one group.
+    group_size: m, the non-focal tokens that are merged into one group.
     importance_rate: γ, the share of tokens that stay focal, in [0, 1].
-    min_focal_tokens: floor on the number of focal tokens (global and random selection).
-    selection: "global", the paper's, ranks all keys by sampled queries; "streaming" lets the last
-      query of each block choose within its block, which is causal and equals decoding; "random"
-      draws the focal tokens (Table 5 of the paper).
-    visibility: whether a group is seen by the query at its own last position ("inclusive", the
-      paper's) or only by later ones ("exclusive"). Streaming is always exclusive.
-    aggregation_scale: scale of the merge logits, "head_dim" for 1/√D or "none" for 1.
+    min_focal_tokens: lower bound on the number of focal tokens (global and random selection).
+    selection: how focal tokens are chosen. "global" (the paper's) ranks all keys of a document by
+      the attention of sampled queries; later queries decide for earlier ones. "streaming" lets the
+      last query of each block choose within the block; it is causal, and decoding computes the
+      same function. "random" draws the focal tokens (Table 5 of the paper).
+    visibility: whether the query at a group's last position sees the group ("inclusive", the
+      paper's) or only later queries do ("exclusive"). Streaming selection is always exclusive.
+    aggregation_scale: scale of the merge logits: "head_dim" for 1/√D, "none" for 1.
     complementary: whether a query sees the raw tokens of its unfinished group (Table 7).
-    group_logit_bias: "log_size" adds log m to the logits of groups.
-    n_recent: how many of the last queries rank the keys (global selection).
-    n_random: how many earlier queries, drawn without replacement, rank them too.
-    seed: of that draw, and of random selection.
-    sink_tokens: the first tokens of a document, always focal.
-    local_window: blocks before a query's own which it sees raw (streaming).
-    focal_per_block: f, focal tokens kept of each streaming or decoding block; None for
+    group_logit_bias: "log_size" adds log m to the attention logits of groups.
+    n_recent: the number of most recent queries that rank the keys (global selection).
+    n_random: the number of earlier queries, drawn without replacement, that also rank them.
+    seed: seeds the draw of ranking queries, and random selection.
+    sink_tokens: the first tokens of each document, which are always focal.
+    local_window: w, the blocks before a query's own block that the query sees raw (streaming).
+    focal_per_block: f, the focal tokens of each streaming or decoding block; None for
       max(1, round(γ·m)).
-    cache_dtype: how the compact cache stores entries while decoding; None as the model computes
-      them. Eight bits halve the cache of a 16-bit model, at the price of rounding: each entry of
-      each head has a scale of its own.
-    max_documents: bound on the documents packed in a row. Needed under jit with segment_ids,
-      except for streaming selection without sinks; None counts concrete segment_ids.
+    cache_dtype: the dtype in which the compact cache stores its entries; None for the dtype that
+      the model computes in. 8 bits halve the cache of a 16-bit model and round each entry, which
+      has one scale per head.
+    max_documents: upper bound on the documents packed in a row. Required with segment_ids that
+      are traced (under jit), except for streaming selection without sinks. None counts the
+      documents of concrete segment_ids.
+
+  Raises:
+    ValueError: names the field, its value and the values it takes.
   """
 
   group_size: int = 16
@@ -86,7 +91,9 @@ class DGAConfig:
     require_number(self, "importance_rate", least=0, most=1)
     require_type(self, "complementary", bool)
     if self.n_recent + self.n_random == 0:
-      raise ValueError("DGAConfig.n_recent + n_random is 0; it must be at least 1.")
+      raise ValueError(
+        "DGAConfig.n_recent + n_random is 0; it must be at least 1, so that some query ranks keys."
+      )
     if self.selection == "streaming" and not self.complementary:
       raise config_error(
         self,
@@ -100,34 +107,38 @@ class DGAConfig:
 
   @property
   def focal_in_block(self) -> int:
-    """f: focal tokens that a streaming or decoding block of m + f tokens keeps."""
+    """f: focal tokens of a streaming or decoding block of m + f tokens."""
     if self.focal_per_block is not None:
       return self.focal_per_block
     return max(1, round(self.importance_rate * self.group_size))
 
   @property
   def block_size(self) -> int:
-    """m' = m + f: tokens in a streaming block, and in the decoding buffer."""
+    """m' = m + f: tokens of a streaming block, and of the decoding buffer."""
     return self.group_size + self.focal_in_block
 
   def focal_at_rate(self, lengths: np.ndarray) -> np.ndarray:
-    """⌈γℓ⌉, with γ read as the decimal that was written: 0.1 · 30 rounds up to 3, not to 4."""
+    """⌈γℓ⌉ for document lengths ℓ (int array), as int64.
+
+    γ is read as the decimal that its float prints as, so that ⌈0.1 · 30⌉ is 3: in floating point
+    0.1 · 30 is slightly above 3.
+    """
     rate = Fraction(str(float(self.importance_rate)))
     fits = rate.numerator * int(lengths.max()) < 2**62
     wide = lengths.astype(np.int64 if fits else object)
     return (-((-wide * rate.numerator) // rate.denominator)).astype(np.int64)
 
   def focal_quota(self, length: int) -> np.ndarray:
-    """r for every document length 0..length under global and random selection.
+    """r, the number of focal tokens, for every document length ℓ from 0 to `length`.
 
-    r₀ = min(ℓ, max(⌈γℓ⌉, min_focal_tokens, sink_tokens)) and r = r₀ + ((ℓ − r₀) mod m): what
-    is left after whole groups joins the focal tokens.
+    r₀ = min(ℓ, max(⌈γℓ⌉, min_focal_tokens, sink_tokens)) and r = r₀ + ((ℓ − r₀) mod m): the
+    remainder after whole groups joins the focal tokens. Global and random selection.
 
     Args:
       length: the longest document.
 
     Returns:
-      int32 [length + 1].
+      int32 [length + 1], indexed by ℓ.
     """
     lengths = np.arange(length + 1)
     floor = max(self.min_focal_tokens, self.sink_tokens)
@@ -135,9 +146,10 @@ class DGAConfig:
     return (r0 + (lengths - r0) % self.group_size).astype(np.int32)
 
 
-# What to begin with for a model that was pretrained with dense attention: causal, so that decoding
-# computes what prefill does; the first tokens are sinks, the last 38 blocks (1216 tokens) raw. Of
-# the settings that keep a quarter of 8192 keys it loses least on SmolLM2 (benchmarks/quality.py).
+# Settings for a model that was pretrained with dense attention. Streaming selection decodes with
+# the function that prefill computes. The first 4 tokens are sinks and the last 38 blocks (1216
+# tokens) stay raw. Of the settings that keep a quarter of 8192 keys, these lose least on SmolLM2
+# (benchmarks/quality.py).
 RETROFIT = DGAConfig(
   group_size=30, focal_per_block=2, selection="streaming", sink_tokens=4, local_window=38
 )

@@ -1,4 +1,4 @@
-"""Exclusive locks on folders, held by one process and released by the kernel when it ends."""
+"""Exclusive locks, held by one process and released by the kernel when it ends."""
 
 import contextlib
 import errno
@@ -10,12 +10,30 @@ from pathlib import Path
 
 from absl import logging
 
+_WORKDIR_LOCK = ".lock"
 # File systems without locks answer with one of these.
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
 
 
 class LockedError(OSError):
   """Another process holds the lock."""
+
+
+@contextlib.contextmanager
+def hold_workdir(workdir: Path) -> Iterator[None]:
+  """Keeps other processes from writing to a run's folder; readers need no lock.
+
+  Raises:
+    LockedError: another process writes to it.
+  """
+  try:
+    with hold_lock(workdir / _WORKDIR_LOCK):
+      yield
+  except LockedError as error:
+    raise LockedError(
+      f"Another process writes to {workdir}: {error}. Wait for it, stop it, or give another "
+      "--workdir."
+    ) from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A training step compiled for a TPU pod that is not there, and what it takes."""
+"""Compiles a training step for an absent TPU pod, and reports its memory, traffic and FLOPs."""
 
 import dataclasses
 import importlib.util
@@ -16,8 +16,8 @@ from train.hlo_collectives import by_kind, Collective, read_collectives
 from train.sharding import batch_sharding, shapes_on
 from train.step import Functions, make_functions
 
-# Bytes of memory of one chip (Google Cloud's documentation of each), and devices of a chip: the
-# halves of a TPU7x are devices of their own.
+# Bytes of memory of one chip (Google Cloud's documentation of each), and devices of a chip: each
+# half of a TPU7x is a device.
 _CHIPS = {
   "TPU v4": (32e9, 1),
   "TPU v5 lite": (16e9, 1),
@@ -25,26 +25,26 @@ _CHIPS = {
   "TPU v6 lite": (32e9, 1),
   "TPU7x": (192e9, 2),
 }
-_SPARE = 0.1  # Of the memory, which a step should leave.
+_SPARE = 0.1  # Share of the memory that a step should leave free.
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What a compiled step takes.
+  """Memory, traffic and FLOPs of a compiled step.
 
   Attributes:
     device: kind of the chips.
-    chips: how many.
-    devices_per_chip: what jax calls a device may be a part of a chip.
+    chips: number of chips.
+    devices_per_chip: devices of jax in a chip.
     mesh: sizes of the mesh's axes.
     parameters: of the model.
     tokens: of one step.
-    flops: of one step, by formula, recomputation not counted.
+    flops: of one step, by formula, without recomputation.
     state_bytes: of parameters and optimizer, per chip.
     peak_bytes: most memory in use, per chip.
-    chip_bytes: what a chip has.
-    collectives: that the step runs.
-    seconds: that compiling took.
+    chip_bytes: memory of a chip.
+    collectives: of the step.
+    seconds: of the compilation.
   """
 
   device: str
@@ -85,7 +85,7 @@ class Report:
     for kind, (count, size) in sorted(by_kind(self.collectives).items()):
       lines.append(f"  {kind:<18} {count:>6} times {size * self.devices_per_chip / 1e9:>9.3f} GB")
     if any(one.open_ended for one in self.collectives):
-      lines.append("  (once for loops that run as often as the data demand)")
+      lines.append("  (loops with a trip count that depends on the data count once)")
     return "\n".join(lines)
 
 
@@ -109,7 +109,7 @@ def compile_step(config: TrainConfig, topology: str) -> tuple[Report, str]:
   seconds = time.perf_counter() - start
   memory, text = compiled.memory_analysis(), compiled.as_text()
   if memory is None or text is None:
-    raise RuntimeError("The compiler does not say what memory the program takes.")
+    raise RuntimeError("The compiler does not report the program's memory.")
   tokens = config.batch_size * config.data.sequence_length
   report = Report(
     device=kind,
@@ -131,18 +131,18 @@ def compile_step(config: TrainConfig, topology: str) -> tuple[Report, str]:
 def _devices(topology: str) -> list[jax.Device]:
   if importlib.util.find_spec("libtpu") is None:
     raise RuntimeError(
-      "libtpu, which holds the compiler for TPUs, is not installed; no TPU is needed: "
+      "libtpu, which has the compiler for TPUs, is not installed; no TPU is needed: "
       'pip install "jax[tpu]".'
     )
-  # Without these libtpu looks for the machine's own TPUs, and refuses to be loaded twice.
+  # Without these settings libtpu queries the machine's TPUs, and refuses to be loaded twice.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
   try:
     description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
   except Exception as error:
     raise ValueError(
-      f"--topology={topology} is none that the compiler knows ({str(error).splitlines()[0]}); "
-      "write it like v5e:16x16, v5p:8x8x8, v6e:16x16 or tpu7x:4x4x4."
+      f"--topology={topology} is unknown to the compiler ({str(error).splitlines()[0]}); "
+      "examples are v5e:16x16, v5p:8x8x8, v6e:16x16 or tpu7x:4x4x4."
     ) from error
   return list(description.devices)
 
@@ -158,7 +158,7 @@ def lower_step(config: TrainConfig, functions: Functions) -> jax.stages.Lowered:
   if config.batch_size % rows:
     raise ValueError(
       f"config.batch_size is {config.batch_size}; on this mesh with config.grad_accumulation="
-      f"{config.grad_accumulation} rows of padding would fill it up to a multiple of {rows}."
+      f"{config.grad_accumulation} it must be a multiple of {rows}, or padding rows would be added."
     )
   state = shapes_on(jax.eval_shape(functions.init), functions.shardings)
   dtypes = {

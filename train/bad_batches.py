@@ -1,4 +1,4 @@
-"""What a run keeps of the batch of a bad step, to be looked at."""
+"""Files with the batches of bad steps, for inspection."""
 
 import os
 from collections.abc import Mapping

@@ -1,9 +1,8 @@
-"""Steps that would harm a run: told apart inside the step, which then changes nothing.
+"""Skips updates with a non-finite or spiking loss; the check runs inside the jitted step.
 
-A step is bad if its loss, its gradient or the parameters after it are not finite numbers, or if its
-loss is a spike: further above the mean of the last good steps than so many of their standard
-deviations. What is compared
-is part of the training state, so a run that is taken up again judges as one that never stopped.
+A step is bad if its loss, its gradient or the updated parameters are not finite, or if its loss is
+a spike: it exceeds the mean of the last good losses by a number of their standard deviations. These
+losses are part of the training state, so a resumed run judges like an uninterrupted one.
 """
 
 import dataclasses
@@ -21,8 +20,8 @@ class Guard:
   """The losses of good steps.
 
   Attributes:
-    losses: the last ones, in a ring.
-    count: how many there were in all.
+    losses: the last ones, in a ring buffer.
+    count: number of good steps so far.
   """
 
   losses: Float[Array, "W"]
@@ -30,7 +29,7 @@ class Guard:
 
 
 def new_guard(config: GuardConfig) -> Guard:
-  """One that has seen no step."""
+  """The guard before the first step."""
   return Guard(jnp.zeros(config.spike_window, jnp.float32), jnp.int32(0))
 
 
@@ -44,11 +43,11 @@ def is_good(
   """Whether a step may change the state.
 
   Args:
-    config: the rule.
-    guard: what it has seen.
+    config: when a loss is a spike.
+    guard: the losses of the steps before.
     loss: of the step.
     grad_norm: of its gradient.
-    param_norm: of the parameters that it would lead to.
+    param_norm: of the updated parameters.
   """
   good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & jnp.isfinite(param_norm)
   if config.spike_sigmas is None:
@@ -65,9 +64,9 @@ def seen(guard: Guard, loss: Float[Array, ""], good: Bool[Array, ""]) -> Guard:
 
 
 def choose[Tree: PyTree[Array]](good: Bool[Array, ""], new: Tree, old: Tree) -> Tree:
-  """`new` after a good step, else `old`, but for counts of steps.
+  """`new` after a good step, else `old`; integers, which count steps, are always `new`.
 
-  Those go on: the learning rate is a function of the step, whatever happened before it.
+  The learning rate is a function of the step, also after a skipped one.
   """
 
   def pick(new: Array, old: Array) -> Array:

@@ -1,10 +1,10 @@
-r"""Compiles a training step for a TPU pod that is not there, and says what it takes.
+r"""Compiles a training step for an absent TPU pod, and reports its memory, traffic and FLOPs.
 
   pip install "jax[tpu]"
   python -m train.compile_topology --config=configs/llama2_7b_32k.py --topology=v5p:8x8x8
 
-No TPU is needed, only libtpu, which holds the compiler. Printed are the memory of a chip, what
-moves between chips, and the operations of the model by formula.
+No TPU is needed, only libtpu, which has the compiler. The report has the memory of a chip, the
+traffic between chips, and the model's FLOPs by formula.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 
 class TrainingError(RuntimeError):
-  """A run cannot go on; its checkpoints are intact."""
+  """A run cannot continue; its checkpoints are intact."""
 
 
 class DivergenceError(TrainingError):
-  """Training diverged; every process of the run finds that out at the same step."""
+  """Training diverged; every process of the run raises it at the same step."""

@@ -29,8 +29,8 @@ class Evaluation:
     loss: nats per token.
     accuracy: share of the targets that the model finds most likely.
     bits_per_byte: loss per byte of text, comparable between tokenizers.
-    loss_by_position: nats per token by position in the document as the model sees it: from each
-      key up to the next. Positions that no token had are left out.
+    loss_by_position: nats per token by position in the document: a key is the first position of
+      its bucket, which ends before the next key. Buckets without a token are missing.
   """
 
   loss: float

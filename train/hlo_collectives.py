@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its text."""
+"""Collective operations of a compiled program, parsed from its HLO text."""
 
 import dataclasses
 import math
@@ -25,11 +25,11 @@ class Collective:
   Attributes:
     kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all" or "collective-permute".
     shapes: of its results on one device, such as ("bf16", (2, 128)).
-    devices: how many take part in one group.
+    devices: number of devices in one group.
     times: how often the program runs it, by the trip counts of the loops around it.
-    source: the operation of the model that it comes from, as far as the compiler says.
-    channel: number by which the compiler knows it, for one that is part of fusions.
-    open_ended: whether a loop runs it as often as the data demand; `times` counts one time.
+    source: the operation of the model that it comes from, if the compiler names one.
+    channel: the compiler's number of it, for one that is part of fusions.
+    open_ended: whether it is in a loop whose trip count depends on the data, which counts once.
   """
 
   kind: str
@@ -66,8 +66,8 @@ def read_collectives(text: str) -> list[Collective]:
     text: of the compiled program, `jax.stages.Compiled.as_text()`.
   """
   computations, entry = _computations(text)
-  # One collective may be a part of several fusions, also in loops, through which it proceeds beside
-  # their own work: the least often run of them tells how often it is run.
+  # One collective may be part of several fusions, also in loops, and advance while they do their
+  # own work. It runs as often as the fusion that runs least often.
   fused: dict[Collective, Collective] = {}
   whole = []
   for found in _walk(computations, entry, times=1):
@@ -111,7 +111,7 @@ def _fused(computations: dict[str, list[str]], line: str, times: int) -> Iterato
   """Collectives inside a fusion."""
   for computation in _called(line):
     for found in _walk(computations, computation, times):
-      # TPU programs hold a reduce-scatter as a fusion of an all-reduce and a slice.
+      # TPU programs have a reduce-scatter as a fusion of an all-reduce and a slice.
       if found.kind == "all-reduce" and "all-reduce-scatter" in computation:
         yield dataclasses.replace(found, kind="reduce-scatter", shapes=_shapes(_result(line)))
       else:
@@ -127,9 +127,9 @@ def _called(line: str) -> list[str]:
 
 
 def _trips(computations: dict[str, list[str]], line: str) -> int | None:
-  """How often a loop runs: as the compiler says, or by the bound that its counter is held to.
+  """The trip count of a loop: the compiler's, or the bound of its counter; None if data decide.
 
-  None where the data decide. Loops over layers, micro-batches and chunks count up from 0 by 1.
+  Loops over layers, micro-batches and chunks count up from 0 by 1.
   """
   if known := _TRIPS.search(line):
     return int(known[1])
@@ -140,7 +140,7 @@ def _trips(computations: dict[str, list[str]], line: str) -> int | None:
 
 
 def _plain(line: str) -> str:
-  """An instruction without the layouts of its arrays, which may hold parentheses."""
+  """An instruction without the layouts of its arrays, which may contain parentheses."""
   return " " + re.sub(r"(?<=\])\{[^}]*\}", "", line)
 
 
@@ -150,7 +150,7 @@ def _operation(line: str) -> str:
 
 
 def _result(line: str) -> str:
-  """The type of an instruction's result: all before the name of the operation."""
+  """The type of an instruction's result: the text before the name of the operation."""
   plain = _plain(line)
   found = _OPERATION.search(plain)
   return plain[: found.start()] if found else ""
@@ -166,7 +166,7 @@ def _shapes(result: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
 def _collective(kind: str, operation: str, line: str, times: int) -> Collective:
   shapes = _shapes(_result(line))
   if operation.endswith("-start") and kind != "all-reduce":
-    # The result of a start holds the operands too, and for a permutation two counters.
+    # The result of a start includes the operands, and for a permutation two counters.
     shapes = tuple(shape for shape in shapes if shape != ("u32", ()))
     shapes = shapes[len(shapes) // 2 :]
   source = re.search(r'op_name="([^"]*)"', line)
@@ -192,7 +192,7 @@ def _item_bytes(dtype: str) -> float:
 
 
 def by_kind(collectives: Sequence[Collective]) -> dict[str, tuple[int, float]]:
-  """For each kind how many a program runs, and the bytes that a device receives in them."""
+  """For each kind the number that a program runs, and the bytes that a device receives in them."""
   totals: dict[str, tuple[int, float]] = {}
   for one in collectives:
     count, size = totals.get(one.kind, (0, 0.0))

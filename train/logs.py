@@ -1,4 +1,4 @@
-"""Log lines that stand above the progress bar, and that libraries do not bury."""
+"""Log lines above the progress bar, without the routine messages of libraries."""
 
 import logging as std_logging
 import sys
@@ -8,11 +8,10 @@ from tqdm import tqdm
 
 
 def set_up_logging() -> None:
-  """Sends log lines past the progress bar, and of libraries' lines the warnings alone.
+  """Shows log lines above the progress bar, and of the libraries' lines the warnings alone.
 
-  Orbax logs dozens of lines for a checkpoint. When a save fails it raises the error, which is
-  reported once, and also logs it for each array; its abandoned writes complain that their event
-  loop is closed.
+  Orbax logs dozens of lines for a checkpoint. When a save fails, it raises the error and also logs
+  it for each array; the writes that it abandons report that their event loop is closed.
   """
   handler = logging.get_absl_handler()
   handler.addFilter(_is_ours_or_warning)
@@ -29,7 +28,7 @@ class _AboveTheBar:
   def flush(self) -> None:
     sys.stderr.flush()
 
-  def close(self) -> None:  # absl closes its stream at the end, when errors are still to be shown.
+  def close(self) -> None:  # absl closes its stream at exit, before the last errors are shown.
     self.flush()
 
 

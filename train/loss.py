@@ -33,7 +33,7 @@ def token_losses(
     (loss in nats, float32; whether the target is the most likely token), both [B, L].
   """
   B, L = targets_BxL.shape
-  # A chunk takes tokens from every device that holds a piece of the sequence.
+  # A chunk takes tokens from every device that holds a part of the sequence.
   pieces = context_size()
   length = L // pieces
   chunk = min(chunk, length)

@@ -63,8 +63,6 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> None:
   """Trains by the flags."""
-  from dga_jax.checkpoint_files import CheckpointError
-
   del argv
   set_up_logging()
   workdir = Path(_WORKDIR.value)
@@ -74,12 +72,8 @@ def main(argv: list[str]) -> None:
   except StoppedError as error:
     note = f"{newest_checkpoint_note(workdir)} The same command continues."
     _end(EXIT_STATUS, f"{error} {note} (Exit status {EXIT_STATUS}.)")
-  except (CheckpointError, TrainingError, OSError, ValueError) as error:
-    # The user can repair these: the message has the remedy, and a traceback would hide it.
-    logging.debug("Traceback:", exc_info=True)
-    _end(1, f"{type(error).__name__}: {error}\n(--verbosity=1 shows the traceback.)")
-  except Exception:
-    _end(1, traceback.format_exc())
+  except Exception as error:
+    _end(1, _describe(error))
   if not is_finished:
     sys.exit(EXIT_STATUS)
 
@@ -106,6 +100,16 @@ def _train(workdir: Path, signals: StopSignals) -> bool:
     repair_data=_REPAIR_DATA.value,
     signals=signals,
   )
+
+
+def _describe(error: Exception) -> str:
+  """The message of an error that the user can repair; of any other one the traceback."""
+  from dga_jax.checkpoint_files import CheckpointError
+
+  if not isinstance(error, CheckpointError | TrainingError | OSError | ValueError):
+    return traceback.format_exc()
+  logging.debug("Traceback:", exc_info=True)
+  return f"{type(error).__name__}: {error}\n(--verbosity=1 shows the traceback.)"
 
 
 def _end(status: int, message: str) -> NoReturn:

@@ -53,9 +53,9 @@ def make_optimizer(config: TrainConfig, variables: nnx.State) -> optax.GradientT
 def with_moment_dtype(
   dtype: jnp.dtype, optimizer: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """The optimizer with its moments kept in a dtype; it still computes in float32.
+  """The optimizer with its moments stored in a dtype; it computes in float32.
 
-  optax can do that for the first moment alone.
+  optax has an option for the first moment alone.
   """
   if dtype == jnp.float32:
     return optimizer
@@ -78,9 +78,9 @@ def with_moment_dtype(
 
 
 def decay_mask(variables: nnx.State) -> PyTree[bool]:
-  """Which parameters decay: matrices, those between "embed" and another axis of the model.
+  """Which parameters decay: matrices, which have the axis "embed" and another axis of the model.
 
-  Scales of norms are vectors, and so are biases, laid out as heads by channels.
+  Scales of norms are vectors, and so are biases, stored as heads by channels.
   """
   names = nnx.to_pure_dict(nnx.get_partition_spec(variables))
   return jax.tree.map(

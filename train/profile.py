@@ -30,11 +30,10 @@ class ProfiledSteps:
 
 
 class Profiler:
-  """Profiles the steps it is told to, in every process.
+  """Profiles some steps, in every process.
 
   Args:
-    workdir: the profile goes to its folder "profile", of one in several processes to a folder of
-      its own in there.
+    workdir: its folder "profile" gets the profile; with several processes each has a subfolder.
     steps: which; None profiles nothing.
   """
 
@@ -53,13 +52,13 @@ class Profiler:
       jax.profiler.start_trace(self._folder, profiler_options=options)
 
   def after(self, step: int, result: Any) -> None:
-    """It was dispatched; `result` is there once it is done."""
+    """The step was dispatched; `result` becomes available when it is done."""
     if self._is_running and self._steps is not None and step >= self._steps.last:
       jax.block_until_ready(result)
       self.close()
 
   def close(self) -> None:
-    """Ends a profile that is being taken; what was taken is written."""
+    """Ends a running profile and writes it."""
     if self._is_running:
       self._is_running = False
       jax.profiler.stop_trace()

@@ -5,17 +5,21 @@
 It runs two commands, train.main and dga_jax.generate, and prints them.
 """
 
+import contextlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags
 
 from dga_jax.checkpoint import list_steps
 from train.metrics import FILE_NAME, read_metrics
+from train.stop_signals import EXIT_STATUS
 
 _RESTART = flags.DEFINE_bool("restart", False, "Delete the run in --workdir and start again.")
 _CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Config file of the run.")
@@ -57,6 +61,9 @@ def quickstart(config: str, workdir: Path) -> int:
   if before:
     _say(f"{workdir} has a run of {before[-1]} steps, which resumes; --restart starts again.")
   status = _run("train.main", f"--config={config}", f"--workdir={workdir}")
+  if status == EXIT_STATUS:
+    _say(f"The same command resumes the run in {workdir}; --restart starts again.")
+    return status
   if status:
     _say(f"Training failed. The same command resumes the run in {workdir}; --restart starts again.")
     return status
@@ -89,7 +96,31 @@ def summary(workdir: Path) -> str:
 
 def _run(module: str, *arguments: str) -> int:
   _say(f"$ python -m {module} {shlex.join(arguments)}")
-  return subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+  command = [sys.executable, "-m", module, *arguments]
+  with subprocess.Popen(command) as process, _signals_are_for(process):
+    return process.wait()
+
+
+@contextlib.contextmanager
+def _signals_are_for(process: subprocess.Popen[bytes]) -> Iterator[None]:
+  """Leaves signals to a command: it saves its work, and this process waits for it.
+
+  A terminal sends SIGINT to both processes, so it is not sent on: a second one would end training
+  without saving.
+  """
+  before = {
+    signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+    **{
+      number: signal.signal(number, lambda number, _: process.send_signal(number))
+      for number in (signal.SIGTERM, signal.SIGHUP)
+      if signal.getsignal(number) is not signal.SIG_IGN
+    },
+  }
+  try:
+    yield
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
 
 
 def _say(text: str) -> None:

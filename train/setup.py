@@ -10,7 +10,7 @@ import jax
 from absl import logging
 
 from dga_jax.checkpoint import Checkpoints
-from dga_jax.file_lock import hold_lock, LockedError
+from dga_jax.file_lock import hold_workdir
 from dga_jax.tokenizer import Tokenizer
 from train import multihost
 from train.abort_filter import newest_checkpoint_note
@@ -29,7 +29,6 @@ from train.train_loop import Run
 
 # Entry of a checkpoint's config beside those of TrainConfig.
 _FINGERPRINT = "data_fingerprint"
-_LOCK_FILE = ".lock"
 
 
 def train(
@@ -64,8 +63,9 @@ def train(
   Raises:
     CheckpointError: a checkpoint is damaged or could not be written.
     StoppedError: a signal came before the first step.
-    TrainingError: training diverged, no data came, a file of the run could not be written, another
-      run uses `workdir`, or another process is gone.
+    LockedError: another process writes to `workdir`.
+    TrainingError: training diverged, no data came, a file of the run could not be written, or
+      another process is gone.
     ValueError: the config makes no sense, or is not the one that the run was started with, or not
       that of the other processes.
     OSError: files of the data are missing, damaged or could not be prepared.
@@ -79,7 +79,7 @@ def train(
   with contextlib.ExitStack() as stack:
     if signals is None:
       signals = stack.enter_context(StopSignals())
-    multihost.on_first_process(lambda: stack.enter_context(_hold_workdir(workdir)))
+    multihost.on_first_process(lambda: stack.enter_context(hold_workdir(workdir)))
     checkpoints = stack.enter_context(Checkpoints(workdir, keep=config.keep_checkpoints))
     start = _find_start(config, workdir, checkpoints, resume)
     if start.position.step == config.num_steps:
@@ -98,18 +98,6 @@ def train(
       profiler = files.enter_context(contextlib.closing(Profiler(workdir, profiled)))
       run = Run(start.config, workdir, functions, data, checkpoints, entries, start=start.position)
       return run.run_to_end(reporter, profiler, signals) == config.num_steps
-
-
-@contextlib.contextmanager
-def _hold_workdir(workdir: Path) -> Iterator[None]:
-  """Keeps other runs out of a workdir; nothing else reads the lock."""
-  try:
-    with hold_lock(workdir / _LOCK_FILE):
-      yield
-  except LockedError as error:
-    raise TrainingError(
-      f"Another run trains in {workdir}: {error}. Wait for it, stop it, or give another --workdir."
-    ) from error
 
 
 def _check_dtypes(config: TrainConfig) -> None:

@@ -43,7 +43,7 @@ class TrainState:
     params: the model's parameters as a nested dict of arrays (the float32 masters).
     optimizer: optax's state.
     step: optimizer steps done, skipped ones counted.
-    guard: what tells bad steps from good ones.
+    guard: the losses that a bad step is judged by.
   """
 
   params: PyTree[Array]
@@ -54,15 +54,15 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Functions:
-  """What the loop calls, jitted.
+  """The jitted functions of the training loop.
 
   Attributes:
-    graphdef: the decoder's structure; with the parameters `nnx.merge` makes the decoder of it.
-    mesh: the devices that all of it is spread over.
-    shardings: where each array of the state lies on them.
-    place: puts this process's rows of a batch (see `train.sharding`) onto them.
+    graphdef: the decoder's structure; `nnx.merge` with the parameters makes the decoder.
+    mesh: the devices of the run.
+    shardings: of each array of the state on the mesh.
+    place: transfers this process's rows of a batch (see `train.sharding`) to the mesh.
     init: makes the state before the first step.
-    begin: the same of parameters that are there already, which are donated.
+    begin: makes it from given parameters, which are donated.
     step: one step; the state given to it is donated. Its scalars are the loss (nats per token),
       accuracy, grad_norm before clipping, param_norm after the update, learning_rate, tokens
       (those with a loss), and skipped: 1 if the step was bad and changed nothing, else 0.
@@ -82,7 +82,7 @@ def make_functions(config: TrainConfig, mesh: Mesh | None = None) -> Functions:
 
   Args:
     config: of the run.
-    mesh: the devices; by default those that there are, arranged as `config.mesh` says.
+    mesh: the devices; by default all devices, arranged by `config.mesh`.
   """
   mesh = make_mesh(config.mesh) if mesh is None else mesh
   graphdef, variables = abstract_decoder(config.model)
@@ -90,8 +90,8 @@ def make_functions(config: TrainConfig, mesh: Mesh | None = None) -> Functions:
   schedule = make_schedule(config)
   shardings = _state_shardings(optimizer, variables, mesh)
 
-  # Parameters and optimizer state are made in one jitted function: they are created in shards
-  # and never whole.
+  # One jitted function makes parameters and optimizer state, so each device creates its shards
+  # and never a whole array.
   def init() -> TrainState:
     model = Decoder(config.model, rngs=nnx.Rngs(config.seed))
     return begin(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -152,8 +152,8 @@ def mean_gradient(
 ) -> tuple[Float[Array, ""], Float[Array, ""], PyTree[Array]]:
   """Loss, accuracy and gradient, each the mean over the batch's tokens with a loss.
 
-  The batch is cut into `grad_accumulation` micro-batches, one after the other. Each adds its sum
-  divided by the token count of the whole batch: exact, however the tokens are spread.
+  The batch is cut into `grad_accumulation` micro-batches, which run in sequence. Each adds its sum
+  divided by the token count of the whole batch, which is exact for any distribution of the tokens.
   """
   tokens = jnp.maximum(jnp.sum(batch["loss_mask"], dtype=jnp.float32), 1.0)
 
@@ -190,10 +190,10 @@ def batch_losses(
 
 
 def _documents(config: TrainConfig, batch: Batch) -> Batch:
-  """Where the documents lie, as arguments of the decoder.
+  """The documents of the rows, as arguments of the decoder.
 
-  A row that holds one document at most is a right-padded row: without a mask of documents, which
-  cuDNN's dense attention does not have.
+  A row with one document at most is a right-padded row and needs no mask of documents, which
+  cuDNN's dense attention does not support.
   """
   segment_ids_BxL = batch["segment_ids"]
   if config.data.max_documents == 1:
@@ -204,7 +204,8 @@ def _documents(config: TrainConfig, batch: Batch) -> Batch:
 def micro_batches(config: TrainConfig, batch: Batch) -> Batch:
   """The batch's arrays [B, ...] as [grad_accumulation, B / grad_accumulation, ...].
 
-  Rows are dealt out in turn, so that each device takes those of every micro-batch from its own.
+  Consecutive rows go to different micro-batches, so each device has its rows of every micro-batch
+  already.
   """
   pieces = config.grad_accumulation
 

@@ -33,7 +33,7 @@ _PEAK_FLOPS = {
   "Tesla T4": 65e12,
 }
 
-# Pauses, for an evaluation or a compilation, must not move what is shown as the step time.
+# The median of these ignores single steps that an evaluation or a compilation delays.
 _RECENT_STEPS = 32
 
 
@@ -63,18 +63,18 @@ class StepTimer:
     self._last: float | None = None
 
   def lap(self) -> None:
-    """A step is done."""
+    """Ends the measurement of a step and begins the next."""
     now = time.perf_counter()
     if self._last is not None:
       self._seconds.append(now - self._last)
     self._last = now
 
   def pause(self) -> None:
-    """Something else than steps follows: the time up to the next lap does not count."""
+    """Excludes the time until the next lap, in which no step runs."""
     self._last = None
 
   def speed(self) -> Speed | None:
-    """The present speed; None before two laps."""
+    """The median speed of recent steps; None before two laps."""
     if not self._seconds:
       return None
     seconds = statistics.median(self._seconds)
@@ -87,7 +87,7 @@ class StepTimer:
 def peak_flops(dtype: str) -> float:
   """Peak FLOP/s of all devices of the run together, for the MFU.
 
-  A device that the table lacks, such as a CPU, is measured with a product of matrices in `dtype`.
+  For a device that is not in the table, such as a CPU, a matrix product in `dtype` is timed.
   """
   devices = jax.devices()
   kind = devices[0].device_kind
@@ -107,7 +107,7 @@ def peak_flops(dtype: str) -> float:
 
 
 def memory() -> dict[str, int]:
-  """Peak bytes so far: of this process on the host, and of its fullest device where it says."""
+  """Peak bytes so far: of this process on the host, and of its fullest device if that reports."""
   # Kilobytes on Linux, bytes on macOS.
   unit = 1 if sys.platform == "darwin" else 1024
   host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,1 +1,1 @@
-"""Dynamic Group Attention on one device: scores, selection, merged groups, attention."""
+"""Dynamic Group Attention on one device: scores → selection → layout → visibility → attention."""

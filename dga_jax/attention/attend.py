@@ -1,139 +1,210 @@
-"""The op on one device: plan, merge groups, attend."""
+"""Dynamic Group Attention on the arrays of one device, step by step.
+
+`prepare` reads the rows once a forward. Then, in every layer: scores → selection → layout →
+visibility → merged groups → attention.
+"""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from dga_jax.attention.aggregate import plan_and_merge, zero_padding
-from dga_jax.attention.plan import GroupPlan, plan_groups
-from dga_jax.attention.reference import reference_attention
+from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
+from dga_jax.attention.plan import GroupPlan
+from dga_jax.attention.scores import importance_scores, random_scores
+from dga_jax.attention.segments import Documents
+from dga_jax.attention.selection import select_by_score, select_in_blocks, Selection
 from dga_jax.config import DGAConfig
-from pallas_kernels.dispatch import find_target
-from pallas_kernels.group_merge import Entries
-from pallas_kernels.grouped_attention import grouped_attention, refusals
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.group_merge import choose_in_blocks, merge_blocks, merge_groups
+from pallas_kernels.grouped_attention import grouped_attention, KVSources
 
 
 def attend(
   query: Float[Array, "B L H D"],
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
+  metadata: AttentionMetadata,
   *,
-  config: DGAConfig,
-  plan: GroupPlan | None = None,
-  lengths: Int[Array, "B"] | None = None,
-  segment_ids: Int[Array, "B L"] | None = None,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
-  """`dga_jax.dynamic_group_attention` of the rows and heads of one device.
+  """Selects, merges and attends; see `dynamic_group_attention`, which checks the arguments.
 
   Args:
-    query: checked, as all arguments are, by the caller.
-    key: as query.
-    value: as query.
-    config: every switch of the mechanism.
-    plan: fixes the split into focal tokens and groups.
-    lengths: tokens of each row.
-    segment_ids: documents packed in the rows.
-    scale: of the attention logits.
-    implementation: of attention.
+    query: any float dtype, which all arrays share.
+    key: N KV heads.
+    value: as key.
+    metadata: from `prepare`.
+    scale: multiplies the attention logits; default 1/√D.
+    implementation: None for the first that applies, a name, or a tuple of names.
   """
-  D = query.shape[-1]
-  if implementation == "reference":
-    if plan is None:
-      plan = plan_groups(query, key, config=config, lengths=lengths, segment_ids=segment_ids)
-    query, key, value = zero_padding(plan.documents, plan.padded, query, key, value)
-    out_BxLxHxD = reference_attention(
-      query,
-      key,
-      value,
-      plan.focal_mask,
-      plan.documents,
-      config=config,
-      scale=D**-0.5 if scale is None else scale,
-    )
-    return nan_where_invalid(plan, out_BxLxHxD)
-  plan, query, entries = plan_and_merge(
-    query,
-    key,
-    value,
-    config=config,
-    plan=plan,
-    lengths=lengths,
-    segment_ids=segment_ids,
-    implementation="xla" if implementation == "xla" else None,
+  merged = merge_tokens(query, key, value, metadata, implementation=implementation)
+  return attend_merged(
+    merged, metadata.invalid, metadata.config, scale=scale, implementation=implementation
   )
-  return attend_entries(query, entries, plan, scale=scale, implementation=implementation)
 
 
-def explain(
+def attend_with_plan(
   query: Float[Array, "B L H D"],
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
-  *,
-  config: DGAConfig,
-  lengths: Int[Array, "B"] | None = None,
-  segment_ids: Int[Array, "B L"] | None = None,
-) -> dict[str, str]:
-  """Which implementation `dynamic_group_attention` takes by itself, and why not the others.
-
-  Takes the op's arguments, or `jax.ShapeDtypeStruct`s of them, and computes nothing.
-
-  Returns:
-    For every implementation, in the order in which they are tried, "taken", "applies" or the
-    reason why it does not.
-  """
-  reasons: dict[str, str | None] = {}
-  target = find_target(query)
-
-  def trace(query: Array, key: Array, value: Array) -> Array:
-    plan, query, entries = plan_and_merge(
-      query, key, value, config=config, lengths=lengths, segment_ids=segment_ids
-    )
-    options = attention_kwargs(query, config, scale=None)
-    reasons.update(refusals(target, query, plan.bounds.sources(entries), **options))
-    return query
-
-  jax.eval_shape(trace, query, key, value)
-  taken = next(name for name, reason in reasons.items() if reason is None)
-  return {
-    name: "taken" if name == taken else reason or "applies" for name, reason in reasons.items()
-  }
-
-
-def attend_entries(
-  query: Float[Array, "B L H D"],
-  entries: Entries,
   plan: GroupPlan,
   *,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
-  """Attention of every query to what the plan lets it see."""
-  out_BxLxHxD = grouped_attention(
-    query,
-    plan.bounds.sources(entries),
-    implementation=implementation,
-    **attention_kwargs(query, plan.config, scale),
+  """As `attend`, under the selection, layout and visibility of a plan."""
+  merged = merge_planned(query, key, value, plan, implementation=implementation)
+  return attend_merged(
+    merged, plan.invalid, plan.config, scale=scale, implementation=implementation
   )
-  return nan_where_invalid(plan, out_BxLxHxD)
 
 
-def nan_where_invalid(plan: GroupPlan, out_BxLxHxD: Array) -> Array:
-  """NaN where a static bound was found broken under jit: loud rather than wrong."""
-  if plan.broken is None:
-    return out_BxLxHxD
-  return jnp.where(plan.broken[..., None, None], jnp.nan, out_BxLxHxD)
+class Merged(NamedTuple):
+  """The arguments of `grouped_attention`.
+
+  Use this query downstream, not the one that was merged with: gradients of both uses then
+  accumulate into one buffer.
+  """
+
+  query: Float[Array, "B L H D"]
+  sources: KVSources
+
+
+def merge_tokens(
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  value: Float[Array, "B L N D"],
+  metadata: AttentionMetadata,
+  *,
+  implementation: Implementation = None,
+) -> Merged:
+  """Chooses focal tokens and merges the others into groups.
+
+  Streaming selection without sinks needs neither a layout nor a focal mask: its visibility is part
+  of the metadata, and one op chooses in the blocks and merges them.
+  """
+  config, streaming = metadata.config, metadata.by_selection
+  # Sinks are focal tokens outside the blocks, so their positions come from a layout.
+  if not isinstance(streaming, StreamingMetadata) or config.sink_tokens > 0:
+    plan = make_plan(query, key, metadata)
+    return merge_planned(query, key, value, plan, implementation=implementation)
+  query, key, value = zero_padding(metadata.documents, query, key, value)
+  query, entries, _ = merge_blocks(
+    query,
+    key,
+    value,
+    None if metadata.documents.rows == "whole" else streaming.blocks.start,
+    members=config.group_size,
+    focal=config.focal_in_block,
+    scale=merge_scale(config, query.shape[-1]),
+    implementation=merging_implementation(implementation),
+  )
+  return Merged(query, streaming.visibility.sources(entries))
+
+
+def make_plan(
+  query: Float[Array, "B L H D"], key: Float[Array, "B L N D"], metadata: AttentionMetadata
+) -> GroupPlan:
+  """Scores, selection, layout and visibility. No gradient flows through the choice."""
+  query, key = jax.lax.stop_gradient((query, key))
+  selection = select(query, key, metadata)
+  return GroupPlan.from_selection(selection, metadata)
+
+
+def select(
+  query: Float[Array, "B L H D"], key: Float[Array, "B L N D"], metadata: AttentionMetadata
+) -> Selection:
+  """Chooses the focal tokens of every row, document and KV head."""
+  documents, config, rule = metadata.documents, metadata.config, metadata.by_selection
+  if isinstance(rule, StreamingMetadata):
+    chosen_BxNxkxf = choose_in_blocks(
+      query, key, rule.blocks.start, size=config.block_size, focal=config.focal_in_block
+    )
+    return select_in_blocks(chosen_BxNxkxf, rule.blocks)
+  if rule.samples is not None:
+    scores_BxNxL = importance_scores(query, key, rule.samples)
+  else:
+    scores_BxNxL = random_scores(documents, key.shape[2], config.seed)
+  return select_by_score(scores_BxNxL, documents, rule.quotas, config)
+
+
+def merge_planned(
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  value: Float[Array, "B L N D"],
+  plan: GroupPlan,
+  *,
+  implementation: Implementation = None,
+) -> Merged:
+  """Merges the groups of a plan and lays out what attention reads."""
+  config = plan.config
+  query, key, value = zero_padding(plan.documents, query, key, value)
+  query, entries = merge_groups(
+    query,
+    key,
+    value,
+    *plan.layout,
+    scale=merge_scale(config, query.shape[-1]),
+    reorder_window=config.selection != "streaming",
+    implementation=merging_implementation(implementation),
+  )
+  return Merged(query, plan.visibility.sources(entries))
+
+
+def attend_merged(
+  merged: Merged,
+  invalid: Array | None,
+  config: DGAConfig,
+  *,
+  scale: float | None = None,
+  implementation: Implementation = None,
+) -> Float[Array, "B L H D"]:
+  """Attention of every query to the ranges that it sees of the sources."""
+  out_BxLxHxD = grouped_attention(
+    merged.query,
+    merged.sources,
+    implementation=implementation,
+    **attention_kwargs(merged.query, config, scale),
+  )
+  return nan_where_invalid(out_BxLxHxD, invalid)
 
 
 def attention_kwargs(query: Array, config: DGAConfig, scale: float | None) -> dict[str, Any]:
-  """Keyword arguments of `grouped_attention`."""
+  """Keyword arguments of `grouped_attention`, but for `implementation`."""
   streaming = config.selection == "streaming"
   return {
     "scale": query.shape[-1] ** -0.5 if scale is None else scale,
     "group_bias": math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0,
     "max_window": (config.local_window + 1) * config.block_size if streaming else config.group_size,
   }
+
+
+def merge_scale(config: DGAConfig, head_dim: int) -> float:
+  """Scale of the merge logits."""
+  return head_dim**-0.5 if config.aggregation_scale == "head_dim" else 1.0
+
+
+def merging_implementation(implementation: Implementation) -> Implementation:
+  """The implementation of merging for one of attention: "xla" for "xla", else the fastest."""
+  return "xla" if implementation in ("xla", ("xla",)) else None
+
+
+def zero_padding(documents: Documents, *arrays: Array) -> tuple[Array, ...]:
+  """[B, L, ...] arrays with zeros in the padding, whose content must not reach a sum."""
+  if documents.rows == "whole":
+    return arrays
+  is_token_BxLx1x1 = documents.is_token[..., None, None]
+  return tuple(jnp.where(is_token_BxLx1x1, array, 0) for array in arrays)
+
+
+def nan_where_invalid(
+  out_BxLxHxD: Float[Array, "B L H D"], invalid_BxL: Array | None
+) -> Float[Array, "B L H D"]:
+  """NaN for queries whose row or document exceeds a static bound, which jit cannot raise for."""
+  if invalid_BxL is None:
+    return out_BxLxHxD
+  return jnp.where(invalid_BxL[..., None, None], jnp.nan, out_BxLxHxD)

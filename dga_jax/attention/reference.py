@@ -1,28 +1,28 @@
-"""The paper's masks written out, in float32: the definition that everything else is held to.
+"""The paper's masks written out, in float32: the definition that every implementation is held to.
 
-It takes nothing from a plan but the focal mask and the documents, and derives groups, merge
-weights and visibility anew, one L×L mask at a time. A group is named by its first member's
-position, so there are L slots for groups, most of them empty.
+From the code that it judges it imports nothing: documents, blocks, masks and softmax are derived
+here anew from the specification, one L×L mask at a time. It takes the focal mask, the config's
+fields and the rows. A group is named by the position of its first member, so there are L slots for
+groups, most of them empty.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
-from pallas_kernels.grouped_attention.reference import masked_softmax
 
 
 class Masks(NamedTuple):
-  """One row and KV head. Rows are queries (or groups), columns tokens (or groups)."""
+  """One row and KV head; G = L slots for groups."""
 
-  member: Bool[Array, "G L"]  # token j belongs to the group whose first member is g
+  member: Bool[Array, "G L"]  # token j is a member of the group whose first member is g
   merge_query: Int[Array, "G"]  # the query whose attention weighs the members of g
-  sees_token: Bool[Array, "L L"]
-  sees_group: Bool[Array, "L G"]
+  sees_token: Bool[Array, "L L"]  # query i sees the raw token j
+  sees_group: Bool[Array, "L G"]  # query i sees the group g
 
 
 def reference_attention(
@@ -30,14 +30,30 @@ def reference_attention(
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
   focal_mask: Bool[Array, "B N L"],
-  documents: Documents,
+  document: Int[Array, "B L"],
   *,
   config: DGAConfig,
   scale: float,
 ) -> Float[Array, "B L H D"]:
-  """Dynamic Group Attention with L×L masks. Differentiable; computes in float32."""
+  """Dynamic Group Attention with L×L masks. Differentiable.
+
+  Args:
+    query: any float dtype, which all arrays share.
+    key: N KV heads, N dividing H.
+    value: as key.
+    focal_mask: True for tokens that keep their own key and value.
+    document: a number for the document of each token, −1 for padding, as from
+      `number_documents`.
+    config: settings of the mechanism.
+    scale: multiplies the attention logits.
+
+  Returns:
+    The query's shape and dtype, computed in float32; 0 for padding.
+  """
   B, L, H, D = query.shape
   N = key.shape[2]
+  is_token_BxLx1x1 = (document >= 0)[..., None, None]
+  query, key, value = (jnp.where(is_token_BxLx1x1, x, 0) for x in (query, key, value))
 
   def of_head(q_LxRxD: Array, k_LxD: Array, v_LxD: Array, focal_L: Array, docs: Array) -> Array:
     masks = write_masks(focal_L, docs, config)
@@ -45,8 +61,29 @@ def reference_attention(
 
   of_row = jax.vmap(of_head, in_axes=(1, 1, 1, 0, None), out_axes=1)
   q_BxLxNxRxD = query.reshape(B, L, N, H // N, D)
-  out_BxLxNxRxD = jax.vmap(of_row)(q_BxLxNxRxD, key, value, focal_mask, documents.index)
+  out_BxLxNxRxD = jax.vmap(of_row)(q_BxLxNxRxD, key, value, focal_mask, document)
   return out_BxLxNxRxD.reshape(B, L, H, D)
+
+
+def number_documents(
+  batch: int,
+  length: int,
+  lengths: Int[Array, "B"] | Int[np.ndarray, "B"] | None,
+  segment_ids: Int[Array, "B L"] | Int[np.ndarray, "B L"] | None,
+) -> Int[Array, "B L"]:
+  """A number for the document of each token, −1 for padding.
+
+  A document is a maximal run of equal segment ids. Tokens at or beyond their row's length, and
+  tokens with a negative id, are padding.
+  """
+  i_1xL = jnp.arange(length)[None]
+  ids_BxL = jnp.zeros((batch, length), int) if segment_ids is None else jnp.asarray(segment_ids)
+  length_Bx1 = jnp.full((batch, 1), length) if lengths is None else jnp.asarray(lengths)[:, None]
+  begins_BxL = jnp.concatenate(
+    [jnp.ones((batch, 1), bool), ids_BxL[:, 1:] != ids_BxL[:, :-1]], axis=1
+  )
+  is_token_BxL = (ids_BxL >= 0) & (i_1xL < length_Bx1)
+  return jnp.where(is_token_BxL, begins_BxL.astype(jnp.int32).cumsum(axis=1), -1)
 
 
 def write_masks(focal_L: Bool[Array, "L"], document_L: Int[Array, "L"], config: DGAConfig) -> Masks:
@@ -61,11 +98,11 @@ def _global_masks(focal_L: Array, document_L: Array, config: DGAConfig) -> Masks
   i_L = jnp.arange(focal_L.size)
   same_LxL = _same_document(document_L)
   not_later_LxL = i_L[:, None] >= i_L[None, :]
-  loose_L = ~focal_L & (document_L >= 0)
-  rank_L = (same_LxL & loose_L[None] & not_later_LxL).sum(axis=1) - 1
-  first_L = loose_L & (rank_L % m == 0)
+  nonfocal_L = ~focal_L & (document_L >= 0)
+  rank_L = (same_LxL & nonfocal_L[None] & not_later_LxL).sum(axis=1) - 1
+  first_L = nonfocal_L & (rank_L % m == 0)
   member_GxL = (
-    same_LxL & first_L[:, None] & loose_L[None] & (rank_L[:, None] // m == rank_L[None, :] // m)
+    same_LxL & first_L[:, None] & nonfocal_L[None] & (rank_L[:, None] // m == rank_L[None, :] // m)
   )
   whole_G = member_GxL.sum(axis=1) == m
   last_G = jnp.where(member_GxL, i_L[None], -1).max(axis=1)
@@ -74,7 +111,7 @@ def _global_masks(focal_L: Array, document_L: Array, config: DGAConfig) -> Masks
   else:
     over_LxG = last_G[None] < i_L[:, None]
   sees_group_LxG = same_LxL & whole_G[None] & over_LxG
-  # Raw members of the one group that is begun and not seen merged.
+  # Raw members of the one group that has begun and that the query does not see merged.
   begun_LxG = same_LxL & first_L[None] & (i_L[None] <= i_L[:, None])
   unfinished_LxG = begun_LxG & ~sees_group_LxG
   complementary_LxL = (unfinished_LxG[:, :, None] & member_GxL[None]).any(axis=1)
@@ -88,17 +125,19 @@ def _global_masks(focal_L: Array, document_L: Array, config: DGAConfig) -> Masks
 
 
 def _streaming_masks(focal_L: Array, document_L: Array, config: DGAConfig) -> Masks:
+  m, f = config.group_size, config.focal_per_block
+  size = m + (max(1, round(config.importance_rate * m)) if f is None else f)
   i_L = jnp.arange(focal_L.size)
   same_LxL = _same_document(document_L)
   not_later_LxL = i_L[:, None] >= i_L[None, :]
-  place_L = (same_LxL & not_later_LxL).sum(axis=1) - 1 - config.sink_tokens
-  sink_L = (document_L >= 0) & (place_L < 0)
-  block_L = jnp.where(sink_L, -1, place_L // config.block_size)
+  after_sinks_L = (same_LxL & not_later_LxL).sum(axis=1) - 1 - config.sink_tokens
+  sink_L = (document_L >= 0) & (after_sinks_L < 0)
+  block_L = jnp.where(sink_L, -1, after_sinks_L // size)
   same_block_LxL = same_LxL & (block_L[:, None] == block_L[None, :]) & (block_L >= 0)[None]
-  whole_L = same_block_LxL.sum(axis=1) == config.block_size
-  loose_L = ~focal_L & whole_L
-  group_LxL = same_block_LxL & loose_L[:, None] & loose_L[None]
-  first_L = loose_L & ((group_LxL & not_later_LxL).sum(axis=1) == 1)
+  whole_L = same_block_LxL.sum(axis=1) == size
+  nonfocal_L = ~focal_L & whole_L
+  group_LxL = same_block_LxL & nonfocal_L[:, None] & nonfocal_L[None]
+  first_L = nonfocal_L & ((group_LxL & not_later_LxL).sum(axis=1) == 1)
   member_GxL = group_LxL & first_L[:, None]
   block_end_G = jnp.where(same_block_LxL, i_L[None], -1).max(axis=1)
   near_LxL = same_LxL & (block_L[None] >= block_L[:, None] - config.local_window)
@@ -123,11 +162,12 @@ def _attend(
   q_LxRxD, k_LxD, v_LxD = (x.astype(jnp.float32) for x in (q_LxRxD, k_LxD, v_LxD))
   merge_scale = q_LxRxD.shape[-1] ** -0.5 if config.aggregation_scale == "head_dim" else 1.0
   q_GxRxD = q_LxRxD[masks.merge_query]
-  weights_GxRxL = masked_softmax(
+  weights_GxRxL = _softmax(
     merge_scale * jnp.einsum("grd,ld->grl", q_GxRxD, k_LxD, precision="highest"),
     masks.member[:, None],
   )
   weights_GxL = weights_GxRxL.mean(axis=1)
+  # A group is stored in the input's dtype.
   group_key_GxD = jnp.dot(weights_GxL, k_LxD, precision="highest").astype(dtype)
   group_value_GxD = jnp.dot(weights_GxL, v_LxD, precision="highest").astype(dtype)
 
@@ -138,5 +178,14 @@ def _attend(
   if config.group_logit_bias == "log_size":
     is_group_S = jnp.arange(keys_SxD.shape[0]) >= k_LxD.shape[0]
     logits_LxRxS += jnp.log(config.group_size) * is_group_S[None, None]
-  attention_LxRxS = masked_softmax(logits_LxRxS, sees_LxS[:, None])
+  attention_LxRxS = _softmax(logits_LxRxS, sees_LxS[:, None])
   return jnp.einsum("lrs,sd->lrd", attention_LxRxS, values_SxD, precision="highest").astype(dtype)
+
+
+def _softmax(logits: Array, mask: Array) -> Array:
+  """Softmax over the last axis where the mask holds; 0 elsewhere and in rows without any."""
+  logits = jnp.where(mask, logits, -jnp.inf)
+  largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+  weights = jnp.exp(logits - jnp.where(jnp.isneginf(largest), 0, largest))
+  total = weights.sum(axis=-1, keepdims=True)
+  return weights / jnp.where(total == 0, 1, total)

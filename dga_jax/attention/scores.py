@@ -1,87 +1,128 @@
-"""How important each key is, and which tokens stay focal. No gradient flows through here."""
+"""Scores that rank keys for selection: attention of sampled queries, or random numbers.
+
+No gradient flows through scores.
+"""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.segments import Documents, find_documents, positions
+from dga_jax.attention.segments import Documents, find_documents
 from dga_jax.config import DGAConfig
 from dga_jax.sharding import head_part
 from pallas_kernels.importance import sampled_importance
-from pallas_kernels.segmented_top_k import Ranges, segmented_top_k
+
+
+class SampledQueries(NamedTuple):
+  """The queries of each document that rank its keys, C documents of S queries.
+
+  A query sees the keys at positions [start, end). It does not exist, and sees nothing, where end
+  is 0.
+  """
+
+  position: Int[Array, "B C S"]
+  start: Int[Array, "B C S"]
+  end: Int[Array, "B C S"]
+
+  def of_document(self, document: Array | int) -> "SampledQueries":
+    """The queries of one document, [B, S]."""
+    return SampledQueries(
+      *(jax.lax.dynamic_index_in_dim(x, document, axis=1, keepdims=False) for x in self)
+    )
+
+
+def sample_queries(documents: Documents, max_documents: int, config: DGAConfig) -> SampledQueries:
+  """The `n_recent` last queries of each document and `n_random` earlier ones.
+
+  A position's random draw depends on the seed and on the position in the document alone, so that
+  padding and packing change nothing.
+
+  Args:
+    documents: of the rows.
+    max_documents: C, static.
+    config: n_recent, n_random and seed.
+  """
+  B, L = documents.index.shape
+  samples = min(L, config.n_recent + config.n_random)
+  if documents.rows == "whole":
+    # Independent of the data: computed while tracing, so that the program neither draws nor sorts.
+    # Computed without the mesh in force: nothing can be computed eagerly over its Manual axes.
+    no_mesh = jax.sharding.AbstractMesh((), ())
+    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(no_mesh):
+      position_S = np.asarray(_sample_whole_row(L, samples, config))
+    position_BxCxS = jnp.broadcast_to(position_S, (B, 1, samples))
+    exists_BxCxS = jnp.ones((B, 1, samples), bool)
+  else:
+    # One document at a time: all at once would take C rows of L priorities.
+    position_CxBxS, exists_CxBxS = jax.lax.map(
+      lambda document: _sample(documents, document, samples, config),
+      jnp.arange(max_documents, dtype=jnp.int32),
+    )
+    position_BxCxS = jnp.moveaxis(position_CxBxS, 0, 1)
+    exists_BxCxS = jnp.moveaxis(exists_CxBxS, 0, 1)
+  start_BxC, _ = documents.extents(max_documents)
+  return SampledQueries(
+    position=position_BxCxS,
+    start=jnp.broadcast_to(start_BxC[..., None], position_BxCxS.shape),
+    end=jnp.where(exists_BxCxS, position_BxCxS + 1, 0),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sample_whole_row(length: int, samples: int, config: DGAConfig) -> Int[Array, "S"]:
+  return _sample(find_documents(1, length, None, None), 0, samples, config)[0][0]
+
+
+def _sample(
+  documents: Documents, document: Array | int, samples: int, config: DGAConfig
+) -> tuple[Array, Array]:
+  """[B, S] positions of one document's sampled queries, recent ones first, and their existence."""
+  recent_BxL = documents.position >= documents.length - config.n_recent
+  draw_BxL = uniform_by_position(jax.random.key(config.seed), documents.position)
+  priority_BxL = jnp.where(recent_BxL, 2.0, draw_BxL)
+  priority_BxL = jnp.where(documents.index == document, priority_BxL, -1.0)
+  priority_BxS, position_BxS = jax.lax.top_k(priority_BxL, samples)
+  return position_BxS, priority_BxS >= 0
 
 
 def importance_scores(
   query_BxLxHxD: Float[Array, "B L H D"],
   key_BxLxNxD: Float[Array, "B L N D"],
-  documents: Documents,
-  max_documents: int,
-  config: DGAConfig,
+  samples: SampledQueries,
 ) -> Float[Array, "B N L"]:
   """Attention that sampled queries pay to each key (Eq. 16 and 17 of the paper).
 
-  s_j = Σ_q̃ softmax(q̃ Kᵀ / √D)_j / #{q̃ that can see j}, over the `n_recent` last queries of
-  the document and `n_random` earlier ones, summed over the query heads of a KV head. A key that
-  no sampled query sees scores 0. Float32 whatever the input.
+  s_j = Σ_q̃ softmax(q̃ Kᵀ / √D)_j / #{q̃ that can see j}, summed over the query heads of a KV head.
+  A key that no sampled query sees scores 0.
+
+  Args:
+    query_BxLxHxD: any float dtype.
+    key_BxLxNxD: same dtype.
+    samples: the sampled queries q̃.
+
+  Returns:
+    float32, whatever the input dtype.
   """
-  samples = min(query_BxLxHxD.shape[1], config.n_recent + config.n_random)
-  start_BxC, _ = documents.extents(max_documents)
 
-  def of_document(document: Array | int) -> Array:
-    sample_BxS, drawn_BxS = sample_queries(documents, documents.index == document, samples, config)
-    q_BxSxHxD = jnp.take_along_axis(query_BxLxHxD, sample_BxS[..., None, None], axis=1)
-    start_Bx1 = jax.lax.dynamic_slice_in_dim(start_BxC, document, 1, axis=1)
-    end_BxS = jnp.where(drawn_BxS, sample_BxS + 1, 0)
-    start_BxS = jnp.broadcast_to(start_Bx1, end_BxS.shape)
-    return sampled_importance(q_BxSxHxD, key_BxLxNxD, start_BxS, end_BxS)
+  def of_document(samples_BxS: SampledQueries) -> Array:
+    index_BxSx1x1 = samples_BxS.position[..., None, None]
+    q_BxSxHxD = jnp.take_along_axis(query_BxLxHxD, index_BxSx1x1, axis=1)
+    return sampled_importance(q_BxSxHxD, key_BxLxNxD, samples_BxS.start, samples_BxS.end)
 
-  first_BxNxL = of_document(0)
+  first_BxNxL = of_document(samples.of_document(0))
+  max_documents = samples.position.shape[1]
   if max_documents == 1:
     return first_BxNxL
   return jax.lax.fori_loop(
     1,
     max_documents,
-    lambda document, scores_BxNxL: scores_BxNxL + of_document(document),
+    lambda document, scores_BxNxL: scores_BxNxL + of_document(samples.of_document(document)),
     first_BxNxL,
   )
-
-
-def sample_queries(
-  documents: Documents, inside_BxL: Bool[Array, "B L"], samples: int, config: DGAConfig
-) -> tuple[Int[Array, "B S"], Bool[Array, "B S"]]:
-  """Positions in the row of one document's sampled queries, and which of them exist.
-
-  Recent queries first. The rest are those whose draw is highest; a position's draw depends on
-  the seed and on its place in the document alone, so that padding and packing change nothing.
-  """
-  B, L = inside_BxL.shape
-  if documents.whole_rows:
-    # The same positions whatever the data: no program has to draw and sort them again. They are
-    # computed outside the mesh in force, over whose Manual axes nothing can be computed eagerly.
-    no_mesh = jax.sharding.AbstractMesh((), ())
-    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(no_mesh):
-      sample_S = np.asarray(_sample_whole_row(L, samples, config))
-    return jnp.broadcast_to(sample_S, (B, samples)), jnp.ones((B, samples), bool)
-  return _sample(documents, inside_BxL, samples, config)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample_whole_row(length: int, samples: int, config: DGAConfig) -> Int[Array, "S"]:
-  documents = find_documents(1, length, None, None)
-  return _sample(documents, documents.is_token, samples, config)[0][0]
-
-
-def _sample(
-  documents: Documents, inside_BxL: Array, samples: int, config: DGAConfig
-) -> tuple[Array, Array]:
-  recent_BxL = documents.position >= documents.length - config.n_recent
-  draw_BxL = uniform_by_position(jax.random.key(config.seed), documents.position)
-  priority_BxL = jnp.where(inside_BxL, jnp.where(recent_BxL, 2.0, draw_BxL), -1.0)
-  priority_BxS, sample_BxS = jax.lax.top_k(priority_BxL, samples)
-  return sample_BxS, priority_BxS >= 0
 
 
 def random_scores(documents: Documents, heads: int, seed: int) -> Float[Array, "B N L"]:
@@ -98,26 +139,11 @@ def random_scores(documents: Documents, heads: int, seed: int) -> Float[Array, "
   )
 
 
-def select_focal(
-  scores_BxNxL: Float[Array, "B N L"],
-  documents: Documents,
-  max_documents: int,
-  config: DGAConfig,
-) -> Bool[Array, "B N L"]:
-  """The quota's highest scores of each document, ties to the earlier position; sinks first."""
-  L = scores_BxNxL.shape[-1]
-  if config.sink_tokens:
-    sink_BxL = documents.position < config.sink_tokens
-    scores_BxNxL = jnp.where(sink_BxL[:, None], jnp.inf, scores_BxNxL)
-  start_BxC, length_BxC = documents.extents(max_documents)
-  quota_BxC = jnp.asarray(config.focal_quota(L))[length_BxC]
-  return segmented_top_k(scores_BxNxL, Ranges(start_BxC, length_BxC, quota_BxC))
-
-
 def uniform_by_position(key: Array, position_BxL: Int[Array, "B L"]) -> Float[Array, "B L"]:
-  """A repeatable uniform number in [0, 1) for each place in a document."""
+  """A repeatable uniform number in [0, 1) for each position in a document."""
 
-  def draw(place: Array) -> Array:
-    return jax.random.uniform(jax.random.fold_in(key, place))
+  def draw(position: Array) -> Array:
+    return jax.random.uniform(jax.random.fold_in(key, position))
 
-  return jax.vmap(draw)(positions(position_BxL))[position_BxL]
+  i_L = jnp.arange(position_BxL.shape[1], dtype=jnp.int32)
+  return jax.vmap(draw)(i_L)[position_BxL]

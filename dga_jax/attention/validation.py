@@ -1,21 +1,21 @@
-"""Checks of arguments, made while tracing. Each message names the argument and what it must be."""
+"""Checks of arguments while tracing. A message names the argument, its value and valid values."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int
 
-from dga_jax.attention.layout import StreamingBlocks
-from dga_jax.attention.segments import Documents
+from dga_jax.attention.segments import IntArray, is_traced
+from dga_jax.attention.streaming_blocks import StreamingBlocks
 from dga_jax.config import DGAConfig
-from pallas_kernels.grouped_attention import IMPLEMENTATIONS
+from pallas_kernels import dispatch
 
-
-def is_traced(x: Any) -> bool:
-  """Whether values are unknown, as under jit."""
-  return isinstance(x, jax.core.Tracer)
+# Arguments of public functions. `rows` converts lists to arrays.
+Lengths = Int[IntArray, "B"] | Sequence[int]
+SegmentIds = Int[IntArray, "B L"] | Sequence[Sequence[int]]
 
 
 def query_and_key(query: Array, key: Array) -> None:
@@ -50,26 +50,45 @@ def value_like_key(value: Array, key: Array) -> None:
     raise ValueError(f"value is {value.dtype} and key {key.dtype}; cast them to one dtype.")
 
 
-def rows(batch: int, length: int, lengths: Array | None, segment_ids: Array | None) -> None:
-  """lengths is int [B] within 0..L (where known), segment_ids int [B, L]."""
-  wants: dict[str, tuple[Any, tuple[int, ...]]] = {
-    "lengths": (lengths, (batch,)),
-    "segment_ids": (segment_ids, (batch, length)),
-  }
-  for name, (x, shape) in wants.items():
-    if x is None:
-      continue
-    if np.shape(x) != shape or not jnp.issubdtype(jnp.result_type(x), jnp.integer):
-      raise ValueError(
-        f"{name} is {jnp.result_type(x)}{list(np.shape(x))}; it must be int{list(shape)}."
-      )
+def rows(
+  batch: int, length: int, lengths: Lengths | None, segment_ids: SegmentIds | None
+) -> tuple[IntArray | None, IntArray | None]:
+  """lengths and segment_ids as arrays, or None where they are None.
+
+  Args:
+    batch: B.
+    length: L, tokens of a row.
+    lengths: int [B] within 0..L, an array or a list.
+    segment_ids: int [B, L], an array or a list of lists.
+
+  Raises:
+    ValueError: a wrong shape or dtype, or lengths outside 0..L where they are known.
+  """
+  lengths = _int_array("lengths", lengths, (batch,))
+  segment_ids = _int_array("segment_ids", segment_ids, (batch, length))
   if lengths is not None and not is_traced(lengths):
     values = np.asarray(lengths)
-    if values.size and (values.min() < 0 or values.max() > length):
+    if values.min() < 0 or values.max() > length:
       raise ValueError(
-        f"lengths has values from {values.min()} to {values.max()}; they must lie in"
-        f" 0..{length}, the arrays' length."
+        f"lengths has values from {values.min()} to {values.max()}; they must be within"
+        f" 0..{length}, the length of the arrays. Cut the lengths, or pad the arrays."
       )
+  return lengths, segment_ids
+
+
+def _int_array(name: str, x: Any, shape: tuple[int, ...]) -> IntArray | None:
+  if x is None or isinstance(x, (jax.Array, np.ndarray)):
+    array = x
+  else:
+    try:
+      array = np.asarray(x)
+    except ValueError as error:
+      raise ValueError(f"{name} is a ragged list; it must be int{list(shape)}.") from error
+  if array is None:
+    return None
+  if array.shape != shape or not jnp.issubdtype(array.dtype, jnp.integer):
+    raise ValueError(f"{name} is {array.dtype}{list(array.shape)}; it must be int{list(shape)}.")
+  return array
 
 
 def softmax_scale(scale: float | Array | None) -> None:
@@ -80,97 +99,60 @@ def softmax_scale(scale: float | Array | None) -> None:
     raise ValueError(f"scale is {scale!r}; it must be a positive number.")
 
 
-def implementation(name: str | None) -> None:
-  """None, or a name that grouped attention knows."""
-  if name is not None and name not in IMPLEMENTATIONS:
-    raise ValueError(f"implementation is {name!r}; it must be None or one of {IMPLEMENTATIONS}.")
-
-
-def document_bound(
-  config: DGAConfig, length: int, documents: Documents, segment_ids: Array | None
-) -> int:
-  """How many documents a row can hold."""
-  if segment_ids is None:
-    return 1
-  if not is_traced(documents.index):
-    most = int(documents.index.max()) + 1
-    if config.max_documents is not None and most > config.max_documents:
-      raise ValueError(
-        f"segment_ids holds {most} documents in a row; DGAConfig.max_documents is"
-        f" {config.max_documents}. Raise it, or pack fewer."
-      )
-    return max(1, config.max_documents or most)
-  if config.max_documents is not None:
-    return config.max_documents
-  if config.selection == "streaming" and config.sink_tokens == 0:
-    return length
-  raise ValueError(
-    "segment_ids is traced (under jit or grad) and DGAConfig.max_documents is None; set it to"
-    " the most documents that a row packs."
-  )
+def implementation(choice: dispatch.Implementation) -> None:
+  """None, a backend of grouped attention, or a tuple of them."""
+  dispatch.check_implementation("grouped_attention", choice)
 
 
 def focal_mask(mask: Array) -> None:
-  """A focal mask is bool [B, N, L] without empty dimensions."""
+  """The focal mask is bool [B, N, L] without an empty dimension."""
   if np.ndim(mask) != 3 or jnp.result_type(mask) != jnp.bool_ or 0 in np.shape(mask):
     raise ValueError(
       f"focal_mask is {jnp.result_type(mask)}{list(np.shape(mask))}; it must be"
-      " bool [batch, KV heads, length]."
+      " bool[batch, KV heads, length] without an empty dimension."
     )
 
 
-def focal_bound(focal_B: Array, max_focal: int | None) -> int:
-  """The static size of the list of focal tokens."""
-  if is_traced(focal_B):
+def focal_bound(count_BxN: Int[Array, "B N"], max_focal: int | None) -> int:
+  """The static size of the list of focal tokens: `max_focal`, or the largest count.
+
+  Raises:
+    ValueError: a count exceeds `max_focal`, or counts are traced and `max_focal` is None.
+  """
+  if is_traced(count_BxN):
     if max_focal is None:
       raise ValueError(
-        "focal_mask is traced and max_focal is None; set it to the most focal tokens of a"
-        " row and KV head."
+        "focal_mask is traced, as under jit, so it cannot be counted, and max_focal is None. Set"
+        " max_focal to the most focal tokens of a row and KV head."
       )
     return max_focal
-  most = int(focal_B.max())
+  most = int(count_BxN.max())
   if max_focal is not None and most > max_focal:
-    raise ValueError(f"focal_mask keeps {most} tokens in a row; max_focal is {max_focal}.")
+    raise ValueError(
+      f"focal_mask has {most} focal tokens in a row and KV head; max_focal is {max_focal}. Set"
+      f" max_focal to at least {most}."
+    )
   return most if max_focal is None else max_focal
 
 
-def focal_in_blocks(mask_BxNxL: Array, documents: Documents, config: DGAConfig) -> None:
-  """Every complete streaming block keeps exactly f tokens (where values are known)."""
+def focal_in_blocks(
+  mask_BxNxL: Bool[Array, "B N L"], blocks: StreamingBlocks, config: DGAConfig
+) -> None:
+  """Every complete streaming block has exactly f focal tokens.
+
+  Raises:
+    ValueError: some block has more or fewer, or the mask is traced.
+  """
   if is_traced(mask_BxNxL):
     raise ValueError(
-      "focal_mask is traced, but with selection='streaming' its blocks must be counted;"
-      " make the plan outside jit, or with plan_groups."
+      "focal_mask is traced, as under jit, but with selection='streaming' the focal tokens of its"
+      " blocks must be counted. Call from_focal_mask outside jit, or use plan_groups."
     )
-  blocks = StreamingBlocks.of(documents, config)
-  first = np.asarray(blocks.complete & (blocks.offset == 0))
-  mask = np.asarray(mask_BxNxL)
-  for row, start in np.argwhere(first):
-    kept = mask[row, :, start : start + config.block_size].sum(axis=-1)
-    if (kept != config.focal_in_block).any():
+  mask, f = np.asarray(mask_BxNxL), config.focal_in_block
+  for row, start in np.argwhere(np.asarray(blocks.is_complete & (blocks.offset == 0))):
+    counts = mask[row, :, start : start + config.block_size].sum(axis=-1)
+    if (counts != f).any():
       raise ValueError(
-        f"focal_mask keeps {kept.tolist()} tokens in the block at row {row}, position"
-        f" {start}; with selection='streaming' it must keep {config.focal_in_block} in"
-        " each KV head."
+        f"focal_mask has {counts.tolist()} focal tokens by KV head in the block at row {row},"
+        f" position {start}; with selection='streaming' it must have {f} in each KV head."
       )
-
-
-def plan_fits(
-  plan: Any, config: DGAConfig, query: Array, key: Array, documents: Documents | None
-) -> None:
-  """A plan fits the config, the shapes and (where values are known) the rows it is used with."""
-  wants = (query.shape[0], key.shape[2], query.shape[1])
-  if plan.focal_mask.shape != wants:
-    raise ValueError(
-      f"plan.focal_mask has shape {plan.focal_mask.shape}; query and key want {wants}."
-    )
-  if plan.config != config:
-    raise ValueError(
-      f"plan was made with {plan.config}; config is {config}. They must be the same."
-    )
-  if documents is None or is_traced(documents.index) or is_traced(plan.documents.index):
-    return
-  if not np.array_equal(documents.index, plan.documents.index):
-    raise ValueError(
-      "plan was made for other lengths or segment_ids than the ones passed beside it; leave"
-      " them out, or make the plan with them."
-    )

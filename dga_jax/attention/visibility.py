@@ -1,9 +1,16 @@
-"""What each query sees: one range of each key/value source instead of an L×L mask."""
+"""Visibility: one range of each key/value source per query, in place of an L×L mask."""
 
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from dga_jax.attention.layout import ListPositions
+from dga_jax.attention.segments import at_document_start, count_before, Documents
+from dga_jax.attention.selection import Selection
+from dga_jax.attention.streaming_blocks import StreamingBlocks
+from dga_jax.config import DGAConfig
 from pallas_kernels.group_merge import Entries
 from pallas_kernels.grouped_attention import KVSource, KVSources
 
@@ -29,3 +36,67 @@ class Visibility(NamedTuple):
       group=KVSource(entries.group_key, entries.group_value, self.group_start, self.group_end),
       window=KVSource(entries.window_key, entries.window_value, self.window_start, self.window_end),
     )
+
+
+def global_visibility(
+  selection: Selection, positions: ListPositions, documents: Documents, config: DGAConfig
+) -> Visibility:
+  """Global and random selection; the window source is the list of members.
+
+  With c the number of the document's non-focal tokens at positions ≤ i ("exclusive" visibility:
+  < i), query i sees the document's focal tokens j ≤ i, its first ⌊c/m⌋ groups, and members from
+  slot m·⌊c/m⌋ of the document up to itself.
+  """
+  m = config.group_size
+  upto_BxNxL = positions.members_before + positions.is_member
+  inclusive = config.visibility == "inclusive"
+  groups_BxNxL = (upto_BxNxL if inclusive else positions.members_before) // m
+  window_end_BxNxL = positions.section + upto_BxNxL
+  window_start_BxNxL = positions.section + groups_BxNxL * m
+  return Visibility(
+    focal_start=at_document_start(positions.focal_before, documents),
+    focal_end=positions.focal_before + selection.focal_mask,
+    group_start=positions.section // m,
+    group_end=positions.section // m + groups_BxNxL,
+    window_start=window_start_BxNxL if config.complementary else window_end_BxNxL,
+    window_end=window_end_BxNxL,
+  )
+
+
+def streaming_visibility(
+  documents: Documents, blocks: StreamingBlocks, config: DGAConfig
+) -> Visibility:
+  """Streaming selection; the window source is the row itself. Independent of the selection.
+
+  Query i of block b sees its document's sinks, the f focal tokens and the group of every block
+  before b − w, and the raw tokens from block b − w up to itself. A sink sees the sinks up to
+  itself.
+  """
+  f, size, sinks = config.focal_in_block, config.block_size, config.sink_tokens
+  focal_start_BxL = focal_list_start(documents, blocks, config)
+  group_start_BxL = at_document_start(count_before(documents.is_last * blocks.count), documents)
+  seen_BxL = jnp.maximum(blocks.index - config.local_window, 0)
+  i_BxL = documents.start + documents.position
+  after_sinks_BxL = documents.is_token & ~blocks.is_sink
+  window_end_BxL = i_BxL + documents.is_token
+  visibility_BxL = Visibility(
+    focal_start=focal_start_BxL,
+    focal_end=focal_start_BxL
+    + jnp.where(after_sinks_BxL, sinks + f * seen_BxL, (documents.position + 1) * blocks.is_sink),
+    group_start=group_start_BxL,
+    group_end=group_start_BxL + seen_BxL,
+    window_start=jnp.where(
+      after_sinks_BxL, documents.start + sinks + seen_BxL * size, window_end_BxL
+    ),
+    window_end=window_end_BxL,
+  )
+  return jax.tree.map(lambda x_BxL: x_BxL[:, None], visibility_BxL)
+
+
+def focal_list_start(
+  documents: Documents, blocks: StreamingBlocks, config: DGAConfig
+) -> Int32[Array, "B L"]:
+  """Index, in the row's list of focal tokens, of the first one of each token's document."""
+  sinks_BxL = jnp.minimum(documents.length, config.sink_tokens)
+  focal_BxL = documents.is_last * (sinks_BxL + config.focal_in_block * blocks.count)
+  return at_document_start(count_before(focal_BxL), documents)

@@ -20,7 +20,7 @@ from dga_jax.cache.summary import block_entries
 from dga_jax.cache.validation import Lengths
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheLengths
-from pallas_kernels.group_merge import take_positions
+from pallas_kernels.gather import take_positions
 from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.aggregate import merge_scale
+from dga_jax.attention.attend import merge_scale
 from dga_jax.attention.validation import softmax_scale
 from dga_jax.cache import validation
 from dga_jax.cache.layout import cache_layout, TokenCoords

@@ -3,9 +3,14 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.aggregate import plan_and_merge, zero_padding
-from dga_jax.attention.attend import attend_entries
-from dga_jax.attention.plan import GroupPlan
+from dga_jax.attention.attend import attend_merged, merge_tokens, zero_padding
+from dga_jax.attention.metadata import (
+  AttentionMetadata,
+  prepare,
+  RankingMetadata,
+  StreamingMetadata,
+)
+from dga_jax.attention.segments import find_documents
 from dga_jax.attention.validation import query_and_key, softmax_scale, value_like_key
 from dga_jax.cache import validation
 from dga_jax.cache.layout import cache_layout, cache_size
@@ -13,7 +18,9 @@ from dga_jax.cache.state import CompactCache, lengths_with_sinks
 from dga_jax.cache.validation import Lengths
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheArrays, CacheLengths, pack_rows
-from pallas_kernels.group_merge import Entries, take_rows
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.gather import take_rows
+from pallas_kernels.grouped_attention import KVSources
 
 
 def prefill(
@@ -24,7 +31,7 @@ def prefill(
   config: DGAConfig,
   max_length: int,
   lengths: Lengths | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> CompactCache:
   """The cache of one layer after right-padded prompts.
 
@@ -50,11 +57,9 @@ def prefill(
   Raises:
     ValueError: names the argument that does not fit and what it must be.
   """
-  lengths = _checked(query, key, value, max_length, lengths)
-  plan, _, entries = plan_and_merge(
-    query, key, value, config=config, lengths=lengths, implementation=implementation
-  )
-  return _cache_prompt(key, value, plan, entries, max_length)
+  metadata = _prepared(query, key, value, config, max_length, lengths)
+  merged = merge_tokens(query, key, value, metadata, implementation=implementation)
+  return _cache_prompt(key, value, metadata, merged.sources, max_length)
 
 
 def attend_and_prefill(
@@ -66,7 +71,7 @@ def attend_and_prefill(
   max_length: int,
   lengths: Lengths | None = None,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> tuple[Float[Array, "B L H D"], CompactCache]:
   """Attention over right-padded prompts, and the cache after them.
 
@@ -84,45 +89,84 @@ def attend_and_prefill(
     ValueError: names the argument that does not fit and what it must be.
     NotImplementedError: if the named implementation cannot compute this call, and why.
   """
-  lengths = _checked(query, key, value, max_length, lengths)
+  metadata = _prepared(query, key, value, config, max_length, lengths)
   softmax_scale(scale)
-  plan, query, entries = plan_and_merge(
+  return attend_and_prefill_prepared(
     query,
     key,
     value,
-    config=config,
-    lengths=lengths,
-    implementation="xla" if implementation == "xla" else None,
+    metadata,
+    max_length=max_length,
+    scale=scale,
+    implementation=implementation,
   )
-  out = attend_entries(query, entries, plan, scale=scale, implementation=implementation)
-  return out, _cache_prompt(key, value, plan, entries, max_length)
 
 
-def _checked(
-  query: Array, key: Array, value: Array, max_length: int, lengths: Lengths | None
-) -> Int[Array, "B"] | None:
+def attend_and_prefill_prepared(
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  value: Float[Array, "B L N D"],
+  metadata: AttentionMetadata,
+  *,
+  max_length: int,
+  scale: float | None = None,
+  implementation: Implementation = None,
+) -> tuple[Float[Array, "B L H D"], CompactCache]:
+  """As `attend_and_prefill`, with the metadata that all layers of a forward share.
+
+  Args:
+    query: see `attend_and_prefill`, as all but the metadata.
+    metadata: from `dga_jax.attention.metadata.prepare`, of rows without segment ids.
+  """
+  merged = merge_tokens(query, key, value, metadata, implementation=implementation)
+  out = attend_merged(
+    merged, metadata.invalid, metadata.config, scale=scale, implementation=implementation
+  )
+  return out, _cache_prompt(key, value, metadata, merged.sources, max_length)
+
+
+def _prepared(
+  query: Array,
+  key: Array,
+  value: Array,
+  config: DGAConfig,
+  max_length: int,
+  lengths: Lengths | None,
+) -> AttentionMetadata:
+  """The checked arguments' metadata."""
   query_and_key(query, key)
   value_like_key(value, key)
   batch, length = key.shape[:2]
   validation.prompt_fits(length, max_length)
-  return None if lengths is None else validation.as_array(lengths, batch, length)
+  lengths = None if lengths is None else validation.as_array(lengths, batch, length)
+  return prepare(find_documents(batch, length, lengths, None), config)
 
 
 def _cache_prompt(
-  key_BxLxNxD: Array, value_BxLxNxD: Array, plan: GroupPlan, entries: Entries, max_length: int
+  key_BxLxNxD: Array,
+  value_BxLxNxD: Array,
+  metadata: AttentionMetadata,
+  sources: KVSources,
+  max_length: int,
 ) -> CompactCache:
-  """The cache after prompts, from their plan and merged entries."""
-  key_BxLxNxD, value_BxLxNxD = zero_padding(plan.documents, plan.padded, key_BxLxNxD, value_BxLxNxD)
-  config = plan.config
+  """The cache after prompts, from their metadata and merged tokens."""
+  config, documents = metadata.config, metadata.documents
+  key_BxLxNxD, value_BxLxNxD = zero_padding(documents, key_BxLxNxD, value_BxLxNxD)
   L = key_BxLxNxD.shape[1]
-  size = cache_size(config=config, max_length=max_length, prompt=L, ragged=plan.padded)
-  entries = _asked_for(plan, entries)
-  if config.selection == "streaming":
-    lengths = lengths_with_sinks(plan.documents.length[:, 0], config.sink_tokens)
-    compact = _interleave(entries, config)
+  size = cache_size(
+    config=config, max_length=max_length, prompt=L, ragged=documents.rows != "whole"
+  )
+  # Without the rows of padding that kernels append.
+  r, k = metadata.sizes
+  focal = (sources.focal.key[:, :r], sources.focal.value[:, :r])
+  group = (sources.group.key[:, :k], sources.group.value[:, :k])
+  if isinstance(metadata.by_selection, StreamingMetadata):
+    lengths = lengths_with_sinks(documents.row_length, config.sink_tokens)
+    compact = [_interleave(*pair, config) for pair in zip(focal, group, strict=True)]
   else:
-    focal_B = plan.focal_mask.sum(axis=-1, dtype=jnp.int32)[:, 0]
-    lengths, compact = _prompt_lengths(plan, focal_B), _concatenate(entries, focal_B)
+    lengths = _prompt_lengths(metadata, metadata.by_selection)
+    focal_B = metadata.by_selection.quotas.quota[:, 0]
+    compact = [_concatenate(*pair, focal_B) for pair in zip(focal, group, strict=True)]
   ring_BxW = ring_index(lengths, config, none=L)
   ring_BxNxW = jnp.broadcast_to(ring_BxW[:, None], (len(ring_BxW), key_BxLxNxD.shape[2], size.raw))
   stored = config.cache_dtype or key_BxLxNxD.dtype
@@ -140,23 +184,13 @@ def _cache_prompt(
   return CompactCache(arrays, lengths, max_length)
 
 
-def _asked_for(plan: GroupPlan, entries: Entries) -> Entries:
-  """Without the rows of padding that kernels append."""
-  r, k = plan.focal_index.shape[-1], plan.group_query.shape[-1]
-  return entries._replace(
-    focal_key=entries.focal_key[:, :r],
-    focal_value=entries.focal_value[:, :r],
-    group_key=entries.group_key[:, :k],
-    group_value=entries.group_value[:, :k],
-  )
-
-
-def _prompt_lengths(plan: GroupPlan, focal_B: Array) -> CacheLengths:
+def _prompt_lengths(metadata: AttentionMetadata, ranking: RankingMetadata) -> CacheLengths:
   """The whole prompt is in the prefix.
 
   A prompt shorter than the sinks is all focal, and the next tokens complete the sinks.
   """
-  config, length_B = plan.config, plan.documents.length[:, 0]
+  config, length_B = metadata.config, metadata.documents.row_length
+  focal_B = ranking.quotas.quota[:, 0]
   sinks_B = jnp.full(length_B.shape, config.sink_tokens, jnp.int32)
   groups_B = (length_B - focal_B) // config.group_size
   has_sinks_B = length_B >= sinks_B
@@ -168,38 +202,24 @@ def _prompt_lengths(plan: GroupPlan, focal_B: Array) -> CacheLengths:
   )
 
 
-def _interleave(entries: Entries, config: DGAConfig) -> tuple[Array, Array]:
+def _interleave(focal_BxrxNxD: Array, group_BxkxNxD: Array, config: DGAConfig) -> Array:
   """Streaming selection: the sinks, then the f focal tokens and the group of each block."""
   f = config.focal_in_block
-
-  def interleave(focal_BxrxNxD: Array, group_BxkxNxD: Array) -> Array:
-    B, k, N, D = group_BxkxNxD.shape
-    sinks = focal_BxrxNxD.shape[1] - f * k
-    blocks = jnp.concatenate(
-      [focal_BxrxNxD[:, sinks:].reshape(B, k, f, N, D), group_BxkxNxD[:, :, None]], axis=2
-    )
-    return jnp.concatenate([focal_BxrxNxD[:, :sinks], blocks.reshape(B, k * (f + 1), N, D)], axis=1)
-
-  return (
-    interleave(entries.focal_key, entries.group_key),
-    interleave(entries.focal_value, entries.group_value),
+  B, k, N, D = group_BxkxNxD.shape
+  sinks = focal_BxrxNxD.shape[1] - f * k
+  blocks = jnp.concatenate(
+    [focal_BxrxNxD[:, sinks:].reshape(B, k, f, N, D), group_BxkxNxD[:, :, None]], axis=2
   )
+  return jnp.concatenate([focal_BxrxNxD[:, :sinks], blocks.reshape(B, k * (f + 1), N, D)], axis=1)
 
 
-def _concatenate(entries: Entries, focal_B: Array) -> tuple[Array, Array]:
+def _concatenate(focal_BxrxNxD: Array, group_BxkxNxD: Array, focal_B: Array) -> Array:
   """Other selections: the focal tokens of each row, then its groups, without a gap."""
-  B, r, N, _ = entries.focal_key.shape
-  slot = jnp.arange(r + entries.group_key.shape[1])[None]
+  B, r, N, _ = focal_BxrxNxD.shape
+  slot = jnp.arange(r + group_BxkxNxD.shape[1])[None]
   source_BxS = jnp.where(slot < focal_B[:, None], slot, slot - focal_B[:, None] + r)
   source_BxNxS = jnp.broadcast_to(source_BxS[:, None], (B, N, source_BxS.shape[1]))
-
-  def concatenate(focal_BxrxNxD: Array, group_BxkxNxD: Array) -> Array:
-    return take_rows(jnp.concatenate([focal_BxrxNxD, group_BxkxNxD], axis=1), source_BxNxS)
-
-  return (
-    concatenate(entries.focal_key, entries.group_key),
-    concatenate(entries.focal_value, entries.group_value),
-  )
+  return take_rows(jnp.concatenate([focal_BxrxNxD, group_BxkxNxD], axis=1), source_BxNxS)
 
 
 def _heads_first(x_BxSxNxD: Array, size: int) -> Float[Array, "B N S D"]:

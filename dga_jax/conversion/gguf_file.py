@@ -16,7 +16,7 @@ from dga_jax.conversion.gguf_tokenizer import origin_from_metadata, tokenizer_fr
 from dga_jax.conversion.known_keys import Values
 from dga_jax.conversion.param_map import Naming
 from dga_jax.model import ModelConfig, RopeScaling
-from dga_jax.model.baselines import SlidingWindowConfig
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
 from dga_jax.model.rope import inverse_frequencies
 from dga_jax.tokenizer import Tokenizer
 

@@ -9,7 +9,7 @@ from dga_jax.conversion.hugging_face_keys import CONFIG
 from dga_jax.conversion.hugging_face_rope import read_rope, rope_scaling_values
 from dga_jax.conversion.known_keys import KnownKeys, Values
 from dga_jax.model import ModelConfig
-from dga_jax.model.baselines import SlidingWindowConfig
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
 from dga_jax.model.config import DtypeName
 
 

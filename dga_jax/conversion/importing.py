@@ -22,6 +22,7 @@ from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.param_map import tensor_specs, TensorSpec
 from dga_jax.conversion.sharding import parse_mesh, shardings
+from dga_jax.file_lock import hold_workdir
 from dga_jax.model import ModelConfig
 from dga_jax.tokenizer import Tokenizer
 
@@ -75,7 +76,7 @@ def import_model(
   report = CastReport()
   placed = None if mesh is None else shardings(config, parse_mesh(mesh))
   params = import_params(source, config, placed, report)
-  with Checkpoints(workdir, keep=1) as checkpoints:
+  with hold_workdir(workdir), Checkpoints(workdir, keep=1) as checkpoints:
     checkpoints.save(
       0,
       params=params,

@@ -1,23 +1,24 @@
-"""Ablations of Dynamic Group Attention: variants in which one part is replaced.
+"""Dynamic Group Attention with one part swapped, to find out which part loses or wins.
 
-They cover streaming selection over whole sequences, for which decoding computes the same function.
+All of it concerns streaming selection over whole sequences, where that is what decoding computes.
 """
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from dga_jax import GroupPlan, plan_groups
-from dga_jax.attention.aggregate import plan_and_merge
-from dga_jax.attention.attend import attend_entries
-from dga_jax.attention.layout import streaming_layout
-from dga_jax.attention.plan import static_sizes
+from dga_jax.attention.attend import attend_merged, make_plan, merge_planned
+from dga_jax.attention.metadata import AttentionMetadata, prepare
+from dga_jax.attention.plan import GroupPlan
+from dga_jax.attention.segments import Documents
+from dga_jax.attention.selection import Selection as FocalSelection
 from dga_jax.config import DGAConfig
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from dga_jax.model.attention_kinds.base import AttentionKind
+from pallas_kernels.masks import masked_softmax
 
 Selection = Literal["own", "random", "oracle"]
 Merging = Literal["own", "mean", "hidden"]
@@ -25,18 +26,22 @@ _BLOCK_Q = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class AblatedDGA:
+class AblatedDGA(AttentionKind):
   """An attention kind for whole sequences of one document; it has no cache.
 
   Attributes:
     config: with streaming selection.
-    selection: how the f focal tokens of a block are chosen: "own", by the block's last query;
-      "random"; or "oracle", the tokens that receive most dense attention from the later queries to
-      which the block is no longer visible token by token.
-    merging: weights with which the other tokens are merged: "own", or "mean" for equal weights;
-      "hidden" hides the groups from all queries.
+    selection: which f tokens of a block stay focal: "own", the choice of the block's last query;
+      "random"; or "oracle", the tokens to which later queries, for which the block is no longer
+      raw, would pay most under dense attention.
+    merging: weights of the other tokens: "own", "mean", or "hidden" for groups that no query sees.
     focal: False hides the focal tokens, except sinks.
+
+  Raises:
+    ValueError: the config has another selection than streaming.
   """
+
+  name = "ablated dga"
 
   config: DGAConfig
   selection: Selection = "own"
@@ -46,62 +51,51 @@ class AblatedDGA:
   def __post_init__(self) -> None:
     if self.config.selection != "streaming":
       raise ValueError(
-        f"config.selection is {self.config.selection!r}; it must be 'streaming' for ablations."
+        f"config.selection is {self.config.selection!r}; ablations want 'streaming'."
       )
+
+  def prepare(self, documents: Documents) -> AttentionMetadata:
+    """The rows.
+
+    Raises:
+      ValueError: padded or packed rows.
+    """
+    if documents.rows != "whole":
+      raise ValueError(
+        "segment_ids or lengths are given; ablations want whole rows of one document."
+      )
+    return prepare(documents, self.config)
 
   def attend(
     self,
     q_BxLxHxD: Float[Array, "B L H D"],
     k_BxLxNxD: Float[Array, "B L N D"],
     v_BxLxNxD: Float[Array, "B L N D"],
-    *,
-    segment_ids: Int[Array, "B L"] | None,
-    lengths: Int[Array, "B"] | None,
+    metadata: AttentionMetadata,
   ) -> Float[Array, "B L H D"]:
-    """The op with the parts that the fields choose; arguments as for `dynamic_group_attention`."""
-    if segment_ids is not None or lengths is not None:
-      raise ValueError(
-        "segment_ids or lengths are given; they must be None: ablations take whole rows of one"
-        " document."
-      )
-    plan = plan_groups(q_BxLxHxD, k_BxLxNxD, config=self.config)
-    if self.selection != "own":
+    """The op with the parts that the fields name."""
+    if self.selection == "own":
+      plan = make_plan(q_BxLxHxD, k_BxLxNxD, metadata)
+    else:
       scores = _random_scores if self.selection == "random" else received_later
       focal_BxNxL = focal_by_score(scores(q_BxLxHxD, k_BxLxNxD, self.config), self.config)
-      # GroupPlan.from_focal_mask counts focal tokens, for which it needs concrete values.
-      sizes = static_sizes(self.config, q_BxLxHxD.shape[1], max_documents=1, exact=True)
-      layout = streaming_layout(focal_BxNxL, plan.documents, sizes, self.config)
-      plan = dataclasses.replace(plan, focal_mask=focal_BxNxL, **layout._asdict())
+      plan = GroupPlan.from_selection(FocalSelection(focal_BxNxL), metadata)
     weighing = jnp.zeros_like(q_BxLxHxD) if self.merging == "mean" else q_BxLxHxD
-    _, _, entries = plan_and_merge(weighing, k_BxLxNxD, v_BxLxNxD, config=self.config, plan=plan)
-    return attend_entries(q_BxLxHxD, entries, self._hide(plan))
+    merged = merge_planned(weighing, k_BxLxNxD, v_BxLxNxD, self._hide(plan))
+    return attend_merged(merged._replace(query=q_BxLxHxD), plan.invalid, self.config)
 
   def _hide(self, plan: GroupPlan) -> GroupPlan:
-    bounds = plan.bounds
+    visibility = plan.visibility
     if self.merging == "hidden":
-      bounds = bounds._replace(group_end=bounds.group_start)
+      visibility = visibility._replace(group_end=visibility.group_start)
     if not self.focal:
-      sinks = bounds.focal_start + self.config.sink_tokens
-      bounds = bounds._replace(focal_end=jnp.minimum(bounds.focal_end, sinks))
-    return dataclasses.replace(plan, bounds=bounds)
-
-  def init_cache(
-    self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
-  ) -> Any:
-    """Raises NotImplementedError: an ablation has no cache."""
-    raise NotImplementedError("Ablations compute whole sequences and have no cache.")
-
-  def prefill(self, *arrays: Array, lengths: Array | None, max_length: int) -> Any:
-    """Raises NotImplementedError: an ablation has no cache."""
-    raise NotImplementedError("Ablations compute whole sequences and have no cache.")
-
-  def decode(self, *arrays: Any) -> Any:
-    """Raises NotImplementedError: an ablation has no cache."""
-    raise NotImplementedError("Ablations compute whole sequences and have no cache.")
+      sinks = visibility.focal_start + self.config.sink_tokens
+      visibility = visibility._replace(focal_end=jnp.minimum(visibility.focal_end, sinks))
+    return dataclasses.replace(plan, visibility=visibility)
 
 
 def swaps(config: DGAConfig) -> dict[str, AblatedDGA]:
-  """The ablations of a config by name: parts replaced one at a time, and parts left out."""
+  """The parts of a config, swapped one at a time, and what is left without each."""
   alone = dataclasses.replace(config, local_window=0)
   return {
     "as configured": AblatedDGA(config),
@@ -118,7 +112,7 @@ def swaps(config: DGAConfig) -> dict[str, AblatedDGA]:
 
 
 def focal_by_score(score_BxNxL: Float[Array, "B N L"], config: DGAConfig) -> Bool[Array, "B N L"]:
-  """The mask of the sinks and the f highest scores of every complete block; ties go to the left."""
+  """Sinks, and the f highest scores of every complete block; ties go to the earlier token."""
   B, N, L = score_BxNxL.shape
   size, f = config.block_size, config.focal_in_block
   sinks = min(config.sink_tokens, L)
@@ -133,11 +127,7 @@ def focal_by_score(score_BxNxL: Float[Array, "B N L"], config: DGAConfig) -> Boo
 def received_later(
   q_BxLxHxD: Float[Array, "B L H D"], k_BxLxNxD: Float[Array, "B L N D"], config: DGAConfig
 ) -> Float[Array, "B N L"]:
-  """The dense attention that each key receives from queries beyond its block and the raw window.
-
-  Returns:
-    float32 [B, N, L], summed over those queries and over the query heads of the KV head.
-  """
+  """Dense attention that each key receives from queries that do not see it raw any more."""
   B, L, H, D = q_BxLxHxD.shape
   N = k_BxLxNxD.shape[2]
   block = min(_BLOCK_Q, L)

@@ -25,7 +25,7 @@ from dga_jax.evaluation.perplexity import measure_perplexity, parts, PerplexityS
 from dga_jax.evaluation.results import environment, Results
 from dga_jax.evaluation.retrieval import exact_match, Haystack, NEW_TOKENS
 from dga_jax.evaluation.variants import Family, Variant
-from dga_jax.model.attention_kinds import AttentionKind
+from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.tokenizer import Tokenizer
 

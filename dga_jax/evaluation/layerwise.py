@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from dga_jax.evaluation.losses import cross_entropy_from_states
 from dga_jax.model import Decoder
-from dga_jax.model.attention_kinds import AttentionKind
-from dga_jax.model.rope import inverse_frequencies, rope_table
+from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.rope import rope_table
 
 
 def losses_by_kinds(
@@ -53,14 +53,13 @@ def _layer(
 ) -> Float[Array, "B L E"]:
   model = nnx.merge(graphdef, params)
   config = model.config
-  omega_C = inverse_frequencies(config.head_dim, base=config.rope_base, scaling=config.rope_scaling)
   B, L = x_BxLxE.shape[:2]
-  rope = rope_table(jnp.broadcast_to(jnp.arange(L)[None], (B, L)), omega_C)
+  rope = rope_table(jnp.broadcast_to(jnp.arange(L)[None], (B, L)), config.rope_frequencies())
   structure, stacked = nnx.split(model.layers)
   one = jax.tree.map(lambda array: array[layer], stacked)
 
   def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-    return kind.attend(q, k, v, segment_ids=None, lengths=None), None
+    return kind(q, k, v), None
 
   return nnx.merge(structure, one)(x_BxLxE, rope, attend)[0]
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from dga_jax.analyse import merge_weights, Seen, visibility
-from dga_jax import GroupPlan
+from dga_jax.attention.plan import GroupPlan
 
 _COLOURS = {
   Seen.UNSEEN: "#f0f0f0",

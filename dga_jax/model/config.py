@@ -1,10 +1,12 @@
-"""Configuration of the decoder: frozen dataclasses, checked when made, to and from JSON dicts."""
+"""Configuration of the decoder: a frozen dataclass, validated, convertible to and from dicts."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Self
 
-from dga_jax.choices import AttentionName, DtypeName, RematName, RopeKind
+import numpy as np
+
+from dga_jax.choices import AttentionName, DtypeName, RematName
 from dga_jax.config import DGAConfig
 from dga_jax.config_dataclasses import (
   config_error,
@@ -14,52 +16,15 @@ from dga_jax.config_dataclasses import (
   require_number,
   require_type,
 )
-from dga_jax.model.baselines import (
-  KVMergerConfig,
-  LMInfiniteConfig,
-  MInferenceConfig,
-  SlidingWindowConfig,
-  StreamingLLMConfig,
-  TopKEvictionConfig,
-)
-
-# The field of ModelConfig that holds an attention kind's settings, and their class.
-ATTENTION_SETTINGS: dict[str, type] = {
-  "dga": DGAConfig,
-  "sliding_window": SlidingWindowConfig,
-  "streaming_llm": StreamingLLMConfig,
-  "lm_infinite": LMInfiniteConfig,
-  "minference": MInferenceConfig,
-  "top_k_eviction": TopKEvictionConfig,
-  "kv_merger": KVMergerConfig,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How rotary frequencies are stretched beyond the context that a model was trained on.
-
-  Attributes:
-    kind: "linear" divides every frequency by `factor`; "llama3" divides the low ones, keeps the
-      high ones and blends between them (see rope.inverse_frequencies).
-    factor: by how much the context grows, at least 1.
-    low_freq_factor: wavelengths above original_max_position / low_freq_factor are stretched.
-    high_freq_factor: wavelengths below original_max_position / high_freq_factor are kept.
-    original_max_position: context length in tokens of the training before stretching.
-  """
-
-  kind: RopeKind
-  factor: float
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_max_position: int = 8192
-
-  def __post_init__(self) -> None:
-    require_choice(self, "kind", RopeKind)
-    require_number(self, "factor", least=1)
-    require_number(self, "low_freq_factor", above=0)
-    require_number(self, "high_freq_factor", above=self.low_freq_factor)
-    require_int(self, "original_max_position", least=1)
+from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.attention_kinds.kv_merger import KVMergerConfig
+from dga_jax.model.attention_kinds.lm_infinite import LMInfiniteConfig
+from dga_jax.model.attention_kinds.minference import MInferenceConfig
+from dga_jax.model.attention_kinds.registry import ATTENTION_SETTINGS, make_kind
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
+from dga_jax.model.attention_kinds.streaming_llm import StreamingLLMConfig
+from dga_jax.model.attention_kinds.top_k_eviction import TopKEvictionConfig
+from dga_jax.model.rope import inverse_frequencies, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,33 +32,36 @@ class ModelConfig:
   """A LLaMA-family decoder.
 
   Attributes:
-    vocab_size: V, entries of the embedding table.
+    vocab_size: V, rows of the embedding table.
     num_layers: decoder layers.
     embed_dim: E, width of the residual stream.
     num_heads: H, query heads.
     num_kv_heads: N, key and value heads; H must be a multiple of N.
-    head_dim: D, width of one head; even, since RoPE rotates pairs.
+    head_dim: D, width of one head; even, since RoPE rotates pairs of channels.
     mlp_dim: F, inner width of SwiGLU.
     rope_base: base of the rotary wavelengths.
-    rope_scaling: stretch of the rotary frequencies, None for none.
+    rope_scaling: scaling of the rotary frequencies; None for none.
     norm_eps: added to the mean square in RMSNorm.
-    tie_embeddings: whether the embedding table is the unembedding too.
+    tie_embeddings: whether the embedding table is also the unembedding.
     qkv_bias: whether the query, key and value projections add a bias (Qwen 2.5).
     qk_norm: whether an RMSNorm over each head's channels follows the query and key projections,
       before RoPE (Qwen 3).
-    attention: attention kind. All but "dense" have settings in the field of their name, which
-      the other kinds ignore.
-    dga: switches of the "dga" kind.
-    sliding_window: settings of the baseline of that name, like the following.
-    streaming_llm: attention sinks and a window.
-    lm_infinite: first tokens and a window, under a bound on distances.
-    minference: sparse prefill, dense cache.
-    top_k_eviction: heavy hitters and recent tokens.
-    kv_merger: adjacent similar keys merged.
-    dtype: of activations and of weights while they are used.
+    attention: the attention kind. Every kind but "dense" has settings in the field of its name;
+      the other kinds' settings are ignored.
+    dga: settings of Dynamic Group Attention.
+    sliding_window: settings of sliding-window attention.
+    streaming_llm: settings of attention sinks and a window.
+    lm_infinite: settings of global tokens and a window, with a bound on distances.
+    minference: settings of the sparse prefill with a dense cache.
+    top_k_eviction: settings of heavy hitters and recent tokens.
+    kv_merger: settings of merging adjacent similar keys.
+    dtype: of activations, and of weights while they are used.
     param_dtype: of the stored (master) weights.
-    remat: what the backward pass recomputes in each layer: "none" of it; "full", all from the
-      layer's input; "dots", all but the outputs of products with weights.
+    remat: what the backward pass recomputes in each layer: "none"; "full", everything from the
+      layer's input; "dots", everything but the outputs of products with weights.
+
+  Raises:
+    ValueError: names the field, its value and the values it takes.
   """
 
   vocab_size: int
@@ -147,6 +115,15 @@ class ModelConfig:
     require_choice(self, "remat", RematName)
     require_choice(self, "dtype", DtypeName)
     require_choice(self, "param_dtype", DtypeName)
+
+  def rope_frequencies(self) -> np.ndarray:
+    """Angles per position ω [D/2] of RoPE; see `inverse_frequencies`."""
+    return inverse_frequencies(self.head_dim, base=self.rope_base, scaling=self.rope_scaling)
+
+  def make_attention(self) -> AttentionKind:
+    """The attention kind that `attention` names, with the settings of its field."""
+    settings = getattr(self, self.attention, None)
+    return make_kind(self.attention, settings, self.rope_frequencies())
 
   def to_dict(self) -> dict[str, Any]:
     """This config as nested plain dicts that JSON can store."""

@@ -1,8 +1,8 @@
-"""The decoder: embedding, stacked layers run by one scan, unembedding; training and decoding."""
+"""The decoder: embedding, layers, unembedding; whole sequences, prefill and decoding."""
 
 import dataclasses
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,30 +12,26 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention import validation
-from dga_jax.attention.segments import find_documents
-from dga_jax.model.attention_kinds import AttentionKind, ExtendingKind, make_attention
+from dga_jax.attention.segments import find_documents, IntArray
+from dga_jax.attention.validation import Lengths, SegmentIds
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.layers import constrain_residual, DecoderLayer, rms_norm, weight
 from dga_jax.model.logits import logits
 from dga_jax.model.on_mesh import on_mesh
-from dga_jax.model.rope import inverse_frequencies, rope_table, RopeTable
-from dga_jax.model.sharded_attention import attend_on_mesh
+from dga_jax.model.rope import rope_table
+from dga_jax.model.run_layers import LayerAttend, run_stacked, run_unstacked
+from dga_jax.model.sharded_attention import attend_on_mesh, prepare_on_mesh
 from dga_jax.sharding import fsdp_all_gather, zigzag_order
-
-_REMAT_POLICIES = {
-  "full": jax.checkpoint_policies.nothing_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecoderCache:
-  """State of decoding.
+  """State of decoding. A pytree.
 
   Attributes:
-    layers: the attention kind's cache of one layer, each array with a leading axis of layers.
-    length: tokens that each sequence has seen, so the position of its next one.
+    layers: the attention kind's cache, each array with a leading axis of layers.
+    length: tokens that each sequence has seen, which is the position of its next token.
   """
 
   layers: Any
@@ -45,15 +41,15 @@ class DecoderCache:
 class Decoder(nnx.Module):
   """LLaMA-family language model over token ids.
 
-  Every parameter names its axes in its metadata (`out_sharding`): "layers" for the stacked one,
-  and "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab".
+  Every parameter names its axes in its metadata (`out_sharding`): "layers" for the axis of stacked
+  layers, and "embed", "heads", "kv_heads", "head_dim", "mlp", "vocab".
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
     self.config = config
     V, E = config.vocab_size, config.embed_dim
-    # A tied table also makes logits, whose fan-in is E. Otherwise tokens start at the scale 1 of
-    # what layers add to them: smaller, and attention learns to tell them apart much later.
+    # A tied table also makes logits, whose fan-in is E. An untied one starts at variance 1, the
+    # scale of the layers' outputs: from smaller embeddings attention learns much later.
     fan_in = (1,) if config.tie_embeddings else ()
     self.embedding = weight(config, (V, E), ("vocab", "embed"), inputs=fan_in, rngs=rngs)
     self.layers: DecoderLayer | nnx.List[DecoderLayer] = _stacked_layers(config, rngs=rngs)
@@ -64,10 +60,10 @@ class Decoder(nnx.Module):
   @on_mesh("batch", None, "vocab")
   def __call__(
     self,
-    tokens_BxL: Int[Array, "B L"],
+    tokens_BxL: Int[IntArray, "B L"],
     *,
-    segment_ids: Int[Array, "B L"] | None = None,
-    lengths: Int[Array, "B"] | None = None,
+    segment_ids: SegmentIds | None = None,
+    lengths: Lengths | None = None,
   ) -> Float[Array, "B L V"]:
     """Logits of the token after each position, float32; arguments as for `hidden`."""
     states_BxLxE = self.hidden(tokens_BxL, segment_ids=segment_ids, lengths=lengths)
@@ -79,41 +75,39 @@ class Decoder(nnx.Module):
   @on_mesh("batch", "length", None)
   def hidden(
     self,
-    tokens_BxL: Int[Array, "B L"],
+    tokens_BxL: Int[IntArray, "B L"],
     *,
-    segment_ids: Int[Array, "B L"] | None = None,
-    lengths: Int[Array, "B"] | None = None,
+    segment_ids: SegmentIds | None = None,
+    lengths: Lengths | None = None,
   ) -> Float[Array, "B L E"]:
     """Final normalised states, before the unembedding.
 
-    With `unembed` on slices of it, a loss never holds all [B, L, V] float32 logits at once.
+    A loss that applies `unembed` to slices of the states never holds all [B, L, V] float32 logits.
 
     Args:
       tokens_BxL: token ids.
-      segment_ids: packed documents, consecutive runs of equal ids; negative ids are padding.
-        Tokens attend, and positions count, inside their own document.
-      lengths: tokens of each right-padded row.
+      segment_ids: documents packed in the rows, as runs of equal ids; negative ids are padding. An
+        int array [B, L] or a list of lists. Tokens attend, and positions count, inside their own
+        document.
+      lengths: tokens of each right-padded row, an int array [B] or a list.
 
     Returns:
       [B, L, E] in config.dtype. States of padding have no meaning. On a mesh with a context axis
-      they stand in the order of `dga_jax.sharding.zigzag_order`.
+      the states are in `dga_jax.sharding.zigzag_order`.
 
     Raises:
       ValueError: a wrong rank, shape or dtype, an empty sequence, or (outside jit) lengths
         beyond L.
     """
-    _check_inputs(tokens_BxL, segment_ids, lengths)
-    tokens_BxL, segment_ids, lengths = jax.tree.map(jnp.asarray, (tokens_BxL, segment_ids, lengths))
-    kind = self._attention_kind()
+    B, L = _check_tokens(tokens_BxL)
+    documents = find_documents(B, L, *validation.rows(B, L, lengths, segment_ids))
+    kind = self.config.make_attention()
+    metadata = prepare_on_mesh(kind, documents)
 
     def attend(q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, *_: Any) -> tuple[Array, None]:
-      o_BxLxHxD = attend_on_mesh(
-        kind, q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, segment_ids=segment_ids, lengths=lengths
-      )
-      return o_BxLxHxD, None
+      return attend_on_mesh(kind, q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata), None
 
-    B, L = tokens_BxL.shape
-    positions_BxL = find_documents(B, L, None, segment_ids).position
+    tokens_BxL, positions_BxL = jnp.asarray(tokens_BxL), documents.position
     order_L = zigzag_order(L)
     if order_L is not None:
       tokens_BxL, positions_BxL = tokens_BxL[:, order_L], positions_BxL[:, order_L]
@@ -122,24 +116,28 @@ class Decoder(nnx.Module):
 
   @on_mesh(..., "vocab")
   def unembed(self, states: Float[Array, "*S E"]) -> Float[Array, "*S V"]:
-    """Logits of states from `hidden`, accumulated and returned in float32."""
+    """Logits of states from `hidden`, float32."""
     return self.unembedder()(states)
 
   def unembedder(self) -> Callable[[Float[Array, "*S E"]], Float[Array, "*S V"]]:
-    """`unembed` with its table gathered from the devices that store it, once for many calls."""
+    """`unembed` for many calls: its table is gathered over the mesh once."""
     config = self.config
     table_ExV = self.embedding[...].T if config.tie_embeddings else self.unembedding[...]
     table_ExV = fsdp_all_gather(table_ExV, ("embed", "vocab"))
     return lambda states: logits(states, table_ExV.astype(config.dtype))
 
   def init_cache(self, batch_size: int, max_length: int) -> DecoderCache:
-    """An empty cache that holds sequences of up to `max_length` tokens, prompt included."""
+    """An empty cache for sequences of up to `max_length` tokens, prompt included.
+
+    Raises:
+      ValueError: a size below 1.
+    """
     if batch_size < 1 or max_length < 1:
       raise ValueError(
         f"init_cache got batch_size={batch_size}, max_length={max_length}; both must be at least 1."
       )
     config = self.config
-    layer = self._attention_kind().init_cache(
+    layer = self.config.make_attention().init_cache(
       batch_size, max_length, config.num_kv_heads, config.head_dim, jnp.dtype(config.dtype)
     )
     layers = jax.tree.map(
@@ -149,8 +147,8 @@ class Decoder(nnx.Module):
 
   def prefill(
     self,
-    tokens_BxL: Int[Array, "B L"],
-    lengths_B: Int[Array, "B"] | None = None,
+    tokens_BxL: Int[IntArray, "B L"],
+    lengths: Lengths | None = None,
     *,
     max_length: int,
   ) -> tuple[Float[Array, "B V"], DecoderCache]:
@@ -158,57 +156,57 @@ class Decoder(nnx.Module):
 
     Args:
       tokens_BxL: token ids.
-      lengths_B: tokens of each prompt, from 1 to L; None if all have L.
-      max_length: tokens that the cache is to hold for a sequence, prompt included.
+      lengths: tokens of each prompt, from 1 to L, an int array or a list; None if all have L.
+      max_length: tokens that the cache holds for a sequence, prompt included.
 
     Returns:
-      The float32 logits of each prompt's last token, and the cache to decode from.
+      The float32 logits of the token after each prompt, and the cache to decode from.
 
     Raises:
-      ValueError: as for `hidden`, and if L exceeds max_length.
+      ValueError: as for `hidden`, or L exceeds max_length.
     """
-    _check_inputs(tokens_BxL, None, lengths_B)
-    B, L = tokens_BxL.shape
+    B, L = _check_tokens(tokens_BxL)
+    lengths, _ = validation.rows(B, L, lengths, None)
     if max_length < L:
       raise ValueError(
         f"max_length is {max_length}, but tokens hold prompts of up to {L} tokens: raise "
         "max_length (prompt and new tokens together) or shorten the prompts."
       )
-    tokens_BxL, lengths_B = jax.tree.map(jnp.asarray, (tokens_BxL, lengths_B))
-    kind = self._attention_kind()
+    kind = self.config.make_attention()
+    metadata = kind.prepare(find_documents(B, L, lengths, None))
 
     def attend(q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, *_: Any) -> tuple[Array, Any]:
-      return kind.prefill(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, lengths=lengths_B, max_length=max_length)
+      return kind.prefill(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, max_length=max_length)
 
     positions_BxL = jnp.broadcast_to(jnp.arange(L)[None, :], (B, L))
-    states_BxLxE, layers = self._run_layers(tokens_BxL, positions_BxL, attend)
-    length_B = jnp.full(B, L) if lengths_B is None else lengths_B
+    states_BxLxE, layers = self._run_layers(jnp.asarray(tokens_BxL), positions_BxL, attend)
+    length_B = jnp.full(B, L) if lengths is None else jnp.asarray(lengths)
     last_BxE = jnp.take_along_axis(states_BxLxE, length_B[:, None, None] - 1, axis=1)[:, 0]
     return self.unembed(last_BxE), DecoderCache(layers, length_B.astype(jnp.int32))
 
   def decode(
-    self, tokens_B: Int[Array, "B"], cache: DecoderCache
+    self, tokens_B: Int[IntArray, "B"], cache: DecoderCache
   ) -> tuple[Float[Array, "B V"], DecoderCache]:
     """Appends one token to every sequence.
 
-    Static shapes: jit it once, with the cache donated, and call it for every token. A cache that
-    is full cannot raise under jit; do not decode beyond the max_length it was made for.
+    Shapes are static: jit it once, with the cache donated, and call it for every token. A full
+    cache cannot raise under jit: do not decode beyond the max_length of the cache.
 
     Args:
       tokens_B: the next token of every sequence.
-      cache: from `prefill`, `init_cache` or `decode`.
+      cache: from `prefill`, `init_cache`, `extend` or `decode`.
 
     Returns:
       The float32 logits of the token after it, and the new cache.
 
     Raises:
-      ValueError: tokens that are not one for every sequence of the cache.
+      ValueError: the number of tokens is not the number of sequences of the cache.
     """
     if jnp.shape(tokens_B) != cache.length.shape:
       raise ValueError(
         f"tokens is {list(jnp.shape(tokens_B))}; the cache wants {list(cache.length.shape)}."
       )
-    kind = self._attention_kind()
+    kind = self.config.make_attention()
 
     def attend(
       q_Bx1xHxD: Array, k_Bx1xNxD: Array, v_Bx1xNxD: Array, caches: Any, layer: Array
@@ -219,56 +217,53 @@ class Decoder(nnx.Module):
       return o_BxHxD[:, None], caches
 
     states_Bx1xE, layers = self._run_layers(
-      tokens_B[:, None], cache.length[:, None], attend, cache.layers
+      jnp.asarray(tokens_B)[:, None], cache.length[:, None], attend, cache.layers
     )
     return self.unembed(states_Bx1xE[:, 0]), DecoderCache(layers, cache.length + 1)
 
   def extend(
-    self, tokens_BxT: Int[Array, "B T"], cache: DecoderCache, counts_B: Int[Array, "B"]
+    self, tokens_BxT: Int[IntArray, "B T"], cache: DecoderCache, lengths: Lengths
   ) -> tuple[Float[Array, "B V"], DecoderCache]:
-    """Appends several tokens to every sequence: a chunk of a prompt, or a second turn's.
+    """Appends several tokens to every sequence: a chunk of a prompt, or a second turn.
 
-    What it computes is what decoding the tokens one by one would. Under streaming selection that
-    is what a prefill of the whole prompt computes too; under global selection the tokens of a
-    prefill are ranked together, and those appended here block by block.
+    It computes what decoding the tokens one by one would. Under streaming selection that is also
+    what a prefill of the whole prompt computes. Under global selection a prefill ranks its tokens
+    together, and appended tokens are ranked block by block.
 
     Args:
-      tokens_BxT: right-padded.
+      tokens_BxT: token ids, right-padded.
       cache: from `prefill`, `init_cache`, `decode` or this method; donate it under jit.
-      counts_B: new tokens of each sequence, 0 to T.
+      lengths: new tokens of each sequence, 0 to T, an int array or a list.
 
     Returns:
-      The float32 logits of each sequence's last token, which have no meaning where there is no
-      new one, and the new cache.
+      The float32 logits of the token after each sequence, which have no meaning for a sequence
+      without new tokens, and the new cache.
 
     Raises:
-      ValueError: as for `hidden`, and for an attention kind that cannot.
+      ValueError: as for `hidden`, or the attention kind does not support it.
     """
-    _check_inputs(tokens_BxT, None, counts_B)
-    kind = self._attention_kind()
-    if not isinstance(kind, ExtendingKind):
-      raise ValueError(
-        f"attention is {self.config.attention!r}, which reads a prompt whole: use prefill, or "
-        "decode its tokens one by one."
-      )
-    tokens_BxT, counts_B = jnp.asarray(tokens_BxT), jnp.asarray(counts_B)
+    B, T = _check_tokens(tokens_BxT)
+    lengths_B = jnp.asarray(validation.rows(B, T, lengths, None)[0])
+    kind = self.config.make_attention()
 
     def attend(
       q_BxTxHxD: Array, k_BxTxNxD: Array, v_BxTxNxD: Array, caches: Any, layer: Array
     ) -> tuple[Array, Any]:
-      return kind.extend(q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, caches, layer, counts=counts_B)
+      return kind.extend(q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, caches, layer, lengths=lengths_B)
 
-    positions_BxT = cache.length[:, None] + jnp.arange(tokens_BxT.shape[1])[None]
-    states_BxTxE, layers = self._run_layers(tokens_BxT, positions_BxT, attend, cache.layers)
-    last_B = jnp.maximum(counts_B - 1, 0)
+    positions_BxT = cache.length[:, None] + jnp.arange(T)[None]
+    states_BxTxE, layers = self._run_layers(
+      jnp.asarray(tokens_BxT), positions_BxT, attend, cache.layers
+    )
+    last_B = jnp.maximum(lengths_B - 1, 0)
     last_BxE = jnp.take_along_axis(states_BxTxE, last_B[:, None, None], axis=1)[:, 0]
-    return self.unembed(last_BxE), DecoderCache(layers, cache.length + counts_B)
+    return self.unembed(last_BxE), DecoderCache(layers, cache.length + lengths_B)
 
   def unstack_layers(self) -> "Decoder":
-    """The same decoder with every layer's weights in arrays of their own.
+    """The same decoder with separate arrays for every layer's weights.
 
-    For decoding: a layer of stacked weights is copied before XLA multiplies with it, which makes
-    a token three times as expensive. `prefill`, `decode` and `extend` compute the same.
+    For decoding: XLA copies a layer out of stacked weights before it multiplies with them, which
+    makes a token three times as expensive. `prefill`, `decode` and `extend` compute the same.
     """
     model: Decoder = nnx.merge(*nnx.split(self))
     structure: Any
@@ -280,100 +275,42 @@ class Decoder(nnx.Module):
     model.layers = nnx.List(layers)
     return model
 
-  def _attention_kind(self) -> AttentionKind:
-    return make_attention(self.config)
-
   def _run_layers(
     self,
     tokens_BxL: Int[Array, "B L"],
     positions_BxL: Int[Array, "B L"],
-    attend: Callable[..., tuple[Array, Any]],
+    attend: LayerAttend,
     caches: Any = None,
   ) -> tuple[Float[Array, "B L E"], Any]:
-    """Embeds, scans the layers, normalises.
+    """Embeds the tokens, runs the layers, normalises.
 
     Args:
       tokens_BxL: token ids.
-      positions_BxL: the rotary position of each.
-      attend: of (q, k, v, caches, layer), to the attention's output and either `caches` with that
-        layer's part updated or, where there are none, what is to be stacked over layers.
-      caches: of all layers, stacked. They are carried through the scan, which updates them in
-        place, where scanning over them would copy them.
+      positions_BxL: the rotary position of each token.
+      attend: see `run_stacked`.
+      caches: of all layers, stacked, or None.
     """
     config = self.config
-    omega_C = inverse_frequencies(
-      config.head_dim, base=config.rope_base, scaling=config.rope_scaling
-    )
-    rope = rope_table(positions_BxL, omega_C)
+    rope = rope_table(positions_BxL, config.rope_frequencies())
     table_VxE = fsdp_all_gather(self.embedding[...], ("vocab", "embed"))
     x_BxLxE = constrain_residual(table_VxE[tokens_BxL].astype(config.dtype))
     if isinstance(self.layers, DecoderLayer):
-      x_BxLxE, caches = self._scan(self.layers, x_BxLxE, rope, attend, caches)
-    else:
-      x_BxLxE, caches = _run_unstacked(self.layers, x_BxLxE, rope, attend, caches)
-    return self.norm(x_BxLxE).astype(config.dtype), caches
-
-  def _scan(
-    self,
-    layers: DecoderLayer,
-    x_BxLxE: Array,
-    rope: RopeTable,
-    attend: Callable[..., tuple[Array, Any]],
-    caches: Any,
-  ) -> tuple[Array, Any]:
-    """Stacked layers: one program for all of them."""
-    config = self.config
-    structure, params = nnx.split(layers)
-
-    def layer(carry: tuple[Array, Any], xs: tuple[Any, Array]) -> tuple[tuple[Array, Any], Any]:
-      (x_BxLxE, caches), (layer_params, index) = carry, xs
-      x_BxLxE, made = nnx.merge(structure, layer_params)(
-        x_BxLxE, rope, lambda q, k, v: attend(q, k, v, caches, index)
+      x_BxLxE, caches = run_stacked(
+        self.layers,
+        x_BxLxE,
+        rope,
+        attend,
+        caches,
+        num_layers=config.num_layers,
+        remat=config.remat,
       )
-      x_BxLxE = constrain_residual(x_BxLxE)
-      return ((x_BxLxE, None), made) if caches is None else ((x_BxLxE, made), None)
-
-    if config.remat != "none":
-      # Inside a scan XLA cannot merge the recomputation away, so preventing it would only cost.
-      layer = jax.checkpoint(layer, policy=_REMAT_POLICIES[config.remat], prevent_cse=False)
-    (x_BxLxE, updated), made = jax.lax.scan(
-      layer, (x_BxLxE, caches), (params, jnp.arange(config.num_layers))
-    )
-    return x_BxLxE, made if caches is None else updated
-
-
-def _run_unstacked(
-  layers: Iterable[DecoderLayer],
-  x_BxLxE: Array,
-  rope: RopeTable,
-  attend: Callable[..., tuple[Array, Any]],
-  caches: Any,
-) -> tuple[Array, Any]:
-  """Layers apart; see `Decoder._run_layers`."""
-  structures, params = zip(*(nnx.split(layer) for layer in layers), strict=True)
-
-  @jax.jit  # traced once, for all layers
-  def run(params: Any, x_BxLxE: Array, caches: Any, index: Array) -> tuple[Array, Any]:
-    x_BxLxE, new = nnx.merge(structures[0], params)(
-      x_BxLxE, rope, lambda q, k, v: attend(q, k, v, caches, index)
-    )
-    return constrain_residual(x_BxLxE), new
-
-  made = []
-  for index, layer_params in enumerate(params):
-    x_BxLxE, new = run(layer_params, x_BxLxE, caches, jnp.int32(index))
-    # The next layer waits for this one's cache: else all layers' keys and values, of which a cache
-    # keeps a part, could be alive at once.
-    x_BxLxE, new = jax.lax.optimization_barrier((x_BxLxE, new))
-    if caches is None:
-      made.append(new)
     else:
-      caches = new
-  return x_BxLxE, jax.tree.map(lambda *x: jnp.stack(x), *made) if caches is None else caches
+      x_BxLxE, caches = run_unstacked(self.layers, x_BxLxE, rope, attend, caches)
+    return self.norm(x_BxLxE).astype(config.dtype), caches
 
 
 def _stacked_layers(config: ModelConfig, *, rngs: nnx.Rngs) -> DecoderLayer:
-  """All layers in one module whose parameters have a leading axis named "layers"."""
+  """All layers as one module, whose parameters have a leading axis named "layers"."""
 
   @nnx.split_rngs(splits=config.num_layers)
   @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -383,7 +320,8 @@ def _stacked_layers(config: ModelConfig, *, rngs: nnx.Rngs) -> DecoderLayer:
   return stack(rngs)
 
 
-def _check_inputs(tokens: Array, segment_ids: Array | None, lengths: Array | None) -> None:
+def _check_tokens(tokens: IntArray) -> tuple[int, int]:
+  """B and L of token ids int [B, L], both at least 1; raises ValueError for others."""
   if jnp.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
     raise ValueError(
       f"tokens is {jnp.result_type(tokens)}{list(jnp.shape(tokens))}; it must be int[B, L]."
@@ -391,4 +329,4 @@ def _check_inputs(tokens: Array, segment_ids: Array | None, lengths: Array | Non
   B, L = jnp.shape(tokens)
   if B == 0 or L == 0:
     raise ValueError(f"tokens is [{B}, {L}]; it must hold at least one sequence of one token.")
-  validation.rows(B, L, lengths, segment_ids)
+  return B, L

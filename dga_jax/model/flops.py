@@ -8,7 +8,8 @@ from flax import nnx
 
 from dga_jax.cache.layout import cache_layout
 from dga_jax.config import DGAConfig
-from dga_jax.model.baselines import KVMergerConfig, TopKEvictionConfig
+from dga_jax.model.attention_kinds.kv_merger import KVMergerConfig
+from dga_jax.model.attention_kinds.top_k_eviction import TopKEvictionConfig
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.decoder import Decoder
 

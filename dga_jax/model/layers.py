@@ -13,21 +13,22 @@ from dga_jax.model.config import ModelConfig
 from dga_jax.model.rope import apply_rope, RopeTable
 from dga_jax.sharding import constrain, fsdp_all_gather
 
-# (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), rotated by position, -> (o_BxLxHxD, what became of a cache).
+# (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), rotated by position -> (o_BxLxHxD, updated cache or None).
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
-# Of elementwise work the backward pass keeps the inputs alone, whatever `remat` says: what lies
-# between, some of it in float32, would take half of a layer's memory, and longer to write and read
-# than to compute again. Layers stand in a scan, where nothing else keeps XLA from merging the two.
+# The backward pass stores the inputs of elementwise operations alone, whatever `remat` is: the
+# intermediate values, some of them float32, would take half of a layer's memory, and more time to
+# write and read than to recompute. Layers run in a scan, so XLA cannot merge the recomputation with
+# the forward pass, and preventing it would only cost time.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def axis_names(*names: str) -> dict[str, Any]:
-  """Parameter metadata that names each axis; rules later map the names to mesh axes.
+  """Parameter metadata that names each axis; `dga_jax.sharding` maps the names to mesh axes.
 
-  Parameters are not sharded while they are made ("eager" in Flax), so that making a model needs
-  neither a mesh nor rules. `nnx.get_partition_spec` reads the names.
+  Parameters are not sharded on creation ("eager" in Flax), so that creating a model needs no mesh.
+  `nnx.get_partition_spec` reads the names.
   """
   return {"out_sharding": names, "eager_sharding": False}
 
@@ -44,7 +45,7 @@ def weight(
   """A weight drawn from a normal truncated at two deviations, of variance `variance`/fan_in.
 
   Args:
-    config: gives the dtype of the stored weight.
+    config: its param_dtype is the dtype of the weight.
     shape: of the weight.
     names: the logical name of each axis.
     inputs: the axes that the product sums over; fan_in is their size.
@@ -63,31 +64,31 @@ def weight(
 
 
 def bias(config: ModelConfig, shape: tuple[int, ...], names: tuple[str, ...]) -> nnx.Param[Array]:
-  """A bias, 0 at first, with the logical name of each axis."""
+  """A bias, initialised to 0, with the logical name of each axis."""
   return nnx.Param(jnp.zeros(shape, jnp.dtype(config.param_dtype)), **axis_names(*names))
 
 
 def gather_weight(parameter: nnx.Param[Array], dtype: DTypeLike) -> Array:
-  """A weight in the compute dtype, gathered from the devices that each store a piece of it.
+  """A weight in the compute dtype, gathered over the mesh axes that only shard its storage.
 
-  Heads and the MLP's width stay split over the mesh. It is cast before it is sent.
+  Heads and the MLP's width stay sharded. The cast precedes the communication.
   """
   value = parameter[...].astype(dtype)
-  # Layers that are stacked have the name of one axis more than the weights of one.
+  # The weights of one of the stacked layers lack the axis "layers", which is named first.
   names = parameter.get_metadata()["out_sharding"][-value.ndim :]
   return fsdp_all_gather(value, tuple(names))
 
 
 def constrain_residual(x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
-  """The residual stream as it is laid out, and kept for the backward pass, between layers."""
+  """The residual stream, sharded as it is stored between layers for the backward pass."""
   return constrain(x_BxLxE, "batch", "residual_length", None)
 
 
 def residual_variance(config: ModelConfig) -> float:
   """Variance of the projections that write to the residual stream: 1/(2·num_layers).
 
-  A deep stream is the sum of 2·num_layers such outputs. Scaled so, their sum has the variance of
-  one alone, and the stream does not grow with depth (Radford et al., 2019, GPT-2).
+  The stream is the sum of 2·num_layers such outputs. With this variance the sum has variance 1 at
+  any depth (Radford et al., 2019, GPT-2).
   """
   return 1.0 / (2 * config.num_layers)
 
@@ -100,9 +101,9 @@ def rms_norm(
   Statistics and result are float32; the caller casts the result.
 
   Args:
-    config: gives ε, the dtype of the stored scale and the size of the axis.
+    config: ε, the dtype of the stored scale and the size of the axis.
     axis: the name of the last axis, over which the mean is taken.
-    rngs: not drawn from; Flax asks for it.
+    rngs: required by Flax; nothing is drawn.
   """
   return nnx.RMSNorm(
     config.embed_dim if axis == "embed" else config.head_dim,
@@ -117,8 +118,8 @@ def rms_norm(
 class SelfAttention(nnx.Module):
   """Projections around attention: query, key, value and output.
 
-  A bias (config.qkv_bias) is added to query, key and value, query and key are normalised over
-  the channels of each head (config.qk_norm) and rotated by position, in this order.
+  In this order: biases are added to query, key and value (config.qkv_bias), query and key are
+  normalised over the channels of each head (config.qk_norm), and both are rotated by position.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -148,7 +149,7 @@ class SelfAttention(nnx.Module):
   def __call__(
     self, x_BxLxE: Float[Array, "B L E"], rope: RopeTable, attend: Attend
   ) -> tuple[Float[Array, "B L E"], Any]:
-    """Projects, rotates, lets `attend` mix positions, and projects back."""
+    """Projects, rotates, attends, and projects back; also returns the second result of `attend`."""
     q_BxLxHxD = jnp.einsum("BLE,EHD->BLHD", x_BxLxE, gather_weight(self.query, self.dtype))
     k_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, gather_weight(self.key, self.dtype))
     v_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, gather_weight(self.value, self.dtype))
@@ -182,7 +183,7 @@ class SwiGLU(nnx.Module):
     )
 
   def __call__(self, x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
-    """The equation above, in the compute dtype."""
+    """The equation of the class, in the compute dtype."""
     gate_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, gather_weight(self.gate, self.dtype))
     up_BxLxF = jnp.einsum("BLE,EF->BLF", x_BxLxE, gather_weight(self.up, self.dtype))
     return _down(gate_BxLxF, up_BxLxF, gather_weight(self.down, self.dtype))
@@ -207,7 +208,7 @@ class DecoderLayer(nnx.Module):
   def __call__(
     self, x_BxLxE: Float[Array, "B L E"], rope: RopeTable, attend: Attend
   ) -> tuple[Float[Array, "B L E"], Any]:
-    """One layer; returns its output, and the second result of `attend`."""
+    """The layer's output, and the second result of `attend`."""
     normed_BxLxE = self._norm(self.attention_norm, x_BxLxE)
     attended_BxLxE, cache = self.attention(normed_BxLxE, rope, attend)
     x_BxLxE = x_BxLxE + constrain_residual(attended_BxLxE)
@@ -215,5 +216,5 @@ class DecoderLayer(nnx.Module):
 
   def _norm(self, norm: nnx.RMSNorm, x_BxLxE: Array) -> Array:
     normed = _recomputed(lambda x_BxLxE: norm(x_BxLxE).astype(self.dtype))(x_BxLxE)
-    # What the products take is whole along the width, and split by length alone.
+    # The products take arrays that are sharded by batch and length alone.
     return constrain(normed, "batch", "length", None)

@@ -1,4 +1,4 @@
-"""Logits: a product with float32 results whose gradient still runs in the compute dtype."""
+"""Logits: a product with float32 results, whose gradient runs in the compute dtype."""
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,15 @@ def _product(states: Array, table_ExV: Array, dtype: DTypeLike) -> Array:
 
 @jax.custom_vjp
 def logits(states: Float[Array, "*S E"], table_ExV: Float[Array, "E V"]) -> Float[Array, "*S V"]:
-  """states·table in float32, whatever dtype the two share.
+  """states·table, float32 for every dtype that the two share.
 
-  The plain gradient would multiply the logits' float32 gradient with 16-bit arrays, in float32
-  and at half the speed or less. For bfloat16 it is rounded first, like every other gradient of
-  the model. float16 has no range for numbers that small, so there it stays float32.
+  The default gradient would multiply the logits' float32 gradient with 16-bit arrays in float32, at
+  half the speed or less. For bfloat16 the gradient is rounded first, like all other gradients of
+  the model. The range of float16 is too small for it, so it stays float32 there.
+
+  Args:
+    states: final states of the decoder.
+    table_ExV: the unembedding, same dtype.
   """
   return _product(states, table_ExV, jnp.float32)
 

@@ -1,11 +1,13 @@
 """The model on a mesh whose axes are Explicit, or that only the types of its arrays name."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import EllipsisType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -28,8 +30,11 @@ def on_mesh(*names: str | EllipsisType | None) -> Callable[[Method], Method]:
   """
 
   def decorate(method: Method) -> Method:
+    first = list(inspect.signature(method).parameters)[1]
+
     @functools.wraps(method)
-    def run(model: nnx.Module, inputs: Array, **rows: Any) -> Array:
+    def run(model: nnx.Module, *args: Array, **rows: Any) -> Array:
+      inputs = args[0] if args else rows.pop(first)
       mesh = jax.sharding.get_abstract_mesh()
       in_force = not mesh.empty
       mesh = mesh if in_force else _mesh_of_types(model, inputs)
@@ -55,6 +60,7 @@ def _run_on_explicit_axes(
 ) -> Array:
   rules = _rules_of_types(model, inputs)
   structure, params = nnx.split(model)
+  rows = {name: x if x is None else jnp.asarray(x) for name, x in rows.items()}
 
   def run(params: nnx.State, inputs: Array, rows: dict[str, Any]) -> Array:
     with use_rules(rules):

@@ -1,27 +1,27 @@
 """Attention of the model on a mesh: each device attends to its own rows and heads."""
 
-from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Array, Float, Int
+from jax.sharding import AbstractMesh
+from jaxtyping import Array, Float
 
 from dga_jax.attention.partition import AttentionPartition
-from dga_jax.model.attention_kinds import AttentionKind
+from dga_jax.attention.segments import Documents
+from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.sharding import context_axis, current_mesh, current_rules
 
 
 @runtime_checkable
 class SupportsContextParallel(Protocol):
-  """An attention kind whose sequences may be split over a mesh axis."""
+  """An attention kind whose sequences may be split over the context axis."""
 
   def attend_sharded(
     self,
     q_BxPxHxD: Float[Array, "B P H D"],
     k_BxPxNxD: Float[Array, "B P N D"],
     v_BxPxNxD: Float[Array, "B P N D"],
+    metadata: Any,
     *,
-    segment_ids: Int[Array, "B L"] | None,
-    lengths: Int[Array, "B"] | None,
     axis_name: str,
   ) -> Float[Array, "B P H D"]:
     """As `AttentionKind.attend`, inside a `jax.shard_map`, on one device's part of the sequence.
@@ -30,10 +30,31 @@ class SupportsContextParallel(Protocol):
       q_BxPxHxD: queries of this device, in the order of `dga_jax.sharding.zigzag_order`.
       k_BxPxNxD: keys, in the same order.
       v_BxPxNxD: values, in the same order.
-      segment_ids: of the whole sequence, in the order of positions.
-      lengths: of the whole sequence.
+      metadata: of the whole sequences, in the order of positions.
       axis_name: the mesh axis that splits sequences.
     """
+
+
+def prepare_on_mesh(kind: AttentionKind, documents: Documents) -> Any:
+  """`kind.prepare` by rows: every device prepares its own rows.
+
+  The compiler cannot partition the kernels of `prepare`, hence the `jax.shard_map`.
+
+  Raises:
+    ValueError: the mesh does not divide the rows.
+  """
+  mesh = current_mesh()
+  if mesh is None:
+    return kind.prepare(documents)
+  partition = AttentionPartition(mesh, batch=_usable(mesh, current_rules().batch))
+  partition.check_divides(rows=documents.index.shape[0], kv_heads=1)
+  return partition.shard_map(
+    lambda operands: kind.prepare(operands["documents"]),
+    {"documents": documents},
+    {"documents": partition.rows},
+    partition.rows,
+    check_vma=False,
+  )
 
 
 def attend_on_mesh(
@@ -41,9 +62,7 @@ def attend_on_mesh(
   q_BxLxHxD: Float[Array, "B L H D"],
   k_BxLxNxD: Float[Array, "B L N D"],
   v_BxLxNxD: Float[Array, "B L N D"],
-  *,
-  segment_ids: Int[Array, "B L"] | None,
-  lengths: Int[Array, "B"] | None,
+  metadata: Any,
 ) -> Float[Array, "B L H D"]:
   """`kind.attend` on every device of the current mesh, or on one device without a mesh.
 
@@ -57,35 +76,28 @@ def attend_on_mesh(
       order of `dga_jax.sharding.zigzag_order`.
     k_BxLxNxD: keys.
     v_BxLxNxD: values.
-    segment_ids: of the sequences, in the order of positions.
-    lengths: of the sequences.
+    metadata: from `prepare_on_mesh`.
 
   Raises:
     ValueError: the mesh does not divide heads or rows, or the kind attends to whole sequences only.
   """
   partition = _partition(kind, q_BxLxHxD, k_BxLxNxD)
   if partition is None:
-    return kind.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, segment_ids=segment_ids, lengths=lengths)
+    return kind.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
   axis_name = context_axis()
-  rows = {
-    name: array
-    for name, array in (("segment_ids", segment_ids), ("lengths", lengths))
-    if array is not None
-  }
 
-  def attend(operands: Mapping[str, Array]) -> Array:
-    given: dict[str, Any] = {"segment_ids": None, "lengths": None, **operands}
-    q, k, v = given.pop("q"), given.pop("k"), given.pop("v")
+  def attend(operands: dict[str, Any]) -> Array:
+    q, k, v, metadata = (operands[name] for name in ("q", "k", "v", "metadata"))
     if axis_name is None:
-      return kind.attend(q, k, v, **given)
+      return kind.attend(q, k, v, metadata)
     assert isinstance(kind, SupportsContextParallel)
-    return kind.attend_sharded(q, k, v, **given, axis_name=axis_name)
+    return kind.attend_sharded(q, k, v, metadata, axis_name=axis_name)
 
-  states, split_rows = partition.states, partition.rows
+  states = partition.states
   out_BxLxHxD: Array = partition.shard_map(
     attend,
-    {"q": q_BxLxHxD, "k": k_BxLxNxD, "v": v_BxLxNxD, **rows},
-    {"q": states, "k": states, "v": states, "segment_ids": split_rows, "lengths": split_rows},
+    {"q": q_BxLxHxD, "k": k_BxLxNxD, "v": v_BxLxNxD, "metadata": metadata},
+    {"q": states, "k": states, "v": states, "metadata": partition.rows},
     states,
     # Some kernels of JAX do not tell over which mesh axes their results vary. Only the collectives
     # of context parallelism need the check.
@@ -105,15 +117,11 @@ def _partition(
   mesh, rules = current_mesh(), current_rules()
   if mesh is None:
     return None
-
-  def usable(axes: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(axis for axis in axes if axis in mesh.auto_axes)
-
   partition = AttentionPartition(
     mesh,
-    batch=usable(rules.batch),
-    heads=usable(rules.heads),
-    length=next(iter(usable(rules.length)), None),
+    batch=_usable(mesh, rules.batch),
+    heads=_usable(mesh, rules.heads),
+    length=next(iter(_usable(mesh, rules.length)), None),
   )
   partition.check_divides(rows=q_BxLxHxD.shape[0], kv_heads=k_BxLxNxD.shape[2])
   axis = context_axis()
@@ -124,3 +132,7 @@ def _partition(
       "(config.mesh.context in training)."
     )
   return partition
+
+
+def _usable(mesh: AbstractMesh, axes: tuple[str, ...]) -> tuple[str, ...]:
+  return tuple(axis for axis in axes if axis in mesh.auto_axes)

@@ -1,4 +1,4 @@
-"""The positions of chosen tokens, one after the other."""
+"""Stream compaction: the list of positions that a mask selects."""
 
 from pallas_kernels.compact_indices.api import compact_indices
 

@@ -1,12 +1,8 @@
-"""The one entry to placing positions: picks the implementation for the device."""
+"""The entry point of stream compaction of positions."""
 
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.compact_indices.xla import compact_indices_xla
-from pallas_kernels.dispatch import choose
-
-_MOST = 2**19  # positions of a row that lie in a TPU's VMEM at once
-_MOST_IN_ALL = 2**24  # of all rows, for 256 of which scalar memory holds two numbers
+from pallas_kernels import dispatch
 
 
 def compact_indices(
@@ -14,31 +10,21 @@ def compact_indices(
   chosen: Bool[Array, "*rows L"],
   size: int,
   *,
-  implementation: str | None = None,
+  implementation: dispatch.Implementation = None,
 ) -> Int[Array, "*rows size"]:
-  """The list whose entry slot[i] is i for every chosen i; L where it has none.
+  """A list [*rows, size] int32 with list[slot[i]] = i for every chosen position i, else L.
 
   Args:
-    slot: int32; those of the chosen ascend along a row, none occurs twice, and what lies outside
-      the list is left out.
-    chosen: which positions are put in the list.
-    size: of the list.
-    implementation: "mosaic_tpu" (TPUs), "xla" (any device), or None for the first that runs on the
-      device at hand.
+    slot: int32. The slots of chosen positions ascend along a row without repeats; positions whose
+      slot is outside [0, size) are dropped.
+    chosen: the positions to list.
+    size: length of the list.
+    implementation: "mosaic_tpu" (TPUs) or "xla" (any device); a tuple of names in order of
+      preference; None for the first that can run the call.
 
   Raises:
-    ValueError: if the implementation is unknown.
-    NotImplementedError: if it is named and cannot compute this call; the message says why.
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  reason = None
-  if 0 in slot.shape or size == 0:
-    reason = "an array is empty"
-  elif max(slot.shape[-1], size) > _MOST:
-    reason = f"a row has {slot.shape[-1]} positions and {size} slots; mosaic_tpu takes {_MOST}"
-  elif slot.size > _MOST_IN_ALL:
-    reason = f"there are {slot.size} positions; mosaic_tpu takes {_MOST_IN_ALL}"
-  if choose(implementation, {"mosaic_tpu": reason}, slot) == "xla":
-    return compact_indices_xla(slot, chosen, size)
-  from pallas_kernels.compact_indices.mosaic_tpu_compact_indices import compact_indices_mosaic_tpu
-
-  return compact_indices_mosaic_tpu(slot, chosen, size)
+  index: Array = dispatch.run("compact_indices", implementation, slot, chosen, size)
+  return index

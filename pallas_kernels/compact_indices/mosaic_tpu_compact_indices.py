@@ -1,8 +1,8 @@
-"""Positions are placed by matrix products on a TPU, whose scatter takes them one by one.
+"""Stream compaction by matrix products on a TPU, whose scatter is sequential.
 
-A program serves one row. It goes through the positions in runs; the slots of a run lie in a few
-units of the list, and each of these gets the product of the positions, byte by byte, and of a
-matrix that says which position has which slot.
+A program serves one row, in runs of positions. The slots of a run are in a few units of 128 slots
+of the list. Each of these units adds a product of the positions, byte by byte, with the one-hot
+matrix of their slots.
 """
 
 import functools
@@ -14,8 +14,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Bool, Int
 
-from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES, like, SUBLANES
+from pallas_kernels.dispatch import refuse
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES, SUBLANES
 
+_MAX_ROW = 2**19  # positions or slots of a row: all of it is in VMEM
+_MAX_POSITIONS = 2**24  # of all rows: scalar memory holds two numbers for every 256
 _RUN = 256  # positions of a product
 _DIGITS = 3  # bytes of a position, which bfloat16 holds exactly
 
@@ -27,7 +31,12 @@ def compact_indices_mosaic_tpu(
   *,
   interpret: Interpret = False,
 ) -> Int[Array, "*rows size"]:
-  """See `compact_indices`."""
+  """See `compact_indices`.
+
+  Raises:
+    NotImplementedError: for the reasons of `refusal`.
+  """
+  refuse(refusal(slot, chosen, size))
   L = slot.shape[-1]
   runs, units = pl.cdiv(L, _RUN), pl.cdiv(size, LANES)
   slot_AxL = jnp.where(chosen & (slot >= 0) & (slot < size), slot, -1).reshape(-1, L)
@@ -39,9 +48,9 @@ def compact_indices_mosaic_tpu(
   first_Axr = jnp.where(slot_AxrxR < 0, size, slot_AxrxR).min(axis=-1)
   first_unit_Axr = jnp.where(last_Axr < 0, 0, first_Axr // LANES)
   end_unit_Axr = jnp.where(last_Axr < 0, 0, last_Axr // LANES + 1)
-  # As many units as a run's slots lie in by rule are written without a branch.
+  # The units that hold a run's slots in the usual case are written without a branch.
   at_once = 3 if 4 * size > L else 1
-  placed_Axux1xW: Array = pl.pallas_call(
+  list_Axux1xW: Array = pl.pallas_call(
     functools.partial(_kernel, at_once=at_once),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=2,
@@ -49,7 +58,7 @@ def compact_indices_mosaic_tpu(
       in_specs=[pl.BlockSpec((None, runs, 1, _RUN), lambda a, *_: (a, 0, 0, 0))],
       out_specs=pl.BlockSpec((None, units + at_once, 1, LANES), lambda a, *_: (a, 0, 0, 0)),
     ),
-    out_shape=like(slot, (rows, units + at_once, 1, LANES), jnp.int32),
+    out_shape=out_struct(slot, (rows, units + at_once, 1, LANES), jnp.int32),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
     cost_estimate=pl.CostEstimate(
       flops=2 * rows * (runs + units) * _RUN * LANES * SUBLANES,
@@ -59,15 +68,27 @@ def compact_indices_mosaic_tpu(
     interpret=interpret,
     name="compact_indices",
   )(first_unit_Axr, end_unit_Axr, slot_Axrx1xR)
-  placed_AxS = placed_Axux1xW.reshape(rows, -1)[:, :size]
-  return jnp.where(placed_AxS == 0, L, placed_AxS - 1).reshape(*slot.shape[:-1], size)
+  list_AxS = list_Axux1xW.reshape(rows, -1)[:, :size]
+  return jnp.where(list_AxS == 0, L, list_AxS - 1).reshape(*slot.shape[:-1], size)
+
+
+def refusal(slot: Array, chosen: Array, size: int) -> str | None:
+  """Why this kernel cannot run a call of `compact_indices`; None if it can."""
+  del chosen
+  if 0 in slot.shape or size == 0:
+    return f"slot has shape {slot.shape} and size is {size}; neither may be empty"
+  if max(slot.shape[-1], size) > _MAX_ROW:
+    return f"a row has {slot.shape[-1]} positions and {size} slots; at most {_MAX_ROW} fit VMEM"
+  if slot.size > _MAX_POSITIONS:
+    return f"slot has {slot.size} positions; at most {_MAX_POSITIONS} fit scalar memory"
+  return None
 
 
 def _kernel(
-  first_unit_ref: Any, end_unit_ref: Any, slot_ref: Any, placed_ref: Any, *, at_once: int
+  first_unit_ref: Any, end_unit_ref: Any, slot_ref: Any, list_ref: Any, *, at_once: int
 ) -> None:
   row = pl.program_id(0)
-  placed_ref[...] = jnp.zeros_like(placed_ref)
+  list_ref[...] = jnp.zeros_like(list_ref)
 
   @pl.loop(0, slot_ref.shape[0])
   def _(run: Array) -> None:
@@ -78,8 +99,8 @@ def _kernel(
       slot_Wx1 = unit * LANES + lax.broadcasted_iota(jnp.int32, (LANES, 1), 0)
       has_WxR = (slot_Wx1 == slot_1xR).astype(jnp.bfloat16)
       sums_8xW = dot(digits_8xR, has_WxR, (1, 1)).astype(jnp.int32)
-      placed = sum(sums_8xW[i : i + 1] << (8 * i) for i in range(_DIGITS))
-      placed_ref[unit] = placed_ref[unit] + placed
+      positions_1xW = sum(sums_8xW[i : i + 1] << (8 * i) for i in range(_DIGITS))
+      list_ref[unit] = list_ref[unit] + positions_1xW
 
     first, end = first_unit_ref[row, run], end_unit_ref[row, run]
     for i in range(at_once):
@@ -88,7 +109,7 @@ def _kernel(
 
 
 def _digits(run: Array) -> Array:
-  """[8, R] bfloat16: the bytes of position + 1, so that nothing placed is 0; then zeros."""
+  """[8, R] bfloat16: the bytes of position + 1, so that 0 means an empty slot; then zeros."""
   shape = (SUBLANES, _RUN)
   position = run * _RUN + 1 + lax.broadcasted_iota(jnp.int32, shape, 1)
   digit = lax.broadcasted_iota(jnp.int32, shape, 0)

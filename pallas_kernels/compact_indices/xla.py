@@ -1,4 +1,4 @@
-"""Positions are placed by a scatter. Runs anywhere, and is the oracle."""
+"""Stream compaction by a scatter. Runs on any device."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ def compact_indices_xla(
     row = jnp.full(size, L, jnp.int32)
     return row.at[slot_L].set(position_L, mode="drop", unique_indices=True)
 
-  # What is left out has slots of its own behind the list. Of single numbers at indices that may
-  # repeat, XLA on GPUs under --xla_gpu_deterministic_ops puts those behind a row into the next one.
+  # Workaround: with --xla_gpu_deterministic_ops, XLA:GPU (jax 0.11.2) scatters out-of-range scalar
+  # updates whose indices may repeat into the next row. Dropped positions therefore get slots of
+  # their own, past the list, and the indices are unique.
   slots = jnp.where(chosen & (slot < size), slot, size + position_L).reshape(-1, L)
   return jax.vmap(place)(slots).reshape(*slot.shape[:-1], size)

@@ -1,11 +1,13 @@
 """The two decoding ops, attention over a cache and a whole step in place, and their dispatch."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import dispatch
 from pallas_kernels.decode.cache_arrays import BlockRule, CacheArrays, CacheLengths, GroupBias
 from pallas_kernels.decode.cache_layout import CacheMask
-from pallas_kernels.decode.xla import decode_attention_xla
-from pallas_kernels.dispatch import choose, triton_refusal
+from pallas_kernels.triton_common import head_refusal
 
 _MOST_ROWS = 128  # of a block: more do not fit a kernel's registers
 
@@ -18,7 +20,7 @@ def decode_attention(
   *,
   scale: float,
   group_bias: GroupBias | None = None,
-  implementation: str | None = None,
+  implementation: dispatch.Implementation = None,
 ) -> Float[Array, "B H D"]:
   """One softmax per query over the compact entries and raw tokens that its sequence sees.
 
@@ -36,28 +38,26 @@ def decode_attention(
     mask: what each sequence sees; its fields are int [B].
     scale: of the logits.
     group_bias: added to the logits of groups; None for no bias.
-    implementation: "mosaic_tpu" (TPUs), "xla" (any device), or None for the first that runs on
-      the device of the arrays.
+    implementation: "mosaic_tpu" (TPUs) or "xla" (any device); a tuple of names in order of
+      preference; None for the first that can run the call.
 
   Returns:
     [B, H, D] in the dtype of the query.
 
   Raises:
-    ValueError: if the implementation is unknown, or the cache is in 8 bits.
-    NotImplementedError: if the named implementation cannot compute this call; the message says
-      why.
+    ValueError: if a name is unknown, or the cache is in 8 bits.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
   if cache.key_scale is not None:
     raise ValueError(
       f"cache.compact_key is {cache.compact_key.dtype} with scales; decode_attention wants entries"
       " in the query's dtype: pass cache.unpack(layer), with layer=0."
     )
-  refusals = {"mosaic_tpu": _mosaic_tpu_refusal(query, cache)}
-  if choose(implementation, refusals, query, cache.compact_key) == "xla":
-    return decode_attention_xla(query, cache, layer, mask, scale=scale, group_bias=group_bias)
-  from pallas_kernels.decode.mosaic_tpu_decode import decode_attention_mosaic_tpu
-
-  return decode_attention_mosaic_tpu(query, cache, layer, mask, scale=scale, group_bias=group_bias)
+  options = {"scale": scale, "group_bias": group_bias}
+  out_BxHxD: Array = dispatch.run(
+    "decode_attention", implementation, query, cache, layer, mask, **options
+  )
+  return out_BxHxD
 
 
 def step_in_place(
@@ -100,40 +100,48 @@ def step_in_place(
 
 
 def has_step_kernel(
-  query: Float[Array, "B H D"], cache: CacheArrays, rule: BlockRule, implementation: str | None
+  query: Float[Array, "B H D"],
+  cache: CacheArrays,
+  rule: BlockRule,
+  implementation: dispatch.Implementation,
 ) -> bool:
   """Whether `step_in_place` can compute this call.
 
   Args:
     query: of the call, as `cache` and `rule` are.
-    implementation: "triton" for `step_in_place`, "mosaic_tpu" or "xla" for `decode_attention`, or
-      None for the first that runs on the device of the arrays.
+    implementation: "triton" for `step_in_place`, "mosaic_tpu" or "xla" for `decode_attention`; a
+      tuple of names in order of preference; None for the first that can run the call.
 
   Raises:
-    ValueError: if the implementation is unknown.
-    NotImplementedError: if the named implementation cannot compute this call; the message says
-      why.
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  refusals = {
-    "triton": _triton_refusal(query, cache, rule),
-    "mosaic_tpu": _mosaic_tpu_refusal(query, cache),
-  }
-  return choose(implementation, refusals, query, cache.compact_key) == "triton"
+  return dispatch.choose("decode_step", implementation, query, cache, rule) == "triton"
 
 
-def _triton_refusal(query: Array, cache: CacheArrays, rule: BlockRule) -> str | None:
-  if reason := triton_refusal(query):
+def step_refusal(query: Array, cache: CacheArrays, rule: BlockRule) -> str | None:
+  """Why the Triton kernels of a whole step cannot run a call; None if they can."""
+  if reason := head_refusal(query):
     return reason
   if rule.layout.block_size > _MOST_ROWS:
-    return f"a block has {rule.layout.block_size} tokens; these kernels take {_MOST_ROWS}"
+    size = rule.layout.block_size
+    return f"a block has {size} tokens; at most {_MOST_ROWS} fit a kernel's registers"
   if 0 in cache.compact_key.shape:
     return "the cache has no compact entries"
   return None
 
 
-def _mosaic_tpu_refusal(query: Array, cache: CacheArrays) -> str | None:
+def step_attention_refusal(query: Array, cache: CacheArrays, rule: BlockRule) -> str | None:
+  """Why the TPU kernel cannot run the attention of a step; None if it can."""
+  del rule
+  return attention_refusal(query, cache)
+
+
+def attention_refusal(query: Array, cache: CacheArrays, *_: Any, **options: Any) -> str | None:
+  """Why the TPU kernel cannot run a call of `decode_attention`; None if it can."""
+  del options
   if str(query.dtype) not in ("bfloat16", "float32"):
-    return f"dtype is {query.dtype}; mosaic_tpu has bfloat16 and float32"
+    return f"dtype is {query.dtype}; it must be bfloat16 or float32"
   if 0 in cache.compact_key.shape:
     return "the cache has no compact entries"
   return None

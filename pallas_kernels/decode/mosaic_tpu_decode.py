@@ -24,7 +24,8 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.decode.cache_arrays import CacheArrays, GroupBias
 from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask
-from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES, like
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES
 
 _TILE_BYTES = 2**18  # of keys: with values and double buffering 1 MiB of VMEM
 _MASK_VALUE = -1e30  # finite: a query that sees nothing has weights exp(−inf − _MASK_VALUE) = 0
@@ -94,7 +95,7 @@ def decode_attention_mosaic_tpu(
       out_specs=query_spec,
       scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     ),
-    out_shape=like(query, (B, H, D), query.dtype),
+    out_shape=out_struct(query, (B, H, D), query.dtype),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
     cost_estimate=pl.CostEstimate(
       flops=4 * B * H * N * (C + W) * D,

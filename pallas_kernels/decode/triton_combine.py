@@ -8,7 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode.triton_tile import load_rows, MASK_VALUE, OnlineSoftmax
-from pallas_kernels.triton_common import like, padded_slice
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.triton_common import padded_slice
 
 
 def combine(
@@ -41,7 +42,10 @@ def combine(
     grid=(H, B),
     in_specs=[pl.BlockSpec((1,), lambda h, b: (0,)), length_spec, *split_specs],
     out_specs=[pl.BlockSpec((None, None, D), lambda h, b: (b, h, 0)), length_spec],
-    out_shape=[like(query, query.shape, query.dtype), like(length, length.shape, length.dtype)],
+    out_shape=[
+      out_struct(query, query.shape, query.dtype),
+      out_struct(length, length.shape, length.dtype),
+    ],
     input_output_aliases={1: 1},
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,

@@ -29,7 +29,8 @@ from pallas_kernels.decode.triton_tile import (
   MIN_DOT_SIDE,
   OnlineSoftmax,
 )
-from pallas_kernels.triton_common import dot, like, padded_slice
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.triton_common import dot, padded_slice
 
 
 class Tile(NamedTuple):
@@ -103,8 +104,8 @@ def step_triton(
     ],
     out_specs=[*(of_split(*row) for row in row_shapes), *(of_head(x) for x in arrays)],
     out_shape=[
-      *(like(query, (B, H, P, *row), jnp.float32) for row in row_shapes),
-      *(like(x, x.shape, x.dtype) for x in arrays),
+      *(out_struct(query, (B, H, P, *row), jnp.float32) for row in row_shapes),
+      *(out_struct(x, x.shape, x.dtype) for x in arrays),
     ],
     input_output_aliases={inputs_before + i: len(row_shapes) + i for i in range(len(arrays))},
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),

@@ -5,7 +5,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode.cache_arrays import CacheArrays, GroupBias
 from pallas_kernels.decode.cache_layout import CacheMask
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from pallas_kernels.masks import masked_softmax
 
 
 def decode_attention_xla(

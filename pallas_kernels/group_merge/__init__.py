@@ -1,14 +1,8 @@
-"""From tokens to what attention reads: focal rows, merged groups, and the raw window."""
+"""Group merging: from tokens to focal tokens, merged groups and the raw window."""
 
 from pallas_kernels.group_merge.api import merge_blocks, merge_groups
 from pallas_kernels.group_merge.entries import block_indices, Entries
-from pallas_kernels.group_merge.xla import (
-  block_scores,
-  choose_in_blocks,
-  merge,
-  take_positions,
-  take_rows,
-)
+from pallas_kernels.group_merge.xla import block_scores, choose_in_blocks, merge
 
 __all__ = [
   "Entries",
@@ -18,6 +12,4 @@ __all__ = [
   "merge",
   "merge_blocks",
   "merge_groups",
-  "take_positions",
-  "take_rows",
 ]

@@ -1,19 +1,9 @@
-"""The two entries to merge_groups: checks what applies, picks an implementation."""
+"""The two entry points of group merging: groups by index, and blocks of consecutive tokens."""
 
-from typing import Any
+from jaxtyping import Array, Float, Int
 
-import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float, Int
-
-from pallas_kernels.dispatch import choose, triton_refusal
+from pallas_kernels import dispatch
 from pallas_kernels.group_merge.entries import Entries
-from pallas_kernels.group_merge.xla import merge_blocks_xla, merge_groups_xla
-
-_MOST_ROWS = 128  # of a group: more do not fit a kernel's registers
-_MOST_FOCAL = 16  # of a block, on a TPU: a kernel goes through them one by one
-_MOST_POSITIONS = 2**19  # of a row, on a TPU
-_MOST_SCALARS = 2**17  # that lie in a TPU's scalar memory: one for 128 rows that are moved
 
 
 def merge_groups(
@@ -26,44 +16,48 @@ def merge_groups(
   *,
   scale: float,
   reorder_window: bool,
-  implementation: str | None = None,
+  implementation: dispatch.Implementation = None,
 ) -> tuple[Float[Array, "B L H D"], Entries]:
-  """Picks focal tokens, merges groups (Eq. 14 of the paper), and lays out the window.
+  """Gathers focal tokens, merges groups, and lays out the window.
 
-  Group g's members j are merged to Σ_j w_j K_j and Σ_j w_j V_j, with w the softmax over members
-  of scale · q · K_j for the query q at group_query, averaged over the query heads of a KV head.
+  The members j of group g are merged to Kᵍ = Σ_j w_j K_j and Vᵍ = Σ_j w_j V_j (Eq. 14 of
+  arXiv 2505.22107). w is the softmax over the members of scale · q·K_j, for the query q at
+  `group_query`, averaged over the query heads of a KV head. Differentiable in query, key and
+  value.
 
   Args:
     query: any float dtype, which all arrays share.
-    focal_index: positions of the focal tokens, ascending, L where there is none. No position
-      occurs twice in a head's two index arrays.
-    member_index: positions of each group's members, ascending from group to group, L where there
-      is none.
-    group_query: the position whose query weighs a group's members.
-    scale: of the merge logits.
-    reorder_window: whether the window is the members one after the other; else all tokens.
-    implementation: "xla", "triton", "mosaic_tpu", or None for the kernels where they apply.
+    focal_index: int32 positions of the focal tokens, ascending; L for none. No position occurs
+      twice in the two index arrays of a head.
+    member_index: int32 positions of each group's members, ascending from group to group; L for
+      none.
+    group_query: int32 position of the query that weighs a group's members.
+    scale: multiplies the merge logits.
+    reorder_window: True for a window of the members in group order; False for all tokens.
+    implementation: "triton" (Ampere and newer GPUs), "mosaic_tpu" (TPUs) or "xla" (any device); a
+      tuple of names in order of preference; None for the first that can run the call.
 
   Returns:
-    The query, and the entries. Who goes on with the returned query lets the backward pass add
-    its gradients in place. Kernels may leave a few rows of zeros behind the asked ones.
+    The query, and the entries. Use the returned query downstream, so that gradients accumulate
+    into one buffer. Focal and group arrays may have more rows than r and k; see `Entries`.
+
+  Raises:
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  arrays = (query, key, value, focal_index, member_index, group_query)
-  refusals = {
-    "triton": _triton_refusal(query, key, member_index.shape[-1]),
-    "mosaic_tpu": _mosaic_tpu_refusal(query, key, *member_index.shape[-2:], focal=0),
-  }
-  taken = choose(implementation, refusals, query, key)
-  if taken == "xla":
-    return merge_groups_xla(*arrays, scale=scale, reorder_window=reorder_window)
-  # Imported when used: they load compilers that most machines have no use for.
-  if taken == "mosaic_tpu":
-    from pallas_kernels.group_merge.mosaic_tpu_group_merge import merge_groups_mosaic_tpu
-
-    return merge_groups_mosaic_tpu(*arrays, scale=scale, reorder_window=reorder_window)
-  from pallas_kernels.group_merge.triton_group_merge import merge_groups_triton
-
-  return merge_groups_triton(*arrays, scale=scale, reorder_window=reorder_window)
+  result: tuple[Array, Entries] = dispatch.run(
+    "merge_groups",
+    implementation,
+    query,
+    key,
+    value,
+    focal_index,
+    member_index,
+    group_query,
+    scale=scale,
+    reorder_window=reorder_window,
+  )
+  return result
 
 
 def merge_blocks(
@@ -75,72 +69,39 @@ def merge_blocks(
   members: int,
   focal: int,
   scale: float,
-  implementation: str | None = None,
+  implementation: dispatch.Implementation = None,
 ) -> tuple[Float[Array, "B L H D"], Entries, Int[Array, "B N k f"]]:
-  """As `merge_groups`, for blocks of consecutive tokens which choose their own focal ones.
+  """As `merge_groups`, for blocks of consecutive tokens, each with its own choice of focal tokens.
 
-  The last query of a block keeps the `focal` tokens to which softmax(q Kᵀ / √D) over the block,
-  summed over the query heads of a KV head, gives most (ties: the earlier token), and weighs the
-  other `members` of them. The window is all tokens.
+  The last query of a block scores its tokens by softmax(q Kᵀ / √D), summed over the query heads
+  of a KV head. The `focal` highest-scored tokens stay focal (ties: the earlier token), and the
+  same query weighs the other `members` tokens as a group. The window is all tokens.
 
   Args:
-    start: first position of each block, ascending, L for none. None for as many blocks as there
-      are in L tokens, one behind the other from the first token on.
+    query: any float dtype, which all arrays share.
+    start: int32 first position of each block, ascending; L for none. None for ⌊L / size⌋
+      consecutive blocks from the first token on, with size = members + focal.
+    members: tokens of a block that are merged.
+    focal: tokens of a block that stay focal.
+    scale: multiplies the merge logits.
+    implementation: as in `merge_groups`.
 
   Returns:
-    The query, the entries, and the places in their block of the focal tokens, ascending.
+    The query, the entries, and the offsets in their block of the focal tokens, ascending.
+
+  Raises:
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  size = members + focal
-  count = key.shape[1] // size if start is None else start.shape[1]
-  refusals = {
-    "triton": _triton_refusal(query, key, size),
-    "mosaic_tpu": _mosaic_tpu_refusal(query, key, count, size, focal=focal),
-  }
-  options: dict[str, Any] = {"members": members, "focal": focal, "scale": scale}
-  taken = choose(implementation, refusals, query, key)
-  if taken == "mosaic_tpu":
-    from pallas_kernels.group_merge.mosaic_tpu_group_merge import merge_blocks_mosaic_tpu
-
-    return merge_blocks_mosaic_tpu(query, key, value, start, **options)
-  if start is None:
-    start_k = size * jnp.arange(count, dtype=jnp.int32)
-    start = jnp.broadcast_to(start_k, (key.shape[0], count))
-  if taken == "xla":
-    return merge_blocks_xla(query, key, value, start, **options)
-  from pallas_kernels.group_merge.triton_group_merge import merge_blocks_triton
-
-  return merge_blocks_triton(query, key, value, start, **options)
-
-
-def _triton_refusal(query: Array, key: Array, rows: int) -> str | None:
-  """Why the kernels cannot compute a call with groups or blocks of `rows` rows."""
-  if reason := triton_refusal(query):
-    return reason
-  if rows > _MOST_ROWS:
-    return f"a group or block has {rows} tokens; these kernels take {_MOST_ROWS}"
-  if 0 in key.shape:
-    return "an array is empty"
-  return None
-
-
-def _mosaic_tpu_refusal(
-  query: Array, key: Array, count: int, rows: int, *, focal: int
-) -> str | None:
-  """Why the TPU kernels cannot compute a call with `count` groups of `rows` rows."""
-  B, L, N, D = key.shape
-  if D % 8 or D > 256:
-    return f"head_dim is {D}; these kernels want a multiple of 8, at most 256"
-  if query.dtype not in (jnp.bfloat16, jnp.float32):
-    return f"dtype is {query.dtype}; these kernels have bfloat16 and float32"
-  if rows > _MOST_ROWS or focal > _MOST_FOCAL:
-    return (
-      f"a group or block has {rows} tokens, {focal} of them chosen; these kernels take"
-      f" {_MOST_ROWS} and {_MOST_FOCAL}"
-    )
-  if 0 in key.shape:
-    return "an array is empty"
-  # Where rows lie is known before a kernel runs, in scalar memory.
-  scalars = B * N * (max(L, count * rows) // 128 + L // 512)
-  if L > _MOST_POSITIONS or scalars > _MOST_SCALARS:
-    return f"{B} rows of {L} tokens with {N} KV heads are too many for one call"
-  return None
+  result: tuple[Array, Entries, Array] = dispatch.run(
+    "merge_blocks",
+    implementation,
+    query,
+    key,
+    value,
+    start,
+    members=members,
+    focal=focal,
+    scale=scale,
+  )
+  return result

@@ -1,20 +1,27 @@
-"""Summarise on a TPU: rows are gathered where groups do not lie one behind the other, then merged.
+"""Group merging on a TPU: rows of non-consecutive groups are gathered first, then merged.
 
 Kernels take heads before tokens, as the attention kernels do: XLA then writes the projections in
 that layout, and nothing is transposed.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.dispatch import refuse
 from pallas_kernels.group_merge.entries import Entries
 from pallas_kernels.group_merge.mosaic_tpu_merge import Groups, merge_rows
 from pallas_kernels.group_merge.mosaic_tpu_merge_grad import merge_rows_grad
-from pallas_kernels.group_merge.mosaic_tpu_rows import gather_rows, scatter_rows
+from pallas_kernels.group_merge.mosaic_tpu_row_gather import gather_rows, scatter_rows
 from pallas_kernels.mosaic_tpu_common import Interpret
+
+_MAX_ROWS = 128  # of a group or block: a kernel holds it in registers
+_MAX_FOCAL = 16  # of a block: a kernel chooses them one by one
+_MAX_LENGTH = 2**19  # of a row of tokens
+_MAX_SCALARS = 2**17  # indices in scalar memory: one for 128 rows that are copied
 
 
 def merge_groups_mosaic_tpu(
@@ -29,7 +36,12 @@ def merge_groups_mosaic_tpu(
   reorder_window: bool,
   interpret: Interpret = False,
 ) -> tuple[Array, Entries]:
-  """See `merge_groups`."""
+  """See `merge_groups`.
+
+  Raises:
+    NotImplementedError: for the reasons of `merge_groups_refusal`.
+  """
+  refuse(merge_groups_refusal(query, key, value, focal_index, member_index, group_query))
   B, N, k, m = member_index.shape
   query_BxHxLxD, *tokens = (x.swapaxes(1, 2) for x in (query, key, value))
   members = _take(tuple(tokens), member_index.reshape(B, N, k * m), interpret)
@@ -52,7 +64,12 @@ def merge_blocks_mosaic_tpu(
   scale: float,
   interpret: Interpret = False,
 ) -> tuple[Array, Entries, Array]:
-  """See `merge_blocks`."""
+  """See `merge_blocks`.
+
+  Raises:
+    NotImplementedError: for the reasons of `merge_blocks_refusal`.
+  """
+  refuse(merge_blocks_refusal(query, key, value, start, members=members, focal=focal))
   B, L, N, _ = key.shape
   size = members + focal
   query_BxHxLxD, *rows = (x.swapaxes(1, 2) for x in (query, key, value))
@@ -68,10 +85,48 @@ def merge_blocks_mosaic_tpu(
     rows = list(_take(tuple(rows), row_BxNxkxP.reshape(B, N, k * size), interpret))
     (weighing,) = _take((query_BxHxLxD,), row_BxNxkxP[..., -1], interpret)
   groups = _groups(query, key, k, size, focal, scale)
-  *summaries, slot = _merge(weighing, *rows, groups, interpret)
-  group_key, group_value, focal_key, focal_value = (x.swapaxes(1, 2) for x in summaries)
+  *merged, slot = _merge(weighing, *rows, groups, interpret)
+  group_key, group_value, focal_key, focal_value = (x.swapaxes(1, 2) for x in merged)
   entries = Entries(focal_key, focal_value, group_key, group_value, key, value)
-  return query, entries, _places(slot, groups)
+  return query, entries, _offsets(slot, groups)
+
+
+def merge_groups_refusal(
+  query: Array, key: Array, value: Array, focal: Array, member: Array, last: Array, **_: Any
+) -> str | None:
+  """Why these kernels cannot run a call of `merge_groups`; None if they can."""
+  del value, focal, last
+  return _refusal(query, key, *member.shape[-2:], focal=0)
+
+
+def merge_blocks_refusal(
+  query: Array, key: Array, value: Array, start: Array | None, *, members: int, focal: int, **_: Any
+) -> str | None:
+  """Why these kernels cannot run a call of `merge_blocks`; None if they can."""
+  del value
+  size = members + focal
+  count = key.shape[1] // size if start is None else start.shape[1]
+  return _refusal(query, key, count, size, focal=focal)
+
+
+def _refusal(query: Array, key: Array, count: int, rows: int, *, focal: int) -> str | None:
+  """For `count` groups or blocks of `rows` tokens."""
+  B, L, N, D = key.shape
+  if D % 8 or D > 256:
+    return f"head_dim is {D}; it must be a multiple of 8, at most 256"
+  if query.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"dtype is {query.dtype}; it must be bfloat16 or float32"
+  if rows > _MAX_ROWS or focal > _MAX_FOCAL:
+    return (
+      f"a group or block has {rows} tokens, {focal} of them chosen; at most {_MAX_ROWS} and "
+      f"{_MAX_FOCAL} are possible"
+    )
+  if 0 in key.shape:
+    return f"key has shape {key.shape}; it may not be empty"
+  scalars = B * N * (max(L, count * rows) // 128 + L // 512)
+  if L > _MAX_LENGTH or scalars > _MAX_SCALARS:
+    return f"key has shape {key.shape}; indices of its rows do not fit scalar memory"
+  return None
 
 
 def _groups(query: Array, key: Array, count: int, rows: int, focal: int, scale: float) -> Groups:
@@ -133,18 +188,18 @@ def _merge_bwd(
   dquery, *drows = merge_rows_grad(
     (query, key, value), slot, cotangents[:4], groups, interpret=interpret
   )
-  behind = key.shape[2] - groups.count * groups.rows
-  dkey, dvalue = (jnp.pad(d, ((0, 0), (0, 0), (0, behind), (0, 0))) for d in drows)
+  after = key.shape[2] - groups.count * groups.rows
+  dkey, dvalue = (jnp.pad(d, ((0, 0), (0, 0), (0, after), (0, 0))) for d in drows)
   return dquery, dkey, dvalue
 
 
 _merge.defvjp(_merge_fwd, _merge_bwd)
 
 
-def _places(slot: Array, groups: Groups) -> Array:
-  """[B, N, k, focal]: the places in their group of the focal rows, ascending."""
+def _offsets(slot: Array, groups: Groups) -> Array:
+  """[B, N, k, focal]: the offsets in their group of the focal rows, ascending."""
   B, N = slot.shape[:2]
   slot_BxNxkx1xP = slot.reshape(B, N, -1, 1, groups.rows)[:, :, : groups.count]
   j_f = jnp.arange(groups.focal, dtype=jnp.int32)[None, None, None, :, None]
-  place_P = jnp.arange(groups.rows, dtype=jnp.int32)[None, None, None, None]
-  return jnp.where(slot_BxNxkx1xP == j_f, place_P, 0).sum(axis=-1)
+  offset_P = jnp.arange(groups.rows, dtype=jnp.int32)[None, None, None, None]
+  return jnp.where(slot_BxNxkx1xP == j_f, offset_P, 0).sum(axis=-1)

@@ -1,9 +1,9 @@
-"""Forward kernel of merge_groups for TPUs: each token's key and value read once.
+"""Forward kernel of group merging for TPUs: reads each key and value once.
 
-Groups lie one behind the other. A program holds a tile of them and goes through it in parts of 16
-groups: their queries against all their rows is one small product, of which each query keeps its own
-group's columns. Under streaming selection the rows are whole blocks, of which it first chooses the
-focal ones. Weighing and picking rows are matrix products too.
+Groups are consecutive rows. A program holds a tile of groups and processes it in parts of 16: one
+small product has the logits of their queries and all their rows, of which each query uses its own
+group's columns. Under streaming selection the rows are whole blocks, and the kernel first chooses
+their focal rows. Weighing and picking rows are matrix products too.
 """
 
 import dataclasses
@@ -15,31 +15,32 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES, like
+from pallas_kernels.kernel_common import MASK_VALUE, out_struct
+from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES
 
-PART = 16  # groups: whole tiles of any dtype, whatever a group's size is
+PART = 16  # groups: whole tiles of any dtype for any group size
 _TILE_BYTES = 2**18  # of keys
 
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
-  """How groups are laid out. Static.
+  """The layout of groups. Static.
 
-  Letters: S the 16 groups of a part, T their rows, F the focal ones; M their queries, one for each
-  query head of the KV head and group, head by head.
+  Letters: S the 16 groups of a part, T their rows, F their focal rows, M their queries: one for
+  each query head of the KV head and group, head by head.
   """
 
   count: int  # k
   rows: int  # of a group, focal ones included
-  focal: int  # how many of them are chosen and stay focal
+  focal: int  # rows of a group that are chosen to stay focal
   heads: int  # R
   head_dim: int
   itemsize: int
-  scale: float  # of the merge logits
+  scale: float  # multiplies the merge logits
 
   @property
   def parts(self) -> int:
-    """Of a tile."""
+    """Parts of a tile."""
     row_bytes = max(LANES, self.head_dim) * self.itemsize
     fitting = max(1, _TILE_BYTES // (row_bytes * PART * self.rows))
     return min(fitting, pl.cdiv(self.count, PART))
@@ -55,29 +56,29 @@ class Groups:
     return pl.cdiv(self.count, self.tile)
 
   def spec(self, rows: int) -> pl.BlockSpec:
-    """Of an array with `rows` rows [B, n, groups · rows, D] for each group."""
+    """A tile of an array [B, n, groups · rows, D] with `rows` rows for each group."""
     return pl.BlockSpec((None, None, self.tile * rows, self.head_dim), lambda b, n, t: (b, n, t, 0))
 
   def query_spec(self) -> pl.BlockSpec:
-    """Of an array [B, H, groups, D]."""
+    """A tile of an array [B, H, groups, D]."""
     shape = (None, self.heads, self.tile, self.head_dim)
     return pl.BlockSpec(shape, lambda b, n, t: (b, n, t, 0))
 
   def slot_spec(self) -> pl.BlockSpec:
-    """Of the array of slots, `slot_shape`."""
+    """A tile of the array of slots, `slot_shape`."""
     shape = (None, None, None, self.parts, PART * self.rows)
     return pl.BlockSpec(shape, lambda b, n, t: (b, n, t, 0, 0))
 
   def slot_shape(self, batch: int, kv_heads: int) -> tuple[int, ...]:
-    """[B, N, tiles, parts, rows]: which of its group's focal rows each row is, −1 for members."""
+    """[B, N, tiles, parts, rows]: the rank of a row among its group's focal rows, −1 for none."""
     return batch, kv_heads, self.tiles, self.parts, PART * self.rows
 
   def group_of_row(self) -> Array:
-    """[1, T]."""
+    """[1, T] int32."""
     return lax.broadcasted_iota(jnp.int32, (1, PART * self.rows), 1) // self.rows
 
   def weighs(self) -> Array:
-    """[M, T] bool: whether a query and a row are of one group."""
+    """[M, T] bool: whether a query and a row belong to the same group."""
     query_Mx1 = lax.broadcasted_iota(jnp.int32, (PART * self.heads, 1), 0)
     return query_Mx1 % PART == self.group_of_row()
 
@@ -94,20 +95,20 @@ class Groups:
 def merge_rows(
   query: Array, key: Array, value: Array, groups: Groups, *, interpret: Interpret
 ) -> list[Array]:
-  """Group keys and values [B, N, k, D]; where rows are chosen also theirs and each row's slot.
+  """Group keys and values [B, N, k, D]; with `groups.focal` also focal ones, and the slots.
 
   Args:
-    query: [B, H, k, D], of each group the one that weighs it.
+    query: [B, H, k, D], the query that weighs each group.
     key: [B, N, at least k·rows, D], group by group.
-    value: likewise.
-    groups: what lies there.
+    value: as key.
+    groups: their layout.
   """
   B, N, D = key.shape[0], key.shape[1], groups.head_dim
   counts = [1, 1] + [groups.focal] * (2 if groups.focal else 0)
-  out_shape = [like(key, (B, N, groups.count * count, D), key.dtype) for count in counts]
+  out_shape = [out_struct(key, (B, N, groups.count * count, D), key.dtype) for count in counts]
   out_specs = [groups.spec(count) for count in counts]
   if groups.focal:
-    out_shape.append(like(key, groups.slot_shape(B, N), jnp.int32))
+    out_shape.append(out_struct(key, groups.slot_shape(B, N), jnp.int32))
     out_specs.append(groups.slot_spec())
   rows = B * N * groups.count * groups.rows
   merged: list[Array] = pl.pallas_call(
@@ -132,7 +133,7 @@ def _kernel(q_ref: Any, k_ref: Any, v_ref: Any, *out_refs: Any, groups: Groups) 
   refs = (q_ref, k_ref, v_ref, out_refs)
   finite = [_part(i, *refs, groups, odd=False) for i in range(groups.parts)]
 
-  # In products, zeros times what is not finite reach groups that do not hold it.
+  # In a product, 0 · NaN would reach groups that do not hold the NaN: repeat with masks.
   @pl.when(~functools.reduce(jnp.logical_and, finite))
   def _() -> None:
     @pl.loop(0, groups.parts)
@@ -146,13 +147,13 @@ def _part(
   """Writes the results of 16 groups; returns whether they are finite.
 
   Args:
-    odd: whether what is not finite is to stay within its group.
+    odd: whether to keep non-finite numbers within their group.
   """
   q_MxD = q_ref[:, pl.ds(pl.multiple_of(i * PART, PART), PART), :].reshape(-1, groups.head_dim)
   k_TxD, v_TxD = (part_of(ref, i, groups.rows)[...] for ref in (k_ref, v_ref))
   logits_MxT = dot(q_MxD, k_TxD, (1, 1))
   mask_MxT, holds_SxT = groups.weighs(), groups.holds()
-  softmax = masked_softmax if odd else biased_softmax
+  softmax = group_softmax if odd else finite_group_softmax
   take = _take_odd_rows if odd else dot
   if groups.focal:
     scores_MxT = softmax(logits_MxT * groups.head_dim**-0.5, mask_MxT)
@@ -179,18 +180,18 @@ def part_of(ref: Any, i: Any, rows: int) -> Any:
   return ref.at[pl.ds(pl.multiple_of(i * (PART * rows), PART), PART * rows), :]
 
 
-def masked_softmax(logits_MxT: Array, mask_MxT: Array) -> Array:
-  """Softmax of each query over the rows of its mask; zeros elsewhere."""
-  logits_MxT = jnp.where(mask_MxT, logits_MxT, -1e30)
-  top_Mx1 = logits_MxT.max(axis=1, keepdims=True)
-  weights_MxT = jnp.where(mask_MxT, jnp.exp(logits_MxT - top_Mx1), 0.0)
-  total_Mx1 = jnp.maximum(weights_MxT.sum(axis=1, keepdims=True), 1e-30)
-  return jnp.where(mask_MxT, weights_MxT * (1 / total_Mx1), 0.0)  # the total may be NaN
+def group_softmax(logits_MxT: Array, mask_MxT: Array) -> Array:
+  """Softmax of each query over the rows of its mask; zeros elsewhere, even if the sum is NaN."""
+  logits_MxT = jnp.where(mask_MxT, logits_MxT, MASK_VALUE)
+  m_Mx1 = logits_MxT.max(axis=1, keepdims=True)
+  weights_MxT = jnp.where(mask_MxT, jnp.exp(logits_MxT - m_Mx1), 0.0)
+  l_Mx1 = jnp.maximum(weights_MxT.sum(axis=1, keepdims=True), 1e-30)
+  return jnp.where(mask_MxT, weights_MxT * (1 / l_Mx1), 0.0)
 
 
-def biased_softmax(logits_MxT: Array, mask_MxT: Array) -> Array:
-  """The same for finite logits, with fewer selects."""
-  logits_MxT += jnp.where(mask_MxT, 0.0, -1e30)
+def finite_group_softmax(logits_MxT: Array, mask_MxT: Array) -> Array:
+  """As `group_softmax` for finite logits, with fewer selects."""
+  logits_MxT += jnp.where(mask_MxT, 0.0, MASK_VALUE)
   weights_MxT = jnp.exp(logits_MxT - logits_MxT.max(axis=1, keepdims=True))
   return weights_MxT * (1 / weights_MxT.sum(axis=1, keepdims=True))
 
@@ -207,9 +208,9 @@ def weighted(weights_SxT: Array, x_TxD: Array, take: Any = dot) -> Array:
 
 
 def _choose(scores_1xT: Array, holds_SxT: Array, groups: Groups) -> Array:
-  """[1, T]: the places among its group's rows of highest score, −1 for the others."""
+  """[1, T]: the rank in position order among the chosen rows of its group, −1 for other rows."""
   row_1xT = lax.broadcasted_iota(jnp.int32, scores_1xT.shape, 1)
-  # As a sort would have it, NaN is the largest.
+  # NaN is the largest score, as for a sort.
   scores_1xT = jnp.where(scores_1xT == scores_1xT, scores_1xT, jnp.inf)
   left_SxT = jnp.where(holds_SxT, scores_1xT, -1.0)
   before_SxT = jnp.zeros(holds_SxT.shape, jnp.int32)
@@ -223,7 +224,7 @@ def _choose(scores_1xT: Array, holds_SxT: Array, groups: Groups) -> Array:
 
 
 def _take_odd_rows(weights_SxT: Array, x_TxD: Array) -> Array:
-  """weights @ x, where what is not finite reaches only what weighs it."""
+  """weights @ x, where a non-finite row reaches only results with a non-zero weight for it."""
   wide_TxD = x_TxD.astype(jnp.float32)
   finite_TxD = jnp.where(wide_TxD - wide_TxD == 0, wide_TxD, 0.0)
   out_SxD = dot(weights_SxT, finite_TxD.astype(x_TxD.dtype))

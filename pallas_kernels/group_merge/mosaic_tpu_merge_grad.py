@@ -1,13 +1,13 @@
-"""Backward kernel of merging for TPUs: one pass over the rows of groups.
+"""Backward kernel of group merging for TPUs: one pass over the rows of groups.
 
-With p_r the softmax of query head r over a group's members, w = Σ_r p_r / R, and dKⁿ, dVⁿ the
+With p_r the softmax of query head r over a group's members, w = Σ_r p_r / R, and dKᵍ, dVᵍ the
 cotangents of the merged key and value:
 
-    dw_j = K_j · dKⁿ + V_j · dVⁿ
+    dw_j = K_j · dKᵍ + V_j · dVᵍ
     dl_rj = scale · p_rj (dw_j − Σ_i p_ri dw_i) / R
-    dK_j = w_j dKⁿ + Σ_r dl_rj q_r,   dV_j = w_j dVⁿ,   dq_r = Σ_j dl_rj K_j
+    dK_j = w_j dKᵍ + Σ_r dl_rj q_r,   dV_j = w_j dVᵍ,   dq_r = Σ_j dl_rj K_j
 
-A focal row gets its own cotangents instead.
+A focal row gets the cotangents of its copy instead.
 """
 
 import functools
@@ -18,8 +18,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.group_merge.mosaic_tpu_merge import Groups, masked_softmax, PART, part_of
-from pallas_kernels.mosaic_tpu_common import dot, Interpret, like
+from pallas_kernels.group_merge.mosaic_tpu_merge import group_softmax, Groups, PART, part_of
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.mosaic_tpu_common import dot, Interpret
 
 
 def merge_rows_grad(
@@ -33,10 +34,10 @@ def merge_rows_grad(
   """Gradients of the query, and of the groups' rows of key and value.
 
   Args:
-    operands: of `merge_rows`.
-    slot: its last result where rows were chosen, else nothing.
+    operands: the query, key and value of `merge_rows`.
+    slot: its last result if rows were chosen, else empty.
     cotangents: of its other results.
-    groups: what lies there.
+    groups: the layout of the groups.
   """
   query, key, value = operands
   B, N = key.shape[:2]
@@ -52,7 +53,10 @@ def merge_rows_grad(
     grid=(B, N, groups.tiles),
     in_specs=in_specs,
     out_specs=in_specs[:3],
-    out_shape=[like(query, query.shape, query.dtype), *[like(key, rows_shape, key.dtype)] * 2],
+    out_shape=[
+      out_struct(query, query.shape, query.dtype),
+      *[out_struct(key, rows_shape, key.dtype)] * 2,
+    ],
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
     cost_estimate=pl.CostEstimate(
       flops=2 * elements * PART * (3 * groups.heads + 4 + 2 * groups.focal),
@@ -86,7 +90,7 @@ def _part(i: int, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, groups: Groups
     holds_SxT &= slot_1xT < 0
   dw_SxT = dot(dkey_SxD, k_TxD, (1, 1)) + dot(dvalue_SxD, v_TxD, (1, 1))
   dw_1xT = jnp.where(holds_SxT, dw_SxT, 0.0).sum(axis=0, keepdims=True)
-  p_MxT = masked_softmax(dot(q_MxD, k_TxD, (1, 1)) * groups.scale, mask_MxT)
+  p_MxT = group_softmax(dot(q_MxD, k_TxD, (1, 1)) * groups.scale, mask_MxT)
   mean_Mx1 = (p_MxT * dw_1xT).sum(axis=1, keepdims=True)
   dl_MxT = (groups.scale / groups.heads * p_MxT * (dw_1xT - mean_Mx1)).astype(dtype)
   w_1xT = p_MxT.sum(axis=0, keepdims=True) * (1 / groups.heads)
@@ -108,6 +112,6 @@ def _part(i: int, q_ref: Any, k_ref: Any, v_ref: Any, *refs: Any, groups: Groups
 
 
 def _existing(x: Array, rows: Array) -> Array:
-  """[..., T, D] with zeros from row `rows` on, where the last tile reaches beyond the groups."""
+  """[..., T, D] with zeros from row `rows` on: the last tile may reach past the groups."""
   row = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 2)
   return jnp.where(row < rows, x, jnp.zeros_like(x))

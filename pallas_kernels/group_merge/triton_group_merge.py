@@ -1,24 +1,28 @@
-"""Summarise through Pallas-Triton: index arrays, and the gradients.
+"""Group merging through Pallas-Triton: index arrays, and the gradients.
 
-The query is passed through, and under streaming selection key and value too, as the window: so
-the backward pass is handed all other gradients of these arrays and adds its own in place, where
-summing them outside would read and write the whole arrays again.
+The query is an output too, and under streaming selection so are key and value, as the window. The
+backward pass then receives all other gradients of these arrays and adds its own in place; a sum
+outside would read and write the whole arrays once more.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.group_merge.entries import block_indices, Entries
-from pallas_kernels.group_merge.group_tile import GroupTile, pad_index
+from pallas_kernels.dispatch import refuse
+from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries
+from pallas_kernels.group_merge.triton_group_tile import GroupTile, pad_index
 from pallas_kernels.group_merge.triton_merge import merge_rows
 from pallas_kernels.group_merge.triton_merge_grad import merge_rows_grad
-from pallas_kernels.group_merge.triton_rows import gather_rows, ROWS, scatter_rows
+from pallas_kernels.group_merge.triton_row_gather import gather_rows, ROWS, scatter_rows
+from pallas_kernels.triton_common import head_refusal
 
 _FORWARD, _BACKWARD = 128 * 128, 64 * 128  # keys × head dim of a tile
+_MAX_ROWS = 128  # of a group or block: a program holds it in registers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,12 @@ def merge_groups_triton(
   reorder_window: bool,
   interpret: bool = False,
 ) -> tuple[Array, Entries]:
-  """See `merge_groups`."""
+  """See `merge_groups`.
+
+  Raises:
+    NotImplementedError: for the reasons of `merge_groups_refusal`.
+  """
+  refuse(merge_groups_refusal(query, key, value, focal_index, member_index, group_query))
   static = _Static(scale, reorder=reorder_window, interpret=interpret)
   return _merge_groups(query, key, value, (focal_index, member_index, group_query), static)
 
@@ -51,17 +60,50 @@ def merge_blocks_triton(
   query: Array,
   key: Array,
   value: Array,
-  start: Array,
+  start: Array | None,
   *,
   members: int,
   focal: int,
   scale: float,
   interpret: bool = False,
 ) -> tuple[Array, Entries, Array]:
-  """See `merge_blocks`."""
+  """See `merge_blocks`.
+
+  Raises:
+    NotImplementedError: for the reasons of `merge_blocks_refusal`.
+  """
+  refuse(merge_blocks_refusal(query, key, value, start, members=members, focal=focal))
+  start = block_starts(start, key, members + focal)
   static = _Static(scale, members=members, focal=focal, interpret=interpret)
   query, entries, chosen = _merge_blocks(query, key, value, start, static)
   return query, entries, chosen[:, :, : start.shape[1]]
+
+
+def merge_groups_refusal(
+  query: Array, key: Array, value: Array, focal: Array, member: Array, last: Array, **_: Any
+) -> str | None:
+  """Why these kernels cannot run a call of `merge_groups`; None if they can."""
+  del value, focal, last
+  return _refusal(query, key, member.shape[-1])
+
+
+def merge_blocks_refusal(
+  query: Array, key: Array, value: Array, start: Array | None, *, members: int, focal: int, **_: Any
+) -> str | None:
+  """Why these kernels cannot run a call of `merge_blocks`; None if they can."""
+  del value, start
+  return _refusal(query, key, members + focal)
+
+
+def _refusal(query: Array, key: Array, rows: int) -> str | None:
+  """For groups or blocks of `rows` tokens."""
+  if reason := head_refusal(query):
+    return reason
+  if rows > _MAX_ROWS:
+    return f"a group or block has {rows} tokens; at most {_MAX_ROWS} fit a kernel's registers"
+  if 0 in key.shape:
+    return f"key has shape {key.shape}; it may not be empty"
+  return None
 
 
 Indices = tuple[Array, Array, Array]  # of focal tokens, members and group queries
@@ -147,7 +189,7 @@ _merge_blocks.defvjp(_merge_blocks_fwd, _merge_blocks_bwd)
 
 def _group_tile(query: Array, key: Array, rows: int, elements: int) -> GroupTile:
   _, _, N, D = key.shape
-  return GroupTile.of(rows, query.shape[2] // N, D, elements)
+  return GroupTile.for_groups(rows, query.shape[2] // N, D, elements)
 
 
 def _add_gradients(
@@ -159,7 +201,7 @@ def _add_gradients(
   d: Entries,
   static: _Static,
 ) -> tuple[Array, Array, Array]:
-  """Gradients of query, key and value: every token is focal, or a member, or neither."""
+  """Gradients of query, key and value. Each token is focal, or a member, or neither."""
   focal_index, member_index, group_query = indices
   L = key.shape[1]
   group_tile = _group_tile(query, key, member_index.shape[-1], _BACKWARD)
@@ -190,6 +232,6 @@ def _add_gradients(
 
 
 def _at_least(x_BxSxNxD: Array, rows: int) -> Array:
-  """With rows of zeros, up to whole tiles of the backward pass."""
+  """Pads with rows of zeros to the whole tiles of the backward pass."""
   short = max(0, rows - x_BxSxNxD.shape[1])
   return jnp.pad(x_BxSxNxD, ((0, 0), (0, short), (0, 0), (0, 0))) if short else x_BxSxNxD

@@ -1,8 +1,8 @@
-"""Forward kernel of merge_groups, through Pallas-Triton: each token's key and value read once.
+"""Forward kernel of group merging through Pallas-Triton: reads each key and value once.
 
-A program holds a tile of groups. Their queries against all their rows is one small product, of
-which each query keeps its own group's part. Under streaming selection the rows are whole blocks,
-of which it first chooses the focal ones.
+A program holds a tile of groups. One small product has the logits of their queries and all their
+rows, of which each query uses its own group's. Under streaming selection the rows are whole
+blocks, and the kernel first chooses their focal rows.
 """
 
 import functools
@@ -13,15 +13,16 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.group_merge.group_tile import block_softmax, GroupTile
-from pallas_kernels.group_merge.triton_rows import (
-  load_rows,
+from pallas_kernels.group_merge.triton_group_tile import group_softmax, GroupTile
+from pallas_kernels.group_merge.triton_row_gather import (
+  load_indexed_rows,
   per_tile,
-  store_rows,
+  store_indexed_rows,
   tile,
   whole,
 )
-from pallas_kernels.triton_common import dot, like
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.triton_common import dot
 
 
 def merge_rows(
@@ -37,25 +38,26 @@ def merge_rows(
   reorder: bool,
   interpret: bool,
 ) -> list[Array]:
-  """Group keys and values [B, k, N, D], and further pairs as asked.
+  """Group keys and values [B, k, N, D], followed by optional outputs.
 
   Args:
-    row_BxnxtxT: each tile's rows; n is N or 1. See `GroupTile.indices`.
+    row_BxnxtxT: the rows of each tile; n is N or 1. See `GroupTile.indices`.
     last_BxnxtxM: the queries that weigh them.
-    focal: how many rows of each group stay focal, chosen here: gives their keys and values
-      [B, k·focal, N, D] and their places in the group [B, N, k, focal].
-    scale: of the merge logits.
-    reorder: also writes the rows one after the other, [B, k·rows, N, D].
+    focal: how many rows of each group the kernel chooses to stay focal. If not 0, it also returns
+      their keys and values [B, k·focal, N, D], and last their offsets in the group
+      [B, N, k, focal].
+    scale: multiplies the merge logits.
+    reorder: also returns keys and values of all rows in group order, [B, k·rows, N, D].
   """
   B, L, N, D = key.shape
   tiles, G, rows = row_BxnxtxT.shape[2], group_tile.groups, group_tile.rows
   counts = [G, G]
   counts += [G * focal] * 2 if focal else []
   counts += [G * rows] * 2 if reorder else []
-  out_shape = [like(key, (B, tiles * count, N, D), key.dtype) for count in counts]
+  out_shape = [out_struct(key, (B, tiles * count, N, D), key.dtype) for count in counts]
   out_specs = [tile(count, D) for count in counts]
   if focal:
-    out_shape.append(like(key, (B, N, tiles * G, focal), jnp.int32))
+    out_shape.append(out_struct(key, (B, N, tiles * G, focal), jnp.int32))
     out_specs.append(pl.BlockSpec((None, None, G, focal), lambda t, n, b: (b, n, t, 0)))
   merged: list[Array] = pl.pallas_call(
     functools.partial(
@@ -98,15 +100,15 @@ def _merge_kernel(
 ) -> None:
   row_T = row_ref[...]
   D = k_ref.shape[-1]
-  q_MxD = load_rows(
+  q_MxD = load_indexed_rows(
     q_ref, last_ref[...], jnp.arange(group_tile.queries) % group_tile.heads, length=length
   )
-  k_TxD, v_TxD = (load_rows(ref, row_T, length=length) for ref in (k_ref, v_ref))
+  k_TxD, v_TxD = (load_indexed_rows(ref, row_T, length=length) for ref in (k_ref, v_ref))
   logits_MxT = dot(q_MxD, k_TxD, trans_b=True)
   mask_MxT, holds_SxT = group_tile.weighs(), group_tile.holds()
   member_T = jnp.arange(group_tile.width) < group_tile.groups * group_tile.rows
   if focal:
-    scores_T = block_softmax(logits_MxT * D**-0.5, mask_MxT).sum(axis=0)
+    scores_T = group_softmax(logits_MxT * D**-0.5, mask_MxT).sum(axis=0)
     chosen_ref = out_refs[-1]
     focal_SxF = _choose(scores_T, holds_SxT, focal)
     chosen_T = _store_focal(
@@ -114,27 +116,27 @@ def _merge_kernel(
     )
     member_T &= ~chosen_T
     mask_MxT &= member_T[None]
-  weights_T = block_softmax(logits_MxT * scale, mask_MxT).sum(axis=0) / group_tile.heads
+  weights_T = group_softmax(logits_MxT * scale, mask_MxT).sum(axis=0) / group_tile.heads
   member_SxT = holds_SxT & member_T[None]
   weights_SxT = jnp.where(member_SxT, weights_T[None], 0.0)
   slot_S = jnp.arange(group_tile.slots)
   for x_TxD, out_ref in ((k_TxD, out_refs[0]), (v_TxD, out_refs[1])):
     merged_SxD = _weighted(weights_SxT, member_SxT, x_TxD)
-    store_rows(out_ref, slot_S, merged_SxD, length=group_tile.groups)
+    store_indexed_rows(out_ref, slot_S, merged_SxD, length=group_tile.groups)
   if reorder:
-    place_T, rows = jnp.arange(group_tile.width), group_tile.groups * group_tile.rows
+    target_T, rows = jnp.arange(group_tile.width), group_tile.groups * group_tile.rows
     for x_TxD, out_ref in ((k_TxD, out_refs[2]), (v_TxD, out_refs[3])):
-      store_rows(out_ref, place_T, x_TxD, length=rows)
+      store_indexed_rows(out_ref, target_T, x_TxD, length=rows)
 
 
 def _weighted(weights_SxT: Array, member_SxT: Array, x_TxD: Array) -> Array:
-  """weights @ x, exact to float32. A row that is not finite makes its own group NaN alone."""
+  """weights @ x, exact to float32. A non-finite row makes only its own group NaN."""
   wide_TxD = x_TxD.astype(jnp.float32)
-  odd_T = (wide_TxD - wide_TxD).sum(axis=1) != 0  # inf − inf is NaN
+  odd_T = (wide_TxD - wide_TxD).sum(axis=1) != 0  # inf − inf is NaN, which is not 0
   x_TxD = jnp.where(odd_T[:, None], 0, x_TxD).astype(x_TxD.dtype)
   high_SxT = weights_SxT.astype(x_TxD.dtype)
   merged_SxD = dot(high_SxT, x_TxD)
-  if x_TxD.dtype != jnp.float32:  # what the narrow weights leave over
+  if x_TxD.dtype != jnp.float32:  # the rounding error of the narrow weights
     merged_SxD += dot((weights_SxT - high_SxT.astype(jnp.float32)).astype(x_TxD.dtype), x_TxD)
   odd_S = jnp.where(member_SxT & odd_T[None], 1, 0).max(axis=1) > 0
   return jnp.where(odd_S[:, None], jnp.nan, merged_SxD)
@@ -143,7 +145,7 @@ def _weighted(weights_SxT: Array, member_SxT: Array, x_TxD: Array) -> Array:
 def _choose(scores_T: Array, holds_SxT: Array, focal: int) -> list[Array]:
   """The rows of highest score in each group, ascending; T where a group does not exist."""
   T = scores_T.shape[0]
-  # As a sort would have it, NaN is the largest.
+  # NaN is the largest score, as for a sort.
   scores_T = jnp.where(scores_T == scores_T, scores_T, jnp.inf)
   row_SxT = jnp.broadcast_to(jnp.arange(T)[None], holds_SxT.shape)
   left_SxT = holds_SxT
@@ -169,20 +171,20 @@ def _store_focal(
   group_tile: GroupTile,
   length: int,
 ) -> Array:
-  """Writes the focal rows and their places in the group; tells which rows they are."""
+  """Writes the focal rows and their offsets in the group; returns [T] bool, which rows they are."""
   T, G = group_tile.width, group_tile.groups
   slot_S = jnp.arange(group_tile.slots)
   chosen_T = jnp.arange(T) < 0
-  for j, place_S in enumerate(focal_SxF):
-    is_it_SxT = jnp.arange(T)[None] == place_S[:, None]
+  for j, row_S in enumerate(focal_SxF):
+    is_it_SxT = jnp.arange(T)[None] == row_S[:, None]
     chosen_T |= jnp.where(is_it_SxT, 1, 0).max(axis=0) > 0
     exists_S = slot_S < G
     at = chosen_ref.at[slot_S, jnp.full(slot_S.shape, j)]
-    plgpu.store(at, place_S - slot_S * group_tile.rows, mask=exists_S)
+    plgpu.store(at, row_S - slot_S * group_tile.rows, mask=exists_S)
     source_S = jnp.where(is_it_SxT, row_T[None], 0).sum(axis=1)
     source_S = jnp.where(exists_S, source_S, length)
     target_S = jnp.where(exists_S, slot_S * len(focal_SxF) + j, G * len(focal_SxF))
     for ref, out_ref in zip(token_refs, out_refs, strict=True):
-      x_SxD = load_rows(ref, source_S, length=length)
-      store_rows(out_ref, target_S, x_SxD, length=G * len(focal_SxF))
+      x_SxD = load_indexed_rows(ref, source_S, length=length)
+      store_indexed_rows(out_ref, target_S, x_SxD, length=G * len(focal_SxF))
   return chosen_T

@@ -1,11 +1,11 @@
-"""Backward kernel of merging, through Pallas-Triton: one pass over the members of groups.
+"""Backward kernel of group merging through Pallas-Triton: one pass over the members of groups.
 
-With p_r the softmax of query head r over a group's members, w = Σ_r p_r / R, and dKⁿ, dVⁿ the
+With p_r the softmax of query head r over a group's members, w = Σ_r p_r / R, and dKᵍ, dVᵍ the
 cotangents of the merged key and value:
 
-    dw_j = K_j · dKⁿ + V_j · dVⁿ
+    dw_j = K_j · dKᵍ + V_j · dVᵍ
     dl_rj = scale · p_rj (dw_j − Σ_i p_ri dw_i) / R
-    dK_j = w_j dKⁿ + Σ_r dl_rj q_r,   dV_j = w_j dVⁿ,   dq_r = Σ_j dl_rj K_j
+    dK_j = w_j dKᵍ + Σ_r dl_rj q_r,   dV_j = w_j dVᵍ,   dq_r = Σ_j dl_rj K_j
 """
 
 import functools
@@ -16,15 +16,16 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.group_merge.group_tile import block_softmax, GroupTile
-from pallas_kernels.group_merge.triton_rows import (
-  load_rows,
+from pallas_kernels.group_merge.triton_group_tile import group_softmax, GroupTile
+from pallas_kernels.group_merge.triton_row_gather import (
+  load_indexed_rows,
   per_tile,
-  store_rows,
+  store_indexed_rows,
   tile,
   whole,
 )
-from pallas_kernels.triton_common import dot, like
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.triton_common import dot
 
 
 def merge_rows_grad(
@@ -46,10 +47,10 @@ def merge_rows_grad(
     row_BxNxtxT: the members of groups by tile; see `GroupTile.indices`.
     last_BxNxtxM: the queries that weigh them.
     dgroup: cotangents of the merged keys and values [B, k, N, D].
-    dwindow: cotangents of the members' keys and values one after the other, [B, k·rows, N, D]:
-      they then take the place of what `onto` holds in a member's row, which is not read.
-    onto: gradients that are there already: of the query, and of keys and values.
-    scale: of the merge logits.
+    dwindow: cotangents of keys and values of the members in group order, [B, k·rows, N, D]. If
+      given, the member rows of `onto` are overwritten and not read.
+    onto: existing gradients of query, key and value.
+    scale: multiplies the merge logits.
   """
   query, key, value = operands
   B, L, N, D = key.shape
@@ -72,7 +73,7 @@ def merge_rows_grad(
     grid=(row_BxNxtxT.shape[2], N, B),
     in_specs=[*in_specs, queries, tokens, tokens],
     out_specs=[queries, tokens, tokens],
-    out_shape=[like(x, x.shape, x.dtype) for x in onto],
+    out_shape=[out_struct(x, x.shape, x.dtype) for x in onto],
     input_output_aliases={first + i: i for i in range(3)},
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
@@ -99,16 +100,17 @@ def _merge_grad_kernel(
   row_T, last_M = row_ref[...], last_ref[...]
   head_M = jnp.arange(group_tile.queries) % group_tile.heads
   slot_S = jnp.arange(group_tile.slots)
-  q_MxD = load_rows(q_ref, last_M, head_M, length=length)
-  k_TxD, v_TxD = (load_rows(ref, row_T, length=length) for ref in (k_ref, v_ref))
+  q_MxD = load_indexed_rows(q_ref, last_M, head_M, length=length)
+  k_TxD, v_TxD = (load_indexed_rows(ref, row_T, length=length) for ref in (k_ref, v_ref))
   dkey_SxD, dvalue_SxD = (
-    load_rows(ref, slot_S, length=group_tile.groups) for ref in (dgroup_key_ref, dgroup_value_ref)
+    load_indexed_rows(ref, slot_S, length=group_tile.groups)
+    for ref in (dgroup_key_ref, dgroup_value_ref)
   )
   mask_MxT, holds_SxT = group_tile.weighs(), group_tile.holds()
   dtype = k_TxD.dtype
   dw_SxT = dot(dkey_SxD, k_TxD, trans_b=True) + dot(dvalue_SxD, v_TxD, trans_b=True)
   dw_T = jnp.where(holds_SxT, dw_SxT, 0.0).sum(axis=0)
-  p_MxT = block_softmax(dot(q_MxD, k_TxD, trans_b=True) * scale, mask_MxT)
+  p_MxT = group_softmax(dot(q_MxD, k_TxD, trans_b=True) * scale, mask_MxT)
   mean_M = (p_MxT * dw_T[None]).sum(axis=1)
   dl_MxT = scale / group_tile.heads * p_MxT * (dw_T[None] - mean_M[:, None])
   dl_MxT = dl_MxT.astype(dtype)
@@ -116,9 +118,9 @@ def _merge_grad_kernel(
   w_TxS = jnp.where(holds_SxT, w_T[None], 0.0).astype(dtype).T
 
   dq_MxD = dot(dl_MxT, k_TxD)
-  dq_MxD += load_rows(dq_ref, last_M, head_M, length=length).astype(jnp.float32)
-  store_rows(dq_out, last_M, dq_MxD, head_M, length=length)
-  place_T = jnp.arange(group_tile.width)
+  dq_MxD += load_indexed_rows(dq_ref, last_M, head_M, length=length).astype(jnp.float32)
+  store_indexed_rows(dq_out, last_M, dq_MxD, head_M, length=length)
+  target_T = jnp.arange(group_tile.width)
   for i, (d_TxD, ref, out) in enumerate(
     (
       (dot(w_TxS, dkey_SxD) + dot(dl_MxT.T, q_MxD), dk_ref, dk_out),
@@ -126,7 +128,7 @@ def _merge_grad_kernel(
     )
   ):
     if has_window:
-      there = load_rows(dwindow[i], place_T, length=group_tile.groups * group_tile.rows)
+      other = load_indexed_rows(dwindow[i], target_T, length=group_tile.groups * group_tile.rows)
     else:
-      there = load_rows(ref, row_T, length=length)
-    store_rows(out, row_T, d_TxD + there.astype(jnp.float32), length=length)
+      other = load_indexed_rows(ref, row_T, length=length)
+    store_indexed_rows(out, row_T, d_TxD + other.astype(jnp.float32), length=length)

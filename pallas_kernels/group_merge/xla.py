@@ -1,12 +1,11 @@
-"""Picking and merging rows in jax.numpy: runs on any device, and the kernels' oracle."""
-
-import functools
+"""Group merging by gathers and products that XLA compiles. Runs on any device."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
-from pallas_kernels.group_merge.entries import block_indices, Entries
+from pallas_kernels.gather import take_positions, take_rows
+from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries
 
 
 def merge_groups_xla(
@@ -48,13 +47,14 @@ def merge_blocks_xla(
   query_BxLxHxD: Float[Array, "B L H D"],
   key_BxLxNxD: Float[Array, "B L N D"],
   value_BxLxNxD: Float[Array, "B L N D"],
-  start_Bxk: Int[Array, "B k"],
+  start_Bxk: Int[Array, "B k"] | None,
   *,
   members: int,
   focal: int,
   scale: float,
 ) -> tuple[Array, Entries, Int[Array, "B N k f"]]:
   """See `merge_blocks`."""
+  start_Bxk = block_starts(start_Bxk, key_BxLxNxD, members + focal)
   chosen_BxNxkxf = choose_in_blocks(
     query_BxLxHxD, key_BxLxNxD, start_Bxk, size=members + focal, focal=focal
   )
@@ -73,17 +73,22 @@ def choose_in_blocks(
   size: int,
   focal: int,
 ) -> Int[Array, "B N k f"]:
-  """Places in each block of the `focal` tokens that its last query attends to most, ascending.
+  """Offsets in each block of the `focal` tokens that its last query attends to most, ascending.
 
-  By softmax(q Kᵀ / √D) over the block's `size` tokens, summed over the query heads of a KV head;
-  ties go to the earlier token. Without gradient.
+  The score is softmax(q Kᵀ / √D) over the block's `size` tokens, summed over the query heads of a
+  KV head; ties go to the earlier token. Not differentiable.
+
+  Args:
+    start_Bxk: first position of each block; L or more for no block.
+    size: tokens of a block.
+    focal: how many of them to choose.
   """
   B, _, N, D = key_BxLxNxD.shape
   k, R = start_Bxk.shape[1], query_BxLxHxD.shape[2] // N
   query, key = jax.lax.stop_gradient((query_BxLxHxD, key_BxLxNxD))
-  place_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
-  key_BxkxsxNxD = take_positions(key, place_Bxkxs)
-  query_BxkxNxRxD = take_positions(query, place_Bxkxs[..., -1]).reshape(B, k, N, R, D)
+  position_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
+  key_BxkxsxNxD = take_positions(key, position_Bxkxs)
+  query_BxkxNxRxD = take_positions(query, position_Bxkxs[..., -1]).reshape(B, k, N, R, D)
   scores_BxNxkxs = block_scores(query_BxkxNxRxD, key_BxkxsxNxD)
   _, chosen_BxNxkxf = jax.lax.top_k(scores_BxNxkxs, focal)
   return jnp.sort(chosen_BxNxkxf, axis=-1)
@@ -92,7 +97,7 @@ def choose_in_blocks(
 def block_scores(
   query: Float[Array, "*B N R D"], key: Float[Array, "*B s N D"]
 ) -> Float[Array, "B N *k s"]:
-  """What one query pays to each key of its block: softmax(q Kᵀ / √D), summed over R heads."""
+  """Attention of one query to each key of its block: softmax(q Kᵀ / √D), summed over R heads."""
   logits = jnp.einsum("...nrd,...snd->...nrs", query, key, preferred_element_type=jnp.float32)
   scores = jax.nn.softmax(logits / jnp.sqrt(jnp.float32(query.shape[-1])), axis=-1).sum(axis=-2)
   return jnp.moveaxis(scores, -2, 1)
@@ -105,10 +110,10 @@ def merge(
   *,
   scale: float,
 ) -> tuple[Float[Array, "*B N D"], Float[Array, "*B N D"]]:
-  """Merges the m members of each group (Eq. 14 of the paper).
+  """Merges the m members of each group to one key and value (Eq. 14 of arXiv 2505.22107).
 
-  w = softmax over members of (scale · q · K_j), averaged over the R query heads of a KV head;
-  Kⁿ = Σ w_j K_j and Vⁿ = Σ w_j V_j. Sums are float32, results have the input dtype.
+  w = softmax over members of scale · q·K_j, averaged over the R query heads of a KV head;
+  Kᵍ = Σ_j w_j K_j and Vᵍ = Σ_j w_j V_j. Sums are float32, results have the input dtype.
   """
   logits = jnp.einsum("...nrd,...mnd->...nrm", query, key, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits * scale, axis=-1).mean(axis=-2)
@@ -118,22 +123,3 @@ def merge(
     return total.astype(x.dtype)
 
   return weighted(key), weighted(value)
-
-
-def take_rows(
-  x_BxLxNxD: Float[Array, "B L N D"], index_BxNxS: Int[Array, "B N S"]
-) -> Float[Array, "B S N D"]:
-  """Each head's own selection of positions; zeros for L and beyond."""
-  of_row = jax.vmap(_take, in_axes=(1, 0), out_axes=1)
-  return jax.vmap(of_row)(x_BxLxNxD, index_BxNxS)
-
-
-def take_positions(
-  x: Shaped[Array, "B L *T"], index: Int[Array, "B *k"], *, fill: int = 0
-) -> Shaped[Array, "B ..."]:
-  """[B, *k, *T] entries of each batch entry by position; `fill` for L and beyond."""
-  return jax.vmap(functools.partial(_take, fill=fill))(x, index)
-
-
-def _take(x: Array, index: Array, fill: int = 0) -> Array:
-  return x.at[index].get(mode="fill", fill_value=fill)

@@ -9,15 +9,13 @@ import json
 import pathlib
 from typing import Any
 
-import jax
-
 TABLE = pathlib.Path(__file__).with_name("tuned_blocks.json")
 H100_MULTIPROCESSORS = 132
 
 
 @dataclasses.dataclass(frozen=True)
 class TritonTile:
-  """One program's tile: queries x entries, and how Triton compiles it."""
+  """The tile of one program: queries × keys, and how Triton compiles it."""
 
   block_q: int
   block_k: int
@@ -36,7 +34,7 @@ class TritonBlocks:
 
 @dataclasses.dataclass(frozen=True)
 class MosaicQueryTile:
-  """Of the kernels that hold queries: entries a step, and steps in flight."""
+  """Tile of a kernel that holds queries: keys of a step, and pipeline stages."""
 
   block_k: int
   stages: int
@@ -44,7 +42,7 @@ class MosaicQueryTile:
 
 @dataclasses.dataclass(frozen=True)
 class MosaicKeyTile:
-  """Of the kernel that holds entries: queries a step, and steps in flight."""
+  """Tile of the kernel that holds keys: queries of a step, and pipeline stages."""
 
   block_q: int
   stages: int
@@ -62,8 +60,8 @@ class MosaicBlocks:
 def triton_blocks(device_kind: str, head_dim: int, itemsize: int) -> TritonBlocks:
   """Tiles for a device, a head dim and an operand size in bytes.
 
-  The rule keeps an operand tile at 32 KiB or less, so that two stages of K and V and the query
-  tile fit the 164 KiB of shared memory of an A100.
+  The default rule keeps an operand tile at 32 KiB or less, so that two stages of K and V and the
+  query tile fit the 164 KiB of shared memory of an A100.
   """
   tuned = _tuned(device_kind, "triton", head_dim, itemsize)
   if tuned is not None:
@@ -91,8 +89,8 @@ def triton_blocks(device_kind: str, head_dim: int, itemsize: int) -> TritonBlock
 def mosaic_blocks(device_kind: str, head_dim: int) -> MosaicBlocks:
   """Tiles for a device and a head dim of 64 or 128, with operands of 2 bytes.
 
-  The rule is what was fastest on an H100 at head dim 128; its buffers fit the 227 KiB of shared
-  memory of any Hopper.
+  The rule is the fastest setting on an H100 at head dim 128; its buffers fit the 227 KiB of shared
+  memory of any Hopper GPU.
   """
   tuned = _tuned(device_kind, "mosaic_gpu", head_dim, 2)
   if tuned is not None:
@@ -109,7 +107,7 @@ def mosaic_blocks(device_kind: str, head_dim: int) -> MosaicBlocks:
 
 
 def table_key(backend: str, head_dim: int, itemsize: int) -> str:
-  """A device's entry in the table."""
+  """The key of a setting in the table of a device."""
   return f"{backend}, head_dim {head_dim}, {itemsize} bytes"
 
 
@@ -124,11 +122,3 @@ def _tuned(
 def _table() -> dict[str, Any]:
   table: dict[str, Any] = json.loads(TABLE.read_text())
   return table
-
-
-def multiprocessors() -> int:
-  """Of the device that is compiled for: the mesh's abstract device, or the default one."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  if device is not None and device.num_cores:
-    return int(device.num_cores)
-  return int(getattr(jax.devices()[0], "core_count", None) or H100_MULTIPROCESSORS)

@@ -1,10 +1,11 @@
-"""Forward kernel of grouped attention in Triton itself, called through jax_triton.
+"""Forward kernel of grouped attention in Triton, called through jax_triton.
 
-The way out of Pallas's Triton lowering, which JAX will remove: the same walk as in
-`triton_forward.py`, with block specs become pointer arithmetic. Forward alone, and by name alone.
+It shows the replacement of the Pallas-Triton lowering, which JAX will remove: the same tiles as in
+`triton_forward.py`, with pointer arithmetic in place of block specs. It has no backward pass.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,10 @@ import triton.language as tl
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels.dispatch import find_target
+from pallas_kernels.dispatch import find_target, refuse
 from pallas_kernels.grouped_attention.block_sizes import triton_blocks
 from pallas_kernels.grouped_attention.kv_sources import KVSources
-from pallas_kernels.grouped_attention.tile_ranges import LOG2_E
+from pallas_kernels.kernel_common import LOG2_E
 
 
 def grouped_attention_jax_triton(
@@ -31,25 +32,31 @@ def grouped_attention_jax_triton(
   """See `grouped_attention`.
 
   Raises:
-    NotImplementedError: for a head dim that is no power of two of at least 16, a dtype other than
-      float16 and bfloat16, a source without entries, and when it is differentiated.
+    NotImplementedError: for the reasons of `refusal`, and if it is differentiated.
   """
   del max_window
+  refuse(refusal(query, sources))
+  return _forward(scale, group_bias, query, sources)
+
+
+def refusal(query: Array, sources: KVSources, **_: Any) -> str | None:
+  """Why this kernel cannot run a call of `grouped_attention`; None if it can."""
   D = query.shape[-1]
   if D < 16 or D & (D - 1):
-    raise NotImplementedError(f"head_dim is {D}; this backend wants a power of two, 16 or more.")
+    return f"head_dim is {D}; it must be a power of two, 16 or more"
   if query.dtype not in (jnp.float16, jnp.bfloat16):
-    raise NotImplementedError(f"dtype is {query.dtype}; this backend has float16 and bfloat16.")
-  if any(source.key.shape[1] == 0 for source in sources):
-    raise NotImplementedError("a key source has no entries; this backend wants one in each.")
-  return _forward(scale, group_bias, query, sources)
+    return f"dtype is {query.dtype}; it must be float16 or bfloat16"
+  for name, source in zip(sources._fields, sources, strict=True):
+    if source.key.shape[1] == 0:
+      return f"sources.{name} has no tokens; it must have at least one"
+  return None
 
 
 def _call(scale: float, group_bias: float, query: Array, sources: KVSources) -> Array:
   B, L, H, D = query.shape
   r, k, w = (source.key.shape[1] for source in sources)
   N = sources.focal.key.shape[2]
-  tile = triton_blocks(find_target(query).kind, D, query.dtype.itemsize).forward
+  tile = triton_blocks(find_target(query, sources).kind, D, query.dtype.itemsize).forward
   out: Array = jax_triton.triton_call(
     query,
     *jax.tree.leaves(sources),
@@ -80,7 +87,9 @@ def _forward(scale: float, group_bias: float, query: Array, sources: KVSources) 
 
 
 def _no_gradient(*args: object) -> tuple[Array, None]:
-  raise NotImplementedError("jax_triton has the forward pass alone; use 'triton' or 'xla'.")
+  raise NotImplementedError(
+    "implementation='jax_triton' has no backward pass; take 'triton' or 'xla' for gradients."
+  )
 
 
 _forward.defvjp(_no_gradient, _no_gradient)
@@ -126,33 +135,33 @@ def _forward_kernel(
   inside_Q = row_Q < L
   at_QxD = ((batch * L + row_Q[:, None]) * H + head) * D + column_D[None, :]
   q_QxD = tl.load(q_ptr + at_QxD, mask=inside_Q[:, None], other=0.0)
-  # Rows past the end take the last one's bounds, so that these never decrease along the tile.
+  # Rows past the end repeat the last row's range, so that ranges never decrease along the tile.
   bound_Q = (batch * bound_heads + bound_head) * L + tl.minimum(row_Q, L - 1)
 
   acc_QxD = tl.zeros([block_q, D], dtype=tl.float32)
-  top_Q = tl.full([block_q], -1e30, dtype=tl.float32)
-  total_Q = tl.zeros([block_q], dtype=tl.float32)
-  entry = kv_head * D + column_D  # of a row of keys or values
-  acc_QxD, top_Q, total_Q = _attend(
-    q_QxD, acc_QxD, top_Q, total_Q,
-    focal_key_ptr + batch * r * N * D, focal_value_ptr + batch * r * N * D, entry,
+  m_Q = tl.full([block_q], -1e30, dtype=tl.float32)
+  l_Q = tl.zeros([block_q], dtype=tl.float32)
+  kv_D = kv_head * D + column_D  # offsets in a row of keys or values
+  acc_QxD, m_Q, l_Q = _attend(
+    q_QxD, acc_QxD, m_Q, l_Q,
+    focal_key_ptr + batch * r * N * D, focal_value_ptr + batch * r * N * D, kv_D,
     tl.load(focal_start_ptr + bound_Q), tl.load(focal_end_ptr + bound_Q),
     scale2, 0.0, N * D, block_k,
   )  # fmt: skip
-  acc_QxD, top_Q, total_Q = _attend(
-    q_QxD, acc_QxD, top_Q, total_Q,
-    group_key_ptr + batch * k * N * D, group_value_ptr + batch * k * N * D, entry,
+  acc_QxD, m_Q, l_Q = _attend(
+    q_QxD, acc_QxD, m_Q, l_Q,
+    group_key_ptr + batch * k * N * D, group_value_ptr + batch * k * N * D, kv_D,
     tl.load(group_start_ptr + bound_Q), tl.load(group_end_ptr + bound_Q),
     scale2, bias2, N * D, block_k,
   )  # fmt: skip
-  acc_QxD, top_Q, total_Q = _attend(
-    q_QxD, acc_QxD, top_Q, total_Q,
-    window_key_ptr + batch * w * N * D, window_value_ptr + batch * w * N * D, entry,
+  acc_QxD, m_Q, l_Q = _attend(
+    q_QxD, acc_QxD, m_Q, l_Q,
+    window_key_ptr + batch * w * N * D, window_value_ptr + batch * w * N * D, kv_D,
     tl.load(window_start_ptr + bound_Q), tl.load(window_end_ptr + bound_Q),
     scale2, 0.0, N * D, block_k,
   )  # fmt: skip
-  total_Q = tl.where(total_Q == 0, 1.0, total_Q)
-  out_QxD = (acc_QxD / total_Q[:, None]).to(out_ptr.dtype.element_ty)
+  l_Q = tl.where(l_Q == 0, 1.0, l_Q)
+  out_QxD = (acc_QxD / l_Q[:, None]).to(out_ptr.dtype.element_ty)
   tl.store(out_ptr + at_QxD, out_QxD, mask=inside_Q[:, None])
 
 
@@ -160,11 +169,11 @@ def _forward_kernel(
 def _attend(
   q_QxD,
   acc_QxD,
-  top_Q,
-  total_Q,
+  m_Q,
+  l_Q,
   key_ptr,
   value_ptr,
-  entry_D,
+  kv_D,
   start_Q,
   end_Q,
   scale2: tl.constexpr,
@@ -175,16 +184,16 @@ def _attend(
   last = tl.max(end_Q)
   for first in range(tl.min(start_Q), last, block_k):
     at_K = first + tl.arange(0, block_k)
-    at_KxD = at_K[:, None] * stride + entry_D[None, :]
+    at_KxD = at_K[:, None] * stride + kv_D[None, :]
     k_KxD = tl.load(key_ptr + at_KxD, mask=(at_K < last)[:, None], other=0.0)
     v_KxD = tl.load(value_ptr + at_KxD, mask=(at_K < last)[:, None], other=0.0)
     logits_QxK = tl.dot(q_QxD, tl.trans(k_KxD)) * scale2 + bias2
     seen_QxK = (start_Q[:, None] <= at_K[None, :]) & (at_K[None, :] < end_Q[:, None])
     logits_QxK = tl.where(seen_QxK, logits_QxK, -float("inf"))
-    new_top_Q = tl.maximum(top_Q, tl.max(logits_QxK, axis=1))
-    weights_QxK = tl.exp2(logits_QxK - new_top_Q[:, None])
-    fade_Q = tl.exp2(top_Q - new_top_Q)
-    acc_QxD = acc_QxD * fade_Q[:, None] + tl.dot(weights_QxK.to(v_KxD.dtype), v_KxD)
-    total_Q = total_Q * fade_Q + tl.sum(weights_QxK, axis=1)
-    top_Q = new_top_Q
-  return acc_QxD, top_Q, total_Q
+    new_m_Q = tl.maximum(m_Q, tl.max(logits_QxK, axis=1))
+    p_QxK = tl.exp2(logits_QxK - new_m_Q[:, None])
+    alpha_Q = tl.exp2(m_Q - new_m_Q)
+    acc_QxD = acc_QxD * alpha_Q[:, None] + tl.dot(p_QxK.to(v_KxD.dtype), v_KxD)
+    l_Q = l_Q * alpha_Q + tl.sum(p_QxK, axis=1)
+    m_Q = new_m_Q
+  return acc_QxD, m_Q, l_Q

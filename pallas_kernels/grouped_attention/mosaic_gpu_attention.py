@@ -9,25 +9,25 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from pallas_kernels.dispatch import find_target
+from pallas_kernels.dispatch import find_target, refuse
 from pallas_kernels.grouped_attention.block_sizes import (
+  H100_MULTIPROCESSORS,
   mosaic_blocks,
   MosaicBlocks,
-  multiprocessors,
 )
 from pallas_kernels.grouped_attention.kv_sources import (
   kv_cotangent,
-  KVSource,
   KVSources,
   pad_ranges,
 )
-from pallas_kernels.grouped_attention.mosaic_gpu_dkdv import ENTRIES, mosaic_gpu_dkdv
+from pallas_kernels.grouped_attention.mosaic_gpu_dkdv import KEYS, mosaic_gpu_dkdv
 from pallas_kernels.grouped_attention.mosaic_gpu_dq import mosaic_gpu_dq
 from pallas_kernels.grouped_attention.mosaic_gpu_forward import mosaic_gpu_forward
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import pcast_like, WorkSplit
 from pallas_kernels.grouped_attention.tile_ranges import (
   query_spans,
   ROW_UNIT,
+  sum_heads,
   tile_ranges,
 )
 
@@ -55,30 +55,38 @@ def grouped_attention_mosaic_gpu(
 ) -> Float[Array, "B L H D"]:
   """See `grouped_attention`. `blocks` overrides the tile sizes, `interpret` runs on a CPU.
 
-  `programs` of them stay on the GPU and share the work, by default one a multiprocessor.
+  `programs` persistent programs share the work, by default one for each multiprocessor.
 
-  Arrays whose lengths are no multiple of 8 are copied; L and the sources' sizes should be.
+  L and the sizes of the sources should be multiples of 8: other arrays are copied to pad them.
 
   Raises:
-    NotImplementedError: for a head dim other than 64 and 128, a dtype other than float16 and
-      bfloat16, or a scale that is not positive.
+    NotImplementedError: for the reasons of `refusal`.
   """
+  refuse(refusal(query, sources, scale=scale))
   L, D = query.shape[1], query.shape[3]
-  if D not in (64, 128):
-    raise NotImplementedError(f"head_dim is {D}; this backend has 64 and 128.")
-  if query.dtype not in (jnp.float16, jnp.bfloat16):
-    raise NotImplementedError(f"dtype is {query.dtype}; this backend has float16 and bfloat16.")
-  if scale <= 0:
-    raise NotImplementedError(f"scale is {scale}; this backend wants a positive one.")
-  blocks = blocks or mosaic_blocks(find_target(query).kind, D)
-  programs = programs or multiprocessors()
+  target = find_target(query, sources)
+  blocks = blocks or mosaic_blocks(target.kind, D)
+  programs = programs or target.num_cores or H100_MULTIPROCESSORS
   static = _Static(scale, group_bias, max_window, blocks, programs, interpret)
-  padded = sources.with_kv(jax.tree.map(lambda x: _pad_rows(x, ENTRIES), sources.kv))
+  padded = sources.with_kv(jax.tree.map(lambda x: _pad_rows(x, KEYS), sources.kv))
   return _attend(_pad_rows(query, ROW_UNIT), padded, static)[:, :L]
 
 
+def refusal(query: Array, sources: KVSources, *, scale: float, **_: Any) -> str | None:
+  """Why these kernels cannot run a call of `grouped_attention`; None if they can."""
+  del sources
+  D = query.shape[-1]
+  if D not in (64, 128):
+    return f"head_dim is {D}; it must be 64 or 128"
+  if query.dtype not in (jnp.float16, jnp.bfloat16):
+    return f"dtype is {query.dtype}; it must be float16 or bfloat16"
+  if scale <= 0:
+    return f"scale is {scale}; it must be positive"
+  return None
+
+
 def _pad_rows(x: Array, least: int) -> Array:
-  """[B, S, ...] with zeros up to `least` rows and a multiple of what the TMA unit copies."""
+  """[B, S, N, D] padded with zeros to `least` rows and a multiple of what the TMA unit copies."""
   short = max(least - x.shape[1], -x.shape[1] % ROW_UNIT)
   return jnp.pad(x, ((0, 0), (0, short), (0, 0), (0, 0))) if short else x
 
@@ -89,8 +97,8 @@ def _attend(query: Array, sources: KVSources, static: _Static) -> Array:
 
 
 def _query_side(query: Array, sources: KVSources) -> tuple[WorkSplit, KVSources, Array]:
-  """What the kernels that hold queries share."""
-  split = WorkSplit.of(query.shape[2], sources.focal.key.shape[2])
+  """Arguments that the kernels that hold queries share."""
+  split = WorkSplit.for_heads(query.shape[2], sources.focal.key.shape[2])
   sources = pad_ranges(sources, split.grid(query)[0] * split.queries)
   return split, sources, tile_ranges(sources, split.queries)
 
@@ -137,8 +145,8 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
   L = sources.focal.start.shape[-1]
   padded = pad_ranges(sources, query.shape[1] + tile.block_q)
   whole = query.shape[2] // sources.focal.key.shape[2]
-  # Few long tiles in the prefixes: half the query heads in a tile of work keep the GPU busy. Many
-  # short ones in the window: all heads in one spare the partial sums.
+  # Focal tokens and groups give few long tiles of work: half the query heads in each keep the GPU
+  # busy. The window gives many short ones: all heads in one avoid the partial sums.
   half = whole // 2 if whole % 2 == 0 else whole
   key_grads = []
   for name, source, bias, heads in (
@@ -149,7 +157,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     grads = mosaic_gpu_dkdv(
       query,
       source,
-      query_spans(source.start[..., :L], source.end[..., :L], source.key.shape[1], ENTRIES),
+      query_spans(source.start[..., :L], source.end[..., :L], source.key.shape[1], KEYS),
       lse2,
       delta,
       dout,
@@ -161,18 +169,9 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
       name=name,
       interpret=static.interpret,
     )
-    dk, dv = (_sum_heads(x, source) for x in grads)
+    dk, dv = (sum_heads(x, source) for x in grads)
     key_grads.append((dk, dv))
   return pcast_like(query, dq), kv_cotangent(pcast_like(query, key_grads))
-
-
-def _sum_heads(partial_BxSxPxD: Array, source: KVSource) -> Array:
-  """[B, S, N, D] from the sums over parts of the query heads, without padding."""
-  B, S, N, D = source.key.shape
-  partial = partial_BxSxPxD[:, :S].reshape(B, S, N, -1, D)
-  if partial.shape[3] == 1:
-    return partial[:, :, :, 0].astype(source.key.dtype)
-  return partial.sum(axis=3).astype(source.key.dtype)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

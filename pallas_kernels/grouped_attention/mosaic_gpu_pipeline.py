@@ -1,4 +1,8 @@
-"""What the Mosaic GPU kernels share: who computes what, and the ring of key and value tiles."""
+"""What the Mosaic GPU kernels share: the schedule of the work, and the pipeline of K and V tiles.
+
+A program has three warpgroups: the WORKERS compute, and one more loads. All of them go through the
+same tiles of work in the same order, so no tile has to be announced.
+"""
 
 import functools
 import math
@@ -15,11 +19,11 @@ from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSourcesRe
 from pallas_kernels.grouped_attention.tile_ranges import loop_span, ROW_UNIT, Span
 
 WORKERS = 2  # warpgroups that compute; one more loads
-ROWS = 64  # rows of one of them: the height of a warpgroup's matrix product
-ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)  # one number a row of a product
-COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)  # ... a column
+ROWS = 64  # rows of one worker: the height of a warpgroup's matrix product
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a product
+COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)  # ... for each column
 
-# Layouts are written out: their inference would search for minutes.
+# All layouts are written out: the lowering would search for them for minutes.
 COMPILER_PARAMS = plgpu.CompilerParams(
   approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
 )
@@ -33,7 +37,7 @@ def operand_smem(shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def pcast_like[T](x: Array, results: T) -> T:
-  """Kernel results, marked inside a shard_map as varying over the mesh axes that x varies over."""
+  """Kernel results, marked inside a shard_map as varying over the mesh axes of x."""
 
   def varying(x: Array) -> frozenset[Any]:
     return jax.typeof(x).manual_axis_type.varying
@@ -45,35 +49,35 @@ def pcast_like[T](x: Array, results: T) -> T:
   return jax.tree.map(mark, results)
 
 
-class Place(NamedTuple):
-  """Where a tile of work lies: `row` and `head` are the first worker's."""
+class TileCoords(NamedTuple):
+  """Coordinates of a tile of work; `row` and `head` are those of the first worker."""
 
   batch: Array
   kv_head: Array
-  bound_head: Array | int
+  bound_head: Array | int  # index into the KV heads of the ranges
   tile: Array
   row: Array
   head: Array
 
   def span(self, spans_ref: Any, source: int) -> Span:
-    """What the tile sees of a source; spans_ref [B, n, tiles, 12]."""
+    """The keys of a source that the tile sees; spans_ref [B, n, tiles, 12]."""
     at = (self.batch, self.bound_head, self.tile)
     return Span(*(spans_ref[(*at, 4 * source + i)] for i in range(4)))
 
 
 class WorkSplit(NamedTuple):
-  """The tile of work of one program: both workers' queries.
+  """How the two workers share a tile of work.
 
-  Where query heads share a KV head, the workers take two heads of the same queries: the tile
-  then spans fewer queries, and fewer of its key tiles straddle a bound. Else they take two
-  pieces of the queries of one head.
+  If an even number of query heads shares a KV head, the workers take two heads of the same
+  queries: the tile then spans fewer queries, and fewer of its key tiles need a mask. Otherwise
+  they take two blocks of queries of one head.
   """
 
   heads: int  # query heads of a tile, 1 or 2
   heads_per_kv: int
 
   @classmethod
-  def of(cls, num_heads: int, num_kv_heads: int) -> "WorkSplit":
+  def for_heads(cls, num_heads: int, num_kv_heads: int) -> "WorkSplit":
     """The split for H query heads over N KV heads."""
     heads_per_kv = num_heads // num_kv_heads
     return cls(2 if heads_per_kv % 2 == 0 else 1, heads_per_kv)
@@ -84,27 +88,29 @@ class WorkSplit(NamedTuple):
     return ROWS * WORKERS // self.heads
 
   def grid(self, query: jax.Array) -> tuple[int, int, int]:
-    """Tiles of queries, batch, groups of heads."""
+    """The number of tiles of queries, batch entries and groups of heads."""
     B, L, H, _ = query.shape
     return math.ceil(L / self.queries), B, H // self.heads
 
-  def place(self, index: tuple[Array, ...], grid: tuple[int, int, int], bound_heads: int) -> Place:
+  def coords(
+    self, index: tuple[Array, ...], grid: tuple[int, int, int], bound_heads: int
+  ) -> TileCoords:
     """The tile of work at a grid index. Late queries see most, so they go first."""
     step, batch, heads = index
     tile = grid[0] - 1 - step
     head = heads * self.heads
     kv_head = lax.div(head, jnp.int32(self.heads_per_kv))
     bound_head = 0 if bound_heads == 1 else kv_head
-    return Place(batch, kv_head, bound_head, tile, tile * self.queries, head)
+    return TileCoords(batch, kv_head, bound_head, tile, tile * self.queries, head)
 
-  def query_slice(self, place: Place, worker: Array | int) -> tuple[Array, Any, Array]:
+  def query_slice(self, coords: TileCoords, worker: Array | int) -> tuple[Array, Any, Array]:
     """The index of a worker's queries in [B, L, H, D]."""
-    row = place.row + worker * (ROWS if self.heads == 1 else 0)
-    head = place.head + worker * (self.heads - 1)
-    return place.batch, pl.ds(row, ROWS), head
+    row = coords.row + worker * (ROWS if self.heads == 1 else 0)
+    head = coords.head + worker * (self.heads - 1)
+    return coords.batch, pl.ds(row, ROWS), head
 
 
-class Walk(NamedTuple):
+class TileSchedule(NamedTuple):
   """The order in which all warpgroups of a program go through its work. Static."""
 
   split: WorkSplit
@@ -114,24 +120,29 @@ class Walk(NamedTuple):
   max_window: int
 
   def tiles_of_work(self, spans_ref: Any, body: Callable[..., Array]) -> Array:
-    """Calls body(place, tiles of work before, key tiles before) -> key tiles after."""
+    """Calls body(coords, tiles of work before, key tiles before) -> key tiles after."""
 
     @plgpu.nd_loop(self.grid, collective_axes="program", init_carry=jnp.int32(0))
     def steps(info: Any, carry: Array) -> Array:
-      place = self.split.place(info.index, self.grid, spans_ref.shape[1])
-      return body(place, info.local_index, carry)
+      coords = self.split.coords(info.index, self.grid, spans_ref.shape[1])
+      return body(coords, info.local_index, carry)
 
     return steps
 
   def key_tiles(
-    self, sources: KVSourcesRef, spans_ref: Any, place: Place, body: Callable[..., Any], carry: Any
+    self,
+    sources: KVSourcesRef,
+    spans_ref: Any,
+    coords: TileCoords,
+    body: Callable[..., Any],
+    carry: Any,
   ) -> Any:
-    """Calls body(source, its bias, first entry, masked, carry) for what a tile sees."""
+    """Calls body(source, its bias, first key, masked, carry) for every key tile that is seen."""
     for i, source in enumerate(sources):
       is_group = i == 1
       narrow = i == 2 and self.max_window < self.block_k
       carry = loop_span(
-        place.span(spans_ref, i),
+        coords.span(spans_ref, i),
         self.block_k,
         functools.partial(body, source, self.group_bias2 if is_group else 0.0),
         carry,
@@ -140,8 +151,11 @@ class Walk(NamedTuple):
     return carry
 
 
-class KeyRing(NamedTuple):
-  """Key and value tiles on their way: `ready` is loaded, `free` is read by both workers."""
+class KVPipeline(NamedTuple):
+  """Stages of K and V tiles in shared memory, with two barriers each.
+
+  `ready`: the tile is loaded. `free`: both workers have read it.
+  """
 
   key: Any  # [stages, K, D]
   value: Any
@@ -151,8 +165,8 @@ class KeyRing(NamedTuple):
   value_free: Any
 
   @classmethod
-  def scratch(cls, stages: int, block_k: int, head_dim: int, dtype: Any) -> "KeyRing":
-    """Its scratch types."""
+  def scratch(cls, stages: int, block_k: int, head_dim: int, dtype: Any) -> "KVPipeline":
+    """The scratch types."""
     smem = operand_smem((stages, block_k, head_dim), dtype)
     ready = plgpu.Barrier(num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages)
@@ -163,23 +177,29 @@ class KeyRing(NamedTuple):
     return lax.rem(step, jnp.int32(self.key.shape[0]))
 
   def load(
-    self, place: Place, source: KVSourceRef, bias2: float, first: Array, masked: bool, step: Array
+    self,
+    coords: TileCoords,
+    source: KVSourceRef,
+    bias2: float,
+    first: Array,
+    masked: bool,
+    step: Array,
   ) -> Array:
-    """A body for `Walk.key_tiles`: fills the next stage once it is free."""
+    """A body for `TileSchedule.key_tiles`: loads into the next stage once that is free."""
     del bias2, masked
     stages, block_k, _ = self.key.shape
     slot = self.slot(step)
-    entries = (place.batch, pl.ds(first, block_k), place.kv_head)
+    rows = (coords.batch, pl.ds(first, block_k), coords.kv_head)
     for ref, smem, free, ready in (
       (source.key, self.key, self.key_free, self.key_ready),
       (source.value, self.value, self.value_free, self.value_ready),
     ):
       pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-      plgpu.copy_gmem_to_smem(ref.at[entries], smem.at[slot], ready.at[slot])
+      plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[slot], ready.at[slot])
     return step + 1
 
   def drain(self, steps: Array) -> None:
-    """Sees every stage free, so that no barrier is left in the middle of a phase."""
+    """Waits until all stages are free, so that every barrier ends on a full phase."""
     for stage in range(self.key.shape[0]):
 
       @pl.when(steps > stage)
@@ -189,17 +209,17 @@ class KeyRing(NamedTuple):
 
 
 def row_vector(value: float) -> Array:
-  """One float32 a row of a product."""
+  """One float32 for each row of a product."""
   return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), ROW_LAYOUT)
 
 
 def zero_accumulator(columns: int) -> Array:
-  """The start of a sum of products, in registers."""
+  """A sum of products, in registers, before the first one."""
   return plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def load_bounds(source: KVSourceRef, at: tuple[Any, ...], layout: Any) -> tuple[Array, Array]:
-  """Start and end of each of some queries."""
+def load_ranges(source: KVSourceRef, at: tuple[Any, ...], layout: Any) -> tuple[Array, Array]:
+  """Start and end of the ranges of some queries."""
   return (
     plgpu.load(source.start.at[at], layout=layout, optimized=False),
     plgpu.load(source.end.at[at], layout=layout, optimized=False),
@@ -207,20 +227,21 @@ def load_bounds(source: KVSourceRef, at: tuple[Any, ...], layout: Any) -> tuple[
 
 
 def seen_mask(
-  start: Array, end: Array, first_entry: Array, shape: tuple[int, int], *, query_axis: int
+  start: Array, end: Array, first_key: Array, shape: tuple[int, int], *, query_axis: int
 ) -> Array:
-  """Bool of `shape`: whether a query sees an entry, entries running from `first_entry` on."""
-  entry = first_entry + plgpu.broadcasted_iota(
+  """Bool of `shape`: whether a query sees a key, for keys from `first_key` on."""
+  key = first_key + plgpu.broadcasted_iota(
     jnp.int32, shape, 1 - query_axis, layout=plgpu.Layout.WGMMA
   )
   start = lax.broadcast_in_dim(start, shape, [query_axis])
   end = lax.broadcast_in_dim(end, shape, [query_axis])
-  return (start <= entry) & (entry < end)
+  return (start <= key) & (key < end)
 
 
 def add_product(acc: Array, lhs: Array, rhs_smem: Any, *, interpret: bool) -> Array:
   """acc + lhs @ rhs on the tensor cores; lhs is in registers."""
-  if interpret:  # The interpreter has no run_state. An ordinary read needs a fence, wgmma's do not.
+  if interpret:
+    # The interpreter has no run_state. It needs a fence after a plain read, as wgmma does not.
     product = lax.dot(lhs, rhs_smem[...], preferred_element_type=jnp.float32)
     plgpu.commit_smem()
     return acc + product

@@ -10,33 +10,33 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Float
 
-from pallas_kernels.dispatch import find_target
+from pallas_kernels.dispatch import find_target, refuse
 from pallas_kernels.grouped_attention.kv_sources import KVSources
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks, TpuBlocks
 from pallas_kernels.grouped_attention.mosaic_tpu_dkdv import mosaic_tpu_dkdv
 from pallas_kernels.grouped_attention.mosaic_tpu_dq import mosaic_tpu_dq
 from pallas_kernels.grouped_attention.mosaic_tpu_forward import mosaic_tpu_forward
-from pallas_kernels.grouped_attention.mosaic_tpu_ops import scaled
+from pallas_kernels.grouped_attention.mosaic_tpu_ops import KVTile, scaled
 from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
   FOCAL,
   GROUP,
   Operands,
   pack_bounds,
-  pack_query_runs,
+  pack_query_ranges,
   pad_to,
   round_up,
-  Walk,
+  TileSchedule,
   WINDOW,
 )
-from pallas_kernels.grouped_attention.tile_ranges import LOG2_E
+from pallas_kernels.kernel_common import LOG2_E
 from pallas_kernels.mosaic_tpu_common import Interpret
 
-_SCALAR_MEMORY = 2**19  # bytes for what tiles visit; a chip has twice as many
+_SCALAR_MEMORY = 2**19  # bytes for the ranges of tiles; a chip has twice as many
 
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-  walk: Walk
+  schedule: TileSchedule
   blocks: TpuBlocks
   interpret: Interpret
 
@@ -53,64 +53,74 @@ def grouped_attention_mosaic_tpu(
 ) -> Float[Array, "B L H D"]:
   """See `grouped_attention`. `blocks` overrides the tile sizes, `interpret` runs on a CPU.
 
-  Arrays are laid out heads first, which costs nothing where XLA lets their producer write so. L and
-  the length of the window are best multiples of 256: others are padded, which copies.
+  Arrays are laid out heads first, at no cost if XLA lets their producer write that layout. L and
+  the length of the window should be multiples of 256: other arrays are copied to pad them.
 
   Raises:
-    NotImplementedError: for a head dim other than 64, 128 and 256, a dtype other than bfloat16 and
-      float32, or more queries than scalar memory can describe.
+    NotImplementedError: for the reasons of `refusal`.
   """
+  options: dict[str, Any] = {"scale": scale, "group_bias": group_bias, "max_window": max_window}
+  refuse(refusal(query, sources, blocks=blocks, **options))
   B, L, H, D = query.shape
-  if D not in (64, 128, 256):
-    raise NotImplementedError(f"head_dim is {D}; this backend has 64, 128 and 256.")
-  if query.dtype not in (jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(f"dtype is {query.dtype}; this backend has bfloat16 and float32.")
-  blocks = blocks or tpu_blocks(find_target(query).kind, query.dtype.itemsize)
-  walk = walk_of(
-    blocks,
-    query,
-    sources,
-    scale=scale,
-    group_bias=group_bias,
-    max_window=max_window,
+  blocks = blocks or _blocks_for(query, sources)
+  schedule = schedule_of(blocks, query, sources, **options)
+  length = round_up(
+    L, max(schedule.block_q, schedule.summary_grad.block_q, schedule.window_grad.block_q)
   )
-  if (size := walk.scalar_bytes(B * sources.focal.start.shape[1], L)) > _SCALAR_MEMORY:
-    raise NotImplementedError(
-      f"query has {B} rows of {L}; what their tiles visit takes {size} bytes of scalar memory, and "
-      f"this backend has {_SCALAR_MEMORY}: split the batch."
-    )
-  length = round_up(L, max(walk.block_q, walk.summary_grad.block_q, walk.window_grad.block_q))
 
   focal, group, _ = sources
 
   def summaries(focal_x: Array, group_x: Array) -> Array:
     parts = [
-      pad_to(focal_x, 1, walk.group_offset),
-      pad_to(group_x, 1, walk.summaries - walk.group_offset),
+      pad_to(focal_x, 1, schedule.group_offset),
+      pad_to(group_x, 1, schedule.summaries - schedule.group_offset),
     ]
     return jnp.concatenate(parts, axis=1).transpose(0, 2, 1, 3)
 
-  def last_axes(x: Array) -> Array:
-    size = max(walk.window, round_up(x.shape[1], walk.window_grad.block_k))
+  def padded_window(x: Array) -> Array:
+    size = max(schedule.window, round_up(x.shape[1], schedule.window_grad.block_k))
     return pad_to(x, 1, size).transpose(0, 2, 1, 3)
 
   heads_BxPxGxLxD = (
-    pad_to(query, 1, length).reshape(B, length, -1, walk.heads, D).transpose(0, 2, 3, 1, 4)
+    pad_to(query, 1, length).reshape(B, length, -1, schedule.heads, D).transpose(0, 2, 3, 1, 4)
   )
   operands = Operands(
     heads_BxPxGxLxD,
-    # Scaled while they are laid out, instead of every logit.
-    scaled(summaries(focal.key, group.key), walk.scale2),
+    # The logit scale is multiplied in here, on fewer numbers than the logits.
+    scaled(summaries(focal.key, group.key), schedule.scale2),
     summaries(focal.value, group.value),
-    last_axes(sources.window.key),
-    last_axes(sources.window.value),
-    pack_bounds(sources, walk.group_offset, length),
+    padded_window(sources.window.key),
+    padded_window(sources.window.value),
+    pack_bounds(sources, schedule.group_offset, length),
   )
-  out_BxPxGxLxD = _attend(operands, _Static(walk, blocks, interpret))
+  out_BxPxGxLxD = _attend(operands, _Static(schedule, blocks, interpret))
   return out_BxPxGxLxD.transpose(0, 3, 1, 2, 4).reshape(B, length, H, D)[:, :L]
 
 
-def walk_of(
+def refusal(
+  query: Array, sources: KVSources, *, blocks: TpuBlocks | None = None, **options: Any
+) -> str | None:
+  """Why these kernels cannot run a call of `grouped_attention`; None if they can."""
+  B, L, _, D = query.shape
+  if D not in (64, 128, 256):
+    return f"head_dim is {D}; it must be 64, 128 or 256"
+  if query.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"dtype is {query.dtype}; it must be bfloat16 or float32"
+  schedule = schedule_of(blocks or _blocks_for(query, sources), query, sources, **options)
+  size = schedule.scalar_bytes(B * sources.focal.start.shape[1], L)
+  if size > _SCALAR_MEMORY:
+    return (
+      f"query has {B} rows of {L} tokens, whose tile ranges take {size} bytes of scalar memory; at "
+      f"most {_SCALAR_MEMORY} fit: split the batch"
+    )
+  return None
+
+
+def _blocks_for(query: Array, sources: KVSources) -> TpuBlocks:
+  return tpu_blocks(find_target(query, sources).kind, query.dtype.itemsize)
+
+
+def schedule_of(
   blocks: TpuBlocks,
   query: Array,
   sources: KVSources,
@@ -118,9 +128,9 @@ def walk_of(
   scale: float,
   group_bias: float,
   max_window: int,
-) -> Walk:
+) -> TileSchedule:
   """Static sizes of a call, from its arrays or their shapes."""
-  return Walk.of(
+  return TileSchedule.for_call(
     blocks,
     dtype=query.dtype,
     head_dim=query.shape[3],
@@ -135,12 +145,12 @@ def walk_of(
   )
 
 
-def summary_runs(bounds: Array, walk: Walk) -> Array:
-  """`pack_query_runs` of focal tiles, then of those of groups."""
-  tile, offset = walk.summary_grad, walk.group_offset
+def summary_query_ranges(bounds: Array, schedule: TileSchedule) -> Array:
+  """`pack_query_ranges` of the tiles of focal tokens, then of those of groups."""
+  tile, offset = schedule.summary_grad, schedule.group_offset
   parts = [
-    pack_query_runs(bounds, FOCAL, 0, offset, tile),
-    pack_query_runs(bounds, GROUP, offset, walk.summaries - offset, tile),
+    pack_query_ranges(bounds, FOCAL, 0, offset, tile),
+    pack_query_ranges(bounds, GROUP, offset, schedule.summaries - offset, tile),
   ]
   return jnp.concatenate(parts, axis=3)
 
@@ -153,8 +163,8 @@ def _attend(operands: Operands, static: _Static) -> Array:
 def _attend_fwd(operands: Operands, static: _Static) -> tuple[Array, tuple]:
   out, lse2 = mosaic_tpu_forward(
     operands,
-    static.walk,
-    cost=_cost(operands, static.walk, products=2),
+    static.schedule,
+    cost=_cost(operands, static.schedule, products=2),
     vmem=static.blocks.vmem,
     interpret=static.interpret,
   )
@@ -163,37 +173,37 @@ def _attend_fwd(operands: Operands, static: _Static) -> tuple[Array, tuple]:
 
 def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
   operands, out, lse2 = residuals
-  walk = static.walk
+  schedule = static.schedule
   delta = jnp.einsum("bpgld,bpgld->bpgl", out, dout, preferred_element_type=jnp.float32)
   options: dict[str, Any] = {"vmem": static.blocks.vmem, "interpret": static.interpret}
   rows = (lse2, delta, dout)
-  dq = mosaic_tpu_dq(operands, walk, *rows, cost=_cost(operands, walk, products=3), **options)
+  dq = mosaic_tpu_dq(
+    operands, schedule, *rows, cost=_cost(operands, schedule, products=3), **options
+  )
   summary_grads = mosaic_tpu_dkdv(
     operands,
-    walk,
-    operands.summary_key,
-    operands.summary_value,
-    summary_runs(operands.bounds, walk),
+    schedule,
+    KVTile(operands.summary_key, operands.summary_value),
+    summary_query_ranges(operands.bounds, schedule),
     *rows,
     sources=(FOCAL, GROUP),
     scale_keys=False,
-    tile=walk.summary_grad,
-    cost=_cost(operands, walk, products=4, window=False),
+    tile=schedule.summary_grad,
+    cost=_cost(operands, schedule, products=4, window=False),
     name="summaries",
     **options,
   )
   window_size = operands.window_key.shape[2]
   window_grads = mosaic_tpu_dkdv(
     operands,
-    walk,
-    operands.window_key,
-    operands.window_value,
-    pack_query_runs(operands.bounds, WINDOW, 0, window_size, walk.window_grad),
+    schedule,
+    KVTile(operands.window_key, operands.window_value),
+    pack_query_ranges(operands.bounds, WINDOW, 0, window_size, schedule.window_grad),
     *rows,
     sources=(WINDOW,),
     scale_keys=True,
-    tile=walk.window_grad,
-    cost=_cost(operands, walk, products=4, summaries=False),
+    tile=schedule.window_grad,
+    cost=_cost(operands, schedule, products=4, summaries=False),
     name="window",
     **options,
   )
@@ -201,16 +211,21 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
 
 
 def _cost(
-  operands: Operands, walk: Walk, *, products: int, summaries: bool = True, window: bool = True
+  operands: Operands,
+  schedule: TileSchedule,
+  *,
+  products: int,
+  summaries: bool = True,
+  window: bool = True,
 ) -> pl.CostEstimate:
-  """For queries that see half of the summaries and whole pieces of the window."""
+  """The cost if queries see half of the summaries and a whole piece of the window."""
   D = operands.query.shape[-1]
   rows = operands.query.size // D
-  entries = summaries * walk.summaries // 2 + window * walk.window
+  keys = summaries * schedule.summaries // 2 + window * schedule.window
   arrays = sum(x.size * x.dtype.itemsize for x in operands)
   return pl.CostEstimate(
-    flops=2 * products * D * rows * entries,
-    transcendentals=rows * entries,
+    flops=2 * products * D * rows * keys,
+    transcendentals=rows * keys,
     bytes_accessed=arrays + operands.query.size * operands.query.dtype.itemsize,
   )
 

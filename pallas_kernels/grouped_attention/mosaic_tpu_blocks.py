@@ -10,9 +10,9 @@ _MIB = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class KeyTile:
-  """Of a kernel that holds entries and goes through queries, all heads of a tile at once."""
+  """Tile of a kernel that holds keys and loops over queries, all heads of a tile at once."""
 
-  block_k: int  # entries
+  block_k: int  # keys
   rows: int  # heads times queries
   tiles: int  # tiles of queries that are loaded at once
 
@@ -22,15 +22,15 @@ class TpuBlocks:
   """Tiles of the three kernels. Sizes are powers of two."""
 
   rows: int  # of a tile of queries: heads times queries
-  edge_rows: int  # of them, how many are computed at once at the edges
-  block_k: int  # entries of a tile of summaries
-  summaries: int  # bytes of keys that are loaded at once at most
+  edge_rows: int  # rows that are computed at once at the edges
+  block_k: int  # keys of a tile of summaries
+  summaries: int  # bytes of summary keys that are loaded at once at most
   summary_grad: KeyTile
   window_grad: KeyTile
-  vmem: int  # bytes that a kernel may take
+  vmem: int  # bytes that a kernel may use
 
 
-# An MXU of 128 x 128 is what binds; the vector unit has time to spill.
+# An MXU of 128 x 128 is the bottleneck; the vector unit has time to spare.
 _NARROW_MXU = TpuBlocks(
   rows=1024,
   edge_rows=256,
@@ -40,7 +40,7 @@ _NARROW_MXU = TpuBlocks(
   window_grad=KeyTile(block_k=256, rows=512, tiles=4),
   vmem=48 * _MIB,
 )
-# One of 256 x 256 waits for the vector unit.
+# An MXU of 256 x 256 waits for the vector unit.
 _WIDE_MXU = dataclasses.replace(_NARROW_MXU, edge_rows=1024)
 _CHIPS = {
   "TPU v5 lite": _NARROW_MXU,

@@ -1,36 +1,54 @@
-"""Key and value gradients of one array of entries for TPUs.
+"""Key and value gradients of one array of keys for TPUs.
 
-A grid step holds one tile of entries and one piece of the queries that see it, all heads of a head
-tile. All products are transposed: entries are rows, so that what is one number a query lies along
+A grid step holds one tile of keys and one piece of the queries that see it, all heads of a head
+tile. All products are transposed: keys are rows, so that one number for each query is a row of
 lanes.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_attention.mosaic_tpu_ops import loop_ranges, scaled
+from pallas_kernels.grouped_attention.mosaic_tpu_ops import KVTile, loop_ranges, scaled
 from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
   FIELDS,
   GradTile,
-  LN_2,
   Operands,
-  Run,
-  Walk,
+  TileRange,
+  TileSchedule,
 )
-from pallas_kernels.mosaic_tpu_common import dot, Interpret, like
+from pallas_kernels.kernel_common import LN_2, out_struct
+from pallas_kernels.mosaic_tpu_common import dot, Interpret
+
+
+class _QueryRows(NamedTuple):
+  """Per piece of queries: references, or block specs."""
+
+  query: Any  # [G, Q, D]
+  dout: Any  # [G, Q, D]
+  lse2: Any  # [G, Q]
+  delta: Any  # [G, Q]
+  bounds: Any  # [FIELDS, Q]
+
+
+class _Static(NamedTuple):
+  schedule: TileSchedule
+  tile: GradTile
+  sources: tuple[int, ...]
+  key_scale: float
+  length: int  # L
+  piece: int  # queries of a step
 
 
 def mosaic_tpu_dkdv(
   operands: Operands,
-  walk: Walk,
-  key: Array,
-  value: Array,
-  runs: Array,
+  schedule: TileSchedule,
+  kv: KVTile,
+  ranges: Array,
   lse2: Array,
   delta: Array,
   dout: Array,
@@ -46,63 +64,35 @@ def mosaic_tpu_dkdv(
   """dk and dv [B, N, S, D], summed over the query heads of a KV head.
 
   With p the softmax weights: dv = pᵀ dout, ds = p (dp − delta), dk = scale · dsᵀ q, or
-  ln 2 · dsᵀ q for keys that carry the scale.
+  ln 2 · dsᵀ q for keys that are multiplied with the logit scale in base 2.
 
   Args:
-    key: entries [B, N, S, D], S a multiple of tile.block_k.
-    runs: `pack_query_runs` of its tiles.
-    sources: rows of the bounds that hold for the entries; a second one holds for groups.
-    scale_keys: whether they do not carry the scale yet.
-    name: of the entries, for profiles.
+    kv: keys and values [B, N, S, D], S a multiple of tile.block_k.
+    ranges: `pack_query_ranges` of their tiles.
+    sources: rows of the packed ranges that hold for the keys; a second one holds for groups.
+    scale_keys: whether the keys are not yet multiplied with the scale.
+    name: of the array of keys, for profiles.
   """
   query = operands.query
-  B, _, G, L, D = query.shape
-  _, N, S, _ = key.shape
+  B, _, _, L, D = query.shape
+  _, N, S, _ = kv.key.shape
   piece = min(tile.piece, L)
-  queries_seen = (runs[:, :, 3] - runs[:, :, 0]).max() * tile.block_q
+  key_scale = schedule.scale2 if scale_keys else 1.0
+  static = _Static(schedule, tile, sources, key_scale, L, piece)
+  queries_seen = (ranges[:, :, 3] - ranges[:, :, 0]).max() * tile.block_q
   steps = jnp.maximum(-(-queries_seen // piece), 1)
-
-  def kv_bound_head(n: Any) -> Any:
-    return 0 if walk.shared_bounds else n
-
-  def piece_from(b: Any, n: Any, e: Any, j: Any, ref: Any) -> Any:
-    run = _run(ref, b, kv_bound_head(n), e)
-    return _loaded_from(_nominal(run, j, tile, piece), L, piece, tile.block_q)
-
-  def head_tile(n: Any, h: Any) -> Any:
-    return n * walk.splits + h
-
-  queries = pl.BlockSpec(
-    (pl.squeezed, pl.squeezed, pl.Element(G), pl.Element(piece), pl.Element(D)),
-    lambda b, n, e, h, j, ref: (b, head_tile(n, h), 0, piece_from(b, n, e, j, ref), 0),
-  )
-  numbers = pl.BlockSpec(
-    (pl.squeezed, pl.squeezed, pl.Element(G), pl.Element(piece)),
-    lambda b, n, e, h, j, ref: (b, head_tile(n, h), 0, piece_from(b, n, e, j, ref)),
-  )
-  bounds = pl.BlockSpec(
-    (pl.squeezed, pl.squeezed, pl.Element(FIELDS), pl.Element(piece)),
-    lambda b, n, e, h, j, ref: (b, kv_bound_head(n), 0, piece_from(b, n, e, j, ref)),
-  )
-  entries = pl.BlockSpec((None, None, tile.block_k, D), lambda b, n, e, h, j, _: (b, n, e, 0))
+  keys = pl.BlockSpec((None, None, tile.block_k, D), lambda b, n, e, h, j, _: (b, n, e, 0))
   acc = pltpu.VMEM((tile.block_k, D), jnp.float32)
   dk, dv = pl.pallas_call(
-    functools.partial(
-      _dkdv_kernel,
-      walk=walk,
-      sources=sources,
-      key_scale=walk.scale2 if scale_keys else 1.0,
-      tile=tile,
-      length=L,
-    ),
+    functools.partial(_dkdv_kernel, static=static),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(B, N, S // tile.block_k, walk.splits, steps),
-      in_specs=[queries, queries, numbers, numbers, bounds, entries, entries],
-      out_specs=[entries, entries],
-      scratch_shapes=[acc, acc, pltpu.VMEM((tile.block_k, D), key.dtype)],
+      grid=(B, N, S // tile.block_k, schedule.splits, steps),
+      in_specs=[_query_specs(static, D), KVTile(keys, keys)],
+      out_specs=[keys, keys],
+      scratch_shapes=[acc, acc, pltpu.VMEM((tile.block_k, D), kv.key.dtype)],
     ),
-    out_shape=[like(key, key.shape, key.dtype), like(value, value.shape, value.dtype)],
+    out_shape=[out_struct(x, x.shape, x.dtype) for x in kv],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "parallel", "arbitrary", "arbitrary"),
       vmem_limit_bytes=vmem,
@@ -110,95 +100,123 @@ def mosaic_tpu_dkdv(
     cost_estimate=cost,
     interpret=interpret,
     name=f"grouped_attention_dkdv_{name}",
-  )(runs.reshape(*runs.shape[:2], -1), query, dout, lse2, delta, operands.bounds, key, value)
+  )(
+    ranges.reshape(*ranges.shape[:2], -1),
+    _QueryRows(query, dout, lse2, delta, operands.bounds),
+    kv,
+  )
   return dk, dv
 
 
-def _run(ref: Any, b: Any, n: Any, e: Any) -> Run:
-  """The tiles of queries that see a tile of entries."""
+def _query_specs(static: _Static, head_dim: int) -> _QueryRows:
+  """A step's piece of the queries that see a tile of keys."""
+  schedule, G = static.schedule, static.schedule.heads
+
+  def bound_head(n: Any) -> Any:
+    return 0 if schedule.shared_bounds else n
+
+  def piece_from(b: Any, n: Any, e: Any, j: Any, ref: Any) -> Any:
+    tiles = _tile_range(ref, b, bound_head(n), e)
+    return _loaded_from(_nominal(tiles, j, static), static)
+
+  def head_tile(n: Any, h: Any) -> Any:
+    return n * schedule.splits + h
+
+  rows = (pl.squeezed, pl.squeezed, pl.Element(G), pl.Element(static.piece))
+  queries = pl.BlockSpec(
+    (*rows, pl.Element(head_dim)),
+    lambda b, n, e, h, j, ref: (b, head_tile(n, h), 0, piece_from(b, n, e, j, ref), 0),
+  )
+  numbers = pl.BlockSpec(
+    rows, lambda b, n, e, h, j, ref: (b, head_tile(n, h), 0, piece_from(b, n, e, j, ref))
+  )
+  bounds = pl.BlockSpec(
+    (pl.squeezed, pl.squeezed, pl.Element(FIELDS), pl.Element(static.piece)),
+    lambda b, n, e, h, j, ref: (b, bound_head(n), 0, piece_from(b, n, e, j, ref)),
+  )
+  return _QueryRows(queries, queries, numbers, numbers, bounds)
+
+
+def _tile_range(ref: Any, b: Any, n: Any, e: Any) -> TileRange:
+  """The tiles of queries that see a tile of keys."""
   tiles = ref.shape[2] // 4
-  return Run(*(ref[b, n, i * tiles + e] for i in range(4)))
+  return TileRange(*(ref[b, n, i * tiles + e] for i in range(4)))
 
 
-def _nominal(run: Run, step: Any, tile: GradTile, piece: int) -> Any:
-  """The first query of a step's piece; steps after the last one stay there."""
-  pieces = lax.div((run.edge - run.first) * tile.block_q + (piece - 1), jnp.int32(piece))
-  return run.first * tile.block_q + jnp.clip(step, 0, jnp.maximum(pieces - 1, 0)) * piece
+def _nominal(tiles: TileRange, step: Any, static: _Static) -> Any:
+  """The first query of a step's piece; steps after the last one repeat its piece."""
+  block_q, piece = static.tile.block_q, static.piece
+  pieces = lax.div((tiles.edge - tiles.first) * block_q + (piece - 1), jnp.int32(piece))
+  return tiles.first * block_q + jnp.clip(step, 0, jnp.maximum(pieces - 1, 0)) * piece
 
 
-def _loaded_from(nominal: Any, length: int, piece: int, unit: int) -> Any:
-  """What leaves the piece inside the array."""
-  return pl.multiple_of(jnp.minimum(nominal, length - piece), unit)
+def _loaded_from(nominal: Any, static: _Static) -> Any:
+  """The first query that is loaded for a piece: clamped so that the piece stays in the array."""
+  start = jnp.minimum(nominal, static.length - static.piece)
+  return pl.multiple_of(start, static.tile.block_q)
 
 
 def _dkdv_kernel(
-  runs_ref: Any,
-  q_ref: Any,
-  dout_ref: Any,
-  lse2_ref: Any,
-  delta_ref: Any,
-  bounds_ref: Any,
-  key_ref: Any,
-  value_ref: Any,
+  ranges_ref: Any,
+  rows: _QueryRows,
+  kv: KVTile,
   dk_ref: Any,
   dv_ref: Any,
   dk_acc: Any,
   dv_acc: Any,
   scaled_key: Any,
   *,
-  walk: Walk,
-  sources: tuple[int, ...],
-  key_scale: float,
-  tile: GradTile,
-  length: int,
+  static: _Static,
 ) -> None:
+  schedule, tile, sources = static.schedule, static.tile, static.sources
   b, n, e, h, step = (pl.program_id(i) for i in range(5))
-  run = _run(runs_ref, b, 0 if walk.shared_bounds else n, e)
-  G, piece, D = q_ref.shape
-  nominal = _nominal(run, step, tile, piece)
-  loaded_from = _loaded_from(nominal, length, piece, tile.block_q)
-  first_entry = e * tile.block_k
-  is_group = first_entry >= walk.group_offset
+  tiles = _tile_range(ranges_ref, b, 0 if schedule.shared_bounds else n, e)
+  G, piece, D = rows.query.shape
+  nominal = _nominal(tiles, step, static)
+  loaded_from = _loaded_from(nominal, static)
+  first_key = e * tile.block_k
+  is_group = first_key >= schedule.group_offset
 
   @pl.when((h == 0) & (step == 0))
   def _begin() -> None:
     dk_acc[...] = jnp.zeros_like(dk_acc)
     dv_acc[...] = jnp.zeros_like(dv_acc)
-    scaled_key[...] = key_ref[...] if key_scale == 1 else scaled(key_ref[...], key_scale)
+    key = kv.key[...]
+    scaled_key[...] = key if static.key_scale == 1 else scaled(key, static.key_scale)
 
   def bound(field: int, at: Any) -> Array:
-    rows = [bounds_ref[source + field : source + field + 1, at] for source in sources]
-    return rows[0] if len(rows) == 1 else jnp.where(is_group, rows[1], rows[0])
+    found = [rows.bounds[source + field : source + field + 1, at] for source in sources]
+    return found[0] if len(found) == 1 else jnp.where(is_group, found[1], found[0])
 
   def along_lanes(ref: Any, at: Any) -> Array:
     return jnp.concatenate([ref[g : g + 1, at] for g in range(G)], axis=1)
 
   def add(t: Array, *, masked: bool) -> None:
     at = pl.ds(pl.multiple_of(t * tile.block_q - loaded_from, tile.block_q), tile.block_q)
-    q_QxD = q_ref[:, at, :].reshape(G * tile.block_q, D)
-    dout_QxD = dout_ref[:, at, :].reshape(G * tile.block_q, D)
+    q_QxD = rows.query[:, at, :].reshape(G * tile.block_q, D)
+    dout_QxD = rows.dout[:, at, :].reshape(G * tile.block_q, D)
     logits = dot(scaled_key[...], q_QxD, (1, 1))
     if masked:
-      entry = first_entry + lax.broadcasted_iota(jnp.int32, (tile.block_k, 1), 0)
-      seen = (bound(0, at) <= entry) & (entry < bound(1, at))
+      key = first_key + lax.broadcasted_iota(jnp.int32, (tile.block_k, 1), 0)
+      seen = (bound(0, at) <= key) & (key < bound(1, at))
       logits = jnp.minimum(logits, jnp.tile(jnp.where(seen, jnp.inf, -jnp.inf), (1, G)))
-    shift = along_lanes(lse2_ref, at)
-    if walk.group_bias2 and len(sources) > 1:
-      shift -= jnp.where(is_group, walk.group_bias2, 0.0)
-    weights = jnp.exp2(logits - shift)
-    dv_acc[...] += dot(weights.astype(dout_QxD.dtype), dout_QxD)
-    dp = dot(value_ref[...], dout_QxD, (1, 1))
-    ds = weights * (dp - along_lanes(delta_ref, at))
+    shift = along_lanes(rows.lse2, at)
+    if schedule.group_bias2 and len(sources) > 1:
+      shift -= jnp.where(is_group, schedule.group_bias2, 0.0)
+    p_KxQ = jnp.exp2(logits - shift)
+    dv_acc[...] += dot(p_KxQ.astype(dout_QxD.dtype), dout_QxD)
+    dp = dot(kv.value[...], dout_QxD, (1, 1))
+    ds = p_KxQ * (dp - along_lanes(rows.delta, at))
     dk_acc[...] += dot(ds.astype(q_QxD.dtype), q_QxD)
 
   tiles_per_piece = piece // tile.block_q
-  low = run.first + step * tiles_per_piece
-  inside = run.inside(low, low + tiles_per_piece)
+  low = tiles.first + step * tiles_per_piece
+  inside = tiles.clip(low, low + tiles_per_piece)
   loop_ranges([(inside.whole_from, inside.whole_to)], lambda t: add(t, masked=False))
   rest = [(inside.first, inside.whole_from), (inside.whole_to, inside.edge)]
   loop_ranges(rest, lambda t: add(t, masked=True))
 
-  @pl.when((h == walk.splits - 1) & (step == pl.num_programs(4) - 1))
+  @pl.when((h == schedule.splits - 1) & (step == pl.num_programs(4) - 1))
   def _finish() -> None:
-    dk_ref[...] = (dk_acc[...] * (LN_2 * key_scale)).astype(dk_ref.dtype)
+    dk_ref[...] = (dk_acc[...] * (LN_2 * static.key_scale)).astype(dk_ref.dtype)
     dv_ref[...] = dv_acc[...].astype(dv_ref.dtype)

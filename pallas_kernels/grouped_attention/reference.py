@@ -1,8 +1,11 @@
-"""The oracle of the kernels: ranges written out as masks, in float32. Slow and obvious."""
+"""The oracle of grouped attention: ranges written out as masks, in float32. Slow and obvious.
+
+No backend imports this file, and it imports no code of a backend.
+"""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from pallas_kernels.grouped_attention.kv_sources import KVSources
 
@@ -15,46 +18,28 @@ def grouped_attention_reference(
   group_bias: float,
   max_window: int,
 ) -> Float[Array, "B L H D"]:
-  """See `grouped_attention`; holds B·H·L·(r + k + w) logits at once."""
+  """See `grouped_attention`; holds B·H·L·S logits at once, S the tokens of all sources."""
   del max_window
   B, L, H, D = query.shape
   N = sources.focal.key.shape[2]
-  q_BxLxNxRxD = query.reshape(B, L, N, H // N, D).astype(jnp.float32)
-  key_BxSxNxD = jnp.concatenate([s.key for s in sources], axis=1).astype(jnp.float32)
-  value_BxSxNxD = jnp.concatenate([s.value for s in sources], axis=1)
-  visible_BxnxLxS = jnp.concatenate(
-    [in_range(s.key.shape[1], s.start, s.end) for s in sources], axis=-1
+  query_BxLxNxRxD = query.reshape(B, L, N, H // N, D).astype(jnp.float32)
+  logits, visible, values = [], [], []
+  for source, bias in zip(sources, (0.0, group_bias, 0.0), strict=True):
+    key_BxSxNxD, value_BxSxNxD = (x.astype(jnp.float32) for x in (source.key, source.value))
+    products = jnp.einsum("blnrd,bsnd->bnrls", query_BxLxNxRxD, key_BxSxNxD, precision="highest")
+    logits.append(scale * products + bias)
+    token_S = jnp.arange(key_BxSxNxD.shape[1])[None, None, None]
+    visible_BxnxLxS = (source.start[..., None] <= token_S) & (token_S < source.end[..., None])
+    visible.append(jnp.broadcast_to(visible_BxnxLxS[:, :, None], products.shape))
+    values.append(value_BxSxNxD)
+  logits_BxNxRxLxS = jnp.where(
+    jnp.concatenate(visible, axis=-1), jnp.concatenate(logits, axis=-1), -jnp.inf
   )
-  bias_S = jnp.concatenate(
-    [
-      jnp.full(source.key.shape[1], bias)
-      for source, bias in zip(sources, (0.0, group_bias, 0.0), strict=True)
-    ]
-  )
-  logits_BxNxRxLxS = (
-    scale * jnp.einsum("blnrd,bsnd->bnrls", q_BxLxNxRxD, key_BxSxNxD, precision="highest")
-    + bias_S[None, None, None, None, :]
-  )
-  weights_BxNxRxLxS = masked_softmax(logits_BxNxRxLxS, visible_BxnxLxS[:, :, None])
+  sees_BxNxRxLx1 = jnp.concatenate(visible, axis=-1).any(axis=-1, keepdims=True)
+  # A query that sees nothing gets a softmax of zeros, which is then replaced by 0.
+  weights = jax.nn.softmax(jnp.where(sees_BxNxRxLx1, logits_BxNxRxLxS, 0.0), axis=-1)
+  weights_BxNxRxLxS = jnp.where(sees_BxNxRxLx1, weights, 0.0)
   out_BxLxNxRxD = jnp.einsum(
-    "bnrls,bsnd->blnrd",
-    weights_BxNxRxLxS,
-    value_BxSxNxD.astype(jnp.float32),
-    precision="highest",
+    "bnrls,bsnd->blnrd", weights_BxNxRxLxS, jnp.concatenate(values, axis=1), precision="highest"
   )
   return out_BxLxNxRxD.reshape(B, L, H, D).astype(query.dtype)
-
-
-def in_range(size: int, start: Array, end: Array) -> Array:
-  """[..., size] bool: whether entry s lies in [start, end)."""
-  entry = jnp.arange(size, dtype=jnp.int32).reshape((1,) * start.ndim + (size,))
-  return (start[..., None] <= entry) & (entry < end[..., None])
-
-
-def masked_softmax(logits: Float[Array, "*s n"], mask: Bool[Array, "*s n"]) -> Float[Array, "*s n"]:
-  """Softmax over the last axis where the mask holds; 0 elsewhere and in rows without any."""
-  logits = jnp.where(mask, logits, -jnp.inf)
-  top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-  weights = jnp.exp(logits - jnp.where(jnp.isneginf(top), 0, top))
-  total = weights.sum(axis=-1, keepdims=True)
-  return weights / jnp.where(total == 0, 1, total)

@@ -1,10 +1,9 @@
-"""Key sources, and which tiles of queries and entries meet. Shared by the GPU kernels.
+"""Which tiles of queries and of keys meet, for the GPU kernels: ranges, and loops over them.
 
-Letters: B batch, L queries, H query heads, N key/value heads, D head dim, S entries of one
-key source (focal, groups or window), n key/value heads of the bounds (N or 1).
+Letters: B batch, L queries, H query heads, N KV heads, D head dim, S tokens of one source, n KV
+heads of the ranges (N or 1), T tiles.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,13 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.grouped_attention.kv_sources import KVSources
-
-LOG2_E = math.log2(math.e)
-
-# Where a running maximum starts: finite, so that a row which sees nothing gets exp2(-inf - m) = 0
-# and a correction of exp2(0) = 1 instead of the NaN of (-inf) - (-inf).
-MASK_VALUE = -1e30
+from pallas_kernels.grouped_attention.kv_sources import KVSource, KVSources
 
 
 class Span(NamedTuple):
@@ -41,7 +34,7 @@ def loop_span[T](
   """Runs `body(first, masked, carry)` over [span.first, span.last) in steps of `block`.
 
   Tiles that every row sees whole run in a loop of their own, without a mask.
-  `has_full_tiles=False` leaves that loop out, for sources too narrow to hold such a tile.
+  `has_full_tiles=False` omits that loop, for sources too narrow to hold such a tile.
   """
   num_tiles = lax.div(jnp.maximum(span.last - span.first, 0) + (block - 1), block)
   if not has_full_tiles:
@@ -61,14 +54,14 @@ def loop_span[T](
   return lax.fori_loop(0, num_tiles - num_full, straddling, carry)
 
 
-# Tiles begin at multiples of it: the TMA unit copies rows in units of 8.
+# The TMA unit copies rows in units of 8: tiles begin at multiples of it.
 ROW_UNIT = 8
 
 
 def tile_ranges(sources: KVSources, block: int) -> Array:
-  """[B, n, tiles, 12] int32: per tile of `block` queries its `Span` of each source.
+  """[B, n, T, 12] int32: the `Span` of each source that each tile of `block` queries sees.
 
-  Bounds never decrease along a tile, so its first and last query tell everything.
+  Ranges never decrease along L, so the first and the last query of a tile determine its span.
   """
   first, last = slice(0, None, block), slice(block - 1, None, block)
   numbers = []
@@ -78,12 +71,12 @@ def tile_ranges(sources: KVSources, block: int) -> Array:
   return jnp.stack(numbers, axis=-1)
 
 
-def query_spans(start_BxnxL: Array, end_BxnxL: Array, num_entries: int, block: int) -> Array:
-  """[B, n, tiles, 4] int32: per tile of `block` entries the `Span` of the queries that see it.
+def query_spans(start_BxnxL: Array, end_BxnxL: Array, num_keys: int, block: int) -> Array:
+  """[B, n, T, 4] int32: the `Span` of the queries that see each tile of `block` keys.
 
-  Bounds never decrease along L, so each number is one binary search.
+  Ranges never decrease along L, so each number is one binary search.
   """
-  first_T = jnp.arange(0, num_entries, block, dtype=jnp.int32)
+  first_T = jnp.arange(0, num_keys, block, dtype=jnp.int32)
   last_T = first_T + block
 
   def search(start_L: Array, end_L: Array) -> Array:
@@ -99,3 +92,17 @@ def query_spans(start_BxnxL: Array, end_BxnxL: Array, num_entries: int, block: i
     return jnp.stack([first, full_first, full_last, last], axis=-1).astype(jnp.int32)
 
   return jax.vmap(jax.vmap(search))(start_BxnxL, end_BxnxL)
+
+
+def sum_heads(partial_BxSxPxD: Array, source: KVSource) -> Array:
+  """[B, S, N, D] in the source's dtype from sums over parts of a KV head's query heads.
+
+  Args:
+    partial_BxSxPxD: P = N · parts sums, of S tokens or more (padding).
+    source: gives S, N and the dtype.
+  """
+  B, S, N, D = source.key.shape
+  partial_BxSxPxD = partial_BxSxPxD[:, :S]
+  if partial_BxSxPxD.shape[2] == N:
+    return partial_BxSxPxD.astype(source.key.dtype)
+  return partial_BxSxPxD.reshape(B, S, N, -1, D).sum(axis=3).astype(source.key.dtype)

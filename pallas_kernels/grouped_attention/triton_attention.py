@@ -1,10 +1,11 @@
-"""Grouped attention through Pallas-Triton: checks, padding and the custom gradient.
+"""Grouped attention through Pallas-Triton, for GPUs older than Hopper: checks and gradient.
 
-The route for GPUs older than Hopper. JAX will remove this backend, hence files of its own.
+JAX will remove this lowering; all code that depends on it is in files named triton_*.
 """
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jaxtyping import Float
 
-from pallas_kernels.dispatch import find_target
+from pallas_kernels.dispatch import find_target, refuse
 from pallas_kernels.grouped_attention.block_sizes import triton_blocks, TritonBlocks
 from pallas_kernels.grouped_attention.kv_sources import kv_cotangent, KVSources, pad_ranges
 from pallas_kernels.grouped_attention.triton_dkdv import triton_dkdv
@@ -42,25 +43,30 @@ def grouped_attention_triton(
   """See `grouped_attention`. `blocks` overrides the tile sizes, `interpret` runs on a CPU.
 
   Raises:
-    NotImplementedError: for a head dim that is no power of two of at least 16, or a dtype other
-      than float16, bfloat16 and float32.
+    NotImplementedError: for the reasons of `refusal`.
   """
-  D = query.shape[-1]
-  if D < 16 or D & (D - 1):
-    raise NotImplementedError(f"head_dim is {D}; this backend wants a power of two, 16 or more.")
-  if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
-    raise NotImplementedError(
-      f"dtype is {query.dtype}; this backend has float16, bfloat16 and float32."
-    )
+  refuse(refusal(query, sources))
 
   def at_least_one(x: Array) -> Array:
     """An empty source gets a token that no query sees: an array of size 0 has no address."""
     return x if x.shape[1] else jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype)
 
-  blocks = blocks or triton_blocks(find_target(query).kind, D, query.dtype.itemsize)
+  target = find_target(query, sources)
+  blocks = blocks or triton_blocks(target.kind, query.shape[-1], query.dtype.itemsize)
   static = _Static(scale, group_bias, max_window, blocks, interpret)
   sources = sources.with_kv(jax.tree.map(at_least_one, sources.kv))
   return _attend(query, sources, static)
+
+
+def refusal(query: Array, sources: KVSources, **_: Any) -> str | None:
+  """Why these kernels cannot run a call of `grouped_attention`; None if they can."""
+  del sources
+  D = query.shape[-1]
+  if D < 16 or D & (D - 1):
+    return f"head_dim is {D}; it must be a power of two, 16 or more"
+  if query.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+    return f"dtype is {query.dtype}; it must be float16, bfloat16 or float32"
+  return None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -107,8 +113,8 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     tile=static.blocks.dkdv,
     interpret=static.interpret,
   )
-  # Few long tiles in the prefixes: one query head a program keeps the GPU busy. Many short ones
-  # in the window: all heads in one program spare the partial sums.
+  # Focal tokens and groups give few programs with many steps: one query head a program keeps the
+  # GPU busy. The window gives many short programs: all heads in one avoid the partial sums.
   focal = key_grads(query, sources.focal, bias=0.0, heads_per_program=1)
   group = key_grads(query, sources.group, bias=static.group_bias, heads_per_program=1)
   window = key_grads(query, sources.window, bias=0.0, heads_per_program=heads_per_kv)

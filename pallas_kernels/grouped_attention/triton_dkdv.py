@@ -10,9 +10,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import TritonTile
 from pallas_kernels.grouped_attention.kv_sources import KVSource, KVSourceRef
-from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span, query_spans, Span
-from pallas_kernels.grouped_attention.triton_tiles import load_rows
-from pallas_kernels.triton_common import dot, like
+from pallas_kernels.grouped_attention.tile_ranges import loop_span, query_spans, Span, sum_heads
+from pallas_kernels.kernel_common import LOG2_E, out_struct
+from pallas_kernels.triton_common import dot, load_rows
 
 
 def triton_dkdv(
@@ -31,8 +31,8 @@ def triton_dkdv(
   """dk and dv [B, S, N, D] of one source whose logits carry `bias`.
 
   With p the softmax weights: dv = pᵀ dout, dk = scale · dsᵀ q, ds as in `triton_dq`, summed
-  over the R = H/N query heads of a KV head. A program sums `heads_per_program` of them; where
-  that is fewer than R, float32 partial sums are added up afterwards, in a fixed order.
+  over the R = H/N query heads of a KV head. A program sums `heads_per_program` of them; if that
+  is fewer than R, float32 partial sums are added afterwards, in a fixed order.
   """
   B, L, H, D = query.shape
   _, S, N, _ = source.key.shape
@@ -40,7 +40,7 @@ def triton_dkdv(
   G = heads_per_program
   partial_type = source.key.dtype if G == R else jnp.float32
   spans = query_spans(source.start[..., :L], source.end[..., :L], S, tile.block_k)
-  rows_bound = source.start.shape[-1]
+  padded_L = source.start.shape[-1]
   shared = source.start.shape[1] == 1
 
   def per_head(*shape: int | None) -> pl.BlockSpec:
@@ -49,13 +49,13 @@ def triton_dkdv(
   kv: Any = pl.BlockSpec((None, tile.block_k, None, D), lambda p, t, b: (b, t, p * G // R, 0))
   rows = pl.BlockSpec((None, G, L), lambda p, t, b: (b, p, 0))
   visible: Any = pl.BlockSpec(
-    (None, None, rows_bound), lambda p, t, b: (b, 0 if shared else p * G // R, 0)
+    (None, None, padded_L), lambda p, t, b: (b, 0 if shared else p * G // R, 0)
   )
   span = pl.BlockSpec((None, None, None, 4), lambda p, t, b: (b, 0 if shared else p * G // R, t, 0))
   grad = pl.BlockSpec((None, tile.block_k, None, D), lambda p, t, b: (b, t, p, 0))
-  partial = like(query, (B, S, H // G, D), partial_type)
+  partial = out_struct(query, (B, S, H // G, D), partial_type)
   dk, dv = pl.pallas_call(
-    functools.partial(_dkdv_kernel, length=L, entries=S, scale=scale, bias=bias, tile=tile),
+    functools.partial(_dkdv_kernel, length=L, num_keys=S, scale=scale, bias=bias, tile=tile),
     grid=(H // G, pl.cdiv(S, tile.block_k), B),
     in_specs=[
       per_head(L, G, D),
@@ -71,14 +71,7 @@ def triton_dkdv(
     interpret=interpret,
     name="grouped_attention_dkdv",
   )(query, source, spans, lse2, delta, dout)
-  return _sum_heads(dk, source.key), _sum_heads(dv, source.value)
-
-
-def _sum_heads(partial_BxSxPxD: Array, like_BxSxNxD: Array) -> Array:
-  B, S, N, D = like_BxSxNxD.shape
-  if partial_BxSxPxD.shape == like_BxSxNxD.shape:
-    return partial_BxSxPxD.astype(like_BxSxNxD.dtype)
-  return partial_BxSxPxD.reshape(B, S, N, -1, D).sum(axis=3).astype(like_BxSxNxD.dtype)
+  return sum_heads(dk, source), sum_heads(dv, source)
 
 
 def _dkdv_kernel(
@@ -92,15 +85,15 @@ def _dkdv_kernel(
   dv_ref: Any,
   *,
   length: int,
-  entries: int,
+  num_keys: int,
   scale: float,
   bias: float,
   tile: TritonTile,
 ) -> None:
-  first_entry = pl.program_id(1) * tile.block_k
-  entries_left = entries - first_entry
-  k_KxD = load_rows(source.key, 0, tile.block_k, entries_left)
-  v_KxD = load_rows(source.value, 0, tile.block_k, entries_left)
+  first_key = pl.program_id(1) * tile.block_k
+  keys_left = num_keys - first_key
+  k_KxD = load_rows(source.key, 0, tile.block_k, keys_left)
+  v_KxD = load_rows(source.value, 0, tile.block_k, keys_left)
   span = Span(*(span_ref[i] for i in range(4)))
 
   def add_head(head: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -117,10 +110,10 @@ def _dkdv_kernel(
       dout_QxD = load_rows(dout_ref, first, tile.block_q, limit, head=head)
       logits2_KxQ = dot(k_KxD, q_QxD, trans_b=True) * (scale * LOG2_E) + bias * LOG2_E
       if masked:
-        entry_K = first_entry + jnp.arange(tile.block_k)[:, None]
+        key_K = first_key + jnp.arange(tile.block_k)[:, None]
         start_Q = load_row(source.start.at[rows])
         end_Q = load_row(source.end.at[rows])
-        seen_KxQ = (start_Q[None] <= entry_K) & (entry_K < end_Q[None])
+        seen_KxQ = (start_Q[None] <= key_K) & (key_K < end_Q[None])
         logits2_KxQ = jnp.where(seen_KxQ, logits2_KxQ, -jnp.inf)
       p_KxQ = jnp.exp2(logits2_KxQ - load_row(lse2_ref.at[head, rows])[None])
       dv_KxD += dot(p_KxQ.astype(dout_QxD.dtype), dout_QxD)
@@ -133,6 +126,6 @@ def _dkdv_kernel(
 
   zeros = jnp.zeros(k_KxD.shape, jnp.float32)
   dk_KxD, dv_KxD = lax.fori_loop(0, lse2_ref.shape[0], add_head, (zeros, zeros))
-  keep = jnp.broadcast_to((jnp.arange(tile.block_k) < entries_left)[:, None], k_KxD.shape)
+  keep = jnp.broadcast_to((jnp.arange(tile.block_k) < keys_left)[:, None], k_KxD.shape)
   plgpu.store(dk_ref, (dk_KxD * scale).astype(dk_ref.dtype), mask=keep)
   plgpu.store(dv_ref, dv_KxD.astype(dv_ref.dtype), mask=keep)

@@ -10,14 +10,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import TritonTile
 from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSources, KVSourcesRef
-from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span
-from pallas_kernels.grouped_attention.triton_tiles import (
-  load_rows,
-  QueryGrid,
-  seen_mask,
-  tile_span,
-)
-from pallas_kernels.triton_common import dot, like
+from pallas_kernels.grouped_attention.tile_ranges import loop_span
+from pallas_kernels.grouped_attention.triton_tiles import QueryGrid, seen_mask, tile_span
+from pallas_kernels.kernel_common import LOG2_E, out_struct
+from pallas_kernels.triton_common import dot, load_rows
 
 
 def triton_dq(
@@ -33,7 +29,7 @@ def triton_dq(
   tile: TritonTile,
   interpret: bool,
 ) -> tuple[Array, Array]:
-  """dq [B, L, H, D] and delta [B, H, L] = Σ_D out · dout, which the key gradients need too.
+  """dq [B, L, H, D] and delta [B, H, L] = Σ_D out · dout, which the key gradients also need.
 
   With p the softmax weights: dp = dout vᵀ, ds = p (dp − delta), dq = scale · ds k.
   """
@@ -53,8 +49,8 @@ def triton_dq(
     in_specs=[grid.query(), grid.sources(sources), grid.query(), grid.row(), grid.query()],
     out_specs=[grid.query(), grid.row()],
     out_shape=[
-      like(query, query.shape, query.dtype),
-      like(query, (B, H, L), jnp.float32),
+      out_struct(query, query.shape, query.dtype),
+      out_struct(query, (B, H, L), jnp.float32),
     ],
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,

@@ -10,14 +10,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import TritonTile
 from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSources, KVSourcesRef
-from pallas_kernels.grouped_attention.tile_ranges import LOG2_E, loop_span, MASK_VALUE
-from pallas_kernels.grouped_attention.triton_tiles import (
-  load_rows,
-  QueryGrid,
-  seen_mask,
-  tile_span,
-)
-from pallas_kernels.triton_common import dot, like
+from pallas_kernels.grouped_attention.tile_ranges import loop_span
+from pallas_kernels.grouped_attention.triton_tiles import QueryGrid, seen_mask, tile_span
+from pallas_kernels.kernel_common import LOG2_E, MASK_VALUE, out_struct
+from pallas_kernels.triton_common import dot, load_rows, online_softmax_step
 
 
 def triton_forward(
@@ -32,7 +28,7 @@ def triton_forward(
 ) -> tuple[Array, Array]:
   """Output [B, L, H, D] and the base-2 logsumexp [B, H, L] (0 for queries that see nothing).
 
-  Every source holds at least one entry, and bounds padded to a multiple of tile.block_q.
+  Every source has at least one token, and its ranges are padded to a multiple of tile.block_q.
   """
   B, L, H, D = query.shape
   grid = QueryGrid(pl.cdiv(L, tile.block_q), tile.block_q, D, H // sources.focal.key.shape[2])
@@ -50,8 +46,8 @@ def triton_forward(
     in_specs=[grid.query(), grid.sources(sources)],
     out_specs=[grid.query(), grid.row()],
     out_shape=[
-      like(query, query.shape, query.dtype),
-      like(query, (B, H, L), jnp.float32),
+      out_struct(query, query.shape, query.dtype),
+      out_struct(query, (B, H, L), jnp.float32),
     ],
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
@@ -78,18 +74,16 @@ def _forward_kernel(
 
   def attend(source: KVSourceRef, carry: Any, *, bias: float = 0.0, narrow: bool = False) -> Any:
     def step(first: Array, masked: bool, carry: Any) -> Any:
-      acc_QxD, top_Q, total_Q = carry
+      acc_QxD, m_Q, l_Q = carry
       limit = source.end[block_q - 1] if masked else None
       k_KxD = load_rows(source.key, first, block_k, limit)
       logits2_QxK = dot(q_QxD, k_KxD, trans_b=True) * (scale * LOG2_E) + bias * LOG2_E
       if masked:
         logits2_QxK = jnp.where(seen_mask(source, first, block_k), logits2_QxK, -jnp.inf)
-      new_top_Q = jnp.maximum(top_Q, logits2_QxK.max(axis=1))
-      weights_QxK = jnp.exp2(logits2_QxK - new_top_Q[:, None])
-      fade_Q = jnp.exp2(top_Q - new_top_Q)
+      m_Q, alpha_Q, p_QxK = online_softmax_step(m_Q, logits2_QxK)
       v_KxD = load_rows(source.value, first, block_k, limit)
-      acc_QxD = acc_QxD * fade_Q[:, None] + dot(weights_QxK.astype(v_KxD.dtype), v_KxD)
-      return acc_QxD, new_top_Q, total_Q * fade_Q + weights_QxK.sum(axis=1)
+      acc_QxD = acc_QxD * alpha_Q[:, None] + dot(p_QxK.astype(v_KxD.dtype), v_KxD)
+      return acc_QxD, m_Q, l_Q * alpha_Q + p_QxK.sum(axis=1)
 
     has_full_tiles = not narrow and source.key.shape[0] >= block_k
     span = tile_span(source, block_q)
@@ -102,11 +96,11 @@ def _forward_kernel(
   )
   carry = attend(sources.focal, carry)
   carry = attend(sources.group, carry, bias=group_bias)
-  acc_QxD, top_Q, total_Q = attend(sources.window, carry, narrow=max_window < block_k)
+  acc_QxD, m_Q, l_Q = attend(sources.window, carry, narrow=max_window < block_k)
 
   inside_Q = jnp.arange(block_q) < rows_left
-  empty_Q = total_Q == 0
-  total_Q = jnp.where(empty_Q, 1, total_Q)
-  out_QxD = (acc_QxD / total_Q[:, None]).astype(out_ref.dtype)
+  empty_Q = l_Q == 0
+  l_Q = jnp.where(empty_Q, 1, l_Q)
+  out_QxD = (acc_QxD / l_Q[:, None]).astype(out_ref.dtype)
   plgpu.store(out_ref, out_QxD, mask=jnp.broadcast_to(inside_Q[:, None], out_QxD.shape))
-  plgpu.store(lse2_ref, jnp.where(empty_Q, 0, top_Q + jnp.log2(total_Q)), mask=inside_Q)
+  plgpu.store(lse2_ref, jnp.where(empty_Q, 0, m_Q + jnp.log2(l_Q)), mask=inside_Q)

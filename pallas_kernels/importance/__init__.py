@@ -1,4 +1,4 @@
-"""What sampled queries pay to each key: column sums of a few rows of softmax attention."""
+"""Importance of keys: the attention that sampled queries pay to each key."""
 
 from pallas_kernels.importance.api import sampled_importance
 

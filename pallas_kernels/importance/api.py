@@ -1,9 +1,8 @@
-"""The one entry to the importance of keys: picks the implementation for the device."""
+"""The entry point of the importance of keys."""
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.importance.xla import sampled_importance_xla
+from pallas_kernels import dispatch
 
 
 def sampled_importance(
@@ -12,39 +11,33 @@ def sampled_importance(
   start_BxS: Int[Array, "B S"],
   end_BxS: Int[Array, "B S"],
   *,
-  implementation: str | None = None,
+  implementation: dispatch.Implementation = None,
 ) -> Float[Array, "B N L"]:
-  """Attention that sampled queries pay to each key, per query that sees it.
+  """Mean attention that sampled queries pay to each key (Eq. 16, 17 of arXiv 2505.22107).
 
-  With query s of row b seeing keys [start, end), and R query heads to a KV head:
+  Query s of row b sees keys [start, end). With R query heads of a KV head:
 
       score_j = Σ_s Σ_r softmax(q_sr Kᵀ / √D)_j / #{s that see j}
 
-  Not differentiable: it ranks keys.
+  Not differentiable: the scores only rank keys.
 
   Args:
     query_BxSxHxD: any float dtype. Head h belongs to KV head ⌊h / (H/N)⌋.
     key_BxLxNxD: same dtype.
     start_BxS: int32, first key that a query sees.
-    end_BxS: int32, at most L. A query with end ≤ start sees nothing and counts nowhere.
-    implementation: "triton" (Ampere and newer GPUs; no float64) or "xla" (any device); None for
-        the first that does.
+    end_BxS: int32, at most L. A query with end ≤ start sees nothing and counts for no key.
+    implementation: "triton" (Ampere and newer GPUs; no float64) or "xla" (any device); a tuple of
+      names in order of preference; None for the first that can run the call.
 
   Returns:
-    float32; 0 for keys that no query sees. A non-finite key makes NaN of the scores of all keys
-    that its queries see, and touches no other.
+    float32 scores; 0 for keys that no query sees. A non-finite key makes the scores of all keys
+    that its queries see NaN, and no others.
 
   Raises:
-    ValueError: if the implementation is unknown.
-    NotImplementedError: if it cannot compute this call.
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  arrays = (query_BxSxHxD, key_BxLxNxD, start_BxS, end_BxS)
-  dtype = key_BxLxNxD.dtype
-  wide = f"dtype is {dtype}; triton has none wider than float32" if dtype.itemsize > 4 else None
-  taken = choose(implementation, {"triton": wide}, query_BxSxHxD, key_BxLxNxD)
-  if taken == "xla":
-    return sampled_importance_xla(*arrays)
-  # Imported when used: it loads a compiler that most machines have no use for.
-  from pallas_kernels.importance.triton_importance import sampled_importance_triton
-
-  return sampled_importance_triton(*arrays)
+  scores_BxNxL: Array = dispatch.run(
+    "sampled_importance", implementation, query_BxSxHxD, key_BxLxNxD, start_BxS, end_BxS
+  )
+  return scores_BxNxL

@@ -1,7 +1,7 @@
 """Importance of keys through Pallas-Triton: two passes over the keys, no logits in memory.
 
-The first finds each sampled query's logsumexp, the second sums the columns of the softmax. JAX
-will remove this backend, hence files of its own.
+The first pass computes the logsumexp of each sampled query, the second the column sums of the
+softmax. JAX will remove this lowering; all code that depends on it is in files named triton_*.
 """
 
 import math
@@ -10,13 +10,12 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from pallas_kernels.grouped_attention.reference import in_range
-from pallas_kernels.grouped_attention.tile_ranges import LOG2_E
+from pallas_kernels.dispatch import refuse
 from pallas_kernels.importance.triton_logsumexp import triton_logsumexp
-from pallas_kernels.importance.triton_rows import importance_tile, ImportanceTile, make_rows
 from pallas_kernels.importance.triton_scores import triton_scores
-
-DTYPES = (jnp.float16, jnp.bfloat16, jnp.float32)
+from pallas_kernels.importance.triton_tiles import importance_tile, ImportanceTile, make_rows
+from pallas_kernels.kernel_common import LOG2_E
+from pallas_kernels.masks import in_range
 
 
 def sampled_importance_triton(
@@ -31,12 +30,9 @@ def sampled_importance_triton(
   """See `sampled_importance`. `tile` overrides the sizes, `interpret` runs on a CPU.
 
   Raises:
-    NotImplementedError: for a dtype other than float16, bfloat16 and float32.
+    NotImplementedError: for the reasons of `refusal`.
   """
-  if key_BxLxNxD.dtype not in DTYPES:
-    raise NotImplementedError(
-      f"dtype is {key_BxLxNxD.dtype}; this backend has float16, bfloat16 and float32."
-    )
+  refuse(refusal(query_BxSxHxD, key_BxLxNxD, start_BxS, end_BxS))
   S, H, D = query_BxSxHxD.shape[1:]
   L, N = key_BxLxNxD.shape[1:3]
   heads_per_kv = H // N
@@ -46,8 +42,16 @@ def sampled_importance_triton(
   lse2_BxNxCxQ = triton_logsumexp(
     rows, key_BxLxNxD, scale2, heads_per_kv, tile, interpret=interpret
   )
-  paid_BxNxL = triton_scores(
+  sum_BxNxL = triton_scores(
     rows, lse2_BxNxCxQ, key_BxLxNxD, scale2, heads_per_kv, tile, interpret=interpret
   )
   count_BxL = in_range(L, start_BxS, end_BxS).sum(axis=1)
-  return paid_BxNxL / jnp.maximum(1, count_BxL)[:, None]
+  return sum_BxNxL / jnp.maximum(1, count_BxL)[:, None]
+
+
+def refusal(query: Array, key: Array, start: Array, end: Array) -> str | None:
+  """Why these kernels cannot run a call of `sampled_importance`; None if they can."""
+  del query, start, end
+  if key.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+    return f"dtype is {key.dtype}; it must be float16, bfloat16 or float32"
+  return None

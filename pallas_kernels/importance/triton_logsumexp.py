@@ -8,15 +8,16 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_attention.tile_ranges import loop_span, MASK_VALUE
-from pallas_kernels.importance.triton_rows import (
+from pallas_kernels.grouped_attention.tile_ranges import loop_span
+from pallas_kernels.importance.triton_tiles import (
   Chunk,
   chunk_grid,
   ImportanceTile,
   load_keys,
   Rows,
 )
-from pallas_kernels.triton_common import dot, like
+from pallas_kernels.kernel_common import MASK_VALUE, out_struct
+from pallas_kernels.triton_common import dot, online_softmax_step
 
 
 def triton_logsumexp(
@@ -42,7 +43,7 @@ def triton_logsumexp(
     grid=grid,
     in_specs=[row_specs, key_spec],
     out_specs=pl.BlockSpec((None, None, None, tile.block_q), lambda t, n, c, b: (b, n, c, t)),
-    out_shape=like(key_BxLxNxD, (B, N, chunks, rows.query.shape[2]), jnp.float32),
+    out_shape=out_struct(key_BxLxNxD, (B, N, chunks, rows.query.shape[2]), jnp.float32),
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
     name="importance_logsumexp",
@@ -61,25 +62,24 @@ def _kernel(
   tile: ImportanceTile,
 ) -> None:
   block_k = tile.block_k
-  chunk = Chunk.of_program(rows, length, heads_per_kv, tile)
+  chunk = Chunk.for_program(rows, length, heads_per_kv, tile)
   q_QxE = rows.query[...]
 
   def step(first: Array, masked: bool, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-    top_Q, total_Q = carry
+    m_Q, l_Q = carry
     k_KxE = load_keys(key_ref, first, block_k, chunk.last if masked else None, head_dim)
     logits2_QxK = dot(q_QxE, k_KxE, trans_b=True) * scale2
     if masked:
       logits2_QxK = jnp.where(chunk.seen(first, block_k), logits2_QxK, -jnp.inf)
-    new_top_Q = jnp.maximum(top_Q, logits2_QxK.max(axis=1))
-    weights_QxK = jnp.exp2(logits2_QxK - new_top_Q[:, None])
-    return new_top_Q, total_Q * jnp.exp2(top_Q - new_top_Q) + weights_QxK.sum(axis=1)
+    m_Q, alpha_Q, p_QxK = online_softmax_step(m_Q, logits2_QxK)
+    return m_Q, l_Q * alpha_Q + p_QxK.sum(axis=1)
 
   start = (
     jnp.full((tile.block_q,), MASK_VALUE, jnp.float32),
     jnp.zeros((tile.block_q,), jnp.float32),
   )
   has_full_tiles = length >= block_k
-  top_Q, total_Q = loop_span(chunk.span(), block_k, step, start, has_full_tiles=has_full_tiles)
-  nothing_Q = total_Q == 0
-  lse2_Q = top_Q + jnp.log2(jnp.where(nothing_Q, 1, total_Q))
-  lse2_ref[...] = jnp.where(nothing_Q, MASK_VALUE, lse2_Q)
+  m_Q, l_Q = loop_span(chunk.span(), block_k, step, start, has_full_tiles=has_full_tiles)
+  empty_Q = l_Q == 0
+  lse2_Q = m_Q + jnp.log2(jnp.where(empty_Q, 1, l_Q))
+  lse2_ref[...] = jnp.where(empty_Q, MASK_VALUE, lse2_Q)

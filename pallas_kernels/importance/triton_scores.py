@@ -8,15 +8,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.grouped_attention.tile_ranges import loop_span, MASK_VALUE
-from pallas_kernels.importance.triton_rows import (
+from pallas_kernels.grouped_attention.tile_ranges import loop_span
+from pallas_kernels.importance.triton_tiles import (
   Chunk,
   chunk_grid,
   ImportanceTile,
   load_keys,
   Rows,
 )
-from pallas_kernels.triton_common import dot, like, padded_slice
+from pallas_kernels.kernel_common import MASK_VALUE, out_struct
+from pallas_kernels.triton_common import dot, padded_slice
 
 
 def triton_scores(
@@ -29,7 +30,7 @@ def triton_scores(
   *,
   interpret: bool,
 ) -> Array:
-  """What the rows pay to each key, [B, N, L]: Σ 2^(scale2 · q·k − lse2) over those that see it.
+  """Attention of all rows to each key, [B, N, L]: Σ 2^(scale2 · q·k − lse2) over rows that see it.
 
   lse2 is given for each of C chunks of keys. A program sums over one block of rows, for one
   chunk.
@@ -37,7 +38,7 @@ def triton_scores(
   L, D = key_BxLxNxD.shape[1], key_BxLxNxD.shape[3]
   grid, row_specs, key_spec = chunk_grid(rows, key_BxLxNxD, tile)
   blocks, N, chunks, B = grid
-  paid_BxNxTxL = pl.pallas_call(
+  score_BxNxTxL = pl.pallas_call(
     functools.partial(
       _kernel, length=L, head_dim=D, scale2=scale2, heads_per_kv=heads_per_kv, tile=tile
     ),
@@ -48,19 +49,19 @@ def triton_scores(
       key_spec,
     ],
     out_specs=pl.BlockSpec((None, None, None, L), lambda t, n, c, b: (b, n, t, 0)),
-    out_shape=like(key_BxLxNxD, (B, N, blocks, L), jnp.float32),
+    out_shape=out_struct(key_BxLxNxD, (B, N, blocks, L), jnp.float32),
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
     name="importance_scores",
   )(rows, lse2_BxNxCxQ, key_BxLxNxD)
-  return paid_BxNxTxL.sum(axis=2)
+  return score_BxNxTxL.sum(axis=2)
 
 
 def _kernel(
   rows: Rows,
   lse2_ref: Any,
   key_ref: Any,
-  paid_ref: Any,
+  score_ref: Any,
   *,
   length: int,
   head_dim: int,
@@ -69,16 +70,16 @@ def _kernel(
   tile: ImportanceTile,
 ) -> None:
   block_k = tile.block_k
-  chunk = Chunk.of_program(rows, length, heads_per_kv, tile)
+  chunk = Chunk.for_program(rows, length, heads_per_kv, tile)
   span = chunk.span()
-  # Tiles lie on multiples of their size, so that what is seen and what is not share none.
+  # Tiles begin at multiples of their size: no tile holds both a seen span and zeros before it.
   span = span._replace(first=lax.div(span.first, block_k) * block_k)
   q_QxE = rows.query[...]
   lse2_Qx1 = _combine(lse2_ref)[:, None]
 
-  def put(first: Array, paid_K: Array) -> None:
-    part = paid_ref.at[pl.ds(first, block_k)]
-    plgpu.store(part, paid_K, mask=first + jnp.arange(block_k) < chunk.last)
+  def put(first: Array, score_K: Array) -> None:
+    part = score_ref.at[pl.ds(first, block_k)]
+    plgpu.store(part, score_K, mask=first + jnp.arange(block_k) < chunk.last)
 
   def step(first: Array, masked: bool, carry: int) -> int:
     k_KxE = load_keys(key_ref, first, block_k, chunk.last if masked else None, head_dim)
@@ -105,6 +106,6 @@ def _combine(lse2_ref: Any) -> Array:
   rows = pl.next_power_of_2(chunks)
   keep = jnp.broadcast_to((jnp.arange(rows) < chunks)[:, None], (rows, block_q))
   lse2_CxQ = plgpu.load(lse2_ref.at[padded_slice(0, rows), :], mask=keep, other=MASK_VALUE)
-  top_Q = lse2_CxQ.max(axis=0)
-  lse2_Q = top_Q + jnp.log2(jnp.exp2(lse2_CxQ - top_Q[None]).sum(axis=0))
+  m_Q = lse2_CxQ.max(axis=0)
+  lse2_Q = m_Q + jnp.log2(jnp.exp2(lse2_CxQ - m_Q[None]).sum(axis=0))
   return jnp.where(lse2_Q <= MASK_VALUE / 2, 0, lse2_Q)

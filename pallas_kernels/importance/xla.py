@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_attention.reference import in_range, masked_softmax
+from pallas_kernels.masks import in_range, masked_softmax
 
 
 def sampled_importance_xla(
@@ -23,8 +23,8 @@ def sampled_importance_xla(
     logits_BxRxSxL = jnp.einsum(
       "bsrd,bld->brsl", q_BxSxRxD, k_BxLxD, preferred_element_type=jnp.float32
     ) / jnp.sqrt(jnp.float32(D))
-    paid_BxRxSxL = masked_softmax(logits_BxRxSxL, sees_BxSxL[:, None])
-    return paid_BxRxSxL.sum(axis=(1, 2)) / jnp.maximum(1, sees_BxSxL.sum(axis=1))
+    weights_BxRxSxL = masked_softmax(logits_BxRxSxL, sees_BxSxL[:, None])
+    return weights_BxRxSxL.sum(axis=(1, 2)) / jnp.maximum(1, sees_BxSxL.sum(axis=1))
 
   q_NxBxSxRxD = jnp.moveaxis(query_BxSxHxD.reshape(B, S, N, H // N, D), 2, 0)
   scores_NxBxL = jax.lax.map(of_kv_head, (q_NxBxSxRxD, jnp.moveaxis(key_BxLxNxD, 2, 0)))

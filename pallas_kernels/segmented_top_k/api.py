@@ -1,42 +1,31 @@
-"""The one entry to selection by score: picks the implementation for the device."""
+"""The entry point of segmented top-k."""
 
 from jaxtyping import Array, Bool, Float
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.segmented_top_k.segments import Ranges
-from pallas_kernels.segmented_top_k.xla import segmented_top_k_xla
-
-_MOST = 2**19  # scores of a row that lie in a TPU's VMEM at once
+from pallas_kernels import dispatch
+from pallas_kernels.segmented_top_k.segments import Segments
 
 
 def segmented_top_k(
-  scores_BxNxL: Float[Array, "B N L"], ranges: Ranges, *, implementation: str | None = None
+  scores_BxNxL: Float[Array, "B N L"],
+  segments: Segments,
+  *,
+  implementation: dispatch.Implementation = None,
 ) -> Bool[Array, "B N L"]:
-  """Exactly the `quota` highest scores of each range, ties to the earlier position.
+  """A mask of exactly the `quota` highest scores of each segment; ties go to the earlier position.
 
-  0.0 and −0.0 are equal; NaN is lower than −∞; XLA on a CPU takes subnormals for zeros. Positions
-  in no range are False. On one device all implementations give the same mask, bit for bit.
+  0.0 and −0.0 are equal, and NaN is below −∞; XLA on a CPU treats subnormals as zeros. Positions
+  in no segment are False. On one device all implementations give the same mask, bit for bit.
 
   Args:
     scores_BxNxL: float32.
-    ranges: of the rows, the same for all N.
-    implementation: "triton" (Ampere and newer GPUs), "mosaic_tpu" (TPUs) or "xla" (any device);
-        None for the first that runs on the device at hand.
+    segments: of the rows, shared by all N.
+    implementation: "triton" (Ampere and newer GPUs), "mosaic_tpu" (TPUs) or "xla" (any device); a
+      tuple of names in order of preference; None for the first that can run the call.
 
   Raises:
-    ValueError: if the implementation is unknown.
-    NotImplementedError: if it is named and cannot compute this call.
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  L = scores_BxNxL.shape[-1]
-  reason = f"a row has {L} scores; mosaic_tpu takes {_MOST}" if L > _MOST else None
-  taken = choose(implementation, {"triton": None, "mosaic_tpu": reason}, scores_BxNxL)
-  if taken == "xla":
-    return segmented_top_k_xla(scores_BxNxL, ranges)
-  # Imported when used: they load compilers that most machines have no use for.
-  if taken == "mosaic_tpu":
-    from pallas_kernels.segmented_top_k.mosaic_tpu_top_k import segmented_top_k_mosaic_tpu
-
-    return segmented_top_k_mosaic_tpu(scores_BxNxL, ranges)
-  from pallas_kernels.segmented_top_k.triton_top_k import segmented_top_k_triton
-
-  return segmented_top_k_triton(scores_BxNxL, ranges)
+  mask_BxNxL: Array = dispatch.run("segmented_top_k", implementation, scores_BxNxL, segments)
+  return mask_BxNxL

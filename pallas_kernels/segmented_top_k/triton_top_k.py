@@ -1,9 +1,9 @@
-"""Selection without a sort through Pallas-Triton: the threshold is found bit by bit.
+"""Segmented top-k without a sort, through Pallas-Triton: a threshold is found bit by bit.
 
-One program serves one range of one row. Scores are mapped to integers of the same order; the
-threshold, the highest integer that at least `quota` scores reach, is settled from its highest
-bit down by counting. Of the scores equal to it the earliest fill what is left of the quota. JAX
-will remove this backend, hence files of its own.
+One program serves one segment of one row. Scores are mapped to integers in the same order; the
+threshold, the highest integer that at least `quota` scores reach, is settled from its highest bit
+down by counting. The earliest scores equal to the threshold fill the rest of the quota. JAX will
+remove this lowering; all code that depends on it is in files named triton_*.
 """
 
 import functools
@@ -16,21 +16,23 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Bool, Float
 
-from pallas_kernels.segmented_top_k.segments import Ranges
-from pallas_kernels.triton_common import like
+# Filters the deprecation warning of the lowering.
+from pallas_kernels import triton_common  # noqa: F401
+from pallas_kernels.dispatch import refuse
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.segmented_top_k.ordered_keys import LOWEST_KEY, ordered_keys
+from pallas_kernels.segmented_top_k.segments import Segments
 
-# A program has at most 1024 threads. A range of up to 32 scores a thread is read once and stays
-# in registers; a longer one is read once a pass, in chunks that leave registers to spare.
+# A program has at most 1024 threads. A segment of up to 32 scores a thread is read once and stays
+# in registers; a longer one is read once a pass, in chunks that leave registers free.
 _IN_REGISTERS = 2**15
 _CHUNK = 2**14
 _PER_THREAD = 16
 
-_MASK_VALUE = -(2**31)  # no score has this key, and no candidate threshold is as low
-
 
 def segmented_top_k_triton(
   scores_BxNxL: Float[Array, "B N L"],
-  ranges: Ranges,
+  segments: Segments,
   *,
   chunk: int | None = None,
   interpret: bool = False,
@@ -38,48 +40,55 @@ def segmented_top_k_triton(
   """See `segmented_top_k`. `chunk` overrides how many scores are held at once.
 
   Raises:
-    NotImplementedError: for scores that are not float32.
+    NotImplementedError: for the reasons of `refusal`.
   """
-  if scores_BxNxL.dtype != jnp.float32:
-    raise NotImplementedError(f"dtype is {scores_BxNxL.dtype}; this backend has float32.")
+  refuse(refusal(scores_BxNxL, segments))
   B, N, L = scores_BxNxL.shape
-  C = ranges.start.shape[1]
+  C = segments.start.shape[1]
   chunk = chunk or (pl.next_power_of_2(L) if L <= _IN_REGISTERS else _CHUNK)
   row = pl.BlockSpec((None, None, L), lambda c, n, b: (b, n, 0))
-  of_range = pl.BlockSpec((None, None), lambda c, n, b: (b, c))
+  of_segment = pl.BlockSpec((None, None), lambda c, n, b: (b, c))
   mask_BxNxL = pl.pallas_call(
     functools.partial(_kernel, chunk=chunk),
     grid=(C, N, B),
-    in_specs=[row, Ranges(of_range, of_range, of_range)],
+    in_specs=[row, Segments(of_segment, of_segment, of_segment)],
     out_specs=row,
-    out_shape=like(scores_BxNxL, (B, N, L), jnp.int8),
+    out_shape=out_struct(scores_BxNxL, (B, N, L), jnp.int8),
     compiler_params=plgpu.CompilerParams(num_warps=_num_warps(chunk), num_stages=1),
     interpret=interpret,
     name="segmented_top_k",
-  )(scores_BxNxL, ranges)
-  # Nobody has written where no range lies.
-  return (mask_BxNxL != 0) & ranges.inside(L).any(axis=1)[:, None]
+  )(scores_BxNxL, segments)
+  # Positions outside all segments are never written: mask them.
+  return (mask_BxNxL != 0) & segments.inside(L).any(axis=1)[:, None]
+
+
+def refusal(scores: Array, segments: Segments) -> str | None:
+  """Why this kernel cannot run a call of `segmented_top_k`; None if it can."""
+  del segments
+  if scores.dtype != jnp.float32:
+    return f"dtype is {scores.dtype}; it must be float32"
+  return None
 
 
 def _num_warps(chunk: int) -> int:
   return max(1, min(32, chunk // (32 * _PER_THREAD)))
 
 
-def _kernel(scores_ref: Any, ranges: Ranges, mask_ref: Any, *, chunk: int) -> None:
-  start, length = ranges.start[...], ranges.length[...]
-  quota = jnp.minimum(ranges.quota[...], length)
+def _kernel(scores_ref: Any, segments: Segments, mask_ref: Any, *, chunk: int) -> None:
+  start, length = segments.start[...], segments.length[...]
+  quota = jnp.minimum(segments.quota[...], length)
   single = chunk >= scores_ref.shape[0]
 
   def load(first: Array | int) -> Array:
     inside = first + jnp.arange(chunk) < length
     scores = plgpu.load(scores_ref.at[pl.ds(start + first, chunk)], mask=inside, other=0)
-    return jnp.where(inside, ordered_keys(scores), _MASK_VALUE)
+    return jnp.where(inside, ordered_keys(scores), LOWEST_KEY)
 
   if single:
     keys = load(0)
 
   def over_chunks[T](body: Callable[[Array | int, Array, T], T], carry: T) -> T:
-    """Goes through the range in order with `body(first, keys, carry)`."""
+    """Calls `body(first, keys, carry)` for the chunks of the segment, in order."""
     if single:
       return body(0, keys, carry)
     chunks = lax.div(length + chunk - 1, chunk)
@@ -95,7 +104,7 @@ def _kernel(scores_ref: Any, ranges: Ranges, mask_ref: Any, *, chunk: int) -> No
 
     return over_chunks(add, (jnp.int32(0),) * len(candidates))
 
-  # Counting costs one pass over registers, or one over memory: there, two bits at a time.
+  # A count costs one pass over registers, or one over memory: there, two bits at a time.
   bits = 1 if single else 2
 
   def settle(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -109,10 +118,10 @@ def _kernel(scores_ref: Any, ranges: Ranges, mask_ref: Any, *, chunk: int) -> No
     return step + 1, threshold ^ lax.shift_left(digit, shift), exact
 
   def unsettled(state: tuple[Array, Array, Array]) -> Array:
-    step, _, exact = state  # a threshold that exactly the quota reaches needs no further bits
+    step, _, exact = state  # a threshold that exactly `quota` scores reach needs no further bits
     return (step < 32 // bits) & ~exact
 
-  start_state = (jnp.int32(0), jnp.int32(_MASK_VALUE), jnp.bool_(False))
+  start_state = (jnp.int32(0), jnp.int32(LOWEST_KEY), jnp.bool_(False))
   _, threshold, _ = lax.while_loop(unsettled, settle, start_state)
   above = over_chunks(
     lambda first, keys, total: total + (keys > threshold).astype(jnp.int32).sum(), jnp.int32(0)
@@ -129,10 +138,3 @@ def _kernel(scores_ref: Any, ranges: Ranges, mask_ref: Any, *, chunk: int) -> No
     return left - tied.sum()
 
   over_chunks(write, quota - above)
-
-
-def ordered_keys(scores: Float[Array, "*s"]) -> Array:
-  """int32 that compare as float32 scores do: −0.0 equals 0.0, and NaN comes before −∞."""
-  bits = lax.bitcast_convert_type(scores, jnp.int32)
-  keys = jnp.where(bits < 0, jnp.int32(_MASK_VALUE) - bits, bits)
-  return jnp.where(jnp.isnan(scores), _MASK_VALUE + 1, keys)

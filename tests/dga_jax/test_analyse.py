@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from dga_jax import DGAConfig, plan_groups
 from dga_jax.analyse import merge_weights, Seen, visibility
-from dga_jax.attention.aggregate import plan_and_merge
+from dga_jax.attention.attend import merge_planned
 from dga_jax.attention.reference import write_masks
 from tests.dga_jax.attention.cases import arrays, CONFIGS, fixed_mask_plan, rows
 
@@ -47,16 +47,16 @@ def test_merge_weights_merge_as_the_op_does(name):
   lengths = jnp.array([L, 23])
   q, k, v, _ = arrays(0, 2, L, 4, 2, 8)
   plan = make_plan(q, k, config=CONFIGS[name], lengths=lengths)
-  _, _, merged = plan_and_merge(q, k, v, config=plan.config, plan=plan)
+  group_key = merge_planned(q, k, v, plan).sources.group.key
   for row, head in ((0, 1), (1, 0)):
     weights = merge_weights(q, k, plan, row=row, head=head)
-    members = np.array(plan.member_index[row, head])
+    members = np.array(plan.layout.member_index[row, head])
     filled = members[:, 0] < L
     assert filled.any()
     np.testing.assert_allclose(weights.sum(axis=1), filled, atol=1e-6)
     for group, own in zip(weights[filled], members[filled], strict=True):
       np.testing.assert_array_equal(np.flatnonzero(group), own)
-    np.testing.assert_allclose(weights @ k[row, :, head], merged.group_key[row, :, head], atol=1e-5)
+    np.testing.assert_allclose(weights @ k[row, :, head], group_key[row, :, head], atol=1e-5)
 
 
 def test_errors_name_what_does_not_fit():

@@ -325,7 +325,7 @@ def test_a_checkpoint_from_before_the_manifest(
 def test_notes_of_orbax_are_not_needed(
   name: str, content: bytes | None, workdir: Path, params: Any
 ) -> None:
-  """They lie beside the items, and no hash covers them."""
+  """They are beside the items, and no hash covers them."""
   path = workdir / "checkpoints" / "4" / name
   if content is None:
     path.unlink(missing_ok=True)
@@ -470,7 +470,7 @@ def test_a_save_without_room(save_6: Any, workdir: Path, params: Any) -> None:
     save_6(checkpoints, params)
   assert list_steps(workdir) == [2, 4]
   load_model(workdir)
-  # Once there is room, a new process goes on and clears up.
+  # With free space a new process saves, and deletes the remains.
   with Checkpoints(workdir, keep=1) as checkpoints:
     save(checkpoints, 6, params)
   assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["6"]

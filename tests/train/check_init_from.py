@@ -1,4 +1,4 @@
-"""Begins with an imported model on four devices, each of which is given no more than its shards."""
+"""Training that begins with an imported model: each of four devices gets its shards alone."""
 
 import dataclasses
 import sys

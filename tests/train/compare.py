@@ -1,4 +1,4 @@
-"""What two runs are compared by: their metrics, and the arrays of a checkpoint."""
+"""Comparison of two runs: their metrics, and the arrays of a checkpoint."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ MEASURED = {
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl without what was measured on the machine."""
+  """The lines of metrics.jsonl without measurements of the machine."""
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return [
     {name: value for name, value in json.loads(line).items() if name not in MEASURED}

@@ -1,4 +1,4 @@
-"""Bad steps: which they are, and that they change nothing."""
+"""Bad steps: their detection, and that they change no parameter."""
 
 import jax
 import jax.numpy as jnp

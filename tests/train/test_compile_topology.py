@@ -1,4 +1,4 @@
-"""A step is compiled for chips that are absent; without their compiler it says what to install."""
+"""Compiling a step for absent chips, and the error without their compiler."""
 
 import dataclasses
 import importlib.util

@@ -1,4 +1,4 @@
-"""Configs: to JSON and back, slips named, and what may change when a run goes on."""
+"""Configs: JSON round trips, errors for unknown keys, and the keys that may change on resume."""
 
 import dataclasses
 import json

@@ -15,12 +15,11 @@ import pytest
 
 from dga_jax.checkpoint import load_model
 from dga_jax.checkpoint_files import CheckpointError, find_damage, list_steps
-from dga_jax.file_lock import hold_lock
+from dga_jax.file_lock import hold_workdir, LockedError
 from tests.train.compare import assert_same_run, losses
 from tests.train.fleet import Fleet
 from tests.train.tiny import interruptible, write_config
 from train.config import TrainConfig
-from train.errors import TrainingError
 from train.metrics import read_metrics
 from train.plots import plot_run
 from train.resume import Position, Resume
@@ -240,8 +239,8 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
 
 def test_a_second_trainer_is_refused(config: TrainConfig, workdir: Path) -> None:
   before = (workdir / "metrics.jsonl").read_bytes()
-  match = r"Another run trains in .*/run: .*\.lock is locked by process \d+ on .*\. Wait for it"
-  with hold_lock(workdir / ".lock"), pytest.raises(TrainingError, match=match):
+  match = r"Another process writes to .*/run: .*\.lock is locked by process \d+ on .*\. Wait for it"
+  with hold_workdir(workdir), pytest.raises(LockedError, match=match):
     train(config, workdir)
   assert (workdir / "metrics.jsonl").read_bytes() == before
 

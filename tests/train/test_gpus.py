@@ -1,4 +1,4 @@
-"""Runs on all GPUs of a machine over NCCL: killed, stopped, taken up again, also on fewer.
+"""Runs on all GPUs of a machine over NCCL: killed, stopped and resumed, also on fewer GPUs.
 
 python -m pytest -m gpu tests/train/test_gpus.py
 """
@@ -68,7 +68,7 @@ def told(run, workdir: Path, *arguments):
 
 @dataclasses.dataclass(frozen=True)
 class Interrupted:
-  """A run of a process for each GPU: SIGKILL to one, taken up again, SIGTERM to one.
+  """A run with a process for each GPU: SIGKILL to one, resumed, SIGTERM to one.
 
   Attributes:
     workdir: of the run, with the checkpoint that the SIGTERM left.

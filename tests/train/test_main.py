@@ -1,4 +1,4 @@
-"""The command line: slips are answered in one line that names what is wrong."""
+"""The command line: one-line errors that name the wrong flag."""
 
 from collections.abc import Callable
 from pathlib import Path

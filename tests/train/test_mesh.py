@@ -1,4 +1,4 @@
-"""Meshes: their sizes, where batches lie, and training on eight simulated devices."""
+"""Meshes: their sizes, the sharding of batches, and training on eight simulated devices."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Batches that come late, and the place in the data that they are read from."""
+"""Stalled batches, and the position in the data."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Which steps are asked for; that they are profiled shows in test_loop.py."""
+"""The flag for profiled steps; test_setup.py has a run with a profile."""
 
 import pytest
 

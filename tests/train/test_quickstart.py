@@ -1,10 +1,21 @@
 """The quickstart on a tiny config: it trains, generates, and prints the paths of its files."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from dga_jax.checkpoint_files import list_steps
+from tests.train.tiny import interruptible, write_config
 from train import quickstart
+from train.config import TrainConfig
+from train.stop_signals import EXIT_STATUS
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_trains_generates_and_sums_up(
@@ -30,6 +41,32 @@ def test_a_failure_of_training_is_passed_on(
 ) -> None:
   assert quickstart.quickstart(str(tmp_path / "no_config.py"), tmp_path / "run") != 0
   assert "Training failed" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
+)
+def test_a_signal_stops_the_training_in_it(
+  number: signal.Signals, config: TrainConfig, compilation_cache: dict[str, str], tmp_path: Path
+) -> None:
+  config = interruptible(config, num_steps=10**6, checkpoint_every=10**6)
+  long = write_config(config, tmp_path / "long.py")
+  workdir = tmp_path / "run"
+  command = [sys.executable, "-m", "train.quickstart", f"--config={long}", f"--workdir={workdir}"]
+  settings = {name.upper(): value for name, value in compilation_cache.items()}
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"} | settings
+  with subprocess.Popen(
+    command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+  ) as process:
+    metrics = workdir / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+      time.sleep(0.05)
+    # A terminal sends Ctrl-C to all processes in the foreground, a scheduler SIGTERM to the first.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+  assert process.returncode == EXIT_STATUS
+  assert "The same command resumes the run" in output
+  assert len(list_steps(workdir)) == 1
 
 
 def test_restart_deletes_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -241,7 +241,7 @@ def test_a_full_disk(
   steps = list_steps(small_disk)
   assert 1 <= steps[-1] < 60
   load_model(small_disk)
-  # With room again, the same run goes on from there.
+  # With free space again, the same run continues from there.
   for step in steps[:-1]:
     shutil.rmtree(small_disk / "checkpoints" / str(step))
   config = dataclasses.replace(config, keep_checkpoints=1, checkpoint_every=20, num_steps=60)

@@ -1,8 +1,8 @@
 """Cuts documents into pieces and packs short pieces into common rows.
 
-Rows are planned ahead, from lengths alone, rather than while tokens stream by. So a row can be read
-at random: any process reads the rows that are its own, batches do not depend on the number of
-processes, and an iterator's state is one number.
+All rows are planned at the start, from the lengths of documents alone. So rows have random access:
+each process reads its own rows, batches do not depend on the number of processes, and the state of
+an iterator is one number.
 """
 
 import bisect
@@ -41,8 +41,8 @@ def pack(spans: list[Span], length: int, max_documents: int | None) -> list[list
     max_documents: most spans of a row, None for no bound.
 
   Returns:
-    The rows, in a mixed order that depends on the arguments alone: a few rows taken from the
-    front stand for all of them.
+    The rows, shuffled in a way that depends on the arguments alone, so that the first rows are a
+    sample of all.
   """
   rows: list[list[Span]] = []
   open_rows: list[tuple[int, int]] = []  # (positions left, row), sorted

@@ -31,8 +31,8 @@ class Data:
 
   Attributes:
     tokenizer: between text and the ids of the batches.
-    fingerprint: changes with the text and the tokenizer; a run may go on only with the data that
-      it began with.
+    fingerprint: changes with the text and the tokenizer; a run resumes only with the fingerprint
+      that it started with.
     train: batches without end; text comes once per epoch, in a new order in each. Its iterators
       have `get_state` and `set_state`, whose state is {"next_index": batches taken}, the same in
       every process and for any number of them.
@@ -72,7 +72,7 @@ def load_data(
     tokenizer: of the model that training begins with, in place of the config's; a recall task
       needs one with its own words.
     process_index: number of this process, among those that read different rows.
-    process_count: how many those are, a divisor of batch_size.
+    process_count: the number of these processes, a divisor of batch_size.
     repair: prepare damaged files anew.
 
   Raises:

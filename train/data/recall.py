@@ -8,12 +8,13 @@ A task of N + 1 tokens, of which the last N are the targets of the first N:
 In the second part each key is a question; the value that stood behind that key is its answer and
 the next token. The loss is on the answers alone.
 
-At full difficulty a row of L tokens is one task. Trained on that from the start, a small model
-learns to name some value of its context and no more. So training starts with rows of many short
-tasks of few pairs, packed as documents, where a model soon finds that what follows a repeated key
-is worth copying. Stage by stage the tasks become twice as long, up to L, and the pairs more.
+At full difficulty a row of L tokens is one task. A small model that trains on full difficulty from
+the start learns to answer with any value of its context and no more. So training starts with rows
+of many short tasks of few pairs, packed as documents, in which a model soon learns to copy the
+token after a repeated key. In each further stage the tasks are twice as long, up to L, with more
+pairs.
 
-Rows are made from (seed, index) when they are read, and none is stored.
+Rows are made from (seed, index) when they are read; none is stored.
 
 Vocabulary, in this order: the end token (in no task), num_keys keys "k0", "k1", ..., num_values
 values "v0", ..., num_noise noise words "n0", ...
@@ -52,8 +53,9 @@ def difficulty(config: RecallConfig, length: int, index: int) -> tuple[int, int]
   """Tokens and pairs of each task in the training row `index`, at row length `length`.
 
   From one stage of the curriculum to the next the tokens double and the pairs grow by an equal
-  factor; after it there are `length` tokens and config.num_pairs pairs. The first stage, in which
-  a model has to find out about copying, takes half of the curriculum, the others equal shares.
+  factor; after the curriculum there are `length` tokens and config.num_pairs pairs. The first
+  stage, in which a model has to learn to copy, takes half of the curriculum, the others equal
+  shares.
   """
   doublings = (length // config.first_length).bit_length() - 1
   if index >= config.curriculum_rows or not doublings:

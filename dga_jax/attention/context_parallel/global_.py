@@ -6,42 +6,47 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.aggregate import merge_scale
+from dga_jax.attention.attend import merge_scale
 from dga_jax.attention.context_parallel.ragged_all_gather import collect, GatherPlan, places
 from dga_jax.attention.context_parallel.scores import sharded_importance_scores
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
-from dga_jax.attention.layout import global_layout, Layout
-from dga_jax.attention.plan import Rows
-from dga_jax.attention.scores import random_scores, select_focal
+from dga_jax.attention.layout import Layout
+from dga_jax.attention.metadata import AttentionMetadata, RankingMetadata
+from dga_jax.attention.plan import GroupPlan
+from dga_jax.attention.scores import random_scores
+from dga_jax.attention.selection import select_by_score
 from dga_jax.attention.visibility import Visibility
 from dga_jax.config import DGAConfig
-from pallas_kernels.group_merge import Entries, merge_groups, take_rows
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.gather import take_rows
+from pallas_kernels.group_merge import Entries, merge_groups
+from pallas_kernels.grouped_attention import KVSources
 
 
-def global_entries(
+def global_sources(
   query: Float[Array, "B P H D"],
   key: Float[Array, "B P N D"],
   value: Float[Array, "B P N D"],
-  rows: Rows,
-  pieces: ZigzagShards,
+  metadata: AttentionMetadata,
+  shards: ZigzagShards,
   *,
-  config: DGAConfig,
-  implementation: str | None,
-) -> tuple[Entries, Visibility]:
-  """What one device's queries attend to, and what each of them sees of it.
+  implementation: Implementation,
+) -> KVSources:
+  """What one device's queries attend to, and the ranges that each of them sees of it.
 
   Scores are gathered, so that every device makes the same plan. A focal token is sent by the
-  device that has it, a group by the one that has its last member. Members of a group that was
-  begun before a chunk, fewer than m, are fetched from the devices that have them.
+  device that holds it, a group by the device that holds its last member. Members of a group that
+  began before a chunk, fewer than m, are fetched from the devices that hold them.
   """
-  N = key.shape[2]
-  if config.selection == "global":
-    scores_BxNxL = sharded_importance_scores(query, key, rows, pieces, config)
+  config, documents, ranking = metadata.config, metadata.documents, metadata.by_selection
+  assert isinstance(ranking, RankingMetadata)
+  if ranking.samples is not None:
+    scores_BxNxL = sharded_importance_scores(query, key, ranking.samples, shards)
   else:
-    scores_BxNxL = random_scores(rows.documents, N, config.seed)
-  focal_BxNxL = select_focal(scores_BxNxL, rows.documents, rows.max_documents, config)
-  layout = global_layout(focal_BxNxL, rows.documents, rows.sizes, config)
-  split = _Split.of(focal_BxNxL, layout, rows, pieces, config)
+    scores_BxNxL = random_scores(documents, key.shape[2], config.seed)
+  selection = select_by_score(scores_BxNxL, documents, ranking.quotas, config)
+  plan = GroupPlan.from_selection(selection, metadata)
+  split = _Split.of(plan, shards)
 
   # Keys and values travel together, side by side in the last axis.
   both = jnp.concatenate([key, value], axis=-1)
@@ -63,7 +68,7 @@ def global_entries(
   )
   window = take_rows(both, split.window_index())
   entries = [half for x in (focal, group, window) for half in jnp.split(x, 2, axis=-1)]
-  return Entries(*entries), split.bounds()
+  return split.visibility().sources(Entries(*entries))
 
 
 def global_halo(config: DGAConfig) -> int:
@@ -85,22 +90,29 @@ class _Chunks(NamedTuple):
 class _Split(NamedTuple):
   """How the sequence's focal tokens, groups and window lists are spread over the devices."""
 
-  layout: Layout
+  plan: GroupPlan
   chunks: _Chunks
   pieces: ZigzagShards
-  config: DGAConfig
 
   @classmethod
-  def of(
-    cls, focal_BxNxL: Array, layout: Layout, rows: Rows, pieces: ZigzagShards, config: DGAConfig
-  ) -> "_Split":
+  def of(cls, plan: GroupPlan, pieces: ZigzagShards) -> "_Split":
     def starts(chosen_BxNxL: Array) -> Array:
       B, N, _ = chosen_BxNxL.shape
       count = chosen_BxNxL.reshape(B, N, -1, pieces.chunk).sum(axis=-1, dtype=jnp.int32)
       return jnp.pad(jnp.cumsum(count, axis=-1), ((0, 0), (0, 0), (1, 0)))
 
-    member_BxNxL = rows.documents.is_token[:, None] & ~focal_BxNxL
-    return cls(layout, _Chunks(starts(focal_BxNxL), starts(member_BxNxL)), pieces, config)
+    member_BxNxL = plan.documents.is_token[:, None] & ~plan.focal_mask
+    return cls(plan, _Chunks(starts(plan.focal_mask), starts(member_BxNxL)), pieces)
+
+  @property
+  def layout(self) -> Layout:
+    """Of the plan."""
+    return self.plan.layout
+
+  @property
+  def config(self) -> DGAConfig:
+    """Of the plan."""
+    return self.plan.config
 
   @property
   def halo(self) -> int:
@@ -164,15 +176,13 @@ class _Split(NamedTuple):
     slot = jnp.where(is_second, second + entry - 2 * self.halo - count, first + entry - self.halo)
     return self._entry(slot, is_second.astype(jnp.int32))
 
-  def bounds(self) -> Visibility:
-    """The plan's, of this device's queries, with windows over its own list."""
-    bounds = jax.tree.map(self.pieces.own, self.layout.bounds)
+  def visibility(self) -> Visibility:
+    """The plan's, of this device's queries, with windows over this device's list."""
+    own = jax.tree.map(self.pieces.own, self.plan.visibility)
     (first, second), (count, _) = self._own_members()
     is_second = jnp.arange(2 * self.pieces.chunk)[None, None] >= self.pieces.chunk
     shift = jnp.where(is_second, 2 * self.halo + count - second, self.halo - first)
-    return bounds._replace(
-      window_start=bounds.window_start + shift, window_end=bounds.window_end + shift
-    )
+    return own._replace(window_start=own.window_start + shift, window_end=own.window_end + shift)
 
   @property
   def _most_focal(self) -> int:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.group_merge import take_rows
+from pallas_kernels.gather import take_rows
 
 # Of an even part: how much more the first exchange holds, and how much each further one does.
 _SLACK = 1 / 20

@@ -5,50 +5,44 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
-from dga_jax.attention.plan import Rows
-from dga_jax.attention.scores import sample_queries
-from dga_jax.config import DGAConfig
-from pallas_kernels.group_merge import take_positions
+from dga_jax.attention.scores import SampledQueries
+from pallas_kernels.gather import take_positions
 
 
 def sharded_importance_scores(
   query: Float[Array, "B P H D"],
   key: Float[Array, "B P N D"],
-  rows: Rows,
-  pieces: ZigzagShards,
-  config: DGAConfig,
+  samples: SampledQueries,
+  shards: ZigzagShards,
 ) -> Float[Array, "B N L"]:
   """`importance_scores` of the whole sequence, the same on every device.
 
-  Sampled queries, a few tokens, are fetched from the devices that have them. Each device scores
-  its own keys, under a softmax whose sums are taken over all devices, and the scores, one number
-  a key, are gathered.
+  Sampled queries, a few tokens, are fetched from the devices that hold them. Each device scores
+  its own keys, under a softmax whose sums run over all devices, and the scores, one number a key,
+  are gathered.
   """
   query, key = jax.lax.stop_gradient((query, key))
-  documents = rows.documents
-  samples = min(pieces.length, config.n_recent + config.n_random)
-  start_BxC, _ = documents.extents(rows.max_documents)
+  position_1x1xP = shards.positions[None, None]
 
-  def of_document(document: Array | int) -> Array:
-    sample_BxS, drawn_BxS = sample_queries(documents, documents.index == document, samples, config)
-    start_Bx1 = jax.lax.dynamic_slice_in_dim(start_BxC, document, 1, axis=1)
-    end_BxS = jnp.where(drawn_BxS, sample_BxS + 1, 0)
-    place_BxS = pieces.place(sample_BxS)
-    q_BxSxHxD = take_positions(query, place_BxS)
-    q_BxSxHxD = jax.lax.psum(q_BxSxHxD, pieces.axis_name)
-    sees_BxSxP = (start_Bx1[:, :, None] <= pieces.positions[None, None]) & (
-      pieces.positions[None, None] < end_BxS[:, :, None]
-    )
-    return _scores(q_BxSxHxD, key, sees_BxSxP, pieces.axis_name)
+  def of_document(samples_BxS: SampledQueries) -> Array:
+    q_BxSxHxD = take_positions(query, shards.place(samples_BxS.position))
+    q_BxSxHxD = jax.lax.psum(q_BxSxHxD, shards.axis_name)
+    start_BxSx1, end_BxSx1 = samples_BxS.start[..., None], samples_BxS.end[..., None]
+    sees_BxSxP = (start_BxSx1 <= position_1x1xP) & (position_1x1xP < end_BxSx1)
+    return _scores(q_BxSxHxD, key, sees_BxSxP, shards.axis_name)
 
-  scores_BxNxP = of_document(0)
-  if rows.max_documents > 1:
+  scores_BxNxP = of_document(samples.of_document(0))
+  max_documents = samples.position.shape[1]
+  if max_documents > 1:
     scores_BxNxP = jax.lax.fori_loop(
-      1, rows.max_documents, lambda i, scores: scores + of_document(i), scores_BxNxP
+      1,
+      max_documents,
+      lambda document, scores: scores + of_document(samples.of_document(document)),
+      scores_BxNxP,
     )
   B, N, _ = scores_BxNxP.shape
-  scores_Bx2xNxn = scores_BxNxP.reshape(B, N, 2, pieces.chunk).swapaxes(1, 2)
-  return pieces.gather(scores_Bx2xNxn).swapaxes(1, 2).reshape(B, N, pieces.length)
+  scores_Bx2xNxn = scores_BxNxP.reshape(B, N, 2, shards.chunk).swapaxes(1, 2)
+  return shards.gather(scores_Bx2xNxn).swapaxes(1, 2).reshape(B, N, shards.length)
 
 
 def _scores(q_BxSxHxD: Array, key: Array, sees_BxSxP: Array, axis_name: str) -> Array:

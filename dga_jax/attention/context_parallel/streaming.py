@@ -4,41 +4,41 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from dga_jax.attention.aggregate import merge_scale
+from dga_jax.attention.attend import merge_scale
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
-from dga_jax.attention.layout import (
-  count_before,
-  streaming_bounds,
-  streaming_focal_start,
-  StreamingBlocks,
-)
-from dga_jax.attention.plan import Rows
-from dga_jax.attention.visibility import Visibility
+from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
+from dga_jax.attention.segments import count_before
+from dga_jax.attention.streaming_blocks import StreamingBlocks
+from dga_jax.attention.visibility import focal_list_start
 from dga_jax.config import DGAConfig
 from pallas_kernels.compact_indices import compact_indices
-from pallas_kernels.group_merge import Entries, merge_blocks, take_positions
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.gather import take_positions
+from pallas_kernels.group_merge import Entries, merge_blocks
+from pallas_kernels.grouped_attention import KVSources
 
 
-def streaming_entries(
+def streaming_sources(
   query: Float[Array, "B P H D"],
   key: Float[Array, "B P N D"],
   value: Float[Array, "B P N D"],
-  rows: Rows,
+  metadata: AttentionMetadata,
   pieces: ZigzagShards,
   *,
-  config: DGAConfig,
-  implementation: str | None,
-) -> tuple[Entries, Visibility]:
-  """What one device's queries attend to, and what each of them sees of it.
+  implementation: Implementation,
+) -> KVSources:
+  """What one device's queries attend to, and the ranges that each of them sees of it.
 
-  A block is summarised where its last token lies. For that, and for the raw window, each chunk
-  takes the last tokens of the chunk before it from a neighbour. The summaries of all blocks, f + 1
-  rows for m + f tokens, are gathered; in the backward pass their gradients are summed back to the
-  devices that made them.
+  A block is summarised by the device that holds its last token. For that, and for the raw window,
+  each chunk takes the last tokens of the chunk before it from a neighbour. The summaries of all
+  blocks, f + 1 rows for m + f tokens, are gathered; in the backward pass their gradients are summed
+  back to the devices that made them.
 
   Raises:
     ValueError: a chunk is shorter than a query's raw window.
   """
+  config, streaming = metadata.config, metadata.by_selection
+  assert isinstance(streaming, StreamingMetadata)
   halo = streaming_halo(config)
   if halo > pieces.chunk:
     raise ValueError(
@@ -51,7 +51,7 @@ def streaming_entries(
     _join(jnp.concatenate([before[:, :, :, i], pieces.split(x)], axis=2))
     for i, x in enumerate((key, value))
   )
-  blocks = _Blocks(rows.block_starts(config), config, pieces)
+  blocks = _Blocks(streaming.blocks.start, config, pieces)
   _, made, _ = merge_blocks(
     _join(jnp.pad(pieces.split(query), ((0, 0), (0, 0), (halo, 0), (0, 0), (0, 0)))),
     window_key,
@@ -65,17 +65,19 @@ def streaming_entries(
   focal_key, group_key = blocks.gather(made.focal_key, made.group_key)
   focal_value, group_value = blocks.gather(made.focal_value, made.group_value)
   if config.sink_tokens:
-    sinks = _Sinks(rows, blocks.start_Bxk, config, pieces)
+    sinks = _Sinks(metadata, streaming.blocks, pieces)
     focal_key, focal_value = sinks.insert(key, focal_key), sinks.insert(value, focal_value)
   entries = Entries(focal_key, focal_value, group_key, group_value, window_key, window_value)
-  bounds = jax.tree.map(pieces.own, streaming_bounds(rows.documents, config))
+  visibility = jax.tree.map(pieces.own, streaming.visibility)
   # From positions in the sequence to places in the window list, chunks with what precedes them.
   chunk_start_P = jnp.repeat(pieces.chunk_starts, pieces.chunk)
   list_start_P = jnp.repeat(jnp.arange(2) * (halo + pieces.chunk) + halo, pieces.chunk)
   shift_1x1xP = (list_start_P - chunk_start_P)[None, None]
-  return entries, bounds._replace(
-    window_start=bounds.window_start + shift_1x1xP, window_end=bounds.window_end + shift_1x1xP
+  visibility = visibility._replace(
+    window_start=visibility.window_start + shift_1x1xP,
+    window_end=visibility.window_end + shift_1x1xP,
   )
+  return visibility.sources(entries)
 
 
 def streaming_halo(config: DGAConfig) -> int:
@@ -145,21 +147,20 @@ class _Sinks:
   """The first tokens of documents, which stand before their blocks' focal tokens."""
 
   def __init__(
-    self, rows: Rows, start_Bxk: Int[Array, "B k"], config: DGAConfig, pieces: ZigzagShards
+    self, metadata: AttentionMetadata, blocks: StreamingBlocks, pieces: ZigzagShards
   ) -> None:
-    documents, L = rows.documents, pieces.length
-    blocks = StreamingBlocks.of(documents, config)
-    most = min(L, config.sink_tokens * rows.max_documents)
-    focal_start_BxL = streaming_focal_start(documents, config)
+    documents, config, L = metadata.documents, metadata.config, pieces.length
+    most = min(L, config.sink_tokens * metadata.max_documents)
+    focal_start_BxL = focal_list_start(documents, blocks, config)
     f = config.focal_in_block
     first_slot_BxL = focal_start_BxL + config.sink_tokens + f * blocks.index
-    first_slot_Bxk = take_positions(first_slot_BxL + 1, start_Bxk) - 1  # -1 for no block
+    first_slot_Bxk = take_positions(first_slot_BxL + 1, blocks.start) - 1  # -1 for no block
     slot_Bxkxf = first_slot_Bxk[..., None] + jnp.arange(f, dtype=jnp.int32)[None, None]
     slot_Bxkxf = jnp.where(first_slot_Bxk[..., None] < 0, L, slot_Bxkxf)
-    self._position_BxS = compact_indices(count_before(blocks.sink), blocks.sink, most)
+    self._position_BxS = compact_indices(count_before(blocks.is_sink), blocks.is_sink, most)
     sink_slot_BxS = take_positions(focal_start_BxL + documents.position - L, self._position_BxS) + L
     slot = jnp.concatenate([slot_Bxkxf.reshape(len(slot_Bxkxf), -1), sink_slot_BxS], axis=1)
-    self._source_Bxr = compact_indices(slot, slot < L, rows.sizes.focal)
+    self._source_Bxr = compact_indices(slot, slot < L, metadata.sizes.focal)
     self._pieces = pieces
 
   def insert(

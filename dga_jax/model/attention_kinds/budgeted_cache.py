@@ -1,11 +1,11 @@
-"""Caches of a fixed number of entries that are compressed whenever an interval of tokens is full.
+"""Caches of a fixed number of entries, compressed by a rule after every interval of tokens.
 
-Top-k eviction and KVMerger-style merging share this: tokens are appended; each entry sums up the
-attention that it receives; and after every `interval` tokens a rule reduces the entries to
-`budget`. Entries lie in the order of their positions, so what a query sees is a prefix, and how
-many there are follows from the number of tokens. A whole sequence, a prompt and single tokens all
-go through `_advance`: the function is one and causal. With `dense_prompt` a prompt is read whole
-instead and compressed once at its end.
+Top-k eviction and KVMerger share this: tokens are appended, each entry accumulates the attention
+that queries pay to it, and after every `interval` tokens a rule reduces the entries to `budget`.
+Entries are in order of position, so a query sees a prefix of them, whose length follows from the
+number of tokens. Training, prefill and decoding share `_advance`, so all three compute the same
+causal function. With `dense_prompt`, a prompt is read with dense attention and compressed once at
+its end.
 """
 
 import dataclasses
@@ -16,44 +16,46 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from dga_jax.attention.segments import Documents
+from dga_jax.model.attention_kinds.base import AttentionKind, require_one_document
+from pallas_kernels.masks import masked_softmax
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class BudgetedCache:
-  """Entries in the order of their positions; in decoding with a leading axis of layers.
+  """Entries in order of position. While decoding, arrays have a leading axis of layers.
 
   Attributes:
-    key: of tokens, or of merged runs of them. Entries beyond those held are not read.
-    value: likewise.
-    received: float32, the attention that queries have paid to each entry, over the query heads
-      of its KV head.
+    key: keys of tokens or of merged runs. Entries beyond those held are not read.
+    value: their values.
+    accumulated_attention: float32, the attention that queries have paid to each entry, summed over
+      the query heads of its KV head.
     length: tokens that each sequence has seen.
   """
 
   key: Float[Array, "*layers B N C D"]
   value: Float[Array, "*layers B N C D"]
-  received: Float[Array, "*layers B N C"]
+  accumulated_attention: Float[Array, "*layers B N C"]
   length: Int[Array, "*layers B"]
 
 
-# (key [C, D], value [C, D], received [C], entries held) of one head -> the same arrays with
-# `budget` entries. Entries beyond those held come last and stay last.
+# (key [C, D], value [C, D], accumulated attention [C], entries held) of one head -> the same arrays
+# with `budget` entries. Entries beyond those held are last and stay last.
 Rule = Callable[[Array, Array, Array, Array], tuple[Array, Array, Array]]
 
 
 @dataclasses.dataclass(frozen=True)
-class BudgetedCacheAttention:
+class BudgetedCacheAttention(AttentionKind):
   """Attention over at most `budget` + `interval` entries.
 
   Attributes:
-    name: of the attention kind, for messages.
-    budget: entries that a compression leaves.
+    name: the attention kind.
+    budget: entries that a compression keeps.
     interval: tokens between two compressions.
-    rule: how entries are reduced.
-    dense_prompt: whether prompts, and whole sequences, are read with dense attention, and a prompt
-      is compressed once at its end. All its queries then decide what stays.
+    rule: reduces the entries.
+    dense_prompt: whether prompts and whole sequences are read with dense attention, and a prompt is
+      compressed once at its end, by the attention of all its queries.
   """
 
   name: str
@@ -62,26 +64,25 @@ class BudgetedCacheAttention:
   rule: Rule
   dense_prompt: bool = False
 
+  def prepare(self, documents: Documents) -> Documents:
+    """The rows.
+
+    Raises:
+      ValueError: packed documents, each of which would need a cache of its own.
+    """
+    require_one_document(self.name, documents)
+    return documents
+
   def attend(
     self,
     q_BxLxHxD: Float[Array, "B L H D"],
     k_BxLxNxD: Float[Array, "B L N D"],
     v_BxLxNxD: Float[Array, "B L N D"],
-    *,
-    segment_ids: Int[Array, "B L"] | None,
-    lengths: Int[Array, "B"] | None,
+    metadata: Documents,
   ) -> Float[Array, "B L H D"]:
-    """What reading a prompt gives; padded queries give 0.
-
-    Raises:
-      ValueError: for packed documents, each of which would need a cache of its own.
-    """
-    if segment_ids is not None:
-      raise ValueError(
-        f"segment_ids are given, but attention={self.name!r} wants one document in each row."
-      )
+    """The output of reading the rows as prompts; padding outputs 0."""
     L = q_BxLxHxD.shape[1]
-    return self.prefill(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, lengths=lengths, max_length=L)[0]
+    return self.prefill(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, max_length=L)[0]
 
   def init_cache(
     self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
@@ -96,22 +97,21 @@ class BudgetedCacheAttention:
     q_BxLxHxD: Float[Array, "B L H D"],
     k_BxLxNxD: Float[Array, "B L N D"],
     v_BxLxNxD: Float[Array, "B L N D"],
+    metadata: Documents,
     *,
-    lengths: Int[Array, "B"] | None,
     max_length: int,
   ) -> tuple[Float[Array, "B L H D"], BudgetedCache]:
-    """Reads a right-padded prompt, an interval at a time."""
+    """Reads right-padded prompts, an interval at a time."""
     B, L, N, D = k_BxLxNxD.shape
     if self.dense_prompt:
       keeping_all = dataclasses.replace(self, budget=L, dense_prompt=False)
       o_BxLxHxD, everything = keeping_all.prefill(
-        q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, lengths=lengths, max_length=L
+        q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, max_length=L
       )
       return o_BxLxHxD, self._compress_prompt(everything, max_length)
     size = min(self.interval, L)
     blocks = math.ceil(L / size)
-    length_B = jnp.full(B, L) if lengths is None else lengths
-    is_token_BxL = jnp.arange(blocks * size)[None] < length_B[:, None]
+    is_token_BxP = jnp.arange(blocks * size)[None] < metadata.row_length[:, None]
 
     def split(x_BxLxHxD: Array) -> Float[Array, "T B b H D"]:
       padding = ((0, 0), (0, blocks * size - L), (0, 0), (0, 0))
@@ -128,7 +128,7 @@ class BudgetedCacheAttention:
       )
       return cache, o_BxbxHxD
 
-    is_token_TxBxb = jnp.moveaxis(is_token_BxL.reshape(B, blocks, size), 1, 0)
+    is_token_TxBxb = jnp.moveaxis(is_token_BxP.reshape(B, blocks, size), 1, 0)
     empty = self.init_cache(B, max_length, N, D, k_BxLxNxD.dtype)
     cache, o_TxBxbxHxD = jax.lax.scan(
       step,
@@ -146,19 +146,19 @@ class BudgetedCacheAttention:
     cache: BudgetedCache,
     layer: Int[Array, ""],
   ) -> tuple[Float[Array, "B H D"], BudgetedCache]:
-    """Appends one token, attends, and compresses the caches whose interval is full."""
+    """Appends one token, attends, and compresses the rows whose interval is full."""
     q, k, v = (x[:, None] for x in (q_BxHxD, k_BxNxD, v_BxNxD))
     is_token_Bx1 = jnp.ones((q.shape[0], 1), bool)
     o_Bx1xHxD, cache = self._advance(q, k, v, is_token_Bx1, cache, layer)
     return o_Bx1xHxD[:, 0], cache
 
   def _compress_prompt(self, prompt: BudgetedCache, max_length: int) -> BudgetedCache:
-    """From all tokens of a prompt to the cache: whole intervals compressed, the rest raw."""
+    """The cache of a prompt whose tokens are all held: whole intervals compressed, others raw."""
     B, N, L, D = prompt.key.shape
     empty = self.init_cache(B, max_length, N, D, prompt.key.dtype)
     entries = empty.key.shape[2]
     whole_B = prompt.length // self.interval * self.interval
-    arrays = (prompt.key, prompt.value, prompt.received)
+    arrays = (prompt.key, prompt.value, prompt.accumulated_attention)
     reduced = arrays if self.budget >= L else self._reduce(*arrays, whole_B)
     rest_BxI = jnp.arange(min(self.interval, L))[None]
     slot_BxI = jnp.minimum(whole_B, self.budget)[:, None] + rest_BxI
@@ -170,15 +170,15 @@ class BudgetedCacheAttention:
       rest = all_tokens.at[row_Bx1, :, whole_B[:, None] + rest_BxI].get(mode="fill", fill_value=0)
       return jnp.pad(few, free).at[row_Bx1, :, slot_BxI].set(rest, mode="drop")
 
-    key, value, received = map(store, arrays, reduced)
-    return BudgetedCache(key, value, received, prompt.length)
+    key, value, accumulated = map(store, arrays, reduced)
+    return BudgetedCache(key, value, accumulated, prompt.length)
 
   def _reduce(
-    self, key: Array, value: Array, received: Array, held_B: Array
+    self, key: Array, value: Array, accumulated: Array, held_B: Array
   ) -> tuple[Array, Array, Array]:
-    """The rule, for every row and head."""
+    """Applies the rule to every row and head."""
     of_heads = jax.vmap(self.rule, in_axes=(0, 0, 0, None))
-    return jax.vmap(of_heads)(key, value, received, held_B)
+    return jax.vmap(of_heads)(key, value, accumulated, held_B)
 
   def _advance(
     self,
@@ -189,7 +189,7 @@ class BudgetedCacheAttention:
     cache: BudgetedCache,
     layer: Array,
   ) -> tuple[Array, BudgetedCache]:
-    """Reads T tokens that lie in one interval; in each row, padding comes after tokens."""
+    """Reads T tokens of one interval; in each row, padding follows the tokens."""
     (B, T, H, D), N = q_BxTxHxD.shape, k_BxTxNxD.shape[2]
     entries = cache.key.shape[-2]
     length_B = cache.length[layer]
@@ -211,11 +211,10 @@ class BudgetedCacheAttention:
     weights = masked_softmax(logits_BxNxRxTxC, visible_BxTxC[:, None, None])
     o_BxTxNxRxD = jnp.einsum("bnrtc,bncd->btnrd", weights.astype(value.dtype), value[layer])
 
-    tokens_B = is_token_BxT.sum(axis=1, dtype=jnp.int32)
     paid_BxNxC = jax.lax.stop_gradient(weights).sum(axis=(2, 3))
-    received = cache.received.at[layer].add(paid_BxNxC)
+    accumulated = cache.accumulated_attention.at[layer].add(paid_BxNxC)
     tokens_B = is_token_BxT.sum(axis=1, dtype=jnp.int32)
-    cache = BudgetedCache(key, value, received, cache.length.at[layer].add(tokens_B))
+    cache = BudgetedCache(key, value, accumulated, cache.length.at[layer].add(tokens_B))
     if entries > self.budget:
       full_B = (tokens_B > 0) & (cache.length[layer] % self.interval == 0)
       cache = self._compress(cache, layer, held_B + tokens_B, full_B)
@@ -228,20 +227,20 @@ class BudgetedCacheAttention:
     full_B &= held_B > self.budget
 
     def reduce(arrays: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-      key, value, received = map(choose, arrays, self._reduce(*arrays, held_B))
-      return key, value, received
+      key, value, accumulated = map(choose, arrays, self._reduce(*arrays, held_B))
+      return key, value, accumulated
 
     def choose(old: Array, new: Array) -> Array:
       free = [(0, 0)] * new.ndim
       free[2] = (0, old.shape[2] - new.shape[2])
       return jnp.where(full_B.reshape(-1, *(1,) * (old.ndim - 1)), jnp.pad(new, free), old)
 
-    # One layer goes through the conditional: with all of them XLA would copy them all.
-    one_layer = (cache.key[layer], cache.value[layer], cache.received[layer])
-    key, value, received = jax.lax.cond(full_B.any(), reduce, lambda same: same, one_layer)
+    # The conditional takes one layer alone: XLA would copy all layers if it took them.
+    one_layer = (cache.key[layer], cache.value[layer], cache.accumulated_attention[layer])
+    key, value, accumulated = jax.lax.cond(full_B.any(), reduce, lambda same: same, one_layer)
     return BudgetedCache(
       cache.key.at[layer].set(key),
       cache.value.at[layer].set(value),
-      cache.received.at[layer].set(received),
+      cache.accumulated_attention.at[layer].set(accumulated),
       cache.length,
     )

@@ -4,62 +4,54 @@ import dataclasses
 
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from dga_jax.api import dynamic_group_attention
+from dga_jax.attention.attend import attend
 from dga_jax.attention.context_parallel.attend import attend_sharded
-from dga_jax.cache import attend_and_prefill, CompactCache, decode_step, empty_cache, extend
+from dga_jax.attention.metadata import AttentionMetadata, prepare
+from dga_jax.attention.segments import Documents
+from dga_jax.cache import CompactCache, decode_step, empty_cache, extend
+from dga_jax.cache.prompt import attend_and_prefill_prepared
 from dga_jax.config import DGAConfig
+from dga_jax.model.attention_kinds.base import AttentionKind
 
 
 @dataclasses.dataclass(frozen=True)
-class DynamicGroupAttention:
+class DynamicGroupAttention(AttentionKind):
   """See `dga_jax.dynamic_group_attention` and `dga_jax.cache`."""
 
+  name = "dga"
+
   config: DGAConfig
+
+  def prepare(self, documents: Documents) -> AttentionMetadata:
+    """Blocks and visibility of streaming selection; quotas and sampled queries of global."""
+    return prepare(documents, self.config)
 
   def attend(
     self,
     q_BxLxHxD: Float[Array, "B L H D"],
     k_BxLxNxD: Float[Array, "B L N D"],
     v_BxLxNxD: Float[Array, "B L N D"],
-    *,
-    segment_ids: Int[Array, "B L"] | None,
-    lengths: Int[Array, "B"] | None,
+    metadata: AttentionMetadata,
   ) -> Float[Array, "B L H D"]:
-    """The op, over whole sequences."""
-    return dynamic_group_attention(
-      q_BxLxHxD,
-      k_BxLxNxD,
-      v_BxLxNxD,
-      config=self.config,
-      segment_ids=segment_ids,
-      lengths=lengths,
-    )
+    """The op over whole sequences."""
+    return attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
 
   def attend_sharded(
     self,
     q_BxPxHxD: Float[Array, "B P H D"],
     k_BxPxNxD: Float[Array, "B P N D"],
     v_BxPxNxD: Float[Array, "B P N D"],
+    metadata: AttentionMetadata,
     *,
-    segment_ids: Int[Array, "B L"] | None,
-    lengths: Int[Array, "B"] | None,
     axis_name: str,
   ) -> Float[Array, "B P H D"]:
-    """The op on one device's piece of the sequences; see `context_parallel.attend`."""
-    return attend_sharded(
-      q_BxPxHxD,
-      k_BxPxNxD,
-      v_BxPxNxD,
-      config=self.config,
-      axis_name=axis_name,
-      segment_ids=segment_ids,
-      lengths=lengths,
-    )
+    """The op on this device's shard of the sequences; `metadata` is of the whole sequences."""
+    return attend_sharded(q_BxPxHxD, k_BxPxNxD, v_BxPxNxD, metadata, axis_name=axis_name)
 
   def init_cache(
     self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
   ) -> CompactCache:
-    """An empty compact cache for `max_length` tokens a sequence."""
+    """An empty compact cache of one layer."""
     return empty_cache(
       config=self.config,
       batch=batch,
@@ -74,18 +66,13 @@ class DynamicGroupAttention:
     q_BxLxHxD: Float[Array, "B L H D"],
     k_BxLxNxD: Float[Array, "B L N D"],
     v_BxLxNxD: Float[Array, "B L N D"],
+    metadata: AttentionMetadata,
     *,
-    lengths: Int[Array, "B"] | None,
     max_length: int,
   ) -> tuple[Float[Array, "B L H D"], CompactCache]:
-    """Attends over right-padded prompts and fills a cache with them."""
-    return attend_and_prefill(
-      q_BxLxHxD,
-      k_BxLxNxD,
-      v_BxLxNxD,
-      config=self.config,
-      lengths=lengths,
-      max_length=max_length,
+    """The op over prompts, whose focal tokens and groups become the compact cache."""
+    return attend_and_prefill_prepared(
+      q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, max_length=max_length
     )
 
   def decode(
@@ -96,7 +83,7 @@ class DynamicGroupAttention:
     cache: CompactCache,
     layer: Int[Array, ""],
   ) -> tuple[Float[Array, "B H D"], CompactCache]:
-    """Appends one token and attends to the compact entries and the raw tokens."""
+    """Appends one token and attends to the compact part and the raw tokens."""
     return decode_step(q_BxHxD, k_BxNxD, v_BxNxD, cache, config=self.config, layer=layer)
 
   def extend(
@@ -107,9 +94,9 @@ class DynamicGroupAttention:
     cache: CompactCache,
     layer: Int[Array, ""],
     *,
-    counts: Int[Array, "B"],
+    lengths: Int[Array, "B"],
   ) -> tuple[Float[Array, "B T H D"], CompactCache]:
-    """Appends several tokens, as decoding would one by one."""
+    """Appends several tokens; computes what decoding them one by one would."""
     return extend(
-      q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, cache, config=self.config, lengths=counts, layer=layer
+      q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, cache, config=self.config, lengths=lengths, layer=layer
     )

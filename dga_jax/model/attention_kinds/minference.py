@@ -1,47 +1,95 @@
-"""MInference: a vertical-slash mask over the prompt, chosen by its last queries; a dense cache."""
+"""MInference (Jiang et al., arXiv 2407.02490): a sparse prefill, then dense decoding."""
 
 import dataclasses
 import math
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.model.attention_kinds.dense import DenseAttention, DenseCache
-from dga_jax.model.baselines import MInferenceConfig
-from pallas_kernels.grouped_attention.reference import masked_softmax
+from dga_jax.attention.segments import Documents
+from dga_jax.model.attention_kinds.base import require_one_document
+from dga_jax.model.attention_kinds.baseline_settings import BaselineSettings
+from dga_jax.model.attention_kinds.dense_cache import DenseCacheAttention
+from pallas_kernels.masks import masked_softmax
 
 BLOCK_Q = 128
 
 
 @dataclasses.dataclass(frozen=True)
-class MInferenceAttention:
+class MInferenceConfig(BaselineSettings):
+  """MInference (Jiang et al., arXiv 2407.02490) with its vertical-slash pattern in every head.
+
+  It saves work in the prompt alone: the cache and decoding are dense. The paper searches the sizes
+  for each head of a model; the defaults are those of its code without a search.
+
+  Attributes:
+    vertical: the number of keys that all queries of a head see.
+    slash: the number of distances between query and key at which all queries of a head see.
+    last_queries: the number of last queries that choose both.
+    first_tokens: the number of first keys that are always chosen.
+    recent_distances: the number of smallest distances that are always chosen.
+  """
+
+  vertical: int = 1000
+  slash: int = 6096
+  last_queries: int = 64
+  first_tokens: int = 30
+  recent_distances: int = 100
+
+  _LEAST: ClassVar = {"vertical": 1, "slash": 1, "last_queries": 1, "recent_distances": 1}
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for name, whole in (("first_tokens", "vertical"), ("recent_distances", "slash")):
+      if getattr(self, name) > getattr(self, whole):
+        raise ValueError(
+          f"MInferenceConfig.{name} is {getattr(self, name)}; it must be at most"
+          f" {whole}={getattr(self, whole)}, which it is part of."
+        )
+
+  def with_budget(self, keys: int) -> Self:
+    """Vertical and slash sizes that sum to `keys`, in the same ratio.
+
+    This bounds the keys that a query attends to; the cache stays dense.
+    """
+    vertical = max(1, round(keys * self.vertical / (self.vertical + self.slash)))
+    slash = keys - vertical
+    first, recent = min(self.first_tokens, vertical), min(self.recent_distances, slash)
+    changes = {"first_tokens": first, "recent_distances": recent}
+    return self._with_budget(keys, 2, vertical=vertical, slash=slash, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class MInferenceAttention(DenseCacheAttention):
   """See `MInferenceConfig`. The last queries choose, so it is not causal over a whole sequence."""
 
-  config: MInferenceConfig
+  name = "minference"
+
+  settings: MInferenceConfig
+
+  def prepare(self, documents: Documents) -> Documents:
+    """The rows.
+
+    Raises:
+      ValueError: packed documents, which have no common last queries.
+    """
+    require_one_document(self.name, documents)
+    return documents
 
   def attend(
     self,
     q_BxLxHxD: Float[Array, "B L H D"],
     k_BxLxNxD: Float[Array, "B L N D"],
     v_BxLxNxD: Float[Array, "B L N D"],
-    *,
-    segment_ids: Int[Array, "B L"] | None,
-    lengths: Int[Array, "B"] | None,
+    metadata: Documents,
   ) -> Float[Array, "B L H D"]:
-    """Attention to what the last queries of each row choose; padded queries give 0.
-
-    Raises:
-      ValueError: for packed documents, which have no common last queries.
-    """
-    if segment_ids is not None:
-      raise ValueError(
-        "segment_ids are given, but attention='minference' wants one document in each row."
-      )
+    """Attention to the keys and distances that the last queries choose; padding outputs 0."""
     B, L, H, D = q_BxLxHxD.shape
     N = k_BxLxNxD.shape[2]
-    length_B = jnp.full(B, L) if lengths is None else lengths
-    vertical_BxHxL, slash_BxHxL = vertical_and_slash(q_BxLxHxD, k_BxLxNxD, length_B, self.config)
+    length_B = metadata.row_length
+    vertical_BxHxL, slash_BxHxL = vertical_and_slash(q_BxLxHxD, k_BxLxNxD, length_B, self.settings)
     block = min(BLOCK_Q, L)
     padded = math.ceil(L / block) * block
     q_BxLxHxD = jnp.pad(q_BxLxHxD, ((0, 0), (0, padded - L), (0, 0), (0, 0)))
@@ -64,51 +112,20 @@ class MInferenceAttention:
     o_TxBxbxHxD = jax.lax.map(attend_block, jnp.arange(0, padded, block))
     return jnp.moveaxis(o_TxBxbxHxD, 0, 1).reshape(B, padded, H, D)[:, :L]
 
-  def init_cache(
-    self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
-  ) -> DenseCache:
-    """An empty dense cache of one layer."""
-    return DenseAttention().init_cache(batch, max_length, num_kv_heads, head_dim, dtype)
-
-  def prefill(
-    self,
-    q_BxLxHxD: Float[Array, "B L H D"],
-    k_BxLxNxD: Float[Array, "B L N D"],
-    v_BxLxNxD: Float[Array, "B L N D"],
-    *,
-    lengths: Int[Array, "B"] | None,
-    max_length: int,
-  ) -> tuple[Float[Array, "B L H D"], DenseCache]:
-    """Attends sparsely over a right-padded prompt and stores all of it."""
-    o_BxLxHxD = self.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, segment_ids=None, lengths=lengths)
-    cache = DenseCache.of_prompt(k_BxLxNxD, v_BxLxNxD, lengths=lengths, max_length=max_length)
-    return o_BxLxHxD, cache
-
-  def decode(
-    self,
-    q_BxHxD: Float[Array, "B H D"],
-    k_BxNxD: Float[Array, "B N D"],
-    v_BxNxD: Float[Array, "B N D"],
-    cache: DenseCache,
-    layer: Int[Array, ""],
-  ) -> tuple[Float[Array, "B H D"], DenseCache]:
-    """Dense decoding."""
-    return DenseAttention().decode(q_BxHxD, k_BxNxD, v_BxNxD, cache, layer)
-
 
 def vertical_and_slash(
   q_BxLxHxD: Float[Array, "B L H D"],
   k_BxLxNxD: Float[Array, "B L N D"],
   length_B: Int[Array, "B"],
-  config: MInferenceConfig,
+  settings: MInferenceConfig,
 ) -> tuple[Bool[Array, "B H L"], Bool[Array, "B H L"]]:
-  """Which keys, and which distances between query and key, the queries of each head see.
+  """The keys, and the distances between query and key, that the queries of each head see.
 
-  With Â the causal attention of the row's last queries: the `vertical` keys with the largest
-  Σ_q Â[q, j], and the `slash` distances with the largest Σ_q Â[q, pos(q) − distance].
+  With Â the causal attention of the row's last queries, these are the `vertical` keys j with the
+  largest Σ_q Â[q, j] and the `slash` distances with the largest Σ_q Â[q, pos(q) − distance].
   """
   _, L, H, _ = q_BxLxHxD.shape
-  Q = min(config.last_queries, L)
+  Q = min(settings.last_queries, L)
   position_BxQ = length_B[:, None] - Q + jnp.arange(Q)[None]
   q_BxQxHxD = jnp.take_along_axis(q_BxLxHxD, jnp.maximum(position_BxQ, 0)[:, :, None, None], axis=1)
   distance_BxQxL = position_BxQ[..., None] - jnp.arange(L)[None, None]
@@ -123,9 +140,9 @@ def vertical_and_slash(
 
   slash_BxHxL = jax.vmap(by_distance)(paid_BxHxQxL, index_BxQxL)
   i_1x1xL = jnp.arange(L)[None, None]
-  vertical_BxHxL = jnp.where(i_1x1xL < config.first_tokens, jnp.inf, paid_BxHxQxL.sum(axis=2))
-  slash_BxHxL = jnp.where(i_1x1xL < config.recent_distances, jnp.inf, slash_BxHxL)
-  return _largest(vertical_BxHxL, config.vertical), _largest(slash_BxHxL, config.slash)
+  vertical_BxHxL = jnp.where(i_1x1xL < settings.first_tokens, jnp.inf, paid_BxHxQxL.sum(axis=2))
+  slash_BxHxL = jnp.where(i_1x1xL < settings.recent_distances, jnp.inf, slash_BxHxL)
+  return _largest(vertical_BxHxL, settings.vertical), _largest(slash_BxHxL, settings.slash)
 
 
 def _largest(score_BxHxL: Array, count: int) -> Bool[Array, "B H L"]:

@@ -1,4 +1,4 @@
-"""Dense causal attention on TPUs with JAX's own Pallas kernel, splash attention."""
+"""Dense causal attention on TPUs with splash attention, a Pallas kernel of JAX."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ def splash_refusal(q_BxLxHxD: Array) -> str | None:
   """Why the kernel cannot compute attention of such queries; None if it can."""
   _, L, _, D = q_BxLxHxD.shape
   if D % 128:
-    return f"head_dim is {D}; splash attention wants a multiple of 128"
+    return f"head_dim is {D}; splash attention needs a multiple of 128"
   if L % _BLOCKS[-1]:
-    return f"the sequence has {L} tokens; splash attention wants a multiple of {_BLOCKS[-1]}"
+    return f"the sequence has {L} tokens; splash attention needs a multiple of {_BLOCKS[-1]}"
   return None
 
 
@@ -31,13 +31,13 @@ def splash_causal(
     q_BxLxHxD: queries.
     k_BxLxNxD: keys.
     v_BxLxNxD: values.
-    documents_BxL: number of each token's document; a query sees those of its own.
-    interpret: whether the kernel is run by Pallas's interpreter, on any device.
+    documents_BxL: a number for the document of each token; a query sees keys of its own document.
+    interpret: runs the kernel in Pallas's interpreter, on any device.
 
   Raises:
-    NotImplementedError: `splash_refusal`.
+    NotImplementedError: the kernel cannot compute the call; see `splash_refusal`.
   """
-  # Imported when used: it loads a compiler that most machines have no use for.
+  # Imported lazily: the import loads Pallas's TPU compiler.
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
     CausalMask,

@@ -63,6 +63,10 @@ def test_config_combinations():
     ({"lengths": np.array([3, 13])}, "lengths has values from 3 to 13"),
     ({"lengths": np.array([3.0, 4.0])}, "lengths is float"),
     ({"lengths": np.array([3])}, "lengths is int"),
+    ({"lengths": [3, 12.5]}, r"lengths is float64\[2\]; it must be int\[2\]"),
+    ({"lengths": [3, -1]}, "lengths has values from -1 to 3"),
+    ({"lengths": 12}, r"lengths is int64\[\]; it must be int\[2\]"),
+    ({"segment_ids": [[0] * 12, [0] * 11]}, r"segment_ids is a ragged list; it must be int\[2, 12"),
     ({"segment_ids": np.zeros((2, 11), np.int32)}, "segment_ids is int32"),
     ({"scale": -1.0}, "scale is -1.0"),
     ({"scale": float("nan")}, "scale is nan"),
@@ -78,18 +82,25 @@ def test_op(changes, message):
 def test_documents_need_a_bound_under_jit():
   ids = np.zeros((2, 12), np.int32)
   op = jax.jit(lambda ids, c: plan_groups(Q, K, config=c, segment_ids=ids), static_argnums=1)
-  with pytest.raises(ValueError, match="max_documents"):
+  with pytest.raises(ValueError, match=r"max_documents is None\. Set max_documents to the most"):
     op(ids, CONFIG)
   op(ids, dataclasses.replace(CONFIG, selection="streaming"))
+
+
+@pytest.mark.parametrize("inside", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_more_documents_than_the_bound(inside):
+  """Concrete segment ids are counted, inside jit as outside."""
   three = np.repeat([[0, 1, 2]], 2, axis=0).repeat(4, axis=1)
-  with pytest.raises(ValueError, match="3 documents in a row"):
-    plan_groups(Q, K, config=dataclasses.replace(CONFIG, max_documents=2), segment_ids=three)
+  two = dataclasses.replace(CONFIG, max_documents=2)
+  plan = inside(lambda q: plan_groups(q, K, config=two, segment_ids=three))
+  with pytest.raises(ValueError, match=r"3 documents in a row.*max_documents to at least 3"):
+    plan(Q)
 
 
 def test_plan_must_fit():
   plan = plan_groups(Q, K, config=CONFIG)
   other = dataclasses.replace(CONFIG, group_size=3)
-  with pytest.raises(ValueError, match="They must be the same"):
+  with pytest.raises(ValueError, match="made with group_size=4, and config has group_size=3"):
     dynamic_group_attention(Q, K, K, config=other, plan=plan)
   with pytest.raises(ValueError, match=r"plan\.focal_mask has shape"):
     dynamic_group_attention(Q[:, :6], K[:, :6], K[:, :6], config=CONFIG, plan=plan)
@@ -101,8 +112,22 @@ def test_focal_masks():
   with pytest.raises(ValueError, match="focal_mask is float32"):
     GroupPlan.from_focal_mask(jnp.zeros((1, 1, 5)), config=CONFIG)
   mask = jnp.ones((1, 1, 12), bool)
-  with pytest.raises(ValueError, match="keeps 12 tokens in a row; max_focal is 3"):
+  with pytest.raises(ValueError, match="has 12 focal tokens in a row and KV head; max_focal is 3"):
     GroupPlan.from_focal_mask(mask, config=CONFIG, max_focal=3)
   streaming = dataclasses.replace(CONFIG, selection="streaming")
-  with pytest.raises(ValueError, match=r"keeps \[5\] tokens in the block at row 0, position 0"):
+  with pytest.raises(ValueError, match=r"has \[5\] focal tokens by KV head in the block at row 0"):
     GroupPlan.from_focal_mask(mask, config=streaming)
+
+
+def test_lists_are_arrays():
+  lengths, ids = [12, 7], [[0] * 5 + [1] * 7, [3] * 9 + [-1] * 3]
+  q = jax.random.normal(jax.random.key(0), Q.shape)
+  k = jax.random.normal(jax.random.key(1), K.shape)
+  got = dynamic_group_attention(q, k, k, config=CONFIG, lengths=lengths, segment_ids=ids)
+  arrays = {"lengths": np.array(lengths), "segment_ids": np.array(ids)}
+  want = dynamic_group_attention(q, k, k, config=CONFIG, **arrays)
+  np.testing.assert_array_equal(got, want)
+  mask = plan_groups(q, k, config=CONFIG, lengths=lengths, segment_ids=ids).focal_mask
+  plan = GroupPlan.from_focal_mask(mask, config=CONFIG, lengths=lengths, segment_ids=ids)
+  out = dynamic_group_attention(q, k, k, config=CONFIG, plan=plan, segment_ids=ids, lengths=lengths)
+  np.testing.assert_allclose(out, want, atol=1e-6)

@@ -72,14 +72,14 @@ class TestGoldenExample:
 
   def test_ranges(self):
     plan = fixed_mask_plan([f - 1 for f in GOLDEN_FOCAL], 9, GOLDEN_CONFIG)
-    np.testing.assert_array_equal(plan.focal_index[0, 0] + 1, GOLDEN_FOCAL)
-    np.testing.assert_array_equal(plan.member_index[0, 0] + 1, [[1, 2, 3], [5, 6, 8]])
+    np.testing.assert_array_equal(plan.layout.focal_index[0, 0] + 1, GOLDEN_FOCAL)
+    np.testing.assert_array_equal(plan.layout.member_index[0, 0] + 1, [[1, 2, 3], [5, 6, 8]])
     members = np.array([1, 2, 3, 5, 6, 8])
     for i in range(1, 10):
-      start, end = (int(x[0, 0, i - 1]) for x in plan.bounds[4:])
+      start, end = (int(x[0, 0, i - 1]) for x in plan.visibility[4:])
       assert set(members[start:end]) == GOLDEN_COMPLEMENTARY.get(i, set()), i
-      assert plan.bounds.focal_end[0, 0, i - 1] == sum(f <= i for f in GOLDEN_FOCAL)
-      assert plan.bounds.group_end[0, 0, i - 1] == (i >= 3) + (i >= 8)
+      assert plan.visibility.focal_end[0, 0, i - 1] == sum(f <= i for f in GOLDEN_FOCAL)
+      assert plan.visibility.group_end[0, 0, i - 1] == (i >= 3) + (i >= 8)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -141,11 +141,11 @@ def test_quota(length, m, rate, floor):
 
 def test_sampled_queries_are_the_recent_ones_and_a_repeatable_draw():
   config = DGAConfig(n_recent=3, n_random=4, seed=5)
-  documents = find_documents(1, 33, None, None)
-  sample, drawn = sample_queries(documents, documents.is_token, 7, config)
-  assert np.asarray(drawn).all()
-  assert set(np.asarray(sample[0])[:3]) == {30, 31, 32}
-  assert len(set(np.asarray(sample[0]))) == 7
+  samples = sample_queries(find_documents(1, 33, None, None), 1, config)
+  positions = np.asarray(samples.position[0, 0])
+  np.testing.assert_array_equal(samples.end[0, 0], positions + 1)
+  assert set(positions[:3]) == {30, 31, 32}
+  assert len(set(positions)) == 7
 
 
 def test_ties_go_to_the_earlier_position():

@@ -185,7 +185,10 @@ def test_a_big_endian_file_is_refused(whole: Any, tmp_path: Path) -> None:
     ({"split.count": 2}, "split.count=2; only 1"),
     ({"clip.vision.block_count": 2}, "clip.vision.block_count', which is none of a model"),
     ({"llama.rope.scaling.type": "yarn"}, "rope type 'yarn'; supported"),
-    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5}, "at least 1.0"),
+    (
+      {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5},
+      "factor is 0.5; it must be .*at least 1",
+    ),
     ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor=1.2.*; only 1"),
     ({"llama.rope.freq_base_swa": 1e4}, "unknown key llama.rope.freq_base_swa=10000.0.*ignore"),
     ({"llama.rope.freq_bsae": 1e4}, "unknown key .* Did you mean llama.rope.freq_base?"),

@@ -28,8 +28,7 @@ QKV = tuple(
 
 
 def attend(kind: object) -> np.ndarray:
-  whole = jax.jit(lambda q, k, v: kind.attend(q, k, v, segment_ids=None, lengths=None))
-  return np.asarray(whole(*QKV))
+  return np.asarray(jax.jit(kind)(*QKV))
 
 
 def masked(seen: np.ndarray) -> np.ndarray:
@@ -101,7 +100,7 @@ def test_ablations_want_streaming_and_whole_rows() -> None:
   with pytest.raises(ValueError, match=r"config\.selection is 'global'"):
     AblatedDGA(DGAConfig())
   with pytest.raises(ValueError, match="whole rows"):
-    AblatedDGA(DGA).attend(*QKV, segment_ids=None, lengths=jnp.array([3, 4]))
+    AblatedDGA(DGA)(*QKV, lengths=jnp.array([3, 4]))
 
 
 def test_layers_one_by_one_are_the_model() -> None:

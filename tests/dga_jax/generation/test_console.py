@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dga_jax.generation import console, Sampling
+from dga_jax.tokenizer import Tokenizer
 from tests.dga_jax.evaluation.tiny import CONFIG, TOKENIZER, write_checkpoint
 
 ROOT = Path(__file__).parents[3]
@@ -62,6 +64,13 @@ def test_the_trained_context(saved: dict, length: int | None) -> None:
   assert console.trained_length(saved) == length
 
 
+@pytest.fixture
+def arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+  """`make_batch` returns the arguments of the batch, without compiling it."""
+  monkeypatch.setattr(console, "ContinuousBatching", lambda *_, **options: options)
+
+
+@pytest.mark.usefixtures("arguments")
 def test_prompts_beyond_the_trained_context_are_warned_about(
   workdir: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,10 +81,14 @@ def test_prompts_beyond_the_trained_context_are_warned_about(
   assert "prompt 0" not in warned
 
 
-def test_stop_ids_are_those_of_the_tokenizer(workdir: str) -> None:
+@pytest.mark.usefixtures("arguments")
+def test_every_stop_id_of_the_tokenizer_ends_a_text(workdir: str) -> None:
   loaded = console.load(workdir)
-  batch = console.make_batch(loaded, ["a"], SAMPLING, max_new_tokens=1)
-  assert batch._stop_ids == {TOKENIZER.end_id}
+  several = Tokenizer(TOKENIZER._backend, stop_ids=[7, 11])
+  options: Any = console.make_batch(
+    loaded._replace(tokenizer=several), ["a"], SAMPLING, max_new_tokens=1
+  )
+  assert set(options["stop_ids"]) == {TOKENIZER.end_id, 7, 11}
 
 
 def test_the_command_ends_with_an_error_if_float16_overflows(tmp_path: Path) -> None:

@@ -7,15 +7,13 @@ import numpy as np
 from flax import nnx
 
 from dga_jax.model import Decoder, ModelConfig
-from dga_jax.model.attention_kinds import AttentionKind, make_attention
-from dga_jax.model.baselines import (
-  KVMergerConfig,
-  LMInfiniteConfig,
-  MInferenceConfig,
-  SlidingWindowConfig,
-  StreamingLLMConfig,
-  TopKEvictionConfig,
-)
+from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.attention_kinds.kv_merger import KVMergerConfig
+from dga_jax.model.attention_kinds.lm_infinite import LMInfiniteConfig
+from dga_jax.model.attention_kinds.minference import MInferenceConfig
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
+from dga_jax.model.attention_kinds.streaming_llm import StreamingLLMConfig
+from dga_jax.model.attention_kinds.top_k_eviction import TopKEvictionConfig
 
 CONFIG = ModelConfig(
   vocab_size=31,
@@ -53,4 +51,4 @@ def tokens_of(seed: int) -> np.ndarray:
 
 
 def kind_of(name: str) -> AttentionKind:
-  return make_attention(dataclasses.replace(CONFIG, attention=name))
+  return dataclasses.replace(CONFIG, attention=name).make_attention()

@@ -1,7 +1,6 @@
 """The baselines' caches: sizes, memory, gradients, budgets, and what their settings refuse."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +8,12 @@ import numpy as np
 import pytest
 
 from dga_jax.model import mean_keys
-from dga_jax.model.attention_kinds import make_attention
-from dga_jax.model.baselines import (
-  KVMergerConfig,
-  LMInfiniteConfig,
-  MInferenceConfig,
-  SlidingWindowConfig,
-  StreamingLLMConfig,
-  TopKEvictionConfig,
-)
+from dga_jax.model.attention_kinds.kv_merger import KVMergerConfig
+from dga_jax.model.attention_kinds.lm_infinite import LMInfiniteConfig
+from dga_jax.model.attention_kinds.minference import MInferenceConfig
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
+from dga_jax.model.attention_kinds.streaming_llm import StreamingLLMConfig
+from dga_jax.model.attention_kinds.top_k_eviction import TopKEvictionConfig
 from tests.dga_jax.model.baseline_cases import (
   B,
   CAUSAL,
@@ -96,8 +92,7 @@ def test_no_buffer_of_length_squared(name: str) -> None:
     kv_merger=KVMergerConfig(64, 4, 8),
   )
   x = jax.ShapeDtypeStruct((1, length, 1, D), jnp.float32)
-  whole = functools.partial(make_attention(small).attend, segment_ids=None, lengths=None)
-  memory = jax.jit(whole).lower(x, x, x).compile().memory_analysis()
+  memory = jax.jit(small.make_attention()).lower(x, x, x).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 4 * length**2 / 2
 
 
@@ -107,7 +102,7 @@ def test_gradients_are_finite_and_padding_is_not_read(name: str) -> None:
   token = np.arange(L)[None, :, None, None] < np.asarray(lengths)[:, None, None, None]
 
   def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return (kind_of(name).attend(q, k, v, segment_ids=None, lengths=lengths) ** 2).sum()
+    return (kind_of(name)(q, k, v, lengths=lengths) ** 2).sum()
 
   gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*QKV)
   for gradient in gradients:
@@ -119,7 +114,7 @@ def test_gradients_are_finite_and_padding_is_not_read(name: str) -> None:
 @pytest.mark.parametrize("name", ["minference", "top_k_eviction", "kv_merger"])
 def test_packed_documents_are_refused_where_they_make_no_sense(name: str) -> None:
   with pytest.raises(ValueError, match=f"segment_ids are given, but attention='{name}'"):
-    kind_of(name).attend(*QKV, segment_ids=jnp.zeros((B, L), int), lengths=None)
+    kind_of(name)(*QKV, segment_ids=jnp.zeros((B, L), int))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
@@ -145,7 +140,7 @@ def test_budgets(name: str, keys: int) -> None:
     assert settings.vertical + settings.slash == keys
     return
   config = dataclasses.replace(CONFIG, attention=name, **{name: settings})
-  cache = make_attention(config).init_cache(1, 4096, 1, 8, jnp.float32)
+  cache = config.make_attention().init_cache(1, 4096, 1, 8, jnp.float32)
   assert sum(x.shape[2] for x in jax.tree.leaves(cache) if x.ndim == 4) == 2 * keys
 
 

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dga_jax.model.attention_kinds import make_attention
-from dga_jax.model.baselines import MInferenceConfig, TopKEvictionConfig
+from dga_jax.attention.segments import find_documents
+from dga_jax.model.attention_kinds.minference import MInferenceConfig
+from dga_jax.model.attention_kinds.top_k_eviction import TopKEvictionConfig
 from tests.dga_jax.model.baseline_cases import (
   B,
   CAUSAL,
@@ -32,8 +33,7 @@ from tests.dga_jax.model.random_decoder import random_decoder
 
 
 def attend(name: str, qkv: tuple, **rows) -> np.ndarray:
-  rows = {"segment_ids": None, "lengths": None} | rows
-  return np.asarray(jax.jit(kind_of(name).attend)(*qkv, **rows))
+  return np.asarray(jax.jit(kind_of(name))(*qkv, **rows))
 
 
 def turn(x_D: np.ndarray, positions: int) -> np.ndarray:
@@ -193,9 +193,10 @@ def test_a_dense_prompt_is_compressed_once(name: str, rotated) -> None:
   """All queries vote, then whole intervals are reduced by the rule; the rest stays raw."""
   reduce, interval = (evict, 2) if name == "top_k_eviction" else (merge, 3)
   settings = dataclasses.replace(getattr(CONFIG, name), dense_prompt=True)
-  kind = make_attention(dataclasses.replace(CONFIG, attention=name, **{name: settings}))
+  kind = dataclasses.replace(CONFIG, attention=name, **{name: settings}).make_attention()
   lengths = jnp.array([23, 4, 14])
-  o, cache = jax.jit(lambda *qkv: kind.prefill(*qkv, lengths=lengths, max_length=30))(*rotated)
+  rows = kind.prepare(find_documents(B, L, lengths, None))
+  o, cache = jax.jit(lambda *qkv: kind.prefill(*qkv, rows, max_length=30))(*rotated)
   np.testing.assert_allclose(o, attend("dense", rotated, lengths=lengths), atol=2e-5)
   q, k, v = (np.asarray(x, np.float64) for x in rotated)
   for b, n in np.ndindex(B, N):
@@ -207,7 +208,7 @@ def test_a_dense_prompt_is_compressed_once(name: str, rotated) -> None:
     whole = size // interval * interval
     kept = reduce(entries[:whole]) if whole > settings.entries else entries[:whole]
     kept += entries[whole:]
-    for place, array in enumerate((cache.key, cache.value, cache.received)):
+    for place, array in enumerate((cache.key, cache.value, cache.accumulated_attention)):
       expected = np.array([entry[place] for entry in kept])
       np.testing.assert_allclose(array[b, n, : len(kept)], expected, atol=3e-5)
   assert cache.key.shape[2] == settings.entries + interval
@@ -236,7 +237,7 @@ def test_eviction_after_every_token_is_the_paper_s(rotated) -> None:
   wide = TopKEvictionConfig(heavy=L, recent=1, interval=1)
   config = dataclasses.replace(CONFIG, attention="top_k_eviction", top_k_eviction=wide)
   dense = attend("dense", rotated)
-  o = make_attention(config).attend(*rotated, segment_ids=None, lengths=None)
+  o = config.make_attention()(*rotated)
   np.testing.assert_allclose(o, dense, atol=2e-5)
 
 

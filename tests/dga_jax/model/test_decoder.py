@@ -155,11 +155,11 @@ def test_logits_are_the_unembedding_of_hidden_states() -> None:
     ({"tokens_BxL": np.zeros(5, int)}, r"tokens is int32\[5\].*int\[B, L\]"),
     ({"tokens_BxL": np.zeros((1, 5))}, r"tokens is float32\[1, 5\].*int"),
     ({"tokens_BxL": np.zeros((2, 0), int)}, r"tokens is \[2, 0\].*at least one"),
-    ({"lengths": np.array([1, 2, 3])}, r"lengths is int32\[3\].*\[2\]"),
+    ({"lengths": np.array([1, 2, 3])}, r"lengths is int64\[3\].*\[2\]"),
     ({"lengths": np.array([5, 6])}, r"lengths has values from 5 to 6.*0\.\.5"),
     ({"lengths": np.array([5, -1])}, r"lengths has values from -1 to 5"),
-    ({"segment_ids": np.zeros((2, 4), int)}, r"segment_ids is int32\[2, 4\].*\[2, 5\]"),
-    ({"segment_ids": np.zeros((2, 5))}, r"segment_ids is float32"),
+    ({"segment_ids": np.zeros((2, 4), int)}, r"segment_ids is int64\[2, 4\].*\[2, 5\]"),
+    ({"segment_ids": np.zeros((2, 5))}, r"segment_ids is float64"),
   ],
 )
 def test_bad_input_is_named(arguments: dict, message: str) -> None:

@@ -30,12 +30,12 @@ def test_padded_queries_give_zero_in_value_and_gradient() -> None:
   segment_ids = jnp.array([[1, 1, 2, 2, -1], [-1, -1, -1, -1, -1]])
   lengths = jnp.array([3, 0])
   for keywords, is_token in [
-    ({"segment_ids": segment_ids, "lengths": None}, segment_ids >= 0),
-    ({"segment_ids": None, "lengths": lengths}, jnp.arange(5)[None] < lengths[:, None]),
+    ({"segment_ids": segment_ids}, segment_ids >= 0),
+    ({"lengths": lengths}, jnp.arange(5)[None] < lengths[:, None]),
   ]:
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, keywords: dict = keywords) -> jax.Array:
-      return DenseAttention().attend(q, k, v, **keywords)
+      return DenseAttention()(q, k, v, **keywords)
 
     padding = ~np.asarray(is_token)
     assert not np.asarray(attend(q, k, v))[padding].any()
@@ -54,7 +54,7 @@ def test_cudnn_is_taken_and_as_exact_as_xla(length: int) -> None:
   lengths = jnp.array([length, length // 2])
 
   def attend(kind: DenseAttention, *qkv: jax.Array) -> jax.Array:
-    return kind.attend(*qkv, segment_ids=None, lengths=lengths).astype(jnp.float32)
+    return kind(*qkv, lengths=lengths).astype(jnp.float32)
 
   def values_and_gradients(kind: DenseAttention, qkv: list[jax.Array]) -> list[jax.Array]:
     loss = lambda *qkv: (attend(kind, *qkv) ** 2).sum()  # noqa: E731
@@ -81,7 +81,7 @@ def test_splash_attention_is_dense_attention() -> None:
     return (out, *pull(t))
 
   got = run(lambda q, k, v: splash_causal(q, k, v, ids, interpret=True))
-  want = run(lambda q, k, v: DenseAttention("xla").attend(q, k, v, segment_ids=ids, lengths=None))
+  want = run(lambda q, k, v: DenseAttention("xla")(q, k, v, segment_ids=ids))
   for ours, theirs in zip(got, want, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
@@ -92,7 +92,7 @@ def test_splash_attention_is_dense_attention() -> None:
 def test_what_splash_attention_cannot_compute(length: int, head_dim: int, wants: str) -> None:
   q, k, v, _ = arrays(0, 1, length, 1, 1, head_dim)
   with pytest.raises(NotImplementedError, match=wants):
-    DenseAttention("splash").attend(q, k, v, segment_ids=None, lengths=None)
+    DenseAttention("splash")(q, k, v)
 
 
 def test_a_mesh_of_tpus_takes_splash_attention() -> None:
@@ -102,7 +102,7 @@ def test_a_mesh_of_tpus_takes_splash_attention() -> None:
   kv = jax.ShapeDtypeStruct((1, 256, 1, 128), jnp.bfloat16)
 
   def program(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return DenseAttention().attend(q, k, v, segment_ids=None, lengths=None)
+    return DenseAttention()(q, k, v)
 
   with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("data",), **axes)):
     assert "splash_mha" in str(jax.make_jaxpr(program)(q, kv, kv))

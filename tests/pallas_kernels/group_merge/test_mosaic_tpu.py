@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.group_merge import merge, merge_blocks, merge_groups
 from pallas_kernels.group_merge.mosaic_tpu_merge import Groups, merge_rows
 from pallas_kernels.group_merge.mosaic_tpu_merge_grad import merge_rows_grad
-from pallas_kernels.group_merge.mosaic_tpu_rows import gather_rows, scatter_rows
+from pallas_kernels.group_merge.mosaic_tpu_row_gather import gather_rows, scatter_rows
 from pallas_kernels.mosaic_tpu_common import CHECKED
 from tests.pallas_kernels.tpu import abstract_mesh, lower_for_tpu
 
@@ -66,7 +66,7 @@ def move(arrays: tuple[np.ndarray, ...], index: np.ndarray, length: int | None) 
   ],
 )
 def test_rows_are_moved_exactly(kind: str, dtype: str, odd: bool, monkeypatch: pytest.MonkeyPatch):
-  monkeypatch.setattr("pallas_kernels.group_merge.mosaic_tpu_rows._MOST_CHUNK", CHUNK)
+  monkeypatch.setattr("pallas_kernels.group_merge.mosaic_tpu_row_gather._MOST_CHUNK", CHUNK)
   index = indices(kind)
   rng = np.random.default_rng(1)
   S = index.shape[-1]
@@ -219,7 +219,10 @@ def test_an_absent_tpu_gets_the_kernels():
   named = functools.partial(
     merge_groups, scale=1.0, reorder_window=True, implementation="mosaic_tpu"
   )
-  with pytest.raises(NotImplementedError, match="mosaic_tpu runs on a TPU"):
+  with pytest.raises(NotImplementedError, match="mosaic_tpu: runs on a TPU"):
     jax.eval_shape(named, *structs("bfloat16")[:6])
-  with pytest.raises(NotImplementedError, match="dtype is float16"):
+  with (
+    jax.sharding.use_abstract_mesh(abstract_mesh()),
+    pytest.raises(NotImplementedError, match="dtype is float16"),
+  ):
     jax.eval_shape(named, *structs("float16")[:6])

@@ -22,11 +22,11 @@ def test_xla_equals_reference(name):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="states what a CPU is told")
 def test_a_cpu_takes_xla_and_hears_why_not_the_others():
-  reasons = explain(ARRAY, ARRAY, ARRAY, config=CONFIG)
-  assert reasons["xla"] == "taken"
-  assert "Hopper" in reasons["mosaic_gpu"]
-  assert "cpu" in reasons["triton"]
-  with pytest.raises(NotImplementedError, match="triton runs on an Ampere or newer GPU"):
+  choice = explain(ARRAY, ARRAY, ARRAY, config=CONFIG)["grouped_attention"]
+  assert choice.runs == "xla"
+  assert "Hopper" in choice.reason("mosaic_gpu")
+  assert "cpu" in choice.reason("triton")
+  with pytest.raises(NotImplementedError, match="triton: runs on an Ampere or newer GPU"):
     dynamic_group_attention(ARRAY, ARRAY, ARRAY, config=CONFIG, implementation="triton")
 
 
@@ -34,9 +34,9 @@ def test_a_cpu_takes_xla_and_hears_why_not_the_others():
 def test_an_absent_gpu_gets_its_own_kernels():
   """The mesh decides, not the backend that happens to run here."""
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
-    reasons = explain(SHAPE, SHAPE, SHAPE, config=CONFIG)
-    assert reasons["mosaic_gpu"] == "taken"
-    assert reasons["triton"] == "applies"
+    choice = explain(SHAPE, SHAPE, SHAPE, config=CONFIG)["grouped_attention"]
+    assert choice.runs == "mosaic_gpu"
+    assert choice.reason("triton") is None
     assert find_target(ARRAY).capability == 9.0
   text = lower_for_h100(
     lambda q, k, v: dynamic_group_attention(q, k, v, config=CONFIG, implementation="mosaic_gpu"),
@@ -48,7 +48,7 @@ def test_an_absent_gpu_gets_its_own_kernels():
 def test_reasons_name_what_does_not_fit():
   odd = jax.ShapeDtypeStruct((1, 256, 4, 48), jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
-    reasons = explain(odd, odd, odd, config=CONFIG)
-  assert "head_dim is 48" in reasons["mosaic_gpu"]
-  assert "head_dim is 48" in reasons["triton"]
-  assert reasons["xla"] == "taken"
+    choice = explain(odd, odd, odd, config=CONFIG)["grouped_attention"]
+  assert "head_dim is 48" in choice.reason("mosaic_gpu")
+  assert "head_dim is 48" in choice.reason("triton")
+  assert choice.runs == "xla"

@@ -28,7 +28,7 @@ def test_says_that_it_is_not_installed():
 
   with (
     jax.sharding.use_abstract_mesh(abstract_mesh()),
-    pytest.raises(NotImplementedError, match=r"triton is not installed; see WORKSPACE\.md"),
+    pytest.raises(NotImplementedError, match=r"needs the package \w*triton, which"),
   ):
     jax.eval_shape(run, query, sources)
 
@@ -47,5 +47,5 @@ def test_gpu_equals_reference(name: str):
   run = functools.partial(grouped_attention, implementation="jax_triton", **options)
   actual = np.asarray(jax.jit(run)(query, sources), np.float32)
   assert relative_error(actual, expected) <= 2 * relative_error(plain, expected)
-  with pytest.raises(NotImplementedError, match="forward pass alone"):
+  with pytest.raises(NotImplementedError, match="no backward pass"):
     jax.grad(lambda query: run(query, sources).astype(jnp.float32).sum())(query)

@@ -154,10 +154,10 @@ def test_exports_for_a_tpu():
 def test_an_absent_tpu_gets_its_own_kernels():
   shape = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
-    reasons = explain(shape, shape, shape, config=DGAConfig(min_focal_tokens=0))
-  assert reasons["mosaic_tpu"] == "taken"
-  assert "TPU v5 lite" in reasons["triton"]
-  assert reasons["xla"] == "applies"
+    choice = explain(shape, shape, shape, config=DGAConfig(min_focal_tokens=0))["grouped_attention"]
+  assert choice.runs == "mosaic_tpu"
+  assert "TPU v5 lite" in choice.reason("triton")
+  assert choice.reason("xla") is None
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_refuses_more_queries_than_scalar_memory_describes():
   query, sources, _ = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((4000, *x.shape[1:]), x.dtype), args
   )
-  with pytest.raises(NotImplementedError, match="query has 4000 rows of 1000"):
+  with pytest.raises(NotImplementedError, match="query has 4000 rows of 1000 tokens"):
     jax.eval_shape(functools.partial(grouped_attention_mosaic_tpu, **options), query, sources)
 
 
@@ -183,5 +183,5 @@ def test_is_named_or_refused_elsewhere():
   args, options = structs_and_options(head_dim=64, dtype="bfloat16")
   query, sources, _ = args
   run = functools.partial(grouped_attention, implementation="mosaic_tpu", **options)
-  with pytest.raises(NotImplementedError, match="mosaic_tpu runs on a TPU"):
+  with pytest.raises(NotImplementedError, match="mosaic_tpu: runs on a TPU"):
     jax.eval_shape(run, query, sources)

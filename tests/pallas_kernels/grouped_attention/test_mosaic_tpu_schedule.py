@@ -11,10 +11,10 @@ from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
   FOCAL,
   GROUP,
   pack_bounds,
-  pack_query_runs,
-  pack_visits,
-  unpack_visits,
-  Walk,
+  pack_key_ranges,
+  pack_query_ranges,
+  TileSchedule,
+  unpack_key_ranges,
   WINDOW,
 )
 from tests.pallas_kernels.grouped_attention.kernel_cases import Case
@@ -36,9 +36,9 @@ _CASES = {
 }
 
 
-def _packed(case: Case) -> tuple[KVSources, Walk, jax.Array]:
+def _packed(case: Case) -> tuple[KVSources, TileSchedule, jax.Array]:
   _, sources, options = case.inputs()
-  walk = Walk.of(
+  schedule = TileSchedule.for_call(
     _BLOCKS,
     dtype=jnp.dtype("float32"),
     head_dim=64,
@@ -51,8 +51,8 @@ def _packed(case: Case) -> tuple[KVSources, Walk, jax.Array]:
     scale2=1.0,
     group_bias2=0.0,
   )
-  length = -(-case.length // walk.block_q) * walk.block_q
-  return sources, walk, pack_bounds(sources, walk.group_offset, length)
+  length = -(-case.length // schedule.block_q) * schedule.block_q
+  return sources, schedule, pack_bounds(sources, schedule.group_offset, length)
 
 
 def _seen(packed: jax.Array, b: int, source: int, entries: int) -> np.ndarray:
@@ -71,13 +71,15 @@ def _tiles(seen: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, np.nd
 
 @pytest.mark.parametrize("name", _CASES)
 def test_tiles_of_queries_visit_what_they_see_and_little_else(name: str):
-  _, walk, packed = _packed(_CASES[name])
-  visits = unpack_visits(pack_visits(packed, walk, jnp.dtype("float32"))[0])
+  _, schedule, packed = _packed(_CASES[name])
+  ranges = unpack_key_ranges(pack_key_ranges(packed, schedule, jnp.dtype("float32"))[0])
   for b in range(packed.shape[0]):
-    for source, run in ((FOCAL, visits.focal), (GROUP, visits.group)):
-      any_seen, all_seen = _tiles(_seen(packed, b, source, walk.summaries), walk.block_q, _TILE)
+    for source, tile_range in ((FOCAL, ranges.focal), (GROUP, ranges.group)):
+      any_seen, all_seen = _tiles(
+        _seen(packed, b, source, schedule.summaries), schedule.block_q, _TILE
+      )
       for t in range(any_seen.shape[0]):
-        first, whole_from, whole_to, edge = (int(x[b, 0, t]) for x in run)
+        first, whole_from, whole_to, edge = (int(x[b, 0, t]) for x in tile_range)
         assert set(np.flatnonzero(any_seen[t])) <= set(range(first, edge + 1))
         assert edge - first <= max(any_seen[t].sum() - 1, 0)  # no further tile is computed
         assert all_seen[t, whole_from:whole_to].all()
@@ -87,47 +89,45 @@ def test_tiles_of_queries_visit_what_they_see_and_little_else(name: str):
 
 @pytest.mark.parametrize("name", _CASES)
 def test_every_visited_tile_lies_in_a_visited_block_once(name: str):
-  _, walk, packed = _packed(_CASES[name])
-  numbers, steps = pack_visits(packed, walk, jnp.dtype("float32"))
-  visits = unpack_visits(numbers)
-  B, _, tiles = visits.pieces.shape
+  _, schedule, packed = _packed(_CASES[name])
+  numbers, steps = pack_key_ranges(packed, schedule, jnp.dtype("float32"))
+  ranges = unpack_key_ranges(numbers)
+  B, _, tiles = ranges.pieces.shape
   for b, t in np.ndindex(B, tiles):
     focal, group, blocks = (
-      type(x)(*(int(y[b, 0, t]) for y in x)) for x in (visits.focal, visits.group, visits.blocks)
+      type(x)(*(int(y[b, 0, t]) for y in x)) for x in (ranges.focal, ranges.group, ranges.blocks)
     )
     visited = [int(blocks.at(j)) for j in range(int(blocks.count))]
     assert len(visited) == len(set(visited)) <= int(steps)
-    needed = {
-      x // walk.tiles_per_block for run in (focal, group) for x in range(run.first, run.edge)
-    }
+    needed = {x // schedule.tiles_per_block for r in (focal, group) for x in range(r.first, r.edge)}
     assert needed <= set(visited)
 
 
 @pytest.mark.parametrize("name", _CASES)
 def test_pieces_of_the_window_hold_what_is_seen(name: str):
-  sources, walk, packed = _packed(_CASES[name])
-  visits = unpack_visits(pack_visits(packed, walk, jnp.dtype("float32"))[0])
+  sources, schedule, packed = _packed(_CASES[name])
+  ranges = unpack_key_ranges(pack_key_ranges(packed, schedule, jnp.dtype("float32"))[0])
   entries = -(-int(sources.window.end.max()) // _TILE) * _TILE
   for b in range(packed.shape[0]):
     seen = _seen(packed, b, WINDOW, entries)
-    for t in range(visits.pieces.shape[2]):
-      columns = np.flatnonzero(seen[t * walk.block_q : (t + 1) * walk.block_q].any(axis=0))
-      first, pieces = int(visits.window_from[b, 0, t]), int(visits.pieces[b, 0, t])
+    for t in range(ranges.pieces.shape[2]):
+      columns = np.flatnonzero(seen[t * schedule.block_q : (t + 1) * schedule.block_q].any(axis=0))
+      first, pieces = int(ranges.window_from[b, 0, t]), int(ranges.pieces[b, 0, t])
       if columns.size:
         assert first <= columns[0]
-        assert columns[-1] < first + pieces * walk.window
+        assert columns[-1] < first + pieces * schedule.window
 
 
 @pytest.mark.parametrize("name", _CASES)
 def test_tiles_of_entries_visit_the_queries_that_see_them(name: str):
-  _, walk, packed = _packed(_CASES[name])
-  tile = walk.window_grad
+  _, schedule, packed = _packed(_CASES[name])
+  tile = schedule.window_grad
   entries = 1536
-  runs = pack_query_runs(packed, WINDOW, 0, entries, tile)
+  query_ranges = pack_query_ranges(packed, WINDOW, 0, entries, tile)
   for b in range(packed.shape[0]):
     any_seen, all_seen = _tiles(_seen(packed, b, WINDOW, entries), tile.block_q, tile.block_k)
     for e in range(any_seen.shape[1]):
-      first, whole_from, whole_to, edge = (int(runs[b, 0, i, e]) for i in range(4))
+      first, whole_from, whole_to, edge = (int(query_ranges[b, 0, i, e]) for i in range(4))
       assert set(np.flatnonzero(any_seen[:, e])) <= set(range(first, edge))
       assert all_seen[whole_from:whole_to, e].all()
       assert whole_to - whole_from == all_seen[:, e].sum()

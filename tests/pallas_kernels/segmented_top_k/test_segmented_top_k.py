@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels.mosaic_tpu_common import CHECKED
-from pallas_kernels.segmented_top_k import Ranges, segmented_top_k
+from pallas_kernels.segmented_top_k import segmented_top_k, Segments
 from pallas_kernels.segmented_top_k.mosaic_tpu_top_k import segmented_top_k_mosaic_tpu
 from pallas_kernels.segmented_top_k.triton_top_k import segmented_top_k_triton
 from pallas_kernels.segmented_top_k.xla import segmented_top_k_xla
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 B, N, L, C = 2, 2, 41, 4
 
-# 64 holds a range at once and settles a bit a pass; 8 goes through memory, two bits a pass.
+# 64 holds a segment at once and settles a bit a pass; 8 goes through memory, two bits a pass.
 IMPLEMENTATIONS = {
   "xla": jax.jit(segmented_top_k_xla),
   "registers": jax.jit(functools.partial(segmented_top_k_triton, chunk=64, interpret=True)),
@@ -38,11 +38,11 @@ IMPLEMENTATIONS = {
 }
 
 
-def plain(scores, ranges):
-  """Sorts each range on its own, in Python."""
+def plain(scores, segments):
+  """Sorts each segment on its own, in Python."""
   mask = np.zeros(scores.shape, bool)
-  for b, n, c in np.ndindex(*scores.shape[:2], ranges.start.shape[1]):
-    start, length, quota = (int(x[b, c]) for x in ranges)
+  for b, n, c in np.ndindex(*scores.shape[:2], segments.start.shape[1]):
+    start, length, quota = (int(x[b, c]) for x in segments)
 
     def order(i, row=scores[b, n]):
       return (np.isnan(row[i]), 0 if np.isnan(row[i]) else -row[i], i)
@@ -51,19 +51,19 @@ def plain(scores, ranges):
   return mask
 
 
-def check(scores, ranges):
-  want = plain(scores, ranges)
+def check(scores, segments):
+  want = plain(scores, segments)
   for name, select in IMPLEMENTATIONS.items():
-    np.testing.assert_array_equal(select(jnp.asarray(scores), ranges), want, err_msg=name)
+    np.testing.assert_array_equal(select(jnp.asarray(scores), segments), want, err_msg=name)
 
 
 @st.composite
-def packed_ranges(draw):
-  """Up to C ranges in each row, some empty, with gaps, and quotas from none to too many."""
+def packed_segments(draw):
+  """Up to C segments in each row, some empty, with gaps, and quotas from none to too many."""
   cuts = np.sort(draw(hnp.arrays(np.int32, (B, C + 1), elements=st.integers(0, L))), axis=1)
   present = draw(hnp.arrays(bool, (B, C)))
   quota = draw(hnp.arrays(np.int32, (B, C), elements=st.integers(0, L)))
-  return Ranges(cuts[:, :-1], np.where(present, np.diff(cuts, axis=1), 0).astype(np.int32), quota)
+  return Segments(cuts[:, :-1], np.where(present, np.diff(cuts, axis=1), 0).astype(np.int32), quota)
 
 
 def scores_of(elements):
@@ -76,14 +76,14 @@ few_values = st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, np.inf, -np.inf, np.nan
 
 
 @settings(max_examples=60)
-@given(scores=scores_of(any_float) | scores_of(few_values), ranges=packed_ranges())
-def test_equals_a_sort_of_each_range(scores, ranges):
-  check(scores, ranges)
+@given(scores=scores_of(any_float) | scores_of(few_values), segments=packed_segments())
+def test_equals_a_sort_of_each_segment(scores, segments):
+  check(scores, segments)
 
 
 @pytest.mark.parametrize("quota", [0, 1, 7, L - 1, L, L + 5])
 def test_equal_scores_are_taken_from_the_left(quota):
-  whole = Ranges(*(np.full((B, C), x, np.int32) for x in (0, 0, quota)))
+  whole = Segments(*(np.full((B, C), x, np.int32) for x in (0, 0, quota)))
   whole.length[:, 0] = L
   check(np.full((B, N, L), 0.25, np.float32), whole)
   for select in IMPLEMENTATIONS.values():
@@ -94,39 +94,41 @@ def test_equal_scores_are_taken_from_the_left(quota):
 def test_takes_exactly_the_quota_of_scores_that_differ_in_the_last_bit():
   row = np.nextafter(np.float32(0.5), np.float32(1)) * np.ones(L, np.float32)
   row[::3] = 0.5
-  ranges = Ranges(*(np.zeros((B, C), np.int32) for _ in range(3)))
-  ranges.length[:, 0], ranges.quota[:, 0] = L, 30
-  check(np.broadcast_to(row, (B, N, L)), ranges)
+  segments = Segments(*(np.zeros((B, C), np.int32) for _ in range(3)))
+  segments.length[:, 0], segments.quota[:, 0] = L, 30
+  check(np.broadcast_to(row, (B, N, L)), segments)
 
 
 @pytest.mark.parametrize("values", ["distinct", "few", "equal"])
 def test_tpu_kernel_goes_through_tiles(values):
-  """Ranges that begin and end within tiles and reach over several; interpreted with checks."""
+  """Segments that begin and end within tiles and reach over several; interpreted with checks."""
   rng = np.random.default_rng(1)
   scores = rng.normal(size=(B, N, 9001)).astype(np.float32)
   scores = {"distinct": scores, "few": np.round(scores), "equal": 0 * scores}[values]
   scores[0, 0, 5000:5005] = np.nan, -np.nan, np.inf, -np.inf, -0.0
   cuts = np.array([[7, 4000, 4100, 8999], [0, 9001, 9001, 9001]], np.int32)
   length = np.diff(cuts, axis=1)
-  ranges = Ranges(cuts[:, :-1], length, (length + 9) // 10)
+  segments = Segments(cuts[:, :-1], length, (length + 9) // 10)
   kernel = jax.jit(functools.partial(segmented_top_k_mosaic_tpu, interpret=CHECKED))
-  want = jax.jit(segmented_top_k_xla)(scores, ranges)
-  np.testing.assert_array_equal(kernel(scores, ranges), want)
+  want = jax.jit(segmented_top_k_xla)(scores, segments)
+  np.testing.assert_array_equal(kernel(scores, segments), want)
 
 
 def test_maps_over_a_batch_of_calls():
   scores = jax.random.normal(jax.random.key(0), (3, B, N, L))
-  ranges = Ranges(*(jnp.full((3, B, C), x, jnp.int32) for x in (0, 0, 9)))
-  ranges = ranges._replace(length=ranges.length.at[..., 1].set(L))
+  segments = Segments(*(jnp.full((3, B, C), x, jnp.int32) for x in (0, 0, 9)))
+  segments = segments._replace(length=segments.length.at[..., 1].set(L))
   kernel = functools.partial(segmented_top_k_triton, interpret=True)
   np.testing.assert_array_equal(
-    jax.jit(jax.vmap(kernel))(scores, ranges), jax.vmap(segmented_top_k_xla)(scores, ranges)
+    jax.jit(jax.vmap(kernel))(scores, segments), jax.vmap(segmented_top_k_xla)(scores, segments)
   )
 
 
-def structs(length=1000, ranges=3):
-  of_range = jax.ShapeDtypeStruct((2, ranges), jnp.int32)
-  return jax.ShapeDtypeStruct((2, 4, length), jnp.float32), Ranges(of_range, of_range, of_range)
+def structs(length=1000, segments=3):
+  of_segment = jax.ShapeDtypeStruct((2, segments), jnp.int32)
+  return jax.ShapeDtypeStruct((2, 4, length), jnp.float32), Segments(
+    of_segment, of_segment, of_segment
+  )
 
 
 def test_the_target_decides():
@@ -137,17 +139,17 @@ def test_the_target_decides():
 
 
 def test_an_unknown_implementation_is_named():
-  with pytest.raises(ValueError, match="'sort'; it must be None or one of"):
+  with pytest.raises(ValueError, match="'sort'; for segmented_top_k it must be None"):
     segmented_top_k(
-      jnp.zeros((1, 1, 4)), Ranges(*[np.zeros((1, 1), int)] * 3), implementation="sort"
+      jnp.zeros((1, 1, 4)), Segments(*[np.zeros((1, 1), int)] * 3), implementation="sort"
     )
 
 
 def test_scores_of_another_dtype_are_refused():
-  scores, ranges = structs()
+  scores, segments = structs()
   half = jax.ShapeDtypeStruct(scores.shape, jnp.float16)
   with pytest.raises(NotImplementedError, match="dtype is float16"):
-    jax.eval_shape(segmented_top_k_triton, half, ranges)
+    jax.eval_shape(segmented_top_k_triton, half, segments)
 
 
 def test_lowers_inside_a_shard_map_over_heads():
@@ -181,10 +183,10 @@ def test_gpu_equals_the_sort(length, kind):
     scores = np.round(scores * 4) / 4
   cuts = np.sort(rng.integers(0, length + 1, (2, 4)), axis=1)
   size = np.diff(cuts, axis=1)
-  ranges = Ranges(*(x.astype(np.int32) for x in (cuts[:, :-1], size, (size + 9) // 10)))
+  segments = Segments(*(x.astype(np.int32) for x in (cuts[:, :-1], size, (size + 9) // 10)))
   got, want = (
-    jax.jit(functools.partial(segmented_top_k, implementation=name))(scores, ranges)
+    jax.jit(functools.partial(segmented_top_k, implementation=name))(scores, segments)
     for name in ("triton", "xla")
   )
   np.testing.assert_array_equal(got, want)
-  np.testing.assert_array_equal(got.sum(axis=-1)[:, 0], ranges.quota.sum(axis=1))
+  np.testing.assert_array_equal(got.sum(axis=-1)[:, 0], segments.quota.sum(axis=1))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.segmented_top_k import Ranges, segmented_top_k
+from pallas_kernels.segmented_top_k import segmented_top_k, Segments
 from tests.pallas_kernels.tpu import compile_for_tpu, TOPOLOGIES
 
 pytestmark = pytest.mark.aot
@@ -15,8 +15,8 @@ pytestmark = pytest.mark.aot
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize("length", [1000, 2**13, 2**15, 2**17, 2**19])
 def test_compiles_without_a_sort(chip: str, length: int):
-  of_range = jax.ShapeDtypeStruct((1, 9), jnp.int32)
+  of_segment = jax.ShapeDtypeStruct((1, 9), jnp.int32)
   scores = jax.ShapeDtypeStruct((1, 8, length), jnp.float32)
   select = functools.partial(segmented_top_k, implementation="mosaic_tpu")
-  program = compile_for_tpu(select, scores, Ranges(of_range, of_range, of_range), chip=chip)
+  program = compile_for_tpu(select, scores, Segments(of_segment, of_segment, of_segment), chip=chip)
   assert " sort(" not in program.as_text()

@@ -1,4 +1,4 @@
-"""Which files make a corpus, what their documents are, and which documents are held out."""
+"""Files of a corpus, their documents, and the documents that are held out."""
 
 import gzip
 import json

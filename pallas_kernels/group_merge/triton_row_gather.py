@@ -1,4 +1,4 @@
-"""Rows by index, through Pallas-Triton: loads and stores, and the kernels that only move rows."""
+"""Gather and scatter of rows by index through Pallas-Triton: loads, stores and two kernels."""
 
 import functools
 from typing import Any
@@ -8,9 +8,9 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.triton_common import like
+from pallas_kernels.kernel_common import out_struct
 
-ROWS = 64  # of a tile that is only moved
+ROWS = 64  # of a tile of the gather and scatter kernels
 
 
 def whole(x: Array, heads: int | None) -> pl.BlockSpec:
@@ -24,27 +24,27 @@ def tile(rows: int, head_dim: int) -> pl.BlockSpec:
 
 
 def per_tile(index: Array) -> pl.BlockSpec:
-  """A tile's entries of an index array [B, n, tiles, entries]; n is N or 1."""
+  """A tile's part of an index array [B, n, tiles, size]; n is N or 1."""
   shared = index.shape[1] == 1
   return pl.BlockSpec(
     (None, None, None, index.shape[3]), lambda t, n, b: (b, 0 if shared else n, t, 0)
   )
 
 
-def load_rows(ref: Any, index_T: Array, *head_T: Array, length: int) -> Array:
-  """[T, D] rows of a reference [L, D], or [L, R, D] and a head each; zeros from `length` on."""
+def load_indexed_rows(ref: Any, index_T: Array, *head_T: Array, length: int) -> Array:
+  """[T, D] rows of a reference [L, D], or of [L, R, D] and a head each; zeros from `length` on."""
   at, mask_TxD = _rows_at(ref, index_T, head_T, length)
   return plgpu.load(at, mask=mask_TxD, other=0)
 
 
-def store_rows(ref: Any, index_T: Array, x_TxD: Array, *head_T: Array, length: int) -> None:
-  """The inverse of `load_rows`: rows whose index is `length` or beyond are not stored."""
+def store_indexed_rows(ref: Any, index_T: Array, x_TxD: Array, *head_T: Array, length: int) -> None:
+  """The inverse of `load_indexed_rows`; a row whose index is `length` or more is not stored."""
   at, mask_TxD = _rows_at(ref, index_T, head_T, length)
   plgpu.store(at, x_TxD.astype(ref.dtype), mask=mask_TxD)
 
 
 def _rows_at(ref: Any, index_T: Array, head_T: tuple[Array, ...], length: int) -> tuple[Any, Array]:
-  """The rows as one pointer an element, and which of them exist."""
+  """One pointer for each element of the rows, and which elements exist."""
   shape = (*index_T.shape, ref.shape[-1])
   index = [jnp.broadcast_to(i_T[:, None], shape) for i_T in (index_T, *head_T)]
   column_TxD = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
@@ -57,7 +57,7 @@ def gather_rows(
   """Rows of key and value [B, L, N, D] by each head's index; S is a multiple of ROWS."""
   B, L, N, D = key.shape
   S = index_BxNxS.shape[-1]
-  out = like(key, (B, S, N, D), key.dtype)
+  out = out_struct(key, (B, S, N, D), key.dtype)
   gathered: tuple[Array, Array] = pl.pallas_call(
     functools.partial(_gather_kernel, length=L),
     grid=(S // ROWS, N, B),
@@ -76,7 +76,7 @@ def _gather_kernel(
 ) -> None:
   index_T = index_ref[...]
   for ref, out_ref in ((key_ref, key_out_ref), (value_ref, value_out_ref)):
-    out_ref[...] = load_rows(ref, index_T, length=length)
+    out_ref[...] = load_indexed_rows(ref, index_T, length=length)
 
 
 def scatter_rows(
@@ -87,7 +87,7 @@ def scatter_rows(
   add: bool,
   interpret: bool,
 ) -> tuple[Array, Array]:
-  """Writes rows [B, S, N, D], or adds them, onto two arrays [B, L, N, D], in place.
+  """Writes rows [B, S, N, D] to two arrays [B, L, N, D] in place, or adds them.
 
   No index occurs twice; S is a multiple of ROWS, and `rows` may hold more.
   """
@@ -99,7 +99,7 @@ def scatter_rows(
     grid=(S // ROWS, N, B),
     in_specs=[tile(ROWS, D), tile(ROWS, D), _index_spec(), *specs],
     out_specs=specs,
-    out_shape=[like(x, x.shape, x.dtype) for x in onto],
+    out_shape=[out_struct(x, x.shape, x.dtype) for x in onto],
     input_output_aliases={3: 0, 4: 1},
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
@@ -127,8 +127,8 @@ def _scatter_kernel(
   ):
     x_TxD = rows_ref[...].astype(jnp.float32)
     if add:
-      x_TxD += load_rows(ref, index_T, length=length).astype(jnp.float32)
-    store_rows(out_ref, index_T, x_TxD, length=length)
+      x_TxD += load_indexed_rows(ref, index_T, length=length).astype(jnp.float32)
+    store_indexed_rows(out_ref, index_T, x_TxD, length=length)
 
 
 def _index_spec() -> pl.BlockSpec:

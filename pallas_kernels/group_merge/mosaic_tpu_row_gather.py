@@ -1,10 +1,9 @@
-"""Moving rows on a TPU: rows by index out of arrays, and rows back onto their positions.
+"""Gather and scatter of rows by index on a TPU, as products with one-hot matrices.
 
-A TPU copies whole tiles; single rows are moved by products with matrices of zeros and ones. Since
-indices ascend, a tile of them points into a short run of chunks of the array, and tiles and chunks
-meet in at most as many pairs as there are of both: the pairs, in order, are the steps of the grid,
-and both blocks of a pair are known before the kernel runs. In a pair each unit of indices meets the
-positions from its first to its last one.
+A TPU copies whole tiles only. Indices ascend, so a tile of indices points into a short run of
+chunks of the array, and there are at most (tiles + chunks − 1) pairs of a tile and a chunk. The
+pairs, in order, are the steps of the grid; both blocks of a pair are known before the kernel runs.
+Within a pair, a unit of indices is multiplied with the positions from its first to its last index.
 """
 
 import functools
@@ -16,15 +15,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES, like
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES
 
-_UNITS = 4  # of a tile: independent products, which overlap
+_UNITS = 4  # of a tile: products that do not depend on each other, and overlap
 _CHUNK_BYTES, _MOST_CHUNK = 2**21, 2048
-_ALIGNED = 16  # positions: where a run of them may begin in a chunk
+_ALIGNED = 16  # positions: a run in a chunk begins at a multiple of it
 
 
 class _Sizes(NamedTuple):
-  """How large blocks and products are. Static."""
+  """Static sizes of blocks and products."""
 
   unit: int  # indices of a product
   run: int  # positions of a product
@@ -32,19 +32,19 @@ class _Sizes(NamedTuple):
   chunk: int  # positions of a block
 
   @classmethod
-  def of(cls, indices: int, length: int, row_bytes: int, *, least_unit: int) -> "_Sizes":
-    """By density: so that a unit points into about one run."""
+  def for_density(cls, indices: int, length: int, row_bytes: int, *, least_unit: int) -> "_Sizes":
+    """The sizes for `indices` of `length` positions: a unit points into about one run."""
     unit, run = (max(32, least_unit), 512) if 4 * indices < length else (LANES, 256)
     fitting = _CHUNK_BYTES // row_bytes // run * run
     chunk = max(run, min(_MOST_CHUNK, fitting, pl.cdiv(length, run) * run))
     return cls(unit, run, max(LANES, _UNITS * unit), chunk)
 
 
-class _Walk(NamedTuple):
-  """Which parts of index and array meet."""
+class _Pairs(NamedTuple):
+  """Which tiles of indices and chunks of the array meet."""
 
   indices: Array  # [B, N, tiles, tile / 128, 128], −1 for none
-  pairs: Array  # [B, N, steps]: tile · 2^16 + chunk, with the sign bit where there is none
+  pairs: Array  # [B, N, steps]: tile · 2^16 + chunk; the sign bit marks a step without a pair
   spans: Array  # [B, N, units]: first · 2^16 + last position, both over _ALIGNED
 
 
@@ -54,27 +54,27 @@ def gather_rows(
   """Rows [B, N·a, S, D] of arrays [B, N·a, L, D] by each head's index; zeros for L.
 
   Args:
-    arrays: with a rows of heads for each head of the index.
-    index: [B, N, S] int32, ascending but for L where there is none.
+    arrays: `a` heads for each of the N heads of the index.
+    index: [B, N, S] int32, ascending except for L, which gives zeros.
   """
   S, L = index.shape[-1], arrays[0].shape[2]
-  sizes = _Sizes.of(S, L, _row_bytes(arrays, index), least_unit=1)
+  sizes = _Sizes.for_density(S, L, _row_bytes(arrays, index), least_unit=1)
   kernel = functools.partial(_gather_kernel, sizes=sizes)
-  walk = _walk(index, L, sizes)
+  pairs = _make_pairs(index, L, sizes)
   blocks = _Blocks((sizes.chunk, _chunk_of), (sizes.tile, _tile_of))
   columns = pltpu.VMEM((sizes.tile, 1), jnp.int32)
-  return _call(kernel, walk, arrays, S, blocks, [columns], sizes, interpret)
+  return _call(kernel, pairs, arrays, S, blocks, [columns], sizes, interpret)
 
 
 def scatter_rows(
   arrays: tuple[Array, ...], index: Array, length: int, *, interpret: Interpret
 ) -> tuple[Array, ...]:
   """The inverse: rows [B, N·a, S, D] at their positions in arrays of zeros [B, N·a, length, D]."""
-  sizes = _Sizes.of(index.shape[-1], length, _row_bytes(arrays, index), least_unit=LANES)
+  sizes = _Sizes.for_density(index.shape[-1], length, _row_bytes(arrays, index), least_unit=LANES)
   kernel = functools.partial(_scatter_kernel, sizes=sizes)
-  walk = _walk(index, length, sizes)
+  pairs = _make_pairs(index, length, sizes)
   blocks = _Blocks((sizes.tile, _tile_of), (sizes.chunk, _chunk_of))
-  return _call(kernel, walk, arrays, length, blocks, [], sizes, interpret)
+  return _call(kernel, pairs, arrays, length, blocks, [], sizes, interpret)
 
 
 def _row_bytes(arrays: tuple[Array, ...], index: Array) -> int:
@@ -82,17 +82,17 @@ def _row_bytes(arrays: tuple[Array, ...], index: Array) -> int:
   return heads * max(LANES, arrays[0].shape[3]) * arrays[0].dtype.itemsize
 
 
-def _walk(index: Array, length: int, sizes: _Sizes) -> _Walk:
+def _make_pairs(index: Array, length: int, sizes: _Sizes) -> _Pairs:
   B, N, S = index.shape
   tiles, chunks = pl.cdiv(S, sizes.tile), pl.cdiv(length, sizes.chunk)
   index = jnp.where(index < length, index, -1)
   index = jnp.pad(index, ((0, 0), (0, 0), (0, tiles * sizes.tile - S)), constant_values=-1)
   first_BxNxu, last_BxNxu = _extremes(index, sizes.unit, length)
   spans = ((first_BxNxu // _ALIGNED) << 16) | (last_BxNxu // _ALIGNED)
-  spans = jnp.where(last_BxNxu < 0, 1 << 16, spans)  # none: it would end before it begins
+  spans = jnp.where(last_BxNxu < 0, 1 << 16, spans)  # empty: the end precedes the start
   first, last = _extremes(index, sizes.tile, length)
   first, last = first // sizes.chunk, lax.cummax(jnp.maximum(last, 0), axis=2) // sizes.chunk
-  # Every tile is met, and every chunk, so that no block is left unwritten.
+  # Every tile and every chunk is in a pair, so that every block is written.
   last = last.at[..., -1].set(chunks - 1)
   before = jnp.pad(last[..., :-1], ((0, 0), (0, 0), (1, 0)), constant_values=-1)
   first = jnp.minimum(jnp.minimum(first, before + 1), last)
@@ -103,11 +103,11 @@ def _walk(index: Array, length: int, sizes: _Sizes) -> _Walk:
   tile = jnp.minimum(tile, tiles - 1)
   chunk = jnp.take_along_axis(last - end, tile, axis=-1) + 1 + step
   pairs = (tile << 16) | jnp.where(idle, -(2**31) + chunks - 1, chunk)
-  return _Walk(index.reshape(B, N, tiles, -1, LANES), pairs, spans)
+  return _Pairs(index.reshape(B, N, tiles, -1, LANES), pairs, spans)
 
 
 def _extremes(index: Array, size: int, length: int) -> tuple[Array, Array]:
-  """The first and last position in each run of `size` indices; `length` and −1 where none is."""
+  """The first and last position in each run of `size` indices; `length` and −1 for none."""
   index = index.reshape(*index.shape[:2], -1, size)
   return jnp.where(index < 0, length, index).min(axis=-1), index.max(axis=-1)
 
@@ -121,7 +121,7 @@ def _chunk_of(pair: Array) -> Array:
 
 
 class _Blocks(NamedTuple):
-  """Rows of the blocks that are read and written, and which of them belongs to a pair."""
+  """Rows of the blocks that are read and written, and the block of a pair."""
 
   read: tuple[int, Callable[[Array], Array]]
   written: tuple[int, Callable[[Array], Array]]
@@ -129,7 +129,7 @@ class _Blocks(NamedTuple):
 
 def _call(
   kernel: Any,
-  walk: _Walk,
+  pairs: _Pairs,
   arrays: tuple[Array, ...],
   out_rows: int,
   blocks: _Blocks,
@@ -137,7 +137,7 @@ def _call(
   sizes: _Sizes,
   interpret: Interpret,
 ) -> tuple[Array, ...]:
-  B, N, steps = walk.pairs.shape
+  B, N, steps = pairs.pairs.shape
   D, itemsize = arrays[0].shape[3], arrays[0].dtype.itemsize
 
   def spec(x: Any, rows: int, place: Callable[[Array], Array]) -> pl.BlockSpec:
@@ -148,9 +148,9 @@ def _call(
     (None, None, None, sizes.tile // LANES, LANES),
     lambda b, n, w, pairs, spans: (b, n, _tile_of(pairs[b, n, w]), 0, 0),
   )
-  out_shape = [like(x, (B, x.shape[1], out_rows, D), x.dtype) for x in arrays]
+  out_shape = [out_struct(x, (B, x.shape[1], out_rows, D), x.dtype) for x in arrays]
   heads = sum(x.shape[1] for x in arrays)
-  products = walk.spans.shape[-1] + steps
+  products = pairs.spans.shape[-1] + steps
   moved = sum(x.size for x in arrays) + B * heads * out_rows * D
   out: tuple[Array, ...] = pl.pallas_call(
     kernel,
@@ -170,7 +170,7 @@ def _call(
     ),
     interpret=interpret,
     name=kernel.func.__name__.removeprefix("_").replace("kernel", "rows"),
-  )(walk.pairs, walk.spans, walk.indices, *arrays)
+  )(pairs.pairs, pairs.spans, pairs.indices, *arrays)
   return out
 
 
@@ -179,13 +179,13 @@ def _gather_kernel(
 ) -> None:
   *array_refs, columns_ref, odd_ref = refs
   in_refs, out_refs = _halves(array_refs)
-  visit = _Visit.of(pairs_ref, spans_ref, (_chunk_of, _tile_of), odd_ref, sizes)
+  step = _GridStep.current(pairs_ref, spans_ref, (_chunk_of, _tile_of), odd_ref, sizes)
 
-  @pl.when(visit.writes_new)
+  @pl.when(step.writes_new)
   def _() -> None:
     for ref in out_refs:
       ref[...] = jnp.zeros_like(ref)
-    # A product wants indices down the sublanes.
+    # The product needs the indices as a column.
     rows = index_ref.shape[0]
     padding = jnp.zeros((8 - rows, LANES), jnp.int32)
     columns = jnp.concatenate([index_ref[...], padding], axis=0).T
@@ -197,7 +197,7 @@ def _gather_kernel(
     position_1xR = position + lax.broadcasted_iota(jnp.int32, (1, sizes.run), 1)
     _move(columns_ref[at, :] == position_1xR, in_refs, pl.ds(start, sizes.run), out_refs, at, odd)
 
-  visit.run(in_refs, move)
+  step.run(in_refs, move)
 
 
 def _scatter_kernel(
@@ -205,9 +205,9 @@ def _scatter_kernel(
 ) -> None:
   *array_refs, odd_ref = refs
   in_refs, out_refs = _halves(array_refs)
-  visit = _Visit.of(pairs_ref, spans_ref, (_tile_of, _chunk_of), odd_ref, sizes)
+  step = _GridStep.current(pairs_ref, spans_ref, (_tile_of, _chunk_of), odd_ref, sizes)
 
-  @pl.when(visit.writes_new)
+  @pl.when(step.writes_new)
   def _() -> None:
     for ref in out_refs:
       ref[...] = jnp.zeros_like(ref)
@@ -218,29 +218,29 @@ def _scatter_kernel(
     hits_RxU = position_Rx1 == index_ref[pl.ds(unit, 1), :]
     _move(hits_RxU, in_refs, rows, out_refs, pl.ds(start, sizes.run), odd)
 
-  visit.run(in_refs, move)
+  step.run(in_refs, move)
 
 
-class _Visit(NamedTuple):
+class _GridStep(NamedTuple):
   """One step of the grid: a tile of indices and a chunk of positions."""
 
   pair: Array
-  reads_new: Array  # whether the block that is read is another one than in the step before
+  reads_new: Array  # whether the block that is read differs from the one of the step before
   writes_new: Array
   span_of: Callable[[Any], Array]  # of a unit of the tile
-  odd_ref: Any  # whether what is read holds something that is not finite
+  odd_ref: Any  # whether the block that is read holds a non-finite number
   sizes: _Sizes
 
   @classmethod
-  def of(
+  def current(
     cls,
     pairs_ref: Any,
     spans_ref: Any,
     blocks: tuple[Callable[[Array], Array], Callable[[Array], Array]],
     odd_ref: Any,
     sizes: _Sizes,
-  ) -> "_Visit":
-    """`blocks`: which blocks of a pair are read and written."""
+  ) -> "_GridStep":
+    """The running step. `blocks` gives the block that is read, and the one that is written."""
     b, n, step = (pl.program_id(i) for i in range(3))
     pair = pairs_ref[b, n, step]
     previous = pairs_ref[b, n, jnp.maximum(step - 1, 0)]
@@ -250,7 +250,7 @@ class _Visit(NamedTuple):
     return cls(pair, reads_new, writes_new, span_of, odd_ref, sizes)
 
   def run(self, in_refs: Any, move: Callable[[Any, Array, Array, bool], None]) -> None:
-    """Calls move(unit, start in the chunk, its position, odd) for all that meet."""
+    """Calls move(unit, start in the chunk, its position, odd) for every run of every unit."""
 
     @pl.when(self.reads_new)
     def _() -> None:
@@ -273,7 +273,7 @@ class _Visit(NamedTuple):
 
     @pl.when((self.pair >= 0) & ~odd)
     def _() -> None:
-      # The first runs of all units without a branch, so that they overlap.
+      # The first runs of all units have no branch, so that they overlap.
       for unit in range(units):
         move_run(unit, 0, odd=False)
       for unit in range(units):
@@ -286,7 +286,7 @@ class _Visit(NamedTuple):
         pl.loop(0, runs(unit))(functools.partial(move_run, unit, odd=True))
 
   def _range(self, unit: Any, begin: Array) -> tuple[Array, Array]:
-    """Where in the chunk the positions lie that a unit points to."""
+    """The range of the chunk that a unit points into."""
     span = self.span_of(unit)
     low = jnp.maximum((span >> 16) * _ALIGNED - begin, 0)
     return low, jnp.minimum(((span & 0xFFFF) + 1) * _ALIGNED - begin, self.sizes.chunk)
@@ -297,14 +297,14 @@ def _halves(refs: list[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _has_odd(x: Array) -> Array:
-  """Whether something is not finite (or sums to more than float32 holds)."""
+  """Whether a number is not finite, or a sum overflows float32."""
   ones = jnp.ones((8, x.shape[0]), x.dtype)
   sums = dot(ones, x)
   return ~((sums - sums).sum() == 0)
 
 
 def _move(hits: Array, in_refs: Any, rows: Any, out_refs: Any, at: Any, odd: bool) -> None:
-  """Joins hits @ in[rows] to out[at]; where a row is hit again, it is the same one."""
+  """Combines hits @ in[rows] into out[at] by a bitwise or; a row that is hit again is the same."""
   ones = hits.astype(in_refs[0].dtype)
   for in_ref, out_ref in zip(in_refs, out_refs, strict=True):
     for a in range(in_ref.shape[0]):
@@ -315,7 +315,7 @@ def _move(hits: Array, in_refs: Any, rows: Any, out_refs: Any, at: Any, odd: boo
 
 
 def _product_of_odd(ones: Array, x: Array) -> Array:
-  """ones @ x, where what is not finite reaches only the rows that it is moved to."""
+  """ones @ x, where a non-finite number reaches only the row that it moves to."""
   wide = x.astype(jnp.float32)
   out = dot(ones, jnp.where(wide - wide == 0, wide, 0.0).astype(x.dtype))
   for odd in (jnp.inf, -jnp.inf, jnp.nan):

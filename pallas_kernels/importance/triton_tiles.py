@@ -1,8 +1,8 @@
-"""What the two importance kernels share: the sampled queries as rows, tiles, loads.
+"""Rows, tiles and chunks of keys of the two importance kernels.
 
-Letters: B batch, S sampled queries, R query heads to a KV head, N KV heads, L keys, D head dim,
+Letters: B batch, S sampled queries, R query heads of a KV head, N KV heads, L keys, D head dim,
 E the head dim padded to a power of two, Q the S·R rows of a KV head padded to whole blocks, K a
-tile of keys.
+tile of keys, C chunks of keys.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from pallas_kernels.grouped_attention.tile_ranges import Span
 
 @dataclasses.dataclass(frozen=True)
 class ImportanceTile:
-  """Rows × keys of one product, how many of them a program does, how Triton compiles it."""
+  """Rows × keys of one product, tiles of a program, and how Triton compiles it."""
 
   block_q: int
   block_k: int
@@ -28,19 +28,19 @@ class ImportanceTile:
 
   @property
   def chunk(self) -> int:
-    """Keys that one program goes through."""
+    """Keys of one program."""
     return self.chunk_tiles * self.block_k
 
 
-# Each program of the second pass combines what all chunks found in the first.
+# Each program of the second pass combines the results of all chunks of the first.
 _MAX_CHUNKS = 64
 
 
 def importance_tile(rows: int, keys: int, head_dim: int, itemsize: int) -> ImportanceTile:
   """Tiles for the rows and keys of a KV head, the head dim and an operand size in bytes.
 
-  An operand tile takes at most 32 KiB, so that three and the sums of a tile fit the 99 KiB of
-  shared memory that any Ampere or newer GPU has.
+  An operand tile takes at most 32 KiB, so that three of them and the sums of a tile fit the 99 KiB
+  of shared memory of any Ampere or newer GPU.
   """
   least = pl.cdiv(keys, _MAX_CHUNKS)
   if itemsize > 2:
@@ -61,7 +61,7 @@ def importance_tile(rows: int, keys: int, head_dim: int, itemsize: int) -> Impor
 
 
 def padded_dim(head_dim: int) -> int:
-  """The power of two that a tile's columns take: tensor cores want 16 or more."""
+  """The power of two of a tile's columns: tensor cores need 16 or more."""
   return max(16, pl.next_power_of_2(head_dim))
 
 
@@ -93,7 +93,7 @@ def chunk_grid(
 ) -> tuple[tuple[int, ...], Rows, pl.BlockSpec]:
   """A grid of (block of rows, KV head, chunk of keys, batch), and the specs of rows and keys.
 
-  Programs that read the same keys run next to each other. Each is given all keys of its head.
+  Consecutive programs read the same keys. Each is given all keys of its KV head.
   """
   B, N, Q, E = rows.query.shape
   L, S = key_BxLxNxD.shape[1], rows.start.shape[1]
@@ -105,7 +105,7 @@ def chunk_grid(
 
 
 class Chunk(NamedTuple):
-  """The keys that a program goes through, and which of them its rows see."""
+  """The keys [first, last) of a program, and the range of them that each of its rows sees."""
 
   first: Array
   last: Array
@@ -113,8 +113,8 @@ class Chunk(NamedTuple):
   end: Array  # [Q]
 
   @classmethod
-  def of_program(cls, rows: Rows, length: int, heads_per_kv: int, tile: ImportanceTile) -> "Chunk":
-    """Rows that only fill a block see nothing."""
+  def for_program(cls, rows: Rows, length: int, heads_per_kv: int, tile: ImportanceTile) -> "Chunk":
+    """The chunk of the running program; rows that pad a block see nothing."""
     first = pl.program_id(2) * tile.chunk
     last = jnp.minimum(first + tile.chunk, length)
     row_Q = pl.program_id(0) * tile.block_q + jnp.arange(tile.block_q)
@@ -139,7 +139,7 @@ class Chunk(NamedTuple):
     )
 
   def seen(self, first: Array, block: int) -> Array:
-    """[Q, block] bool: which keys from `first` on each row sees."""
+    """[Q, block] bool: which of the keys [first, first + block) each row sees."""
     key_1xK = (first + jnp.arange(block))[None]
     return (self.start[:, None] <= key_1xK) & (key_1xK < self.end[:, None])
 
@@ -147,7 +147,7 @@ class Chunk(NamedTuple):
 def load_keys(
   key_ref: Any, first: Array | int, block: int, limit: Array | int | None, head_dim: int
 ) -> Array:
-  """Keys [first, first + block) of a reference [keys, E] whose columns from head_dim on are none.
+  """Keys [first, first + block) of a reference [keys, E] with head_dim valid columns.
 
   Keys from `limit` on are zeros; None promises that there are none.
   """

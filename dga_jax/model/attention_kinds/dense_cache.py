@@ -1,0 +1,91 @@
+"""A cache of every key and value, and dense decoding over it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from dga_jax.attention.segments import Documents
+from dga_jax.model.attention_kinds.base import AttentionKind
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseCache:
+  """All keys and values. While decoding, arrays have a leading axis of layers.
+
+  Heads precede positions, so that the products of decoding read contiguous memory.
+
+  Attributes:
+    key: keys after RoPE; entries from `length` on are not read.
+    value: values.
+    length: tokens that each sequence has seen.
+  """
+
+  key: Float[Array, "*layers B N M D"]
+  value: Float[Array, "*layers B N M D"]
+  length: Int[Array, "*layers B"]
+
+
+class DenseCacheAttention(AttentionKind):
+  """Decodes densely. Subclasses define `attend` for whole sequences and prompts."""
+
+  def init_cache(
+    self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+  ) -> DenseCache:
+    """An empty cache of one layer for `max_length` tokens a sequence."""
+    shape = (batch, num_kv_heads, max_length, head_dim)
+    return DenseCache(
+      key=jnp.zeros(shape, dtype),
+      value=jnp.zeros(shape, dtype),
+      length=jnp.zeros(batch, jnp.int32),
+    )
+
+  def prefill(
+    self,
+    q_BxLxHxD: Float[Array, "B L H D"],
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    metadata: Documents,
+    *,
+    max_length: int,
+  ) -> tuple[Float[Array, "B L H D"], DenseCache]:
+    """Attends over right-padded prompts and stores them; decoding overwrites the padding."""
+    o_BxLxHxD = self.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
+    free = ((0, 0), (0, 0), (0, max_length - k_BxLxNxD.shape[1]), (0, 0))
+    return o_BxLxHxD, DenseCache(
+      key=jnp.pad(k_BxLxNxD.swapaxes(1, 2), free),
+      value=jnp.pad(v_BxLxNxD.swapaxes(1, 2), free),
+      length=metadata.row_length,
+    )
+
+  def decode(
+    self,
+    q_BxHxD: Float[Array, "B H D"],
+    k_BxNxD: Float[Array, "B N D"],
+    v_BxNxD: Float[Array, "B N D"],
+    cache: DenseCache,
+    layer: Int[Array, ""],
+  ) -> tuple[Float[Array, "B H D"], DenseCache]:
+    """Appends one token at each sequence's own end and attends to all tokens so far.
+
+    A token beyond the cache's max_length is not stored. That cannot raise under jit, where lengths
+    are unknown: the caller bounds the number of steps.
+    """
+    (B, H, D), N = q_BxHxD.shape, k_BxNxD.shape[1]
+    row_B, end_B = jnp.arange(B), cache.length[layer]
+    cache = DenseCache(
+      key=cache.key.at[layer, row_B, :, end_B].set(k_BxNxD, mode="drop"),
+      value=cache.value.at[layer, row_B, :, end_B].set(v_BxNxD, mode="drop"),
+      length=cache.length.at[layer].add(1),
+    )
+    k_BxNxMxD, v_BxNxMxD = cache.key[layer], cache.value[layer]
+    q_BxNxRxD = q_BxHxD.reshape(B, N, H // N, D)
+    s_BxNxRxM = D**-0.5 * jnp.einsum(
+      "BNRD,BNMD->BNRM", q_BxNxRxD, k_BxNxMxD, preferred_element_type=jnp.float32
+    )
+    is_token_BxM = jnp.arange(k_BxNxMxD.shape[2])[None, :] <= end_B[:, None]
+    w_BxNxRxM = jax.nn.softmax(jnp.where(is_token_BxM[:, None, None], s_BxNxRxM, -jnp.inf))
+    o_BxNxRxD = jnp.einsum("BNRM,BNMD->BNRD", w_BxNxRxM.astype(v_BxNxMxD.dtype), v_BxNxMxD)
+    return o_BxNxRxD.reshape(B, H, D), cache

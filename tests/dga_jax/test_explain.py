@@ -1,0 +1,89 @@
+"""`explain` names the implementation of every op that a call and a decoding step use."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dga_jax import DGAConfig, explain
+from tests.pallas_kernels import h100, tpu
+
+QUERY = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
+KEY = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
+GLOBAL = DGAConfig(min_focal_tokens=0)
+STREAMING = DGAConfig(selection="streaming")
+SINKS = dataclasses.replace(STREAMING, sink_tokens=2)
+
+
+@pytest.mark.parametrize(
+  ("config", "device", "runs"),
+  [
+    (
+      GLOBAL,
+      h100,
+      {
+        "sampled_importance": "triton",
+        "segmented_top_k": "triton",
+        "compact_indices": "xla",
+        "merge_groups": "triton",
+        "grouped_attention": "mosaic_gpu",
+        "decode_step": "triton",
+      },
+    ),
+    (
+      GLOBAL,
+      tpu,
+      {
+        "sampled_importance": "xla",
+        "segmented_top_k": "mosaic_tpu",
+        "compact_indices": "mosaic_tpu",
+        "merge_groups": "mosaic_tpu",
+        "grouped_attention": "mosaic_tpu",
+        "decode_step": "mosaic_tpu",
+        "decode_attention": "mosaic_tpu",
+      },
+    ),
+    (
+      STREAMING,
+      h100,
+      {"merge_blocks": "triton", "grouped_attention": "mosaic_gpu", "decode_step": "triton"},
+    ),
+    (
+      SINKS,
+      h100,
+      {
+        "compact_indices": "xla",
+        "merge_groups": "triton",
+        "grouped_attention": "mosaic_gpu",
+        "decode_step": "triton",
+      },
+    ),
+  ],
+)
+def test_every_op_of_a_call_is_listed(config, device, runs):
+  with jax.sharding.use_abstract_mesh(device.abstract_mesh()):
+    found = explain(QUERY, KEY, KEY, config=config)
+  assert {choice.op: choice.runs for choice in found.ops} == runs
+
+
+def test_the_implementation_is_that_of_the_call():
+  with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
+    found = explain(QUERY, KEY, KEY, config=GLOBAL, implementation=("mosaic_tpu", "triton"))
+    with pytest.raises(NotImplementedError, match="mosaic_tpu: runs on a TPU"):
+      explain(QUERY, KEY, KEY, config=GLOBAL, implementation="mosaic_tpu")
+  attention = found["grouped_attention"]
+  assert attention.runs == "triton"
+  assert attention.reason("mosaic_gpu") is None
+  assert "runs on a TPU" in attention.reason("mosaic_tpu")
+  with pytest.raises(KeyError, match="merge_blocks"):
+    found["merge_blocks"]
+
+
+def test_an_explanation_prints_as_a_table():
+  with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
+    lines = str(explain(QUERY, KEY, KEY, config=STREAMING)).splitlines()
+  assert lines[0] == "for NVIDIA H100 80GB HBM3 (gpu)"
+  assert lines[1] == "op                | runs       | why not the others"
+  assert lines[2] == "merge_blocks      | triton     | mosaic_tpu: runs on a TPU"
+  assert lines[3] == "                  |            | xla: applies too"
