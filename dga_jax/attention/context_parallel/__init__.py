@@ -1,1 +1,1 @@
-"""The op on sequences split over a mesh axis: what each device needs of the others."""
+"""The op on sequences that a mesh axis splits: what each device needs of the others."""

@@ -1,4 +1,4 @@
-"""The op on a sequence that is split over the devices of a mesh axis."""
+"""The op on sequences that a mesh axis splits (context parallelism)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,7 +9,8 @@ from dga_jax.attention.attend import (
   merging_implementation,
   nan_where_invalid,
 )
-from dga_jax.attention.context_parallel.global_ import global_halo, global_sources
+from dga_jax.attention.context_parallel.global_ import global_sources
+from dga_jax.attention.context_parallel.sharded_plan import global_halo
 from dga_jax.attention.context_parallel.streaming import streaming_halo, streaming_sources
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.metadata import AttentionMetadata
@@ -27,18 +28,19 @@ def attend_sharded(
   scale: float | None = None,
   implementation: Implementation = None,
 ) -> Float[Array, "B P H D"]:
-  """`attend` inside a `jax.shard_map`, each device with its shard of the sequence.
+  """`attend` inside a `jax.shard_map`, on this device's part of the sequences.
 
-  It computes what `attend` computes of the whole sequence. Summaries, and the tokens just before a
-  chunk, move between devices; all keys and values do not.
+  The result is that of `attend` on the whole sequences. Focal tokens and groups go to all devices,
+  and the tokens just before a chunk to the device of the chunk. The other keys and values stay on
+  their devices.
 
   Args:
-    query: of the positions that `dga_jax.sharding.zigzag_order` gives this device: an early and a
-      late chunk, so that all devices have equal work.
+    query: P tokens of each sequence: an early and a late chunk, as in
+      `dga_jax.sharding.zigzag_order`, so that all devices have equal work.
     key: as query.
     value: as query.
-    metadata: of the whole sequence, from `prepare`.
-    axis_name: the mesh axis over which the sequence is split.
+    metadata: of the whole sequences, from `prepare`.
+    axis_name: the mesh axis that splits the sequences.
     scale: multiplies the attention logits; default 1/√D.
     implementation: as for `dynamic_group_attention`, without "reference".
 
@@ -49,9 +51,9 @@ def attend_sharded(
   validation.value_like_key(value, key)
   validation.softmax_scale(scale)
   config, documents = metadata.config, metadata.documents
-  shards = ZigzagShards.of(axis_name, query.shape[1])
+  shards = ZigzagShards.from_local_length(axis_name, query.shape[1])
   if documents.rows != "whole":
-    is_token_BxPx1x1 = shards.own(documents.is_token)[..., None, None]
+    is_token_BxPx1x1 = shards.local_part(documents.is_token)[..., None, None]
     query, key, value = (jnp.where(is_token_BxPx1x1, x, 0) for x in (query, key, value))
   streaming = config.selection == "streaming"
   make_sources = streaming_sources if streaming else global_sources
@@ -64,10 +66,10 @@ def attend_sharded(
     implementation=merging_implementation(implementation),
   )
   options = attention_kwargs(query, config, scale)
-  # Between the windows of the two chunks are the tokens before the second one, unseen by queries of
-  # the first. Implementations take a tile's windows as one run, which may include them.
+  # The windows of the late chunk's queries follow the halo of the late chunk, which no query of the
+  # early chunk sees. Implementations read the windows of a tile as one run, which may include it.
   options["max_window"] += streaming_halo(config) if streaming else global_halo(config)
   out_BxPxHxD = grouped_attention(query, sources, implementation=implementation, **options)
   if metadata.invalid is None:
     return out_BxPxHxD
-  return nan_where_invalid(out_BxPxHxD, shards.own(metadata.invalid))
+  return nan_where_invalid(out_BxPxHxD, shards.local_part(metadata.invalid))

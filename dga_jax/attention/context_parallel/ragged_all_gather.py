@@ -1,4 +1,8 @@
-"""Gathering lists of which each device holds an uneven part, without sending the worst case."""
+"""Ragged all-gather: each device contributes a variable number of rows.
+
+The bytes sent follow the actual numbers of rows, not their bound. XLA's collectives have static
+sizes, so the rows travel in several exchanges of static size, as many as the fullest device needs.
+"""
 
 import functools
 import math
@@ -11,124 +15,133 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gather import take_rows
 
-# Of an even part: how much more the first exchange holds, and how much each further one does.
+# Sizes of the exchanges, as parts of an even share of the rows: the first exchange is 1 + _SLACK
+# even shares, each further one _FURTHER of an even share.
 _SLACK = 1 / 20
 _FURTHER = 1 / 4
 
 
 class GatherPlan(NamedTuple):
-  """Who holds the entries of a list of S entries, the same on every device of the axis.
+  """Where the S rows of a list are, the same on every device of the mesh axis.
 
-  J, from `places`, bounds the entries of one device.
+  J, from `slot_count`, is the number of slots for rows on each device.
   """
 
-  device: Int[Array, "B N S"]  # which device holds an entry, any for an entry that none holds
-  rank: Int[Array, "B N S"]  # its place on that device, J for an entry that none holds
-  slots: Int[Array, "B N C J"]  # entry at each place of each device, S for none
+  device: Int[Array, "B N S"]  # device that holds a row; any device for an absent row
+  slot: Int[Array, "B N S"]  # slot of the row on that device; J for an absent row
+  rows: Int[Array, "B N C J"]  # row in each slot of each device; S for an empty slot
 
 
-def places(entries: int, devices: int, most: int) -> int:
-  """J for a list of so many entries, of which one device holds `most` at the most."""
-  first, further = _sizes(entries, devices)
+def slot_count(rows: int, devices: int, most: int) -> int:
+  """J: the slots that `ragged_all_gather` needs on each device.
+
+  Args:
+    rows: S, static bound on the rows of the list.
+    devices: C.
+    most: static bound on the rows of one device.
+  """
+  first, further = exchange_sizes(rows, devices)
   return first + max(0, math.ceil((most - first) / further)) * further
 
 
-def collect(
-  rows_BxJxNxD: Float[Array, "B J N D"], holders: GatherPlan, axis_name: str
+def ragged_all_gather(
+  rows_BxJxNxD: Float[Array, "B J N D"], plan: GatherPlan, axis_name: str
 ) -> Float[Array, "B S N D"]:
-  """The whole list on every device, of the rows that each holds; zeros for what none holds.
+  """The whole list on every device; zeros for absent rows.
 
-  A first exchange takes a little more than an even part from every device, and is all where the
-  entries are spread evenly. Where they crowd, further and smaller ones follow until no device has
-  any left. The gradient takes the same way back, summed over the devices.
+  The first exchange carries a little more than an even share from every device, which is all where
+  the rows are spread evenly. Smaller ones follow until no device has rows left. The backward pass
+  sums the gradients over the devices and returns them to the holders by the same exchanges.
 
   Args:
-    rows_BxJxNxD: this device's rows, at their places.
-    holders: who holds what.
-    axis_name: of the devices.
+    rows_BxJxNxD: the rows of this device, in their slots.
+    plan: where the rows of the list are.
+    axis_name: mesh axis of the devices.
   """
-  return _collect(axis_name, rows_BxJxNxD, holders)
+  return _ragged_all_gather(axis_name, rows_BxJxNxD, plan)
+
+
+def exchange_sizes(rows: int, devices: int) -> tuple[int, int]:
+  """Slots of each device in the first exchange, and in each further one."""
+  even = rows / devices
+  return max(1, math.ceil(even * (1 + _SLACK))), max(1, math.ceil(even * _FURTHER))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _collect(axis_name: str, rows_BxJxNxD: Array, holders: GatherPlan) -> Array:
+def _ragged_all_gather(axis_name: str, rows_BxJxNxD: Array, plan: GatherPlan) -> Array:
   B, _, N, D = rows_BxJxNxD.shape
 
   def exchange(list_BxSxNxD: Array, first: Array | int, size: int) -> Array:
     part_BxjxNxD = jax.lax.dynamic_slice_in_dim(rows_BxJxNxD, first, size, axis=1)
-    every_BxCjxNxD = jax.lax.all_gather(part_BxjxNxD, axis_name, axis=1, tiled=True)
-    inside = holders.rank - first
-    here = (inside >= 0) & (inside < size)
-    place = jnp.where(here, holders.device * size + inside, every_BxCjxNxD.shape[1])
-    return list_BxSxNxD + take_rows(every_BxCjxNxD, place)
+    parts_BxCjxNxD = jax.lax.all_gather(part_BxjxNxD, axis_name, axis=1, tiled=True)
+    offset = plan.slot - first
+    is_sent = (offset >= 0) & (offset < size)
+    index = jnp.where(is_sent, plan.device * size + offset, parts_BxCjxNxD.shape[1])
+    return list_BxSxNxD + take_rows(parts_BxCjxNxD, index)
 
-  entries = holders.rank.shape[2]
-  nothing = jnp.zeros((B, entries, N, D), rows_BxJxNxD.dtype)
-  return _exchanges(exchange, nothing, holders, _varying_axes(rows_BxJxNxD))
+  S = plan.slot.shape[2]
+  zero = jnp.zeros((B, S, N, D), rows_BxJxNxD.dtype)
+  return _run_exchanges(exchange, zero, plan, _varying_axes(rows_BxJxNxD))
 
 
-def _forward(axis_name: str, rows_BxJxNxD: Array, holders: GatherPlan) -> tuple[Array, GatherPlan]:
-  return _collect(axis_name, rows_BxJxNxD, holders), holders
+def _forward(axis_name: str, rows_BxJxNxD: Array, plan: GatherPlan) -> tuple[Array, GatherPlan]:
+  return _ragged_all_gather(axis_name, rows_BxJxNxD, plan), plan
 
 
 def _backward(
-  axis_name: str, holders: GatherPlan, gradient_BxSxNxD: Array
+  axis_name: str, plan: GatherPlan, gradient_BxSxNxD: Array
 ) -> tuple[Array, GatherPlan | None]:
   B, _, N, D = gradient_BxSxNxD.shape
-  C, J = holders.slots.shape[2:]
+  C, J = plan.rows.shape[2:]
 
   def exchange(rows_BxJxNxD: Array, first: Array | int, size: int) -> Array:
-    slots = jax.lax.dynamic_slice_in_dim(holders.slots, first, size, axis=3)
-    parts_BxCjxNxD = take_rows(gradient_BxSxNxD, slots.reshape(B, N, C * size))
+    index = jax.lax.dynamic_slice_in_dim(plan.rows, first, size, axis=3)
+    parts_BxCjxNxD = take_rows(gradient_BxSxNxD, index.reshape(B, N, C * size))
     part_BxjxNxD = jax.lax.psum_scatter(parts_BxCjxNxD, axis_name, scatter_dimension=1, tiled=True)
     return jax.lax.dynamic_update_slice_in_dim(rows_BxJxNxD, part_BxjxNxD, first, axis=1)
 
-  nothing = jnp.zeros((B, J, N, D), gradient_BxSxNxD.dtype)
-  return _exchanges(exchange, nothing, holders, _varying_axes(gradient_BxSxNxD)), None
+  zero = jnp.zeros((B, J, N, D), gradient_BxSxNxD.dtype)
+  return _run_exchanges(exchange, zero, plan, _varying_axes(gradient_BxSxNxD)), None
 
 
-_collect.defvjp(_forward, _backward)
+_ragged_all_gather.defvjp(_forward, _backward)
 
 
-def _exchanges(
+def _run_exchanges(
   exchange: Callable[[Array, Array | int, int], Array],
-  nothing: Array,
-  holders: GatherPlan,
+  initial: Array,
+  plan: GatherPlan,
   axes: tuple[str, ...],
 ) -> Array:
-  """What `exchange(so far, first place, places)` makes of all places that are in use.
+  """Runs `exchange(result so far, first slot, slots)` over all slots that are in use.
 
   Args:
-    exchange: one of the exchanges.
-    nothing: what it begins with.
-    holders: who holds what.
+    exchange: exchanges a range of slots between all devices.
+    initial: the result before the first exchange.
+    plan: where the rows are.
     axes: mesh axes over which the data differ.
   """
-  C, J = holders.slots.shape[2:]
-  first, further = _sizes(holders.rank.shape[2], C)
-  made = exchange(_vary(nothing, axes), 0, first)
+  C, J = plan.rows.shape[2:]
+  first, further = exchange_sizes(plan.slot.shape[2], C)
+  result = exchange(_vary(initial, axes), 0, first)
   if first == J:
-    return made
-  held = jnp.where(holders.rank < J, holders.rank + 1, 0)
-  # All devices take part in as many exchanges as the one that has most to send.
-  most = jax.lax.pmax(_vary(held.max(), axes), axes)
+    return result
+  used = jnp.where(plan.slot < J, plan.slot + 1, 0)
+  # All devices take part in as many exchanges as the fullest one needs.
+  most = jax.lax.pmax(_vary(used.max(), axes), axes)
 
-  def more(carry: tuple[Array, Array]) -> Array:
+  def is_left(carry: tuple[Array, Array]) -> Array:
     return carry[0] < most
 
   def step(carry: tuple[Array, Array]) -> tuple[Array, Array]:
     return carry[0] + further, exchange(carry[1], carry[0], further)
 
-  return jax.lax.while_loop(more, step, (jnp.int32(first), made))[1]
-
-
-def _sizes(entries: int, devices: int) -> tuple[int, int]:
-  even = entries / devices
-  return max(1, math.ceil(even * (1 + _SLACK))), max(1, math.ceil(even * _FURTHER))
+  return jax.lax.while_loop(is_left, step, (jnp.int32(first), result))[1]
 
 
 def _varying_axes(x: Array) -> tuple[str, ...]:
-  return tuple(jax.typeof(x).manual_axis_type.varying)
+  """Mesh axes over which x varies, sorted: all processes of a run must trace the same program."""
+  return tuple(sorted(jax.typeof(x).manual_axis_type.varying))
 
 
 def _vary(x: Array, axes: tuple[str, ...]) -> Array:

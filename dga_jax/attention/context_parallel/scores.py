@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.scores import SampledQueries
@@ -18,18 +18,24 @@ def sharded_importance_scores(
   """`importance_scores` of the whole sequence, the same on every device.
 
   Sampled queries, a few tokens, are fetched from the devices that hold them. Each device scores
-  its own keys, under a softmax whose sums run over all devices, and the scores, one number a key,
-  are gathered.
+  its own keys, under a softmax whose sums run over all devices. The scores, one number a key, are
+  gathered.
+
+  Args:
+    query: the tokens of this device.
+    key: the tokens of this device.
+    samples: the sampled queries of the whole sequence.
+    shards: the tokens that each device holds.
   """
   query, key = jax.lax.stop_gradient((query, key))
   position_1x1xP = shards.positions[None, None]
 
   def of_document(samples_BxS: SampledQueries) -> Array:
-    q_BxSxHxD = take_positions(query, shards.place(samples_BxS.position))
+    q_BxSxHxD = take_positions(query, shards.local_index(samples_BxS.position))
     q_BxSxHxD = jax.lax.psum(q_BxSxHxD, shards.axis_name)
     start_BxSx1, end_BxSx1 = samples_BxS.start[..., None], samples_BxS.end[..., None]
     sees_BxSxP = (start_BxSx1 <= position_1x1xP) & (position_1x1xP < end_BxSx1)
-    return _scores(q_BxSxHxD, key, sees_BxSxP, shards.axis_name)
+    return _local_scores(q_BxSxHxD, key, sees_BxSxP, shards.axis_name)
 
   scores_BxNxP = of_document(samples.of_document(0))
   max_documents = samples.position.shape[1]
@@ -42,35 +48,43 @@ def sharded_importance_scores(
     )
   B, N, _ = scores_BxNxP.shape
   scores_Bx2xNxn = scores_BxNxP.reshape(B, N, 2, shards.chunk).swapaxes(1, 2)
-  return shards.gather(scores_Bx2xNxn).swapaxes(1, 2).reshape(B, N, shards.length)
+  return shards.all_gather(scores_Bx2xNxn).swapaxes(1, 2).reshape(B, N, shards.length)
 
 
-def _scores(q_BxSxHxD: Array, key: Array, sees_BxSxP: Array, axis_name: str) -> Array:
-  """[B, N, P]: what the queries pay to this device's keys; logits of one KV head at a time."""
+def _local_scores(
+  q_BxSxHxD: Float[Array, "B S H D"],
+  k_BxPxNxD: Float[Array, "B P N D"],
+  sees_BxSxP: Bool[Array, "B S P"],
+  axis_name: str,
+) -> Float[Array, "B N P"]:
+  """Attention of the queries to this device's keys, normalized over the keys of all devices.
+
+  The logits of one KV head exist at a time.
+  """
   B, S, H, D = q_BxSxHxD.shape
-  N = key.shape[2]
+  N = k_BxPxNxD.shape[2]
 
-  def logits(heads: tuple[Array, Array]) -> Array:
-    q_BxSxRxD, k_BxPxD = heads
+  def logits(head: tuple[Array, Array]) -> Array:
+    q_BxSxRxD, k_BxPxD = head
     logits_BxRxSxP = jnp.einsum(
       "bsrd,bpd->brsp", q_BxSxRxD, k_BxPxD, preferred_element_type=jnp.float32
     ) / jnp.sqrt(jnp.float32(D))
     return jnp.where(sees_BxSxP[:, None], logits_BxRxSxP, -jnp.inf)
 
-  heads = (jnp.moveaxis(q_BxSxHxD.reshape(B, S, N, H // N, D), 2, 0), jnp.moveaxis(key, 2, 0))
-  top = jax.lax.map(lambda one: logits(one).max(axis=-1), heads)
-  top = jax.lax.pmax(top, axis_name)
-  top = jnp.where(jnp.isneginf(top), 0, top)
+  def exp_logits(head: tuple[Array, Array], m_BxRxS: Array) -> Array:
+    return jnp.exp(logits(head) - m_BxRxS[..., None])
 
-  def weights(one: tuple[tuple[Array, Array], Array]) -> Array:
-    return jnp.exp(logits(one[0]) - one[1][..., None])
+  heads = (jnp.moveaxis(q_BxSxHxD.reshape(B, S, N, H // N, D), 2, 0), jnp.moveaxis(k_BxPxNxD, 2, 0))
+  m_NxBxRxS = jax.lax.map(lambda head: logits(head).max(axis=-1), heads)
+  m_NxBxRxS = jax.lax.pmax(m_NxBxRxS, axis_name)
+  m_NxBxRxS = jnp.where(jnp.isneginf(m_NxBxRxS), 0, m_NxBxRxS)
+  l_NxBxRxS = jax.lax.map(lambda x: exp_logits(*x).sum(axis=-1), (heads, m_NxBxRxS))
+  l_NxBxRxS = jax.lax.psum(l_NxBxRxS, axis_name)
+  l_NxBxRxS = jnp.where(l_NxBxRxS == 0, 1, l_NxBxRxS)
 
-  total = jax.lax.map(lambda one: weights(one).sum(axis=-1), (heads, top))
-  total = jax.lax.psum(total, axis_name)
-  total = jnp.where(total == 0, 1, total)
+  def of_head(x: tuple[tuple[Array, Array], Array, Array]) -> Array:
+    head, m_BxRxS, l_BxRxS = x
+    return (exp_logits(head, m_BxRxS) / l_BxRxS[..., None]).sum(axis=(1, 2))
 
-  def paid(one: tuple[tuple[tuple[Array, Array], Array], Array]) -> Array:
-    return (weights(one[0]) / one[1][..., None]).sum(axis=(1, 2))
-
-  paid_NxBxP = jax.lax.map(paid, ((heads, top), total))
-  return jnp.moveaxis(paid_NxBxP, 0, 1) / jnp.maximum(1, sees_BxSxP.sum(axis=1))[:, None]
+  scores_NxBxP = jax.lax.map(of_head, (heads, m_NxBxRxS, l_NxBxRxS))
+  return jnp.moveaxis(scores_NxBxP, 0, 1) / jnp.maximum(1, sees_BxSxP.sum(axis=1))[:, None]

@@ -1,4 +1,4 @@
-"""The geometry of a sequence that is split over the devices of a mesh axis."""
+"""Zigzag sharding: which positions of a sequence each device of a mesh axis holds."""
 
 import dataclasses
 
@@ -11,34 +11,39 @@ from jaxtyping import Array, Int, Shaped
 class ZigzagShards:
   """A sequence of 2C chunks of n tokens on C devices; device c holds chunks c and 2C - 1 - c.
 
-  A device's arrays hold its two chunks one after the other, see `dga_jax.sharding.zigzag_order`.
-  All methods run inside a `jax.shard_map` over the axis.
+  The arrays of a device hold P = 2n tokens: its early chunk, then its late chunk, as in
+  `dga_jax.sharding.zigzag_order`. All methods run inside a `jax.shard_map` over the mesh axis.
 
   Attributes:
-    axis_name: of the mesh.
-    count: C.
+    axis_name: the mesh axis.
+    devices: C.
     chunk: n.
   """
 
   axis_name: str
-  count: int
+  devices: int
   chunk: int
 
   @classmethod
-  def of(cls, axis_name: str, tokens: int) -> "ZigzagShards":
-    """The pieces of a sequence of which this device holds that many tokens."""
+  def from_local_length(cls, axis_name: str, tokens: int) -> "ZigzagShards":
+    """The shards of a sequence of which every device holds `tokens` tokens."""
     return cls(axis_name, jax.lax.axis_size(axis_name), tokens // 2)
 
   @property
   def length(self) -> int:
     """L, of the whole sequence."""
-    return 2 * self.count * self.chunk
+    return 2 * self.devices * self.chunk
+
+  @property
+  def chunk_ids(self) -> Int[Array, "2"]:
+    """The two chunks of this device."""
+    device = jax.lax.axis_index(self.axis_name)
+    return jnp.stack([device, 2 * self.devices - 1 - device])
 
   @property
   def chunk_starts(self) -> Int[Array, "2"]:
     """Position of the first token of each of this device's chunks."""
-    own = jax.lax.axis_index(self.axis_name)
-    return jnp.stack([own, 2 * self.count - 1 - own]) * self.chunk
+    return self.chunk_ids * self.chunk
 
   @property
   def positions(self) -> Int[Array, "P"]:
@@ -46,43 +51,43 @@ class ZigzagShards:
     offset_1xn = jnp.arange(self.chunk, dtype=jnp.int32)[None]
     return (self.chunk_starts[:, None] + offset_1xn).reshape(-1)
 
-  def place(self, position: Int[Array, "*S"]) -> Int[Array, "*S"]:
-    """Where among this device's tokens a position of the sequence lies; P for another device's."""
-    place = jnp.full_like(position, 2 * self.chunk)
-    for slot in (0, 1):
-      inside = position - self.chunk_starts[slot]
-      here = (inside >= 0) & (inside < self.chunk)
-      place = jnp.where(here, slot * self.chunk + inside, place)
-    return place
+  def local_index(self, position: Int[Array, "*S"]) -> Int[Array, "*S"]:
+    """Index among this device's tokens of a position in the sequence; P if it is elsewhere."""
+    index = jnp.full_like(position, 2 * self.chunk)
+    for half in (0, 1):
+      offset = position - self.chunk_starts[half]
+      is_here = (offset >= 0) & (offset < self.chunk)
+      index = jnp.where(is_here, half * self.chunk + offset, index)
+    return index
 
-  def own(self, x: Shaped[Array, "*S L"]) -> Shaped[Array, "*S P"]:
-    """This device's part of what every device holds for the whole sequence."""
+  def local_part(self, x: Shaped[Array, "*S L"]) -> Shaped[Array, "*S P"]:
+    """This device's part of an array that every device holds for the whole sequence."""
     starts = self.chunk_starts
     parts = [
-      jax.lax.dynamic_slice_in_dim(x, starts[slot], self.chunk, axis=x.ndim - 1) for slot in (0, 1)
+      jax.lax.dynamic_slice_in_dim(x, starts[half], self.chunk, axis=x.ndim - 1) for half in (0, 1)
     ]
     return jnp.concatenate(parts, axis=-1)
 
-  def split(self, x: Shaped[Array, "B P *S"]) -> Shaped[Array, "B 2 n *S"]:
-    """The two chunks apart."""
+  def split_chunks(self, x: Shaped[Array, "B P *S"]) -> Shaped[Array, "B 2 n *S"]:
+    """The tokens of this device's two chunks on an axis of their own."""
     return x.reshape(x.shape[0], 2, self.chunk, *x.shape[2:])
 
   def halo_exchange(self, x: Shaped[Array, "B P *S"], size: int) -> Shaped[Array, "B 2 {size} *S"]:
-    """The last `size` tokens before each of this device's chunks; zeros before the first.
+    """The last `size` tokens before each of this device's chunks; zeros before the first chunk.
 
-    Each device sends to its two neighbours, and no further.
+    Each device sends to its two neighbours only.
     """
-    tails = self.split(x)[:, :, self.chunk - size :]
-    up = [(device, device + 1) for device in range(self.count - 1)]
-    down = [(device + 1, device) for device in range(self.count - 1)]
-    low = jax.lax.ppermute(tails[:, 0], self.axis_name, up)
-    # The last device's chunks are neighbours of each other.
-    is_last = jax.lax.axis_index(self.axis_name) == self.count - 1
-    high = jax.lax.ppermute(tails[:, 1], self.axis_name, down)
-    return jnp.stack([low, jnp.where(is_last, tails[:, 0], high)], axis=1)
+    tails = self.split_chunks(x)[:, :, self.chunk - size :]
+    up = [(device, device + 1) for device in range(self.devices - 1)]
+    down = [(device + 1, device) for device in range(self.devices - 1)]
+    before_early = jax.lax.ppermute(tails[:, 0], self.axis_name, up)
+    # The two chunks of the last device are adjacent.
+    is_last = jax.lax.axis_index(self.axis_name) == self.devices - 1
+    before_late = jax.lax.ppermute(tails[:, 1], self.axis_name, down)
+    return jnp.stack([before_early, jnp.where(is_last, tails[:, 0], before_late)], axis=1)
 
-  def gather(self, x: Shaped[Array, "B 2 *S"]) -> Shaped[Array, "B 2C *S"]:
-    """Every device's x, which has an entry for each of its chunks, in the order of the chunks."""
-    every = jax.lax.all_gather(x, self.axis_name, axis=1, tiled=True)
-    every = every.reshape(x.shape[0], self.count, 2, *x.shape[2:])
-    return jnp.concatenate([every[:, :, 0], every[:, ::-1, 1]], axis=1)
+  def all_gather(self, x: Shaped[Array, "B 2 *S"]) -> Shaped[Array, "B 2C *S"]:
+    """The x of every device, which has one entry for each chunk, in the order of the chunks."""
+    gathered = jax.lax.all_gather(x, self.axis_name, axis=1, tiled=True)
+    gathered = gathered.reshape(x.shape[0], self.devices, 2, *x.shape[2:])
+    return jnp.concatenate([gathered[:, :, 0], gathered[:, ::-1, 1]], axis=1)

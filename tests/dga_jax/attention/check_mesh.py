@@ -83,7 +83,7 @@ def check_streaming_plan(axis_type):
   plan = jax.jit(lambda q, k: plan_groups(q, k, config=config, **ROWS, **given))(q, k)
   for got, want in zip(
     jax.tree.leaves(plan),
-    jax.tree.leaves(dataclasses.replace(want_plan, broken=plan.broken)),
+    jax.tree.leaves(dataclasses.replace(want_plan, invalid=plan.invalid)),
     strict=True,
   ):
     np.testing.assert_array_equal(got, want)
