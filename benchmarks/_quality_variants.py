@@ -110,7 +110,7 @@ def at_share(length: int, share: float, m: int, focal: int) -> DGAConfig | None:
   config = DGAConfig(
     selection="streaming", group_size=m, focal_per_block=focal, sink_tokens=SINKS, local_window=0
   )
-  free = round(share * length) - cache_size(config, length).total
+  free = round(share * length) - cache_size(config=config, max_length=length).total
   if free < 0:
     return None
   window = free // config.block_size

@@ -2,10 +2,11 @@
 
   ./workspace bench cache_size
 
-γ = 0.1, m = 16, no floor. Counts are read off the arrays of a real prefill; bytes are for
+γ = 0.1, m = 16, no floor. The counts are the sizes of the arrays of a prefill. Bytes are for
 LLaMA2-7B in 16 bit (32 layers, 32 KV heads, D = 128, keys and values).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,21 +21,20 @@ BYTES_PER_TOKEN = 2 * 32 * 32 * 128 * 2
 
 
 def live_tokens(selection: Any, length: int) -> int:
-  """Entries and raw tokens in the arrays that a prefill of one small head leaves."""
+  """Compact entries and raw slots in the arrays of a prefill of one small head."""
   config = DGAConfig(selection=selection, min_focal_tokens=0)
   q, k, v = jax.random.normal(jax.random.key(0), (3, 1, length, 1, 16))
-  _, cache = jax.jit(lambda q, k, v: prefill(q, k, v, config, lengths_B=None, max_length=length))(
-    q, k, v
-  )
-  live = cache.compact_key.shape[2] + cache.raw_key.shape[2]
-  formula = cache_size(config, length, prompt=length).total
+  fill = functools.partial(prefill, config=config, max_length=length)
+  arrays = jax.jit(fill)(k, v, q).arrays
+  live = arrays.compact_key.shape[2] + arrays.raw_key.shape[2]
+  formula = cache_size(config=config, max_length=length, prompt=length).total
   if live != formula:
     raise AssertionError(f"{selection} at {length}: arrays hold {live} tokens, formula {formula}")
   return live
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints one row per length."""
+  """Prints one row per context length."""
   del argv
   print(environment())
   print("| context | closed form | global | streaming | dense | saved (global, streaming) |")

@@ -1,16 +1,17 @@
-"""Decoding and prompts of LLaMA2-7B: DGA, dense and the other attention kinds, on a GPU.
+"""Decode steps and prefill of LLaMA2-7B on a GPU: DGA, dense and the other attention kinds.
 
     ./workspace bench decode
     ./workspace bench decode --steps=1x16384 --largest= --prompts= --kinds=dga,dense,streaming_llm
 
-Random weights in bfloat16, 32 layers, 32 KV heads, D = 128; DGA streaming, m = 16, f = 2; the
-baselines with their papers' settings. A step is model, greedy choice and cache together; bursts of
-tokens come from one program whose state is donated, as `dga_jax.generation` runs it, and kinds
-take turns. Caches hold random numbers and are full up to the last burst.
+The model has random weights in bfloat16, 32 layers, 32 KV heads and D = 128. DGA is streaming with
+m = 16 and f = 2; the baselines have the settings of their papers. A step is the model, the greedy
+choice of a token and the update of the cache. One program decodes a chunk of tokens and its state
+is donated, as in `dga_jax.generation`. The kinds take turns. Caches hold random numbers and are
+full at the end of a chunk.
 
-The floor is the time to read once what a token needs, at the rate of a large read that is measured
-in the same run: all weights but the table of embeddings, and the entries of the cache that are
-seen at the end of the burst. `live` is what these entries take, `allocated` all of the cache.
+The floor is the time to read once the bytes that a token needs: all weights except the embedding
+table, and the visible entries of the cache at the end of the chunk. The rate is that of a large
+read in the same run. `live` is the bytes of the visible entries, `allocated` those of the cache.
 """
 
 import concurrent.futures
@@ -30,36 +31,41 @@ from tqdm import tqdm
 
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig
+from dga_jax.cache.layout import cache_layout
 from dga_jax.generation.engine import decode_options
 from dga_jax.model import Decoder, ModelConfig
 
-_KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds of the steps")
+_KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds to measure")
 _STEPS = flags.DEFINE_list(
-  "steps", ["1x4096", "1x8192", "1x16384", "1x32768", "4x16384"], "batch x context of the steps"
+  "steps",
+  ["1x4096", "1x8192", "1x16384", "1x32768", "4x16384"],
+  "batch x context, one row of the table each",
 )
 _LARGEST = flags.DEFINE_list(
-  "largest", ["32768"], "contexts at which each kind gets the largest batch that fits"
+  "largest", ["32768"], "contexts that are measured with the largest batch that fits, of each kind"
 )
-_PROMPTS = flags.DEFINE_list("prompts", ["32768", "131072"], "lengths of prompts to be read")
-_CACHE_DTYPE = flags.DEFINE_enum("cache_dtype", None, ["int8", "float8_e4m3fn"], "of DGA's cache")
-_LAYERS = flags.DEFINE_integer("layers", 32, "of the model; fewer for a quick look")
-_BURST = flags.DEFINE_integer("burst", 32, "tokens of one program")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "samples of each kind")
-_SPARE = flags.DEFINE_float("spare_gb", 0.6, "memory that the largest batch leaves")
+_PROMPTS = flags.DEFINE_list("prompts", ["32768", "131072"], "lengths of the prompts")
+_CACHE_DTYPE = flags.DEFINE_enum(
+  "cache_dtype", None, ["int8", "float8_e4m3fn"], "dtype of DGA's compact entries"
+)
+_LAYERS = flags.DEFINE_integer("layers", 32, "layers of the model; fewer for a quick run")
+_CHUNK = flags.DEFINE_integer("decode_chunk", 32, "decode steps of one program")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "timed chunks of each kind")
+_SPARE = flags.DEFINE_float("spare_gb", 0.6, "GB of memory that the largest batch leaves free")
 
 _READ_BYTES = 4 * 2**30
 
 
 def main(argv: list[str]) -> None:
-  """Prints a table of steps and one of prompts."""
+  """Prints a table of decode steps and one of prompts."""
   del argv
   print(environment())
   rate = read_rate()
-  print(f"a large read: {rate / 1e12:.3f} TB/s; bursts of {_BURST.value} tokens")
-  models = {kind: _Model.of(kind) for kind in _KINDS.value}
+  print(f"a large read: {rate / 1e12:.3f} TB/s; chunks of {_CHUNK.value} tokens")
+  models = {kind: _Model.from_kind(kind) for kind in _KINDS.value}
   params = make_params(next(iter(models.values())))
   weights = sum(x.nbytes for x in jax.tree.leaves(params)) - _embedding_bytes(params)
-  print(f"weights that a token reads: {weights / 1e9:.2f} GB")
+  print(f"weights that one token reads: {weights / 1e9:.2f} GB")
   programs = _Programs(models, params)
   print(
     "\n| batch, context | kind | ms a token (lowest to highest) | floor | times the floor |", end=""
@@ -92,17 +98,20 @@ def main(argv: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-  """LLaMA2-7B with one kind of attention; the kinds share their parameters."""
+  """LLaMA2-7B with one attention kind. All kinds share the parameters."""
 
   config: ModelConfig
   graphdef: Any
-  params: Any  # their shapes
+  params: Any  # shapes
 
   @classmethod
-  def of(cls, kind: Any) -> "_Model":
-    """The model of that kind."""
+  def from_kind(cls, kind: Any) -> "_Model":
+    """The model with that attention kind."""
     if kind in ("top_k_eviction", "kv_merger"):
-      raise ValueError(f"--kinds has {kind!r}, whose cache is never full: its floor is unknown.")
+      raise ValueError(
+        f"--kinds has {kind!r}; it must be a kind with a cache that fills up. The floor of this"
+        " kind, which compresses its cache again and again, is unknown: leave it out."
+      )
     config = ModelConfig(
       vocab_size=32000,
       num_layers=_LAYERS.value,
@@ -119,30 +128,32 @@ class _Model:
     return cls(config, *nnx.split(abstract))
 
   def decoder(self, params: Any) -> Decoder:
-    """With these parameters."""
+    """The model with these parameters."""
     model: Decoder = nnx.merge(self.graphdef, params)
     return model
 
   def live_bytes(self, length: int) -> float:
-    """Of the entries that one sequence's next token sees after `length` tokens."""
+    """Bytes of the entries that the next token of a sequence of `length` tokens sees."""
     config, token = self.config, 2 * 2 * self.config.num_kv_heads * self.config.head_dim
     if config.attention != "dga":
-      return self.allocated_bytes(1, length)  # a full cache is read whole
-    blocks, raw = divmod(length, config.dga.block_size)
-    entries = blocks * (config.dga.focal_in_block + 1)
+      return self.allocated_bytes(1, length)  # a token reads the whole of a full cache
+    layout, sinks = cache_layout(config.dga), config.dga.sink_tokens
+    coords = layout.locate(length, sinks)
+    entries = int(layout.earlier_blocks(coords, prefix=sinks).compact_end)
+    raw = int(layout.raw_tokens(coords))
     entry = token if config.dga.cache_dtype is None else token // 2 + 2 * 4 * config.num_kv_heads
     return config.num_layers * (entries * entry + raw * token)
 
   def allocated_bytes(self, batch: int, length: int) -> int:
-    """Of all arrays of the cache."""
+    """Bytes of the arrays of the cache."""
     cache = jax.eval_shape(lambda p: self.decoder(p).init_cache(batch, length), self.params)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
 def make_params(model: _Model) -> Any:
-  """Random numbers of a deviation of 0.02, in the shapes of the model."""
+  """Normal random numbers with standard deviation 0.02, in the shapes of the model."""
 
-  @functools.partial(jax.jit, static_argnums=(1, 2))  # compiled once for every shape
+  @functools.partial(jax.jit, static_argnums=(1, 2))  # compiles once per shape
   def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return 0.02 * jax.random.normal(key, shape, dtype)
 
@@ -157,7 +168,7 @@ def _embedding_bytes(params: Any) -> int:
 
 
 def read_rate() -> float:
-  """Bytes a second of a reduction of 4 GiB, the best of some."""
+  """Bytes per second of a reduction over 4 GiB, the best of ten runs."""
   array = jax.jit(lambda: jax.random.bits(jax.random.key(0), (_READ_BYTES // 2**14, 2**12)))()
   most = jax.jit(lambda x: x.max(axis=1))
   jax.block_until_ready(most(array))
@@ -176,15 +187,15 @@ type _State = tuple[Any, Array]  # cache and last tokens
 
 
 @dataclasses.dataclass(frozen=True)
-class _Steps:
-  """A burst of one kind, compiled, and what makes the state before it."""
+class _DecodeChunk:
+  """Two compiled programs of one kind: one makes a state, one decodes a chunk from it."""
 
   start: Callable[[Array], _State]
-  burst: Callable[[Any, _State], _State]
+  decode: Callable[[Any, _State], _State]
 
   @classmethod
-  def of(cls, model: _Model, params: Any, batch: int, length: int) -> "_Steps":
-    """For full caches of `length` tokens."""
+  def compile(cls, model: _Model, params: Any, batch: int, length: int) -> "_DecodeChunk":
+    """For caches that hold `length` tokens after the chunk."""
 
     def start(key: Array) -> _State:
       cache = model.decoder(model.params).init_cache(batch, length)
@@ -194,89 +205,89 @@ class _Steps:
     def fill(key: Array, path: Any, x: Array) -> Array:
       name = path[-1].name
       if name == "length":
-        return jnp.full_like(x, length - _BURST.value)
+        return jnp.full_like(x, length - _CHUNK.value)
       if name in ("key_scale", "value_scale"):
         return x / 64
       if x.dtype == jnp.int8:
         return jax.random.randint(key, x.shape, -127, 128, x.dtype)
       return x if x.dtype == jnp.int32 else jax.random.normal(key, x.shape, x.dtype)
 
-    def burst(params: Any, state: _State) -> _State:
+    def decode(params: Any, state: _State) -> _State:
       decoder = model.decoder(params)
 
       def step(state: _State, _: None) -> tuple[_State, None]:
         logits_BxV, cache = decoder.decode(state[1], state[0])
         return (cache, jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)), None
 
-      return jax.lax.scan(step, state, None, length=_BURST.value)[0]
+      return jax.lax.scan(step, state, None, length=_CHUNK.value)[0]
 
     state = jax.eval_shape(start, jax.random.key(0))
-    lowered = jax.jit(burst, donate_argnums=1).lower(params, state)
+    lowered = jax.jit(decode, donate_argnums=1).lower(params, state)
     compiled = lowered.compile(compiler_options=decode_options())
     return cls(jax.jit(start), compiled)
 
 
 class _Programs:
-  """What will be timed, compiled at once: most of the time goes into that."""
+  """The programs to be timed. They compile in parallel, which takes most of a run."""
 
   def __init__(self, models: dict[str, _Model], params: Any) -> None:
     pool = concurrent.futures.ThreadPoolExecutor(8)
     steps = [tuple(map(int, text.split("x"))) for text in _STEPS.value]
-    self.turns = [  # cells that take turns, and their context
+    self.turns = [  # a context, and the cells that take turns at it
       (
         length,
         {
-          (kind, batch): pool.submit(_Steps.of, model, params, batch, length)
+          (kind, batch): pool.submit(_DecodeChunk.compile, model, params, batch, length)
           for kind, model in models.items()
         },
       )
       for batch, length in steps
     ]
-    for length in map(int, _LARGEST.value):  # one alone fills the memory
+    for length in map(int, _LARGEST.value):  # each cell fills the memory, so that none take turns
       for kind, model in models.items():
         batch = _largest(model, length)
-        steps_of = pool.submit(_Steps.of, model, params, batch, length)
-        self.turns.append((length, {(kind, batch): steps_of}))
+        chunk = pool.submit(_DecodeChunk.compile, model, params, batch, length)
+        self.turns.append((length, {(kind, batch): chunk}))
     self.prompts = {
       (kind, length): pool.submit(_compile_prompt, model, params, length)
       for length in map(int, _PROMPTS.value)
       for kind, model in models.items()
     }
     every: list[Future[Any]] = [*self.prompts.values()]
-    every += [steps_of for _, cells in self.turns for steps_of in cells.values()]
+    every += [chunk for _, cells in self.turns for chunk in cells.values()]
     for done in tqdm(concurrent.futures.as_completed(every), total=len(every), desc="compiling"):
       done.result()
 
 
 def _largest(model: _Model, length: int) -> int:
-  """The largest batch whose cache, weights and temporary arrays the device holds."""
+  """The largest batch for which cache, weights and temporary arrays fit the device."""
   stats = jax.devices()[0].memory_stats() or {}
   free = stats["bytes_limit"] - stats["bytes_in_use"] - _SPARE.value * 1e9
   return int(free // model.allocated_bytes(1, length))
 
 
-def _alternate(cells: dict[_Cell, Future[_Steps]], params: Any) -> dict[_Cell, Times]:
-  """Seconds of a token; states that do not fit side by side are made anew each time."""
+def _alternate(cells: dict[_Cell, Future[_DecodeChunk]], params: Any) -> dict[_Cell, Times]:
+  """Seconds per token. Every round makes its state anew: two states may not fit the memory."""
   samples: dict[_Cell, list[float]] = {cell: [] for cell in cells}
   for number in range(_ROUNDS.value + 1):
     for cell, compiled in cells.items():
-      steps = compiled.result()
-      state = jax.block_until_ready(steps.start(jax.random.key(number)))
+      chunk = compiled.result()
+      state = jax.block_until_ready(chunk.start(jax.random.key(number)))
       start = time.perf_counter()
-      state = jax.block_until_ready(steps.burst(params, state))
+      state = jax.block_until_ready(chunk.decode(params, state))
       if number:
-        samples[cell].append((time.perf_counter() - start) / _BURST.value)
+        samples[cell].append((time.perf_counter() - start) / _CHUNK.value)
       del state
   return {cell: Times.of(values) for cell, values in samples.items()}
 
 
 def _keeps(model: _Model, length: int) -> bool:
-  """Whether the cache of a prompt is kept: a dense one of 128K would leave no room."""
+  """Whether a prompt's cache is kept. A dense cache of 128K tokens does not fit."""
   return model.allocated_bytes(1, length) < 40e9
 
 
 def _compile_prompt(model: _Model, params: Any, length: int) -> Callable[..., Any]:
-  """Reads a prompt and chooses its first token."""
+  """Compiles the prefill of a prompt and the choice of the first token."""
 
   def first(params: Any, tokens_1xL: Array) -> tuple[Array, Any]:
     decoder = model.decoder(params)
@@ -292,7 +303,7 @@ def _compile_prompt(model: _Model, params: Any, length: int) -> Callable[..., An
 
 
 def _time_prompt(run: Callable[..., Any], params: Any, vocab_size: int, length: int) -> Times:
-  """Seconds to the first token, of three new prompts after one that is not timed."""
+  """Seconds to the first token of three new prompts, after one that is not timed."""
   seconds = []
   for number in range(4):
     tokens = jax.random.randint(jax.random.key(number), (1, length), 0, vocab_size)

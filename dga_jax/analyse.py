@@ -12,6 +12,8 @@ from dga_jax.attention.aggregate import merge_scale
 from dga_jax.attention.plan import GroupPlan
 from pallas_kernels.group_merge import merge
 
+__all__ = ["Seen", "merge_weights", "visibility"]
+
 
 class Seen(enum.IntEnum):
   """How a query sees a token."""

@@ -55,6 +55,17 @@ from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.sharding import parameter_shardings
 from dga_jax.tokenizer import Tokenizer
 
+__all__ = [
+  "CheckpointError",
+  "Checkpoints",
+  "abstract_decoder",
+  "list_steps",
+  "load_config",
+  "load_model",
+  "load_model_config",
+  "load_tokenizer",
+]
+
 # Fields of ModelConfig that may differ between training and use: they change how the parameters
 # are used, not what they are.
 _FREE_MODEL_FIELDS = frozenset(
@@ -311,7 +322,7 @@ def load_tokenizer(workdir: str | Path, step: int | None = None) -> Tokenizer:
   text = json.dumps(read_json(workdir, step, "tokenizer"))
   try:
     return Tokenizer.from_json(text)
-  except ValueError as error:
+  except Exception as error:  # The tokenizers library raises errors of many kinds.
     raise damage_error(workdir, step, first_line(error)) from error
 
 

@@ -54,7 +54,7 @@ def exit_with(error: Exception) -> NoReturn:
   if isinstance(error, OSError | ValueError | FloatingPointError):
     sys.exit(f"error: {error}")
   if isinstance(error, RuntimeError):
-    from dga_jax.checkpoint import CheckpointError
+    from dga_jax.checkpoint_files import CheckpointError
 
     if isinstance(error, CheckpointError):
       sys.exit(f"error: {error}")

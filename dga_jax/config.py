@@ -15,6 +15,8 @@ from dga_jax.config_dataclasses import (
   require_type,
 )
 
+__all__ = ["RETROFIT", "DGAConfig"]
+
 Selection = Literal["global", "streaming", "random"]
 Visibility = Literal["inclusive", "exclusive"]
 AggregationScale = Literal["head_dim", "none"]

@@ -4,10 +4,14 @@
   dga generate --workdir=runs/imported --prompt="The capital of France is"
   dga convert --workdir=runs/imported --to_hf=exported
 
-LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3, SmolLM. The tokenizer comes along. An imported model
-attends as it did (densely, or Mistral by its window) unless --attention says otherwise. That is no
-part of the weights: generation, training and evaluation may choose anew. With "dga" the settings
-are those of `dga_jax.config.RETROFIT`.
+Supported are LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3 and SmolLM. The import includes the
+tokenizer, the ids that stop a generation, and chat templates. An imported model attends as in its
+own program (densely, or Mistral by its window) unless --attention says otherwise. The attention
+kind is no part of the weights: generation, training and evaluation may choose another. The settings
+of "dga" are those of `dga_jax.config.RETROFIT`.
+
+Every key of config.json and of GGUF metadata is implemented, known to change nothing, or refused.
+A key that is unknown is refused by name; --ignore_keys accepts it.
 """
 
 import dataclasses
@@ -41,7 +45,30 @@ _ATTENTION = flags.DEFINE_enum(
   "attention", None, get_args(AttentionName), "Attention kind to use the model with."
 )
 _END_TOKEN = flags.DEFINE_string(
-  "end_token", None, "Token that ends a text; default: the one that the files name."
+  "end_token",
+  None,
+  "Token that ends a text; default: the one that the files name. Every eos_token_id of the files "
+  "stops a generation as well.",
+)
+_ADD_BOS_TOKEN = flags.DEFINE_bool(
+  "add_bos_token",
+  None,
+  "Whether a begin token is put before a text; default: what the files say.",
+)
+_ADD_EOS_TOKEN = flags.DEFINE_bool(
+  "add_eos_token",
+  None,
+  "--noadd_eos_token leaves out an end token that the files put behind every text.",
+)
+_TOKENIZER_PRE = flags.DEFINE_string(
+  "tokenizer_pre",
+  None,
+  "Rule that splits a text into words, for GGUF files without tokenizer.ggml.pre, e.g. llama-bpe.",
+)
+_IGNORE_KEYS = flags.DEFINE_list(
+  "ignore_keys",
+  [],
+  "Unknown keys of config.json or of GGUF metadata that change nothing in what the model computes.",
 )
 _MESH = flags.DEFINE_string(
   "mesh", None, "Devices to spread the weights over while importing, e.g. fsdp=2,tensor=4."
@@ -63,11 +90,12 @@ def main() -> None:
 
 
 def import_by_flags(path: Path) -> str:
-  """Imports what is at `path` and returns a summary."""
+  """Imports the model at `path` and returns a summary."""
   from dga_jax.config import RETROFIT
+  from dga_jax.conversion.checkpoint_reader import TokenizerChoices
   from dga_jax.conversion.importing import import_model, open_source
 
-  source = open_source(path)
+  source = open_source(path, _IGNORE_KEYS.value)
   config = source.config()
   changes: dict[str, Any] = {"dga": RETROFIT}
   if _PARAM_DTYPE.value is not None:
@@ -79,7 +107,12 @@ def import_by_flags(path: Path) -> str:
     source,
     dataclasses.replace(config, **changes),
     Path(_WORKDIR.value),
-    end_token=_END_TOKEN.value,
+    choices=TokenizerChoices(
+      end_token=_END_TOKEN.value,
+      add_bos_token=_ADD_BOS_TOKEN.value,
+      add_eos_token=_ADD_EOS_TOKEN.value,
+      pre=_TOKENIZER_PRE.value,
+    ),
     mesh=_MESH.value,
   )
 

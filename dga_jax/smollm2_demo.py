@@ -143,7 +143,7 @@ def continue_prompt(
     workdir, config=dataclasses.replace(config, attention=kind, dga=RETROFIT)
   )
   request = Request(prompt, max_new_tokens, Sampling(temperature=0.0))
-  batch = ContinuousBatching(model, [request], slots=1, stop_ids=[tokenizer.end_id], decode_chunk=1)
+  batch = ContinuousBatching(model, [request], slots=1, stop_ids=tokenizer.stop_ids, decode_chunk=1)
   with tqdm(total=max_new_tokens, desc=f"{kind:>5}", unit="token", disable=None) as bar:
     for step in batch.steps():
       bar.update(sum(len(emitted.tokens) for emitted in step))

@@ -1,17 +1,18 @@
-"""Tokenizers: one class around the `tokenizers` library, kept as one JSON file.
+"""Tokenizers: one class around the `tokenizers` library, stored as one JSON file.
 
-Every tokenizer has a special token that ends a document. Text never encodes to it, nor to another
-special token. Those made here also put it before a document's first token, in training and in
-prompts, so an empty prompt is a prompt of that one token; those of other models say themselves
-what comes first.
+Every tokenizer has an end token, a special token that ends a document. Text never encodes to the
+end token or to another special token. A tokenizer made here also puts the end token before a
+document's first token, in training and in prompts, so an empty prompt is a prompt of that one
+token. An imported tokenizer has the start tokens of its own template.
 """
 
 import codecs
+import contextlib
 import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, Self
 
 import tokenizers
@@ -19,8 +20,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 FILE_NAME = "tokenizer.json"
 END_TOKEN = "<|end|>"
-# What this class adds to the library's JSON: {"end": token, "start": [token, ...]}.
+# What this class adds to the library's JSON:
+# {"end": token, "start": [token, ...], "stop": [id, ...]}.
 _OUR_KEY = "dga_jax"
+# The library lists every id up to the largest when it writes a tokenizer; vocabularies have 2^18.
+_MAX_TOKENS = 1 << 22
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 _Spelling = Literal["byte_level", "sentencepiece", "words"]
 
@@ -29,18 +33,22 @@ class Tokenizer:
   """Text to token ids and back.
 
   Args:
-    backend: the library's tokenizer; it becomes this object's own.
+    backend: the library's tokenizer. This object takes it over and removes its padding and
+      truncation: every text keeps all of its tokens and gets no others.
     end_token: the token that ends a document.
-    start_tokens: the tokens that stand before a document.
+    start_tokens: the tokens before a document's first token.
+    stop_ids: ids of further tokens that end a generation. An id may have no text: a model can
+      have more embedding rows than its tokenizer has tokens.
 
   Attributes:
-    vocab_size: number of tokens, the end token included.
+    vocab_size: 1 + the largest token id.
     end_token: the token that ends a document.
-    end_id: its id.
-    start_ids: ids of the tokens that stand before a document.
+    end_id: the id of `end_token`.
+    start_ids: ids of the tokens before a document's first token.
+    stop_ids: ids of all tokens that end a generation; `end_id` is the first of them.
 
   Raises:
-    ValueError: a token that the vocabulary lacks, or a vocabulary whose spelling is unknown.
+    ValueError: the vocabulary lacks a token, or this class cannot spell out its tokens.
   """
 
   def __init__(
@@ -49,46 +57,64 @@ class Tokenizer:
     *,
     end_token: str = END_TOKEN,
     start_tokens: Sequence[str] = (END_TOKEN,),
+    stop_ids: Collection[int] = (),
   ) -> None:
     # A document that spells the end token out holds ordinary characters.
     backend.encode_special_tokens = True
     backend.no_padding()
     backend.no_truncation()
     self._backend = backend
+    ids = backend.get_vocab().values()
+    self.vocab_size: int = 1 + max(ids, default=-1)
+    if not 0 < self.vocab_size <= _MAX_TOKENS:
+      raise ValueError(
+        f"The tokenizer has ids up to {self.vocab_size - 1}; it must have a token, and ids below "
+        f"{_MAX_TOKENS}."
+      )
+    if len(set(ids)) < len(ids):
+      raise ValueError("The tokenizer gives two tokens the same id.")
     self._added = {i: t.content for i, t in backend.get_added_tokens_decoder().items()}
     self._spelling = _spelling(backend)
-    self._ours = {"end": end_token, "start": list(start_tokens)}
     self.end_token = end_token
     self.end_id: int = _special_id(backend, end_token)
     self.start_ids: tuple[int, ...] = tuple(_special_id(backend, t) for t in start_tokens)
-    self.vocab_size: int = backend.get_vocab_size()
+    self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.end_id, *stop_ids]))
+    self._ours = {"end": end_token, "start": list(start_tokens), "stop": list(self.stop_ids)}
 
   @classmethod
-  def imported(cls, backend: tokenizers.Tokenizer, end_token: str) -> Self:
-    """The tokenizer of another model: its template says which tokens stand before a text.
+  def imported(
+    cls, backend: tokenizers.Tokenizer, end_token: str, *, stop_ids: Collection[int] = ()
+  ) -> Self:
+    """The tokenizer of another model; the template of `backend` gives the start tokens.
+
+    Args:
+      backend: the library's tokenizer.
+      end_token: the token that ends a document.
+      stop_ids: ids of further tokens that end a generation.
 
     Raises:
-      ValueError: as for the class.
+      ValueError: as for the class, or the template puts tokens behind a text.
     """
-    encoding = backend.encode("a", add_special_tokens=True)
-    # The letter's own token is the first that no template adds; it may be missing as well.
-    first = [*encoding.special_tokens_mask, 0].index(0)
-    return cls(backend, end_token=end_token, start_tokens=encoding.tokens[:first])
+    before, after = template_tokens(backend)
+    if after:
+      raise ValueError(f"The tokenizer's template puts {after} behind every text.")
+    return cls(backend, end_token=end_token, start_tokens=before, stop_ids=stop_ids)
 
   @classmethod
   def from_json(cls, text: str) -> Self:
     """The inverse of `to_json`.
 
     Raises:
-      ValueError: the text is damaged or no tokenizer of this project.
+      ValueError: the text is damaged or not a tokenizer of this project.
     """
-    try:
+    with _library_errors("this is no tokenizer"):
       values = json.loads(text)
       ours = values.pop(_OUR_KEY, {"end": END_TOKEN, "start": [END_TOKEN]})
+      stop_ids = ours.get("stop", [])
+      if not all(type(token_id) is int and token_id >= 0 for token_id in stop_ids):
+        raise ValueError(f"its stop ids are {stop_ids!r}; they must be integers of at least 0.")
       backend = tokenizers.Tokenizer.from_str(json.dumps(values))
-    except Exception as error:  # The library raises plain Exception on JSON that it cannot read.
-      raise ValueError(f"this is no tokenizer: {error}") from error
-    return cls(backend, end_token=ours["end"], start_tokens=ours["start"])
+      return cls(backend, end_token=ours["end"], start_tokens=ours["start"], stop_ids=stop_ids)
 
   @classmethod
   def byte_level(cls) -> Self:
@@ -168,7 +194,8 @@ class Tokenizer:
     """Token ids of a text, without end token.
 
     Raises:
-      ValueError: a word that a vocabulary of words lacks; byte-level tokenizers take every text.
+      ValueError: a word that a vocabulary of words lacks, a character that has no token, or a
+        lone surrogate. A byte-level tokenizer encodes every other text.
     """
     return self.encode_batch([text])[0]
 
@@ -178,7 +205,8 @@ class Tokenizer:
       for word in " ".join(texts).split():
         if self._backend.token_to_id(word) is None:
           raise ValueError(f"The text holds {word!r}, which is no word of this vocabulary.")
-    encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    with _library_errors("The text cannot be encoded"):
+      encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in encodings]
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -200,7 +228,7 @@ class Tokenizer:
     yield utf8.decode(b"", final=True)
 
   def token_bytes(self, token_id: int) -> bytes:
-    """The bytes that a token stands for: none for the end token, U+FFFD's for an unknown id."""
+    """The bytes of a token: none for the end token, those of U+FFFD for an unknown id."""
     if token_id == self.end_id:
       return b""
     token = self._backend.id_to_token(token_id)
@@ -209,6 +237,8 @@ class Tokenizer:
     if token_id in self._added:
       return token.encode()
     if self._spelling == "byte_level":
+      if not _CHARACTER_TO_BYTE.keys() >= set(token):
+        return token.encode()  # Not spelled in bytes, like an added token.
       return bytes(_CHARACTER_TO_BYTE[character] for character in token)
     if self._spelling == "sentencepiece":
       byte = _BYTE_TOKEN.fullmatch(token)
@@ -216,20 +246,56 @@ class Tokenizer:
     return f"{token} ".encode()
 
 
+def template_tokens(backend: tokenizers.Tokenizer) -> tuple[list[str], list[str]]:
+  """The tokens that a tokenizer's template puts before and behind a text.
+
+  Args:
+    backend: the library's tokenizer; its padding and truncation are removed.
+
+  Raises:
+    ValueError: the vocabulary has no token for any of the probe texts.
+  """
+  backend.no_padding()
+  backend.no_truncation()
+  for probe in ("a", "the", "0", " ", "."):
+    encoding = backend.encode(probe, add_special_tokens=True)
+    plain = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    if plain:
+      return encoding.tokens[: plain[0]], encoding.tokens[plain[-1] + 1 :]
+  raise ValueError("The tokenizer encodes the texts 'a', 'the', '0', ' ' and '.' to no tokens.")
+
+
+def is_panic(error: BaseException) -> bool:
+  """Whether an error is a panic of Rust code, which is a BaseException and no Exception."""
+  return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def _library_errors(problem: str) -> Iterator[None]:
+  """Turns every error of the `tokenizers` library into a ValueError that begins with `problem`."""
+  try:
+    yield
+  except BaseException as error:
+    if not (isinstance(error, Exception) or is_panic(error)):
+      raise
+    raise ValueError(f"{problem}: {error}") from error
+
+
 def _special_id(backend: tokenizers.Tokenizer, token: str) -> int:
   token_id = backend.token_to_id(token)
   if token_id is None:
     raise ValueError(f"The tokenizer lacks the token {token!r}, which ends or begins a document.")
-  return token_id
+  return int(token_id)
 
 
 def _spelling(backend: tokenizers.Tokenizer) -> _Spelling:
-  """How the vocabulary writes bytes and spaces, by what undoes it."""
+  """How the vocabulary writes bytes and spaces; the decoder of `backend` tells."""
   decoder: Any = json.loads(backend.to_str())["decoder"]
-  steps = {step["type"] for step in (decoder or {}).get("decoders", [decoder]) if step}
-  if "ByteLevel" in steps:
+  steps = [step for step in (decoder or {}).get("decoders", [decoder]) if step]
+  kinds = {step["type"] for step in steps}
+  if "ByteLevel" in kinds:
     return "byte_level"
-  if steps & {"ByteFallback", "Metaspace"}:
+  if kinds & {"ByteFallback", "Metaspace"} and all(map(_is_sentencepiece_step, steps)):
     return "sentencepiece"
   if decoder is None and isinstance(backend.model, models.WordLevel):
     return "words"
@@ -237,6 +303,15 @@ def _spelling(backend: tokenizers.Tokenizer) -> _Spelling:
     f"The tokenizer has the decoder {decoder!r}; it must be a byte-level one, one of "
     "SentencePiece's, or a list of words without a decoder."
   )
+
+
+def _is_sentencepiece_step(step: dict[str, Any]) -> bool:
+  """Whether a decoder writes "▁" as a space, bytes as bytes, or joins and strips the pieces."""
+  if step["type"] == "Replace":
+    return (step["pattern"], step["content"]) == ({"String": "▁"}, " ")
+  if step["type"] == "Metaspace":
+    return bool(step["replacement"] == "▁")
+  return step["type"] in ("ByteFallback", "Fuse", "Strip")
 
 
 def _byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:

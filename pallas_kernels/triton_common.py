@@ -17,6 +17,14 @@ warnings.filterwarnings(
 )
 
 
+def padded_slice(first: Array | int, size: int) -> pl.Slice:
+  """The slice [first, first + size), which may end beyond the array: mask the loads and stores.
+
+  JAX 0.12 refuses such a slice if its start is a Python int, so the start becomes an array.
+  """
+  return pl.ds(jnp.asarray(first, jnp.int32), size)
+
+
 def dot(a: Array, b: Array, *, trans_b: bool = False) -> Array:
   """a @ b, or a @ bᵀ, in float32; float32 operands are not rounded to tf32."""
   return lax.dot_general(

@@ -27,6 +27,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
   """Skips tests marked `gpu` where jax has no GPU, and those marked `aot` unless asked for."""
   if jax.default_backend() != "gpu":
     _skip(items, "gpu", "needs an NVIDIA GPU")
+  if "nightly" not in config.option.markexpr:
+    _skip(items, "nightly", "slow or random: python -m pytest -m nightly")
+  if "wheel" not in config.option.markexpr:
+    _skip(items, "wheel", "installs packages: ./workspace test-wheel")
   if "aot" not in config.option.markexpr:
     _skip(items, "aot", "takes minutes: ./workspace test-aot")
   elif importlib.util.find_spec("libtpu") is None:

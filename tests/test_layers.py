@@ -1,4 +1,4 @@
-"""The import rules of the architecture, read off the syntax tree of every file."""
+"""The import rules of the architecture, checked on the syntax tree of every file."""
 
 import ast
 import sys
@@ -9,9 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # What each folder may import, at module level or inside a function. The standard library is free.
-# In dga_jax these are for command modules, and for what reads and writes files.
+# In dga_jax only the modules in COMMAND_MODULES may import these.
 COMMANDS = {"absl", "orbax", "tokenizers", "tqdm"}
-# What folders of dga_jax that read and write files may import besides.
+# What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
   "evaluation": {"matplotlib", "tqdm"},
@@ -21,17 +21,19 @@ ALLOWED = {
   "dga_jax": {"dga_jax", "flax", "jax", "jaxtyping", "numpy", "pallas_kernels"} | COMMANDS,
   "configs": {"configs", "ml_collections"},
 }
-ABOVE = {  # of folders free to use any library: which of ours they may not import
+ABOVE = {  # Folders that may use any library, and the folders of ours that they may not import.
   "train": {"benchmarks", "configs", "tests"},
   "benchmarks": {"tests"},
 }
-COMMAND_MODULES = {
-  "analyse",
+COMMAND_MODULES = {  # Modules of commands, and modules that read or write files.
   "checkpoint",
+  "checkpoint_files",
+  "checkpoint_manifest",
   "command_line",
   "console",
   "convert",
   "evaluate",
+  "file_lock",
   "generate",
   "picture",
   "smollm2",
@@ -53,7 +55,7 @@ def imported(source: str) -> set[str]:
 
 
 def forbidden(folder: str, path: Path) -> set[str]:
-  """What the file imports and, lying in `folder`, may not."""
+  """What the file, which is in `folder`, imports against the rules."""
   found = imported(path.read_text())
   if folder in ABOVE:
     return found & (ABOVE[folder] | {"a relative import"})
@@ -61,7 +63,7 @@ def forbidden(folder: str, path: Path) -> set[str]:
   if folder == "dga_jax" and path.stem not in COMMAND_MODULES:
     allowed = allowed - COMMANDS | FILE_LIBRARIES.get(path.parent.name, set())
   if folder == "pallas_kernels" and path.stem.startswith("jax_triton_"):
-    allowed = allowed | {"jax_triton", "triton"}  # imported when such a kernel is asked for
+    allowed = allowed | {"jax_triton", "triton"}  # Imported when a call names such a kernel.
   return found - allowed
 
 

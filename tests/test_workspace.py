@@ -89,7 +89,9 @@ def test_an_unknown_command_gets_the_usage(machine: Machine, arguments: tuple[st
   assert all(f"unknown command: {name}" in done.stderr for name in arguments)
 
 
-@pytest.mark.parametrize("command", ["setup", "quickstart", "smollm2", "test", "test-aot", "lint"])
+@pytest.mark.parametrize(
+  "command", ["setup", "quickstart", "smollm2", "test", "test-aot", "test-wheel", "lint"]
+)
 def test_no_python_at_all(machine: Machine, command: str) -> None:
   done = machine.run(command)
   assert done.returncode == 1
@@ -156,6 +158,12 @@ def test_the_compiler_for_tpus_is_installed_once_and_for_its_tests_alone(machine
   assert calls.read_text().count("requirements-aot.txt") == 1
 
 
+def test_the_wheel_has_tests_of_its_own(machine: Machine) -> None:
+  machine.add_python("python3.12")
+  machine.add("fake-pip", "exit 0")
+  assert "ran -m pytest -m wheel -x tests/test_wheel.py" in machine.run("test-wheel", "-x").stdout
+
+
 def test_another_python_makes_another_environment(machine: Machine) -> None:
   for version in ("3.12", "3.13"):
     machine.add_python(f"python{version}", version)
@@ -191,7 +199,7 @@ def test_set_ups_at_the_same_time_are_one(machine: Machine) -> None:
     ("ERROR: Could not find a version that satisfies jax", "package registry did not serve"),
     ("NewConnectionError: Temporary failure in name resolution", "Check the network"),
     ("OSError: [Errno 28] No space left on device", "disk is full"),
-    ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES", "differs from the one that"),
+    ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES", "differs from requirements.txt"),
   ],
 )
 def test_a_failure_of_pip_is_explained(machine: Machine, message: str, explanation: str) -> None:

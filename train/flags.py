@@ -7,8 +7,10 @@ import types
 import typing
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_dict, config_flags
+
+from dga_jax import command_line
 
 flags.disclaim_key_flags()  # --help lists the flag with those of the module that defines it.
 
@@ -38,7 +40,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   try:
     if overrides:
       _check_keys(overrides)
-    return app.parse_flags_with_usage(argv)
+    return command_line.parse_flags(argv)
   except (AttributeError, KeyError, OSError, ValueError) as error:
     sys.exit(f"{error}")
 

@@ -22,16 +22,11 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from dga_jax.checkpoint_files import CheckpointError
-from train import multihost
+# jax is imported after the flags are parsed, so that --help and wrong flags are answered at once.
 from train.abort_filter import newest_checkpoint_note
-from train.config import make_config
 from train.errors import TrainingError
 from train.flags import define_config_flag, parse_flags
 from train.logs import set_up_logging
-from train.profile import ProfiledSteps
-from train.resume import Resume
-from train.setup import train
 from train.stop_signals import EXIT_STATUS, StoppedError, StopSignals
 
 _CONFIG = define_config_flag()
@@ -68,6 +63,8 @@ flags.mark_flag_as_required("config")
 
 def main(argv: list[str]) -> None:
   """Trains by the flags."""
+  from dga_jax.checkpoint_files import CheckpointError
+
   del argv
   set_up_logging()
   workdir = Path(_WORKDIR.value)
@@ -88,6 +85,12 @@ def main(argv: list[str]) -> None:
 
 
 def _train(workdir: Path, signals: StopSignals) -> bool:
+  from train import multihost
+  from train.config import make_config
+  from train.profile import ProfiledSteps
+  from train.resume import Resume
+  from train.setup import train
+
   profiled = None if _PROFILE.value is None else ProfiledSteps.parse(_PROFILE.value)
   config = make_config(_CONFIG.value)
   processes = multihost.ProcessFlags(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -110,6 +113,8 @@ def _end(status: int, message: str) -> NoReturn:
   if _COORDINATOR.value is None:
     print(message, file=sys.stderr, flush=True)
     sys.exit(status)
+  from train import multihost
+
   multihost.leave(status, message)
 
 

@@ -1,8 +1,8 @@
-"""Trains the quickstart's model, then shows what came of it.
+"""Trains the quickstart's model, generates text with it, and prints a summary.
 
   python -m train.quickstart
 
-It runs two commands, which it prints, and which can be given by hand as well.
+It runs two commands, train.main and dga_jax.generate, and prints them.
 """
 
 import shlex
@@ -17,7 +17,7 @@ from absl import app, flags
 from dga_jax.checkpoint import list_steps
 from train.metrics import FILE_NAME, read_metrics
 
-_RESTART = flags.DEFINE_bool("restart", False, "Delete the run that is there and start anew.")
+_RESTART = flags.DEFINE_bool("restart", False, "Delete the run in --workdir and start again.")
 _CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Config file of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run.")
 
@@ -32,13 +32,22 @@ def main(argv: list[str]) -> None:
   """Runs the quickstart by the flags."""
   del argv
   workdir = Path(_WORKDIR.value)
-  if _RESTART.value:
-    shutil.rmtree(workdir, ignore_errors=True)
+  if _RESTART.value and workdir.exists():
+    delete_run(workdir)
   sys.exit(quickstart(_CONFIG.value, workdir))
 
 
+def delete_run(workdir: Path) -> None:
+  """Deletes the folder of a run; exits if the folder is not one, or is in use as a work folder."""
+  if not (workdir / "checkpoints").is_dir():
+    sys.exit(f"--restart does not delete {workdir}: it has no checkpoints, so it is not a run.")
+  if Path.cwd().is_relative_to(workdir.resolve()):
+    sys.exit(f"--restart does not delete {workdir}: it contains the current folder.")
+  shutil.rmtree(workdir)
+
+
 def quickstart(config: str, workdir: Path) -> int:
-  """Trains to the end, or goes on with the run in `workdir`; generates; prints a summary.
+  """Trains to the end or resumes the run in `workdir`, generates, and prints a summary.
 
   Returns:
     The exit status of the first command that failed, or 0.
@@ -46,10 +55,10 @@ def quickstart(config: str, workdir: Path) -> int:
   start = time.perf_counter()
   before = list_steps(workdir)
   if before:
-    _say(f"{workdir} holds a run up to step {before[-1]}; --restart would start anew.")
+    _say(f"{workdir} has a run of {before[-1]} steps, which resumes; --restart starts again.")
   status = _run("train.main", f"--config={config}", f"--workdir={workdir}")
   if status:
-    _say(f"Training failed. Given again, the command goes on in {workdir}; --restart starts anew.")
+    _say(f"Training failed. The same command resumes the run in {workdir}; --restart starts again.")
     return status
   minutes = (time.perf_counter() - start) / 60
   status = _run(
@@ -63,7 +72,7 @@ def quickstart(config: str, workdir: Path) -> int:
 
 
 def summary(workdir: Path) -> str:
-  """Held-out loss at the start and at the end, and where things lie."""
+  """The held-out loss at the start and at the end, and the paths of plots and checkpoints."""
   held_out = [record for record in read_metrics(workdir) if "eval_loss" in record]
   losses = "".join(
     f"Held-out loss at step {record['step']:>4}: {record['eval_loss']:.3f} nats per token, "

@@ -87,6 +87,7 @@ def train(
       return True
     functions = make_functions(start.config)
     data = _load_data(start, workdir, functions, repair=repair_data)
+    stack.callback(data.close)
     entries = {**start.entries, _FINGERPRINT: data.fingerprint}
     with _note_last_checkpoint(checkpoints, workdir), contextlib.ExitStack() as files:
       metrics = None

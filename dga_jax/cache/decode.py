@@ -2,21 +2,20 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dga_jax.attention.aggregate import merge_scale
+from dga_jax.attention.validation import softmax_scale
+from dga_jax.cache import validation
+from dga_jax.cache.layout import cache_layout, TokenCoords
 from dga_jax.cache.state import CompactCache
-from dga_jax.cache.summary import merge_blocks
+from dga_jax.cache.summary import block_entries
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import (
   BlockRule,
-  CacheArrays,
-  CacheLengths,
-  CacheMask,
   decode_attention,
   GroupBias,
   has_step_kernel,
@@ -25,190 +24,164 @@ from pallas_kernels.decode import (
 
 
 def decode_step(
-  query_BxHxD: Float[Array, "B H D"],
-  key_BxNxD: Float[Array, "B N D"],
-  value_BxNxD: Float[Array, "B N D"],
+  query: Float[Array, "B H D"],
+  key: Float[Array, "B N D"],
+  value: Float[Array, "B N D"],
   cache: CompactCache,
-  layer: Int[Array, ""] | int,
-  config: DGAConfig,
   *,
+  config: DGAConfig,
+  layer: Int[Array, ""] | int | None = None,
   scale: float | None = None,
   implementation: str | None = None,
 ) -> tuple[Float[Array, "B H D"], CompactCache]:
-  """Appends one token to every sequence, attends, and flushes the blocks that it completes.
+  """Appends one token to every sequence, attends, and summarizes the blocks that it completes.
 
-  Each sequence flushes at its own time; shapes are static. Tokens beyond the `max_length` that
-  the cache was made for cannot raise under jit: their summaries are dropped.
+  With s over the compact entries of the prefix and of the blocks before the token's window, and
+  over the raw tokens from the window on, the token itself included:
+
+      out_h = Σ_s softmax_s(scale · q_h·k_ns + bias_s) v_ns,   KV head n = ⌊h / (H/N)⌋
+
+  where bias is log m for groups under `config.group_logit_bias` "log_size", else 0. A token that
+  completes its block then chooses the block's f focal tokens, and the other m are merged by Eq. 14
+  of Zhang et al. (arXiv 2505.22107). The paper's cache flushes m + f pending tokens alike; it does
+  not say that f of them stay exact. Each sequence completes its blocks at its own time.
+
+  Shapes are static: jit the call once, with the cache donated, and call it for every token.
 
   Args:
-    cache: of all layers, stacked on a leading axis, so that a token is written in place where
-      taking a layer out and putting it back would copy it.
-    layer: which of them.
+    query: of the new tokens, in the dtype of the cache.
+    key: after RoPE, if the model has it.
+    value: as key.
+    cache: from `prefill`, `empty_cache`, `extend` or this function.
+    config: the config that the cache was made with.
+    layer: None for a cache of one layer. For a cache with a leading axis of layers, the layer to
+      read and write: the token is then written in place, without a copy of the layer.
     scale: of the attention logits, default 1/√D.
-    implementation: see `pallas_kernels.decode`; "triton" is a kernel that does the whole step.
+    implementation: "triton" (one kernel for the whole step), "mosaic_tpu", "xla", or None for the
+      first that runs on the device of the arrays.
+
+  Returns:
+    The output [B, H, D] in the query's dtype, and the cache with the new tokens.
+
+  Raises:
+    ValueError: if an argument does not fit the cache, or a sequence would exceed the cache's
+      max_length. Under jit lengths are unknown: the compact entries of later blocks are dropped.
+    NotImplementedError: if the named implementation cannot compute this call; the message says
+      why.
   """
-  scale = query_BxHxD.shape[-1] ** -0.5 if scale is None else scale
-  token = (query_BxHxD, key_BxNxD, value_BxNxD)
-  store, blocks = _store(cache), _blocks(config, query_BxHxD.shape[-1])
-  if has_step_kernel(query_BxHxD, store, blocks, implementation):
-    progress = CacheLengths(cache.length, cache.origin, cache.prefix, cache.prefix_focal)
-    bias = _bias_amount(config)
-    out_BxHxD, store, length = step_in_place(
-      *token, store, progress, layer, blocks=blocks, scale=scale, group_bias=bias
+  validation.new_tokens(query, key, value, cache, axes="B H D", config=config, layer=layer)
+  validation.room(cache, 1, layer=layer)
+  softmax_scale(scale)
+  if layer is None:
+    stacked = jax.tree.map(lambda x: x[None], cache)
+    out, stacked = _step(query, key, value, stacked, 0, config, scale, implementation)
+    return out, jax.tree.map(lambda x: x[0], stacked)
+  return _step(query, key, value, cache, layer, config, scale, implementation)
+
+
+def _step(
+  query_BxHxD: Array,
+  key_BxNxD: Array,
+  value_BxNxD: Array,
+  cache: CompactCache,
+  layer: Array | int,
+  config: DGAConfig,
+  scale: float | None,
+  implementation: str | None,
+) -> tuple[Array, CompactCache]:
+  """`decode_step` on a cache with a leading axis of layers."""
+  D = query_BxHxD.shape[-1]
+  scale = D**-0.5 if scale is None else scale
+  rule = BlockRule(cache_layout(config), D**-0.5, merge_scale(config, D))
+  if has_step_kernel(query_BxHxD, cache.arrays, rule, implementation):
+    out_BxHxD, arrays, length = step_in_place(
+      query_BxHxD,
+      key_BxNxD,
+      value_BxNxD,
+      cache.arrays,
+      cache.lengths,
+      layer,
+      rule=rule,
+      scale=scale,
+      group_bias=_group_logit_bias(config),
     )
-    return out_BxHxD, dataclasses.replace(cache, length=length, **store._asdict())
-  place = _Place.of(cache, layer, config)
-  cache = _append(key_BxNxD, value_BxNxD, cache, layer, place)
-  compact_key, compact_value, raw_key, raw_value, read_layer = _readable(cache, layer)
+    lengths = cache.lengths._replace(length=length)
+    return out_BxHxD, dataclasses.replace(cache, arrays=arrays, lengths=lengths)
+  token = rule.layout.locate(cache.length[layer], cache.lengths.origin[layer])
+  prefix_B = cache.lengths.prefix[layer]
+  cache = _append(key_BxNxD, value_BxNxD, cache, layer, token)
+  # Attention reads no 8 bits: it gets a copy of this layer alone, unpacked.
+  is_packed = cache.arrays.key_scale is not None
   out_BxHxD = decode_attention(
     query_BxHxD,
-    compact_key,
-    compact_value,
-    raw_key,
-    raw_value,
-    read_layer,
-    _visible(cache, layer, place, config),
+    cache.arrays.unpack(layer) if is_packed else cache.arrays,
+    0 if is_packed else layer,
+    rule.layout.visible(token, prefix_B),
     scale=scale,
     group_bias=_group_bias(cache, layer, config),
     implementation=implementation,
   )
-  # Reading comes before the flush. Where XLA does not know that, it copies all layers' entries.
+  # The flush follows the read. Without the barrier XLA does not know it and copies the whole cache.
   out_BxHxD, cache = jax.lax.optimization_barrier((out_BxHxD, cache))
-  return out_BxHxD, _flush(query_BxHxD, cache, layer, place, config)
+  return out_BxHxD, _flush(query_BxHxD, cache, layer, token, config)
 
 
-def _store(cache: CompactCache) -> CacheArrays:
-  return CacheArrays(
-    cache.compact_key,
-    cache.compact_value,
-    cache.raw_key,
-    cache.raw_value,
-    cache.key_scale,
-    cache.value_scale,
-  )
-
-
-def _blocks(config: DGAConfig, head_dim: int) -> BlockRule:
-  return BlockRule(
-    members=config.group_size,
-    focal=config.focal_in_block,
-    window=config.local_window,
-    choice_scale=head_dim**-0.5,
-    merge_scale=merge_scale(config, head_dim),
-  )
-
-
-class _Place(NamedTuple):
-  """Where the token that is being decoded stands."""
-
-  in_prefix: Bool[Array, "B"]
-  position: Int[Array, "B"]
-  block: Int[Array, "B"]
-  offset: Int[Array, "B"]
-  slot: Int[Array, "B"]  # in the raw ring
-
-  @classmethod
-  def of(cls, cache: CompactCache, layer: Array | int, config: DGAConfig) -> "_Place":
-    position_B = cache.length[layer]
-    after_B = position_B - cache.origin[layer]
-    block_B, offset_B = after_B // config.block_size, after_B % config.block_size
-    ring_B = block_B % (config.local_window + 1)
-    return cls(
-      in_prefix=after_B < 0,
-      position=position_B,
-      block=block_B,
-      offset=offset_B,
-      slot=ring_B * config.block_size + offset_B,
-    )
-
-
-def _append(
-  key_BxNxD: Array, value_BxNxD: Array, cache: CompactCache, layer: Array | int, place: _Place
-) -> CompactCache:
-  """Sinks go to the prefix, others to the raw ring; an index beyond the end writes nothing."""
-  row_B = jnp.arange(key_BxNxD.shape[0])
-  compact_B = jnp.where(place.in_prefix, place.position, cache.compact_key.shape[-2])
-  raw_B = jnp.where(place.in_prefix, cache.raw_key.shape[-2], place.slot)
-
-  def put(array: Array, token_BxNxD: Array) -> Array:
-    return array.at[layer, row_B, :, raw_B].set(token_BxNxD, mode="drop")
-
-  cache = cache.put_compact((layer, row_B, slice(None), compact_B), key_BxNxD, value_BxNxD)
-  return dataclasses.replace(
-    cache,
-    raw_key=put(cache.raw_key, key_BxNxD),
-    raw_value=put(cache.raw_value, value_BxNxD),
-    length=cache.length.at[layer].add(1),
-  )
-
-
-def _readable(cache: CompactCache, layer: Array | int) -> tuple[Any, ...]:
-  """Compact keys and values, raw ones, and the layer in them, as `decode_attention` reads them."""
-  if cache.key_scale is not None:
-    # It reads no 8 bits: it gets this layer alone, restored.
-    cache, layer = jax.tree.map(lambda x: x[layer][None], cache), 0
-  return *cache.compact, cache.raw_key, cache.raw_value, layer
-
-
-def _visible(
-  cache: CompactCache, layer: Array | int, place: _Place, config: DGAConfig
-) -> CacheMask:
-  """Compact entries of blocks before the window, and raw tokens from the window's start on.
-
-  Of the ring's slots those behind the current token hold the oldest block, which has left the
-  window, up to where the next one begins; before the ring is full they all are empty.
-  """
-  summarised_B = jnp.maximum(place.block - config.local_window, 0)
-  full_B = ~place.in_prefix & (place.block >= config.local_window)
-  written_B = jnp.where(place.in_prefix, 0, place.slot + 1)
-  next_block_B = place.slot - place.offset + config.block_size
-  return CacheMask(
-    compact_end=jnp.where(
-      place.in_prefix,
-      place.position + 1,
-      cache.prefix[layer] + (config.focal_in_block + 1) * summarised_B,
-    ),
-    raw_end=jnp.where(full_B, (config.local_window + 1) * config.block_size, written_B),
-    hidden_start=written_B,
-    hidden_end=jnp.where(full_B, next_block_B, written_B),
-  )
-
-
-def _bias_amount(config: DGAConfig) -> float:
+def _group_logit_bias(config: DGAConfig) -> float:
   return math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0
 
 
 def _group_bias(cache: CompactCache, layer: Array | int, config: DGAConfig) -> GroupBias | None:
-  amount = _bias_amount(config)
+  amount = _group_logit_bias(config)
   if not amount:
     return None
-  return GroupBias(
-    amount=amount,
-    first=cache.prefix_focal[layer],
-    prefix=cache.prefix[layer],
-    period=config.focal_in_block + 1,
+  lengths = cache.lengths
+  return GroupBias(amount, cache_layout(config), lengths.prefix[layer], lengths.prefix_focal[layer])
+
+
+def _append(
+  key_BxNxD: Array, value_BxNxD: Array, cache: CompactCache, layer: Array | int, token: TokenCoords
+) -> CompactCache:
+  """Writes a token of the prefix to its compact entry, another one to its slot of the ring."""
+  row_B = jnp.arange(key_BxNxD.shape[0])
+  C, W = cache.arrays.compact_key.shape[-2], cache.arrays.raw_key.shape[-2]
+  # An index beyond the end writes nothing.
+  entry_B = jnp.where(token.in_block, C, token.position)
+  slot_B = jnp.where(token.in_block, token.slot, W)
+  cache = cache.write_compact((layer, row_B, slice(None), entry_B), key_BxNxD, value_BxNxD)
+
+  def write(ring: Array, token_BxNxD: Array) -> Array:
+    return ring.at[layer, row_B, :, slot_B].set(token_BxNxD, mode="drop")
+
+  arrays = cache.arrays._replace(
+    raw_key=write(cache.arrays.raw_key, key_BxNxD),
+    raw_value=write(cache.arrays.raw_value, value_BxNxD),
   )
+  lengths = cache.lengths._replace(length=cache.length.at[layer].add(1))
+  return dataclasses.replace(cache, arrays=arrays, lengths=lengths)
 
 
 def _flush(
-  query_BxHxD: Array, cache: CompactCache, layer: Array | int, place: _Place, config: DGAConfig
+  query_BxHxD: Array, cache: CompactCache, layer: Array | int, token: TokenCoords, config: DGAConfig
 ) -> CompactCache:
-  """Where a block is complete, its last query chooses f tokens and merges the other m."""
-  B, size, f = query_BxHxD.shape[0], config.block_size, config.focal_in_block
+  """Writes the compact entries of the blocks that the token completes."""
+  layout = cache_layout(config)
 
   @jax.vmap
-  def block(ring_NxWxD: Array, begin: Array) -> Array:
-    return jax.lax.dynamic_slice_in_dim(ring_NxWxD, begin, size, axis=1).swapaxes(0, 1)
+  def block_of(ring_NxWxD: Array, begin: Array) -> Array:
+    block_NxsxD = jax.lax.dynamic_slice_in_dim(ring_NxWxD, begin, layout.block_size, axis=1)
+    return block_NxsxD.swapaxes(0, 1)
 
   key_BxsxNxD, value_BxsxNxD = (
-    block(raw[layer], place.slot - place.offset) for raw in (cache.raw_key, cache.raw_value)
+    block_of(ring[layer], token.block_slot)
+    for ring in (cache.arrays.raw_key, cache.arrays.raw_value)
   )
-  key_Bx1xFxNxD, value_Bx1xFxNxD = merge_blocks(
+  key_Bx1xFxNxD, value_Bx1xFxNxD = block_entries(
     query_BxHxD[:, None], key_BxsxNxD[:, None], value_BxsxNxD[:, None], config
   )
-  full_B = ~place.in_prefix & (place.offset == size - 1)
-  first_B = cache.prefix[layer] + (f + 1) * place.block
-  entry_BxF = first_B[:, None] + jnp.arange(f + 1)[None]
-  entry_BxF = jnp.where(full_B[:, None], entry_BxF, cache.compact_key.shape[-2])
-  at = (layer, jnp.arange(B)[:, None], slice(None), entry_BxF)
-  return cache.put_compact(at, key_Bx1xFxNxD[:, 0], value_Bx1xFxNxD[:, 0])
+  first_B = layout.block_entry(token.block, cache.lengths.prefix[layer])
+  entry_BxF = first_B[:, None] + jnp.arange(layout.entries_per_block)[None]
+  # An index beyond the end writes nothing.
+  C = cache.arrays.compact_key.shape[-2]
+  entry_BxF = jnp.where(layout.completes_block(token)[:, None], entry_BxF, C)
+  at = (layer, jnp.arange(len(query_BxHxD))[:, None], slice(None), entry_BxF)
+  return cache.write_compact(at, key_Bx1xFxNxD[:, 0], value_Bx1xFxNxD[:, 0])

@@ -1,156 +1,123 @@
-"""The compact cache: focal tokens, merged groups, and a small buffer of raw tokens.
+"""The compact cache: focal tokens, merged groups, and a ring of raw tokens.
 
-Section by section a sequence's cache grows like this. A prefix (sinks, or what a global prefill
-left) is followed by blocks of m + f tokens. A block's tokens wait in the raw buffer; its last
-query then chooses f focal tokens and merges the other m, and f + 1 entries join the compact part.
-Nothing else moves, so every count follows from the number of tokens seen.
+A sequence's compact part begins with a prefix: sink tokens, or the entries of a prompt under global
+selection. Blocks of m + f tokens follow. The tokens of a block wait in the ring of raw tokens. Its
+last query then chooses f focal tokens and merges the other m, and these f + 1 entries join the
+compact part. No entry ever moves, so every index follows from the number of tokens seen
+(`pallas_kernels.decode.cache_layout`).
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, DTypeLike, Float, Int, Shaped
+from jaxtyping import Array, DTypeLike, Float, Int
 
+from dga_jax.cache.layout import cache_size
 from dga_jax.config import DGAConfig
-from pallas_kernels.decode import pack_rows, unpack_rows
+from pallas_kernels.decode import CacheArrays, CacheLengths, pack_rows
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CompactCache:
-  """Keys and values of one layer, or with a leading axis of several.
+  """The compact cache of a batch of sequences. A pytree.
 
-  Heads come before entries, so that decoding reads contiguous memory. Entries that are not yet
-  written are zero.
+  It holds one layer, or several on a leading axis of every array, which `decode_step` and `extend`
+  take with their `layer` argument.
 
   Attributes:
-    compact_key: C entries: the prefix, then f focal tokens and one group for every block. In the
-      dtype of config.cache_dtype, if that is set.
-    compact_value: likewise.
-    raw_key: ring of w + 1 blocks of raw tokens, the current block among them.
-    raw_value: likewise.
-    length: tokens that each sequence has seen.
-    origin: position at which blocks begin; earlier tokens are in the prefix.
-    prefix: entries of the prefix.
-    prefix_focal: how many of them are focal tokens; groups follow.
-    key_scale: by what each compact key is multiplied, with config.cache_dtype; else None.
-    value_scale: likewise.
+    arrays: keys and values. Entries that are not yet written are 0.
+    lengths: tokens of each sequence, and what its prefix holds.
+    max_length: tokens that the cache was made for; static.
   """
 
-  compact_key: Shaped[Array, "*layers B N C D"]
-  compact_value: Shaped[Array, "*layers B N C D"]
-  raw_key: Float[Array, "*layers B N W D"]
-  raw_value: Float[Array, "*layers B N W D"]
-  length: Int[Array, "*layers B"]
-  origin: Int[Array, "*layers B"]
-  prefix: Int[Array, "*layers B"]
-  prefix_focal: Int[Array, "*layers B"]
-  key_scale: Float[Array, "*layers B N C"] | None = None
-  value_scale: Float[Array, "*layers B N C"] | None = None
+  arrays: CacheArrays
+  lengths: CacheLengths
+  max_length: int = dataclasses.field(metadata={"static": True})
+
+  @property
+  def length(self) -> Int[Array, "*layers B"]:
+    """Tokens that each sequence has seen."""
+    return self.lengths.length
 
   @property
   def bytes(self) -> int:
     """Bytes of keys and values, scales included."""
-    arrays = (
-      *(self.compact_key, self.compact_value, self.key_scale, self.value_scale),
-      *(self.raw_key, self.raw_value),
-    )
-    return sum(array.size * array.dtype.itemsize for array in arrays if array is not None)
+    return sum(array.size * array.dtype.itemsize for array in self.arrays.present())
 
-  @property
-  def compact(self) -> tuple[Float[Array, "*layers B N C D"], Float[Array, "*layers B N C D"]]:
-    """Keys and values of the compact part, restored where they are stored in 8 bits."""
-    dtype = self.raw_key.dtype
-    return (
-      unpack_rows(self.compact_key, self.key_scale, dtype),
-      unpack_rows(self.compact_value, self.value_scale, dtype),
-    )
-
-  def put_compact(
+  def write_compact(
     self, at: tuple[Any, ...], key: Float[Array, "... D"], value: Float[Array, "... D"]
   ) -> "CompactCache":
-    """Writes entries at an index of all axes but the last; indices beyond the end write nothing."""
+    """Writes compact entries, in 8 bits where the cache has scales.
 
-    def put(array: Array, rows: Any) -> Array:
-      return array.at[at].set(rows, mode="drop")
+    Args:
+      at: index of all axes of the compact keys but the last. Entries beyond the end are dropped.
+      key: the rows to write.
+      value: likewise.
+    """
+    arrays = self.arrays
 
-    key_numbers, key_scale = pack_rows(key, self.compact_key.dtype)
-    value_numbers, value_scale = pack_rows(value, self.compact_value.dtype)
-    cache = dataclasses.replace(
-      self,
-      compact_key=put(self.compact_key, key_numbers),
-      compact_value=put(self.compact_value, value_numbers),
+    def write(array: Array | None, rows: Array | None) -> Any:
+      return None if array is None else array.at[at].set(rows, mode="drop")
+
+    key_rows, key_scale = pack_rows(key, arrays.compact_key.dtype)
+    value_rows, value_scale = pack_rows(value, arrays.compact_value.dtype)
+    written = arrays._replace(
+      compact_key=write(arrays.compact_key, key_rows),
+      compact_value=write(arrays.compact_value, value_rows),
+      key_scale=write(arrays.key_scale, key_scale),
+      value_scale=write(arrays.value_scale, value_scale),
     )
-    if self.key_scale is None or self.value_scale is None:
-      return cache
-    return dataclasses.replace(
-      cache,
-      key_scale=put(self.key_scale, key_scale),
-      value_scale=put(self.value_scale, value_scale),
-    )
-
-
-class CacheSize(NamedTuple):
-  """Tokens' worth of keys and values that a cache holds for a sequence and layer."""
-
-  compact: int
-  raw: int
-
-  @property
-  def total(self) -> int:
-    """Compact entries and raw tokens."""
-    return self.compact + self.raw
-
-
-def cache_size(
-  config: DGAConfig, max_length: int, *, prompt: int = 0, ragged: bool = False
-) -> CacheSize:
-  """Exact size of the cache of sequences of `max_length` tokens.
-
-  Streaming: s + (f + 1)·⌊(L − s)/m'⌋ compact entries and (w + 1)·m' raw ones. Global and random:
-  r + k of the prompt, (f + 1) for every m' tokens after it, and m' raw ones.
-
-  Args:
-    max_length: tokens of a sequence, prompt and new ones together.
-    prompt: tokens of the (padded) prompt that selection looks at as a whole.
-    ragged: prompts may be shorter; the size is then the largest of theirs.
-  """
-  raw = (config.local_window + 1) * config.block_size
-  per_block = config.focal_in_block + 1
-  if config.selection == "streaming":
-    sinks = min(config.sink_tokens, max_length)
-    return CacheSize(sinks + per_block * ((max_length - sinks) // config.block_size), raw)
-  quotas = config.focal_quota(prompt)
-  entries = quotas + (np.arange(prompt + 1) - quotas) // config.group_size
-  most = int(entries.max()) if ragged else int(entries[-1])
-  begun = max(prompt, min(config.sink_tokens, max_length))
-  blocks = (max_length - (begun if not ragged else prompt)) // config.block_size
-  return CacheSize(max(most, min(config.sink_tokens, max_length)) + per_block * blocks, raw)
+    return dataclasses.replace(self, arrays=written)
 
 
 def empty_cache(
-  config: DGAConfig, batch: int, max_length: int, heads: int, head_dim: int, dtype: DTypeLike
+  *,
+  config: DGAConfig,
+  batch: int,
+  max_length: int,
+  num_kv_heads: int,
+  head_dim: int,
+  dtype: DTypeLike,
 ) -> CompactCache:
-  """A cache that has seen nothing; decoding can start from it."""
-  size = cache_size(config, max_length)
-  compact, scale = pack_rows(
-    jnp.zeros((batch, heads, size.compact, head_dim), dtype), config.cache_dtype or dtype
+  """The cache of one layer before the first token; decoding and `extend` can start from it.
+
+  Args:
+    config: its `cache_dtype` stores compact entries in 8 bits.
+    batch: sequences.
+    max_length: tokens that the cache holds for a sequence.
+    num_kv_heads: N.
+    head_dim: D.
+    dtype: of queries, keys and values.
+
+  Raises:
+    ValueError: if a size is below 1.
+  """
+  shape = {"batch": batch, "max_length": max_length, "heads": num_kv_heads, "head_dim": head_dim}
+  if min(shape.values()) < 1:
+    raise ValueError(f"empty_cache got {shape}; every size must be at least 1.")
+  size = cache_size(config=config, max_length=max_length)
+
+  def zeros(entries: int) -> Array:
+    return jnp.zeros((batch, num_kv_heads, entries, head_dim), dtype)
+
+  stored = config.cache_dtype or dtype
+  compact_key, key_scale = pack_rows(zeros(size.compact), stored)
+  compact_value, value_scale = pack_rows(zeros(size.compact), stored)
+  raw_key, raw_value = zeros(size.raw), zeros(size.raw)
+  return CompactCache(
+    CacheArrays(compact_key, compact_value, raw_key, raw_value, key_scale, value_scale),
+    lengths_with_sinks(jnp.zeros(batch, jnp.int32), config.sink_tokens),
+    max_length,
   )
-  raw = jnp.zeros((batch, heads, size.raw, head_dim), dtype)
-  zero_B = jnp.zeros(batch, jnp.int32)
-  sinks_B = zero_B + config.sink_tokens
-  counts = (zero_B, sinks_B, sinks_B, sinks_B)
-  return CompactCache(compact, compact, raw, raw, *counts, key_scale=scale, value_scale=scale)
 
 
-def ring_age(
-  block_B: Int[Array, "B"], config: DGAConfig
-) -> tuple[Int[Array, "B W"], Int[Array, "W"]]:
-  """How many blocks before the current one each raw slot's block lies, and the place in it."""
-  window = config.local_window + 1
-  slot_W = jnp.arange(window * config.block_size)
-  age_BxW = (block_B[:, None] - slot_W[None] // config.block_size) % window
-  return age_BxW, slot_W % config.block_size
+def lengths_with_sinks(length_B: Int[Array, "B"], sinks: int) -> CacheLengths:
+  """The lengths of sequences whose prefix is their sinks.
+
+  No two fields share a buffer: a donated cache must not hold a buffer twice.
+  """
+  origin, prefix, prefix_focal = (jnp.full(length_B.shape, sinks, jnp.int32) for _ in range(3))
+  return CacheLengths(length_B, origin, prefix, prefix_focal)

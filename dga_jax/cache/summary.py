@@ -1,68 +1,79 @@
-"""What a complete block leaves in the cache: f focal tokens and the merge of the other m."""
+"""The compact entries of a complete block: f focal tokens and the merge of the other m.
+
+The rule is the one of `pallas_kernels.group_merge.merge_blocks`, and this module calls the same
+functions. Only the ranking differs: a decoding step ranks one block per sequence at every token,
+whether or not the token completes the block.
+"""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dga_jax.attention.aggregate import merge_scale
 from dga_jax.config import DGAConfig
 from pallas_kernels.gather import take_rows
-from pallas_kernels.group_merge import block_scores, merge
+from pallas_kernels.group_merge import block_indices, block_scores, merge
 
 
-def merge_blocks(
+def block_entries(
   query_BxKxHxD: Float[Array, "B K H D"],
   key_BxKxsxNxD: Float[Array, "B K s N D"],
   value_BxKxsxNxD: Float[Array, "B K s N D"],
   config: DGAConfig,
 ) -> tuple[Float[Array, "B K F N D"], Float[Array, "B K F N D"]]:
-  """Keys and values of the F = f + 1 entries of K blocks, each chosen by its last query."""
+  """Keys and values of the F = f + 1 compact entries of K blocks.
+
+  The last query of a block keeps the f tokens with the largest softmax(q Kᵀ / √D) over the block,
+  summed over the query heads of a KV head (ties: the earlier token), and merges the other m by
+  Eq. 14 of the paper.
+
+  Args:
+    query_BxKxHxD: the last query of each block.
+    key_BxKxsxNxD: the s = m + f tokens of each block.
+    value_BxKxsxNxD: likewise.
+    config: its m, f and scale of the merge logits.
+  """
   B, K, H, D = query_BxKxHxD.shape
-  N, f = key_BxKxsxNxD.shape[-2], config.focal_in_block
+  s, N = key_BxKxsxNxD.shape[2:4]
   q_BxKxNxRxD = query_BxKxHxD.reshape(B, K, N, H // N, D)
   scores_BxNxKxs = block_scores(q_BxKxNxRxD, key_BxKxsxNxD)
-  is_focal_BxNxKxs = _is_among_highest(scores_BxNxKxs, f)
-  focal_BxNxKxf = _places(is_focal_BxNxKxs, f)
-  member_BxNxKxm = _places(~is_focal_BxNxKxs, scores_BxNxKxs.shape[-1] - f)
+  chosen_BxNxKxf = highest(scores_BxNxKxs, config.focal_in_block)
+  # Each block is a row of its own that begins at 0.
+  chosen = chosen_BxNxKxf.swapaxes(1, 2).reshape(B * K, N, 1, -1)
+  start = jnp.zeros((B * K, 1), jnp.int32)
+  focal, member, _ = block_indices(start, chosen, config.group_size, s)
 
-  def take(x_BxKxsxNxD: Array, index_BxNxKxS: Array) -> Array:
-    flat = take_rows(
-      x_BxKxsxNxD.reshape(B * K, *x_BxKxsxNxD.shape[2:]),
-      index_BxNxKxS.swapaxes(1, 2).reshape(B * K, N, -1),
-    )
-    return flat.reshape(B, K, -1, N, D)
+  def take(x_BxKxsxNxD: Array, index: Int[Array, "BK N S"]) -> Float[Array, "B K S N D"]:
+    return take_rows(x_BxKxsxNxD.reshape(B * K, s, N, D), index).reshape(B, K, -1, N, D)
 
   groups = merge(
     q_BxKxNxRxD,
-    take(key_BxKxsxNxD, member_BxNxKxm),
-    take(value_BxKxsxNxD, member_BxNxKxm),
+    take(key_BxKxsxNxD, member[:, :, 0]),
+    take(value_BxKxsxNxD, member[:, :, 0]),
     scale=merge_scale(config, D),
   )
   key, value = (
-    jnp.concatenate([take(x, focal_BxNxKxf), group[:, :, None]], axis=2)
+    jnp.concatenate([take(x, focal), group[:, :, None]], axis=2)
     for x, group in zip((key_BxKxsxNxD, value_BxKxsxNxD), groups, strict=True)
   )
   return key, value
 
 
-def _is_among_highest(scores: Float[Array, "*B s"], count: int) -> Bool[Array, "*B s"]:
-  """The `count` highest scores, of equal ones the first.
+def highest(scores: Float[Array, "*B s"], count: int) -> Int[Array, "*B k"]:
+  """Positions of the `count` highest scores, ascending; of equal scores the earlier count.
 
-  Each is compared with each: a TPU pads a sort of so few to whole tiles.
+  Every score is compared with every other. Compiled for a TPU this takes no temporary memory, where
+  `top_k` and a sort of so few scores are padded to whole tiles. `merge_blocks` uses `top_k`: on a
+  CPU, the s² comparisons of every block of a prompt take more memory and time.
   """
   mine, other = jnp.broadcast_arrays(scores[..., :, None], scores[..., None, :])
   is_before = _iota(mine, -1) < _iota(mine, -2)
-  # Scores are NaN all or none: of NaN no one is lower, and so the first are taken.
+  # Either all scores are NaN or none. NaN is not less than NaN, so that the first ones count.
   is_ahead = (other > mine) | (is_before & ~(other < mine))
-  return is_ahead.sum(axis=-1) < count
-
-
-def _places(marked: Bool[Array, "*B s"], count: int) -> Int[Array, "*B S"]:
-  """Where the `count` marked ones are, ascending, so that the merge sums as the prefill does."""
-  number = jnp.where(marked, jnp.cumsum(marked, axis=-1) - 1, count)
-  number = jnp.broadcast_to(number[..., None, :], (*marked.shape[:-1], count, marked.shape[-1]))
-  is_place = number == _iota(number, -2)
-  return jnp.where(is_place, _iota(number, -1), 0).sum(axis=-1)
+  is_high = is_ahead.sum(axis=-1) < count
+  rank = jnp.where(is_high, jnp.cumsum(is_high, axis=-1) - 1, count)
+  rank = jnp.broadcast_to(rank[..., None, :], (*scores.shape[:-1], count, scores.shape[-1]))
+  return jnp.where(rank == _iota(rank, -2), _iota(rank, -1), 0).sum(axis=-1)
 
 
 def _iota(like: Array, axis: int) -> Array:

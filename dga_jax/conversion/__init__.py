@@ -1,1 +1,1 @@
-"""Checkpoints of other programs, Hugging Face's folders and GGUF files, to ours and back."""
+"""Imports of Hugging Face folders and GGUF files, and exports to Hugging Face folders."""

@@ -1,7 +1,10 @@
-"""A checkpoint of ours to a folder that transformers loads."""
+"""A checkpoint of this project to a folder that transformers loads."""
 
+import contextlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,14 +12,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from dga_jax.checkpoint import load_config, load_model
-from dga_jax.conversion.hugging_face_config import values_from_config
+from dga_jax.conversion.origin import chat_templates, json_files
 from dga_jax.conversion.param_map import tensor_specs
+from dga_jax.conversion.safetensors_files import INDEX, SINGLE
 from dga_jax.model import ModelConfig
-from dga_jax.tokenizer import FILE_NAME, Tokenizer
+from dga_jax.tokenizer import FILE_NAME
 
 # Bytes of one file; a larger model gets several, and an index.
 SHARD_BYTES = 2_000_000_000
@@ -29,35 +34,78 @@ def export_hugging_face(
   step: int | None = None,
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
-  """Writes safetensors in the stored dtype, config.json and the tokenizer; all or nothing.
+  """Writes safetensors in the stored dtype, the JSON files, the tokenizer and chat templates.
+
+  The files are written to a new folder beside `folder`, which is renamed when all of them are on
+  the disk. So an export that fails or is killed leaves no folder of that name; one that fails
+  removes its unfinished folder, and one that is killed leaves it as `.NAME.*.partial`.
 
   Args:
-    workdir: of the checkpoint, a run's or an import's.
-    folder: to be made; it gets its name when everything in it is written.
+    workdir: the folder of the checkpoint, a run's or an import's.
+    folder: to be made.
     step: which checkpoint; None for the newest.
     shard_bytes: bound on the tensors' bytes in one file.
 
   Raises:
-    CheckpointError: there is no such checkpoint, or a damaged one.
-    ValueError: `folder` is there already, or transformers has no such model.
+    CheckpointError: there is no such checkpoint, or it is damaged.
+    ValueError: `folder` exists, or transformers has no such model.
+    OSError: the files could not be written.
   """
-  if folder.exists():
-    raise ValueError(f"{folder} is there already; name a folder to be made.")
+  if os.path.lexists(folder):
+    raise ValueError(f"{folder} exists; name a folder to be made.")
   model, config, tokenizer = load_model(workdir, step)
-  values = values_from_config(config, _origin(load_config(workdir, step)))
+  origin = _origin(load_config(workdir, step))
+  files, templates = json_files(config, origin, tokenizer), chat_templates(origin)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  partial = folder.with_name(f"{folder.name}.partial")
-  shutil.rmtree(partial, ignore_errors=True)
-  partial.mkdir(parents=True)
-  _write_tensors(partial, config, params, shard_bytes)
-  _write_json(partial / "config.json", values | _token_ids(tokenizer))
-  (partial / FILE_NAME).write_text(tokenizer.to_plain_json(), encoding="utf-8")
-  _write_json(partial / "tokenizer_config.json", _tokenizer_values(tokenizer, values))
-  partial.rename(folder)
+  with _new_folder(folder) as partial:
+    _write_tensors(partial, config, params, shard_bytes)
+    for name, values in files.items():
+      _write_json(partial / name, values)
+    _write_text(partial / FILE_NAME, tokenizer.to_plain_json())
+    for name, text in templates.items():
+      _write_text(partial / name, text)
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+  """A new folder beside `folder`, which gets its name at the end, or is removed after an error."""
+  folder = folder.absolute()
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".partial", dir=folder.parent))
+  try:
+    partial.chmod(0o777 & ~_umask())  # mkdtemp makes a folder that only its owner can read.
+    yield partial
+    _to_disk(partial)
+    partial.rename(folder)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+  _sync(folder.parent)
+
+
+def _umask() -> int:
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def _to_disk(folder: Path) -> None:
+  """Waits until everything in a folder is on the disk."""
+  for path in folder.rglob("*"):
+    _sync(path)
+  _sync(folder)
+
+
+def _sync(path: Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def _origin(saved: Mapping[str, Any]) -> Mapping[str, Any]:
-  """What an import knew, or for a model trained here the length of its training rows."""
+  """What an import stored; of a model trained here, the length of its training rows."""
   if "origin" in saved:
     return saved["origin"]
   return {"max_position_embeddings": saved["data"]["sequence_length"]}
@@ -68,20 +116,21 @@ def _write_tensors(
 ) -> None:
   shards = _shards(config, shard_bytes)
   tensors = _stored_tensors(config, params)
-  place: dict[str, str] = {}
+  file_of: dict[str, str] = {}
   with tqdm(total=sum(map(len, shards)), desc="writing", unit="tensor", disable=None) as progress:
     for number, names in enumerate(shards, start=1):
       file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-      file = "model.safetensors" if len(shards) == 1 else file
+      file = SINGLE if len(shards) == 1 else file
       content = dict(next(tensors) for _ in names)
-      save_file(content, folder / file, metadata={"format": "pt"})
-      place |= dict.fromkeys(content, file)
+      try:
+        save_file(content, folder / file, metadata={"format": "pt"})
+      except SafetensorError as error:  # What the library makes of a full disk.
+        raise OSError(f"{folder / file} could not be written: {error}") from error
+      file_of |= dict.fromkeys(content, file)
       progress.update(len(names))
   if len(shards) > 1:
     metadata = {"total_size": _total_bytes(config)}
-    _write_json(
-      folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": place}
-    )
+    _write_json(folder / INDEX, {"metadata": metadata, "weight_map": file_of})
 
 
 def _shards(config: ModelConfig, shard_bytes: int) -> list[list[str]]:
@@ -124,21 +173,10 @@ def _stored_tensors(
       yield name, spec.to_stored(np.asarray(value[layer]), config)
 
 
-def _token_ids(tokenizer: Tokenizer) -> dict[str, int]:
-  start = {"bos_token_id": tokenizer.start_ids[0]} if tokenizer.start_ids else {}
-  return {"eos_token_id": tokenizer.end_id} | start
-
-
-def _tokenizer_values(tokenizer: Tokenizer, values: Mapping[str, Any]) -> dict[str, Any]:
-  plain: dict[str, Any] = {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "eos_token": tokenizer.end_token,
-    "clean_up_tokenization_spaces": False,
-  }
-  if "max_position_embeddings" in values:
-    plain["model_max_length"] = values["max_position_embeddings"]
-  return plain
-
-
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+  _write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+  path.parent.mkdir(exist_ok=True)
+  path.write_text(text, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Which tensor of a LLaMA-family checkpoint is which parameter, and how its axes lie there.
+"""The tensor of a LLaMA-family checkpoint for each parameter, and the order of its axes.
 
-A product of letters is one axis of the file's tensor: "HD E" is the matrix [H·D, E] that a linear
-layer of PyTorch stores, "E H D" the array [E, H, D] that is ours. Hugging Face stacks no layers:
-each has tensors of its own, and each fills one row of our array's leading axis.
+A group of letters is one axis of the file's tensor: "HD E" is the matrix [H·D, E] that a linear
+layer of PyTorch stores, and "E H D" is the decoder's array [E, H, D]. In the files each layer has
+tensors of its own; each fills one row of the leading axis of the decoder's stacked array.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class TensorSpec:
     hugging_face: the tensor's name in a Hugging Face checkpoint, "{}" for the layer's number.
     gguf: its name in a GGUF file.
     stored_axes: the axes of the file's tensor.
-    axes: our axes, apart from the leading one of layers.
+    axes: the axes of the decoder's array, apart from the leading one of layers.
   """
 
   path: tuple[str, ...]
@@ -50,13 +50,13 @@ class TensorSpec:
     return tuple(math.prod(sizes[a] for a in axis) for axis in self.stored_axes.split())
 
   def from_stored(self, tensor: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """Our array of a file's tensor, as a view where numpy can make one."""
+    """The decoder's array of a file's tensor, as a view where numpy can make one."""
     sizes, letters = axis_sizes(config), self.stored_axes.replace(" ", "")
     apart = tensor.reshape([sizes[letter] for letter in letters])
     return apart.transpose([letters.index(letter) for letter in self.axes.split()])
 
   def to_stored(self, array: np.ndarray, config: ModelConfig) -> np.ndarray:
-    """The inverse of `from_stored`, contiguous."""
+    """The inverse of `from_stored`; the result is contiguous."""
     ours = self.axes.split()
     apart = array.transpose([ours.index(letter) for letter in self.stored_axes.replace(" ", "")])
     return np.ascontiguousarray(apart.reshape(self.stored_shape(config)))

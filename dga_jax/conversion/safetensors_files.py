@@ -1,20 +1,27 @@
 """The tensors of a folder's safetensors files, one file or several with an index."""
 
-import json
-from collections.abc import Set
-from pathlib import Path
+from collections.abc import Mapping, Set
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from safetensors import safe_open, SafetensorError
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+from dga_jax.conversion.errors import ConversionError, shown
+from dga_jax.conversion.json_files import check_not_lfs_pointer, parse_json, read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Bytes. Each tensor takes about 100 of them.
+_MAX_HEADER_BYTES = 8 << 20
 
 
 class SafetensorsFiles:
   """Tensors by name; the files are mapped into memory, and a tensor is read when asked for.
+
+  As in transformers, model.safetensors prevails over an index beside it. With an index, each tensor
+  is read from the file that the index names, whatever else the files hold.
 
   Args:
     folder: holds model.safetensors, or model.safetensors.index.json and the files it names.
@@ -24,22 +31,32 @@ class SafetensorsFiles:
 
   Raises:
     FileNotFoundError: a file is missing.
-    ValueError: a file is damaged, or does not hold what the index says.
+    ConversionError: a file is damaged, does not hold what the index says, or the index names a file
+      outside the folder.
   """
 
   def __init__(self, folder: Path) -> None:
-    index = _read_index(folder)
-    files = sorted(set(index.values())) if index else [_SINGLE]
-    self._files: dict[str, Any] = {}
-    self._place: dict[str, str] = {}
-    for file in files:
-      opened = _open(folder / file, index, file)
-      self._files[file] = opened
-      self._place |= dict.fromkeys(opened.keys(), file)
-    for name, file in index.items():
-      if self._place.get(name) != file:
-        raise ValueError(f"{folder / _INDEX} says that {file} holds {name}; it does not.")
-    self.names: Set[str] = self._place.keys()
+    self._folder = folder
+    if (folder / SINGLE).is_file():
+      self._files = {SINGLE: _open(folder / SINGLE)}
+      self._file_of = dict.fromkeys(self._files[SINGLE].keys(), SINGLE)
+    else:
+      self._file_of = _read_index(folder)
+      self._files = {}
+      for name, file in self._file_of.items():
+        if file not in self._files:
+          if not (folder / file).is_file():
+            raise FileNotFoundError(
+              f"There is no {folder / file}, which should hold {shown(name)} among others."
+            )
+          self._files[file] = _open(folder / file)
+      held = {file: set(opened.keys()) for file, opened in self._files.items()}
+      for name, file in self._file_of.items():
+        if name not in held[file]:
+          raise ConversionError(
+            f"{folder / INDEX} says that {file} holds {shown(name)}; it does not."
+          )
+    self.names: Set[str] = self._file_of.keys()
 
   def shape(self, name: str) -> tuple[int, ...]:
     """The shape of a tensor."""
@@ -49,66 +66,94 @@ class SafetensorsFiles:
     """The dtype of a tensor, by numpy's name.
 
     Raises:
-      ValueError: it is none of float32, float16 and bfloat16.
+      ConversionError: it is none of float32, float16 and bfloat16.
     """
     stored = self._slice(name).get_dtype()
     if stored not in _DTYPES:
-      raise ValueError(
-        f"The tensor {name} is stored as {stored}; only {', '.join(_DTYPES)} can be read."
+      raise ConversionError(
+        f"{self._folder / self._file_of[name]}: the tensor {name} is stored as {stored}; only "
+        f"{', '.join(_DTYPES)} can be read."
       )
     return _DTYPES[stored]
 
   def read(self, name: str) -> np.ndarray:
     """A copy of a tensor."""
     self.dtype(name)
-    return self._files[self._place[name]].get_tensor(name)
+    return self._files[self._file_of[name]].get_tensor(name)
 
   def _slice(self, name: str) -> Any:
-    return self._files[self._place[name]].get_slice(name)
+    return self._files[self._file_of[name]].get_slice(name)
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-  """The file of each tensor; empty where there is a single file."""
-  path = folder / _INDEX
-  if path.is_file():
-    try:
-      return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-      raise ValueError(f"{path} is damaged: it has no readable weight_map ({error}).") from error
-  if (folder / _SINGLE).is_file():
-    return {}
-  others = sorted(p.name for p in folder.glob("*.bin"))
-  hint = f" {others[0]} is in PyTorch's own format: save it as safetensors." if others else ""
-  raise FileNotFoundError(f"{folder} holds neither {_SINGLE} nor {_INDEX}.{hint}")
-
-
-def _open(path: Path, index: dict[str, str], file: str) -> Any:
+  """The file of each tensor."""
+  path = folder / INDEX
   if not path.is_file():
-    name = next(name for name, holder in index.items() if holder == file)
-    raise FileNotFoundError(f"There is no {path}, which should hold {name} among others.")
+    others = sorted(p.name for p in folder.glob("*.bin"))
+    hint = f" {others[0]} is in PyTorch's own format: save it as safetensors." if others else ""
+    raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}.{hint}")
+  file_of = read_json(path).get("weight_map")
+  if not isinstance(file_of, dict) or not file_of:
+    raise ConversionError(f"{path} is damaged: it has no weight_map with the file of each tensor.")
+  for file in file_of.values():
+    if not isinstance(file, str) or not _is_file_name(file):
+      raise ConversionError(f"{path} names the file {shown(file)}; it must be in the same folder.")
+  return file_of
+
+
+def _is_file_name(text: str) -> bool:
+  """Whether a text is the name of a file of safetensors, and no path."""
+  return (
+    PurePosixPath(text).name == text
+    and "\\" not in text
+    and text.isprintable()
+    and len(text.encode(errors="replace")) < 256
+    and text.endswith(".safetensors")
+  )
+
+
+def _open(path: Path) -> Any:
+  _check_header(path)
   try:
     return safe_open(path, framework="np")
   except SafetensorError as error:
-    raise ValueError(f"{path} is damaged: {_what_is_cut_off(path) or error}") from error
+    raise ConversionError(f"{path} is damaged: {error}") from error
 
 
-def _what_is_cut_off(path: Path) -> str:
-  """Which tensors lie beyond the end of a file; empty if its header cannot be read either.
+def _check_header(path: Path) -> None:
+  """Refuses a file whose header is no table of tensors within the file.
 
-  A file begins with the header's length, 8 bytes, and the header, JSON with each tensor's place.
+  A file begins with the header's length, 8 bytes, and the header, JSON with the dtype, shape and
+  byte range of each tensor. The library checks that dtypes and shapes fill the byte ranges.
   """
+  size = path.stat().st_size
   with path.open("rb") as stream:
-    length = int.from_bytes(stream.read(8), "little")
-    size = path.stat().st_size - 8 - length
-    if size < 0:
-      return "it ends within its header."
-    try:
-      header = json.loads(stream.read(length))
-      ends = {name: v["data_offsets"][1] for name, v in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, IndexError):
-      return ""
-  beyond = [name for name, end in ends.items() if end > size]
-  if not beyond:
-    return ""
-  wanted = max(ends.values())
-  return f"its tensors take {wanted} bytes and {size} are there; it cuts off {', '.join(beyond)}."
+    prefix = stream.read(200)
+    check_not_lfs_pointer(path, prefix)
+    length = int.from_bytes(prefix[:8], "little")
+    if size < 8 or length > size - 8:
+      raise ConversionError(f"{path} is damaged: it ends within its header.")
+    if length > _MAX_HEADER_BYTES:
+      raise ConversionError(f"{path} is damaged: its header has {length} bytes.")
+    stream.seek(8)
+    text = stream.read(length).decode("utf-8", errors="replace")
+  header = parse_json(text, path)
+  ends = {name: _end(name, value, path) for name, value in header.items() if name != "__metadata__"}
+  wanted, held = max(ends.values(), default=0), size - 8 - length
+  if beyond := [name for name, end in ends.items() if end > held]:
+    raise ConversionError(
+      f"{path} is damaged: its tensors take {wanted} bytes and {held} are there; it cuts off "
+      f"{', '.join(map(str, beyond[:5]))}{' and more' if len(beyond) > 5 else ''}."
+    )
+
+
+def _end(name: str, value: Any, path: Path) -> int:
+  """Where the bytes of a tensor end."""
+  offsets = value.get("data_offsets") if isinstance(value, Mapping) else None
+  if (
+    not isinstance(offsets, list)
+    or len(offsets) != 2
+    or not all(type(offset) is int and offset >= 0 for offset in offsets)
+  ):
+    raise ConversionError(f"{path} is damaged: the tensor {shown(name)} has no byte range.")
+  return int(offsets[1])

@@ -1,4 +1,4 @@
-"""Spreading an imported model over a mesh that is described in words."""
+"""The mesh and the shardings of an import, from the command line."""
 
 import math
 

@@ -1,6 +1,6 @@
-"""Dynamic Group Attention with one part swapped, to find out which part loses or wins.
+"""Ablations of Dynamic Group Attention: variants in which one part is replaced.
 
-All of it concerns streaming selection over whole sequences, where that is what decoding computes.
+They cover streaming selection over whole sequences, for which decoding computes the same function.
 """
 
 import dataclasses
@@ -30,11 +30,12 @@ class AblatedDGA:
 
   Attributes:
     config: with streaming selection.
-    selection: which f tokens of a block stay: "own", by the block's last query; "random"; or
-      "oracle", those that later queries, which see the block no longer raw, would pay most to
-      under dense attention.
-    merging: weights of the others: "own", "mean", or "hidden" for groups that nobody sees.
-    focal: False hides the focal tokens, but for sinks.
+    selection: how the f focal tokens of a block are chosen: "own", by the block's last query;
+      "random"; or "oracle", the tokens that receive most dense attention from the later queries to
+      which the block is no longer visible token by token.
+    merging: weights with which the other tokens are merged: "own", or "mean" for equal weights;
+      "hidden" hides the groups from all queries.
+    focal: False hides the focal tokens, except sinks.
   """
 
   config: DGAConfig
@@ -45,7 +46,7 @@ class AblatedDGA:
   def __post_init__(self) -> None:
     if self.config.selection != "streaming":
       raise ValueError(
-        f"config.selection is {self.config.selection!r}; ablations want 'streaming'."
+        f"config.selection is {self.config.selection!r}; it must be 'streaming' for ablations."
       )
 
   def attend(
@@ -57,16 +58,17 @@ class AblatedDGA:
     segment_ids: Int[Array, "B L"] | None,
     lengths: Int[Array, "B"] | None,
   ) -> Float[Array, "B L H D"]:
-    """The op with the parts that the fields name."""
+    """The op with the parts that the fields choose; arguments as for `dynamic_group_attention`."""
     if segment_ids is not None or lengths is not None:
       raise ValueError(
-        "segment_ids or lengths are given; ablations want whole rows of one document."
+        "segment_ids or lengths are given; they must be None: ablations take whole rows of one"
+        " document."
       )
     plan = plan_groups(q_BxLxHxD, k_BxLxNxD, config=self.config)
     if self.selection != "own":
       scores = _random_scores if self.selection == "random" else received_later
       focal_BxNxL = focal_by_score(scores(q_BxLxHxD, k_BxLxNxD, self.config), self.config)
-      # Not GroupPlan.from_focal_mask, which counts the focal tokens of blocks and so needs values.
+      # GroupPlan.from_focal_mask counts focal tokens, for which it needs concrete values.
       sizes = static_sizes(self.config, q_BxLxHxD.shape[1], max_documents=1, exact=True)
       layout = streaming_layout(focal_BxNxL, plan.documents, sizes, self.config)
       plan = dataclasses.replace(plan, focal_mask=focal_BxNxL, **layout._asdict())
@@ -86,20 +88,20 @@ class AblatedDGA:
   def init_cache(
     self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
   ) -> Any:
-    """Not for ablations."""
-    raise NotImplementedError("ablations are for whole sequences and have no cache.")
+    """Raises NotImplementedError: an ablation has no cache."""
+    raise NotImplementedError("Ablations compute whole sequences and have no cache.")
 
   def prefill(self, *arrays: Array, lengths: Array | None, max_length: int) -> Any:
-    """Not for ablations."""
-    raise NotImplementedError("ablations are for whole sequences and have no cache.")
+    """Raises NotImplementedError: an ablation has no cache."""
+    raise NotImplementedError("Ablations compute whole sequences and have no cache.")
 
   def decode(self, *arrays: Any) -> Any:
-    """Not for ablations."""
-    raise NotImplementedError("ablations are for whole sequences and have no cache.")
+    """Raises NotImplementedError: an ablation has no cache."""
+    raise NotImplementedError("Ablations compute whole sequences and have no cache.")
 
 
 def swaps(config: DGAConfig) -> dict[str, AblatedDGA]:
-  """The parts of a config, swapped one at a time, and what is left without each."""
+  """The ablations of a config by name: parts replaced one at a time, and parts left out."""
   alone = dataclasses.replace(config, local_window=0)
   return {
     "as configured": AblatedDGA(config),
@@ -116,7 +118,7 @@ def swaps(config: DGAConfig) -> dict[str, AblatedDGA]:
 
 
 def focal_by_score(score_BxNxL: Float[Array, "B N L"], config: DGAConfig) -> Bool[Array, "B N L"]:
-  """Sinks, and the f highest scores of every complete block; ties go to the earlier token."""
+  """The mask of the sinks and the f highest scores of every complete block; ties go to the left."""
   B, N, L = score_BxNxL.shape
   size, f = config.block_size, config.focal_in_block
   sinks = min(config.sink_tokens, L)
@@ -131,7 +133,11 @@ def focal_by_score(score_BxNxL: Float[Array, "B N L"], config: DGAConfig) -> Boo
 def received_later(
   q_BxLxHxD: Float[Array, "B L H D"], k_BxLxNxD: Float[Array, "B L N D"], config: DGAConfig
 ) -> Float[Array, "B N L"]:
-  """Dense attention that each key receives from queries that do not see it raw any more."""
+  """The dense attention that each key receives from queries beyond its block and the raw window.
+
+  Returns:
+    float32 [B, N, L], summed over those queries and over the query heads of the KV head.
+  """
   B, L, H, D = q_BxLxHxD.shape
   N = k_BxLxNxD.shape[2]
   block = min(_BLOCK_Q, L)

@@ -1,4 +1,4 @@
-"""A decoder run layer by layer, each layer with an attention kind of its own."""
+"""A decoder whose layers have different attention kinds, run layer by layer."""
 
 import functools
 from collections.abc import Sequence
@@ -18,21 +18,22 @@ from dga_jax.model.rope import inverse_frequencies, rope_table
 def losses_by_kinds(
   model: Decoder, kinds: Sequence[AttentionKind], tokens: Int[Array, "B L+1"]
 ) -> Float[Array, "B L"]:
-  """Nats for each next token, over whole sequences.
+  """The loss of each next token in nats, over whole sequences: float32 [B, L].
 
-  One program is compiled for each kind, not for each choice of kinds, so that layers can be
-  changed one at a time.
+  One program is compiled for each attention kind, not for each list of kinds.
 
   Args:
-    model: gives the parameters; its own attention kind is not used.
-    kinds: one for each layer, hashable.
+    model: its parameters are used, its own attention kind is not.
+    kinds: the attention kind of each layer; hashable.
     tokens: rows of inputs and their next tokens.
 
   Raises:
-    ValueError: not one kind for each layer.
+    ValueError: `kinds` does not have one entry for each layer.
   """
   if len(kinds) != model.config.num_layers:
-    raise ValueError(f"kinds has {len(kinds)} entries; the model has {model.config.num_layers}.")
+    raise ValueError(
+      f"kinds has {len(kinds)} entries; it must have {model.config.num_layers}, one a layer."
+    )
   graphdef, params = nnx.split(model)
   x_BxLxE = _embed(graphdef, params, tokens[:, :-1])
   for layer, kind in enumerate(kinds):

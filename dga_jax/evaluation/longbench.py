@@ -1,8 +1,8 @@
 """LongBench-E (Bai et al., arXiv 2308.14508) from its own files, with its own metrics.
 
-The folder holds, as the benchmark publishes them, NAME_e.jsonl for each data set, and
-dataset2prompt.json and dataset2maxlen.json, its prompts and answer lengths. None of them comes
-with this project.
+The folder must contain the files that the benchmark publishes: NAME_e.jsonl for each data set,
+dataset2prompt.json with the prompts, and dataset2maxlen.json with the answer lengths. They are not
+part of this project.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ _METRICS: dict[str, scores.Score] = {
   "repobench-p": scores.code_similarity,
 }
 DATASETS = tuple(_METRICS)
-# Few-shot tasks, whose answer is the first line.
+# Few-shot tasks: only the first line of the answer counts.
 _FIRST_LINE = frozenset({"trec", "triviaqa", "samsum"})
 _BUCKETS = {"0-4k": 4000, "4-8k": 8000, "8k+": float("inf")}
 _FIELDS = ("input", "context", "answers", "length", "all_classes")
@@ -44,9 +44,9 @@ class LongBenchSet:
 
   Attributes:
     name: of the data set.
-    examples: its lines.
-    prompts: the filled prompt of each.
-    new_tokens: length of an answer.
+    examples: the values of the file's lines.
+    prompts: the prompt of each example.
+    new_tokens: largest number of tokens of an answer.
   """
 
   name: str
@@ -56,14 +56,15 @@ class LongBenchSet:
 
 
 def read_sets(folder: str | Path, limit: int | None = None) -> list[LongBenchSet]:
-  """The data sets whose files lie in a folder, in the benchmark's order.
+  """The data sets whose files are in a folder, in the benchmark's order.
 
   Args:
-    limit: at most so many examples of each.
+    folder: the files of the benchmark.
+    limit: largest number of examples of each data set; None for all.
 
   Raises:
-    OSError: a prompt or length file that cannot be read.
-    ValueError: no data set, or a line or prompt that is not in the benchmark's format.
+    OSError: a file cannot be read.
+    ValueError: the folder has no data set, or a line or prompt is not in the benchmark's format.
   """
   folder = Path(folder)
   sets = []
@@ -72,14 +73,22 @@ def read_sets(folder: str | Path, limit: int | None = None) -> list[LongBenchSet
     if path.is_file():
       sets.append(_read_set(folder, path, name, limit))
   if not sets:
-    raise ValueError(f"longbench is {folder}, which holds no file such as qasper_e.jsonl.")
+    raise ValueError(f"longbench is {folder}; it must have files such as qasper_e.jsonl.")
   return sets
 
 
 def score(one: LongBenchSet, predictions: Sequence[str]) -> dict[str, Any]:
-  """The official score in percent, by bucket of length and over all, with counts.
+  """The official score in percent, by bucket of length and over all examples, with counts.
 
-  An example scores the best over its answers. "length" counts words and is the file's own.
+  The score of an example is the best over its reference answers. Its length, in words, is the
+  "length" of the file.
+
+  Args:
+    one: the data set.
+    predictions: the model's answer to each example.
+
+  Returns:
+    "dataset", "score" and "examples"; the score of an empty bucket is None.
   """
   by_bucket: dict[str, list[float]] = {name: [] for name in _BUCKETS}
   for example, prediction in zip(one.examples, predictions, strict=True):
@@ -92,7 +101,11 @@ def score(one: LongBenchSet, predictions: Sequence[str]) -> dict[str, Any]:
 
 
 def fit(tokenizer: Tokenizer, prompt: str, most: int) -> list[int]:
-  """A prompt's tokens; if there are more than `most`, the first and the last half of that."""
+  """A prompt's tokens; of a prompt with more than `most` tokens, the first and the last half.
+
+  Raises:
+    ValueError: `most` leaves no room for two tokens after those that start a document.
+  """
   tokens = tokenizer.encode(prompt)
   room = most - len(tokenizer.start_ids)
   if room < 2:
@@ -116,8 +129,11 @@ def _read_set(folder: Path, path: Path, name: str, limit: int | None) -> LongBen
 
 
 def _entry(path: Path, name: str) -> Any:
-  values = json.loads(path.read_text(encoding="utf-8"))
-  if name not in values:
+  try:
+    values = json.loads(path.read_bytes())
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
+  if not isinstance(values, dict) or name not in values:
     raise ValueError(f"{path} has no entry {name!r}.")
   return values[name]
 

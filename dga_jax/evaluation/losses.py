@@ -1,4 +1,4 @@
-"""Loss on long documents: by position, with less context, and by the rule of decoding."""
+"""Loss on long documents: over whole sequences, with less context, and token by token."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -12,17 +12,17 @@ from jaxtyping import Array, Float, Int
 
 from dga_jax.model import Decoder
 
-_CHUNK = 256  # Positions whose logits exist at a time.
+_CHUNK = 256  # Positions whose logits are computed at a time.
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def teacher_forced(
   graphdef: nnx.GraphDef, params: Any, tokens: Int[Array, "B L+1"]
 ) -> Float[Array, "B L"]:
-  """Nats for each next token, computed over the whole rows at once.
+  """The loss of each next token in nats, over whole sequences: float32 [B, L].
 
-  Under global selection, and with every kind that lets later queries choose, what stands here
-  is not what decoding can reach; see `decoded`.
+  With global selection, and every attention kind in which later queries choose what earlier queries
+  see, this loss is not achievable in autoregressive decoding; see `decoded`.
   """
   model = nnx.merge(graphdef, params)
   return cross_entropy_from_states(model, model.hidden(tokens[:, :-1]), tokens[:, 1:])
@@ -32,9 +32,9 @@ def teacher_forced(
 def decoded(
   graphdef: nnx.GraphDef, params: Any, tokens: Int[Array, "B L+1"], targets: int
 ) -> Float[Array, "B T"]:
-  """Nats for each of the last `targets` tokens by the rule of decoding.
+  """The loss of each of the last T = `targets` tokens in nats, as in decoding: float32 [B, T].
 
-  The tokens before them are the prompt; then each token is read alone, from the cache.
+  The tokens before the targets are prefilled; then one token at a time is decoded with the cache.
   """
   model = nnx.merge(graphdef, params)
   L = tokens.shape[1] - 1
@@ -53,13 +53,13 @@ def decoded(
 
 
 def batches(rows: Int[np.ndarray, "B S"], size: int) -> Iterator[Int[np.ndarray, "b S"]]:
-  """Rows, `size` at a time; the last batch may have fewer."""
+  """Batches of `size` rows; the last batch may have fewer."""
   for start in range(0, len(rows), size):
     yield rows[start : start + size]
 
 
 def fill(batch: Int[np.ndarray, "b S"], size: int) -> Int[Array, "B S"]:
-  """Repeats the last row up to `size`, so that every batch runs the same program."""
+  """Repeats the last row up to `size` rows, so that all batches share a program."""
   index = np.minimum(np.arange(size), len(batch) - 1)
   return jax.device_put(jnp.asarray(batch[index]))
 
@@ -67,16 +67,22 @@ def fill(batch: Int[np.ndarray, "b S"], size: int) -> Int[Array, "B S"]:
 def restarted(
   rows: Int[np.ndarray, "B L+1"], context: int, targets: int, start_ids: Sequence[int]
 ) -> Int[np.ndarray, "B S"]:
-  """The rows' last `targets` tokens with at most `context` tokens of text before them.
+  """The rows' last `targets` tokens after `context` tokens of text.
 
-  A document's start tokens stand in front, as they do before whole rows.
+  Each row starts with the tokens that start a document, as whole rows do.
+
+  Args:
+    rows: inputs and their next tokens.
+    context: tokens of text before the targets.
+    targets: last tokens of each row.
+    start_ids: tokens that start a document.
 
   Raises:
-    ValueError: the rows hold less context.
+    ValueError: the rows have less context.
   """
   most = rows.shape[1] - targets - len(start_ids)
   if not 1 <= context <= most:
-    raise ValueError(f"context is {context}; it must be from 1 to {most}, which the rows hold.")
+    raise ValueError(f"context is {context}; it must be from 1 to {most}, the context of the rows.")
   start = np.tile(np.array(start_ids, rows.dtype), (len(rows), 1))
   return np.concatenate([start, rows[:, rows.shape[1] - targets - context :]], axis=1)
 
@@ -84,7 +90,7 @@ def restarted(
 def cross_entropy_from_states(
   model: Decoder, states_BxLxE: Float[Array, "B L E"], targets_BxL: Int[Array, "B L"]
 ) -> Float[Array, "B L"]:
-  """Cross entropy, a chunk of positions at a time."""
+  """The cross entropy in nats, float32 [B, L], with the logits of few positions at a time."""
   B, L, E = states_BxLxE.shape
   chunk = min(_CHUNK, L)
   padded = -(-L // chunk) * chunk

@@ -1,7 +1,7 @@
 """Question answering over many documents (Liu et al., Lost in the Middle, arXiv 2307.03172).
 
-Files are the authors' .jsonl, compressed or not: "question", "answers", and "ctxs", documents with
-"title", "text" and "isgold". They do not come with this project.
+A file is one of the authors' .jsonl files, which may be compressed, with "question", "answers" and
+"ctxs": documents with "title", "text" and "isgold". The files are not part of this project.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ class Question:
 
   Attributes:
     prompt: documents, then the question.
-    answers: any of them is right.
-    gold: place of the document that holds the answer, None where none is marked.
-    documents: how many there are.
+    answers: the right answers.
+    gold: index of the document with the answer; None if no document is marked.
+    documents: number of documents.
   """
 
   prompt: str
@@ -37,9 +37,13 @@ class Question:
 def read_questions(path: str | Path, limit: int | None = None) -> list[Question]:
   """The examples of a file.
 
+  Args:
+    path: the file.
+    limit: largest number of examples; None for all.
+
   Raises:
-    OSError: it cannot be read.
-    ValueError: a line that is not in the authors' format, or none at all.
+    OSError: the file cannot be read.
+    ValueError: a line is not in the authors' format, or there is no example.
   """
   questions: list[Question] = []
   for number, values in read_jsonl(Path(path)):
@@ -47,15 +51,15 @@ def read_questions(path: str | Path, limit: int | None = None) -> list[Question]
       break
     try:
       questions.append(_question(values))
-    except (KeyError, TypeError) as error:
-      raise ValueError(f"{path}, line {number}, lacks {error}.") from error
+    except (AttributeError, KeyError, TypeError) as error:
+      raise ValueError(f"{path}, line {number}, is not a question: {error!r}") from error
   if not questions:
-    raise ValueError(f"{path} holds no question.")
+    raise ValueError(f"{path} has no question.")
   return questions
 
 
 def score(questions: Sequence[Question], predictions: Sequence[str]) -> dict[str, Any]:
-  """Exact match by the place of the document with the answer, and over all."""
+  """Exact match by the position of the document with the answer, and over all questions."""
   hits: dict[int | None, list[bool]] = defaultdict(list)
   for question, prediction in zip(questions, predictions, strict=True):
     hits[question.gold].append(contains_answer(prediction, question.answers))

@@ -1,4 +1,4 @@
-"""The perplexity task: one variant on rows of one length, as a record for JSON."""
+"""The perplexity task: the result of one variant on rows of one length."""
 
 import dataclasses
 import itertools
@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dga_jax.evaluation.losses import batches, decoded, fill, restarted, teacher_forced
@@ -16,16 +15,17 @@ from dga_jax.evaluation.variants import Family, Variant
 
 @dataclasses.dataclass(frozen=True)
 class PerplexitySettings:
-  """What is measured on rows of documents.
+  """What the perplexity task measures on rows of documents.
 
   Attributes:
     batch_size: rows that run together.
-    targets: last tokens of each row on which the rule of decoding is compared with teacher
-      forcing, and on which the restart control is taken.
-    contexts: lengths of the restart control, in tokens before the targets.
-    buckets: equal pieces of a row over which the loss by position is averaged.
-    always_decode: whether the rule of decoding is measured even where it is the same function as
-      over whole sequences. Otherwise the record says so and holds one figure twice.
+    targets: last tokens of each row that are decoded token by token, for a comparison with the loss
+      over whole sequences, and that the restart control measures.
+    contexts: tokens of context before the targets in the restart control.
+    buckets: pieces of equal length over which the loss by position is averaged.
+    always_decode: whether the targets are decoded even if decoding computes the same function as
+      whole sequences. Otherwise "measured_by_decoding" is False, and both losses are the same
+      number.
   """
 
   batch_size: int = 1
@@ -42,16 +42,22 @@ def measure_perplexity(
   settings: PerplexitySettings,
   tick: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
-  """Losses of one variant.
+  """The losses of one variant, in nats per token.
 
   Args:
-    rows: from `token_rows`; they begin as documents do.
-    tick: called after every batch of every part, for a progress bar; `parts` says how many.
+    family: the model.
+    variant: the attention kind and its settings.
+    rows: from `token_rows`.
+    settings: what is measured.
+    tick: called after every batch, `parts` times in all, for a progress bar.
 
   Returns:
-    "loss" and "perplexity" over all positions with "standard_error" of the loss over rows;
-    "by_position"; "last", the same target tokens teacher-forced and by the rule of decoding;
-    "restart", the loss on these tokens with less context; the cache's "budget"; "seconds".
+    "loss" and "perplexity" over all positions, and "standard_error" of the loss over rows;
+    "by_position"; "last", the loss of the target tokens over whole sequences and in decoding;
+    "restart", the loss of the target tokens with less context; "budget" of the cache; "seconds".
+
+  Raises:
+    FloatingPointError: a loss is NaN or infinite.
   """
   length = rows.shape[1] - 1
   graphdef = family.graphdef(variant, length)
@@ -62,36 +68,43 @@ def measure_perplexity(
     for batch in batches(rows, settings.batch_size):
       results.append(np.asarray(program(fill(batch, settings.batch_size)))[: len(batch)])
       tick()
-    return np.concatenate(results).astype(np.float64)
+    return _finite(np.concatenate(results).astype(np.float64), variant)
 
-  loss_BxL = over_batches(lambda batch: teacher_forced(graphdef, family.params, batch), rows)
-  record = summarise(loss_BxL, settings.buckets)
+  def over_whole_rows(batch: Array) -> Array:
+    return teacher_forced(graphdef, family.params, batch)
+
+  def with_context(context: int) -> float:
+    """The loss of the targets with less context; a budget in keys stays that of whole rows."""
+    short = restarted(rows, context, settings.targets, family.start_ids)
+    return float(over_batches(over_whole_rows, short)[:, -settings.targets :].mean())
+
+  loss_BxL = over_batches(over_whole_rows, rows)
+  result = summarise(loss_BxL, settings.buckets)
   decoded_BxT = loss_BxL[:, -settings.targets :]
   measured = settings.always_decode or not family.decodes_as_whole(variant, length)
   if measured:
     decoded_BxT = over_batches(
       lambda batch: decoded(graphdef, family.params, batch, settings.targets), rows
     )
-  record["last"] = compare_last(loss_BxL, decoded_BxT) | {"measured_by_decoding": measured}
-  record["restart"] = [
-    {"context": context, "loss": _restart_loss(family, graphdef, rows, context, settings, tick)}
-    for context in settings.contexts
+  result["last"] = compare_last(loss_BxL, decoded_BxT) | {"measured_by_decoding": measured}
+  result["restart"] = [
+    {"context": context, "loss": with_context(context)} for context in settings.contexts
   ]
-  record["budget"] = dataclasses.asdict(family.budget(variant, length))
-  record["seconds"] = time.perf_counter() - begin
-  return record
+  result["budget"] = dataclasses.asdict(family.budget(variant, length))
+  result["seconds"] = time.perf_counter() - begin
+  return result
 
 
 def parts(
   family: Family, variant: Variant, length: int, num_rows: int, settings: PerplexitySettings
 ) -> int:
-  """How often `measure_perplexity` ticks."""
+  """How often `measure_perplexity` calls `tick`."""
   decode = settings.always_decode or not family.decodes_as_whole(variant, length)
   return -(-num_rows // settings.batch_size) * (1 + decode + len(settings.contexts))
 
 
 def summarise(loss_BxL: Float[np.ndarray, "B L"], buckets: int) -> dict[str, Any]:
-  """Means over everything, and over equal pieces of the rows."""
+  """Mean losses over all tokens, by row, and over `buckets` pieces of the rows."""
   B, L = loss_BxL.shape
   edges = np.unique(np.linspace(0, L, min(buckets, L) + 1).round().astype(int))
   by_row_B = loss_BxL.mean(axis=1)
@@ -112,7 +125,7 @@ def summarise(loss_BxL: Float[np.ndarray, "B L"], buckets: int) -> dict[str, Any
 def compare_last(
   loss_BxL: Float[np.ndarray, "B L"], decoded_BxT: Float[np.ndarray, "B T"]
 ) -> dict[str, Any]:
-  """The last tokens of the rows: over the whole sequence, and as decoding finds them."""
+  """The losses of the rows' last tokens over whole sequences and in decoding, compared."""
   T = decoded_BxT.shape[1]
   whole_BxT = loss_BxL[:, -T:]
   return {
@@ -123,19 +136,10 @@ def compare_last(
   }
 
 
-def _restart_loss(
-  family: Family,
-  graphdef: nnx.GraphDef,
-  rows: np.ndarray,
-  context: int,
-  settings: PerplexitySettings,
-  tick: Callable[[], Any],
-) -> float:
-  """Under the settings of whole rows: a share of the keys stays as many keys."""
-  short = restarted(rows, context, settings.targets, family.start_ids)
-  total = 0.0
-  for batch in batches(short, settings.batch_size):
-    loss = teacher_forced(graphdef, family.params, fill(batch, settings.batch_size))
-    total += float(np.asarray(loss)[: len(batch), -settings.targets :].sum())
-    tick()
-  return total / (len(rows) * settings.targets)
+def _finite(loss: Float[np.ndarray, "..."], variant: Variant) -> Float[np.ndarray, "..."]:
+  if not np.isfinite(loss).all():
+    raise FloatingPointError(
+      f"the loss of {variant.name!r} is NaN or infinite; if its dtype is float16, activations"
+      " overflow above 65504: use bfloat16 or float32"
+    )
+  return loss

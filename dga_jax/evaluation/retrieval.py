@@ -1,7 +1,7 @@
-"""Retrieval tasks made by code: sentences hidden in real text, and a question about one of them.
+"""Synthetic retrieval tasks: facts hidden in real text, and a question about one of them.
 
-Every prompt is filled to its length in tokens. It is a function of (seed, task, length, depth,
-index) alone, and the same for every variant of a model.
+Every prompt has an exact length in tokens. It depends only on (seed, task, length, depth, index),
+so all variants of a model get the same prompts.
 """
 
 import dataclasses
@@ -17,14 +17,14 @@ NEW_TOKENS = 12  # An answer is one word or number.
 
 
 class Hidden(NamedTuple):
-  """A sentence and where it stands, as a share of the text: 0 at its beginning, 1 at its end."""
+  """A sentence and its position in the text, from 0 at the beginning to 1 at the end."""
 
   depth: float
   sentence: str
 
 
 class Puzzle(NamedTuple):
-  """What is hidden and asked."""
+  """The hidden sentences, the question at the end of the prompt, and the right answer."""
 
   hidden: list[Hidden]
   question: str
@@ -33,7 +33,7 @@ class Puzzle(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """A prompt, and the word that continues it."""
+  """A prompt, and the word that is the right continuation."""
 
   tokens: list[int]
   answer: str
@@ -46,7 +46,7 @@ _COLOURS = "amber black blue brown green grey orange purple red white".split()
 
 
 def passkey(rng: random.Random, depth: float, size: int) -> Puzzle:
-  """One number, announced as the pass key."""
+  """A number that the text calls the pass key."""
   del size
   number = _number(rng)
   fact = f"he pass key number is {number}."
@@ -55,7 +55,7 @@ def passkey(rng: random.Random, depth: float, size: int) -> Puzzle:
 
 
 def needle(rng: random.Random, depth: float, size: int) -> Puzzle:
-  """One fact in words, unlike anything around it."""
+  """A fact in words, unrelated to the text around it."""
   del size
   person, place, thing = rng.choice(_PEOPLE), rng.choice(_PLACES), rng.choice(_THINGS)
   fact = f"The {person} of the village keeps in the {place} a large"
@@ -64,7 +64,7 @@ def needle(rng: random.Random, depth: float, size: int) -> Puzzle:
 
 
 def multi_key(rng: random.Random, depth: float, size: int) -> Puzzle:
-  """Numbers of four people: that of one is asked for, whose sentence stands at `depth`."""
+  """The secret numbers of four people; the question asks for the number at `depth`."""
   del size
   people = rng.sample(_PEOPLE, 4)
   numbers = [_number(rng) for _ in people]
@@ -79,7 +79,7 @@ def multi_key(rng: random.Random, depth: float, size: int) -> Puzzle:
 
 
 def key_value(rng: random.Random, depth: float, size: int) -> Puzzle:
-  """A table scattered over the text, one entry in about 128 tokens; one entry is asked for."""
+  """Table entries scattered over the text, one in 128 tokens; the question asks for one of them."""
   entries = max(2, min(size // 128, len(_COLOURS) * len(_THINGS)))
   names = rng.sample([f"{colour} {thing}" for colour in _COLOURS for thing in _THINGS], entries)
   numbers = [_number(rng) for _ in names]
@@ -92,9 +92,9 @@ def key_value(rng: random.Random, depth: float, size: int) -> Puzzle:
 
 
 def variable_tracking(rng: random.Random, depth: float, size: int) -> Puzzle:
-  """A number that is handed on from variable to variable, among others that are not asked for.
+  """A number that is assigned from variable to variable, and a second chain as a distractor.
 
-  The first assignment stands at `depth`, the later ones evenly between it and the end.
+  The first assignment is at `depth`; the later ones are spaced evenly between it and the end.
   """
   del size
   letters = rng.sample("ABCDEFGHJKLMNPQRSTUVWXYZ", 6)
@@ -120,41 +120,40 @@ TASKS: dict[str, Callable[[random.Random, float, int], Puzzle]] = {
 
 
 class Haystack:
-  """Tokens of real text, and after which of them a sentence ends.
+  """The tokens of real texts in which facts are hidden.
 
   Args:
-    texts: long texts; a prompt takes a piece of one of them.
+    texts: long texts; a prompt uses a piece of one of them.
     tokenizer: of the model.
 
   Attributes:
-    fingerprint: the same for the same texts and tokens.
+    fingerprint: a hash of the texts' tokens.
 
   Raises:
-    ValueError: no text.
+    ValueError: there is no text.
   """
 
   def __init__(self, texts: Sequence[str], tokenizer: Tokenizer) -> None:
     if not texts:
-      raise ValueError("texts is empty; a haystack needs at least one text.")
+      raise ValueError("texts is empty; it must have at least one text.")
     self._tokenizer = tokenizer
     self._texts = tokenizer.encode_batch(texts)
-    # Names texts and tokenizer together.
     self.fingerprint = hashlib.sha256(repr(self._texts).encode()).hexdigest()
     ends = [_ends_sentence(tokenizer, token) for token in range(tokenizer.vocab_size)]
     self._ends = [i for i, end in enumerate(ends) if end]
 
   def sample(self, task: str, length: int, depth: float, *, seed: int, index: int) -> Sample:
-    """A prompt that, with its answer, takes `length` tokens.
+    """A prompt that takes `length` tokens together with its answer.
 
     Args:
-      task: a name of TASKS.
-      length: tokens of prompt and answer.
-      depth: where the asked sentence stands, from 0 to 1.
-      seed: of everything drawn.
+      task: a name in TASKS.
+      length: tokens of the prompt and the answer.
+      depth: position of the answer's sentence, from 0 to 1.
+      seed: of the text, the facts and their positions.
       index: number of the sample.
 
     Raises:
-      ValueError: an unknown task, or a length that no text fills.
+      ValueError: an unknown task, or no text is long enough.
     """
     if task not in TASKS:
       raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}.")
@@ -173,15 +172,15 @@ class Haystack:
     fitting = [text for text in self._texts if len(text) >= size]
     if size < 1 or not fitting:
       raise ValueError(
-        f"length asks for {size} tokens of text around what is hidden; the longest text has"
-        f" {max(map(len, self._texts))}, and at least 1 is needed."
+        f"length leaves {size} tokens for the text around the facts; it must leave from 1 to"
+        f" {max(map(len, self._texts))}, the tokens of the longest text."
       )
     text = rng.choice(fitting)
     start = rng.randrange(len(text) - size + 1)
     return text[start : start + size]
 
   def _hide(self, piece: list[int], hidden: list[tuple[float, list[int]]]) -> list[int]:
-    """The piece with each sentence behind the sentence that ends closest to its depth."""
+    """Inserts each hidden sentence at the end of a sentence, the end closest to its depth."""
     ends = set(self._ends)
     places = [i + 1 for i, token in enumerate(piece) if token in ends] or [0, len(piece)]
     tokens, done = [], 0
@@ -194,7 +193,11 @@ class Haystack:
 
 
 def exact_match(predictions: Sequence[str], samples: Sequence[Sample]) -> dict[str, Any]:
-  """How many predictions begin with the answer, with Wilson's 95 % interval."""
+  """Counts predictions whose first word is the answer.
+
+  Returns:
+    "hits", "samples", "share", and "low" and "high" of Wilson's 95 % interval.
+  """
   pairs = zip(predictions, samples, strict=True)
   hits = sum(first_word_match(prediction, sample.answer) for prediction, sample in pairs)
   low, high = wilson_interval(hits, len(samples))

@@ -8,19 +8,21 @@ import string
 from collections.abc import Callable, Sequence
 
 Score = Callable[[str, str, Sequence[str]], float]
-"""Of (prediction, reference, all classes), from 0 to 1."""
+"""A score from 0 to 1 of (prediction, reference, all classes)."""
 
 
 def wilson_interval(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-  """Wilson's score interval for a share (Wilson, 1927), by default of 95 % confidence.
+  """Wilson's score interval for a share (Wilson, 1927); the default z gives 95 % confidence.
 
   (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n), with p = hits/n.
 
   Raises:
-    ValueError: no trial, or hits outside 0..trials.
+    ValueError: `trials` is below 1, or `hits` is outside 0..trials.
   """
   if trials < 1 or not 0 <= hits <= trials:
-    raise ValueError(f"hits is {hits} of trials={trials}; it must be from 0 to at least 1 trial.")
+    raise ValueError(
+      f"hits is {hits} of trials={trials}; trials must be at least 1 and hits from 0 to trials."
+    )
   share = hits / trials
   middle = share + z * z / (2 * trials)
   half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
@@ -41,7 +43,7 @@ def normalised(text: str) -> str:
 
 
 def contains_answer(prediction: str, answers: Sequence[str]) -> bool:
-  """Exact match of Liu et al. (arXiv 2307.03172): an answer stands in the first line."""
+  """Exact match of Liu et al. (arXiv 2307.03172): the first line contains an answer."""
   line = normalised(prediction.partition("\n")[0].strip())
   return any(normalised(answer) in line for answer in answers)
 
@@ -58,11 +60,11 @@ def qa_f1(prediction: str, reference: str, classes: Sequence[str] = ()) -> float
 
 
 def rouge_l(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-  """ROUGE-L of whole summaries as LongBench computes it, by the package `rouge`.
+  """ROUGE-L of whole summaries, as LongBench computes it with the package `rouge`.
 
-  Sentences end at every full stop. Of every sentence of the reference, the words on a longest
-  common subsequence with any sentence of the prediction count as found; words are counted as
-  sets, over all sentences together. F with the package's 1e-8 in the denominator.
+  Every full stop ends a sentence. A word of the reference is found if it is on a longest common
+  subsequence of its sentence and any sentence of the prediction. Recall and precision count
+  distinct words over all sentences. F1 has the package's 1e-8 in the denominator.
   """
   del classes
   predicted, wanted = _sentences(prediction), _sentences(reference)
@@ -78,10 +80,10 @@ def rouge_l(prediction: str, reference: str, classes: Sequence[str] = ()) -> flo
 
 
 def classification(prediction: str, reference: str, classes: Sequence[str]) -> float:
-  """1 over the number of class names in the prediction, if the reference is among them.
+  """1 / (number of class names in the prediction) if the reference is one of them, else 0.
 
-  A class name that is part of the reference does not count against it. As in the official code,
-  which removes from the list that it walks along, the name after a removed one is passed over.
+  A class name that is part of the reference does not count. The official code removes such names
+  from the list over which it iterates, and so skips the name after each; this code does the same.
   """
   named = [name for name in classes if name in prediction]
   index = 0
@@ -93,10 +95,10 @@ def classification(prediction: str, reference: str, classes: Sequence[str]) -> f
 
 
 def retrieval(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-  """Share of the prediction's numbers that are the paragraph of the reference.
+  """The share of the numbers in the prediction that equal the reference's paragraph number.
 
   Raises:
-    ValueError: the reference names no paragraph.
+    ValueError: the reference does not name a paragraph.
   """
   named = re.search(r"Paragraph (\d+)", reference)
   if named is None:
@@ -105,16 +107,16 @@ def retrieval(prediction: str, reference: str, classes: Sequence[str] = ()) -> f
 
 
 def count(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-  """Share of the prediction's numbers that are the reference."""
+  """The share of the numbers in the prediction that equal the reference."""
   del classes
   numbers = re.findall(r"\d+", prediction)
   return numbers.count(str(reference)) / len(numbers) if numbers else 0.0
 
 
 def code_similarity(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
-  """Edit similarity of the first line that is code: no backquote, no # and no //.
+  """The similarity of the first line without a backquote, # or //, rounded to whole percent.
 
-  Twice the matching characters over all characters, by difflib, in whole percent.
+  difflib's ratio: twice the matching characters over all characters.
   """
   del classes
   lines = prediction.lstrip("\n").split("\n")
@@ -123,12 +125,12 @@ def code_similarity(prediction: str, reference: str, classes: Sequence[str] = ()
 
 
 def _sentences(text: str) -> list[list[str]]:
-  # A sentence of nothing but spaces counts as one empty word, as in the package.
+  # As in the package `rouge`, a sentence of spaces counts as one empty word.
   return [" ".join(part.split()).split(" ") for part in text.split(".") if part]
 
 
 def _common_words(a: list[str], b: list[str]) -> set[str]:
-  """Words on one longest common subsequence; where there are several, the package's choice."""
+  """Words on one longest common subsequence, the one that the package `rouge` chooses."""
   length = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
   for i, word in enumerate(a, start=1):
     for j, other in enumerate(b, start=1):

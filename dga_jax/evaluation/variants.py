@@ -1,4 +1,4 @@
-"""Variants of one model: the same parameters with other attention kinds and settings."""
+"""Variants of a model: the same parameters with different attention kinds and settings."""
 
 import dataclasses
 import json
@@ -19,14 +19,14 @@ _OVERRIDES = {"attention", *ATTENTION_SETTINGS, "rope_base", "rope_scaling", "dt
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-  """One way to use the parameters.
+  """An attention kind and its settings, for the parameters of a model.
 
   Attributes:
     name: for tables and plots.
-    overrides: fields of ModelConfig. Settings of an attention kind replace all of the model's:
-      fields that are not named take their defaults.
-    keys: tokens for which the kind's cache is made by `with_budget`; a number below 1 is a share
-      of the sequence. None leaves the settings as they are.
+    overrides: fields of ModelConfig. The settings of an attention kind replace all of the model's
+      settings: fields that are not given have their defaults.
+    keys: cache budget in tokens, set by the settings' `with_budget`; a number below 1 is a share of
+      the sequence. None leaves the settings unchanged.
   """
 
   name: str
@@ -37,8 +37,8 @@ class Variant:
     """The model's config for sequences of `length` tokens.
 
     Raises:
-      ValueError: an override that changes the parameters, an unknown field or value, or `keys`
-        for a kind whose settings have no budget.
+      ValueError: an override that changes the parameters, an unknown field, a wrong value, or
+        `keys` for an attention kind without a budget.
     """
     for name in self.overrides:
       if name not in _OVERRIDES:
@@ -59,15 +59,16 @@ class Variant:
 
 
 def read_variants(text: str) -> list[Variant]:
-  """Variants from JSON, or from a file that holds it.
+  """Variants from JSON text or from a JSON file.
 
   Args:
-    text: a list of objects with "name", optional "keys", and fields of ModelConfig, such as
-      {"name": "streaming", "attention": "dga", "dga": {"selection": "streaming"}}; or the path
-      of such a file.
+    text: the path of the file, or a list of objects with "name", optionally "keys", and fields of
+      ModelConfig, such as
+      {"name": "streaming", "attention": "dga", "dga": {"selection": "streaming"}}.
 
   Raises:
-    ValueError: it is no such list, or two variants share a name.
+    OSError: the file cannot be read.
+    ValueError: the JSON is not such a list, or two variants have the same name.
   """
   source = text
   if not text.lstrip().startswith("["):
@@ -75,27 +76,29 @@ def read_variants(text: str) -> list[Variant]:
   try:
     entries = json.loads(source)
   except json.JSONDecodeError as error:
-    raise ValueError(f"variants is no JSON: {error}") from error
+    raise ValueError(f"variants is not JSON: {error}") from error
   if not isinstance(entries, list) or not entries:
-    raise ValueError("variants is no list of objects, or an empty one.")
+    raise ValueError("variants must be a list of objects with at least one entry.")
   variants = []
   for entry in entries:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-      raise ValueError(f'variants holds {entry!r}; each wants an object with a "name".')
+      raise ValueError(f'variants has {entry!r}; every entry must be an object with a "name".')
+    if not isinstance(entry.get("keys"), int | float | None) or entry.get("keys") is True:
+      raise ValueError(f"keys of variant {entry['name']!r} is {entry['keys']!r}; give a number.")
     rest = {key: value for key, value in entry.items() if key not in ("name", "keys")}
     variants.append(Variant(entry["name"], rest, entry.get("keys")))
   names = [variant.name for variant in variants]
   if len(set(names)) < len(names):
-    raise ValueError(f"variants has names more than once: {names}.")
+    raise ValueError(f"variants has a name twice: {names}; names must differ.")
   return variants
 
 
 class Family:
-  """A loaded model whose parameters serve every variant.
+  """The variants of a loaded model, which share its parameters.
 
   Args:
-    model: the loaded decoder; its config is the base of all variants.
-    start_ids: tokens that stand before a document.
+    model: the loaded decoder; variants override its config.
+    start_ids: tokens that start a document.
   """
 
   def __init__(self, model: Decoder, start_ids: Sequence[int] = ()) -> None:
@@ -104,17 +107,17 @@ class Family:
     self.start_ids = tuple(start_ids)
 
   def graphdef(self, variant: Variant, length: int) -> nnx.GraphDef:
-    """The structure of the variant, for programs that take the parameters as an argument."""
+    """The graph definition of a variant, for programs with the parameters as an argument."""
     return abstract_decoder(variant.config(self.config, length))[0]
 
   def model(self, variant: Variant, length: int) -> Decoder:
-    """The decoder of a variant; shares the parameters."""
+    """The decoder of a variant, which shares the parameters."""
     return nnx.merge(self.graphdef(variant, length), self.params)
 
   def decodes_as_whole(self, variant: Variant, length: int) -> bool:
-    """Whether token-by-token decoding computes what is computed over a whole sequence.
+    """Whether decoding token by token computes the same function as a whole sequence.
 
-    It does not where later queries choose what earlier ones see.
+    It does not if later queries choose what earlier queries see.
     """
     config = variant.config(self.config, length)
     if config.attention == "dga":
@@ -123,18 +126,18 @@ class Family:
     return config.attention != "minference" and not getattr(settings, "dense_prompt", False)
 
   def budget(self, variant: Variant, length: int) -> "Budget":
-    """What the variant keeps of a prompt of `length` tokens."""
+    """The size of the variant's cache after a prompt of `length` tokens."""
     return measure_budget(self.graphdef(variant, length), self.params, length)
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """Memory of a cache after a prompt, counted in the arrays that hold it.
+  """The memory of a cache after a prompt, counted in its floating-point arrays.
 
   Attributes:
-    keys: tokens' worth of keys and values for each sequence, layer and head; what a kind keeps
-      beside them (such as scores) counts by its bytes.
-    share: keys over the tokens of the prompt.
+    keys: the memory in tokens: bytes of a sequence, layer and head, over the bytes of one key and
+      value. Other arrays of the attention kind, such as scores, are included.
+    share: `keys` over the tokens of the prompt.
     bytes: of all layers and heads, for one sequence.
   """
 
@@ -144,7 +147,7 @@ class Budget:
 
 
 def measure_budget(graphdef: nnx.GraphDef, params: Any, length: int) -> Budget:
-  """Counts the arrays that a prefill of one prompt of `length` tokens leaves; computes nothing."""
+  """The budget after a prefill of one prompt of `length` tokens, from shapes alone."""
 
   def prefill(params: Any) -> Any:
     tokens = jnp.zeros((1, length), jnp.int32)

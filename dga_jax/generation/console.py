@@ -106,7 +106,7 @@ def make_batch(
     loaded.model,
     [Request(prompt, max_new_tokens, sampling.with_offset(i)) for i, prompt in enumerate(prompts)],
     slots=slots,
-    stop_ids=[tokenizer.end_id],
+    stop_ids=tokenizer.stop_ids,
     max_length=max_length,
     prompt_chunk=prompt_chunk,
     **({"decode_chunk": 1} if stream else {}),

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from dga_jax.cache.layout import cache_layout
 from dga_jax.config import DGAConfig
 from dga_jax.model.baselines import KVMergerConfig, TopKEvictionConfig
 from dga_jax.model.config import ModelConfig
@@ -23,12 +24,15 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
 
     6·P + 12·layers·H·D·keys
 
-  P counts the weights that a token is multiplied with, the unembedding among them and the lookup
-  of the embedding not: two operations each forward, four backward. A query's attention takes
-  q·K and w·V, each 2·D operations a key forward and twice that backward. `keys` is the mean over
-  causal queries of the keys that the attention kind attends to, see `mean_keys`. Recomputation
-  (remat), and what DGA spends on choosing and merging, is not counted, so that utilisation
-  (MFU) made from this number is a lower bound.
+  P counts the weights that multiply a token, with the unembedding and without the embedding table:
+  two operations each forward, four backward. Attention of a query takes q·K and w·V, each 2·D
+  operations per key forward and twice that backward. `keys` is the mean over causal queries of the
+  keys that the attention kind attends to, see `mean_keys`. Recomputation (remat) and DGA's choice
+  and merging of tokens are not counted. A utilization (MFU) computed from this number is therefore
+  a lower bound.
+
+  Raises:
+    ValueError: if context_length is below 1.
   """
   heads = config.num_heads * config.head_dim
   kv_heads = config.num_kv_heads * config.head_dim
@@ -41,10 +45,13 @@ def flops_per_token(config: ModelConfig, context_length: int) -> float:
 def mean_keys(config: ModelConfig, context_length: int) -> float:
   """Keys that a query attends to, averaged over the positions of a sequence.
 
-  Dense: (L + 1)/2. DGA: focal tokens + groups + raw tokens of the unfinished group or block.
-  Exact for streaming; global and random selection are counted with the inclusive rule and with
-  focal tokens spread evenly, which no real choice is far from. Exact for the baselines, but that
-  MInference's vertical and slash keys are counted as if none were both: an upper bound.
+  Dense: (L + 1)/2. DGA: focal tokens + groups + raw tokens of the incomplete group or block.
+  Streaming selection is exact. Global and random selection are counted with the inclusive rule and
+  with evenly spread focal tokens, an approximation. The baselines are exact, except MInference: its
+  vertical and slash keys are counted as disjoint, an upper bound.
+
+  Raises:
+    ValueError: if context_length is below 1.
   """
   if context_length < 1:
     raise ValueError(f"context_length is {context_length}; it must be at least 1.")
@@ -78,12 +85,10 @@ def _bounded_keys(settings: TopKEvictionConfig | KVMergerConfig, seen_L: np.ndar
 
 
 def _streaming_keys(dga: DGAConfig, seen_L: np.ndarray) -> np.ndarray:
-  sinks_L = np.minimum(seen_L, dga.sink_tokens)
-  block_L, raw_L = np.divmod(np.maximum(seen_L - sinks_L - 1, 0), dga.block_size)
-  own_L = np.where(seen_L > dga.sink_tokens, raw_L + 1, 0)
-  window_L = np.minimum(block_L, dga.local_window) * dga.block_size
-  summaries_L = np.maximum(block_L - dga.local_window, 0) * (dga.focal_in_block + 1)
-  return sinks_L + own_L + window_L + summaries_L
+  layout = cache_layout(dga)
+  token = layout.locate(seen_L - 1, dga.sink_tokens)
+  compact_L = layout.earlier_blocks(token, prefix=dga.sink_tokens).compact_end
+  return compact_L + layout.raw_tokens(token) + 1
 
 
 def _global_keys(dga: DGAConfig, seen_L: np.ndarray) -> np.ndarray:

@@ -1,21 +1,18 @@
-"""One decoding step over a compact cache and the raw tokens beside it."""
+"""Decoding over a compact cache: attention of one token per sequence, or a whole step in place."""
 
 from pallas_kernels.decode.api import decode_attention, has_step_kernel, step_in_place
-from pallas_kernels.decode.cache_arrays import (
-  BlockRule,
-  CacheArrays,
-  CacheLengths,
-  CacheMask,
-  GroupBias,
-)
+from pallas_kernels.decode.cache_arrays import BlockRule, CacheArrays, CacheLengths, GroupBias
+from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask, TokenCoords
 from pallas_kernels.decode.quantise import pack_rows, unpack_rows
 
 __all__ = [
   "BlockRule",
   "CacheArrays",
+  "CacheLayout",
   "CacheLengths",
   "CacheMask",
   "GroupBias",
+  "TokenCoords",
   "decode_attention",
   "has_step_kernel",
   "pack_rows",

@@ -1,107 +1,97 @@
-"""What a sequence sees of its cache, and which compact entries stand for groups."""
+"""The records of a compact cache that decoding takes: arrays, lengths, and the rule of a block."""
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 
-
-class CacheMask(NamedTuple):
-  """Per sequence: compact entries [0, compact_end), raw tokens [0, raw_end) but for a gap.
-
-  The raw tokens lie in a ring: where the oldest are about to be written anew there is a gap of
-  hidden ones, [hidden_start, hidden_end).
-  """
-
-  compact_end: Int[Array, "B"]
-  raw_end: Int[Array, "B"]
-  hidden_start: Int[Array, "B"]
-  hidden_end: Int[Array, "B"]
-
-  def mask(self, compact: int, raw: int) -> Bool[Array, "B S"]:
-    """Of the compact entries, then the raw tokens."""
-    entry_1xC, slot_1xW = jnp.arange(compact)[None], jnp.arange(raw)[None]
-    raw_BxW = raw_is_visible(slot_1xW, *(bound_B[:, None] for bound_B in self[1:]))
-    return jnp.concatenate([entry_1xC < self.compact_end[:, None], raw_BxW], axis=1)
-
-
-def raw_is_visible(slot: Array, end: Array, hidden_start: Array, hidden_end: Array) -> Array:
-  """Whether raw slots are seen; see `CacheMask`."""
-  return (slot < end) & ((slot < hidden_start) | (slot >= hidden_end))
+from pallas_kernels.decode.cache_layout import CacheLayout
+from pallas_kernels.decode.quantise import unpack_rows
 
 
 class CacheArrays(NamedTuple):
-  """The arrays of a cache, all layers'.
+  """Keys and values of a cache, of one layer or with a leading axis of layers.
 
-  Scales belong to a cache whose compact entries are stored in 8 bits: an entry is its row times
-  its scale.
+  Heads come before entries, so that decoding reads contiguous memory.
+
+  Attributes:
+    compact_key: C entries: the prefix, then the entries of each block. In 8 bits or in the dtype of
+      the raw tokens.
+    compact_value: likewise.
+    raw_key: the ring of W raw tokens.
+    raw_value: likewise.
+    key_scale: the factor of each compact key that is stored in 8 bits; else None.
+    value_scale: likewise.
   """
 
-  compact_key: Shaped[Array, "layers B N C D"]
-  compact_value: Shaped[Array, "layers B N C D"]
-  raw_key: Float[Array, "layers B N W D"]
-  raw_value: Float[Array, "layers B N W D"]
-  key_scale: Float[Array, "layers B N C"] | None = None
-  value_scale: Float[Array, "layers B N C"] | None = None
+  compact_key: Shaped[Array, "*layers B N C D"]
+  compact_value: Shaped[Array, "*layers B N C D"]
+  raw_key: Float[Array, "*layers B N W D"]
+  raw_value: Float[Array, "*layers B N W D"]
+  key_scale: Float[Array, "*layers B N C"] | None = None
+  value_scale: Float[Array, "*layers B N C"] | None = None
 
-  def arrays(self) -> list[Array]:
-    """Those that there are, in this order."""
+  def present(self) -> list[Array]:
+    """The arrays that are not None, in field order."""
     return [x for x in self if x is not None]
+
+  def unpack(self, layer: Int[Array, ""] | int) -> "CacheArrays":
+    """The arrays of one layer, [1, B, ...], with entries in the dtype of the raw tokens."""
+    one = jax.tree.map(lambda x: x[layer][None], self)
+    key, value = one.compact
+    return CacheArrays(key, value, one.raw_key, one.raw_value)
+
+  @property
+  def compact(self) -> tuple[Float[Array, "*layers B N C D"], Float[Array, "*layers B N C D"]]:
+    """Compact keys and values, in the dtype of the raw tokens."""
+    dtype = self.raw_key.dtype
+    return (
+      unpack_rows(self.compact_key, self.key_scale, dtype),
+      unpack_rows(self.compact_value, self.value_scale, dtype),
+    )
 
 
 class CacheLengths(NamedTuple):
-  """How far every layer has come with every sequence.
+  """How many tokens each sequence has, and what its prefix holds.
 
-  Blocks begin at position `origin`. Earlier tokens are in the prefix: `prefix` entries, the first
-  `prefix_focal` of them focal tokens and the others groups.
+  Attributes:
+    length: tokens that the sequence has seen.
+    origin: position at which blocks begin; earlier tokens are in the prefix.
+    prefix: compact entries of the prefix.
+    prefix_focal: how many of them, the first ones, are focal tokens; the others are groups.
   """
 
-  length: Int[Array, "layers B"]
-  origin: Int[Array, "layers B"]
-  prefix: Int[Array, "layers B"]
-  prefix_focal: Int[Array, "layers B"]
+  length: Int[Array, "*layers B"]
+  origin: Int[Array, "*layers B"]
+  prefix: Int[Array, "*layers B"]
+  prefix_focal: Int[Array, "*layers B"]
 
 
 class BlockRule(NamedTuple):
-  """What becomes of a block of tokens once it is complete.
+  """How a complete block becomes compact entries.
 
-  Its last query keeps `focal` tokens, by softmax(choice_scale · q Kᵀ), and merges the other
-  `members` by softmax(merge_scale · q Kᵀ). `window` earlier blocks are seen raw beside it.
+  The last query q of the block keeps the f tokens with the largest softmax(choice_scale · q Kᵀ),
+  and merges the other m with the weights softmax(merge_scale · q Kᵀ).
   """
 
-  members: int
-  focal: int
-  window: int
+  layout: CacheLayout
   choice_scale: float
   merge_scale: float
 
-  @property
-  def size(self) -> int:
-    """Tokens of a block."""
-    return self.members + self.focal
-
 
 class GroupBias(NamedTuple):
-  """What is added to the logits of groups, and which compact entries they are.
-
-  In a prefix of `prefix` entries those from `first` on; behind it every `period`-th.
-  """
+  """A number that is added to the logits of groups, and what tells groups from focal tokens."""
 
   amount: float
-  first: Int[Array, "B"]
+  layout: CacheLayout
   prefix: Int[Array, "B"]
-  period: int
+  prefix_focal: Int[Array, "B"]
 
-  def of(self, compact: int) -> Float[Array, "B C"]:
-    """Of each compact entry."""
-    entry_1xC = jnp.arange(compact)[None]
-    return self.amount * is_group(
-      entry_1xC, self.first[:, None], self.prefix[:, None], self.period
-    ).astype(jnp.float32)
-
-
-def is_group(entry: Array, first: Array, prefix: Array, period: int) -> Array:
-  """Whether entries stand for a group; see `GroupBias`."""
-  behind = (entry - prefix) % period == period - 1
-  return ((entry < prefix) & (entry >= first)) | ((entry >= prefix) & behind)
+  def of_entries(self, count: int) -> Float[Array, "B C"]:
+    """The bias of each of the first `count` compact entries."""
+    is_group_BxC = self.layout.is_group(
+      jnp.arange(count)[None], self.prefix[:, None], self.prefix_focal[:, None]
+    )
+    return self.amount * is_group_BxC.astype(jnp.float32)

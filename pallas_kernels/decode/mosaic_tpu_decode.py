@@ -1,15 +1,16 @@
-"""Decode attention on a TPU: the live entries of a sequence's cache are read once.
+"""Decode attention on a TPU: each visible entry of a sequence's cache is read once.
 
-A program goes through a sequence's raw tokens, then through its compact entries, in tiles. How
-many live is known before the kernel runs: later tiles are neither loaded nor computed, since the
-index of the last live one repeats, and only that one masks entries. The layer is an index too, so
-no layer is taken out of the cache.
+A program reads a sequence's raw tokens, then its compact entries, in tiles. The number of visible
+entries is known before the kernel runs. The index of later tiles repeats the last visible tile, so
+that they are neither loaded nor computed, and only the last visible tile masks entries. The layer
+is an index too, so that no layer is copied out of the cache.
 
-A cache is written token by token, all heads of an entry at once, so XLA keeps it on a TPU with an
-entry's heads side by side; to ask for each head's entries side by side would have all of the cache
-copied for every token. Hence a row here is one head of one entry, and each query is multiplied
-with the rows of all heads and keeps those of its own. That is free: reading a row takes as long as
-multiplying it with a hundred queries.
+Decoding writes a cache token by token, all heads of an entry at once. XLA therefore stores it on a
+TPU with the heads of an entry next to each other. A kernel that asked for the entries of a head
+next to each other would make XLA copy the whole cache for every token. Hence a row here is one head
+of one entry. Each query is multiplied with the rows of all heads, and keeps the products with the
+rows of its own head. The extra products cost no time: reading a row takes as long as multiplying it
+with a hundred queries.
 """
 
 import functools
@@ -21,32 +22,37 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from pallas_kernels.decode.cache_arrays import CacheMask, GroupBias, is_group, raw_is_visible
-from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.decode.cache_arrays import CacheArrays, GroupBias
+from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask
+from pallas_kernels.kernel_common import MASK_VALUE, out_struct
 from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES
 
-_TILE_BYTES = 2**18  # of keys: with values and two in flight 1 MiB of VMEM
-_MASK_VALUE = -1e30  # finite, so that what sees nothing has weights exp(−inf − _MASK_VALUE) = 0
+_TILE_BYTES = 2**18  # of keys: with values and double buffering 1 MiB of VMEM
 
 
 class _Static(NamedTuple):
   scale: float
   heads: int  # N
-  raw: int  # tile of raw rows
+  raw: int  # rows of a tile of raw tokens
   raw_tiles: int
-  compact: int  # tile of compact rows
-  bias: float
-  period: int
+  compact: int  # rows of a tile of compact entries
+  group_bias: float
+  layout: CacheLayout | None  # None without a bias
+
+
+class _SoftmaxRefs(NamedTuple):
+  """The running softmax: weighted sum, largest logit and sum of weights of the entries so far."""
+
+  acc: Any  # [H, D]
+  m: Any  # [H, 1]
+  l: Any  # [H, 1]  # noqa: E741
 
 
 def decode_attention_mosaic_tpu(
   query: Float[Array, "B H D"],
-  compact_key: Float[Array, "layers B N C D"],
-  compact_value: Float[Array, "layers B N C D"],
-  raw_key: Float[Array, "layers B N W D"],
-  raw_value: Float[Array, "layers B N W D"],
+  cache: CacheArrays,
   layer: Int[Array, ""] | int,
-  visible: CacheMask,
+  mask: CacheMask,
   *,
   scale: float,
   group_bias: GroupBias | None,
@@ -54,39 +60,39 @@ def decode_attention_mosaic_tpu(
 ) -> Float[Array, "B H D"]:
   """See `decode_attention`."""
   B, H, D = query.shape
-  (N, C), W = compact_key.shape[-3:-1], raw_key.shape[-2]
+  (N, C), W = cache.compact_key.shape[-3:-1], cache.raw_key.shape[-2]
   itemsize = query.dtype.itemsize
   entries = max(1, _TILE_BYTES // (max(D, LANES) * itemsize * N))
   entries = -(-entries // 16) * 16  # whole tiles of rows, whatever N is
   raw, compact = N * min(entries, W), N * min(entries, C)
   raw_tiles = pl.cdiv(N * W, raw)
-  nowhere_B = jnp.zeros(B, jnp.int32)
-  bias = GroupBias(0.0, nowhere_B, nowhere_B, 1) if group_bias is None else group_bias
-  static = _Static(scale, N, raw, raw_tiles, compact, bias.amount, bias.period)
-  scalars = (jnp.reshape(layer, 1), *visible, bias.first, bias.prefix)
+  zero_B = jnp.zeros(B, jnp.int32)
+  if group_bias is None:
+    amount, layout, prefix_B, prefix_focal_B = 0.0, None, zero_B, zero_B
+  else:
+    amount, layout, prefix_B, prefix_focal_B = group_bias
+  static = _Static(scale, N, raw, raw_tiles, compact, amount, layout)
+  scalars = (jnp.reshape(layer, 1), *mask, prefix_B, prefix_focal_B)
 
-  def of_compact(b: Array, t: Array, layer: Any, end: Any, *_: Any) -> tuple[Any, ...]:
+  def compact_tile(b: Array, t: Array, layer: Any, end: Any, *_: Any) -> tuple[Any, ...]:
     last = lax.div(N * end[b] + (compact - 1), compact) - 1
     return layer[0], b, jnp.clip(t - raw_tiles, 0, jnp.maximum(last, 0)), 0
 
-  def of_raw(b: Array, t: Array, layer: Any, *_: Any) -> tuple[Any, ...]:
+  def raw_tile(b: Array, t: Array, layer: Any, *_: Any) -> tuple[Any, ...]:
     return layer[0], b, jnp.minimum(t, raw_tiles - 1), 0
 
-  compact_spec = pl.BlockSpec((None, None, compact, D), of_compact)
-  raw_spec = pl.BlockSpec((None, None, raw, D), of_raw)
-  queries = pl.BlockSpec((None, H, D), lambda b, *_: (b, 0, 0))
+  compact_spec = pl.BlockSpec((None, None, compact, D), compact_tile)
+  raw_spec = pl.BlockSpec((None, None, raw, D), raw_tile)
+  query_spec = pl.BlockSpec((None, H, D), lambda b, *_: (b, 0, 0))
+  scratch = _SoftmaxRefs(acc=(H, D), m=(H, 1), l=(H, 1))
   out_BxHxD: Array = pl.pallas_call(
     functools.partial(_kernel, static=static),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(scalars),
       grid=(B, raw_tiles + pl.cdiv(N * C, compact)),
-      in_specs=[queries, compact_spec, compact_spec, raw_spec, raw_spec],
-      out_specs=queries,
-      scratch_shapes=[
-        pltpu.VMEM((H, 1), jnp.float32),
-        pltpu.VMEM((H, 1), jnp.float32),
-        pltpu.VMEM((H, D), jnp.float32),
-      ],
+      in_specs=[query_spec, compact_spec, compact_spec, raw_spec, raw_spec],
+      out_specs=query_spec,
+      scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     ),
     out_shape=out_struct(query, (B, H, D), query.dtype),
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
@@ -100,12 +106,15 @@ def decode_attention_mosaic_tpu(
   )(
     *(jnp.asarray(x, jnp.int32) for x in scalars),
     query,
-    *(_by_rows(x) for x in (compact_key, compact_value, raw_key, raw_value)),
+    *(
+      _heads_as_rows(x)
+      for x in (cache.compact_key, cache.compact_value, cache.raw_key, cache.raw_value)
+    ),
   )
   return out_BxHxD
 
 
-def _by_rows(x: Float[Array, "layers B N S D"]) -> Float[Array, "layers B SN D"]:
+def _heads_as_rows(x: Float[Array, "layers B N S D"]) -> Float[Array, "layers B SN D"]:
   layers, B, N, S, D = x.shape
   return x.swapaxes(2, 3).reshape(layers, B, S * N, D)
 
@@ -116,81 +125,82 @@ def _kernel(
   raw_end_ref: Any,
   hidden_start_ref: Any,
   hidden_end_ref: Any,
-  first_ref: Any,
   prefix_ref: Any,
+  prefix_focal_ref: Any,
   q_ref: Any,
   compact_key_ref: Any,
   compact_value_ref: Any,
   raw_key_ref: Any,
   raw_value_ref: Any,
   out_ref: Any,
-  *softmax_refs: Any,
+  *scratch: Any,
   static: _Static,
 ) -> None:
   del layer_ref
   b, t = pl.program_id(0), pl.program_id(1)
-  q_HxD = q_ref[...]
-  top_ref, total_ref, sum_ref = softmax_refs
+  q_HxD, compact_end = q_ref[...], compact_end_ref[b]
+  softmax = _SoftmaxRefs(*scratch)
 
   @pl.when(t == 0)
   def _() -> None:
-    top_ref[...] = jnp.full_like(top_ref, _MASK_VALUE)
-    total_ref[...] = jnp.zeros_like(total_ref)
-    sum_ref[...] = jnp.zeros_like(sum_ref)
+    softmax.m[...] = jnp.full_like(softmax.m, MASK_VALUE)
+    softmax.l[...] = jnp.zeros_like(softmax.l)
+    softmax.acc[...] = jnp.zeros_like(softmax.acc)
 
   @pl.when(t < static.raw_tiles)
   def _() -> None:
     slot_1xT, own_HxT = _rows(t, static.raw, q_HxD.shape[0], static.heads)
-    seen_1xT = raw_is_visible(slot_1xT, raw_end_ref[b], hidden_start_ref[b], hidden_end_ref[b])
+    mask = CacheMask(compact_end, raw_end_ref[b], hidden_start_ref[b], hidden_end_ref[b])
+    visible_1xT = mask.sees_slot(slot_1xT)
     logits_HxT = static.scale * dot(q_HxD, raw_key_ref[...], (1, 1))
-    value_TxD = _only(raw_value_ref[...], raw_end_ref[b] * static.heads - t * static.raw)
-    _add(softmax_refs, jnp.where(own_HxT & seen_1xT, logits_HxT, -jnp.inf), value_TxD)
+    value_TxD = _zero_from(raw_value_ref[...], mask.raw_end * static.heads - t * static.raw)
+    _add_tile(softmax, jnp.where(own_HxT & visible_1xT, logits_HxT, -jnp.inf), value_TxD)
 
   def compact(*, masked: bool) -> None:
     tile = t - static.raw_tiles
-    entry_1xT, seen_HxT = _rows(tile, static.compact, q_HxD.shape[0], static.heads)
+    entry_1xT, visible_HxT = _rows(tile, static.compact, q_HxD.shape[0], static.heads)
     logits_HxT = static.scale * dot(q_HxD, compact_key_ref[...], (1, 1))
-    if static.bias:
-      grouped_1xT = is_group(entry_1xT, first_ref[b], prefix_ref[b], static.period)
-      logits_HxT += jnp.where(grouped_1xT, static.bias, 0.0)
+    if static.layout is not None:
+      group_1xT = static.layout.is_group(entry_1xT, prefix_ref[b], prefix_focal_ref[b])
+      logits_HxT += jnp.where(group_1xT, static.group_bias, 0.0)
     value_TxD = compact_value_ref[...]
     if masked:
-      seen_HxT &= entry_1xT < compact_end_ref[b]
-      value_TxD = _only(value_TxD, compact_end_ref[b] * static.heads - tile * static.compact)
-    _add(softmax_refs, jnp.where(seen_HxT, logits_HxT, -jnp.inf), value_TxD)
+      visible_HxT &= entry_1xT < compact_end
+      value_TxD = _zero_from(value_TxD, compact_end * static.heads - tile * static.compact)
+    _add_tile(softmax, jnp.where(visible_HxT, logits_HxT, -jnp.inf), value_TxD)
 
   begin = (t - static.raw_tiles) * static.compact
-  end = compact_end_ref[b] * static.heads
+  end = compact_end * static.heads
   whole = begin + static.compact <= end
   pl.when((begin >= 0) & whole)(lambda: compact(masked=False))
   pl.when((begin >= 0) & ~whole & (begin < end))(lambda: compact(masked=True))
 
   @pl.when(t == pl.num_programs(1) - 1)
   def _() -> None:
-    total_Hx1 = total_ref[...]
-    out_HxD = sum_ref[...] / jnp.where(total_Hx1 == 0, 1.0, total_Hx1)
+    l_Hx1 = softmax.l[...]
+    out_HxD = softmax.acc[...] / jnp.where(l_Hx1 == 0, 1.0, l_Hx1)
     out_ref[...] = out_HxD.astype(out_ref.dtype)
 
 
 def _rows(t: Array, rows: int, query_heads: int, heads: int) -> tuple[Array, Array]:
-  """The entry of each row of a tile, and whether a row is of a query's head."""
+  """The entry of each row of a tile, and whether the row belongs to a query's KV head."""
   row_1xT = t * rows + lax.broadcasted_iota(jnp.int32, (1, rows), 1)
   head_Hx1 = lax.broadcasted_iota(jnp.int32, (query_heads, 1), 0) // (query_heads // heads)
   return row_1xT // heads, row_1xT % heads == head_Hx1
 
 
-def _only(value_TxD: Array, rows: Array) -> Array:
-  """With zeros from row `rows` on: what lies behind is anything, and 0 · NaN is NaN."""
+def _zero_from(value_TxD: Array, row: Array) -> Array:
+  """Zeros from that row on: later rows may hold anything, and 0 · NaN is NaN."""
   row_TxD = lax.broadcasted_iota(jnp.int32, value_TxD.shape, 0)
-  return jnp.where(row_TxD < rows, value_TxD, jnp.zeros_like(value_TxD))
+  return jnp.where(row_TxD < row, value_TxD, jnp.zeros_like(value_TxD))
 
 
-def _add(softmax_refs: tuple[Any, ...], logits_HxT: Array, value_TxD: Array) -> None:
+def _add_tile(softmax: _SoftmaxRefs, logits_HxT: Array, value_TxD: Array) -> None:
   """One step of the running softmax."""
-  top_ref, total_ref, sum_ref = softmax_refs
-  top_Hx1 = jnp.maximum(top_ref[...], logits_HxT.max(axis=1, keepdims=True))
-  weights_HxT = jnp.exp(logits_HxT - top_Hx1)
-  shrink_Hx1 = jnp.exp(top_ref[...] - top_Hx1)
-  total_ref[...] = shrink_Hx1 * total_ref[...] + weights_HxT.sum(axis=1, keepdims=True)
-  sum_ref[...] = shrink_Hx1 * sum_ref[...] + dot(weights_HxT.astype(value_TxD.dtype), value_TxD)
-  top_ref[...] = top_Hx1
+  m_Hx1 = jnp.maximum(softmax.m[...], logits_HxT.max(axis=1, keepdims=True))
+  weights_HxT = jnp.exp(logits_HxT - m_Hx1)
+  alpha_Hx1 = jnp.exp(softmax.m[...] - m_Hx1)
+  softmax.l[...] = alpha_Hx1 * softmax.l[...] + weights_HxT.sum(axis=1, keepdims=True)
+  weights_HxT = weights_HxT.astype(value_TxD.dtype)
+  softmax.acc[...] = alpha_Hx1 * softmax.acc[...] + dot(weights_HxT, value_TxD)
+  softmax.m[...] = m_Hx1

@@ -1,20 +1,27 @@
-"""Rows in 8 bits: each is stored as numbers of a narrow type, and one float32 to multiply with."""
+"""Rows in 8 bits: the numbers of a narrow type, and one float32 scale per row."""
 
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import DTypeLike, Float, Shaped
 
-# The largest number of each type, which a row's largest one is brought to.
+# The largest number of each type. The scale maps the largest element of a row to it.
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
 def pack_rows(
   rows: Float[Array, "*S D"], dtype: DTypeLike
 ) -> tuple[Shaped[Array, "*S D"], Float[Array, "*S"] | None]:
-  """Rows as a cache of that dtype stores them: numbers and, where it has 8 bits, their scales.
+  """Converts rows to the dtype of a cache.
 
-  The scale of a row x is max |x| over the type's largest number, 1 for a row of zeros, and its
-  numbers are x / scale, rounded to the nearest.
+  The scale of a row x in 8 bits is max |x| over the largest number of the type, 1 for a row of
+  zeros, and its numbers are x / scale, rounded to the nearest.
+
+  Args:
+    rows: of any float dtype.
+    dtype: "int8", "float8_e4m3fn", or a wider float dtype, to which rows are cast.
+
+  Returns:
+    The numbers, and the float32 scales; None where the dtype has more than 8 bits.
   """
   largest = _LARGEST.get(jnp.dtype(dtype).name)
   if largest is None:
@@ -31,7 +38,7 @@ def pack_rows(
 def unpack_rows(
   stored: Shaped[Array, "*S D"], scale: Float[Array, "*S"] | None, dtype: DTypeLike
 ) -> Float[Array, "*S D"]:
-  """The inverse of `pack_rows`, but for its rounding."""
+  """The inverse of `pack_rows`, up to rounding."""
   if scale is None:
     return stored.astype(dtype)
   return (stored.astype(jnp.float32) * scale[..., None]).astype(dtype)

@@ -1,4 +1,4 @@
-"""The second kernel of a decoding step: the softmaxes of all programs as one."""
+"""The second kernel of a decoding step: combines the softmaxes of all splits into the output."""
 
 from typing import Any
 
@@ -7,26 +7,41 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.decode.triton_tile import load_rows, MASK_VALUE
-from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.decode.triton_tile import load_rows, OnlineSoftmax
+from pallas_kernels.kernel_common import MASK_VALUE, out_struct
+from pallas_kernels.triton_common import padded_slice
 
 
-def join(
-  query: Array, parts: list[Array], length: Array, layer: Array, *, interpret: bool
+def combine(
+  query: Array, splits: OnlineSoftmax, length: Array, layer: Array, *, interpret: bool
 ) -> tuple[Array, Array]:
-  """The output [B, H, D] of the parts [B, H, P, ...], and the layer's lengths, one longer."""
+  """Combines the splits, and counts the new token.
+
+  With split p's weighted sum acc_p, largest logit m_p and sum of weights l_p, m = max_p m_p and
+  α_p = exp(m_p − m): out = Σ_p α_p acc_p / Σ_p α_p l_p.
+
+  Args:
+    query: [B, H, D]; the output has its shape and dtype.
+    splits: acc [B, H, P, D], m [B, H, P] and l [B, H, P] of P splits, float32.
+    length: [layers, B], before the new token.
+    layer: [1], the layer of the splits.
+    interpret: whether to interpret the kernel on the CPU.
+
+  Returns:
+    The output [B, H, D], and the lengths with one more token in this layer.
+  """
   B, H, D = query.shape
-  P = parts[0].shape[2]
-  of_part = [
+  P = splits.m.shape[2]
+  split_specs = [
     pl.BlockSpec((None, None, P, *x.shape[3:]), lambda h, b, r=x.ndim - 3: (b, h, 0, *[0] * r))
-    for x in parts
+    for x in splits
   ]
-  lengths = pl.BlockSpec(length.shape, lambda h, b: (0, 0))
-  joined: tuple[Array, Array] = pl.pallas_call(
-    _join_kernel,
+  length_spec = pl.BlockSpec(length.shape, lambda h, b: (0, 0))
+  combined: tuple[Array, Array] = pl.pallas_call(
+    _combine_kernel,
     grid=(H, B),
-    in_specs=[pl.BlockSpec((1,), lambda h, b: (0,)), lengths, *of_part],
-    out_specs=[pl.BlockSpec((None, None, D), lambda h, b: (b, h, 0)), lengths],
+    in_specs=[pl.BlockSpec((1,), lambda h, b: (0,)), length_spec, *split_specs],
+    out_specs=[pl.BlockSpec((None, None, D), lambda h, b: (b, h, 0)), length_spec],
     out_shape=[
       out_struct(query, query.shape, query.dtype),
       out_struct(length, length.shape, length.dtype),
@@ -34,29 +49,29 @@ def join(
     input_output_aliases={1: 1},
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
-    name="decode_join",
-  )(layer, length, *parts)
-  return joined
+    name="decode_combine",
+  )(layer, length, *splits)
+  return combined
 
 
-def _join_kernel(
+def _combine_kernel(
   layer_ref: Any,
   length_ref: Any,
-  sum_ref: Any,
-  top_ref: Any,
-  total_ref: Any,
+  acc_ref: Any,
+  m_ref: Any,
+  l_ref: Any,
   out_ref: Any,
   new_length_ref: Any,
 ) -> None:
-  head, b, P = pl.program_id(0), pl.program_id(1), top_ref.shape[0]
+  head, b, P = pl.program_id(0), pl.program_id(1), m_ref.shape[0]
   Q = pl.next_power_of_2(P)
-  rows, real_Q = pl.ds(0, Q), jnp.arange(Q) < P
-  top_Q = plgpu.load(top_ref.at[rows], mask=real_Q, other=MASK_VALUE)
-  total_Q = plgpu.load(total_ref.at[rows], mask=real_Q, other=0)
-  sum_QxD = load_rows(sum_ref, (), 0, Q, P)
-  fade_Q = jnp.exp(top_Q - top_Q.max())
-  total = (fade_Q * total_Q).sum()
-  out_D = (fade_Q[:, None] * sum_QxD).sum(axis=0) / jnp.where(total == 0, 1.0, total)
+  rows, exists_Q = padded_slice(0, Q), jnp.arange(Q) < P
+  m_Q = plgpu.load(m_ref.at[rows], mask=exists_Q, other=MASK_VALUE)
+  l_Q = plgpu.load(l_ref.at[rows], mask=exists_Q, other=0)
+  acc_QxD = load_rows(acc_ref, (), 0, Q, P)
+  alpha_Q = jnp.exp(m_Q - m_Q.max())
+  total = (alpha_Q * l_Q).sum()
+  out_D = (alpha_Q[:, None] * acc_QxD).sum(axis=0) / jnp.where(total == 0, 1.0, total)
   out_ref[...] = out_D.astype(out_ref.dtype)
 
   @pl.when(head == 0)

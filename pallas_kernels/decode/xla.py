@@ -1,46 +1,53 @@
-"""Decode attention in plain XLA. Runs anywhere, and is the kernels' oracle."""
+"""Decode attention in plain XLA. Runs on any device, and is the oracle of the kernels."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.decode.cache_arrays import CacheMask, GroupBias
+from pallas_kernels.decode.cache_arrays import CacheArrays, GroupBias
+from pallas_kernels.decode.cache_layout import CacheMask
 from pallas_kernels.masks import masked_softmax
 
 
 def decode_attention_xla(
   query_BxHxD: Float[Array, "B H D"],
-  compact_key: Float[Array, "layers B N C D"],
-  compact_value: Float[Array, "layers B N C D"],
-  raw_key: Float[Array, "layers B N W D"],
-  raw_value: Float[Array, "layers B N W D"],
+  cache: CacheArrays,
   layer: Int[Array, ""] | int,
-  visible: CacheMask,
+  mask: CacheMask,
   *,
   scale: float,
   group_bias: GroupBias | None,
 ) -> Float[Array, "B H D"]:
   """See `decode_attention`."""
   B, H, D = query_BxHxD.shape
-  (N, C), W = compact_key.shape[-3:-1], raw_key.shape[-2]
+  (N, C), W = cache.compact_key.shape[-3:-1], cache.raw_key.shape[-2]
   q_BxNxRxD = query_BxHxD.reshape(B, N, H // N, D)
   logits_BxNxRxS = scale * jnp.concatenate(
     [
       jnp.einsum("bnrd,bnsd->bnrs", q_BxNxRxD, key[layer], preferred_element_type=jnp.float32)
-      for key in (compact_key, raw_key)
+      for key in (cache.compact_key, cache.raw_key)
     ],
     axis=-1,
   )
   if group_bias is not None:
-    bias_BxS = jnp.pad(group_bias.of(C), ((0, 0), (0, W)))
+    bias_BxS = jnp.pad(group_bias.of_entries(C), ((0, 0), (0, W)))
     logits_BxNxRxS += bias_BxS[:, None, None]
-  mask_BxS = visible.mask(C, W)
-  weights = masked_softmax(logits_BxNxRxS, mask_BxS[:, None, None]).astype(query_BxHxD.dtype)
-  out_BxNxRxD = _weighted(weights[..., :C], compact_value[layer])
-  out_BxNxRxD += _weighted(weights[..., C:], raw_value[layer])
+  visible_BxS = visible_entries(mask, C, W)
+  weights = masked_softmax(logits_BxNxRxS, visible_BxS[:, None, None]).astype(query_BxHxD.dtype)
+  out_BxNxRxD = _weighted_sum(weights[..., :C], cache.compact_value[layer])
+  out_BxNxRxD += _weighted_sum(weights[..., C:], cache.raw_value[layer])
   return out_BxNxRxD.reshape(B, H, D).astype(query_BxHxD.dtype)
 
 
-def _weighted(weights_BxNxRxS: Array, value_BxNxSxD: Array) -> Float[Array, "B N R D"]:
+def visible_entries(mask: CacheMask, compact: int, raw: int) -> Bool[Array, "B S"]:
+  """Which of the compact entries, then of the raw slots, each sequence sees."""
+  mask_Bx1 = CacheMask(*(bound_B[:, None] for bound_B in mask))
+  return jnp.concatenate(
+    [mask_Bx1.sees_entry(jnp.arange(compact)[None]), mask_Bx1.sees_slot(jnp.arange(raw)[None])],
+    axis=1,
+  )
+
+
+def _weighted_sum(weights_BxNxRxS: Array, value_BxNxSxD: Array) -> Float[Array, "B N R D"]:
   return jnp.einsum(
     "bnrs,bnsd->bnrd", weights_BxNxRxS, value_BxNxSxD, preferred_element_type=jnp.float32
   )

@@ -17,7 +17,7 @@ from pallas_kernels.importance.triton_tiles import (
   Rows,
 )
 from pallas_kernels.kernel_common import MASK_VALUE, out_struct
-from pallas_kernels.triton_common import dot
+from pallas_kernels.triton_common import dot, padded_slice
 
 
 def triton_scores(
@@ -105,7 +105,7 @@ def _combine(lse2_ref: Any) -> Array:
   chunks, block_q = lse2_ref.shape
   rows = pl.next_power_of_2(chunks)
   keep = jnp.broadcast_to((jnp.arange(rows) < chunks)[:, None], (rows, block_q))
-  lse2_CxQ = plgpu.load(lse2_ref.at[pl.ds(0, rows), :], mask=keep, other=MASK_VALUE)
+  lse2_CxQ = plgpu.load(lse2_ref.at[padded_slice(0, rows), :], mask=keep, other=MASK_VALUE)
   m_Q = lse2_CxQ.max(axis=0)
   lse2_Q = m_Q + jnp.log2(jnp.exp2(lse2_CxQ - m_Q[None]).sum(axis=0))
   return jnp.where(lse2_Q <= MASK_VALUE / 2, 0, lse2_Q)

@@ -61,7 +61,7 @@ def test_dga_fills_its_share(share: float) -> None:
     if config is None:
       assert (focal + 1) / (m + focal) > 0.9 * share
       continue
-    keys = cache_size(config, 8192).total
+    keys = cache_size(config=config, max_length=8192).total
     assert share * 8192 - config.block_size < keys <= share * 8192 + config.block_size
 
 

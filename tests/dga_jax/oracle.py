@@ -1,6 +1,7 @@
-"""Dynamic Group Attention of one document in plain Python and float64, straight from the paper.
+"""Dynamic Group Attention of one document in plain Python and float64, as the paper defines it.
 
-Sets and loops, no masks, nothing shared with the library but the random draws.
+Sets and loops in place of masks and index lists. It shares the random draws with the library, and
+nothing else.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ def softmax(x):
   return weights / weights.sum()
 
 
-LONGEST = np.arange(64)[None]  # a place's draw does not depend on the document's length
+LONGEST = np.arange(64)[None]  # the draw at a position does not depend on the document's length
 
 
 @functools.cache
@@ -35,7 +36,7 @@ def draws_of_head(seed, heads):
 
 @dataclasses.dataclass
 class Oracle:
-  """q [L, H, D], k and v [L, N, D] of one document."""
+  """One document with q [L, H, D], k and v [L, N, D]; `Oracle(...)()` is the output [L, H, D]."""
 
   q: np.ndarray
   k: np.ndarray
@@ -69,9 +70,11 @@ class Oracle:
     return set(np.argsort(-scores, kind="stable")[:r])
 
   def draws(self, n):
+    """Random scores of KV head n."""
     return draws_of_head(self.config.seed, self.N)[n][: self.L].copy()
 
   def importance(self, n):
+    """Scores of KV head n: mean attention of the sampled queries that see each key (Eq. 16, 17)."""
     c, L = self.config, self.L
     recent = list(range(max(0, L - c.n_recent), L))
     earlier = L - len(recent)
@@ -91,16 +94,17 @@ class Oracle:
     return [list(range(start, start + c.block_size)) for start in starts]
 
   def groups(self, focal):
-    """(members, merging query) of every whole group."""
+    """(members, position of the merging query) of every whole group."""
     c = self.config
     if c.selection == "streaming":
       return [([j for j in block if j not in focal], block[-1]) for block in self.blocks()]
-    loose = [j for j in range(self.L) if j not in focal]
-    whole = len(loose) // c.group_size
-    runs = [loose[g * c.group_size : (g + 1) * c.group_size] for g in range(whole)]
+    nonfocal = [j for j in range(self.L) if j not in focal]
+    whole = len(nonfocal) // c.group_size
+    runs = [nonfocal[g * c.group_size : (g + 1) * c.group_size] for g in range(whole)]
     return [(run, run[-1]) for run in runs]
 
   def merged(self, n, members, i):
+    """Key and value of a group of KV head n whose members are weighed by query i."""
     scale = self.D**-0.5 if self.config.aggregation_scale == "head_dim" else 1.0
     weights = np.mean(
       [
@@ -112,7 +116,7 @@ class Oracle:
     return weights @ self.k[members, n], weights @ self.v[members, n]
 
   def visible(self, i, focal, groups):
-    """What query i sees: positions of raw tokens, and indices of groups."""
+    """The positions of the tokens that query i sees exactly, and the indices of its groups."""
     c = self.config
     if c.selection == "streaming":
       if i < c.sink_tokens:

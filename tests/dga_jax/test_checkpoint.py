@@ -5,10 +5,12 @@ import functools
 import gc
 import json
 import os
+import random
 import resource
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +32,7 @@ from dga_jax.checkpoint_files import (
   set_aside,
 )
 from dga_jax.checkpoint_manifest import Manifest
+from dga_jax.file_hashes import FileRecord
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.tokenizer import Tokenizer
 
@@ -345,6 +348,81 @@ def test_every_checkpoint_damaged(workdir: Path) -> None:
     truncate(largest_file(workdir / "checkpoints" / str(step) / "params"))
   with pytest.raises(CheckpointError, match="No other checkpoint there is whole"):
     load_model(workdir)
+
+
+HOSTILE: tuple[Any, ...] = (
+  *(None, True, -1, 0, 10**9, 2**31, 2**63, 1e300, float("nan")),
+  *("", "x", "\ud800", [], [1], {}, {"a": 1}),
+)
+
+
+def mutate(values: Any, rng: random.Random) -> Any:
+  """The JSON value with one of its parts replaced, deleted or nested."""
+  if isinstance(values, dict | list) and values and rng.random() < 0.9:
+    copy = values.copy()
+    key = rng.choice(sorted(copy) if isinstance(copy, dict) else range(len(copy)))
+    if rng.random() < 0.1:
+      del copy[key]
+    else:
+      copy[key] = mutate(copy[key], rng)
+    return copy
+  if rng.random() < 0.1:
+    return functools.reduce(lambda nested, _: [nested], range(500), values)
+  return rng.choice(HOSTILE)
+
+
+@pytest.mark.parametrize("item", ["config", "tokenizer"])
+def test_hostile_texts_with_a_fitting_manifest(item: str, workdir: Path) -> None:
+  """No hash finds them. Each loads, or is one error that names the checkpoint."""
+  rng = random.Random(0)
+  folder = workdir / "checkpoints" / "4"
+  path = folder / item / "metadata"
+  content, manifest = json.loads(path.read_text()), Manifest.read(folder)
+  refused = 0
+  for _ in range(80):
+    path.write_text(json.dumps(mutate(content, rng)))
+    files = {**manifest.files, f"{item}/metadata": FileRecord.from_file(path)}
+    forged = dataclasses.replace(manifest, files=files)
+    (folder / "verification" / "manifest.json").write_text(forged.to_json())
+    start = time.monotonic()
+    try:
+      load_model(workdir)
+    except CheckpointError as error:
+      assert str(folder) in str(error)  # noqa: PT017
+      refused += 1
+    assert time.monotonic() - start < 30
+  assert refused > 20
+
+
+@pytest.mark.parametrize(
+  "manifest",
+  [
+    b"",
+    b"[" * 100_000,
+    b"[]",
+    b'{"format": 2, "blake2b": "", "manifest": {}}',
+    b'{"format": "1"}',
+    b'{"format": 1, "manifest": {"step": 4}}',
+    b"\xff\xfe",
+    b"9" * 5000,
+  ],
+)
+def test_hostile_manifests(manifest: bytes, workdir: Path) -> None:
+  (workdir / "checkpoints" / "4" / "verification" / "manifest.json").write_bytes(manifest)
+  match = r"checkpoints/4 is damaged: verification/manifest.json is unreadable: .*step 2"
+  with pytest.raises(CheckpointError, match=match):
+    load_model(workdir)
+
+
+def test_a_manifest_names_no_file_outside_of_its_checkpoint(workdir: Path) -> None:
+  folder = workdir / "checkpoints" / "4"
+  manifest = Manifest.read(folder)
+  for name in ("../2/config/metadata", "/etc/hostname", "config/../../2/config/metadata", "name"):
+    files = {**manifest.files, name: FileRecord(1, "00")}
+    forged = dataclasses.replace(manifest, files=files)
+    (folder / "verification" / "manifest.json").write_text(forged.to_json())
+    with pytest.raises(CheckpointError, match="is not the path of a file in a checkpoint"):
+      load_model(workdir)
 
 
 def test_another_attention_kind_reads_the_same_parameters(workdir: Path, params: Any) -> None:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from dga_jax.checkpoint import load_config
+from dga_jax.checkpoint import load_config, load_model, load_tokenizer
 from dga_jax.config import RETROFIT
+from dga_jax.generation import generate, Sampling
 from dga_jax.model import ModelConfig
+from tests.dga_jax.conversion.folders import copy_of, import_folder, set_keys
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "tests" / "golden" / "hugging_face" / "smollm"
@@ -52,6 +54,38 @@ def test_in_and_used_and_out_again(tmp_path: Path) -> None:
   before, after = (load_file(f / "model.safetensors") for f in (SOURCE, folder))
   for name, tensor in before.items():
     np.testing.assert_array_equal(tensor, after[name])
+
+
+def test_what_the_flags_decide(tmp_path: Path) -> None:
+  """An unknown key and a template that ends every text are refused unless flags accept them."""
+  source = copy_of("smollm", tmp_path)
+  set_keys(source / "config.json", note=1)
+  set_keys(source / "tokenizer_config.json", add_bos_token=False, add_eos_token=True)
+  arguments = (f"--source={source}", f"--workdir={tmp_path / 'run'}")
+  done = run("dga_jax.convert", *arguments)
+  assert done.returncode == 1
+  assert "unknown key note=1" in done.stderr
+  flags = ("--ignore_keys=note", "--noadd_eos_token", "--noadd_bos_token", "--param_dtype=float16")
+  done = run("dga_jax.convert", *arguments, *flags)
+  assert done.returncode == 0, done.stderr
+  assert "weights in float16" in done.stdout
+  assert load_tokenizer(tmp_path / "run").start_ids == ()
+
+
+def test_the_generate_command_stops_on_every_end_of_the_files(tmp_path: Path) -> None:
+  source = copy_of("smollm", tmp_path)
+  import_folder(source, tmp_path / "plain", dtype="float32")
+  model, _, tokenizer = load_model(tmp_path / "plain")
+  prompt = [*tokenizer.start_ids, *tokenizer.encode("the axe")]
+  greedy = Sampling(temperature=0.0)
+  (tokens,) = generate(model, [prompt], max_new_tokens=6, sampling=greedy).tokens
+  assert tokens[1] != tokens[0]
+  set_keys(source / "generation_config.json", eos_token_id=[2, tokens[1]])
+  import_folder(source, tmp_path / "run", dtype="float32")
+  flags = ("--prompt=the axe", "--temperature=0", "--max_new_tokens=6")
+  done = run("dga_jax.generate", f"--workdir={tmp_path / 'run'}", *flags)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.split("\n\n")[0] == "the axe" + tokenizer.decode(tokens[:1])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from dga_jax.prompts import check_text, read_prompts
   [
     ("one\ntwo\n", ["one", "two"]),
     ("one\r\n\n  \ntwo", ["one", "two"]),
-    ("a\u2028b\nc\u0085d\ne\x0cf\ng\rh\ni\x1cj", ["a\u2028b", "c\u0085d", "e\x0cf", "g\rh", "i\x1cj"]),
+    (
+      "a\u2028b\nc\u0085d\ne\x0cf\ng\rh\ni\x1cj",
+      ["a\u2028b", "c\u0085d", "e\x0cf", "g\rh", "i\x1cj"],
+    ),
     ("\ufeffone\n\ufefftwo", ["one", "\ufefftwo"]),
     ("größe\n日本", ["größe", "日本"]),
   ],
@@ -44,5 +47,5 @@ def test_a_raw_byte_in_an_argument() -> None:
   assert check_text("größe", "--prompt") == "größe"
   with pytest.raises(ValueError, match="--prompt has the byte 0xff at position 2"):
     check_text(os.fsdecode(b"ab\xff"), "--prompt")
-  with pytest.raises(ValueError, match="surrogate U\\+D800 at position 0"):
+  with pytest.raises(ValueError, match=r"surrogate U\+D800 at position 0"):
     check_text("\ud800", "--prompt")

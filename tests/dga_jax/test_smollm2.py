@@ -34,7 +34,7 @@ def loaded() -> tuple[Decoder, ModelConfig, Tokenizer]:
   source = GGUFFile(path)
   config = source.config()
   params = import_params(source, config)
-  return nnx.merge(abstract_decoder(config)[0], params), config, source.tokenizer(None)
+  return nnx.merge(abstract_decoder(config)[0], params), config, source.tokenizer()
 
 
 def test_logits_are_those_of_transformers(loaded: Any) -> None:

@@ -1,6 +1,7 @@
 """Tokenizers: exact round trips, streaming that never splits a character, saved and loaded."""
 
 import itertools
+import json
 import pathlib
 
 import hypothesis
@@ -161,11 +162,64 @@ def test_a_byte_level_tokenizer_of_another_model() -> None:
   assert tokenizer.decode([97, 257, 256, 98]) == "a<｜stop｜>b"
 
 
-def test_a_spelling_that_is_not_known_is_refused() -> None:
+@pytest.mark.parametrize(
+  "decoder",
+  [
+    decoders.WordPiece(),
+    decoders.Metaspace(replacement="_"),
+    decoders.Sequence([decoders.Replace("_", " "), decoders.ByteFallback()]),
+    decoders.Sequence([decoders.ByteFallback(), decoders.CTC()]),
+  ],
+)
+def test_a_spelling_that_is_not_known_is_refused(decoder: decoders.Decoder) -> None:
   backend = sentencepiece()
-  backend.decoder = decoders.WordPiece()
-  with pytest.raises(ValueError, match=r"decoder.*WordPiece.*must be"):
+  backend.decoder = decoder
+  with pytest.raises(ValueError, match=r"has the decoder .*must be"):
     Tokenizer.imported(backend, "</s>")
+
+
+def test_stop_ids_are_kept(tmp_path: pathlib.Path) -> None:
+  """The end token is the first; ids without a text are allowed."""
+  backend = tokenizers.Tokenizer.from_str(Tokenizer.byte_level().to_plain_json())
+  tokenizer = Tokenizer.imported(backend, "<|end|>", stop_ids=[7, 256, 300, 7])
+  assert tokenizer.stop_ids == (256, 7, 300)
+  tokenizer.save(tmp_path)
+  assert Tokenizer.load(tmp_path).stop_ids == (256, 7, 300)
+  assert Tokenizer.byte_level().stop_ids == (256,)
+  older = json.loads(tokenizer.to_json())
+  del older["dga_jax"]["stop"]
+  assert Tokenizer.from_json(json.dumps(older)).stop_ids == (256,)
+
+
+def test_a_template_with_tokens_behind_a_text_is_refused() -> None:
+  backend = sentencepiece()
+  backend.post_processor = processors.TemplateProcessing(
+    single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+  )
+  with pytest.raises(ValueError, match=r"puts \['</s>'\] behind every text"):
+    Tokenizer.imported(backend, "</s>")
+
+
+def test_a_fixed_length_does_not_reach_the_start_tokens() -> None:
+  backend = sentencepiece()
+  backend.enable_padding(direction="left", length=16, pad_id=1, pad_token="</s>")
+  backend.enable_truncation(2)
+  tokenizer = Tokenizer.imported(backend, "</s>")
+  assert tokenizer.start_ids == (0,)
+  assert tokenizer.encode("ab") == Tokenizer.imported(sentencepiece(), "</s>").encode("ab")
+
+
+def test_a_token_that_is_not_spelled_in_bytes_is_text() -> None:
+  values = json.loads(Tokenizer.byte_level().to_json())
+  values["model"]["vocab"]["東"] = 256
+  tokenizer = Tokenizer.from_json(json.dumps(values))
+  assert tokenizer.end_id == 257
+  assert tokenizer.decode([256, 97]) == "東a"
+
+
+def test_a_text_that_cannot_be_encoded_is_refused() -> None:
+  with pytest.raises(ValueError, match="The text cannot be encoded"):
+    Tokenizer.byte_level().encode("\ud800")
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: pathlib.Path) -> None:
@@ -174,7 +228,28 @@ def test_what_cannot_be_loaded_is_named(tmp_path: pathlib.Path) -> None:
   whole = Tokenizer.byte_level().to_json()
   other = whole.replace(f'"end": "{END_TOKEN}"', '"end": "<|other|>"')
   assert other != whole
-  for content in ("", "{}", whole[: len(whole) // 2], other):
+  broken = [
+    json.dumps(json.loads(whole) | {"dga_jax": ours})
+    for ours in (
+      None,
+      [],
+      {"end": 3, "start": []},
+      {"end": END_TOKEN},
+      {"end": END_TOKEN, "start": ["x" * 9]},
+      {"end": END_TOKEN, "start": [], "stop": [-1]},
+      {"end": END_TOKEN, "start": [], "stop": ["x"]},
+      {"end": END_TOKEN, "start": [], "stop": 5},
+    )
+  ]
+  huge = json.loads(whole)
+  huge["model"]["vocab"]["xx"] = 2**31
+  twice = json.loads(whole)
+  twice["model"]["vocab"]["xx"] = 97
+  charsmap = {"type": "Precompiled", "precompiled_charsmap": "AAAA"}
+  panic = json.dumps(json.loads(whole) | {"normalizer": charsmap})
+  deep = "[" * 100_000
+  broken += [json.dumps(huge), json.dumps(twice), panic, deep]
+  for content in ("", "{}", whole[: len(whole) // 2], other, *broken):
     (tmp_path / FILE_NAME).write_text(content)
     with pytest.raises(ValueError, match=FILE_NAME):
       Tokenizer.load(tmp_path)

@@ -1,5 +1,7 @@
-"""The notebook runs from top to bottom, in a kernel of its own, and shows what it promises."""
+"""The notebook: its imports resolve, and nightly it runs from top to bottom in its own kernel."""
 
+import ast
+import importlib
 import re
 from pathlib import Path
 
@@ -9,6 +11,10 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "dga_quickstart.ipynb"
+
+
+# Execution takes minutes.
+nightly = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +27,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
     patch.setenv("DGA_NOTEBOOK_WORKDIR", str(folder / "run"))
     patch.setenv("JAX_PLATFORMS", "cpu")
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    # The kernel of this environment, with nobody's settings and pictures in the page.
+    # The kernel of this environment, without the settings of a user, and with inline plots.
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
       patch.setenv(name, str(folder / name))
     patch.delenv("MPLBACKEND", raising=False)
@@ -40,19 +46,20 @@ def printed(notebook: nbformat.NotebookNode, cell_id: str, stream: str = "stdout
   )
 
 
+@nightly
 @pytest.mark.parametrize("cell_id", ["mask", "merge", "loss", "cache"])
-def test_pictures(executed: nbformat.NotebookNode, cell_id: str) -> None:
-  pictures = [
-    output for output in outputs(executed, cell_id) if "image/png" in output.get("data", ())
-  ]
-  assert len(pictures) == 1
-  assert len(pictures[0].data["image/png"]) > 10_000
+def test_plots(executed: nbformat.NotebookNode, cell_id: str) -> None:
+  plots = [output for output in outputs(executed, cell_id) if "image/png" in output.get("data", ())]
+  assert len(plots) == 1
+  assert len(plots[0].data["image/png"]) > 10_000
 
 
+@nightly
 def test_nothing_is_installed_inside_a_checkout(executed: nbformat.NotebookNode) -> None:
   assert outputs(executed, "install") == []
 
 
+@nightly
 def test_the_op_differs_from_dense_attention_unless_all_tokens_are_focal(
   executed: nbformat.NotebookNode,
 ) -> None:
@@ -63,6 +70,7 @@ def test_the_op_differs_from_dense_attention_unless_all_tokens_are_focal(
   assert max(errors["global"], errors["streaming"]) < errors["random"]
 
 
+@nightly
 def test_training_lowers_the_held_out_loss(executed: nbformat.NotebookNode) -> None:
   log = printed(executed, "train", "stderr")
   assert "step 8/8  loss" in log
@@ -72,6 +80,7 @@ def test_training_lowers_the_held_out_loss(executed: nbformat.NotebookNode) -> N
   assert float(losses[1][1]) < float(losses[0][1])
 
 
+@nightly
 def test_generation_shows_text_and_the_cache(executed: nbformat.NotebookNode) -> None:
   text = printed(executed, "generate")
   assert text.startswith("class Connection:")
@@ -85,3 +94,22 @@ def test_it_is_stored_without_outputs() -> None:
   code = [cell for cell in cells if cell.cell_type == "code"]
   assert code
   assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
+
+
+def test_its_imports_resolve() -> None:
+  cells = nbformat.read(NOTEBOOK, as_version=4).cells
+  imported = 0
+  for cell in cells:
+    if cell.cell_type != "code":
+      continue
+    code = "\n".join(
+      "pass" if line.strip()[:1] in "!%" else line for line in cell.source.split("\n")
+    )
+    for node in ast.walk(ast.parse(code)):
+      if isinstance(node, ast.ImportFrom):
+        module = importlib.import_module(node.module or "")
+        for alias in node.names:
+          if not hasattr(module, alias.name):
+            importlib.import_module(f"{node.module}.{alias.name}")
+          imported += 1
+  assert imported > 15

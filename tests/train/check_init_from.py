@@ -12,7 +12,6 @@ import numpy as np
 from flax import nnx
 
 from dga_jax.checkpoint import load_model
-from dga_jax.checksum import checksum
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
 from dga_jax.sharding import make_mesh, MeshConfig
@@ -56,8 +55,6 @@ def check(folder: Path, workdir: Path) -> None:
 
   with largest_shards() as seen:
     params = jax.tree.leaves(load_params(config, mesh))
-  # Read arrays are compared with their checksum, which is computed where they lie.
-  assert "all-gather" not in (checksum.lower(params).compile().as_text() or "")
   split = [x for x in params if not x.sharding.is_fully_replicated]
   assert sum(x.size for x in split) > 0.9 * sum(x.size for x in params)
   for x in split:

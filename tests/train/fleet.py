@@ -1,4 +1,4 @@
-"""Runs of several processes on one machine: real ones, that real signals can be sent to."""
+"""Runs of real processes on one machine, for real signals."""
 
 import dataclasses
 import multiprocessing
@@ -32,8 +32,8 @@ class Trainer:
   """One process of a run.
 
   Attributes:
-    process: it.
-    log: what it printed.
+    process: the process.
+    log: file of its output.
   """
 
   process: multiprocessing.process.BaseProcess
@@ -45,7 +45,7 @@ class Trainer:
       os.kill(self.process.pid, number)
 
   def wait(self, timeout: float = 180) -> int:
-    """Its exit status, -N after signal N.
+    """The exit status, -N after signal N.
 
     Raises:
       TimeoutError: it did not end in time; it is killed.
@@ -57,7 +57,7 @@ class Trainer:
     return self.process.exitcode
 
   def output(self) -> str:
-    """What it has printed so far."""
+    """The output so far."""
     return self.log.read_text()
 
 
@@ -68,7 +68,7 @@ class Fleet:
   Attributes:
     config_file: for --config.
     cache: folder of compiled functions.
-    on_gpus: each process has a GPU of its own, in place of a simulated device.
+    on_gpus: each process has a GPU of its own, not a simulated device.
   """
 
   config_file: Path
@@ -85,25 +85,23 @@ class Fleet:
     """Starts the processes of a run, each with one device.
 
     Args:
-      workdir: of the run; logs lie beside it.
-      num_processes: how many.
+      workdir: of the run; the logs are beside it.
+      num_processes: how many; a single one is a run without a coordinator.
       *overrides: flags of all.
       overrides_of: one more flag of each, or "".
     """
-    with socket.socket() as listener:
-      listener.bind(("127.0.0.1", 0))
-      port = listener.getsockname()[1]
+    port = free_port()
     trainers = []
     for index in range(num_processes):
-      arguments = [
-        "train.main",
-        f"--config={self.config_file}",
-        f"--workdir={workdir}",
-        f"--coordinator=127.0.0.1:{port}",
-        f"--num_processes={num_processes}",
-        f"--process_id={index}",
-        *overrides,
-      ]
+      arguments = ["train.main", f"--config={self.config_file}", f"--workdir={workdir}"]
+      if num_processes > 1:
+        arguments += [
+          f"--coordinator=127.0.0.1:{port}",
+          f"--num_processes={num_processes}",
+          f"--process_id={index}",
+        ]
+      # The last of equal flags counts.
+      arguments += overrides
       if overrides_of is not None and overrides_of[index]:
         arguments.append(overrides_of[index])
       log = workdir.with_suffix(f".{index}.log")
@@ -124,8 +122,24 @@ class Fleet:
         raise RuntimeError(trainer.output())
 
 
+def free_port() -> int:
+  """A port that nothing listens at."""
+  with socket.socket() as listener:
+    listener.bind(("127.0.0.1", 0))
+    return listener.getsockname()[1]
+
+
+def wait_for_output(trainer: Trainer, text: str, *, timeout: float = 180) -> None:
+  """Until a process has printed a text; TimeoutError if it does not, or ends without."""
+  deadline = time.monotonic() + timeout
+  while not (trainer.log.exists() and text in trainer.output()):
+    if time.monotonic() > deadline or trainer.process.exitcode is not None:
+      raise TimeoutError(trainer.output())
+    time.sleep(0.005)
+
+
 def wait_for_a_step(trainers: Sequence[Trainer], workdir: Path) -> None:
-  """Until this start has taken its first step, or all of its processes have ended.
+  """Waits until this start has taken its first step, or all of its processes have ended.
 
   Raises:
     TimeoutError: it took none.
@@ -133,7 +147,7 @@ def wait_for_a_step(trainers: Sequence[Trainer], workdir: Path) -> None:
   metrics = workdir / "metrics.jsonl"
   before = _size(metrics)
   deadline = time.monotonic() + 180
-  # A process that goes on cuts off first what it will write again.
+  # A resumed run first removes the records of the steps that it repeats.
   while any(trainer.process.is_alive() for trainer in trainers) and _size(metrics) <= before:
     before = min(before, _size(metrics))
     if time.monotonic() > deadline:
@@ -147,7 +161,7 @@ def stop_at_random(
   """Sends one process a signal, or all, up to `span` seconds after this start's first step.
 
   Returns:
-    Those that it was sent to.
+    The processes that it was sent to.
   """
   wait_for_a_step(trainers, workdir)
   time.sleep(rng.uniform(0, span))
@@ -189,9 +203,9 @@ def _train(arguments: list[str], cache: str, log: Path, gpu: int | None) -> None
 
 
 def _share_compiled_functions() -> None:
-  """Lets process 0 compile for all: the same program for the same simulated devices.
+  """Lets process 0 compile for all processes, whose simulated devices are alike.
 
-  Jax would share it too, but takes the process's own number for a part of the machine.
+  Jax counts the number of the process among the properties of the machine, and would not share.
   """
   import jax
   from jax._src import cache_key

@@ -1,12 +1,12 @@
-"""Kills runs of several processes at random moments, for as long as one likes.
+"""Kills runs of several processes at random moments, for a given time.
 
   python -m tests.train.soak --minutes=30
 
 Each round is one run, again and again sent SIGKILL or SIGTERM, to one process or to all, and
 started again until it is done. In every other round each start has another number of processes.
-What was killed on the way has to be the run that nobody disturbed: bit for bit where the number
-of processes stayed the same, else within 1e-5 of each loss, so with the same batches in the same
-order. The first run that is not ends the command with an error.
+A disturbed run has to equal the undisturbed one: bit for bit where the number of processes stayed
+the same, else within 1e-5 of each loss, so with the same batches in the same order. The first run
+that differs ends the command with an error.
 """
 
 import collections
@@ -26,8 +26,9 @@ from dga_jax.checkpoint import list_steps
 from tests.train.compare import assert_same_run, losses
 from tests.train.fleet import Fleet, stop_at_random, Trainer
 from tests.train.tiny import interruptible, tiny_config, write_config, write_corpus
+from train.stop_signals import EXIT_STATUS
 
-_MINUTES = flags.DEFINE_float("minutes", 10.0, "How long; the round that is on is finished.")
+_MINUTES = flags.DEFINE_float("minutes", 10.0, "How long; the current round is finished.")
 _SEED = flags.DEFINE_integer(
   "seed", None, "Of the moments and signals; by default another each time."
 )
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
 
 
 def soak(folder: Path, rng: random.Random, *, seconds: float) -> None:
-  """Rounds for that long, after the run that is left alone."""
+  """Rounds for that long, after an undisturbed run."""
   for name in ("corpus", "compiled"):
     (folder / name).mkdir()
   write_corpus(folder / "corpus")
@@ -102,7 +103,7 @@ def disturb(
       seconds, counts["seconds until all had stopped, at most"]
     )
     if signal == SIGTERM and STEPS not in list_steps(workdir):
-      assert statuses == [0] * number, "\n".join(trainer.output() for trainer in trainers)
+      assert statuses == [EXIT_STATUS] * number, "\n".join(trainer.output() for trainer in trainers)
     counts[_what_came_of(signal, victims)] += 1
     bar.update()
 

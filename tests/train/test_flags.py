@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from absl import flags
+from absl import app, flags
 
 from train import flags as train_flags
 from train.config import make_config, to_dict, TrainConfig
@@ -40,7 +40,7 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
     )
     values = flags.FlagValues()
     monkeypatch.setattr(flags, "FLAGS", values)
-    monkeypatch.setattr(train_flags.app, "FLAGS", values)
+    monkeypatch.setattr(app, "FLAGS", values)
     argv = ["train", f"--config={path}", *overrides]
     monkeypatch.setattr(sys, "argv", argv)
     holder = train_flags.define_config_flag(flag_values=values)
@@ -119,7 +119,7 @@ def test_an_override_of_a_wrong_type(parse: Parse, capsys: pytest.CaptureFixture
 
 def test_a_file_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
   values = flags.FlagValues()
-  monkeypatch.setattr(train_flags.app, "FLAGS", values)
+  monkeypatch.setattr(app, "FLAGS", values)
   monkeypatch.setattr(flags, "FLAGS", values)
   argv = ["train", f"--config={tmp_path / 'none.py'}"]
   monkeypatch.setattr(sys, "argv", argv)

@@ -1,30 +1,33 @@
-"""Runs of two and four processes: the run of one, disturbed by real signals at random moments."""
+"""Runs of two and four processes compute the run of one, also when real signals disturb them."""
 
 import random
 import re
 import shutil
+import signal
 import time
 from pathlib import Path
-from signal import SIGKILL, SIGTERM
+from signal import SIGKILL, SIGSTOP, SIGTERM
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from dga_jax.checkpoint import list_steps
+from dga_jax.checkpoint_files import list_steps
 from tests.train.compare import assert_same_run, losses, saved_arrays
-from tests.train.fleet import Fleet, stop_at_random, Trainer
+from tests.train.fleet import Fleet, free_port, stop_at_random, Trainer, wait_for_a_step
 from tests.train.tiny import interruptible, write_config
 from train import multihost
 from train.config import TrainConfig
 from train.multihost import ProcessFlags
 from train.setup import train
+from train.stop_signals import EXIT_STATUS
 
 STEPS = 24
 # Parameters in pieces over all devices, so that every process has some of its own to save.
 SPLIT = "--config.mesh.fsdp=-1"
-# What the processes say that are left: from a step, from a save, or from jax's watch over all.
-BLAME = "most likely because one of them is gone|another process has failed|another task died"
+# Messages of the processes that are left: from a step, from a save, or from jax's heartbeats.
+BLAME = "most likely because one of them is gone|another process has failed|does not answer"
+SEED = 3
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +73,15 @@ def stopped_at(trainer: Trainer) -> int:
   return int(match[1])
 
 
-def test_signals_at_random_moments(fleet: Fleet, alone: Path, two: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+  "seed", [SEED, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(3))]
+)
+def test_signals_at_random_moments(
+  seed: int, fleet: Fleet, alone: Path, two: Path, tmp_path: Path
+) -> None:
   """SIGKILL to one process, then SIGTERM to one, then to the end: here, and in four processes."""
   workdir = tmp_path / "run"
-  rng = random.Random(time.time_ns())
+  rng = random.Random(seed)
   trainers = fleet.start(workdir, 2, SPLIT)
   victims = stop_at_random(trainers, workdir, SIGKILL, rng, span=0.4)
   for trainer in trainers:
@@ -83,10 +91,11 @@ def test_signals_at_random_moments(fleet: Fleet, alone: Path, two: Path, tmp_pat
     else:
       assert status != 0
       assert re.search(BLAME, trainer.output()), trainer.output()
+      assert_no_cpp_stack(trainer)
 
   trainers = fleet.start(workdir, 2, SPLIT)
   stop_at_random(trainers, workdir, SIGTERM, rng, span=0.4)
-  assert [trainer.wait() for trainer in trainers] == [0, 0]
+  assert [trainer.wait() for trainer in trainers] == [EXIT_STATUS] * 2
   step, *others = {stopped_at(trainer) for trainer in trainers}
   assert others == []
   assert list_steps(workdir)[-1] == step
@@ -98,6 +107,77 @@ def test_signals_at_random_moments(fleet: Fleet, alone: Path, two: Path, tmp_pat
   np.testing.assert_allclose([*losses(elsewhere).values()], [*losses(alone).values()], rtol=1e-5)
 
 
+def assert_no_cpp_stack(trainer: Trainer) -> None:
+  output = trainer.output()
+  for text in ("stack trace", "Source Location", "SendToLog", "terminate called", "Traceback"):
+    assert text not in output, output
+
+
+@pytest.mark.parametrize("number", [SIGSTOP, SIGKILL])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_is_reported_within_seconds(
+  victim: int, number: signal.Signals, fleet: Fleet, tmp_path: Path
+) -> None:
+  workdir = tmp_path / "run"
+  trainers = fleet.start(workdir, 2, SPLIT, "--config.num_steps=100000")
+  wait_for_a_step(trainers, workdir)
+  while not list_steps(workdir):
+    time.sleep(0.01)
+  trainers[victim].send(number)
+  start = time.monotonic()
+  other = trainers[1 - victim]
+  assert other.wait(60) != 0
+  seconds = time.monotonic() - start
+  trainers[victim].send(SIGKILL)
+  trainers[victim].wait()
+  output = other.output()
+  assert re.search(BLAME, output), output
+  assert re.search(r"The newest checkpoint is of step \d+\.", output), output
+  assert_no_cpp_stack(other)
+  assert seconds < 10
+
+
+def test_processes_that_do_not_meet(fleet: Fleet, tmp_path: Path) -> None:
+  """Each fault of `test_rendezvous` ends real processes with a sentence."""
+  workdir = tmp_path / "run"
+  (workdir / "checkpoints" / "12").mkdir(parents=True)
+  port = free_port()
+  flags = (f"--coordinator=127.0.0.1:{port}", "--num_processes=3", "--start_timeout=6")
+  trainers = fleet.start(
+    workdir, 3, *flags, overrides_of=["--process_id=0", "--process_id=1", "--process_id=1"]
+  )
+  assert [trainer.wait(60) for trainer in trainers] == [1, 1, 1]
+  outputs = [trainer.output() for trainer in trainers]
+  assert "TrainingError: Process 2 of 3 did not come within 6 s (--start_timeout)." in outputs[0]
+  assert (
+    sum("Two processes have --process_id=1. Give each" in output for output in outputs[1:]) == 1
+  )
+  assert sum("Process 2 of 3 did not come within 6 s" in output for output in outputs[1:]) == 1
+  for trainer in trainers:
+    assert "The newest checkpoint is of step 12." in trainer.output()
+    assert_no_cpp_stack(trainer)
+
+
+def test_a_second_run_in_a_workdir(fleet: Fleet, tmp_path: Path) -> None:
+  """Every process of it says so, and the first run is not disturbed."""
+  workdir = tmp_path / "run"
+  steps = "--config.num_steps=100000"
+  first = fleet.start(workdir, 2, SPLIT, steps)
+  wait_for_a_step(first, workdir)
+  logs = [trainer.log.rename(trainer.log.with_suffix(".first")) for trainer in first]
+  second = fleet.start(workdir, 2, SPLIT, steps)
+  assert [trainer.wait(60) for trainer in second] == [1, 1]
+  for trainer in second:
+    assert f"TrainingError: Another run trains in {workdir}: " in trainer.output()
+    assert_no_cpp_stack(trainer)
+  for trainer in first:
+    trainer.send(SIGTERM)
+  assert [trainer.wait() for trainer in first] == [EXIT_STATUS] * 2
+  assert all("is saved, and the same command continues" in log.read_text() for log in logs)
+  steps_done = [*losses(workdir)]
+  assert steps_done == list(range(1, len(steps_done) + 1))
+
+
 def test_processes_that_disagree(fleet: Fleet, tmp_path: Path) -> None:
   workdir = tmp_path / "run"
   trainers = fleet.start(workdir, 2, overrides_of=["", "--config.learning_rate=0.5"])
@@ -105,7 +185,7 @@ def test_processes_that_disagree(fleet: Fleet, tmp_path: Path) -> None:
     assert trainer.wait() == 1
     assert (
       "ValueError: The processes of the run disagree: config.learning_rate is 0.01 in process 0 "
-      "and 0.5 in 1. Start all of them with the same --config"
+      "and 0.5 in 1. Start all of them with the same flags."
     ) in trainer.output()
     assert "Traceback" not in trainer.output()
   assert not workdir.exists()
@@ -113,10 +193,9 @@ def test_processes_that_disagree(fleet: Fleet, tmp_path: Path) -> None:
 
 def test_all_differences_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(multihost.jax, "process_count", lambda: 3)
-  texts = [b'{"a": 1, "b": null}', b'{"a": 1, "b": [2]}', b'{"a": 3, "b": [2]}']
-  monkeypatch.setattr(
-    processes, "_gather", lambda local: texts if local.startswith(b"{") else [b"0", b"1", b"1"]
-  )
+  texts = ['{"a": 1, "b": null}', '{"a": 1, "b": [2]}', '{"a": 3, "b": [2]}']
+  monkeypatch.setattr(multihost, "_gather", lambda _: [b"same", b"other", b"other"])
+  monkeypatch.setattr(multihost, "gather_texts", lambda _: texts)
   with pytest.raises(ValueError, match=r"a is 1 in process 0 and 3 in 2; b is None .*\[2\] in 1\."):
     multihost.check_agreement({"a": 1, "b": None}, "Mend it.")
 

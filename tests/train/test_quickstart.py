@@ -1,4 +1,4 @@
-"""The quickstart on a tiny config: it trains, generates, and says where things lie."""
+"""The quickstart on a tiny config: it trains, generates, and prints the paths of its files."""
 
 from pathlib import Path
 
@@ -30,3 +30,17 @@ def test_a_failure_of_training_is_passed_on(
 ) -> None:
   assert quickstart.quickstart(str(tmp_path / "no_config.py"), tmp_path / "run") != 0
   assert "Training failed" in capfd.readouterr().out
+
+
+def test_restart_deletes_runs_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  folder = tmp_path / "folder"
+  (folder / "notes").mkdir(parents=True)
+  with pytest.raises(SystemExit, match="has no checkpoints"):
+    quickstart.delete_run(folder)
+  (folder / "checkpoints").mkdir()
+  monkeypatch.chdir(folder / "notes")
+  with pytest.raises(SystemExit, match="contains the current folder"):
+    quickstart.delete_run(folder)
+  monkeypatch.chdir(tmp_path)
+  quickstart.delete_run(folder)
+  assert not folder.exists()

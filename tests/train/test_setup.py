@@ -1,10 +1,13 @@
-"""The loop, nearly always in this process: what a run leaves, divergence, a full disk, new data."""
+"""Training runs in this process: their files, divergence, a full disk, changed data."""
 
 import dataclasses
+import gc
 import itertools
+import os
 import re
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,9 @@ import numpy as np
 import pytest
 
 from dga_jax import DGAConfig
-from dga_jax.checkpoint import list_steps, load_model
+from dga_jax.checkpoint import load_model
+from dga_jax.checkpoint_files import list_steps
+from tests.train.tiny import interruptible
 from train import setup
 from train import step as step_module
 from train.config import GuardConfig, TrainConfig
@@ -102,7 +107,7 @@ def test_divergence_stops_before_a_checkpoint_takes_it(
 ) -> None:
   poison(monkeypatch, {broken_step}, name)
   with pytest.raises(
-    TrainingError, match=rf"diverged at step {broken_step}: .*checkpoint of step {last_good}\."
+    TrainingError, match=rf"diverged at step {broken_step}: .*checkpoint is of step {last_good}\."
   ):
     train(config, tmp_path)
   assert list_steps(tmp_path)[-1] == last_good
@@ -148,8 +153,43 @@ def test_too_many_bad_steps_in_a_row(
   config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   poison(monkeypatch, {2, 3, 5, 6, 7}, "loss")
-  with pytest.raises(TrainingError, match=r"step 7: loss nan.* last of 3 bad steps.*of step 6\."):
+  with pytest.raises(
+    TrainingError, match=r"step 7: loss nan.* last of 3 bad steps.*checkpoint is of step 6\."
+  ):
     train(skipping(config, max_skipped=3), tmp_path)
+
+
+def test_bad_steps_in_a_row_are_counted_over_a_restart(
+  config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  config = skipping(config, max_skipped=3)
+  with pytest.MonkeyPatch.context() as patch:
+    poison(patch, {5, 6, 7}, "loss")
+    with pytest.raises(TrainingError, match=r"step 7: .* last of 3 bad steps"):
+      train(config, tmp_path)
+  # The checkpoint of step 6 is after two of them; the next step is the third.
+  assert list_steps(tmp_path)[-1] == 6
+  poison(monkeypatch, {1}, "loss")
+  with pytest.raises(TrainingError, match=r"step 7: .* last of 3 bad steps"):
+    train(config, tmp_path)
+
+
+def test_a_run_leaves_no_thread_and_no_open_file(config: TrainConfig, tmp_path: Path) -> None:
+  config = interruptible(config, num_steps=4, checkpoint_every=2)
+
+  def open_files() -> list[str]:
+    links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]  # noqa: PTH208
+    return sorted(str(link.readlink()) for link in links if link.is_symlink())
+
+  train(config, tmp_path / "first")  # Libraries start threads that all later runs use.
+  gc.collect()  # Orbax's event loops are in cycles of references.
+  files, threads = open_files(), threading.active_count()
+  for name in ("second", "third"):
+    train(config, tmp_path / name)
+  assert threading.active_count() == threads
+  assert not any("array_record" in name for name in open_files())
+  gc.collect()
+  assert open_files() == files
 
 
 def test_other_data_are_refused(config: TrainConfig, corpus: Path, tmp_path: Path) -> None:
@@ -197,7 +237,7 @@ def test_a_full_disk(
     small_disk, *(f"--config.{name}={value}" for name, value in settings.items())
   )
   assert status == 1
-  assert re.search(r"No space left.*checkpoint of step \d+", output), output
+  assert re.search(r"No space left.*checkpoint of step \d+ is intact", output), output
   steps = list_steps(small_disk)
   assert 1 <= steps[-1] < 60
   load_model(small_disk)

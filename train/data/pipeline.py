@@ -10,6 +10,7 @@ A batch is a dict of arrays [rows, L]:
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -37,12 +38,14 @@ class Data:
       every process and for any number of them.
     validation: the held-out rows, once and always in the same order; rows of padding fill up the
       last batch.
+    close: closes the files that the batches are read from.
   """
 
   tokenizer: Tokenizer
   fingerprint: str
   train: grain.IterDataset[Batch]
   validation: grain.IterDataset[Batch]
+  close: Callable[[], None]
 
 
 def load_data(
@@ -113,4 +116,5 @@ def load_data(
     fingerprint=source.fingerprint,
     train=batches(source.train),
     validation=batches(validation),
+    close=source.close,
   )

@@ -29,31 +29,36 @@ def prepare(folder: Path, build: Callable[[Path], None], *, repair: bool = False
   Raises:
     OSError: the folder is damaged, or could not be written.
   """
+  if _is_whole(folder, repair=repair):
+    return
   partial = folder.with_name(f"{folder.name}.partial")
   with hold_lock(folder.with_name(f"{folder.name}.lock"), wait=True):
     shutil.rmtree(partial, ignore_errors=True)
-    damage = _find_damage(folder) if folder.exists() else None
-    if damage is not None:
-      message = f"The prepared data in {folder} are damaged: {damage}"
-      if not repair:
-        raise OSError(f"{message} Give --repair_data to prepare them anew from the text files.")
-      logging.warning("%s They are prepared anew.", message)
-      shutil.rmtree(folder)
-    if folder.exists():
+    if _is_whole(folder, repair=repair):
       return
+    shutil.rmtree(folder, ignore_errors=True)
     try:
       partial.mkdir(parents=True)
       build(partial)
-      names = [
-        path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()
-      ]
-      records = {
-        name: dataclasses.asdict(record) for name, record in hash_files(partial, names).items()
-      }
-      (partial / _FILE_NAME).write_text(json.dumps(records), encoding="utf-8")
+      paths = [path for path in partial.rglob("*") if path.is_file()]
+      records = hash_files(partial, [path.relative_to(partial).as_posix() for path in paths])
+      values = {name: dataclasses.asdict(record) for name, record in records.items()}
+      (partial / _FILE_NAME).write_text(json.dumps(values), encoding="utf-8")
       partial.rename(folder)
     finally:
       shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_whole(folder: Path, *, repair: bool) -> bool:
+  """Whether a prepared folder is there; OSError if it is damaged and not to be repaired."""
+  damage = _find_damage(folder) if folder.exists() else None
+  if damage is None:
+    return folder.exists()
+  message = f"The prepared data in {folder} are damaged: {damage}"
+  if not repair:
+    raise OSError(f"{message} Give --repair_data to prepare them anew from the text files.")
+  logging.warning("%s They are prepared anew.", message)
+  return False
 
 
 def _find_damage(folder: Path) -> str | None:

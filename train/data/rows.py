@@ -1,6 +1,7 @@
-"""What a source of data hands to the pipeline: rows of tokens that can be read at random."""
+"""The interface between a source of data and the pipeline: rows of tokens with random access."""
 
 import dataclasses
+from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -16,19 +17,21 @@ PADDING_SEGMENT = -1
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A corpus or a task, tokenised and cut into rows.
+  """A corpus or a task, tokenized and cut into rows.
 
   Attributes:
     tokenizer: between text and the ids of the rows.
     fingerprint: of the text and the tokenizer.
     train: training rows in their final order, without end.
     validation: the held-out rows, each once.
+    close: closes the files that the rows are read from.
   """
 
   tokenizer: Tokenizer
   fingerprint: str
   train: grain.MapDataset[Row]
   validation: grain.MapDataset[Row]
+  close: Callable[[], None] = lambda: None
 
 
 def padding_row(length: int) -> Row:

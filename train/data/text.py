@@ -5,6 +5,7 @@ them in bpe_<size>/ and their tokens in tokens_<tokenizer>/. <corpus> and <token
 changed files or another tokenizer go to other folders.
 """
 
+import contextlib
 import functools
 import hashlib
 import pathlib
@@ -90,8 +91,11 @@ def text_source(
   tokenizer_hash = hashlib.blake2b(tokenizer.to_json().encode(), digest_size=8).hexdigest()
   tokens = build_token_stream(text, tokenizer, folder / f"tokens_{tokenizer_hash}", repair=repair)
 
+  files = contextlib.ExitStack()
+
   def rows(split: Split) -> grain.MapDataset[Row]:
     stream = TokenStream(tokens.as_data_source(split), tokenizer.end_id)
+    files.enter_context(contextlib.closing(stream))
     return grain.MapDataset.source(TextRows(stream, config.sequence_length, config.max_documents))
 
   return Source(
@@ -99,6 +103,7 @@ def text_source(
     fingerprint=f"{fingerprint}-{tokenizer_hash}",
     train=rows("train").shuffle(seed).repeat(),
     validation=rows("validation"),
+    close=files.close,
   )
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int
+from tensorflow_datasets.core.data_sources.array_record import ArrayRecordDataSource
 from tqdm import tqdm
 
 from dga_jax.tokenizer import Tokenizer
@@ -27,6 +28,10 @@ class TokenStream:
   The token after each position is the one to predict there, up to and including the end token of
   each document: end token and document are the inputs, document and end token the targets.
 
+  Args:
+    blocks: the stream in blocks of `_BLOCK` tokens.
+    end_id: the end token.
+
   Attributes:
     ends_N: int64 positions of the end tokens, one more than documents; document i has its inputs
       in ends_N[i]:ends_N[i + 1] and its targets one position further.
@@ -45,6 +50,12 @@ class TokenStream:
     first, last = start // _BLOCK, (stop - 1) // _BLOCK
     tokens = np.concatenate([self._blocks[index]["tokens"] for index in range(first, last + 1)])
     return tokens[start - first * _BLOCK : stop - first * _BLOCK]
+
+  def close(self) -> None:
+    """Closes the files of the blocks."""
+    if isinstance(self._blocks, ArrayRecordDataSource):
+      # Its readers open their files at the first read, and close them here.
+      self._blocks.data_source.__exit__(None, None, None)
 
 
 class TokenizedText(LocalBuilder):

@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import jax
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention import dynamic_group_attention
 from dga_jax.attention.context_parallel.attend import attend_sharded
-from dga_jax.cache import CompactCache, decode_step, empty_cache, extend, prefill
+from dga_jax.cache import attend_and_prefill, CompactCache, decode_step, empty_cache, extend
 from dga_jax.config import DGAConfig
 
 
@@ -61,7 +60,14 @@ class DynamicGroupAttention:
     self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
   ) -> CompactCache:
     """An empty compact cache for `max_length` tokens a sequence."""
-    return empty_cache(self.config, batch, max_length, num_kv_heads, head_dim, dtype)
+    return empty_cache(
+      config=self.config,
+      batch=batch,
+      max_length=max_length,
+      num_kv_heads=num_kv_heads,
+      head_dim=head_dim,
+      dtype=dtype,
+    )
 
   def prefill(
     self,
@@ -72,13 +78,13 @@ class DynamicGroupAttention:
     lengths: Int[Array, "B"] | None,
     max_length: int,
   ) -> tuple[Float[Array, "B L H D"], CompactCache]:
-    """Attends over a right-padded prompt and stores its summaries."""
-    return prefill(
+    """Attends over right-padded prompts and fills a cache with them."""
+    return attend_and_prefill(
       q_BxLxHxD,
       k_BxLxNxD,
       v_BxLxNxD,
-      self.config,
-      lengths_B=lengths,
+      config=self.config,
+      lengths=lengths,
       max_length=max_length,
     )
 
@@ -90,8 +96,8 @@ class DynamicGroupAttention:
     cache: CompactCache,
     layer: Int[Array, ""],
   ) -> tuple[Float[Array, "B H D"], CompactCache]:
-    """Appends one token and attends to the compact part and the raw tokens."""
-    return decode_step(q_BxHxD, k_BxNxD, v_BxNxD, cache, layer, self.config)
+    """Appends one token and attends to the compact entries and the raw tokens."""
+    return decode_step(q_BxHxD, k_BxNxD, v_BxNxD, cache, config=self.config, layer=layer)
 
   def extend(
     self,
@@ -103,7 +109,7 @@ class DynamicGroupAttention:
     *,
     counts: Int[Array, "B"],
   ) -> tuple[Float[Array, "B T H D"], CompactCache]:
-    """Appends several tokens, by the rule of decoding."""
-    own = jax.tree.map(lambda array: array[layer], cache)
-    out_BxTxHxD, own = extend(q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, own, self.config, count_B=counts)
-    return out_BxTxHxD, jax.tree.map(lambda every, one: every.at[layer].set(one), cache, own)
+    """Appends several tokens, as decoding would one by one."""
+    return extend(
+      q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, cache, config=self.config, lengths=counts, layer=layer
+    )

@@ -78,7 +78,7 @@ def test_a_plan_for_an_h100_runs_the_kernels_and_sorts_nothing(rows):
     assert kernel in program
   assert "stablehlo.sort" not in program
   # What is left to draw and rank at run time: the queries of documents that packing decides.
-  assert ("top_k" in program) == (rows == "packed")
+  assert ("chlo.top_k" in program) == (rows == "packed")
 
 
 def test_plans_inside_a_shard_map_over_rows():

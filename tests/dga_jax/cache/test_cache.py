@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from dga_jax import DGAConfig, dynamic_group_attention
-from dga_jax.cache import cache_size, decode_step, empty_cache, prefill
+from dga_jax.cache import attend_and_prefill, cache_size, decode_step, empty_cache, prefill
 from tests.dga_jax.attention.cases import arrays, CONFIGS
 from tests.dga_jax.oracle import Oracle, softmax
 
@@ -38,11 +38,11 @@ def continue_from(q, k, v, lengths, *, config):
   B = q.shape[0]
   outside = jnp.arange(PROMPT)[None] >= lengths[:, None]
   prompt = [jnp.where(outside[..., None, None], jnp.nan, x[:, :PROMPT]) for x in (q, k, v)]
-  out, cache = prefill(*prompt, config, lengths_B=lengths, max_length=TOTAL)
+  out, cache = attend_and_prefill(*prompt, config=config, lengths=lengths, max_length=TOTAL)
 
   def step(cache, t):
     token = [x[jnp.arange(B), lengths + t] for x in (q, k, v)]
-    o, cache = decode_step(*token, cache, LAYER, config)
+    o, cache = decode_step(*token, cache, config=config, layer=LAYER)
     return cache, o
 
   cache, decoded = jax.lax.scan(step, stack(cache), jnp.arange(TOTAL - PROMPT))
@@ -114,7 +114,21 @@ def test_decoding_after_a_global_prefill_follows_the_decode_rule(name):
         i, heads = length + t, slice(2 * n, 2 * n + 2)
         token = [np.asarray(x, np.float64) for x in (q[b, i, heads], k[b, i, n], v[b, i, n])]
         np.testing.assert_allclose(decoded[b, t, heads], rule.step(*token), atol=1e-5)
-      assert len(rule.entries) <= cache.compact_key.shape[-2]
+      assert len(rule.entries) <= cache.arrays.compact_key.shape[-2]
+
+
+def test_a_short_prompt_in_a_long_padding_can_grow_to_max_length():
+  """No compact entry is dropped on the way."""
+  config = dataclasses.replace(CONFIGS["global-no-rate-m7"], max_documents=None)
+  q, k, v, _ = arrays(1, 1, TOTAL, 2, 1, 4)
+  prompt = [x[:, : TOTAL - 1] for x in (k, v, q)]
+  cache = prefill(*prompt, config=config, max_length=TOTAL, lengths=[2])
+  step = jax.jit(functools.partial(decode_step, config=config))
+  rule = DecodingOracle(Oracle(q[0, :2], k[0, :2], v[0, :2], config), 0)
+  for i in range(2, TOTAL):
+    out, cache = step(q[:, i], k[:, i], v[:, i], cache)
+    token = [np.asarray(x, np.float64) for x in (q[0, i], k[0, i, 0], v[0, i, 0])]
+    np.testing.assert_allclose(out[0], rule.step(*token), atol=1e-5, err_msg=f"token {i}")
 
 
 def test_a_prompt_shorter_than_the_sinks_is_completed_by_decoding():
@@ -133,8 +147,10 @@ def test_decoding_can_start_from_an_empty_cache():
   config = CONFIGS["streaming-sinks-window"]
   q, k, v, _ = arrays(0, 1, 40, 4, 2, 4)
   want = forward(q, k, v, config=config)
-  cache = stack(empty_cache(config, 1, 40, 2, 4, jnp.float32))
-  step = jax.jit(lambda *x: decode_step(*x, LAYER, config))
+  cache = empty_cache(
+    config=config, batch=1, max_length=40, num_kv_heads=2, head_dim=4, dtype=jnp.float32
+  )
+  cache, step = stack(cache), jax.jit(functools.partial(decode_step, config=config, layer=LAYER))
   for i in range(40):
     out, cache = step(q[:, i], k[:, i], v[:, i], cache)
     np.testing.assert_allclose(out, want[:, i], atol=1e-5)
@@ -145,26 +161,24 @@ def test_cache_size_is_the_formula_and_the_arrays(length):
   config = DGAConfig(min_focal_tokens=0)
   streaming = dataclasses.replace(config, selection="streaming")
   r = int(config.focal_quota(length)[length])
-  assert cache_size(config, length, prompt=length).total == r + (length - r) // 16 + 18
-  assert cache_size(streaming, length).total == 3 * (length // 18) + 18
+  size = functools.partial(cache_size, max_length=length, prompt=length)
+  assert size(config=config).total == r + (length - r) // 16 + 18
+  assert size(config=streaming).total == 3 * (length // 18) + 18
   x = jax.ShapeDtypeStruct((2, length, 4, 64), jnp.bfloat16)
   for c in (config, streaming):
-    _, cache = jax.eval_shape(
-      lambda q, k, v, c=c: prefill(q, k, v, c, lengths_B=None, max_length=length), x, x, x
-    )
-    total = cache_size(c, length, prompt=length).total
-    assert cache.compact_key.shape[2] + cache.raw_key.shape[2] == total
+    fill = functools.partial(prefill, config=c, max_length=length)
+    cache = jax.eval_shape(fill, x, x, x)
+    total = size(config=c).total
+    assert cache.arrays.compact_key.shape[2] + cache.arrays.raw_key.shape[2] == total
     assert cache.bytes == 2 * 2 * total * 4 * 64 * 2
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_size_covers_every_ragged_prompt(name):
-  """No sequence outgrows its cache: the compact part holds all that its length asks for."""
-  config = CONFIGS[name]
-  for length in range(PROMPT + 1):
-    alone = cache_size(config, TOTAL - PROMPT + length, prompt=length)
-    together = cache_size(config, TOTAL, prompt=PROMPT, ragged=True)
-    assert alone.compact <= together.compact
+  """A sequence of any prompt length can grow to max_length, and no entry is superfluous."""
+  size = functools.partial(cache_size, config=CONFIGS[name], max_length=3 * TOTAL)
+  alone = [size(prompt=length).compact for length in range(2 * TOTAL)]
+  assert max(alone) == size(prompt=2 * TOTAL - 1, ragged=True).compact
 
 
 @pytest.mark.parametrize(("dtype", "largest_error"), [("int8", 0.02), ("float8_e4m3fn", 0.06)])
@@ -178,6 +192,6 @@ def test_a_cache_in_8_bits_is_half_as_large_and_nearly_as_exact(dtype, largest_e
   _, decoded, cache = continue_from(q, k, v, lengths, config=config)
   error = np.linalg.norm(decoded - want) / np.linalg.norm(want)
   assert 1e-4 < error < largest_error
-  size = cache_size(config, TOTAL)
+  size = cache_size(config=config, max_length=TOTAL)
   rows = 2 * 3 * 2 * 2  # keys and values, layers of `stack`, sequences, heads
   assert cache.bytes == rows * (size.compact * (D + 4) + size.raw * D * 4)

@@ -1,22 +1,22 @@
-"""What a block leaves in the cache where its scores tie, or are none."""
+"""The compact entries of a block whose scores tie, or are NaN."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dga_jax import DGAConfig
-from dga_jax.cache.summary import merge_blocks
+from dga_jax.cache.summary import block_entries
 
 CONFIG = DGAConfig(selection="streaming", group_size=6, importance_rate=0.25, min_focal_tokens=0)
 SIZE, KEPT = CONFIG.block_size, CONFIG.focal_in_block
 
 
 def summary(key_s):
-  """Keys and values [F] of a block of one head of one number; values say whose they are."""
+  """Keys and values [F] of a block with D = 1; the value of a token is its offset."""
   key, value = (
     jnp.asarray(x, jnp.float32)[None, None, :, None, None] for x in (key_s, np.arange(SIZE))
   )
-  return [np.ravel(x) for x in merge_blocks(jnp.ones((1, 1, 1, 1)), key, value, CONFIG)]
+  return [np.ravel(x) for x in block_entries(jnp.ones((1, 1, 1, 1)), key, value, CONFIG)]
 
 
 @pytest.mark.parametrize("seed", range(5))

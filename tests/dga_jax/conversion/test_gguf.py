@@ -1,115 +1,42 @@
-"""GGUF files written here: weights, quantized weights, RoPE's form, tokenizers, and defects."""
+"""GGUF files written here: weights, quantized weights, RoPE's form and scaling, and refusals."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
-from tokenizers import pre_tokenizers
 
 from dga_jax.checkpoint import load_model
+from dga_jax.conversion.errors import ConversionError
 from dga_jax.conversion.gguf_file import GGUFFile, half_split
-from dga_jax.conversion.gguf_tokenizer import tokenizer_from_metadata
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model, import_params, open_source
 from dga_jax.conversion.param_map import tensor_specs
 from dga_jax.model import Decoder, ModelConfig, RopeScaling
 from dga_jax.model.rope import inverse_frequencies
+from tests.dga_jax.conversion.gguf_files import (
+  ARCHITECTURES,
+  GOLDEN,
+  interleaved,
+  stored_tensors,
+  write,
+)
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "hugging_face"
-ARCHITECTURES = {"llama3": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-Q8_0, F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
 forward = nnx.jit(Decoder.__call__)
 
 
-def interleaved(weights: np.ndarray, heads: int) -> np.ndarray:
-  """Channels c and c + D/2 of each head become rows 2c and 2c + 1."""
-  D = len(weights) // heads
-  rows = [h * D + c + half for h in range(heads) for c in range(D // 2) for half in (0, D // 2)]
-  return weights[rows]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, dict, Path]:
+  config = HuggingFaceFolder(GOLDEN / "mistral").config()
+  tensors = stored_tensors("mistral", config)
+  path = write(tmp_path_factory.mktemp("gguf") / "model.gguf", config, tensors)
+  return config, tensors, path
 
 
-def stored_tensors(family: str, config: ModelConfig) -> dict[str, np.ndarray]:
-  """A fixture's tensors by their names in GGUF, float32, as llama.cpp's converter lays them out."""
-  folder = GOLDEN / family
-  ours = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
-  found = {}
-  for spec in tensor_specs(config):
-    for layer in range(config.num_layers) if spec.in_layers else [None]:
-      tensor = ours[spec.name("hugging_face", layer)].astype(np.float32)
-      if ARCHITECTURES[family] == "llama" and spec.path[-1] in ("query", "key"):
-        heads = config.num_heads if spec.path[-1] == "query" else config.num_kv_heads
-        tensor = interleaved(tensor, heads)
-      found[spec.name("gguf", layer)] = tensor
-  return found
-
-
-def write(
-  path: Path,
-  config: ModelConfig,
-  tensors: Mapping[str, np.ndarray],
-  *,
-  architecture: str = "llama",
-  quantized: Callable[[str], bool] = lambda name: False,
-  **changes: Any,
-) -> Path:
-  """A GGUF file; `changes` are metadata, with "__" for a dot, and None leaves a key out."""
-  values = {
-    f"{architecture}.block_count": config.num_layers,
-    f"{architecture}.context_length": 64,
-    f"{architecture}.embedding_length": config.embed_dim,
-    f"{architecture}.feed_forward_length": config.mlp_dim,
-    f"{architecture}.attention.head_count": config.num_heads,
-    f"{architecture}.attention.head_count_kv": config.num_kv_heads,
-    f"{architecture}.attention.key_length": config.head_dim,
-    f"{architecture}.rope.freq_base": config.rope_base,
-    f"{architecture}.attention.layer_norm_rms_epsilon": config.norm_eps,
-  }
-  if config.attention == "sliding_window":
-    values[f"{architecture}.attention.sliding_window"] = config.sliding_window.window
-  values |= {key.replace("__", "."): value for key, value in changes.items()}
-  writer = gguf.GGUFWriter(path, architecture)
-  for key, value in values.items():
-    if isinstance(value, str):
-      writer.add_string(key, value)
-    elif isinstance(value, list):
-      writer.add_array(key, value)
-    elif isinstance(value, float):
-      writer.add_float32(key, value)
-    elif value is not None:
-      writer.add_uint32(key, value)
-  add_tokenizer(writer)
-  for name, tensor in tensors.items():
-    kind = Q8_0 if quantized(name) else F32
-    writer.add_tensor(name, gguf.quantize(tensor, kind), raw_dtype=kind)
-  writer.write_header_to_file()
-  writer.write_kv_data_to_file()
-  writer.write_tensors_to_file()
-  writer.close()
-  return path
-
-
-def add_tokenizer(writer: gguf.GGUFWriter) -> None:
-  """The byte-level tokenizer of the fixtures."""
-  model = json.loads((GOLDEN / "smollm" / "tokenizer.json").read_text())["model"]
-  writer.add_tokenizer_model("gpt2")
-  writer.add_tokenizer_pre("gpt-2")
-  writer.add_token_list(sorted(model["vocab"], key=model["vocab"].get))
-  writer.add_token_types([3] * 4 + [1] * (len(model["vocab"]) - 4))
-  writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
-  writer.add_add_bos_token(True)
-  writer.add_bos_token_id(0)
-  writer.add_eos_token_id(2)
-
-
-def import_file(path: Path, workdir: Path) -> None:
-  source = open_source(path)
+def import_file(path: Path, workdir: Path, **flags: Any) -> None:
+  source = open_source(path, **flags)
   import_model(source, source.config(), workdir)
 
 
@@ -139,8 +66,8 @@ def test_logits_and_tokens_are_those_of_transformers(family: str, tmp_path: Path
   assert tokenizer.end_token == "<end>"
 
 
-def test_scaled_rope_is_read_off_its_factors(tmp_path: Path) -> None:
-  """Files do not say the context before stretching; LLaMA 3.1's is the one that is known."""
+def test_llama3_scaling_is_read_off_its_factors(tmp_path: Path) -> None:
+  """Files do not have the context before stretching; LLaMA 3.1's is the one that is known."""
   config = dataclasses.replace(
     HuggingFaceFolder(GOLDEN / "llama3").config(),
     rope_base=500000.0,
@@ -152,9 +79,41 @@ def test_scaled_rope_is_read_off_its_factors(tmp_path: Path) -> None:
   path = write(tmp_path / "a.gguf", config, tensors | {"rope_freqs.weight": factors})
   assert GGUFFile(path).config().rope_scaling == config.rope_scaling
   wrong = factors * np.linspace(1, 1.1, len(factors), dtype=np.float32)
-  path = write(tmp_path / "b.gguf", config, tensors | {"rope_freqs.weight": wrong})
-  with pytest.raises(ValueError, match=r"rope_freqs\.weight does not hold LLaMA 3's"):
-    GGUFFile(path).config()
+  for name, other in {
+    "b": wrong,
+    "c": factors[:-1],
+    "d": np.full_like(factors, np.nan),
+    "e": factors / 100,
+  }.items():
+    path = write(tmp_path / f"{name}.gguf", config, tensors | {"rope_freqs.weight": other})
+    with pytest.raises(ConversionError, match=r"rope_freqs\.weight (does not hold|is \[3\])"):
+      GGUFFile(path).config()
+
+
+@pytest.mark.parametrize(
+  ("changes", "factor"),
+  [
+    ({"llama.rope.scale_linear": 4.0}, 4.0),
+    ({"llama.rope.scaling.factor": 4.0}, 4.0),
+    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.5}, 2.5),
+    ({"llama.rope.scaling.factor": 2.0, "llama.rope.scale_linear": 4.0}, 2.0),
+    ({"llama.rope.scaling.type": "linear"}, 1.0),
+    ({"llama.rope.scale_linear": 1.0}, 1.0),
+    ({"llama.rope.scale_linear": 0.0}, 1.0),
+    ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, 1.0),
+  ],
+)
+def test_linear_scaling_of_rope_is_that_of_llama_cpp(
+  changes: dict, factor: float, whole: Any, tmp_path: Path
+) -> None:
+  """A factor without a type is linear, the newer key prevails, and 0 is no scaling."""
+  config, tensors, _ = whole
+  path = write(tmp_path / "model.gguf", config, tensors, changes=changes)
+  got = GGUFFile(path).config()
+  frequencies = inverse_frequencies(8, base=got.rope_base, scaling=got.rope_scaling)
+  np.testing.assert_allclose(
+    frequencies, [1 / factor, 0.1 / factor, 0.01 / factor, 0.001 / factor], rtol=1e-12
+  )
 
 
 def test_quantized_weights_are_dequantized(tmp_path: Path) -> None:
@@ -191,118 +150,103 @@ def test_half_split_undoes_interleaving() -> None:
   np.testing.assert_array_equal(half_split(interleaved(weights, 3), 3), weights)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, dict, Path]:
-  config = HuggingFaceFolder(GOLDEN / "mistral").config()
-  tensors = stored_tensors("mistral", config)
-  path = write(tmp_path_factory.mktemp("gguf") / "model.gguf", config, tensors)
-  return config, tensors, path
-
-
 def test_truncated_files(whole: Any, tmp_path: Path) -> None:
   *_, path = whole
   content = path.read_bytes()
   copy = tmp_path / "cut.gguf"
   copy.write_bytes(content[:-100])
   with pytest.raises(
-    ValueError, match=r"cut\.gguf is no whole GGUF file.*its tensor output\.weight"
+    ConversionError, match=r"cut\.gguf is no whole GGUF file.*its tensor output\.weight"
   ):
     GGUFFile(copy)
   copy.write_bytes(content[: len(content) // 2])
-  with pytest.raises(ValueError, match=r"cut\.gguf is no whole GGUF file.*its tensor blk\."):
+  with pytest.raises(ConversionError, match=r"cut\.gguf is no whole GGUF file.*its tensor blk\."):
     GGUFFile(copy)
   for size in (0, 3, 20, 200, 1000):
     copy.write_bytes(content[:size])
-    with pytest.raises(ValueError, match=r"cut\.gguf is no whole GGUF file"):
+    with pytest.raises(ConversionError, match=r"cut\.gguf is no whole GGUF file"):
       GGUFFile(copy)
   with pytest.raises(FileNotFoundError, match=r"no .*none\.gguf"):
     open_source(tmp_path / "none.gguf")
 
 
+def test_a_big_endian_file_is_refused(whole: Any, tmp_path: Path) -> None:
+  config, tensors, _ = whole
+  path = write(tmp_path / "big.gguf", config, tensors, big_endian=True)
+  with pytest.raises(ConversionError, match=r"big\.gguf is a big-endian.*gguf-convert-endian"):
+    GGUFFile(path)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"architecture": "gemma"}, "general.architecture='gemma'; supported are llama, qwen2, qwen3"),
-    ({"llama__rope__scaling__type": "yarn"}, "rope type 'yarn'; supported"),
-    ({"llama__attention__layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm"),
-    ({"llama__attention__head_count_kv": [2, 1]}, "head_count_kv for each layer"),
-    ({"llama__rope__dimension_count": 4}, "rope.dimension_count=4; only 8"),
-    ({"split__count": 2}, "one of 2 parts"),
-    ({"llama__block_count": 3}, r"lacks the tensors blk\.2\.attn_k\.weight.* and 4 more"),
-    ({"llama__feed_forward_length": 8}, r"blk\.0\.ffn_gate\.weight is \[40, 32\].*\[8, 32\]"),
+    ({"general.type": "adapter"}, "general.type='adapter'; only 'model'"),
+    ({"general.quantization_version": 1}, "quantization_version=1; only 2"),
+    ({"split.count": 2}, "split.count=2; only 1"),
+    ({"clip.vision.block_count": 2}, "clip.vision.block_count', which is none of a model"),
+    ({"llama.rope.scaling.type": "yarn"}, "rope type 'yarn'; supported"),
+    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 0.5}, "at least 1.0"),
+    ({"llama.rope.scaling.attn_factor": 1.2}, "attn_factor=1.2.*; only 1"),
+    ({"llama.rope.freq_base_swa": 1e4}, "unknown key llama.rope.freq_base_swa=10000.0.*ignore"),
+    ({"llama.rope.freq_bsae": 1e4}, "unknown key .* Did you mean llama.rope.freq_base?"),
+    ({"llama.rope.freq_base": "1"}, "llama.rope.freq_base='1'; it must be a finite number"),
+    ({"llama.rope.dimension_count": 4}, "rope.dimension_count=4; it must be 8"),
+    ({"llama.attention.value_length": 4}, "attention.value_length=4; it must be 8"),
+    ({"llama.attention.layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm"),
+    ({"llama.attention.head_count_kv": [2, 1]}, "head_count_kv=.*the same number for each layer"),
+    ({"llama.attention.causal": False}, "causal=False; only True"),
+    ({"llama.attention.scale": 0.5}, "attention.scale=0.5; only 0"),
+    ({"llama.attention.sliding_window_pattern": 4}, "unknown key .*sliding_window_pattern=4"),
+    ({"llama.attention.clamp_kqv": 8.0}, "clamp_kqv=8.0; only 0"),
+    ({"llama.expert_count": 8}, "expert_count=8; only 0"),
+    ({"llama.final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0; only 0"),
+    ({"llama.embedding_scale": 12.0}, "embedding_scale=12.0; only 0"),
+    ({"llama.residual_scale": 0.2}, "residual_scale=0.2.*; only 0"),
+    ({"llama.vocab_size": 65}, "llama.vocab_size=65; it must be 64"),
+    ({"llama.block_count": 3}, r"lacks the tensors blk\.2\.attn_k\.weight.* and 4 more"),
+    ({"llama.block_count": 10**9}, r"has 21 tensors, too few for 1000000000 layers"),
+    ({"llama.feed_forward_length": 8}, r"blk\.0\.ffn_gate\.weight is \[40, 32\].*\[8, 32\]"),
+    ({"tokenizer.ggml.byte_encoder": "x"}, "unknown key tokenizer.ggml.byte_encoder='x'"),
+    ({"tokenizer.ggml.add_sep_token": True}, "add_sep_token=True; only False"),
   ],
 )
 def test_files_that_are_refused(changes: dict, message: str, whole: Any, tmp_path: Path) -> None:
   config, tensors, _ = whole
-  path = write(tmp_path / "model.gguf", config, tensors, **changes)
-  with pytest.raises(ValueError, match=message):
+  path = write(tmp_path / "model.gguf", config, tensors, changes=changes)
+  with pytest.raises(ConversionError, match=message) as error:
     import_file(path, tmp_path / "run")
+  assert "model.gguf" in str(error.value)
 
 
-def metadata(**changes: Any) -> dict[str, Any]:
-  """A tokenizer of single bytes and a few merges."""
-  letters = pre_tokenizers.ByteLevel.alphabet()
-  tokens = ["<end>", *sorted(letters), "12", "Ġx", "12x"]
-  values = {
-    "model": "gpt2",
-    "pre": "gpt-2",
-    "tokens": tokens,
-    "token_type": [3, *[1] * (len(tokens) - 1)],
-    "merges": ["1 2", "Ġ x"],
-    "eos_token_id": 0,
-    "bos_token_id": 0,
-    "add_bos_token": False,
+def test_another_architecture_is_refused(whole: Any, tmp_path: Path) -> None:
+  config, tensors, _ = whole
+  path = write(tmp_path / "model.gguf", config, tensors, architecture="gemma")
+  with pytest.raises(ConversionError, match=r"general\.architecture='gemma'; supported are llama,"):
+    GGUFFile(path)
+
+
+def test_keys_that_change_nothing(whole: Any, tmp_path: Path) -> None:
+  """Those of other programs, of the file itself, and features that are switched off."""
+  config, tensors, plain = whole
+  changes = {
+    "general.sampling.temp": 0.7,
+    "mradermacher.quantized_by": "someone",
+    "quantize.imatrix.chunks_count": 3,
+    "llama.tensor_data_layout": "Meta AI original pth",
+    "llama.rope.scaling.original_context_length": 4096,
+    "llama.vocab_size": 64,
+    "llama.attention.causal": True,
+    "llama.expert_count": 0,
+    "llama.attention.head_count_kv": [config.num_kv_heads] * config.num_layers,
+    "tokenizer.ggml.fim_pre_token_id": 1,
   }
-  return {f"tokenizer.ggml.{key}": value for key, value in (values | changes).items()}
+  path = write(tmp_path / "model.gguf", config, tensors, changes=changes)
+  assert GGUFFile(path).config() == GGUFFile(plain).config()
 
 
-@pytest.mark.parametrize(
-  ("pre", "text", "words"),
-  [
-    ("gpt-2", "12 x", ["12", "Ġx"]),
-    ("smollm", "12 x", ["1", "2", "Ġx"]),
-    ("qwen2", "12 x", ["1", "2", "Ġx"]),
-    ("qwen2", "e\u0301", ["Ã", "©"]),
-    ("llama-bpe", "12 x", ["12", "Ġx"]),
-    ("llama-bpe", "0012", ["0", "0", "1", "2"]),
-    ("llama-bpe", "12x", ["12", "x"]),
-  ],
-)
-def test_words_before_merges(pre: str, text: str, words: list[str]) -> None:
-  tokenizer = tokenizer_from_metadata(metadata(pre=pre), None)
-  tokens = metadata(pre=pre)["tokenizer.ggml.tokens"]
-  assert [tokens[index] for index in tokenizer.encode(text)] == words
-  assert tokenizer.encode("<end>")[0] != tokenizer.end_id
-
-
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    ({"model": "t5"}, "tokenizer.ggml.model='t5'; 'gpt2'.*Hugging Face folder"),
-    ({"model": "llama"}, "lacks tokenizer.ggml.scores"),
-    ({"model": "llama", "token_type": [3, 4]}, "user-defined token"),
-    ({"pre": "tekken"}, "tokenizer.ggml.pre='tekken'; known are 'gpt-2'"),
-    ({"eos_token_id": None}, "lacks tokenizer.ggml.eos_token_id"),
-  ],
-)
-def test_tokenizers_that_are_refused(changes: dict, message: str) -> None:
-  with pytest.raises(ValueError, match=message):
-    tokenizer_from_metadata(metadata(**changes), None)
-
-
-def test_a_sentencepiece_vocabulary() -> None:
-  """Trained with SentencePiece, whose tokens of some texts are stored beside it."""
-  values = json.loads((GOLDEN.parent / "sentencepiece" / "expected.json").read_text())
-  texts = values.pop("texts")
-  ids = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
-  stored = {f"tokenizer.ggml.{k}": v for k, v in (values | ids | {"model": "llama"}).items()}
-  tokenizer = tokenizer_from_metadata(stored, None)
-  assert (tokenizer.start_ids, tokenizer.end_id) == ((1,), 2)
-  assert {text: tokenizer.encode(text) for text in texts} == texts
-  for text, tokens in texts.items():
-    if "▁" not in text:
-      assert tokenizer.decode(tokens) == (f" {text}" if text else "")
-
-
-def test_another_end_token() -> None:
-  assert tokenizer_from_metadata(metadata(), "x").end_token == "x"
+def test_an_unknown_key_can_be_ignored_by_name(whole: Any, tmp_path: Path) -> None:
+  config, tensors, _ = whole
+  path = write(tmp_path / "model.gguf", config, tensors, changes={"llama.note": "x"})
+  with pytest.raises(ConversionError, match="--ignore_keys"):
+    GGUFFile(path)
+  assert GGUFFile(path, ["llama.note"]).config().num_layers == 2

@@ -1,9 +1,8 @@
-"""Hugging Face folders: transformers' logits, exact round trips, and what every defect says."""
+"""Hugging Face folders: transformers' logits, exact round trips, imports and damaged tensors."""
 
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,37 +16,27 @@ from jax.sharding import AbstractMesh, AxisType
 from safetensors.numpy import load_file, save_file
 
 from dga_jax.checkpoint import list_steps, load_config, load_model
+from dga_jax.conversion.errors import ConversionError
 from dga_jax.conversion.exporting import export_hugging_face
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
-from dga_jax.conversion.importing import import_model
 from dga_jax.conversion.sharding import parse_mesh, shardings
 from dga_jax.model import Decoder
+from tests.dga_jax.conversion.folders import (
+  copy_of,
+  FAMILIES,
+  GOLDEN,
+  import_folder,
+  ROOT,
+  tensors,
+)
 
-ROOT = Path(__file__).parents[3]
-GOLDEN = ROOT / "tests" / "golden" / "hugging_face"
-FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3", "smollm"]
 forward = nnx.jit(Decoder.__call__)
-
-
-def import_folder(folder: Path, workdir: Path, **changes: Any) -> str:
-  source = HuggingFaceFolder(folder)
-  config = dataclasses.replace(source.config(), **changes)
-  return import_model(source, config, workdir)
-
-
-def tensors(folder: Path) -> dict[str, np.ndarray]:
-  return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
   """A copy of a fixture to damage: one file, no tied tensors."""
-  return Path(shutil.copytree(GOLDEN / "llama2", tmp_path / "llama2"))
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-  path = folder / "config.json"
-  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  return copy_of("llama2", tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,40 +72,6 @@ def test_a_round_trip_is_exact(family: str, tmp_path: Path) -> None:
   assert json.loads(files[0].read_text()) == json.loads(files[1].read_text())
 
 
-def test_export_in_several_files(tmp_path: Path) -> None:
-  import_folder(GOLDEN / "qwen3", tmp_path / "run")
-  export_hugging_face(tmp_path / "run", tmp_path / "out", shard_bytes=15_000)
-  files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-  assert len(files) > 2
-  assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
-  for name, tensor in tensors(GOLDEN / "qwen3").items():
-    np.testing.assert_array_equal(tensor, tensors(tmp_path / "out")[name])
-  assert HuggingFaceFolder(tmp_path / "out").names == HuggingFaceFolder(GOLDEN / "qwen3").names
-
-
-def test_export_leaves_what_is_there_alone(tmp_path: Path) -> None:
-  import_folder(GOLDEN / "qwen3", tmp_path / "run")
-  with pytest.raises(ValueError, match="run is there already"):
-    export_hugging_face(tmp_path / "run", tmp_path / "run")
-
-
-def test_an_interrupted_export_leaves_no_folder(
-  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  import_folder(GOLDEN / "qwen3", tmp_path / "run")
-  with monkeypatch.context() as patch:
-    patch.setattr("dga_jax.conversion.exporting._write_json", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-      export_hugging_face(tmp_path / "run", tmp_path / "out")
-  assert not (tmp_path / "out").exists()
-  export_hugging_face(tmp_path / "run", tmp_path / "out")
-  assert {path.name for path in tmp_path.iterdir()} == {"run", "out"}
-
-
-def interrupt(*_: Any, **__: Any) -> None:
-  raise KeyboardInterrupt
-
-
 def test_an_interrupted_import_leaves_no_checkpoint(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,7 +105,8 @@ def test_other_dtypes_and_attention(tmp_path: Path) -> None:
   assert (config.param_dtype, config.attention) == ("float32", "dga")
   stored = tensors(GOLDEN / "smollm")["model.norm.weight"]
   np.testing.assert_array_equal(model.norm.scale[...], stored.astype(np.float32))
-  assert load_config(tmp_path)["origin"] == {"model_type": "llama", "max_position_embeddings": 64}
+  origin = load_config(tmp_path)["origin"]
+  assert (origin["model_type"], origin["max_position_embeddings"]) == ("llama", 64)
 
 
 def test_straight_into_shards() -> None:
@@ -186,49 +142,13 @@ def test_a_mesh_that_makes_no_sense(text: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    ({"model_type": "gpt2"}, "model_type='gpt2'; supported are llama, mistral, qwen2, qwen3"),
-    ({"model_type": None}, "lacks model_type"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "architectures=.*LlamaForCausalLM"),
-    ({"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
-    ({"attention_bias": True}, "attention_bias=True; only False"),
-    ({"mlp_bias": True}, "mlp_bias=True; only False"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config=.*only None"),
-    ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types.*sliding"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'; supported"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'; supported"),
-    ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
-    ({"num_attention_heads": 0}, "num_attention_heads=0; it must be an integer"),
-    ({"num_hidden_layers": None}, "lacks num_hidden_layers"),
-    ({"num_key_value_heads": 3}, "num_heads is 4.*multiple of num_kv_heads=3"),
-    ({"num_hidden_layers": 3}, r"lacks the tensors model\.layers\.2\..* and 4 more"),
-    ({"num_hidden_layers": 1}, r"no place for the tensors model\.layers\.1\..* and 4 more"),
-    (
-      {"intermediate_size": 41},
-      r"model\.layers\.0\.mlp\.gate_proj\.weight is \[40, 32\].*\[41, 32\]",
-    ),
-    ({"vocab_size": 65}, r"embed_tokens\.weight is \[64, 32\]; .* must be \[65, 32\]"),
-    ({"tie_word_embeddings": True}, r"lm_head\.weight differs from model\.embed_tokens\.weight"),
-  ],
-)
-def test_configs_that_are_refused(
-  changes: dict, message: str, folder: Path, tmp_path: Path
-) -> None:
-  change_config(folder, **changes)
-  with pytest.raises(ValueError, match=message):
-    import_folder(folder, tmp_path / "run")
-  assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
   ("change", "message"),
   [
     (lambda t: t.pop("lm_head.weight"), r"lacks the tensor lm_head\.weight"),
     (lambda t: t.update({"lm_heed.weight": t.pop("lm_head.weight")}), r"there is lm_heed\.weight"),
     (
       lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}),
-      r"no place for the tensor model\.layers\.0\.self_attn\.q_proj\.bias",
+      r"no parameter for the tensor model\.layers\.0\.self_attn\.q_proj\.bias",
     ),
     (
       lambda t: t.update({"model.norm.weight": np.zeros(32, np.int8)}),
@@ -245,7 +165,7 @@ def test_tensors_that_are_refused(change: Any, message: str, folder: Path, tmp_p
 
 
 def test_buffers_and_a_stored_copy_of_tied_weights_do_no_harm(tmp_path: Path) -> None:
-  folder = Path(shutil.copytree(GOLDEN / "smollm", tmp_path / "smollm"))
+  folder = copy_of("smollm", tmp_path)
   content = tensors(folder)
   content["lm_head.weight"] = content["model.embed_tokens.weight"]
   content["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
@@ -273,56 +193,112 @@ def test_truncated_and_missing_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_index(tmp_path: Path) -> None:
-  folder = Path(shutil.copytree(GOLDEN / "llama3", tmp_path / "llama3"))
+  folder = copy_of("llama3", tmp_path)
   path = folder / "model.safetensors.index.json"
   values = json.loads(path.read_text())
   other = {
     "weight_map": values["weight_map"] | {"lm_head.bias": "model-00002-of-00002.safetensors"}
   }
   path.write_text(json.dumps(other))
-  with pytest.raises(ValueError, match=r"says that model-00002.* holds lm_head\.bias; it does not"):
+  with pytest.raises(
+    ValueError, match=r"says that model-00002.* holds 'lm_head\.bias'; it does not"
+  ):
     HuggingFaceFolder(folder)
   path.write_text(path.read_text()[:40])
   with pytest.raises(ValueError, match=r"index\.json is damaged"):
     HuggingFaceFolder(folder)
   path.write_text(json.dumps(values))
   (folder / "model-00001-of-00002.safetensors").unlink()
-  with pytest.raises(FileNotFoundError, match=r"no .*model-00001.*, which should hold model\."):
+  with pytest.raises(FileNotFoundError, match=r"no .*model-00001.*, which should hold 'model\."):
     HuggingFaceFolder(folder)
 
 
-def test_a_tokenizer_that_is_missing_damaged_or_too_large(folder: Path, tmp_path: Path) -> None:
-  path = folder / "tokenizer.json"
-  whole = path.read_text()
-  path.write_text(whole[:100])
-  with pytest.raises(ValueError, match=r"tokenizer\.json is damaged"):
-    import_folder(folder, tmp_path / "run")
-  path.unlink()
-  with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*AutoTokenizer"):
-    import_folder(folder, tmp_path / "run")
-  path.write_text(whole)
-  (folder / "tokenizer_config.json").unlink()
-  change_config(folder, eos_token_id=None)
-  with pytest.raises(ValueError, match="--end_token"):
-    import_folder(folder, tmp_path / "run")
-  change_config(folder, eos_token_id=[3, 2])
-  import_folder(folder, tmp_path / "run")
-  assert load_model(tmp_path / "run")[2].end_token == "<turn>"
-
-  words = json.loads(whole)
-  words["model"]["vocab"] |= {f"word{i}": 34 + i for i in range(40)}
-  path.write_text(json.dumps(words))
-  with pytest.raises(ValueError, match=r"tokenizer has 74 tokens.*embedding has 64 rows"):
-    import_folder(folder, tmp_path / "other")
+def test_the_index_says_which_file_holds_a_tensor(tmp_path: Path) -> None:
+  """Another file may hold a tensor of the same name, or one that the index does not name."""
+  folder = copy_of("llama3", tmp_path)
+  expected = tensors(folder)
+  first, second = sorted(folder.glob("*.safetensors"))
+  in_first, in_second = load_file(first), load_file(second)
+  name = next(iter(in_first))
+  save_file(in_second | {name: in_first[name] + 1, "unused": np.zeros(1, np.float32)}, second)
+  source = HuggingFaceFolder(folder)
+  assert source.names == expected.keys()
+  np.testing.assert_array_equal(source.read(name), in_first[name])
 
 
-def test_older_files_say_the_same_of_rope(folder: Path) -> None:
-  new = HuggingFaceFolder(GOLDEN / "llama3").config()
-  values = json.loads((GOLDEN / "llama3" / "config.json").read_text())
-  scaling = values.pop("rope_parameters")
-  old = values | {"rope_theta": scaling.pop("rope_theta"), "rope_scaling": scaling}
-  shutil.copy(GOLDEN / "llama2" / "model.safetensors", folder)
-  (folder / "config.json").write_text(json.dumps(old))
-  assert HuggingFaceFolder(folder).config() == new
-  change_config(folder, rope_scaling={"type": "linear", "factor": 4.0})
-  assert HuggingFaceFolder(folder).config().rope_scaling.kind == "linear"
+def test_a_single_file_prevails_over_an_index(tmp_path: Path) -> None:
+  folder = copy_of("llama2", tmp_path)
+  (folder / "model.safetensors.index.json").write_text("{}")
+  assert HuggingFaceFolder(folder).names == tensors(folder).keys()
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    "../llama2/model.safetensors",
+    "/model.safetensors",
+    "sub/model.safetensors",
+    "..",
+    "",
+    "a\0.safetensors",
+    "x" * 300 + ".safetensors",
+    "model.bin",
+    3,
+  ],
+)
+def test_an_index_names_files_of_its_folder_alone(name: object, tmp_path: Path) -> None:
+  folder = copy_of("llama3", tmp_path)
+  copy_of("llama2", tmp_path)
+  path = folder / "model.safetensors.index.json"
+  values = json.loads(path.read_text())
+  values["weight_map"]["lm_head.weight"] = name
+  path.write_text(json.dumps(values))
+  with pytest.raises(ConversionError, match=r"names the file .*; it must be in the same folder"):
+    HuggingFaceFolder(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_git_lfs_pointer_is_named(name: str, folder: Path) -> None:
+  pointer = "version https://localhost/git-lfs/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+  (folder / name).write_text(pointer)
+  with pytest.raises(ConversionError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+    HuggingFaceFolder(folder).tokenizer()
+
+
+@pytest.mark.parametrize(
+  ("header", "message"),
+  [
+    (b"[]", "holds a list; it must be an object"),
+    (b"[" * 100_000, "is damaged"),
+    (b'{"a": 1}', "tensor 'a' has no byte range"),
+    (b'{"a": {"data_offsets": [0, 4.5]}}', "tensor 'a' has no byte range"),
+    (b'{"a": {"data_offsets": [0, -1]}}', "tensor 'a' has no byte range"),
+    (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}', "is damaged"),
+    (b'{"a": {"dtype": "F32", "shape": [2, -1], "data_offsets": [0, 8]}}', "is damaged"),
+    (b'{"a": {"dtype": "F32", "shape": [2, 1e99], "data_offsets": [0, 8]}}', "is damaged"),
+    (
+      (
+        b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},'
+        b' "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}'
+      ),
+      "is damaged",
+    ),
+    (
+      b'{"a": {"dtype": "F32", "shape": [4611686018427387904, 8], "data_offsets": [0, 0]}}',
+      "is damaged",
+    ),
+  ],
+)
+def test_headers_that_are_refused(header: bytes, message: str, folder: Path) -> None:
+  path = folder / "model.safetensors"
+  path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+  with pytest.raises(ConversionError, match=message) as error:
+    HuggingFaceFolder(folder)
+  assert "model.safetensors" in str(error.value)
+
+
+def test_a_header_length_beyond_the_file(folder: Path) -> None:
+  path = folder / "model.safetensors"
+  path.write_bytes((2**60).to_bytes(8, "little") + path.read_bytes()[8:])
+  with pytest.raises(ConversionError, match="ends within its header"):
+    HuggingFaceFolder(folder)

@@ -114,5 +114,5 @@ def test_layers_one_by_one_are_the_model() -> None:
     np.testing.assert_allclose(losses_by_kinds(model, [kind] * 2, rows), expected, atol=1e-5)
   mixed = losses_by_kinds(model, [dense, own], rows)
   assert np.abs(mixed - losses_by_kinds(model, [own, dense], rows)).max() > 1e-4
-  with pytest.raises(ValueError, match="kinds has 1 entries; the model has 2"):
+  with pytest.raises(ValueError, match="kinds has 1 entries; it must have 2"):
     losses_by_kinds(model, [dense], rows)

@@ -84,7 +84,7 @@ def test_long_prompts_lose_their_middle() -> None:
 
 
 def test_broken_longbench(tmp_path: Path) -> None:
-  with pytest.raises(ValueError, match=r"holds no file such as qasper_e\.jsonl"):
+  with pytest.raises(ValueError, match=r"must have files such as qasper_e\.jsonl"):
     longbench.read_sets(tmp_path)
   folder = write(tmp_path, {"qasper": [example()]})
   (folder / "dataset2maxlen.json").write_text("{}")
@@ -127,7 +127,11 @@ def test_questions_without_a_marked_document(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
   ("content", "message"),
-  [('{"question": "who?"}', "line 1, lacks 'ctxs'"), ("", "holds no question")],
+  [
+    ('{"question": "who?"}', "line 1, is not a question: KeyError"),
+    ("[]", "line 1"),
+    ("", "has no question"),
+  ],
 )
 def test_broken_questions(content: str, message: str, tmp_path: Path) -> None:
   (tmp_path / "q.jsonl").write_text(content)

@@ -1,9 +1,11 @@
 """Reading documents and cutting them into rows."""
 
+import bz2
 import gzip
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,15 +28,42 @@ def test_documents_of_all_kinds_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
   ("content", "message"),
   [
-    ('{"id": 1}', r"line 1, lacks 'id' or 'text'"),
-    ('{"id": 1, "text": ""}\n{', r"line 2, is no JSON"),
-    ("", "hold no document"),
+    ('{"id": 1}', r"a\.jsonl, line 1, lacks 'id' or 'text'"),
+    ("[1]", r"a\.jsonl, line 1, lacks 'id' or 'text'"),
+    ('{"id": 1, "text": 2}', r"a\.jsonl, line 1: 'text' is 2; it must be a string"),
+    ('{"id": 1, "text": ""}\n{', r"a\.jsonl, line 2, is not JSON"),
+    ('{"id": 1, "text": ""}\n\n{"id": 1, "text": "\\ud800"}', r"line 3: .* surrogate U\+D800"),
+    ("[" * 100_000, r"a\.jsonl, line 1, is"),
+    ("", "have no document"),
   ],
 )
 def test_broken_files(content: str, message: str, tmp_path: Path) -> None:
   (tmp_path / "a.jsonl").write_text(content)
   with pytest.raises(ValueError, match=message):
     read_documents([tmp_path / "a.jsonl"])
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_bytes_that_are_not_utf8(name: str, tmp_path: Path) -> None:
+  (tmp_path / name).write_bytes(b'{"id": 1, "text": "a"}\n{"id": 1, "text": "\xff"}\n')
+  with pytest.raises(ValueError, match=r"line 2"):
+    read_documents([tmp_path / name])
+
+
+@pytest.mark.parametrize(("suffix", "library"), [(".gz", gzip), (".xz", lzma), (".bz2", bz2)])
+def test_damaged_compression(suffix: str, library: Any, tmp_path: Path) -> None:
+  path = tmp_path / f"a.jsonl{suffix}"
+  whole = library.compress(b'{"id": 1, "text": "abc"}\n' * 100)
+  for damaged in (whole[:-9], b"\0" * 40):
+    path.write_bytes(damaged)
+    with pytest.raises(ValueError, match=rf"a\.jsonl\{suffix} is damaged"):
+      read_documents([path])
+
+
+def test_lines_end_with_newlines_alone(tmp_path: Path) -> None:
+  text = "a\u2028b\u0085c\x0cd"
+  (tmp_path / "a.jsonl").write_text(json.dumps({"id": 1, "text": text}, ensure_ascii=False))
+  assert read_documents([tmp_path / "a.jsonl"]) == [Document("1", text)]
 
 
 def test_rows_begin_like_documents_and_do_not_overlap() -> None:

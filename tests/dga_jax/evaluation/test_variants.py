@@ -51,10 +51,11 @@ def test_variants_from_json_and_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("[", "is no JSON"),
-    ("[]", "or an empty one"),
-    ('[{"attention": "dense"}]', 'wants an object with a "name"'),
-    ('[{"name": "a"}, {"name": "a"}]', "more than once"),
+    ("[", "is not JSON"),
+    ("[]", "with at least one entry"),
+    ('[{"attention": "dense"}]', 'must be an object with a "name"'),
+    ('[{"name": "a"}, {"name": "a"}]', "has a name twice"),
+    ('[{"name": "a", "keys": "half"}]', "keys of variant 'a' is 'half'"),
   ],
 )
 def test_broken_variants(text: str, message: str) -> None:
@@ -68,10 +69,12 @@ def test_broken_variants(text: str, message: str) -> None:
     ({"attention": "dense"}, 96),
     ({"attention": "sliding_window", "sliding_window": {"window": 20}}, 20),
     ({"attention": "streaming_llm", "streaming_llm": {"sinks": 4, "window": 500}}, 96),
-    ({}, cache_size(CONFIG.dga, 96).total),
+    ({}, cache_size(config=CONFIG.dga, max_length=96).total),
     (
       {"dga": {"selection": "global", "group_size": 4, "min_focal_tokens": 8}},
-      cache_size(DGAConfig(group_size=4, min_focal_tokens=8), 96, prompt=96).total,
+      cache_size(
+        config=DGAConfig(group_size=4, min_focal_tokens=8), max_length=96, prompt=96
+      ).total,
     ),
   ],
 )

@@ -4,10 +4,12 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from dga_jax.checkpoint import Checkpoints
+from dga_jax.choices import DtypeName
 from dga_jax.config import DGAConfig
 from dga_jax.evaluation.variants import Family
 from dga_jax.model import ModelConfig
@@ -38,15 +40,18 @@ def family(**changes: object) -> Family:
   return Family(model, TOKENIZER.start_ids)
 
 
-def write_checkpoint(workdir: Path) -> Path:
-  params = nnx.to_pure_dict(nnx.state(random_decoder(CONFIG), nnx.Param))
+def write_checkpoint(workdir: Path, *, dtype: DtypeName = "float32", scale: float = 1.0) -> Path:
+  """A checkpoint of the model, its weights multiplied by `scale`."""
+  config = dataclasses.replace(CONFIG, dtype=dtype)
+  params = nnx.to_pure_dict(nnx.state(random_decoder(config), nnx.Param))
+  params = jax.tree.map(lambda weight: weight * scale, params)
   with Checkpoints(workdir, keep=1) as checkpoints:
     checkpoints.save(
       0,
       params=params,
       training={"step": jnp.int32(0)},
       data=None,
-      config={"model": CONFIG.to_dict()},
+      config={"model": config.to_dict()},
       tokenizer=TOKENIZER,
     )
   return workdir

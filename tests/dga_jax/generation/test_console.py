@@ -94,5 +94,7 @@ def test_the_command_ends_with_an_error_if_float16_overflows(tmp_path: Path) -> 
     check=False,
   )  # fmt: skip
   assert done.returncode == 1
-  assert "error: The logits are NaN or infinite: prompt 0 after 0 new tokens, prompt 1" in done.stderr
+  assert (
+    "error: The logits are NaN or infinite: prompt 0 after 0 new tokens, prompt 1" in done.stderr
+  )
   assert "Traceback" not in done.stderr

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.decode import CacheMask, decode_attention, GroupBias
+from pallas_kernels.decode import (
+  CacheArrays,
+  CacheLayout,
+  CacheMask,
+  decode_attention,
+  GroupBias,
+)
 from pallas_kernels.decode.mosaic_tpu_decode import decode_attention_mosaic_tpu
 from pallas_kernels.decode.xla import decode_attention_xla
 from pallas_kernels.mosaic_tpu_common import CHECKED
@@ -37,17 +43,18 @@ class Case:
     B, C, W = self.batch, self.compact, self.raw
     shapes = [(B, self.query_heads, self.head_dim)]
     shapes += [(self.layers, B, self.kv_heads, s, self.head_dim) for s in (C, C, W, W)]
-    arrays = [jnp.asarray(rng.normal(size=shape) * 2, self.dtype) for shape in shapes]
+    query, *cache = (jnp.asarray(rng.normal(size=shape) * 2, self.dtype) for shape in shapes)
     compact_end = np.array([C, 0, 0, max(1, C * 2 // 5)])
     raw_end = np.array([W, 0, W // 2 + 1, W])
     hidden = np.array([[1, 0, 0, W // 3], [W // 2, 0, 0, W // 3]])
-    visible = CacheMask(*(jnp.asarray(x, jnp.int32) for x in (compact_end, raw_end, *hidden)))
-    return *arrays, jnp.int32(self.layers - 1), visible
+    mask = CacheMask(*(jnp.asarray(x, jnp.int32) for x in (compact_end, raw_end, *hidden)))
+    return query, CacheArrays(*cache), jnp.int32(self.layers - 1), mask
 
   def options(self) -> dict[str, Any]:
     """The keyword arguments."""
-    of = functools.partial(jnp.asarray, dtype=jnp.int32)
-    bias = GroupBias(self.bias, of([3, 0, 5, 7]), of([10, 0, 5, 20]), 3) if self.bias else None
+    layout = CacheLayout(members=16, focal=2, window=0)
+    prefix, prefix_focal = jnp.array([[10, 0, 5, 20], [3, 0, 5, 7]], jnp.int32)
+    bias = GroupBias(self.bias, layout, prefix, prefix_focal) if self.bias else None
     return {"scale": 0.3, "group_bias": bias}
 
 
@@ -67,9 +74,9 @@ def test_interpreted_kernel_equals_plain(name: str):
   """Error at most twice that of jax.numpy in the same dtype."""
   case = CASES[name]
   arrays, options = case.arrays(), case.options()
-  wide = [x.astype(jnp.float32) if x.dtype == case.dtype else x for x in arrays[:5]]
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays[:2])
   with jax.default_matmul_precision("highest"):
-    exact = np.asarray(decode_attention_xla(*wide, *arrays[5:], **options))
+    exact = np.asarray(decode_attention_xla(*wide, *arrays[2:], **options))
     plain = np.asarray(decode_attention_xla(*arrays, **options), np.float32)
   got = jax.jit(functools.partial(decode_attention_mosaic_tpu, interpret=CHECKED, **options))
   got = np.asarray(got(*arrays), np.float32)
@@ -79,14 +86,18 @@ def test_interpreted_kernel_equals_plain(name: str):
   np.testing.assert_array_equal(got[1], 0)  # a sequence that sees nothing
 
 
-def test_what_lies_behind_the_live_entries_is_not_read():
+def test_entries_beyond_the_visible_ones_have_no_effect():
   case = CASES["plain"]
-  query, key, value, *rest = case.arrays()
-  behind = np.arange(case.compact)[None] >= np.asarray(rest[-1].compact_end)[:, None]
-  bad = jnp.asarray(behind)[None, :, None, :, None]
+  query, cache, layer, mask = case.arrays()
+  beyond = np.arange(case.compact)[None] >= np.asarray(mask.compact_end)[:, None]
+  bad = jnp.asarray(beyond)[None, :, None, :, None]
   run = jax.jit(functools.partial(decode_attention_mosaic_tpu, interpret=CHECKED, **case.options()))
-  clean = run(query, key, value, *rest)
-  dirty = run(query, jnp.where(bad, jnp.nan, key), jnp.where(bad, jnp.inf, value), *rest)
+  clean = run(query, cache, layer, mask)
+  dirty = cache._replace(
+    compact_key=jnp.where(bad, jnp.nan, cache.compact_key),
+    compact_value=jnp.where(bad, jnp.inf, cache.compact_value),
+  )
+  dirty = run(query, dirty, layer, mask)
   np.testing.assert_array_equal(clean, dirty)
 
 
@@ -105,13 +116,13 @@ def test_lowers_inside_a_shard_map_over_heads():
   sharded = jax.shard_map(
     functools.partial(decode_attention, **CASES["one_entry"].options()),
     mesh=abstract_mesh(devices=2),
-    in_specs=(heads, *[cache] * 4, PartitionSpec(), PartitionSpec()),
+    in_specs=(heads, CacheArrays(*[cache] * 4), PartitionSpec(), PartitionSpec()),
     out_specs=heads,
   )
   assert "tpu_custom_call" in lower_for_tpu(sharded, *structs(CASES["one_entry"]), devices=2)
 
 
-def test_a_cpu_gets_xla_and_kernels_say_why_not():
+def test_a_cpu_gets_xla_and_refusals_name_the_reason():
   case = Case(dtype="float16")
   call = functools.partial(decode_attention, **case.options())
   assert "custom_call" not in jax.jit(call).lower(*structs(CASES["plain"])).as_text()
@@ -126,3 +137,10 @@ def test_a_cpu_gets_xla_and_kernels_say_why_not():
     jax.eval_shape(named, *CASES["plain"].arrays())
   with pytest.raises(ValueError, match="'fast'; for decode_attention it must be None"):
     jax.eval_shape(functools.partial(call, implementation="fast"), *CASES["plain"].arrays())
+
+
+def test_a_cache_in_8_bits_has_to_be_unpacked_first():
+  query, cache, *rest = CASES["plain"].arrays()
+  packed = cache._replace(key_scale=jnp.ones(cache.compact_key.shape[:-1]))
+  with pytest.raises(ValueError, match="with scales; decode_attention wants entries in the query"):
+    decode_attention(query, packed, *rest, scale=1.0)

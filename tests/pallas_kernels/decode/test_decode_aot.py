@@ -1,12 +1,13 @@
-"""Decoding compiled for TPUs that are not there: it fits, and the cache is updated in place."""
+"""Decoding compiled for absent TPUs: it fits, and the cache is updated in place."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from dga_jax.cache import cache_size, CompactCache, decode_step
+from dga_jax.cache import CompactCache, decode_step, empty_cache
 from dga_jax.config import DGAConfig
 from tests.pallas_kernels.tpu import compile_for_tpu, TOPOLOGIES
 
@@ -19,7 +20,8 @@ def decode_all_layers(config: DGAConfig) -> Any:
   def run(query: Any, key: Any, value: Any, cache: CompactCache) -> Any:
     def layer(carry: Any, index: jax.Array) -> Any:
       query, cache = carry
-      return decode_step(query, key, value, cache, index, config, implementation="mosaic_tpu"), None
+      options = {"config": config, "layer": index, "implementation": "mosaic_tpu"}
+      return decode_step(query, key, value, cache, **options), None
 
     return jax.lax.scan(layer, (query, cache), jnp.arange(LAYERS))[0]
 
@@ -29,14 +31,12 @@ def decode_all_layers(config: DGAConfig) -> Any:
 def structs(
   config: DGAConfig, length: int, *, heads: int = 32, kv_heads: int = 8, head_dim: int = 128
 ) -> tuple[Any, ...]:
-  size = cache_size(config, length, prompt=length // 2)
-  of_layer = [(BATCH, kv_heads, entries, head_dim) for entries in (size.compact, size.raw)]
-  compact, raw = (jax.ShapeDtypeStruct((LAYERS, *s), jnp.bfloat16) for s in of_layer)
-  count = jax.ShapeDtypeStruct((LAYERS, BATCH), jnp.int32)
   token = [
     jax.ShapeDtypeStruct((BATCH, h, head_dim), jnp.bfloat16) for h in (heads, kv_heads, kv_heads)
   ]
-  return *token, CompactCache(compact, compact, raw, raw, count, count, count, count)
+  shape = {"max_length": length, "num_kv_heads": kv_heads, "head_dim": head_dim}
+  one = jax.eval_shape(lambda: empty_cache(config=config, batch=BATCH, dtype=jnp.bfloat16, **shape))
+  return *token, jax.tree.map(lambda x: jax.ShapeDtypeStruct((LAYERS, *x.shape), x.dtype), one)
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
@@ -47,6 +47,18 @@ def test_fits_and_copies_no_cache(chip: str, length: int):
   program = compile_for_tpu(decode_all_layers(config), *args, chip=chip, donate_argnums=3)
   memory = program.memory_analysis()
   assert memory.alias_size_in_bytes > 0.99 * args[-1].bytes
+  assert memory.temp_size_in_bytes < 2**20
+
+
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_the_cache_of_one_layer_is_updated_in_place(chip: str):
+  config = DGAConfig(selection="streaming")
+  *token, cache = structs(config, 2**15)
+  cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), cache)
+  step = functools.partial(decode_step, config=config, implementation="mosaic_tpu")
+  program = compile_for_tpu(step, *token, cache, chip=chip, donate_argnums=3)
+  memory = program.memory_analysis()
+  assert memory.alias_size_in_bytes > 0.99 * cache.bytes
   assert memory.temp_size_in_bytes < 2**20
 
 

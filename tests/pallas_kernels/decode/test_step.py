@@ -11,7 +11,8 @@ import pytest
 
 from dga_jax import DGAConfig
 from dga_jax.cache import CompactCache, decode_step, empty_cache
-from pallas_kernels.decode import BlockRule, CacheArrays, CacheLengths
+from dga_jax.cache.layout import cache_layout
+from pallas_kernels.decode import BlockRule
 from pallas_kernels.decode.triton_step import step_triton, Tile
 from tests.pallas_kernels.h100 import (
   abstract_mesh,
@@ -39,9 +40,15 @@ class Case:
   dtype: str = "float32"
 
   def cache(self) -> CompactCache:
-    """Of three layers, the first of which is NaN throughout; sequences begin at other lengths."""
-    shape = (self.batch, self.tokens, self.kv_heads, self.head_dim)
-    one = empty_cache(self.config, *shape, self.dtype)
+    """A cache of three layers; the first is NaN throughout."""
+    one = empty_cache(
+      config=self.config,
+      batch=self.batch,
+      max_length=self.tokens,
+      num_kv_heads=self.kv_heads,
+      head_dim=self.head_dim,
+      dtype=self.dtype,
+    )
     bad = jax.tree.map(_bad, one)
     return jax.tree.map(lambda b, x: jnp.stack([b, x, x]), bad, one)
 
@@ -55,17 +62,16 @@ class Case:
     """The kernel on a cache, as `decode_step` calls it."""
     c, D = self.config, self.head_dim
     merge_scale = D**-0.5 if c.aggregation_scale == "head_dim" else 1.0
-    blocks = BlockRule(c.group_size, c.focal_in_block, c.local_window, D**-0.5, merge_scale)
+    rule = BlockRule(cache_layout(c), D**-0.5, merge_scale)
     bias = math.log(c.group_size) if c.group_logit_bias == "log_size" else 0.0
     run = functools.partial(
-      step_triton, blocks=blocks, scale=D**-0.5, bias=bias, interpret=interpret, tile=tile
+      step_triton, rule=rule, scale=D**-0.5, group_bias=bias, interpret=interpret, tile=tile
     )
 
     def step(q, k, v, cache: CompactCache):
-      store = CacheArrays(**{name: getattr(cache, name) for name in CacheArrays._fields})
-      progress = CacheLengths(**{name: getattr(cache, name) for name in CacheLengths._fields})
-      out, store, length = run(q, k, v, store, progress, LAYER)
-      return out, dataclasses.replace(cache, length=length, **store._asdict())
+      out, arrays, length = run(q, k, v, cache.arrays, cache.lengths, LAYER)
+      lengths = cache.lengths._replace(length=length)
+      return out, dataclasses.replace(cache, arrays=arrays, lengths=lengths)
 
     return jax.jit(step)
 
@@ -113,28 +119,27 @@ def run(case: Case, step, cache: CompactCache, plain_dtype: str | None = None):
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_step_equals_plain(name: str):
-  """Outputs, cache and lengths, over whole blocks, with the programs' shares uneven."""
+  """Outputs, cache and lengths, over whole blocks; splits have different numbers of tiles."""
   case = CASES[name]
-  out, want, cache, other = run(case, case.step(tile=Tile(block=16, programs=12)), case.cache())
+  out, want, cache, other = run(case, case.step(tile=Tile(entries=16, programs=12)), case.cache())
   # The kernel sees a sink before it is rounded to 8 bits, jax.numpy after it.
   first = case.config.sink_tokens if case.config.cache_dtype else 0
   np.testing.assert_allclose(out[first:], want[first:], atol=2e-6)
-  for field in dataclasses.fields(cache):
-    got, wanted = getattr(cache, field.name), getattr(other, field.name)
-    if got is None:
-      assert wanted is None
-      continue
+  assert jax.tree.structure(cache) == jax.tree.structure(other)
+  leaves = jax.tree_util.tree_leaves_with_path(cache)
+  for (path, got), wanted in zip(leaves, jax.tree.leaves(other), strict=True):
+    field = jax.tree_util.keystr(path)
     # A product that was summed in another order may round to the next number of 8 bits.
     of_8_bits = got.dtype.itemsize == 1
     got, wanted = np.asarray(got[LAYER], np.float32), np.asarray(wanted[LAYER], np.float32)
     if of_8_bits:
-      assert (got != wanted).mean() < 1e-3, field.name
+      assert (got != wanted).mean() < 1e-3, field
     else:
-      np.testing.assert_allclose(got, wanted, atol=2e-6, err_msg=field.name)
+      np.testing.assert_allclose(got, wanted, atol=2e-6, err_msg=field)
 
 
-def test_sequences_flush_in_their_own_time():
-  """Cut one sequence out of a batch of other lengths: the same numbers to the last bit."""
+def test_sequences_complete_blocks_at_their_own_time():
+  """A sequence in a batch of other lengths gets the bits that it gets alone."""
   case = Case(_config(sink_tokens=2), batch=3, tokens=60)
   cache, rng = case.cache(), np.random.default_rng(1)
   step = case.step()
@@ -188,12 +193,12 @@ def test_compiles_for_an_h100(name: str):
   compile_for_h100(GPU_CASES[name].step(interpret=False), *structs(GPU_CASES[name]))
 
 
-def test_an_absent_gpu_gets_the_kernel_and_says_why_not():
+def test_an_absent_gpu_gets_the_kernel_and_refusals_name_the_reason():
   case = GPU_CASES["7b"]
   step = functools.partial(decode_step, layer=LAYER, config=case.config)
-  assert "decode_join" in lower_for_h100(step, *structs(case))
+  assert "decode_combine" in lower_for_h100(step, *structs(case))
   odd = dataclasses.replace(case, head_dim=80)
-  assert "decode_join" not in lower_for_h100(step, *structs(odd))
+  assert "decode_combine" not in lower_for_h100(step, *structs(odd))
   named = functools.partial(step, implementation="triton")
   with (
     jax.sharding.use_abstract_mesh(abstract_mesh()),
@@ -217,11 +222,11 @@ def test_on_a_gpu(name: str):
   allowed = 2 * np.linalg.norm(want - exact) / scale
   assert np.linalg.norm(out - exact) / scale <= max(allowed, 2e-6)
   np.testing.assert_array_equal(cache.length, other.length)
-  assert np.isfinite(np.asarray(cache.compact_key[LAYER], np.float32)).all()
+  assert np.isfinite(np.asarray(cache.arrays.compact_key[LAYER], np.float32)).all()
 
 
 def wide_outputs(case: Case, wide: Case) -> np.ndarray:
-  """What float32 makes of the same tokens, each rounded to the case's dtype."""
+  """The outputs in float32 for the same tokens, which are rounded to the case's dtype."""
   config = dataclasses.replace(case.config, cache_dtype=None)
   wide = dataclasses.replace(wide, config=config)
   plain = jax.jit(functools.partial(decode_step, layer=LAYER, config=config, implementation="xla"))

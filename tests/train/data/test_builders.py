@@ -1,16 +1,20 @@
-"""Data sets are built once and whole: cached, rebuilt on change, safe when stopped half-way."""
+"""Data sets are built once and whole: cached, rebuilt on change, safe when a build is killed."""
 
+import concurrent.futures
+import os
 import pathlib
 import re
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dga_jax.tokenizer import Tokenizer
+from train.data import prepared
 from train.data.config import DataConfig
 from train.data.files import Corpus, Split
 from train.data.local_text import build_local_text
@@ -32,14 +36,16 @@ def config_of(path: pathlib.Path, **changes: Any) -> DataConfig:
 
 
 def modified(folder: pathlib.Path) -> dict[pathlib.Path, int]:
-  return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+  """Times of change by file, without the locks of builds."""
+  files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+  return {path: path.stat().st_mtime_ns for path in files}
 
 
 def test_documents_come_back_unchanged_and_in_order(
   text_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
   corpus = Corpus.find((str(text_file),), ())
-  builder = build_local_text(corpus, tmp_path / "cache")
+  builder = build_local_text(corpus, tmp_path / "cache" / "text")
   splits: tuple[Split, ...] = ("train", "validation")
   for split in splits:
     texts = [example["text"].decode() for example in builder.as_data_source(split)]
@@ -102,22 +108,27 @@ def test_a_file_that_is_no_text_is_named_and_leaves_nothing(tmp_path: pathlib.Pa
   assert modified(tmp_path / "cache") == {}
 
 
-def test_a_build_that_another_run_finished_first_is_read(
+def test_of_two_builds_at_once_one_waits_and_reads(
   text_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
   corpus = Corpus.find((str(text_file),), ())
+  built: list[Split] = []
 
-  class Overtaken(Corpus):
+  class Slow(Corpus):
     def documents(self, split: Split) -> Iterator[str]:
+      built.append(split)
+      time.sleep(0.5)
       yield from corpus.documents(split)
-      if split == "validation":
-        build_local_text(corpus, tmp_path / "cache")
 
-  builder = build_local_text(
-    Overtaken(corpus.train_files, corpus.validation_files), tmp_path / "cache"
-  )
-  texts = [example["text"].decode() for example in builder.as_data_source("train")]
-  assert texts == list(corpus.documents("train"))
+  def build() -> list[str]:
+    slow = Slow(corpus.train_files, corpus.validation_files)
+    builder = build_local_text(slow, tmp_path / "cache" / "text")
+    return [example["text"].decode() for example in builder.as_data_source("train")]
+
+  with concurrent.futures.ThreadPoolExecutor() as threads:
+    both = [threads.submit(build) for _ in range(2)]
+  assert [texts.result() for texts in both] == [list(corpus.documents("train"))] * 2
+  assert built == ["train", "validation"]
 
 
 # Runs in a process of its own, which may break: builds with a bound on the size of files (what a
@@ -153,8 +164,11 @@ def test_a_killed_or_failed_build_leaves_nothing_that_passes_as_whole(
 
   def child(how: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(_CHILD)]
+    temporary = tmp_path / "tmp"
+    temporary.mkdir(exist_ok=True)
     return subprocess.run(
       [*command, how, str(path), str(tmp_path / "workdir")],
+      env=os.environ | {"TMPDIR": str(temporary)},
       capture_output=True,
       text=True,
       check=False,
@@ -163,12 +177,18 @@ def test_a_killed_or_failed_build_leaves_nothing_that_passes_as_whole(
 
   full = child("full")
   assert full.returncode == 1
-  assert re.search(r"OSError: Could not write the data set to .*local_text.*Free some", full.stderr)
+  assert re.search(r"OSError: Could not write the data set to .*/text: .*Free some", full.stderr)
   assert modified(tmp_path / "workdir") == {}
   assert child("killed").returncode == -9
+  # The next build deletes what the killed one has left.
+  assert list((tmp_path / "workdir").rglob("incomplete.*")) != []
   whole = child("whole")
   assert whole.returncode == 0, whole.stderr
   config = DataConfig(train_files=(str(path),), tokenizer="byte")
+  assert list((tmp_path / "workdir").rglob("incomplete.*")) == []
+  assert list((tmp_path / "workdir").rglob("*.partial")) == []
+  assert list((tmp_path / "workdir").rglob("downloads")) == []
+  assert list((tmp_path / "tmp").iterdir()) == []
   undisturbed = text_source(config, tmp_path / "elsewhere", seed=0)
   assert whole.stdout.strip() == undisturbed.fingerprint
   assert whole.stdout.strip().split("-")[0] in {
@@ -176,13 +196,63 @@ def test_a_killed_or_failed_build_leaves_nothing_that_passes_as_whole(
   }
 
 
-def test_a_damaged_tokenizer_in_the_cache_is_named(
-  text_file: pathlib.Path, tmp_path: pathlib.Path
+def damaged_file(cache: pathlib.Path, pattern: str) -> pathlib.Path:
+  """Flips a bit of the first file that matches; returns it."""
+  path = min(cache.rglob(pattern))
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  return path
+
+
+@pytest.mark.parametrize(
+  ("pattern", "folder"),
+  [
+    ("tokenizer.json", "bpe_300"),
+    ("tokens_*/**/*-train.array_record*", "tokens_"),
+    ("tokens_*/**/dataset_info.json", "tokens_"),
+    ("tokens_*/**/features.json", "tokens_"),
+    ("tokens_*/files.json", "tokens_"),
+  ],
+)
+def test_damaged_data_name_their_folder_and_are_repaired(
+  pattern: str, folder: str, text_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-  config = config_of(text_file, tokenizer="bpe", vocab_size=300)
-  text_source(config, tmp_path / "cache", seed=0)
-  (saved,) = (tmp_path / "cache").rglob("tokenizer.json")
-  assert Tokenizer.load(saved.parent).vocab_size == 300
-  saved.write_text(saved.read_text()[:100])
-  with pytest.raises(ValueError, match=re.escape(str(saved))):
-    text_source(config, tmp_path / "cache", seed=0)
+  config, cache = config_of(text_file, tokenizer="bpe", vocab_size=300), tmp_path / "cache"
+  whole = text_source(config, cache, seed=0)
+  path = damaged_file(cache, pattern)
+  content = path.read_bytes()
+  match = rf"prepared data in {re.escape(str(cache))}/\w+/{folder}.* are damaged: .*--repair_data"
+  with pytest.raises(OSError, match=match):
+    text_source(config, cache, seed=0)
+  assert path.read_bytes() == content
+  repaired = text_source(config, cache, seed=0, repair=True)
+  assert path.read_bytes() != content
+  assert repaired.fingerprint == whole.fingerprint
+  for index in range(len(whole.validation)):
+    for name, row in whole.validation[index].items():
+      np.testing.assert_array_equal(repaired.validation[index][name], row)
+  text_source(config, cache, seed=0)
+
+
+def test_a_missing_file_of_prepared_data(text_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+  config, cache = config_of(text_file), tmp_path / "cache"
+  text_source(config, cache, seed=0)
+  next(cache.rglob("tokens_*/**/*-validation.array_record*")).unlink()
+  with pytest.raises(OSError, match=r"validation\.array_record\S* cannot be read: No such file"):
+    text_source(config, cache, seed=0)
+  text_source(config, cache, seed=0, repair=True)
+
+
+def test_prepared_data_are_read_without_a_lock(
+  text_file: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """They may be on a disk that is mounted for reading alone."""
+  config, cache = config_of(text_file), tmp_path / "cache"
+  first = text_source(config, cache, seed=0)
+
+  def hold_lock(*_: object, **__: object) -> None:
+    raise PermissionError("read only")
+
+  monkeypatch.setattr(prepared, "hold_lock", hold_lock)
+  assert text_source(config, cache, seed=0).fingerprint == first.fingerprint

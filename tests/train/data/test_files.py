@@ -74,6 +74,13 @@ def test_documents_of_every_kind_of_file(tmp_path: pathlib.Path, name: str, cont
     ("a.jsonl", b'{"text": "x"}\n{"text"', "a.jsonl, line 2, is no JSON object"),
     ("a.jsonl", b'{"body": "x"}', 'a.jsonl, line 1, is no JSON object with a field "text"'),
     ("a.jsonl", b"[1]", "a.jsonl, line 1, is no JSON object"),
+    ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1, is no JSON object"),
+    ("a.jsonl", b'{"text": ' + b"9" * 5000, "a.jsonl, line 1, is no JSON object"),
+    (
+      "a.jsonl",
+      b'{"text": "x"}\n{"text": "ab\\ud83d c"}',
+      r'a.jsonl, line 2: the field "text" holds the lone surrogate \ud83d at character 2',
+    ),
     ("a.jsonl", b'{"text": 3}', 'a.jsonl, line 1: the field "text" holds no string but 3'),
   ],
 )

@@ -1,0 +1,68 @@
+"""The layout and the size of the compact cache under a config.
+
+The rule itself is `CacheLayout`: index arithmetic on ints or arrays. It is defined in
+`pallas_kernels.decode.cache_layout`, because kernels use it too and import nothing of `dga_jax`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from dga_jax.config import DGAConfig
+from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask, TokenCoords
+
+__all__ = ["CacheLayout", "CacheMask", "CacheSize", "TokenCoords", "cache_layout", "cache_size"]
+
+
+def cache_layout(config: DGAConfig) -> CacheLayout:
+  """The layout of the cache that `config` describes."""
+  return CacheLayout(
+    members=int(config.group_size), focal=config.focal_in_block, window=int(config.local_window)
+  )
+
+
+class CacheSize(NamedTuple):
+  """Compact entries and raw slots that a cache holds for each sequence, layer and KV head."""
+
+  compact: int
+  raw: int
+
+  @property
+  def total(self) -> int:
+    """Compact entries and raw slots together."""
+    return self.compact + self.raw
+
+
+def cache_size(
+  *, config: DGAConfig, max_length: int, prompt: int = 0, ragged: bool = False
+) -> CacheSize:
+  """The exact size of the cache of a sequence of `max_length` tokens.
+
+  With L = max_length, s = sink_tokens and m' = m + f, streaming selection has
+  s + (f + 1)·⌊(L − s)/m'⌋ compact entries and (w + 1)·m' raw slots. Global and random selection
+  have the r + k entries of the prompt, f + 1 for every m' tokens after it, and m' raw slots.
+
+  Args:
+    config: of the cache.
+    max_length: tokens of the sequence, prompt and new ones together.
+    prompt: tokens of the (padded) prompt, which global and random selection rank as a whole.
+    ragged: whether prompts may be shorter. The size is then the largest over the prompt's lengths:
+      a short prompt leaves more blocks to decode.
+
+  Raises:
+    ValueError: if max_length is negative, or prompt is not in 0..max_length.
+  """
+  if max_length < 0 or not 0 <= prompt <= max_length:
+    raise ValueError(
+      f"cache_size got max_length={max_length} and prompt={prompt}; it wants"
+      " 0 <= prompt <= max_length. Raise max_length (prompt and new tokens together)."
+    )
+  layout, sinks = cache_layout(config), min(config.sink_tokens, max_length)
+  if config.selection == "streaming":
+    return CacheSize(int(layout.compact_size(max_length, sinks, sinks)), layout.raw_size)
+  # Of every prompt length that may occur: where blocks begin, and the entries before them.
+  lengths, quotas = np.arange(prompt + 1), config.focal_quota(prompt)
+  origins = np.maximum(lengths, sinks)
+  prefixes = np.maximum(quotas + (lengths - quotas) // config.group_size, sinks)
+  sizes = layout.compact_size(max_length, origins, prefixes)
+  return CacheSize(int(sizes.max() if ragged else sizes[-1]), layout.raw_size)

@@ -1,0 +1,91 @@
+"""Checks of the cache functions' arguments, made while tracing.
+
+Each message names the argument, what it got, what it wants, and the remedy.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from dga_jax.attention import validation
+from dga_jax.cache.layout import cache_layout
+from dga_jax.cache.state import CompactCache
+from dga_jax.config import DGAConfig
+
+type Lengths = Int[Array, "B"] | Int[np.ndarray, "B"] | Sequence[int]
+
+
+def as_array(lengths: Lengths, batch: int, most: int) -> Int[Array, "B"]:
+  """`lengths` as an int [B] array with values in 0..most (where they are known)."""
+  values: Any = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
+  validation.rows(batch, most, values, None)
+  return jnp.asarray(values)
+
+
+def prompt_fits(length: int, max_length: int) -> None:
+  """A prompt is not longer than its cache."""
+  if max_length < length:
+    raise ValueError(
+      f"max_length is {max_length}, but key holds prompts of up to {length} tokens; raise"
+      " max_length (prompt and new tokens together) or shorten the prompts."
+    )
+
+
+def new_tokens(
+  query: Array,
+  key: Array,
+  value: Array,
+  cache: CompactCache,
+  *,
+  axes: str,
+  config: DGAConfig,
+  layer: Any,
+) -> None:
+  """Query, key and value fit each other, the cache and the config.
+
+  Args:
+    axes: of the query, "B H D" or "B T H D".
+  """
+  raw = cache.arrays.raw_key
+  if raw.ndim != (4 if layer is None else 5):
+    raise ValueError(
+      f"layer is {layer} and cache.arrays.raw_key has shape {raw.shape}; pass layer for a cache"
+      " with a leading axis of layers, and leave it out for a cache of one layer."
+    )
+  B, N, W, D = raw.shape[-4:]
+  shape = np.shape(query)
+  if len(shape) != len(axes.split()) or (shape[0], shape[-1]) != (B, D) or shape[-2] % N:
+    raise ValueError(
+      f"query has shape {list(shape)}; it must be [{', '.join(axes.split())}] with B = {B} and"
+      f" D = {D}, as the cache has, and H a multiple of its {N} KV heads."
+    )
+  *rows, H, _ = shape
+  for name, x in (("query", query), ("key", key), ("value", value)):
+    shape = (*rows, H if name == "query" else N, D)
+    if np.shape(x) != shape or jnp.result_type(x) != raw.dtype:
+      raise ValueError(
+        f"{name} is {jnp.result_type(x)}{list(np.shape(x))}; beside this query and cache it must be"
+        f" {raw.dtype}{list(shape)}."
+      )
+  if cache_layout(config).raw_size != W:
+    raise ValueError(
+      f"the cache holds {W} raw tokens and config wants {cache_layout(config).raw_size}; pass the"
+      " config that the cache was made with."
+    )
+
+
+def room(cache: CompactCache, count: Any, *, layer: Any) -> None:
+  """`count` new tokens, one number or one per sequence, fit the cache, where values are known."""
+  length = cache.length if layer is None else cache.length[layer]
+  if isinstance(length, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
+    return
+  after = np.asarray(length) + np.asarray(count)
+  if after.size and after.max() > cache.max_length:
+    raise ValueError(
+      f"lengths reach {after.max()} tokens with the new ones, and the cache was made for"
+      f" max_length={cache.max_length}; make it with a larger max_length."
+    )

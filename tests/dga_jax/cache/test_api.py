@@ -1,0 +1,144 @@
+"""The cache functions on one layer, as a caller without our Decoder meets them."""
+
+import dataclasses
+import doctest
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dga_jax.cache
+from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax.cache import (
+  attend_and_prefill,
+  cache_size,
+  decode_step,
+  empty_cache,
+  extend,
+  prefill,
+)
+
+B, L, H, N, D = 2, 12, 4, 2, 8
+CONFIG = DGAConfig(selection="streaming", group_size=3, focal_per_block=2, sink_tokens=1)
+GLOBAL = DGAConfig(group_size=3, min_focal_tokens=2, sink_tokens=1)
+
+
+def tokens(*shape, dtype=jnp.float32):
+  """Query, key and value [*shape, heads, D]."""
+  keys = jax.random.split(jax.random.key(0), 3)
+  return [jax.random.normal(k, (*shape, h, D), dtype) for k, h in zip(keys, (H, N, N), strict=True)]
+
+
+def filled(config=CONFIG, max_length=20, lengths=None):
+  query, key, value = tokens(B, L)
+  return prefill(key, value, query, config=config, max_length=max_length, lengths=lengths)
+
+
+def assert_equal(tree, want):
+  assert jax.tree.structure(tree) == jax.tree.structure(want)
+  jax.tree.map(np.testing.assert_array_equal, tree, want)
+
+
+def test_the_example_of_the_package_runs():
+  result = doctest.testmod(dga_jax.cache)
+  assert result.attempted > 10
+  assert result.failed == 0
+
+
+def test_no_public_name_hides_a_module():
+  for name in dga_jax.cache.__all__:
+    assert not isinstance(getattr(dga_jax.cache, name), types.ModuleType)
+    with pytest.raises(ModuleNotFoundError):
+      __import__(f"dga_jax.cache.{name}")
+
+
+@pytest.mark.parametrize("config", [CONFIG, GLOBAL], ids=["streaming", "global"])
+@pytest.mark.parametrize("lengths", [None, [12, 5]])
+def test_prefill_is_the_cache_of_attend_and_prefill(config, lengths):
+  query, key, value = tokens(B, L)
+  out, cache = attend_and_prefill(query, key, value, config=config, max_length=20, lengths=lengths)
+  assert_equal(filled(config, lengths=lengths), cache)
+  lengths = None if lengths is None else jnp.array(lengths)
+  want = dynamic_group_attention(query, key, value, config=config, lengths=lengths)
+  np.testing.assert_array_equal(out, want)
+
+
+@pytest.mark.parametrize("lengths", [[12, 5], np.array([12, 5]), jnp.array([12, 5])])
+def test_lengths_may_be_a_list_or_an_array(lengths):
+  assert filled(lengths=lengths).length.tolist() == [12, 5]
+  assert jax.jit(lambda: filled(lengths=lengths))().length.tolist() == [12, 5]
+
+
+@pytest.mark.parametrize("config", [CONFIG, GLOBAL], ids=["streaming", "global"])
+def test_one_layer_equals_a_layer_of_a_stacked_cache(config):
+  """What prefill returns goes into decode_step, and out again, without a reshape."""
+  one = filled(config)
+  stacked = jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x), x, x]), one)
+  step = jax.jit(functools.partial(decode_step, config=config), static_argnames="layer")
+  for _ in range(6):
+    token = tokens(B)
+    out, one = step(*token, one)
+    want, stacked = step(*token, stacked, layer=1)
+    np.testing.assert_array_equal(out, want)
+  assert_equal(one, jax.tree.map(lambda x: x[1], stacked))
+  assert one.length.tolist() == [18, 18]
+
+
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_new_caches_can_be_donated(cache_dtype):
+  """No buffer occurs twice in them."""
+  config = dataclasses.replace(CONFIG, cache_dtype=cache_dtype)
+  step = jax.jit(functools.partial(decode_step, config=config), donate_argnums=3)
+  empty = empty_cache(
+    config=config, batch=B, max_length=20, num_kv_heads=N, head_dim=D, dtype=jnp.float32
+  )
+  for cache in (empty, filled(config), filled(config, lengths=[3, 12])):
+    before = cache.length
+    after = np.asarray(before) + 1
+    _, cache = step(*tokens(B), cache)
+    assert before.is_deleted()
+    np.testing.assert_array_equal(cache.length, after)
+
+
+def test_what_does_not_fit_max_length_is_refused_where_lengths_are_known():
+  cache = filled(max_length=13)
+  _, full = decode_step(*tokens(B), cache, config=CONFIG)
+  with pytest.raises(ValueError, match=r"lengths reach 14 tokens .* max_length=13"):
+    decode_step(*tokens(B), full, config=CONFIG)
+  with pytest.raises(ValueError, match=r"lengths reach 14 tokens .* max_length=13"):
+    extend(*tokens(B, 4), cache, config=CONFIG, lengths=[1, 2])
+  out, _ = extend(*tokens(B, 4), cache, config=CONFIG, lengths=[1, 0])
+  assert np.isfinite(out).all()
+  with pytest.raises(ValueError, match="max_length is 11, but key holds prompts of up to 12"):
+    filled(max_length=11)
+
+
+def test_misfits_are_refused_by_name():
+  query, key, value = tokens(B)
+  cache = filled()
+  step = functools.partial(decode_step, config=CONFIG)
+  for argument, match in (
+    ((query[:1], key, value), r"query has shape \[1, 4, 8\]; it must be \[B, H, D\] with B = 2"),
+    ((query[:, None], key, value), r"query has shape \[2, 1, 4, 8\]; it must be \[B, H, D\]"),
+    ((query[:, :3], key, value), "H a multiple of its 2 KV heads"),
+    ((query, key[:, :1], value), r"key is float32\[2, 1, 8\]; .* must be float32\[2, 2, 8\]"),
+    ((query, key, value.astype("bfloat16")), r"value is bfloat16\[2, 2, 8\]"),
+  ):
+    with pytest.raises(ValueError, match=match):
+      step(*argument, cache)
+  with pytest.raises(ValueError, match=r"layer is 0 and .*pass layer for a cache with a leading"):
+    step(query, key, value, cache, layer=0)
+  other = dataclasses.replace(CONFIG, local_window=1)
+  with pytest.raises(ValueError, match="holds 5 raw tokens and config wants 10"):
+    step(query, key, value, cache, config=other)
+  with pytest.raises(ValueError, match=r"lengths is int.*; it must be int"):
+    filled(lengths=[1, 2, 3])
+  with pytest.raises(ValueError, match="lengths has values from 5 to 13"):
+    filled(lengths=[5, 13])
+  with pytest.raises(ValueError, match=r"'batch': 0.*every size must be at least 1"):
+    empty_cache(config=CONFIG, batch=0, max_length=1, num_kv_heads=1, head_dim=1, dtype="float32")
+  with pytest.raises(ValueError, match="max_length=3 and prompt=4"):
+    cache_size(config=CONFIG, max_length=3, prompt=4)

@@ -1,0 +1,231 @@
+"""Damages files of other programs at random, and reads them.
+
+  python -m tests.dga_jax.conversion.fuzz --mutants=5000 --seed=1
+
+Every reader accepts a damaged file or raises ConversionError with its path (FileNotFoundError for a
+file that is not there), within one second of CPU time and 1 GiB of memory. Mutants that do
+otherwise are kept in --keep, and the exit status is 1.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dga_jax.conversion.errors import ConversionError
+from dga_jax.conversion.hugging_face import HuggingFaceFolder
+from dga_jax.conversion.importing import check_tensors, check_vocabulary, open_source
+from dga_jax.tokenizer import Tokenizer
+from tests.dga_jax.conversion.folders import copy_of, set_keys
+from tests.dga_jax.conversion.gguf_files import (
+  GOLDEN,
+  sentencepiece_metadata,
+  stored_tensors,
+  write,
+)
+from tests.dga_jax.mutations import mutate_bytes, mutate_json
+
+CPU_SECONDS = 1.0
+MEMORY_BYTES = 1 << 30
+HANG_SECONDS = 20.0
+
+
+class TooSlow(BaseException):
+  """A reader did not end; no Exception, so that no reader takes it for a damaged file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """One kind of file.
+
+  Attributes:
+    path: what is opened, a file or a folder.
+    file: what is damaged.
+    read: reads what is at a path.
+    header: bytes of a binary file that most damage falls into; None for JSON.
+  """
+
+  path: Path
+  file: Path
+  read: Callable[[Path], object]
+  header: int | None = None
+
+  def outcome(self, content: bytes) -> str:
+    """ "accepted" or "refused"; raises what a reader must not raise."""
+    self.file.write_bytes(content)
+    begin = time.process_time()
+    try:
+      with _time_limit():
+        self.read(self.path)
+      result = "accepted"
+    except (ConversionError, FileNotFoundError) as error:
+      if str(self.path) not in str(error):
+        raise AssertionError(f"The error does not name {self.path}: {error}") from error
+      result = "refused"
+    seconds = time.process_time() - begin
+    if seconds > CPU_SECONDS:
+      raise AssertionError(f"It took {seconds:.1f} s.")
+    return result
+
+
+def readers(folder: Path) -> dict[str, Reader]:
+  """Whole files of every kind in a folder, each with its reader."""
+  found = {}
+  for name, file in {
+    "config": "config.json",
+    "generation_config": "generation_config.json",
+    "tokenizer_config": "tokenizer_config.json",
+    "tokenizer": "tokenizer.json",
+    "index": "model.safetensors.index.json",
+    "safetensors": "model-00001-of-00002.safetensors",
+  }.items():
+    (folder / name).mkdir()
+    path = copy_of("llama3", folder / name)
+    _complete(path)
+    header = 3000 if file.endswith(".safetensors") else None
+    found[name] = Reader(path, path / file, read_source, header)
+  config = HuggingFaceFolder(GOLDEN / "qwen2").config()
+  tensors = stored_tensors("qwen2", config)
+  for name, changes in {"gguf": {}, "gguf_sentencepiece": _sentencepiece()}.items():
+    path = write(folder / f"{name}.gguf", config, tensors, architecture="qwen2", changes=changes)
+    header = path.stat().st_size - sum(tensor.nbytes for tensor in tensors.values())
+    found[name] = Reader(path, path, read_source, header)
+  path = folder / "checkpoint_tokenizer.json"
+  path.write_text(Tokenizer.train_bpe(["the cat and the axe"] * 3, 280).to_json())
+  found["checkpoint_tokenizer"] = Reader(path, path, read_checkpoint_tokenizer)
+  return found
+
+
+def read_source(path: Path) -> None:
+  """Everything that an import reads, tensors included."""
+  source = open_source(path)
+  config = source.config()
+  tokenizer = source.tokenizer()
+  check_vocabulary(source, config, tokenizer)
+  tokenizer.decode(range(80))
+  source.origin()
+  check_tensors(source, config)
+  for name in source.names:
+    source.read(name)
+
+
+def read_checkpoint_tokenizer(path: Path) -> None:
+  """The tokenizer of this project's checkpoints, whose reader gets the text of the file."""
+  try:
+    tokenizer = Tokenizer.from_json(path.read_text(errors="replace"))
+  except ValueError as error:
+    raise ConversionError(f"{path}: {error}") from error
+  tokenizer.decode(range(300))
+
+
+def mutants(reader: Reader, count: int, seed: int) -> Iterator[tuple[int, bytes]]:
+  """Damaged copies with their numbers; each is drawn by `seed` and its number alone."""
+  whole = reader.file.read_bytes()
+  for number in range(count):
+    rng = random.Random(f"{seed} {number}")
+    if reader.header is None:
+      text = mutate_json(whole.decode(), rng)
+      yield number, text.encode("utf-8", errors="surrogatepass")
+    else:
+      yield number, mutate_bytes(whole, rng, reader.header)
+
+
+def peak_memory() -> int:
+  """The largest memory of this process so far, in bytes."""
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main() -> None:
+  """Damages as many files of each kind as the command line asks for."""
+  parser = argparse.ArgumentParser(description="Reads damaged files of other programs.")
+  parser.add_argument("--mutants", type=int, default=5000, help="Mutants of each kind of file.")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--reader", default=None, help="One kind of file; default: all.")
+  parser.add_argument("--keep", type=Path, default=Path("fuzz_failures"))
+  flags = parser.parse_args()
+  os.environ["RUST_BACKTRACE"] = "0"
+  failed = 0
+  with tempfile.TemporaryDirectory() as folder:
+    for name, reader in readers(Path(folder)).items():
+      if flags.reader in (None, name):
+        failed += _fuzz(name, reader, flags.mutants, flags.seed, flags.keep)
+  raise SystemExit(1 if failed else 0)
+
+
+def _fuzz(name: str, reader: Reader, count: int, seed: int, keep: Path) -> int:
+  """Reads the mutants of one file, and returns how many did what they must not."""
+  reader.read(reader.path)  # A whole file is accepted.
+  counts: Counter[str] = Counter()
+  before = peak_memory()
+  for number, content in tqdm(mutants(reader, count, seed), name, count, unit="mutant"):
+    try:
+      counts[reader.outcome(content)] += 1
+    except BaseException as error:
+      if isinstance(error, KeyboardInterrupt | SystemExit):
+        raise
+      counts["failed"] += 1
+      keep.mkdir(parents=True, exist_ok=True)
+      (keep / f"{name}.{seed}.{number}").write_bytes(content)
+      if counts["failed"] <= 5:
+        traceback.print_exc()
+  grown = peak_memory() - before
+  if grown > MEMORY_BYTES:
+    counts["failed"] += 1
+  print(f"{name}: {dict(counts)}, memory grew by {grown >> 20} MiB")
+  return counts["failed"]
+
+
+@contextlib.contextmanager
+def _time_limit() -> Iterator[None]:
+  """Raises TooSlow after HANG_SECONDS of CPU time."""
+
+  def stop(*_: object) -> None:
+    raise TooSlow(f"The reader did not end within {HANG_SECONDS:g} s.")
+
+  previous = signal.signal(signal.SIGPROF, stop)
+  signal.setitimer(signal.ITIMER_PROF, HANG_SECONDS)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, previous)
+
+
+def _complete(folder: Path) -> None:
+  """Adds what a published folder has and the golden ones lack."""
+  set_keys(folder / "config.json", rope_theta=500.0, pretraining_tp=1, tie_word_embeddings=False)
+  set_keys(folder / "generation_config.json", bos_token_id=0, eos_token_id=[2, 3], temperature=0.6)
+  set_keys(
+    folder / "tokenizer_config.json",
+    add_bos_token=True,
+    add_prefix_space=False,
+    added_tokens_decoder={"2": {"content": "<end>", "special": True}},
+    pad_token={"content": "<other>"},
+    chat_template="{{ messages }}",
+  )
+
+
+def _sentencepiece() -> dict[str, object]:
+  """Metadata of a SentencePiece tokenizer, cut to the embedding of 64 rows."""
+  metadata, _ = sentencepiece_metadata()
+  size = len(metadata["tokenizer.ggml.tokens"])
+  cut = {k: v[:64] if hasattr(v, "__len__") and len(v) == size else v for k, v in metadata.items()}
+  lists = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in cut.items()}
+  return lists | {"tokenizer.ggml.merges": None, "tokenizer.ggml.pre": None}
+
+
+if __name__ == "__main__":
+  main()
