@@ -8,7 +8,7 @@ from dga_jax.attention.attend import merge_scale
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
 from dga_jax.attention.segments import count_before
-from dga_jax.attention.streaming_blocks import StreamingBlocks
+from dga_jax.attention.streaming_blocks import cache_layout, StreamingBlocks
 from dga_jax.attention.visibility import focal_list_start
 from dga_jax.config import DGAConfig
 from pallas_kernels.compact_indices import compact_indices
@@ -82,7 +82,7 @@ def streaming_sources(
 
 def streaming_halo(config: DGAConfig) -> int:
   """Tokens before a chunk that its first query may see raw."""
-  return (config.local_window + 1) * config.block_size - 1
+  return cache_layout(config).raw_size - 1
 
 
 class _Blocks:
