@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,15 @@ def abstract_mesh(kind: str = "TPU v5 lite", *, cores: int = 1, devices: int = 1
   return AbstractMesh((devices,), ("heads",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
+def topology_devices(chip: str = "v5e") -> Sequence[jax.Device]:
+  """The devices, absent, of the smallest topology of a chip in CHIPS."""
+  # libtpu looks for the host of a TPU, and refuses a second process, unless told otherwise.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+  topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
+  return topology.devices
+
+
 def compile_for_tpu(
   function: Callable[..., Any], *args: Any, chip: str = "v5e", **jit_options: Any
 ) -> jax.stages.Compiled:
@@ -44,11 +53,7 @@ def compile_for_tpu(
     chip: a name in CHIPS.
     jit_options: such as donate_argnums.
   """
-  # The library looks for a TPU's host and refuses a second process unless told otherwise.
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-  topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
-  sharding = SingleDeviceSharding(topology.devices[0])
+  sharding = SingleDeviceSharding(topology_devices(chip)[0])
   placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
   with jax.sharding.use_abstract_mesh(abstract_mesh(CHIPS[chip].kind, cores=CHIPS[chip].cores)):
     lowered = jax.jit(function, **jit_options).trace(*placed).lower(lowering_platforms=("tpu",))

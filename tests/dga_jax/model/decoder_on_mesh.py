@@ -1,0 +1,70 @@
+"""The decoder's output and gradient on meshes of four devices, with any axis names."""
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dga_jax import DGAConfig
+from dga_jax.model import ModelConfig
+from dga_jax.sharding import parameter_shardings, ShardingRules, use_rules
+from tests.dga_jax.model.random_decoder import abstract_decoder
+
+RULES = {
+  "own": ShardingRules(),
+  "foreign": ShardingRules(
+    batch=("x",), heads=("y",), mlp=("y",), vocab=("y",), stored_embed=("x",)
+  ),
+}
+
+
+def model_config(selection="streaming", attention="dga", **changes):
+  sizes = dict(vocab_size=48, embed_dim=16, num_heads=8, num_kv_heads=4, head_dim=4, mlp_dim=32)
+  return ModelConfig(
+    **(sizes | changes),
+    num_layers=2,
+    dtype="float32",
+    remat="full",
+    attention=attention,
+    dga=DGAConfig(
+      selection=selection, group_size=4, min_focal_tokens=0, n_recent=4, n_random=4, max_documents=2
+    ),
+  )
+
+
+def draw_batch(B=4, L=24):
+  """Tokens of two documents a row, and the weights of a sum of logits."""
+  rng = np.random.default_rng(0)
+  segments_BxL = (np.arange(L)[None] >= 7 + np.arange(B)[:, None]).astype(np.int32)
+  segments_BxL[:, -3:] = -1
+  return {
+    "tokens": rng.integers(0, 48, (B, L), dtype=np.int32),
+    "segment_ids": segments_BxL,
+    "weights": rng.normal(size=(B, L, 48)).astype(np.float32) / L,
+  }
+
+
+def logits_and_gradient(config):
+  """A function of parameters (a nested dict) and a batch."""
+  structure, state = nnx.split(abstract_decoder(config))
+
+  def run(params, batch):
+    def loss(params):
+      nnx.replace_by_pure_dict(state, params)
+      logits = nnx.merge(structure, state)(batch["tokens"], segment_ids=batch["segment_ids"])
+      return (logits * batch["weights"]).sum(), logits
+
+    (_, logits), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    return logits, gradient
+
+  return run
+
+
+def shardings(config, mesh, rules):
+  """Of parameters and batch."""
+  state = nnx.state(abstract_decoder(config))
+  with use_rules(rules):
+    params = parameter_shardings(state, mesh)
+  batch = {name: NamedSharding(mesh, P(rules.batch)) for name in draw_batch()}
+  return params, batch
