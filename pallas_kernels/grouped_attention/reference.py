@@ -51,7 +51,9 @@ def in_range(size: int, start: Array, end: Array) -> Array:
   return (start[..., None] <= entry) & (entry < end[..., None])
 
 
-def masked_softmax(logits: Float[Array, "*s n"], mask: Bool[Array, "*s n"]) -> Float[Array, "*s n"]:
+def masked_softmax(
+  logits: Float[Array, "*s n"], mask: Bool[Array, "*#s n"]
+) -> Float[Array, "*s n"]:
   """Softmax over the last axis where the mask holds; 0 elsewhere and in rows without any."""
   logits = jnp.where(mask, logits, -jnp.inf)
   top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
