@@ -1,5 +1,6 @@
 """The op on sequences split over devices; run by test_pieces.py in a process with eight of them."""
 
+import functools
 import sys
 
 import jax
@@ -10,6 +11,8 @@ from jax.sharding import PartitionSpec
 from dga_jax import DGAConfig, dynamic_group_attention
 from dga_jax.attention.context_parallel import ragged_all_gather
 from dga_jax.attention.context_parallel.attend import attend_sharded
+from dga_jax.attention.metadata import prepare
+from dga_jax.attention.segments import find_documents
 from dga_jax.sharding import make_mesh, MeshConfig, zigzag_order
 from tests.dga_jax.attention.cases import arrays, CONFIGS
 from train.hlo_collectives import Collective, read_collectives
@@ -23,15 +26,21 @@ def split_op(config, devices, length):
   pieces = PartitionSpec(None, "context")
 
   def op(q, k, v, rows):
+    metadata = whole_rows(config, q.shape[0], q.shape[1], **rows)
     attend = jax.shard_map(
-      lambda q, k, v, rows: attend_sharded(q, k, v, config=config, axis_name="context", **rows),
+      functools.partial(attend_sharded, axis_name="context"),
       mesh=mesh,
       in_specs=(pieces, pieces, pieces, PartitionSpec()),
       out_specs=pieces,
     )
-    return attend(q[:, order], k[:, order], v[:, order], rows)[:, np.argsort(order)]
+    return attend(q[:, order], k[:, order], v[:, order], metadata)[:, np.argsort(order)]
 
   return op
+
+
+def whole_rows(config, B, L, lengths=None, segment_ids=None):
+  """What attention needs of rows, for sequences that are whole."""
+  return prepare(find_documents(B, L, lengths, segment_ids), config)
 
 
 def packed_rows(B, L):
@@ -99,12 +108,13 @@ def check_bytes(selection):
   sharded = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "context"))
 
   def attend(q, k, v):
+    pieces = PartitionSpec(None, "context")
     return jax.shard_map(
-      lambda q, k, v: attend_sharded(q, k, v, config=config, axis_name="context"),
+      functools.partial(attend_sharded, axis_name="context"),
       mesh=mesh,
-      in_specs=PartitionSpec(None, "context"),
-      out_specs=PartitionSpec(None, "context"),
-    )(q, k, v)
+      in_specs=(pieces, pieces, pieces, PartitionSpec()),
+      out_specs=pieces,
+    )(q, k, v, whole_rows(config, 1, L))
 
   def both(q, k, v, t):
     out, pull = jax.vjp(attend, q, k, v)
