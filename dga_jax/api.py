@@ -23,6 +23,8 @@ from dga_jax.explanation import Explanation
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 
+__all__ = ["dynamic_group_attention", "explain", "plan_groups"]
+
 ArrayOrShape = Array | jax.ShapeDtypeStruct
 
 

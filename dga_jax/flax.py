@@ -19,15 +19,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.nnx.nn.dtypes import promote_dtype
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Num, Shaped
 
 from dga_jax.api import dynamic_group_attention
 from dga_jax.config import DGAConfig
+from pallas_kernels.dispatch import Implementation
 
 __all__ = ["attention_fn"]
 
 
-def attention_fn(config: DGAConfig, *, implementation: str | None = None) -> Callable[..., Array]:
+def attention_fn(
+  config: DGAConfig,
+  *,
+  sharding: NamedSharding | None = None,
+  implementation: Implementation = None,
+) -> Callable[..., Array]:
   """The `attention_fn` argument of `flax.nnx.MultiHeadAttention` for causal self-attention.
 
   The returned function computes `dga_jax.dynamic_group_attention`. It takes the arguments that the
@@ -48,9 +55,11 @@ def attention_fn(config: DGAConfig, *, implementation: str | None = None) -> Cal
 
   Args:
     config: of the op.
+    sharding: as for `dynamic_group_attention`: of the query [B, L, H, D] on a mesh with Auto axes,
+      where all batch axes are one axis B.
     implementation: as for `dynamic_group_attention`.
   """
-  return _AttentionFn(config, implementation)
+  return _AttentionFn(config, sharding, implementation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +67,8 @@ class _AttentionFn:
   """A callable that compares by value, so that equal modules share a compiled program."""
 
   config: DGAConfig
-  implementation: str | None
+  sharding: NamedSharding | None
+  implementation: Implementation
 
   def __call__(
     self,
@@ -109,6 +119,7 @@ class _AttentionFn:
       value.reshape(rows, *value.shape[-3:]),
       config=self.config,
       lengths=lengths_B,
+      sharding=self.sharding,
       implementation=self.implementation,
     )
     if fits_B is not None:

@@ -177,7 +177,7 @@ OPS: dict[str, tuple[Backend, ...]] = {
       "mosaic_tpu",
       _TPU,
       "decode.mosaic_tpu_decode:decode_attention_mosaic_tpu",
-      "decode.api:step_attention_refusal",
+      "decode.api:attention_refusal",
     ),
     Backend("xla", _ANY, "decode.xla:decode_attention_xla"),
   ),

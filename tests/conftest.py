@@ -7,7 +7,12 @@ from pathlib import Path
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
+
+from tests import annotations
+
+annotations.install()  # before our packages are imported
 
 # Else the first of several test processes takes three quarters of the GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -50,3 +55,9 @@ def _programs_are_dropped_in_time() -> Iterator[None]:
   mappings = Path("/proc/self/maps")
   if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
     jax.clear_caches()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+  """Annotations are checked, but in tests of the errors that wrong arguments raise."""
+  unchecked = item.get_closest_marker("invalid_arguments") is not None
+  jaxtyping.config.update("jaxtyping_disable", unchecked)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = [
   "dga_jax",
   "dga_jax.analyse",
-  "dga_jax.attention",
+  "dga_jax.api",
   "dga_jax.cache",
   "dga_jax.checkpoint",
   "dga_jax.config",

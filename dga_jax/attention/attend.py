@@ -16,6 +16,7 @@ from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.scores import importance_scores, random_scores
 from dga_jax.attention.segments import Documents
 from dga_jax.attention.selection import select_by_score, select_in_blocks, Selection
+from dga_jax.attention.streaming_blocks import cache_layout
 from dga_jax.config import DGAConfig
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.group_merge import choose_in_blocks, merge_blocks, merge_groups
@@ -179,7 +180,7 @@ def attention_kwargs(query: Array, config: DGAConfig, scale: float | None) -> di
   return {
     "scale": query.shape[-1] ** -0.5 if scale is None else scale,
     "group_bias": math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0,
-    "max_window": (config.local_window + 1) * config.block_size if streaming else config.group_size,
+    "max_window": cache_layout(config).raw_size if streaming else config.group_size,
   }
 
 

@@ -50,7 +50,7 @@ def sample_queries(documents: Documents, max_documents: int, config: DGAConfig) 
   samples = min(L, config.n_recent + config.n_random)
   if documents.rows == "whole":
     # Independent of the data: computed while tracing, so that the program neither draws nor sorts.
-    # Computed without the mesh in force: nothing can be computed eagerly over its Manual axes.
+    # No mesh is in force then: JAX computes nothing eagerly over Manual axes.
     no_mesh = jax.sharding.AbstractMesh((), ())
     with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(no_mesh):
       position_S = np.asarray(_sample_whole_row(L, samples, config))

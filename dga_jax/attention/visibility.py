@@ -9,7 +9,7 @@ from jaxtyping import Array, Int32
 from dga_jax.attention.layout import ListPositions
 from dga_jax.attention.segments import at_document_start, count_before, Documents
 from dga_jax.attention.selection import Selection
-from dga_jax.attention.streaming_blocks import StreamingBlocks
+from dga_jax.attention.streaming_blocks import cache_layout, StreamingBlocks
 from dga_jax.config import DGAConfig
 from pallas_kernels.group_merge import Entries
 from pallas_kernels.grouped_attention import KVSource, KVSources
@@ -72,21 +72,23 @@ def streaming_visibility(
   before b − w, and the raw tokens from block b − w up to itself. A sink sees the sinks up to
   itself.
   """
-  f, size, sinks = config.focal_in_block, config.block_size, config.sink_tokens
+  layout, sinks = cache_layout(config), config.sink_tokens
   focal_start_BxL = focal_list_start(documents, blocks, config)
   group_start_BxL = at_document_start(count_before(documents.is_last * blocks.count), documents)
-  seen_BxL = jnp.maximum(blocks.index - config.local_window, 0)
+  seen_BxL = layout.compact_blocks(blocks.index)
   i_BxL = documents.start + documents.position
   after_sinks_BxL = documents.is_token & ~blocks.is_sink
   window_end_BxL = i_BxL + documents.is_token
   visibility_BxL = Visibility(
     focal_start=focal_start_BxL,
     focal_end=focal_start_BxL
-    + jnp.where(after_sinks_BxL, sinks + f * seen_BxL, (documents.position + 1) * blocks.is_sink),
+    + jnp.where(
+      after_sinks_BxL, sinks + layout.focal * seen_BxL, (documents.position + 1) * blocks.is_sink
+    ),
     group_start=group_start_BxL,
     group_end=group_start_BxL + seen_BxL,
     window_start=jnp.where(
-      after_sinks_BxL, documents.start + sinks + seen_BxL * size, window_end_BxL
+      after_sinks_BxL, layout.block_start(seen_BxL, documents.start + sinks), window_end_BxL
     ),
     window_end=window_end_BxL,
   )

@@ -8,18 +8,19 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.attend import attention_kwargs
-from dga_jax.attention.validation import softmax_scale
+from dga_jax.attention.validation import Lengths, rows, softmax_scale
 from dga_jax.cache import validation
 from dga_jax.cache.layout import cache_layout, CacheLayout, TokenCoords
 from dga_jax.cache.prompt import ring_index
 from dga_jax.cache.state import CompactCache
 from dga_jax.cache.summary import block_entries
-from dga_jax.cache.validation import Lengths
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheLengths
+from pallas_kernels.dispatch import Implementation
 from pallas_kernels.gather import take_positions
 from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
 
@@ -34,7 +35,7 @@ def extend(
   lengths: Lengths | None = None,
   layer: Int[Array, ""] | int | None = None,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T H D"], CompactCache]:
   """Appends up to T tokens to every sequence, as `decode_step` would one by one.
 
@@ -61,15 +62,15 @@ def extend(
   Raises:
     ValueError: if an argument does not fit the cache, or a sequence would exceed the cache's
       max_length. Under jit lengths are unknown: the compact entries of later blocks are dropped.
-    NotImplementedError: if the named implementation cannot compute this call, and why.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
   validation.new_tokens(query, key, value, cache, axes="B T H D", config=config, layer=layer)
   B, T = query.shape[:2]
-  count_B = jnp.full(B, T) if lengths is None else validation.as_array(lengths, B, T)
-  validation.room(cache, T if lengths is None else lengths, layer=layer)
+  lengths, _ = rows(B, T, np.full(B, T, np.int32) if lengths is None else lengths, None)
+  validation.room(cache, lengths, layer=layer)
   softmax_scale(scale)
   one = cache if layer is None else jax.tree.map(lambda x: x[layer], cache)
-  chunk = _Chunk.after(one.lengths, count_B, T, config)
+  chunk = _Chunk.after(one.lengths, jnp.asarray(lengths), T, config)
   raw = (chunk.raw_window(one.arrays.raw_key, key), chunk.raw_window(one.arrays.raw_value, value))
   one = _store_sinks(one, key, value, chunk)
   one = _store_blocks(one, query, *raw, chunk, config)

@@ -21,6 +21,7 @@ from pallas_kernels.decode import (
   has_step_kernel,
   step_in_place,
 )
+from pallas_kernels.dispatch import Implementation
 
 
 def decode_step(
@@ -32,7 +33,7 @@ def decode_step(
   config: DGAConfig,
   layer: Int[Array, ""] | int | None = None,
   scale: float | None = None,
-  implementation: str | None = None,
+  implementation: Implementation = None,
 ) -> tuple[Float[Array, "B H D"], CompactCache]:
   """Appends one token to every sequence, attends, and summarizes the blocks that it completes.
 
@@ -57,8 +58,8 @@ def decode_step(
     layer: None for a cache of one layer. For a cache with a leading axis of layers, the layer to
       read and write: the token is then written in place, without a copy of the layer.
     scale: of the attention logits, default 1/√D.
-    implementation: "triton" (one kernel for the whole step), "mosaic_tpu", "xla", or None for the
-      first that runs on the device of the arrays.
+    implementation: "triton" (kernels for the whole step), "mosaic_tpu" or "xla"; a tuple of names
+      in order of preference; None for the first that can run the call.
 
   Returns:
     The output [B, H, D] in the query's dtype, and the cache with the new tokens.
@@ -66,8 +67,7 @@ def decode_step(
   Raises:
     ValueError: if an argument does not fit the cache, or a sequence would exceed the cache's
       max_length. Under jit lengths are unknown: the compact entries of later blocks are dropped.
-    NotImplementedError: if the named implementation cannot compute this call; the message says
-      why.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
   validation.new_tokens(query, key, value, cache, axes="B H D", config=config, layer=layer)
   validation.room(cache, 1, layer=layer)
@@ -87,7 +87,7 @@ def _step(
   layer: Array | int,
   config: DGAConfig,
   scale: float | None,
-  implementation: str | None,
+  implementation: Implementation,
 ) -> tuple[Array, CompactCache]:
   """`decode_step` on a cache with a leading axis of layers."""
   D = query_BxHxD.shape[-1]

@@ -8,17 +8,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dga_jax.attention.streaming_blocks import cache_layout
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask, TokenCoords
 
 __all__ = ["CacheLayout", "CacheMask", "CacheSize", "TokenCoords", "cache_layout", "cache_size"]
-
-
-def cache_layout(config: DGAConfig) -> CacheLayout:
-  """The layout of the cache that `config` describes."""
-  return CacheLayout(
-    members=int(config.group_size), focal=config.focal_in_block, window=int(config.local_window)
-  )
 
 
 class CacheSize(NamedTuple):

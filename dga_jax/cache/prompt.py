@@ -11,11 +11,16 @@ from dga_jax.attention.metadata import (
   StreamingMetadata,
 )
 from dga_jax.attention.segments import find_documents
-from dga_jax.attention.validation import query_and_key, softmax_scale, value_like_key
+from dga_jax.attention.validation import (
+  Lengths,
+  query_and_key,
+  rows,
+  softmax_scale,
+  value_like_key,
+)
 from dga_jax.cache import validation
 from dga_jax.cache.layout import cache_layout, cache_size
 from dga_jax.cache.state import CompactCache, lengths_with_sinks
-from dga_jax.cache.validation import Lengths
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheArrays, CacheLengths, pack_rows
 from pallas_kernels.dispatch import Implementation
@@ -49,7 +54,7 @@ def prefill(
     max_length: tokens that the cache holds for a sequence, prompt included; at least L.
     lengths: int [B], tokens of each prompt, the rest being right padding; a list works. None where
       every prompt has L tokens, and the cache then has its exact size, see `cache_size`.
-    implementation: of merging: "xla", or None for the kernels of the arrays' device.
+    implementation: "xla" merges in XLA; None or another name takes the first backend that can.
 
   Returns:
     The cache, to be passed to `decode_step` or `extend`.
@@ -87,7 +92,7 @@ def attend_and_prefill(
 
   Raises:
     ValueError: names the argument that does not fit and what it must be.
-    NotImplementedError: if the named implementation cannot compute this call, and why.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
   """
   metadata = _prepared(query, key, value, config, max_length, lengths)
   softmax_scale(scale)
@@ -138,7 +143,7 @@ def _prepared(
   value_like_key(value, key)
   batch, length = key.shape[:2]
   validation.prompt_fits(length, max_length)
-  lengths = None if lengths is None else validation.as_array(lengths, batch, length)
+  lengths, _ = rows(batch, length, lengths, None)
   return prepare(find_documents(batch, length, lengths, None), config)
 
 

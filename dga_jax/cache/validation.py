@@ -3,27 +3,16 @@
 Each message names the argument, what it got, what it wants, and the remedy.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
-from dga_jax.attention import validation
 from dga_jax.cache.layout import cache_layout
 from dga_jax.cache.state import CompactCache
 from dga_jax.config import DGAConfig
-
-type Lengths = Int[Array, "B"] | Int[np.ndarray, "B"] | Sequence[int]
-
-
-def as_array(lengths: Lengths, batch: int, most: int) -> Int[Array, "B"]:
-  """`lengths` as an int [B] array with values in 0..most (where they are known)."""
-  values: Any = lengths if isinstance(lengths, jax.Array) else np.asarray(lengths)
-  validation.rows(batch, most, values, None)
-  return jnp.asarray(values)
 
 
 def prompt_fits(length: int, max_length: int) -> None:

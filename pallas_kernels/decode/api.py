@@ -124,21 +124,16 @@ def step_refusal(query: Array, cache: CacheArrays, rule: BlockRule) -> str | Non
   if reason := head_refusal(query):
     return reason
   if rule.layout.block_size > _MOST_ROWS:
-    size = rule.layout.block_size
-    return f"a block has {size} tokens; at most {_MOST_ROWS} fit a kernel's registers"
+    return (
+      f"a block has {rule.layout.block_size} tokens; at most {_MOST_ROWS} fit a kernel's registers"
+    )
   if 0 in cache.compact_key.shape:
     return "the cache has no compact entries"
   return None
 
 
-def step_attention_refusal(query: Array, cache: CacheArrays, rule: BlockRule) -> str | None:
-  """Why the TPU kernel cannot run the attention of a step; None if it can."""
-  del rule
-  return attention_refusal(query, cache)
-
-
 def attention_refusal(query: Array, cache: CacheArrays, *_: Any, **options: Any) -> str | None:
-  """Why the TPU kernel cannot run a call of `decode_attention`; None if it can."""
+  """Why the TPU kernel cannot run `decode_attention`, alone or in a step; None if it can."""
   del options
   if str(query.dtype) not in ("bfloat16", "float32"):
     return f"dtype is {query.dtype}; it must be bfloat16 or float32"

@@ -24,11 +24,10 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.decode.cache_arrays import CacheArrays, GroupBias
 from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask
-from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.kernel_common import MASK_VALUE, out_struct
 from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES
 
 _TILE_BYTES = 2**18  # of keys: with values and double buffering 1 MiB of VMEM
-_MASK_VALUE = -1e30  # finite: a query that sees nothing has weights exp(−inf − _MASK_VALUE) = 0
 
 
 class _Static(NamedTuple):
@@ -144,7 +143,7 @@ def _kernel(
 
   @pl.when(t == 0)
   def _() -> None:
-    softmax.m[...] = jnp.full_like(softmax.m, _MASK_VALUE)
+    softmax.m[...] = jnp.full_like(softmax.m, MASK_VALUE)
     softmax.l[...] = jnp.zeros_like(softmax.l)
     softmax.acc[...] = jnp.zeros_like(softmax.acc)
 

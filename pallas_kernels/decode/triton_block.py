@@ -11,7 +11,8 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.decode.cache_arrays import BlockRule, CacheArrays
 from pallas_kernels.decode.cache_layout import CacheLayout, TokenCoords
-from pallas_kernels.decode.triton_tile import load_rows, MASK_VALUE, MIN_DOT_SIDE, store_rows
+from pallas_kernels.decode.triton_tile import load_rows, MIN_DOT_SIDE, store_rows
+from pallas_kernels.kernel_common import MASK_VALUE
 
 
 class OwnBlock(NamedTuple):

@@ -7,8 +7,8 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.decode.triton_tile import load_rows, MASK_VALUE, OnlineSoftmax
-from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.decode.triton_tile import load_rows, OnlineSoftmax
+from pallas_kernels.kernel_common import MASK_VALUE, out_struct
 from pallas_kernels.triton_common import padded_slice
 
 

@@ -7,9 +7,9 @@ from jax import Array
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode.quantise import pack_rows
+from pallas_kernels.kernel_common import MASK_VALUE
 from pallas_kernels.triton_common import dot, padded_slice
 
-MASK_VALUE = -1e30  # finite: a query that sees nothing has weights exp(−inf − MASK_VALUE) = 0
 MIN_DOT_SIDE = 16  # rows and columns of a matrix product are padded to at least this many
 
 

@@ -1,4 +1,4 @@
-"""The oracle of grouped attention: ranges written out as masks, in float32. Slow and obvious.
+"""The oracle of grouped attention: ranges written out as masks. Slow and obvious.
 
 No backend imports this file, and it imports no code of a backend.
 """
@@ -18,14 +18,18 @@ def grouped_attention_reference(
   group_bias: float,
   max_window: int,
 ) -> Float[Array, "B L H D"]:
-  """See `grouped_attention`; holds B·H·L·S logits at once, S the tokens of all sources."""
+  """See `grouped_attention`; holds B·H·L·S logits at once, S the tokens of all sources.
+
+  Computes in float32, or in float64 for float64 arrays.
+  """
   del max_window
   B, L, H, D = query.shape
   N = sources.focal.key.shape[2]
-  query_BxLxNxRxD = query.reshape(B, L, N, H // N, D).astype(jnp.float32)
+  wide = jnp.promote_types(query.dtype, jnp.float32)
+  query_BxLxNxRxD = query.reshape(B, L, N, H // N, D).astype(wide)
   logits, visible, values = [], [], []
   for source, bias in zip(sources, (0.0, group_bias, 0.0), strict=True):
-    key_BxSxNxD, value_BxSxNxD = (x.astype(jnp.float32) for x in (source.key, source.value))
+    key_BxSxNxD, value_BxSxNxD = (x.astype(wide) for x in (source.key, source.value))
     products = jnp.einsum("blnrd,bsnd->bnrls", query_BxLxNxRxD, key_BxSxNxD, precision="highest")
     logits.append(scale * products + bias)
     token_S = jnp.arange(key_BxSxNxD.shape[1])[None, None, None]

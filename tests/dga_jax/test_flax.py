@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dga_jax import DGAConfig, dynamic_group_attention
 from dga_jax.flax import attention_fn
@@ -164,6 +165,15 @@ def test_the_decode_cache_of_the_module_is_refused() -> None:
 def test_dropout_is_allowed_where_it_is_off() -> None:
   module = layer(dropout_rate=0.1, deterministic=True)
   np.testing.assert_array_equal(call(module, X), call(layer(), X))
+
+
+def test_a_mesh_with_auto_axes() -> None:
+  mesh = jax.make_mesh((1, 1), ("rows", "heads"), axis_types=(AxisType.Auto,) * 2)
+  sharding = NamedSharding(mesh, PartitionSpec("rows", None, "heads"))
+  module = layer(attention_fn=attention_fn(CONFIG, sharding=sharding))
+  with jax.set_mesh(mesh):
+    got = call(module, X)
+  np.testing.assert_allclose(got, expected(layer(), X), atol=1e-5)
 
 
 def test_functions_compare_by_value() -> None:

@@ -8,7 +8,7 @@ from dga_jax.attention.attend import merge_scale
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
 from dga_jax.attention.segments import count_before
-from dga_jax.attention.streaming_blocks import StreamingBlocks
+from dga_jax.attention.streaming_blocks import cache_layout, StreamingBlocks
 from dga_jax.attention.visibility import focal_list_start, Visibility
 from dga_jax.config import DGAConfig
 from pallas_kernels.compact_indices import compact_indices
@@ -51,8 +51,8 @@ def streaming_sources(
   if halo > shards.chunk:
     raise ValueError(
       f"The mesh axis {shards.axis_name!r} of size {shards.devices} cuts the sequence into chunks "
-      f"of {shards.chunk} tokens. A chunk must hold at least {halo} tokens, the raw window of a query "
-      "without its last token. Use fewer devices for a sequence, or longer sequences."
+      f"of {shards.chunk} tokens. A chunk must hold the raw window of a query without its last "
+      f"token, at least {halo} tokens. Use fewer devices for a sequence, or longer sequences."
     )
   before = shards.halo_exchange(jnp.stack([key, value], axis=2), halo)
   window_key, window_value = (
@@ -82,7 +82,7 @@ def streaming_sources(
 
 def streaming_halo(config: DGAConfig) -> int:
   """Tokens before a chunk that the first query of the chunk may see raw."""
-  return (config.local_window + 1) * config.block_size - 1
+  return cache_layout(config).raw_size - 1
 
 
 def _local_visibility(visibility: Visibility, halo: int, shards: ZigzagShards) -> Visibility:

@@ -1,5 +1,6 @@
-"""The op on sequences split over devices; run by test_pieces.py in a process with eight of them."""
+"""Context parallelism; run by test_context_parallel.py in a process that has eight devices."""
 
+import functools
 import sys
 
 import jax
@@ -10,32 +11,40 @@ from jax.sharding import PartitionSpec
 from dga_jax import DGAConfig, dynamic_group_attention
 from dga_jax.attention.context_parallel.attend import attend_sharded
 from dga_jax.attention.context_parallel.ragged_all_gather import exchange_sizes
+from dga_jax.attention.metadata import prepare
+from dga_jax.attention.segments import find_documents
 from dga_jax.sharding import make_mesh, MeshConfig, zigzag_order
 from tests.dga_jax.attention.cases import arrays, CONFIGS
 from train.hlo_collectives import Collective, read_collectives
 
 
-def split_op(config, devices, length):
-  """The op of whole arrays, computed in pieces."""
+def sharded_op(config, devices, length):
+  """The op of whole arrays, computed on shards of the sequences."""
   mesh = make_mesh(MeshConfig(data=1, context=devices), jax.devices()[:devices])
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     order = zigzag_order(length)
-  pieces = PartitionSpec(None, "context")
+  shards = PartitionSpec(None, "context")
 
   def op(q, k, v, rows):
+    metadata = prepare_rows(config, q.shape[0], q.shape[1], **rows)
     attend = jax.shard_map(
-      lambda q, k, v, rows: attend_sharded(q, k, v, config=config, axis_name="context", **rows),
+      functools.partial(attend_sharded, axis_name="context"),
       mesh=mesh,
-      in_specs=(pieces, pieces, pieces, PartitionSpec()),
-      out_specs=pieces,
+      in_specs=(shards, shards, shards, PartitionSpec()),
+      out_specs=shards,
     )
-    return attend(q[:, order], k[:, order], v[:, order], rows)[:, np.argsort(order)]
+    return attend(q[:, order], k[:, order], v[:, order], metadata)[:, np.argsort(order)]
 
   return op
 
 
+def prepare_rows(config, B, L, lengths=None, segment_ids=None):
+  """The metadata of whole sequences."""
+  return prepare(find_documents(B, L, lengths, segment_ids), config)
+
+
 def packed_rows(B, L):
-  """Four documents a row, one of them in fact padding, and then more padding."""
+  """Four documents a row, one of which may be padding, then padding."""
   rng = np.random.default_rng(0)
   cuts = np.sort(rng.integers(0, L - 3, (B, 3)), axis=1)
   ids = (np.arange(L)[None, :, None] >= cuts[:, None]).sum(axis=-1).astype(np.int32)
@@ -45,7 +54,7 @@ def packed_rows(B, L):
 
 
 def compare(config, devices, q, k, v, t, rows):
-  """Values and gradients in pieces and whole."""
+  """Values and gradients of shards are those of whole sequences."""
 
   def whole(q, k, v, rows):
     return dynamic_group_attention(q, k, v, config=config, **rows)
@@ -57,12 +66,12 @@ def compare(config, devices, q, k, v, t, rows):
 
     return jax.jit(outputs)(q, k, v)
 
-  for got, want in zip(run(split_op(config, devices, q.shape[1])), run(whole), strict=True):
+  for got, want in zip(run(sharded_op(config, devices, q.shape[1])), run(whole), strict=True):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def check_equal(name, rows):
-  """Values and gradients are those of whole sequences, wherever documents and blocks end."""
+  """Documents and blocks end anywhere in a shard."""
   B, L = 2, 112
   compare(
     CONFIGS[name], 4, *arrays(0, B, L, 4, 2, 4), packed_rows(B, L) if rows == "packed" else {}
@@ -70,7 +79,7 @@ def check_equal(name, rows):
 
 
 def check_crowded():
-  """Keys that matter all lie in one chunk: the devices go on until all of them are sent."""
+  """All focal keys are in one chunk, so that the ragged all-gather needs further exchanges."""
   B, L, config = (
     1,
     128,
@@ -81,17 +90,17 @@ def check_crowded():
   q = jnp.abs(q)
 
   first, _ = exchange_sizes(27 + 25, 8)
-  assert first < 16, "the test would need no second exchange"
+  assert first < 16, "one exchange would be enough"
   compare(config, 8, q, k, v, t, {})
 
 
 def sent(collectives: list[Collective]) -> float:
-  """Bytes, but for those of exchanges whose number depends on the data."""
+  """Bytes received by a device, without exchanges whose number depends on the data."""
   return sum(x.times * x.sent_bytes for x in collectives if not x.open_ended)
 
 
 def check_bytes(selection):
-  """At most 0.18 of the keys and values that a ring would pass around."""
+  """At most 0.18 of the bytes of ring attention, which sends all keys and values."""
   devices, L, N, D = 8, 131072, 1, 128
   config = DGAConfig(selection=selection, min_focal_tokens=0)
   shape = jax.ShapeDtypeStruct((1, L, N, D), jnp.float32)
@@ -99,12 +108,13 @@ def check_bytes(selection):
   sharded = jax.sharding.NamedSharding(mesh, PartitionSpec(None, "context"))
 
   def attend(q, k, v):
+    shards = PartitionSpec(None, "context")
     return jax.shard_map(
-      lambda q, k, v: attend_sharded(q, k, v, config=config, axis_name="context"),
+      functools.partial(attend_sharded, axis_name="context"),
       mesh=mesh,
-      in_specs=PartitionSpec(None, "context"),
-      out_specs=PartitionSpec(None, "context"),
-    )(q, k, v)
+      in_specs=(shards, shards, shards, PartitionSpec()),
+      out_specs=shards,
+    )(q, k, v, prepare_rows(config, 1, L))
 
   def both(q, k, v, t):
     out, pull = jax.vjp(attend, q, k, v)
@@ -116,7 +126,7 @@ def check_bytes(selection):
 
   ring = 2 * L * N * D * 4 * (devices - 1) / devices  # K and V, from every other device
   forward, total = moved(attend, 3), moved(both, 4)
-  # Backward a ring passes keys and values around again, and their gradients too.
+  # The backward pass of ring attention sends keys, values and their gradients.
   print(selection, forward / ring, (total - forward) / (2 * ring))
   assert forward <= 0.18 * ring
   assert total - forward <= 0.18 * 2 * ring

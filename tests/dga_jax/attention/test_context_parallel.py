@@ -1,4 +1,4 @@
-"""Sequences split over devices, each check in a process that has eight of them."""
+"""Context parallelism, on eight simulated devices in a process of their own."""
 
 import os
 import subprocess
@@ -19,12 +19,11 @@ ROOT = Path(__file__).parents[3]
   ],
   ids=" ".join,
 )
-def test_pieces(arguments: tuple[str, ...]) -> None:
-  """The whole sequence's values and gradients, with few bytes between the devices.
+def test_context_parallelism(arguments: tuple[str, ...]) -> None:
+  """Values and gradients are those of whole sequences, and few bytes are sent.
 
-  Every switch:
+  For every config in cases.py, under the same XLA_FLAGS:
   python -m tests.dga_jax.attention.check_context_parallel equal NAME:whole NAME:packed
-  with the names in cases.py, under the same XLA_FLAGS.
   """
   flags = "--xla_force_host_platform_device_count=8"
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

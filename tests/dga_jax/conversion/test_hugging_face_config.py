@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
 
 from dga_jax.conversion.errors import ConversionError
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.hugging_face_config import config_from_values, values_from_config
 from dga_jax.model import ModelConfig
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
 from dga_jax.model.rope import inverse_frequencies
 from tests.dga_jax.conversion.folders import (
   copy_of,

@@ -41,9 +41,9 @@ def test_scores_by_length(tmp_path: Path) -> None:
   ]
   examples = [example(length=length, answers=answers) for length, answers in lengths]
   (one,) = longbench.read_sets(write(tmp_path, {"qasper": examples}))
-  record = longbench.score(one, ["red house"] * 4)
-  assert record["score"] == {"0-4k": 100.0, "4-8k": 33.33, "8k+": 100.0, "all": 66.67}
-  assert record["examples"] == {"0-4k": 1, "4-8k": 2, "8k+": 1}
+  result = longbench.score(one, ["red house"] * 4)
+  assert result["score"] == {"0-4k": 100.0, "4-8k": 33.33, "8k+": 100.0, "all": 66.67}
+  assert result["examples"] == {"0-4k": 1, "4-8k": 2, "8k+": 1}
 
 
 def test_a_bucket_without_examples_has_no_score(tmp_path: Path) -> None:
@@ -110,12 +110,12 @@ def test_questions_over_documents(tmp_path: Path) -> None:
   questions = lost_in_the_middle.read_questions(tmp_path / "q.jsonl.gz")
   assert [(one.gold, one.documents) for one in questions] == [(0, 3), (2, 3), (2, 3)]
   assert "[3] Title 2\nText 2.\n\nQuestion: who won?\nAnswer:" in questions[0].prompt
-  record = lost_in_the_middle.score(questions, ["It was Ann.", "robert!", "nobody\nCarl"])
-  assert [(one["gold"], one["hits"], one["samples"]) for one in record["by_place"]] == [
+  result = lost_in_the_middle.score(questions, ["It was Ann.", "robert!", "nobody\nCarl"])
+  assert [(one["gold"], one["hits"], one["samples"]) for one in result["by_place"]] == [
     (0, 1, 1),
     (2, 1, 2),
   ]
-  assert (record["hits"], record["samples"]) == (2, 3)
+  assert (result["hits"], result["samples"]) == (2, 3)
   assert len(lost_in_the_middle.read_questions(tmp_path / "q.jsonl.gz", limit=2)) == 2
 
 

@@ -39,8 +39,8 @@ def test_global_selection_is_reported_with_what_decoding_finds() -> None:
   models = family()
   settings = PerplexitySettings(batch_size=2, targets=20, contexts=(8,), always_decode=False)
   ticks = []
-  record = measure_perplexity(models, GLOBAL, ROWS, settings, lambda: ticks.append(1))
-  last = record["last"]
+  result = measure_perplexity(models, GLOBAL, ROWS, settings, lambda: ticks.append(1))
+  last = result["last"]
   assert last["measured_by_decoding"]
   assert last["largest_difference"] > 1e-3
   assert last["teacher_forced_loss"] != pytest.approx(last["decoded_loss"], abs=1e-4)
@@ -68,9 +68,9 @@ def test_the_restart_control_measures_the_last_tokens() -> None:
   models = family()
   variant = Variant("v", {"attention": "sliding_window", "sliding_window": {"window": 1}})
   settings = PerplexitySettings(batch_size=3, targets=16, contexts=(8,))
-  record = measure_perplexity(models, variant, ROWS, settings)
-  assert record["restart"][0]["loss"] == pytest.approx(
-    record["last"]["teacher_forced_loss"], abs=1e-4
+  result = measure_perplexity(models, variant, ROWS, settings)
+  assert result["restart"][0]["loss"] == pytest.approx(
+    result["last"]["teacher_forced_loss"], abs=1e-4
   )
 
 
@@ -86,11 +86,11 @@ def test_a_restart_keeps_the_budget_of_whole_rows() -> None:
 
 def test_summary() -> None:
   loss = np.array([[1.0, 2.0, 3.0, 6.0], [3.0, 4.0, 1.0, 0.0]])
-  record = summarise(loss, buckets=2)
-  assert record["loss"] == 2.5
-  assert record["perplexity"] == pytest.approx(np.exp(2.5))
-  assert record["standard_error"] == pytest.approx(0.5)  # rows have 3 and 2
-  assert record["by_position"] == [
+  result = summarise(loss, buckets=2)
+  assert result["loss"] == 2.5
+  assert result["perplexity"] == pytest.approx(np.exp(2.5))
+  assert result["standard_error"] == pytest.approx(0.5)  # rows have 3 and 2
+  assert result["by_position"] == [
     {"from": 0, "to": 2, "loss": 2.5},
     {"from": 2, "to": 4, "loss": 2.5},
   ]

@@ -1,4 +1,4 @@
-"""Cells that are kept and not measured twice, tables and pictures, and the command."""
+"""Jobs whose results are kept and not measured again, tables and plots, and the command."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ VARIANTS = [
 ]
 
 
-def cell(name: str, measured: list, depends_on: object = 1) -> Job:
+def job(name: str, measured: list, depends_on: object = 1) -> Job:
   def run(tick):
     tick()
     measured.append(name)
@@ -50,12 +50,12 @@ def cell(name: str, measured: list, depends_on: object = 1) -> Job:
   return Job({"task": "t", "variant": name}, depends_on, 1, run)
 
 
-def test_cells_are_measured_once(tmp_path: Path) -> None:
+def test_results_are_measured_once(tmp_path: Path) -> None:
   path, measured = tmp_path / "new" / "r.jsonl", []
-  assert run_jobs([cell("a", measured), cell("b", measured)], Results(path), origin="o") == 0
-  run_jobs([cell(name, measured) for name in "abc"], Results(path), origin="o")
+  assert run_jobs([job("a", measured), job("b", measured)], Results(path), origin="o") == 0
+  run_jobs([job(name, measured) for name in "abc"], Results(path), origin="o")
   assert measured == ["a", "b", "c"]
-  run_jobs([cell("a", measured, depends_on=2)], Results(path), origin="o")
+  run_jobs([job("a", measured, depends_on=2)], Results(path), origin="o")
   assert measured[3:] == ["a"]
   first = Results(path).all()[0]
   assert (first["value"], first["variant"], first["origin"]) == (1, "a", "o")
@@ -65,20 +65,20 @@ def test_cells_are_measured_once(tmp_path: Path) -> None:
 def test_a_run_ends_in_time(tmp_path: Path) -> None:
   measured: list[str] = []
   left = run_jobs(
-    [cell(name, measured) for name in "abc"], Results(tmp_path / "r"), origin="o", minutes=0
+    [job(name, measured) for name in "abc"], Results(tmp_path / "r"), origin="o", minutes=0
   )
   assert (left, measured) == (3, [])
 
 
-def test_cells_that_the_device_cannot_run_stay_missing(tmp_path: Path, capsys) -> None:
+def test_jobs_that_the_device_cannot_run_stay_missing(tmp_path: Path, capsys) -> None:
   def no_memory(tick):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
 
   measured: list[str] = []
   broken = Job({"task": "t", "variant": "broken"}, 1, 1, no_memory)
   path = tmp_path / "r"
-  cells = [cell("a", measured), broken, cell("b", measured)]
-  assert run_jobs(cells, Results(path), origin="o", workers=2) == 1
+  jobs = [job("a", measured), broken, job("b", measured)]
+  assert run_jobs(jobs, Results(path), origin="o", workers=2) == 1
   assert sorted(measured) == ["a", "b"]
   assert len(Results(path).all()) == 2
   assert "failed: RESOURCE_EXHAUSTED: out of memory\n" in capsys.readouterr().err
@@ -94,16 +94,16 @@ def test_other_errors_end_the_run(tmp_path: Path) -> None:
 
 def test_a_line_cut_off_is_dropped_and_done_again(tmp_path: Path) -> None:
   path = tmp_path / "r.jsonl"
-  records = Results(path)
-  records.add("a", {"value": 1})
-  records.add("b", {"value": 2})
+  results = Results(path)
+  results.add("a", {"value": 1})
+  results.add("b", {"value": 2})
   path.write_text(path.read_text()[:-9])
   again = Results(path)
   assert "a" in again
   assert "b" not in again
   again.add("b", {"value": 3})
-  assert [record["value"] for record in Results(path).all()] == [1, 3]
-  path.write_text("no record\n" + path.read_text())
+  assert [result["value"] for result in Results(path).all()] == [1, 3]
+  path.write_text("no result\n" + path.read_text())
   with pytest.raises(ValueError, match="line 1, is not a result"):
     Results(path)
 
@@ -116,41 +116,41 @@ def is_png(path: Path) -> bool:
   return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
-def test_perplexity_and_its_pictures(tmp_path: Path) -> None:
+def test_perplexity_and_its_plots(tmp_path: Path) -> None:
   models, settings = family(), PerplexitySettings(batch_size=2, targets=8, contexts=(8, 16))
   documents = read_documents([write_documents(tmp_path)])
   rows = token_rows(documents, TOKENIZER, 64)
   asked = [perplexity_job(models, variant, rows, settings) for variant in VARIANTS]
-  records = Results(tmp_path / "r.jsonl")
-  run_jobs(asked, records, origin="o")
-  dense, window, later = records.all()
+  results = Results(tmp_path / "r.jsonl")
+  run_jobs(asked, results, origin="o")
+  dense, window, later = results.all()
   assert window["budget"]["keys"] == 32
   assert later["last"]["largest_difference"] > 10 * dense["last"]["largest_difference"]
-  drawn = report.write("perplexity", records.all(), tmp_path)
+  drawn = report.write("perplexity", results.all(), tmp_path)
   assert [path.name for path in drawn[1:]] == [
     "perplexity_by_share_64.png", "perplexity_by_position_64.png", "restart_64.png",
   ]  # fmt: skip
   assert all(map(is_png, drawn[1:]))
-  few = report.write("perplexity", records.all(), tmp_path, plotted=["another"])
+  few = report.write("perplexity", results.all(), tmp_path, plotted=["another"])
   assert few == drawn[:2]
   table = drawn[0].read_text().splitlines()
   assert table[3].startswith("| StreamingLLM, half | 64 | 32 (50.0%) |")
 
 
-def test_retrieval_and_its_pictures(tmp_path: Path) -> None:
+def test_retrieval_and_its_plots(tmp_path: Path) -> None:
   models, settings = family(), RetrievalSettings((0.0, 1.0), samples=2, batch_size=4)
   hay = Haystack([STORY * 8], TOKENIZER)
   asked = [
     retrieval_job(models, TOKENIZER, hay, VARIANTS[0], "passkey", length, settings)
     for length in (256, 320)
   ]
-  records = Results(tmp_path / "r.jsonl")
-  run_jobs(asked, records, origin="o")
-  first, second = records.all()
+  results = Results(tmp_path / "r.jsonl")
+  run_jobs(asked, results, origin="o")
+  first, second = results.all()
   assert (first["length"], second["length"]) == (256, 320)
   assert [one["depth"] for one in first["by_depth"]] == [0.0, 1.0]
   assert first["samples"] == len(first["answers"]) == 4
-  _, *drawn = report.write("retrieval", records.all(), tmp_path)
+  _, *drawn = report.write("retrieval", results.all(), tmp_path)
   assert [path.name for path in drawn] == ["passkey.png", "passkey_by_depth.png"]
   assert all(map(is_png, drawn))
 
@@ -160,16 +160,16 @@ def test_files_of_others(tmp_path: Path) -> None:
   example = {"answers": ["a"], "length": 1, "all_classes": None}
   one = LongBenchSet("qasper", [example], ["text"], new_tokens=4)
   question = Question("text?", ["a"], gold=2, documents=3)
-  records = Results(tmp_path / "r.jsonl")
+  results = Results(tmp_path / "r.jsonl")
   asked = [
     longbench_job(models, TOKENIZER, one, variant, 64, batch_size=1),
     lost_in_the_middle_job(models, TOKENIZER, [question], variant, 128, batch_size=1),
   ]
-  run_jobs(asked, records, origin="o")
-  assert records.all()[0]["examples"]["0-4k"] == 1
-  (table,) = report.write("longbench", records.all(), tmp_path)
+  run_jobs(asked, results, origin="o")
+  assert results.all()[0]["examples"]["0-4k"] == 1
+  (table,) = report.write("longbench", results.all(), tmp_path)
   assert table.read_text().splitlines()[2].startswith("| qasper | dense | 64 |")
-  (table,) = report.write("lost_in_the_middle", records.all(), tmp_path)
+  (table,) = report.write("lost_in_the_middle", results.all(), tmp_path)
   assert "| dense | 3 | 3 |" in table.read_text()
   with pytest.raises(ValueError, match="length is 100; the longest question takes 106"):
     lost_in_the_middle_job(models, TOKENIZER, [question], variant, 100, batch_size=1)
@@ -189,8 +189,8 @@ def test_the_command(tmp_path: Path) -> None:
   assert done.returncode == 0, done.stderr
   out = workdir / "evaluation"
   assert done.stdout.split()[0] == str(out / "perplexity.md")
-  record = json.loads((out / "perplexity.jsonl").read_text())
-  assert (record["variant"], record["rows"], record["origin"]) == ("dense", 2, f"{workdir}, step 0")
+  result = json.loads((out / "perplexity.jsonl").read_text())
+  assert (result["variant"], result["rows"], result["origin"]) == ("dense", 2, f"{workdir}, step 0")
   failed = evaluate(workdir, *asked[:1], "--documents=nowhere.jsonl")
   assert (failed.returncode, "Traceback" in failed.stderr) == (1, False)
   assert "error: " in failed.stderr

@@ -95,9 +95,9 @@ def test_no_text() -> None:
 
 def test_exact_match() -> None:
   samples = [Sample([0], "12"), Sample([0], "34"), Sample([0], "56")]
-  record = exact_match([" 12.", " 345", "\n56"], samples)
-  assert (record["hits"], record["samples"]) == (2, 3)
-  assert record["low"] < record["share"] == 2 / 3 < record["high"]
+  result = exact_match([" 12.", " 345", "\n56"], samples)
+  assert (result["hits"], result["samples"]) == (2, 3)
+  assert result["low"] < result["share"] == 2 / 3 < result["high"]
 
 
 def test_answers_are_those_of_single_prompts_in_their_order() -> None:

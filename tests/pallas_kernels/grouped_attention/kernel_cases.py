@@ -1,4 +1,4 @@
-"""Inputs for the kernels' tests: bounds of every kind, and the error criterion."""
+"""Inputs for the tests of attention kernels: ranges of every kind; and the comparison."""
 
 import dataclasses
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from pallas_kernels.grouped_attention import KVSource, KVSources
 from pallas_kernels.grouped_attention.reference import grouped_attention_reference
 from pallas_kernels.grouped_attention.xla import grouped_attention_xla
+from tests.rounding import assert_close
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,37 +217,58 @@ def values_and_gradients(
   query: jax.Array,
   sources: KVSources,
   options: dict[str, Any],
-  seed: int = 1,
 ) -> dict[str, np.ndarray]:
-  """The output and the gradients of Σ out · random, by name."""
-  dout = jax.random.normal(jax.random.key(seed), query.shape, jnp.float32)
+  """The output and the gradients of Σ out · random, by name, as float64."""
+  dout = np.random.default_rng(1).normal(size=query.shape).astype(np.float32)
   run = jax.jit(output_and_gradients(attention, options))
   out, (dq, dkv) = run(query, sources, dout)
   named = {"out": out, "query": dq}
   for source, (dk, dv) in zip(KVSources._fields, dkv, strict=True):
     named |= {f"{source}_key": dk, f"{source}_value": dv}
-  return {name: np.asarray(x, np.float32) for name, x in named.items()}
+  return {name: np.asarray(x).astype(np.float64) for name, x in named.items()}
 
 
-def relative_error(x: np.ndarray, expected: np.ndarray) -> float:
-  """‖x − expected‖ / ‖expected‖, and the plain norm where the expected one is 0."""
-  return float(np.linalg.norm(x - expected) / (np.linalg.norm(expected) or 1.0))
+def exact_values_and_gradients(
+  query: jax.Array, sources: KVSources, options: dict[str, Any]
+) -> dict[str, np.ndarray]:
+  """Those of the oracle, in float64."""
+  query, kv = jax.tree.map(np.asarray, (query, sources.kv))
+  with jax.enable_x64(True):
+    wide_query, wide_kv = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (query, kv))
+    return values_and_gradients(
+      grouped_attention_reference, wide_query, sources.with_kv(wide_kv), options
+    )
 
 
 def check_against_reference(attention: Callable[..., jax.Array], case: Case, seed: int = 0) -> None:
-  """Error at most 2x (gradients 3x) that of the plain implementation in the same dtype."""
+  """Holds values and gradients to the rule of `tests.rounding`."""
   query, sources, options = case.inputs(seed)
-  exact_query, exact_kv = jax.tree.map(lambda x: x.astype(jnp.float32), (query, sources.kv))
-  exact_sources = sources.with_kv(exact_kv)
+  exact = exact_values_and_gradients(query, sources, options)
   with jax.default_matmul_precision("highest"):
-    expected = values_and_gradients(
-      grouped_attention_reference, exact_query, exact_sources, options
-    )
     plain = values_and_gradients(grouped_attention_xla, query, sources, options)
-  actual = values_and_gradients(attention, query, sources, options)
-  for name, value in actual.items():
-    # Two correct float32 programs differ by the order of their sums.
-    floor = 2e-6 if case.dtype == "float32" else 0.0
-    allowed = max((2 if name == "out" else 3) * relative_error(plain[name], expected[name]), floor)
-    error = relative_error(value, expected[name])
-    assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+  terms = _longest_sums(case, sources)
+  for name, value in values_and_gradients(attention, query, sources, options).items():
+    # A gradient reads the sums of the logits, of the weights and of dout vᵀ, and is one itself.
+    factor, sums = (2, 2) if name == "out" else (3, 4)
+    assert_close(
+      value,
+      exact[name],
+      plain=plain[name],
+      factor=factor,
+      terms=terms[name],
+      sums=sums,
+      name=name,
+    )
+
+
+def _longest_sums(case: Case, sources: KVSources) -> dict[str, int]:
+  """Terms of the longest sum of each result: channels, keys of a query, or queries of a key."""
+  visible = int(sum(np.asarray(source.end - source.start).max() for source in sources))
+  terms = dict.fromkeys(("out", "query"), max(case.head_dim, visible))
+  for name, source in zip(sources._fields, sources, strict=True):
+    key_S = np.arange(source.key.shape[1])
+    start, end = (np.asarray(x)[..., None] for x in (source.start, source.end))
+    queries = ((start <= key_S) & (key_S < end)).sum(axis=2).max()
+    rows = int(queries) * case.query_heads // case.kv_heads
+    terms |= dict.fromkeys((f"{name}_key", f"{name}_value"), max(terms["out"], rows))
+  return terms

@@ -1,0 +1,84 @@
+"""Run-time checks of the jaxtyping annotations of public functions and methods.
+
+`install` checks every call of a function or method that has a jaxtyping annotation, in the modules
+of our packages that are imported later: shapes, dtypes, and the sizes that arguments and result
+share. Private and nested functions are not checked: jaxtyping's own import hook checks them too,
+and tests then take half as long again.
+"""
+
+import importlib.abc
+import importlib.machinery
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import jaxtyping
+from beartype import beartype, BeartypeConf
+
+PACKAGES = ("dga_jax", "pallas_kernels", "train")
+
+# An int is valid where a float is expected (PEP 484).
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))
+
+
+def install() -> None:
+  """Checks annotations in all modules of PACKAGES that are imported from now on."""
+  sys.meta_path.insert(0, _Finder())
+
+
+def check_module(module: types.ModuleType) -> None:
+  """Checks annotations of the public functions, and methods of public classes, of a module."""
+  for name, value in list(vars(module).items()):
+    if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
+      continue
+    if inspect.isfunction(value):
+      setattr(module, name, _checked(value))
+    elif inspect.isclass(value):
+      _check_methods(value)
+
+
+def _check_methods(cls: type) -> None:
+  for name, value in list(vars(cls).items()):
+    if name.startswith("_") and name != "__call__":
+      continue
+    if inspect.isfunction(value):
+      setattr(cls, name, _checked(value))
+    elif isinstance(value, (classmethod, staticmethod)):
+      setattr(cls, name, type(value)(_checked(value.__func__)))
+    elif isinstance(value, property) and value.fget is not None:
+      setattr(cls, name, property(_checked(value.fget), value.fset, value.fdel))
+
+
+def _checked(function: Any) -> Any:
+  if not any(map(_has_array, inspect.get_annotations(function).values())):
+    return function
+  return jaxtyping.jaxtyped(function, typechecker=_check)
+
+
+def _has_array(annotation: Any) -> bool:
+  """Whether an annotation contains one of jaxtyping."""
+  if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
+    return True
+  annotation = getattr(annotation, "__value__", annotation)  # of `type X = ...`
+  return any(map(_has_array, typing.get_args(annotation)))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+  def find_spec(
+    self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+  ) -> importlib.machinery.ModuleSpec | None:
+    if fullname.partition(".")[0] not in PACKAGES:
+      return None
+    spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+    if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+      spec.loader = _Loader(spec.loader.name, spec.loader.path)
+    return spec
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+  def exec_module(self, module: types.ModuleType) -> None:
+    super().exec_module(module)
+    check_module(module)
