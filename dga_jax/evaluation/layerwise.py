@@ -16,7 +16,7 @@ from dga_jax.model.rope import rope_table
 
 
 def losses_by_kinds(
-  model: Decoder, kinds: Sequence[AttentionKind], tokens: Int[Array, "B L+1"]
+  model: Decoder, kinds: Sequence[AttentionKind], tokens: Int[Array, "B T"]
 ) -> Float[Array, "B L"]:
   """The loss of each next token in nats, over whole sequences: float32 [B, L].
 
