@@ -26,10 +26,10 @@ from pallas_kernels.gather import take_rows
 class _ChunkEdges(NamedTuple):
   """For each chunk the slot of its first entry in each list; the last edge is a list's length."""
 
-  focal: Int[Array, "B N 2C+1"]
-  member: Int[Array, "B N 2C+1"]
+  focal: Int[Array, "B N edges"]
+  member: Int[Array, "B N edges"]
 
-  def group(self, size: int) -> Int[Array, "B N 2C+1"]:
+  def group(self, size: int) -> Int[Array, "B N edges"]:
     """Of the list of groups of `size` members; a group belongs to the chunk of its last member."""
     return self.member // size
 
@@ -58,7 +58,7 @@ class ShardedPlan(NamedTuple):
     """`global_halo`."""
     return global_halo(self.plan.config)
 
-  def fetch_halo(self, x: Float[Array, "B P N D"]) -> Float[Array, "B 2halo N D"]:
+  def fetch_halo(self, x: Float[Array, "B P N D"]) -> Float[Array, "B halo N D"]:
     """The last `halo` members before each of this device's chunks, from the devices that hold them.
 
     Args:

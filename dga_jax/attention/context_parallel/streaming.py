@@ -117,10 +117,10 @@ class _ShardedBlocks:
     ends_before = (start_Bxk + self._size - 1)[:, None] < edge_2C[None, :, None]
     self._first_Bx2C = ends_before.sum(axis=-1, dtype=jnp.int32)
 
-  def local_starts(self, halo: int) -> Int[Array, "B 2K"]:
+  def local_starts(self, halo: int) -> Int[Array, "B blocks"]:
     """First index of each block of this device in its two chunks, each of which follows its halo.
 
-    Each chunk has K entries, the most blocks that can end in it. The length of the chunks and
+    A chunk has entries for the most blocks that can end in it. The length of the chunks and
     halos stands for an absent block.
     """
     shards = self._shards
@@ -134,8 +134,8 @@ class _ShardedBlocks:
     return _join_chunks(jnp.where(exists_Bx2xK, index_Bx2xK, 2 * padded))
 
   def all_gather(
-    self, focal: Float[Array, "B fK N D"], group: Float[Array, "B K N D"]
-  ) -> tuple[Float[Array, "B fk N D"], Float[Array, "B k N D"]]:
+    self, focal: Float[Array, "B f N D"], group: Float[Array, "B g N D"]
+  ) -> tuple[Float[Array, "B r N D"], Float[Array, "B k N D"]]:
     """The focal tokens and groups of all blocks, in order, from those of each device.
 
     Kernels may append zero rows to a device's arrays.
@@ -179,7 +179,7 @@ class _ShardedSinks:
     self._shards = shards
 
   def insert(
-    self, x_BxPxNxD: Float[Array, "B P N D"], focal: Float[Array, "B fk N D"]
+    self, x_BxPxNxD: Float[Array, "B P N D"], focal: Float[Array, "B r N D"]
   ) -> Float[Array, "B r N D"]:
     """The sinks and the blocks' focal tokens of all devices, in order of position.
 
@@ -192,5 +192,5 @@ class _ShardedSinks:
     return take_positions(jnp.concatenate([focal, sinks], axis=1), self._source_Bxr)
 
 
-def _join_chunks(x: Shaped[Array, "B 2 S *T"]) -> Shaped[Array, "B 2S *T"]:
+def _join_chunks(x: Shaped[Array, "B 2 S *T"]) -> Shaped[Array, "B rows *T"]:
   return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -86,7 +86,7 @@ class ZigzagShards:
     before_late = jax.lax.ppermute(tails[:, 1], self.axis_name, down)
     return jnp.stack([before_early, jnp.where(is_last, tails[:, 0], before_late)], axis=1)
 
-  def all_gather(self, x: Shaped[Array, "B 2 *S"]) -> Shaped[Array, "B 2C *S"]:
+  def all_gather(self, x: Shaped[Array, "B 2 *S"]) -> Shaped[Array, "B chunks *S"]:
     """The x of every device, which has one entry for each chunk, in the order of the chunks."""
     gathered = jax.lax.all_gather(x, self.axis_name, axis=1, tiled=True)
     gathered = gathered.reshape(x.shape[0], self.devices, 2, *x.shape[2:])
