@@ -175,6 +175,7 @@ def explain(
   config: DGAConfig,
   lengths: Lengths | None = None,
   segment_ids: SegmentIds | None = None,
+  sharding: NamedSharding | None = None,
   implementation: Implementation = None,
 ) -> Explanation:
   """Which implementation runs each op of a call, and why not the others. Computes nothing.
@@ -191,6 +192,7 @@ def explain(
     config: as for `dynamic_group_attention`.
     lengths: likewise.
     segment_ids: likewise.
+    sharding: likewise.
     implementation: likewise.
 
   Raises:
@@ -198,6 +200,9 @@ def explain(
     NotImplementedError: likewise.
   """
   (B, L, _, D), N, dtype = query.shape, key.shape[2], key.dtype
+  own = None if validation.is_traced(query) else getattr(query, "sharding", None)
+  if sharding is None and isinstance(own, NamedSharding) and own.mesh.abstract_mesh.auto_axes:
+    sharding = own  # Tracing hides it.
 
   def decode(query: Array, key: Array, value: Array) -> Any:
     cache = empty_cache(
@@ -210,12 +215,15 @@ def explain(
     config=config,
     lengths=lengths,
     segment_ids=segment_ids,
+    sharding=sharding,
     implementation=implementation,
   )
+  # A step of decoding is explained for one device: `cache` functions take no split arrays.
+  unsplit = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value))
   target = dispatch.find_target(query, key, value)
   with dispatch.collect_reports(target) as reports:
     jax.eval_shape(call, query, key, value)
-    jax.eval_shape(decode, query, key, value)
+    jax.eval_shape(decode, *unsplit)
   return Explanation.from_reports(str(target), reports)
 
 

@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import jax
+
 from pallas_kernels.target import find_target, Target
 
 __all__ = [
@@ -200,6 +202,8 @@ _reports: contextvars.ContextVar[list[Report] | None] = contextvars.ContextVar(
   "reports", default=None
 )
 
+_TRACES = jax.make_user_context(None)
+
 
 @contextlib.contextmanager
 def collect_reports(target: Target | None = None) -> Iterator[list[Report]]:
@@ -217,7 +221,9 @@ def collect_reports(target: Target | None = None) -> Iterator[list[Report]]:
   reports: list[Report] = []
   tokens = _reports.set(reports), _assumed.set(target or _assumed.get())
   try:
-    yield reports
+    # A cached trace of a jitted function would report nothing. A new context has no cached traces.
+    with _TRACES(object()):
+      yield reports
   finally:
     _reports.reset(tokens[0])
     _assumed.reset(tokens[1])

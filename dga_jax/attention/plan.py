@@ -5,6 +5,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
@@ -84,6 +85,8 @@ class GroupPlan:
         is missing under jit.
     """
     validation.focal_mask(focal_mask)
+    if not is_traced(focal_mask):
+      focal_mask = jnp.asarray(np.asarray(focal_mask))  # Counted on one device, whatever its mesh.
     B, _, L = focal_mask.shape
     lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
     metadata = prepare(find_documents(B, L, lengths, segment_ids), config)

@@ -179,7 +179,7 @@ class _ShardedSinks:
     self._shards = shards
 
   def insert(
-    self, x_BxPxNxD: Float[Array, "B P N D"], focal: Float[Array, "B r N D"]
+    self, x_BxPxNxD: Float[Array, "B P N D"], focal: Float[Array, "B kf N D"]
   ) -> Float[Array, "B r N D"]:
     """The sinks and the blocks' focal tokens of all devices, in order of position.
 
