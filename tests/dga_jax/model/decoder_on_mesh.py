@@ -1,5 +1,7 @@
 """The decoder's output and gradient on meshes of four devices, with any axis names."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from flax import nnx
@@ -19,18 +21,23 @@ RULES = {
 }
 
 
-def model_config(selection="streaming", attention="dga", **changes):
-  sizes = dict(vocab_size=48, embed_dim=16, num_heads=8, num_kv_heads=4, head_dim=4, mlp_dim=32)
-  return ModelConfig(
-    **(sizes | changes),
+def model_config(selection="streaming", **changes):
+  dga = DGAConfig(
+    selection=selection, group_size=4, min_focal_tokens=0, n_recent=4, n_random=4, max_documents=2
+  )
+  small = ModelConfig(
+    vocab_size=48,
     num_layers=2,
+    embed_dim=16,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=4,
+    mlp_dim=32,
     dtype="float32",
     remat="full",
-    attention=attention,
-    dga=DGAConfig(
-      selection=selection, group_size=4, min_focal_tokens=0, n_recent=4, n_random=4, max_documents=2
-    ),
+    dga=dga,
   )
+  return dataclasses.replace(small, **changes)
 
 
 def draw_batch(B=4, L=24):
@@ -47,12 +54,11 @@ def draw_batch(B=4, L=24):
 
 def logits_and_gradient(config):
   """A function of parameters (a nested dict) and a batch."""
-  structure, state = nnx.split(abstract_decoder(config))
+  structure, _ = nnx.split(abstract_decoder(config))
 
   def run(params, batch):
     def loss(params):
-      nnx.replace_by_pure_dict(state, params)
-      logits = nnx.merge(structure, state)(batch["tokens"], segment_ids=batch["segment_ids"])
+      logits = nnx.merge(structure, params)(batch["tokens"], segment_ids=batch["segment_ids"])
       return (logits * batch["weights"]).sum(), logits
 
     (_, logits), gradient = jax.value_and_grad(loss, has_aux=True)(params)
@@ -63,8 +69,16 @@ def logits_and_gradient(config):
 
 def shardings(config, mesh, rules):
   """Of parameters and batch."""
-  state = nnx.state(abstract_decoder(config))
   with use_rules(rules):
-    params = parameter_shardings(state, mesh)
-  batch = {name: NamedSharding(mesh, P(rules.batch)) for name in draw_batch()}
-  return params, batch
+    params = parameter_shardings(nnx.state(abstract_decoder(config)), mesh)
+  return params, {name: NamedSharding(mesh, P(rules.batch)) for name in draw_batch()}
+
+
+def shapes_on(config, mesh, rules, B, L):
+  """Shapes of parameters and batch, with their shardings."""
+  params = nnx.to_pure_dict(nnx.state(abstract_decoder(config)))
+  return jax.tree.map(
+    lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+    (params, draw_batch(B, L)),
+    shardings(config, mesh, rules),
+  )
