@@ -88,7 +88,6 @@ def dynamic_group_attention(
     plan.check_fits(query, key, config, lengths=lengths, segment_ids=segment_ids)
   query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
   partition = find_partition(query, key, value, sharding)
-  rows = _present(lengths=lengths, segment_ids=segment_ids)
   if partition is None:
     return _attend_on_device(
       query,
@@ -96,9 +95,10 @@ def dynamic_group_attention(
       value,
       config=config,
       plan=plan,
+      lengths=lengths,
+      segment_ids=segment_ids,
       scale=scale,
       implementation=implementation,
-      **rows,
     )
   traced_scale = scale if validation.is_traced(scale) else None
   return _attend_on_mesh(
@@ -106,8 +106,7 @@ def dynamic_group_attention(
       "query": query,
       "key": key,
       "value": value,
-      **rows,
-      **_present(plan=plan, scale=traced_scale),
+      **_present(lengths=lengths, segment_ids=segment_ids, plan=plan, scale=traced_scale),
     },
     partition=partition,
     config=config if plan is not None else _with_document_bound(config, lengths, segment_ids),
@@ -223,8 +222,8 @@ def _attend_on_device(
   *,
   config: DGAConfig,
   plan: GroupPlan | None = None,
-  lengths: Array | None = None,
-  segment_ids: Array | None = None,
+  lengths: IntArray | None = None,
+  segment_ids: IntArray | None = None,
   scale: Any = None,
   implementation: Implementation = None,
 ) -> Array:
