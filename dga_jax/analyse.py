@@ -77,7 +77,7 @@ def merge_weights(
     IndexError: the plan has no such row or head.
   """
   validation.query_and_key(query, key)
-  plan.check_fits(query, key, plan.config, None)
+  plan.check_fits(query, key, plan.config)
   member_kxm = np.asarray(plan.layout.member_index)[row, head]
   group_query_k = np.asarray(plan.layout.group_query)[row, head]
   _, L, H, _ = query.shape

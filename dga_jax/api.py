@@ -11,11 +11,11 @@ from jaxtyping import Array, Float, PyTree
 
 from dga_jax.attention import validation
 from dga_jax.attention.attend import attend, attend_with_plan, make_plan, nan_where_invalid
-from dga_jax.attention.metadata import document_bound, prepare
+from dga_jax.attention.metadata import prepare
 from dga_jax.attention.partition import AttentionPartition, find_partition
 from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.reference import number_documents, reference_attention
-from dga_jax.attention.segments import Documents, find_documents
+from dga_jax.attention.segments import count_documents, find_documents, IntArray
 from dga_jax.attention.validation import Lengths, SegmentIds
 from dga_jax.cache import decode_step, empty_cache
 from dga_jax.config import DGAConfig
@@ -84,13 +84,10 @@ def dynamic_group_attention(
   validation.implementation(implementation)
   B, L = query.shape[:2]
   lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
-  documents = find_documents(B, L, lengths, segment_ids)
-  whole = lengths is None and segment_ids is None
   if plan is not None:
-    plan.check_fits(query, key, config, None if whole else documents)
+    plan.check_fits(query, key, config, lengths=lengths, segment_ids=segment_ids)
   query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
   partition = find_partition(query, key, value, sharding)
-  rows = _present(lengths=lengths, segment_ids=segment_ids)
   if partition is None:
     return _attend_on_device(
       query,
@@ -98,9 +95,10 @@ def dynamic_group_attention(
       value,
       config=config,
       plan=plan,
+      lengths=lengths,
+      segment_ids=segment_ids,
       scale=scale,
       implementation=implementation,
-      **rows,
     )
   traced_scale = scale if validation.is_traced(scale) else None
   return _attend_on_mesh(
@@ -108,11 +106,10 @@ def dynamic_group_attention(
       "query": query,
       "key": key,
       "value": value,
-      **rows,
-      **_present(plan=plan, scale=traced_scale),
+      **_present(lengths=lengths, segment_ids=segment_ids, plan=plan, scale=traced_scale),
     },
     partition=partition,
-    config=config if plan is not None else _with_document_bound(config, documents),
+    config=config if plan is not None else _with_document_bound(config, lengths, segment_ids),
     scale=None if scale is None or traced_scale is not None else float(scale),
     implementation=implementation,
   )
@@ -154,15 +151,14 @@ def plan_groups(
   validation.query_and_key(query, key)
   B, L = query.shape[:2]
   lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
-  documents = find_documents(B, L, lengths, segment_ids)
   query, key = jnp.asarray(query), jnp.asarray(key)
   partition = find_partition(query, key, key, sharding)
   if partition is None:
-    return make_plan(query, key, prepare(documents, config))
+    return make_plan(query, key, prepare(find_documents(B, L, lengths, segment_ids), config))
   plan = _plan_on_mesh(
     {"query": query, "key": key, **_present(lengths=lengths, segment_ids=segment_ids)},
     partition=partition,
-    config=_with_document_bound(config, documents),
+    config=_with_document_bound(config, lengths, segment_ids),
   )
   return dataclasses.replace(plan, config=config)
 
@@ -234,8 +230,8 @@ def _attend_on_device(
   *,
   config: DGAConfig,
   plan: GroupPlan | None = None,
-  lengths: Array | None = None,
-  segment_ids: Array | None = None,
+  lengths: IntArray | None = None,
+  segment_ids: IntArray | None = None,
   scale: Any = None,
   implementation: Implementation = None,
 ) -> Array:
@@ -345,8 +341,11 @@ def _present(**arrays: Any) -> dict[str, Any]:
   }
 
 
-def _with_document_bound(config: DGAConfig, documents: Documents) -> DGAConfig:
+def _with_document_bound(
+  config: DGAConfig, lengths: IntArray | None, segment_ids: IntArray | None
+) -> DGAConfig:
   """The config with the number of documents of concrete rows, which jit would hide."""
-  if documents.rows != "packed" or documents.count is None or config.max_documents is not None:
+  count = count_documents(lengths, segment_ids)
+  if segment_ids is None or count is None or config.max_documents is not None:
     return config
-  return dataclasses.replace(config, max_documents=document_bound(documents, config))
+  return dataclasses.replace(config, max_documents=max(1, count))

@@ -2,20 +2,24 @@
 
 `install` checks every call of a function or method that has a jaxtyping annotation, in the modules
 of our packages that are imported later: shapes, dtypes, and the sizes that arguments and result
-share. Private and nested functions are not checked: jaxtyping's own import hook checks them too,
-and tests then take half as long again.
+share. Arguments may be NumPy arrays, results may not. Private and nested functions are not checked:
+jaxtyping's own import hook checks them too, and tests then take half as long again.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import inspect
+import operator
 import sys
 import types
 import typing
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jaxtyping
+import numpy as np
 from beartype import beartype, BeartypeConf
 
 PACKAGES = ("dga_jax", "pallas_kernels", "train")
@@ -53,9 +57,29 @@ def _check_methods(cls: type) -> None:
 
 
 def _checked(function: Any) -> Any:
-  if not any(map(_has_array, inspect.get_annotations(function).values())):
+  annotations = inspect.get_annotations(function)
+  if not any(map(_has_array, annotations.values())):
     return function
+  function.__annotations__ = {
+    name: annotation if name == "return" else _or_numpy(annotation)
+    for name, annotation in annotations.items()
+  }
   return jaxtyping.jaxtyped(function, typechecker=_check)
+
+
+def _or_numpy(annotation: Any) -> Any:
+  """The annotation of an argument; JAX takes NumPy arrays for its own."""
+  if annotation is jax.Array:
+    return jax.Array | np.ndarray
+  if inspect.isclass(annotation) and issubclass(annotation, jaxtyping.AbstractArray):
+    dtype: Any = annotation.dtype
+    return dtype[_or_numpy(annotation.array_type), annotation.dim_str]
+  options = typing.get_args(annotation)
+  if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+    return functools.reduce(operator.or_, map(_or_numpy, options))
+  if typing.get_origin(annotation) is tuple:
+    return tuple[tuple(option if option is ... else _or_numpy(option) for option in options)]
+  return annotation
 
 
 def _has_array(annotation: Any) -> bool:

@@ -113,7 +113,7 @@ def document_bound(documents: Documents, config: DGAConfig) -> int:
   if config.selection == "streaming" and config.sink_tokens == 0:
     return documents.index.shape[1]
   raise ValueError(
-    "segment_ids is traced, as under jit, so its documents cannot be counted, and"
+    "segment_ids or lengths are traced, as under jit, so documents cannot be counted, and"
     " DGAConfig.max_documents is None. Set max_documents to the most documents that a row packs:"
     " dataclasses.replace(config, max_documents=...)."
   )

@@ -7,7 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention import validation
 from dga_jax.attention.layout import (
@@ -18,7 +18,7 @@ from dga_jax.attention.layout import (
   streaming_layout,
 )
 from dga_jax.attention.metadata import AttentionMetadata, prepare, StreamingMetadata
-from dga_jax.attention.segments import Documents, find_documents, is_traced
+from dga_jax.attention.segments import Documents, find_documents, IntArray, is_traced
 from dga_jax.attention.selection import Selection
 from dga_jax.attention.validation import Lengths, SegmentIds
 from dga_jax.attention.visibility import global_visibility, Visibility
@@ -122,7 +122,9 @@ class GroupPlan:
     query: Float[Array, "B L H D"],
     key: Float[Array, "B L N D"],
     config: DGAConfig,
-    documents: Documents | None,
+    *,
+    lengths: Int[IntArray, "B"] | None = None,
+    segment_ids: Int[IntArray, "B L"] | None = None,
   ) -> None:
     """Checks that the plan was made for these shapes, this config and these rows.
 
@@ -130,7 +132,8 @@ class GroupPlan:
       query: of the call.
       key: of the call.
       config: of the call.
-      documents: of the call's lengths and segment ids; None where it has neither.
+      lengths: of the call; a call without lengths and segment ids takes the plan's rows.
+      segment_ids: of the call.
 
     Raises:
       ValueError: the plan differs in one of them. Rows are compared where their values are known.
@@ -151,7 +154,11 @@ class GroupPlan:
         f"plan was made with {made}, and config has {given}. Pass config=plan.config, or make the"
         " plan with this config."
       )
-    if documents is None or is_traced(documents.index) or is_traced(self.documents.index):
+    if lengths is None and segment_ids is None:
+      return
+    B, L = query.shape[:2]
+    documents = find_documents(B, L, lengths, segment_ids)
+    if is_traced(documents.index) or is_traced(self.documents.index):
       return
     if not np.array_equal(documents.index, self.documents.index):
       raise ValueError(

@@ -108,8 +108,34 @@ def find_documents(
     is_token=is_token_BxL,
     is_last=is_last_BxL,
     rows="padded" if segment_ids is None else "packed",
-    count=1 if segment_ids is None else _count_documents(lengths, segment_ids),
+    count=count_documents(lengths, segment_ids),
   )
+
+
+def count_documents(
+  lengths: Int[IntArray, "B"] | None, segment_ids: Int[IntArray, "B L"] | None
+) -> int | None:
+  """The most documents of any row; None where lengths or segment ids are traced.
+
+  Args:
+    lengths: as for `find_documents`.
+    segment_ids: as for `find_documents`.
+  """
+  if segment_ids is None:
+    return 1
+  if is_traced(segment_ids) or is_traced(lengths):
+    return None
+  ids_BxL = np.asarray(segment_ids)
+  if lengths is not None:
+    inside_BxL = np.arange(ids_BxL.shape[1])[None] < np.asarray(lengths)[:, None]
+    ids_BxL = np.where(inside_BxL, ids_BxL, -1)
+  before_BxL = np.pad(ids_BxL, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  return int(((ids_BxL >= 0) & (ids_BxL != before_BxL)).sum(axis=1).max())
+
+
+def is_traced(x: object) -> bool:
+  """Whether the values of x are unknown while tracing, as under jit."""
+  return isinstance(x, jax.core.Tracer)
 
 
 def count_before(x: Bool[Array, "*rows L"] | Int[Array, "*rows L"]) -> Int[Array, "*rows L"]:
@@ -127,20 +153,3 @@ def at_document_start(x: Int[Array, "B *N L"], documents: Documents) -> Int[Arra
     return jnp.zeros_like(x)
   start = documents.start if x.ndim == 2 else documents.start[:, None]
   return jnp.take_along_axis(x, start, axis=-1)
-
-
-def is_traced(x: object) -> bool:
-  """Whether the values of x are unknown while tracing, as under jit."""
-  return isinstance(x, jax.core.Tracer)
-
-
-def _count_documents(lengths: IntArray | None, segment_ids: IntArray) -> int | None:
-  """The most documents of any row; None where the lengths or the ids are traced."""
-  if is_traced(segment_ids) or is_traced(lengths):
-    return None
-  ids_BxL = np.asarray(segment_ids)
-  if lengths is not None:
-    inside_BxL = np.arange(ids_BxL.shape[1])[None] < np.asarray(lengths)[:, None]
-    ids_BxL = np.where(inside_BxL, ids_BxL, -1)
-  before_BxL = np.pad(ids_BxL, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-  return int(((ids_BxL >= 0) & (ids_BxL != before_BxL)).sum(axis=1).max())

@@ -95,8 +95,16 @@ def test_more_documents_than_the_bound(inside):
   three = np.repeat([[0, 1, 2]], 2, axis=0).repeat(4, axis=1)
   two = dataclasses.replace(CONFIG, max_documents=2)
   plan = inside(lambda q: plan_groups(q, K, config=two, segment_ids=three))
-  with pytest.raises(ValueError, match=r"3 documents in a row.*max_documents to at least 3"):
-    plan(Q)
+  op = inside(lambda q: dynamic_group_attention(q, K, K, config=two, segment_ids=three))
+  for call in (plan, op):
+    with pytest.raises(ValueError, match=r"3 documents in a row.*max_documents to at least 3"):
+      call(Q)
+
+
+def test_concrete_documents_need_no_bound_under_jit():
+  ids = np.repeat([[0, 1, 2]], 2, axis=0).repeat(4, axis=1)
+  op = jax.jit(lambda q: dynamic_group_attention(q, K, K, config=CONFIG, segment_ids=ids))
+  assert op(Q).shape == Q.shape
 
 
 def test_plan_must_fit():
