@@ -154,7 +154,7 @@ def draw(records: Results, out: Path) -> Iterator[Path]:
   lengths = {record["length"] for record in everything}
   main = {variant.name for length in lengths for variant in variants_of.core(length)}
   for task in ("perplexity", "retrieval"):
-    yield from report.write(task, everything, out, pictured=main)
+    yield from report.write(task, everything, out, plotted=main)
   for record in everything:
     if record["task"] == "ablation":
       yield from _draw_ablation(record, out)

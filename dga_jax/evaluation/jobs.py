@@ -116,7 +116,7 @@ def run_jobs(
 def perplexity_job(
   family: Family,
   variant: Variant,
-  rows: Int[np.ndarray, "B L+1"],
+  rows: Int[np.ndarray, "B T"],
   settings: PerplexitySettings,
 ) -> Job:
   """The job of `measure_perplexity` for one variant and rows of one length."""
@@ -202,7 +202,7 @@ def retrieval_job(
 
 
 def ablation_job(
-  family: Family, name: str, config: DGAConfig, rows: Int[np.ndarray, "B L+1"], batch_size: int
+  family: Family, name: str, config: DGAConfig, rows: Int[np.ndarray, "B T"], batch_size: int
 ) -> Job:
   """The job of an ablation: the loss on the second half of the rows with parts of DGA replaced.
 

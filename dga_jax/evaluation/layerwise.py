@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -16,7 +17,7 @@ from dga_jax.model.rope import rope_table
 
 
 def losses_by_kinds(
-  model: Decoder, kinds: Sequence[AttentionKind], tokens: Int[Array, "B L+1"]
+  model: Decoder, kinds: Sequence[AttentionKind], tokens: Int[Array | np.ndarray, "B T"]
 ) -> Float[Array, "B L"]:
   """The loss of each next token in nats, over whole sequences: float32 [B, L].
 

@@ -17,7 +17,7 @@ _CHUNK = 256  # Positions whose logits are computed at a time.
 
 @functools.partial(jax.jit, static_argnums=0)
 def teacher_forced(
-  graphdef: nnx.GraphDef, params: Any, tokens: Int[Array, "B L+1"]
+  graphdef: nnx.GraphDef, params: Any, tokens: Int[Array, "B T"]
 ) -> Float[Array, "B L"]:
   """The loss of each next token in nats, over whole sequences: float32 [B, L].
 
@@ -30,7 +30,7 @@ def teacher_forced(
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def decoded(
-  graphdef: nnx.GraphDef, params: Any, tokens: Int[Array, "B L+1"], targets: int
+  graphdef: nnx.GraphDef, params: Any, tokens: Int[Array, "B T"], targets: int
 ) -> Float[Array, "B T"]:
   """The loss of each of the last T = `targets` tokens in nats, as in decoding: float32 [B, T].
 
@@ -65,7 +65,7 @@ def fill(batch: Int[np.ndarray, "b S"], size: int) -> Int[Array, "B S"]:
 
 
 def restarted(
-  rows: Int[np.ndarray, "B L+1"], context: int, targets: int, start_ids: Sequence[int]
+  rows: Int[np.ndarray, "B T"], context: int, targets: int, start_ids: Sequence[int]
 ) -> Int[np.ndarray, "B S"]:
   """The rows' last `targets` tokens after `context` tokens of text.
 

@@ -57,7 +57,8 @@ def plot_masks(
   figure.colorbar(image, ax=panels[1, :], label="weight in the group", extend="max")
   patches = [Patch(color=_COLOURS[code], label=_LABELS[code]) for code in Seen]
   figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
-  figure.savefig(path)
+  # Matplotlib names its own web address in the metadata of a PNG.
+  figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
 
 
 def salient_tokens(

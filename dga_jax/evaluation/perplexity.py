@@ -38,7 +38,7 @@ class PerplexitySettings:
 def measure_perplexity(
   family: Family,
   variant: Variant,
-  rows: Int[np.ndarray, "B L+1"],
+  rows: Int[np.ndarray, "B T"],
   settings: PerplexitySettings,
   tick: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def _decode(path: Path, content: bytes) -> str:
 
 def token_rows(
   documents: Sequence[Document], tokenizer: Tokenizer, length: int, rows_per_document: int = 1
-) -> Int[np.ndarray, "B L+1"]:
+) -> Int[np.ndarray, "B T"]:
   """Rows of `length` inputs and their next tokens: int32 [B, length + 1].
 
   Each row starts with the tokens that start a document, followed by a piece of a document. The

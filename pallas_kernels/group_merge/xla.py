@@ -106,10 +106,10 @@ def block_scores(
 def merge(
   query: Float[Array, "*B N R D"],
   key: Float[Array, "*B m N D"],
-  value: Float[Array, "*B m N D"],
+  value: Float[Array, "*B m N V"],
   *,
   scale: float,
-) -> tuple[Float[Array, "*B N D"], Float[Array, "*B N D"]]:
+) -> tuple[Float[Array, "*B N D"], Float[Array, "*B N V"]]:
   """Merges the m members of each group to one key and value (Eq. 14 of arXiv 2505.22107).
 
   w = softmax over members of scale · q·K_j, averaged over the R query heads of a KV head;

@@ -1,6 +1,7 @@
 """A tiny run: generated text, byte tokens, a dense decoder of a few thousand parameters."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -92,3 +93,16 @@ def run_trainer(start_trainer: StartTrainer) -> Callable[..., tuple[int, str]]:
     return process.returncode, output
 
   return run
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _stop_signals_are_not_ignored() -> Iterator[None]:
+  """A shell's background job ignores SIGINT, and nohup SIGHUP; trainers would inherit both."""
+  handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+  before = {number: signal.getsignal(number) for number in handlers}
+  ignored = [number for number in handlers if before[number] is signal.SIG_IGN]
+  for number in ignored:
+    signal.signal(number, handlers[number])
+  yield
+  for number in ignored:
+    signal.signal(number, before[number])

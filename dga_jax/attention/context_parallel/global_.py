@@ -79,10 +79,10 @@ def global_halo(config: DGAConfig) -> int:
 class _Chunks(NamedTuple):
   """For each chunk, where its part of the sequence's lists begins."""
 
-  focal: Int[Array, "B N 2C+1"]  # in the list of focal tokens
-  member: Int[Array, "B N 2C+1"]  # in the list of group members
+  focal: Int[Array, "B N bounds"]  # in the list of focal tokens
+  member: Int[Array, "B N bounds"]  # in the list of group members
 
-  def groups(self, size: int) -> Int[Array, "B N 2C+1"]:
+  def groups(self, size: int) -> Int[Array, "B N bounds"]:
     """In the list of groups, each counted where its last member is."""
     return self.member // size
 

@@ -172,5 +172,5 @@ class _Sinks:
     return take_positions(jnp.concatenate([focal, sinks], axis=1), self._source_Bxr)
 
 
-def _join(x: Shaped[Array, "B 2 S *T"]) -> Shaped[Array, "B 2S *T"]:
+def _join(x: Shaped[Array, "B 2 S *T"]) -> Shaped[Array, "B rows *T"]:
   return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -81,7 +81,7 @@ class ZigzagShards:
     high = jax.lax.ppermute(tails[:, 1], self.axis_name, down)
     return jnp.stack([low, jnp.where(is_last, tails[:, 0], high)], axis=1)
 
-  def gather(self, x: Shaped[Array, "B 2 *S"]) -> Shaped[Array, "B 2C *S"]:
+  def gather(self, x: Shaped[Array, "B 2 *S"]) -> Shaped[Array, "B chunks *S"]:
     """Every device's x, which has an entry for each of its chunks, in the order of the chunks."""
     every = jax.lax.all_gather(x, self.axis_name, axis=1, tiled=True)
     every = every.reshape(x.shape[0], self.count, 2, *x.shape[2:])

@@ -152,7 +152,7 @@ def test_budgets(name: str, keys: int) -> None:
     (lambda: LMInfiniteConfig(local_window=2.0), r"local_window is 2\.0"),
     (lambda: MInferenceConfig(vertical=10), r"first_tokens is 30.*at most vertical=10"),
     (lambda: TopKEvictionConfig(0, 0), r"heavy \+ recent is 0"),
-    (lambda: TopKEvictionConfig(dense_prompt=1), r"dense_prompt is 1; it must be a bool"),
+    (lambda: TopKEvictionConfig(dense_prompt=1), r"dense_prompt is 1; it must be of type bool"),
     (lambda: KVMergerConfig(budget=100, heavy=30, recent=40), r"budget is 100.*at least .* 101"),
     (lambda: StreamingLLMConfig().with_budget(4), r"keys is 4.*at least 5"),
     (lambda: TopKEvictionConfig().with_budget(1), r"keys is 1.*at least 2"),
