@@ -27,6 +27,15 @@ from dga_jax.file_hashes import FileRecord, find_file_damage, hash_files
 ITEM = "verification"
 FILE_NAME = "manifest.json"
 _FORMAT = 1
+# Errors that JSON of unexpected content leads to.
+_UNREADABLE = (
+  ArithmeticError,
+  AttributeError,
+  LookupError,
+  RecursionError,
+  TypeError,
+  ValueError,
+)
 # Suffix of an item's folder until orbax finalizes the item.
 _TEMPORARY = ".orbax-checkpoint-tmp"
 
@@ -67,8 +76,9 @@ class Manifest:
       if values["blake2b"] != _hash_json(manifest):
         raise ValueError("its hash does not fit its content.")
       files = {_inner_path(name): FileRecord(**file) for name, file in manifest["files"].items()}
-      return cls(int(manifest["step"]), manifest["eval_loss"], files)
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+      eval_loss = manifest["eval_loss"]
+      return cls(int(manifest["step"]), None if eval_loss is None else float(eval_loss), files)
+    except _UNREADABLE as error:
       raise ValueError(f"{ITEM}/{FILE_NAME} is unreadable: {error!r}") from error
 
   def find_damage(

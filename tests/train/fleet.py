@@ -16,7 +16,7 @@ from pathlib import Path
 # the time of a short run.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["train.main"])
+_CONTEXT.set_forkserver_preload(["train.main", "train.setup"])
 # Without these flags sums on a GPU depend on the order of its threads, and which kernels are chosen
 # on a race, anew in every start.
 GPU_ENVIRONMENT = {
