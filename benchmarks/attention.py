@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
   shapes = [Shape(int(L), _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value) for L in _LENGTHS.value]
   if _COMPILE_TO.value is not None:
     for shape in shapes:
-      for name, (run, draw) in tqdm(_contenders(shape).items(), desc=str(shape)):
+      for name, (run, draw) in tqdm(_contenders(shape).items(), desc=str(shape), disable=None):
         _prepare(shape, name, run, draw)
     return
   print(environment())

@@ -255,7 +255,8 @@ class _Programs:
     }
     every: list[Future[Any]] = [*self.prompts.values()]
     every += [chunk for _, cells in self.turns for chunk in cells.values()]
-    for done in tqdm(concurrent.futures.as_completed(every), total=len(every), desc="compiling"):
+    finished = concurrent.futures.as_completed(every)
+    for done in tqdm(finished, total=len(every), desc="compiling", disable=None):
       done.result()
 
 

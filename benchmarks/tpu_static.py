@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
   for chip in _CHIPS.value:
     programs.append(Program(chip, SPLASH_LENGTH, D, splash=True))
     programs += [Program(chip, L, D, splash=False) for L in lengths]
-  for program in tqdm(programs, desc="programs"):
+  for program in tqdm(programs, desc="programs", disable=None):
     schedules, rest = _in_a_process(program)
     if program.splash:
       peer_schedules, peer_rest = schedules, rest / program.L

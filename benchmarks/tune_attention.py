@@ -101,7 +101,7 @@ def _prepare_all(
   sizes = f"{selection}_{shape.L}_{shape.N}_{shape.D}"
   contenders: dict[Any, Contender] = {}
   refused: dict[Any, str] = {}
-  for tile, attention in tqdm(attentions.items(), desc=label):
+  for tile, attention in tqdm(attentions.items(), desc=label, disable=None):
     numbers = "_".join(str(x) for x in dataclasses.astuple(tile))
     try:
       contenders[tile] = Contender(

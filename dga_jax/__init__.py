@@ -7,6 +7,8 @@ if TYPE_CHECKING:
   from dga_jax.api import dynamic_group_attention, explain, plan_groups
   from dga_jax.attention.plan import GroupPlan
   from dga_jax.config import DGAConfig
+  from dga_jax.loading import load
+  from dga_jax.text_generation import generate
 
 __version__ = "0.1.0"
 
@@ -16,6 +18,8 @@ __all__ = [
   "__version__",
   "dynamic_group_attention",
   "explain",
+  "generate",
+  "load",
   "plan_groups",
 ]
 
@@ -25,6 +29,8 @@ _MODULES = {
   "GroupPlan": "dga_jax.attention.plan",
   "dynamic_group_attention": "dga_jax.api",
   "explain": "dga_jax.api",
+  "generate": "dga_jax.text_generation",
+  "load": "dga_jax.loading",
   "plan_groups": "dga_jax.api",
 }
 

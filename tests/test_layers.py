@@ -35,7 +35,7 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "convert",
   "evaluate",
   "file_lock",
-  "generate",
+  "generate_command",
   "picture",
   "smollm2",
   "smollm2_demo",

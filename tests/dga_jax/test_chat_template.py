@@ -139,7 +139,7 @@ def test_the_sources_of_a_template() -> None:
 )
 def test_missing_and_damaged_templates(origin: dict, name: str | None, message: str) -> None:
   with pytest.raises(ValueError, match=message):
-    chat_template_of(origin, byte_tokenizer("<|stop|>"), name=name)
+    render_chat(chat_template_of(origin, byte_tokenizer("<|stop|>"), name=name), USER)
 
 
 @pytest.mark.invalid_arguments

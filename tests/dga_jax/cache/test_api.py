@@ -116,6 +116,24 @@ def test_what_does_not_fit_max_length_is_refused_where_lengths_are_known():
     filled(max_length=11)
 
 
+def test_more_tokens_than_max_length_are_refused_under_jit():
+  cache = filled()
+  call = jax.jit(functools.partial(extend, config=CONFIG))
+  with pytest.raises(ValueError, match=r"lengths reach 21 tokens .* max_length=20"):
+    call(*tokens(B, 21), cache)
+
+
+def test_a_token_may_keep_the_axis_of_length():
+  query, key, value = tokens(B, L + 1)
+  cache = prefill(key[:, :L], value[:, :L], query[:, :L], config=CONFIG, max_length=20)
+  step = jax.jit(functools.partial(decode_step, config=CONFIG))
+  out, after = step(query[:, L:], key[:, L:], value[:, L:], cache)
+  want, same = step(query[:, L], key[:, L], value[:, L], cache)
+  assert out.shape == (B, 1, H, D)
+  np.testing.assert_array_equal(out[:, 0], want)
+  assert_equal(after, same)
+
+
 def test_misfits_are_refused_by_name():
   query, key, value = tokens(B)
   cache = filled()
