@@ -190,18 +190,18 @@ def _fuzz(name: str, reader: Reader, count: int, seed: int, keep: Path) -> int:
 
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
-  """Raises TooSlow after HANG_SECONDS of CPU time."""
+  """Raises TooSlow after HANG_SECONDS of CPU time in user mode. libtpu uses SIGPROF."""
 
   def stop(*_: object) -> None:
     raise TooSlow(f"The reader did not end within {HANG_SECONDS:g} s.")
 
-  previous = signal.signal(signal.SIGPROF, stop)
-  signal.setitimer(signal.ITIMER_PROF, HANG_SECONDS)
+  previous = signal.signal(signal.SIGVTALRM, stop)
+  signal.setitimer(signal.ITIMER_VIRTUAL, HANG_SECONDS)
   try:
     yield
   finally:
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    signal.signal(signal.SIGPROF, previous)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, previous)
 
 
 def _complete(folder: Path) -> None:
