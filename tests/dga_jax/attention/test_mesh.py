@@ -139,6 +139,7 @@ def test_kernels_need_to_know_the_layout() -> None:
     call(typed(mesh, P()))
 
 
+@pytest.mark.invalid_arguments
 def test_meshes_must_agree() -> None:
   other = AbstractMesh((4,), ("x",), axis_types=(AxisType.Auto,))
   with pytest.raises(ValueError, match=r"query has the mesh axes .* and sharding .*same mesh"):

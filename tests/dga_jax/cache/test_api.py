@@ -116,6 +116,7 @@ def test_what_does_not_fit_max_length_is_refused_where_lengths_are_known():
     filled(max_length=11)
 
 
+@pytest.mark.invalid_arguments
 def test_misfits_are_refused_by_name():
   query, key, value = tokens(B)
   cache = filled()
