@@ -79,7 +79,7 @@ def stopped_at(trainer: Trainer) -> int:
 def test_signals_at_random_moments(
   seed: int, fleet: Fleet, alone: Path, two: Path, tmp_path: Path
 ) -> None:
-  """A run is killed, restarted, stopped with SIGTERM, and completed by two and by four processes."""
+  """A run is killed, restarted, stopped with SIGTERM, and completed by two and four processes."""
   workdir = tmp_path / "run"
   rng = random.Random(seed)
   trainers = fleet.start(workdir, 2, SPLIT)
