@@ -91,7 +91,9 @@ def main(argv: list[str]) -> None:
   shapes = [Shape(int(L), _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value) for L in _LENGTHS.value]
   if _COMPILE_TO.value is not None:
     for shape in shapes:
-      for name, (run, make_inputs) in tqdm(_functions(shape).items(), desc=str(shape)):
+      for name, (run, make_inputs) in tqdm(
+        _functions(shape).items(), desc=str(shape), disable=None
+      ):
         _jit_or_load(shape, name, run, make_inputs)
     return
   print(environment())

@@ -271,7 +271,7 @@ class _Programs:
     futures: list[Future[Any]] = [*self.prompts.values()]
     futures += [chunk for _, chunks in self.alternating for chunk in chunks.values()]
     completed = concurrent.futures.as_completed(futures)
-    for future in tqdm(completed, total=len(futures), desc="compiling"):
+    for future in tqdm(completed, total=len(futures), desc="compiling", disable=None):
       future.result()
 
 

@@ -42,7 +42,7 @@ def alternate(
   """
   seconds: dict[str, list[float]] = {name: [] for name in programs}
   make_inputs = jax.jit(make_inputs)
-  for run in tqdm(range(repeats + 1), desc=label, leave=False):
+  for run in tqdm(range(repeats + 1), desc=label, leave=False, disable=None):
     inputs = jax.block_until_ready(make_inputs(jax.random.key(run)))
     for name, program in programs.items():
       begin = time.perf_counter()

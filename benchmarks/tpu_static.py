@@ -82,7 +82,7 @@ def main(argv: list[str]) -> None:
   for chip in _CHIPS.value:
     programs.append(Program(chip, SPLASH_LENGTH, D, splash=True))
     programs += [Program(chip, L, D, splash=False) for L in lengths]
-  for program in tqdm(programs, desc="programs"):
+  for program in tqdm(programs, desc="programs", disable=None):
     schedules, rest = _compile_in_subprocess(program)
     if program.splash:
       splash_schedules, splash_rest = schedules, rest / program.L

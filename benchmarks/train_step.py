@@ -209,7 +209,7 @@ def _initial_state(program: _Program) -> TrainState:
 def _measure_losses(kind: str, program: _Program) -> None:
   """Runs the first steps, without timing, and stores their losses in the program."""
   state = _initial_state(program)
-  for step in tqdm(range(_STEPS.value), desc=f"{kind}: losses", leave=False):
+  for step in tqdm(range(_STEPS.value), desc=f"{kind}: losses", leave=False, disable=None):
     state, scalars = program.step(state, _batch(program, step))
     program.losses.append(float(scalars["loss"]))
   print(f"{kind}: losses {', '.join(f'{loss:.6f}' for loss in program.losses)}", flush=True)
@@ -229,7 +229,7 @@ def _measure_times(programs: dict[str, _Program]) -> tuple[dict[str, float | Non
   order = [(number, kind) for number in range(_ROUNDS.value) for kind in programs]
   if len({program.functions.mesh for program in programs.values()}) > 1:
     order = [(number, kind) for kind in programs for number in range(_ROUNDS.value)]
-  for number, kind in tqdm(order, desc="steps", leave=False):
+  for number, kind in tqdm(order, desc="steps", leave=False, disable=None):
     program = programs[kind]
     state = jax.device_put(state, program.functions.shardings)
     batch = jax.block_until_ready(_batch(program, number))
@@ -337,7 +337,7 @@ def _compiled_path(folder: str, config: TrainConfig) -> Path:
 
 def _compile_ahead() -> None:
   """Compiles the DGA step of each length for one H100 and saves the programs."""
-  for length in tqdm(_LENGTHS.value, desc="compiling"):
+  for length in tqdm(_LENGTHS.value, desc="compiling", disable=None):
     config = _config(int(length), "dga", "one")
     functions = make_functions(config, make_mesh(config.mesh, [_aot_gpu.h100_device()]))
     compiled = lower_step(config, functions).compile()

@@ -112,7 +112,7 @@ def _make_programs(
   sizes = f"{selection}_{shape.L}_{shape.N}_{shape.D}"
   programs: dict[Any, TimedProgram] = {}
   refused: dict[Any, str] = {}
-  for tile, attention in tqdm(attentions.items(), desc=label):
+  for tile, attention in tqdm(attentions.items(), desc=label, disable=None):
     numbers = "_".join(str(x) for x in dataclasses.astuple(tile))
     try:
       programs[tile] = TimedProgram(
