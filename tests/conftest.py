@@ -12,10 +12,7 @@ import pytest
 
 from tests import annotations
 
-# Before our packages are imported. On demand: some tests pass NumPy arrays where JAX arrays are
-# annotated.
-if os.environ.get("DGA_CHECK_ANNOTATIONS") == "1":
-  annotations.install()
+annotations.install()  # Before our packages are imported.
 
 # Else the first of several test processes takes three quarters of the GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")

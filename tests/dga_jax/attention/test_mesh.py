@@ -139,6 +139,7 @@ def test_kernels_on_auto_axes_need_the_sharding_argument() -> None:
     call(typed(mesh, P()))
 
 
+@pytest.mark.invalid_arguments
 def test_sharding_and_arrays_must_have_one_mesh() -> None:
   other = AbstractMesh((4,), ("x",), axis_types=(AxisType.Auto,))
   with pytest.raises(ValueError, match=r"query has the mesh axes .* and sharding .*same mesh"):

@@ -116,6 +116,7 @@ def test_tokens_beyond_max_length_are_an_error_if_lengths_are_concrete():
     filled(max_length=11)
 
 
+@pytest.mark.invalid_arguments
 def test_invalid_shapes_and_dtypes_are_errors_with_the_name():
   query, key, value = tokens(B)
   cache = filled()

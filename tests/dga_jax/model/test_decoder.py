@@ -149,6 +149,7 @@ def test_logits_are_the_unembedding_of_hidden_states() -> None:
   np.testing.assert_allclose(jnp.concatenate(chunks, axis=1), forward(model, tokens_BxL), atol=1e-6)
 
 
+@pytest.mark.invalid_arguments
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [

@@ -149,6 +149,7 @@ def test_empty_caches_are_errors(batch_size: int, max_length: int) -> None:
     MODEL.init_cache(batch_size, max_length)
 
 
+@pytest.mark.invalid_arguments
 def test_decode_takes_one_token_per_sequence() -> None:
   with pytest.raises(ValueError, match=r"tokens is \[3, 1\]; the cache wants \[3\]"):
     MODEL.decode(jnp.zeros((3, 1), int), MODEL.init_cache(3, 4))
