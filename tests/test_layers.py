@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {"absl", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
+  "calibration": {"matplotlib", "scipy", "tqdm"},
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
   "evaluation": {"matplotlib", "tqdm"},
 }
@@ -26,6 +27,7 @@ ABOVE = {  # Folders that may use any library, and the folders of ours that they
   "benchmarks": {"tests"},
 }
 COMMAND_MODULES = {  # Modules of commands, and modules that read or write files.
+  "calibrate",
   "checkpoint",
   "checkpoint_files",
   "checkpoint_manifest",
