@@ -15,6 +15,7 @@ COMMANDS = {"absl", "jinja2", "orbax", "tokenizers", "tqdm"}
 FILE_LIBRARIES = {
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
   "evaluation": {"matplotlib", "tqdm"},
+  "serving": {"prometheus_client", "starlette", "uvicorn"},
 }
 ALLOWED = {
   "pallas_kernels": {"jax", "jaxtyping", "numpy", "pallas_kernels"},
@@ -37,6 +38,7 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "file_lock",
   "generate",
   "picture",
+  "serve",
   "smollm2",
   "smollm2_demo",
   "template_sandbox",
