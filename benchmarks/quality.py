@@ -34,11 +34,12 @@ from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.retrieval import Haystack
 from dga_jax.evaluation.texts import read_documents, token_rows
 from dga_jax.evaluation.variants import Family, Variant
+from dga_jax.path_flags import define_path
 from dga_jax.tokenizer import Tokenizer
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoint of the model.", required=True)
+_WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)
 _DOCUMENTS = flags.DEFINE_list("documents", None, "Long texts: .jsonl or .txt.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder for results.", required=True)
+_OUT = define_path("out", None, "Folder for results.", required=True)
 _CELLS = flags.DEFINE_string("cells", "", "Regular expression on cell names; default: all.")
 _LIST = flags.DEFINE_bool("list", False, "Only print the names of the cells.")
 _DRAW = flags.DEFINE_bool("draw", False, "Only draw what is there.")

@@ -35,6 +35,7 @@ COMMAND_MODULES = {  # Modules of commands, and modules that read or write files
   "evaluate",
   "file_lock",
   "generate",
+  "path_flags",
   "picture",
   "smollm2",
   "smollm2_demo",
