@@ -39,6 +39,7 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "evaluate",
   "file_lock",
   "generate",
+  "path_flags",
   "picture",
   "serve",
   "smollm2",

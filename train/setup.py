@@ -12,6 +12,7 @@ from absl import logging
 
 from dga_jax.checkpoint import Checkpoints
 from dga_jax.file_lock import hold_workdir
+from dga_jax.paths import check_path
 from dga_jax.tokenizer import Tokenizer
 from train import multihost
 from train.abort_filter import newest_checkpoint_note
@@ -72,6 +73,7 @@ def train(
     OSError: files of the data are missing, damaged or could not be prepared.
   """
   _check_dtypes(config)
+  check_path("workdir", workdir)
   resume = Resume() if resume is None else resume
   multihost.check_agreement(
     {**to_flat_dict(config), **resume.to_dict(), "jax's version": jax.__version__},
