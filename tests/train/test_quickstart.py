@@ -43,9 +43,8 @@ def test_a_failure_of_training_is_the_exit_status(
   assert "Training failed" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize(
-  "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly  # tests/train/test_stop_signals.py sends signals to the trainer itself.
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_its_training_process(
   number: signal.Signals, config: TrainConfig, compilation_cache: dict[str, str], tmp_path: Path
 ) -> None:
