@@ -7,6 +7,7 @@ if TYPE_CHECKING:
   from dga_jax.api import dynamic_group_attention, explain, plan_groups
   from dga_jax.attention.plan import GroupPlan
   from dga_jax.config import DGAConfig
+  from dga_jax.head_budgets import HeadBudgets
   from dga_jax.loading import load
   from dga_jax.text_generation import generate
 
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 __all__ = [
   "DGAConfig",
   "GroupPlan",
+  "HeadBudgets",
   "__version__",
   "dynamic_group_attention",
   "explain",
@@ -27,6 +29,7 @@ __all__ = [
 _MODULES = {
   "DGAConfig": "dga_jax.config",
   "GroupPlan": "dga_jax.attention.plan",
+  "HeadBudgets": "dga_jax.head_budgets",
   "dynamic_group_attention": "dga_jax.api",
   "explain": "dga_jax.api",
   "generate": "dga_jax.text_generation",

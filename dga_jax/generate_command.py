@@ -26,24 +26,25 @@ from absl import app, flags
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
 from dga_jax.hub_names import check_exists
+from dga_jax.path_flags import define_path
 from dga_jax.prompts import check_text, read_json_lines, read_prompts, read_text
 
 if TYPE_CHECKING:
   from dga_jax.generation import Sampling
   from dga_jax.loading import Loaded
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = define_path(
   "workdir", None, "Folder of a checkpoint, a Hugging Face folder, or a GGUF file.", required=True
 )
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; with --chat, message to answer.")
-_PROMPT_FILE = flags.DEFINE_string(
+_PROMPT_FILE = define_path(
   "prompt_file",
   None,
   'UTF-8 file with one prompt a line, or .jsonl file with an object a line that has "prompt" or'
   ' "messages".',
 )
-_PROMPT_FROM = flags.DEFINE_string(
+_PROMPT_FROM = define_path(
   "prompt_from", None, "UTF-8 file that is one prompt as a whole; - for standard input."
 )
 _CHAT = flags.DEFINE_bool("chat", False, "Use the chat template of the model.")
@@ -53,16 +54,14 @@ _SYSTEM = flags.DEFINE_string(
 _INTERACTIVE = flags.DEFINE_bool(
   "interactive", False, "Conversation in the terminal; the cache continues from turn to turn."
 )
-_CONTEXT = flags.DEFINE_string(
+_CONTEXT = define_path(
   "context", None, "UTF-8 file with a document that the questions are about; - for standard input."
 )
 _QUESTION = flags.DEFINE_multi_string(
   "question", [], "Question about the document; give the flag once for each question."
 )
-_SAVE_CACHE = flags.DEFINE_string("save_cache", None, "File for the cache of --context.")
-_LOAD_CACHE = flags.DEFINE_string(
-  "load_cache", None, "File of --save_cache to read, not --context."
-)
+_SAVE_CACHE = define_path("save_cache", None, "File for the cache of --context.")
+_LOAD_CACHE = define_path("load_cache", None, "File of --save_cache to read, not --context.")
 _JSONL = flags.DEFINE_bool("jsonl", False, "Print one JSON object a line for each prompt.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 128, "Largest number of tokens to generate for a prompt.", lower_bound=1

@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {"absl", "jinja2", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
+  "calibration": {"matplotlib", "scipy", "tqdm"},
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
   "evaluation": {"matplotlib", "tqdm"},
+  "serving": {"prometheus_client", "starlette", "uvicorn"},
 }
 ALLOWED = {
   "pallas_kernels": {"jax", "jaxtyping", "numpy", "pallas_kernels"},
@@ -26,6 +28,7 @@ ABOVE = {  # Folders that may use any library, and the folders of ours that they
   "benchmarks": {"tests"},
 }
 COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or write files.
+  "calibrate",
   "chat_template",
   "checkpoint",
   "checkpoint_files",
@@ -36,7 +39,9 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "evaluate",
   "file_lock",
   "generate_command",
+  "path_flags",
   "picture",
+  "serve",
   "smollm2",
   "smollm2_demo",
   "template_sandbox",

@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from dga_jax.cache_choice import with_smaller_cache
-from dga_jax.generation.continuous_batching import ContinuousBatching, Generation, Request
+from dga_jax.generation.continuous_batching import ContinuousBatching, Generation
+from dga_jax.generation.requests import Request
 from dga_jax.generation.sampling import Sampling
 from dga_jax.loading import Loaded
 from dga_jax.text_generation import Prompt, prompt_tokens
