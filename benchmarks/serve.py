@@ -5,8 +5,8 @@
 
 One server offers the model once for each attention kind. The clients run in a process of their own
 and send random prompts, so no prompt is cached unless the table says so. The kinds take turns. The
-model is SmolLM2-135M (downloaded), or random weights in LLaMA2-7B's shape in bfloat16
-(--model=llama2-7b).
+model is SmolLM2-135M-Instruct (Q4_1, downloaded), or random weights in LLaMA2-7B's shape in
+bfloat16 (--model=llama2-7b).
 
 The time between tokens is the time between two events divided by the tokens of the second. The
 overhead compares the mean time between tokens of full slots with that of the engine alone, without
