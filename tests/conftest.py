@@ -5,12 +5,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
-import jax
-import jaxtyping
 import pytest
 
-from tests import annotations
+from tests import compilation_cache
+
+compilation_cache.share()  # Before jax is imported.
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+
+from tests import annotations  # noqa: E402
 
 annotations.install()  # Before our packages are imported.
 
