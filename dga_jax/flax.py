@@ -47,7 +47,7 @@ def attention_fn(
   - a mask [..., 1, L, L] that is causal, with or without such padding; `is_causal` may then be
     False, which is the module's default.
   - `is_causal=True` with `key_value_seq_lengths`, int [...]: the tokens of right-padded rows, as
-    in `jax.nn.dot_product_attention`. The module does not pass it; bind it with functools.partial.
+    in `jax.nn.dot_product_attention`, for callers of the function itself: the module passes masks.
 
   A padded query's output is 0. Masks may be boolean or, as `nnx.make_causal_mask` returns them,
   numbers. A mask of another form raises ValueError if its values are known. Under jit its values

@@ -105,11 +105,12 @@ def test_padding_on_the_left_with_global_selection() -> None:
 
 
 def test_lengths_of_keys_are_honoured() -> None:
-  bound = functools.partial(attention_fn(CONFIG), key_value_seq_lengths=LENGTHS)
-  module = layer(attention_fn=bound)
-  np.testing.assert_allclose(call(module, X), expected(layer(), X, LENGTHS), atol=1e-5)
+  module, attend = layer(), attention_fn(CONFIG)
+  q, k, v = module.query(X), module.key(X), module.value(X)
+  out = module.out(attend(q, k, v, is_causal=True, key_value_seq_lengths=LENGTHS))
+  np.testing.assert_allclose(out, expected(module, X, LENGTHS), atol=1e-5)
   with pytest.raises(ValueError, match="mask and key_value_seq_lengths are given"):
-    module(X, mask=KEYS, is_causal=True)
+    attend(q, k, v, mask=KEYS, is_causal=True, key_value_seq_lengths=LENGTHS)
 
 
 @pytest.mark.parametrize("shape", [(), (3, 1)])

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,13 +25,13 @@ TEXT = STORY[:100].strip()
 MODELS = {kind: chatty.model(attention=kind) for kind in ("dga", "dense")}
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def session(request: pytest.FixtureRequest) -> Iterator[Session]:
+@pytest.fixture(scope="module")
+def session() -> Iterator[Session]:
   """Its compiled programs serve all tests of the module; its capacities are small."""
   with pytest.MonkeyPatch.context() as patch:
     for name, value in (("_LEAST_CAPACITY", 256), ("_SHORT", 32), ("_LONG", 32)):
       patch.setattr(dga_jax.session, name, value)
-    yield Session(MODELS[request.param])
+    yield Session(MODELS["dga"])
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +39,9 @@ def _clear(request: pytest.FixtureRequest) -> Iterator[None]:
   yield
   if "session" in request.fixturenames:
     request.getfixturevalue("session").clear()
+
+
+jitted_sample = jax.jit(sample)
 
 
 @jax.jit(static_argnames="kind")
@@ -56,7 +58,7 @@ def whole(session: Session, tokens: Sequence[int], sampling: Sampling, count: in
     sequence = [*tokens, *new]
     padded_1xL[0, : len(sequence)] = sequence
     logits_1xV = last_logits(session.model.config.attention, padded_1xL, np.int32(len(sequence)))
-    new.append(int(sample(logits_1xV, params, jnp.array([step]))[0]))
+    new.append(int(jitted_sample(logits_1xV, params, np.array([step], np.int32))[0]))
   return new
 
 
@@ -73,7 +75,7 @@ def test_tokens_in_parts_are_those_of_a_whole_prompt(session: Session) -> None:
   assert again == whole(session, [*tokens, *new, 7], GREEDY, 3)
 
 
-def test_the_cache_grows() -> None:
+def test_a_dense_cache_that_grows() -> None:
   session = Session(MODELS["dense"])
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(dga_jax.session, "_LEAST_CAPACITY", 64)
