@@ -33,7 +33,7 @@ from tqdm import tqdm
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig
 from dga_jax.cache.layout import cache_layout
-from dga_jax.generation.engine import decode_options
+from dga_jax.generation.programs import decode_options
 from dga_jax.model import Decoder, ModelConfig
 
 _KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds to measure")

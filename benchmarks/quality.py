@@ -35,11 +35,12 @@ from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.retrieval import Haystack
 from dga_jax.evaluation.texts import read_documents, token_rows
 from dga_jax.evaluation.variants import Family, Variant
+from dga_jax.path_flags import define_path
 from dga_jax.tokenizer import Tokenizer
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Checkpoint of the model.", required=True)
+_WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)
 _DOCUMENTS = flags.DEFINE_list("documents", None, "Long texts: .jsonl or .txt.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder for results.", required=True)
+_OUT = define_path("out", None, "Folder for results.", required=True)
 _JOBS = flags.DEFINE_string("jobs", "", "Run the jobs whose name matches this regular expression.")
 _LIST = flags.DEFINE_bool("list", False, "Only print the names of the jobs.")
 _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Only write the tables and plots.")

@@ -5,20 +5,26 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
-import jax
-import jaxtyping
 import pytest
 
-from tests import annotations
+from tests import compilation_cache
+
+compilation_cache.share()  # Before jax is imported.
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+
+from tests import annotations  # noqa: E402
 
 annotations.install()  # Before our packages are imported.
 
 # Without this setting the first of several test processes reserves 3/4 of the GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile many programs and run each for a short time.
+# Tests compile many programs and run each for a short time, also in their subprocesses.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # The first example includes compilation, so examples have no deadline.
 hypothesis.settings.register_profile("dga", deadline=None, print_blob=True)

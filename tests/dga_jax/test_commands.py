@@ -99,6 +99,11 @@ def test_an_argument_that_is_not_a_flag_is_an_error() -> None:
     ("evaluate", ["--task=longbench"], "--task=longbench needs --longbench"),
     ("evaluate", ["--task=perplexity", "--documents=a", "--lengths=2k"], "--lengths is 2k"),
     ("evaluate", ["--task=retrieval", "--documents=a", "--puzzles=pas"], "--puzzles has 'pas'"),
+    ("calibrate", ["--output=b.json"], "dga calibrate needs --documents"),
+    ("calibrate", ["--output=b", "--documents=a", "--keys=0"], "--keys is 0"),
+    ("calibrate", ["--output=b", "--documents=a", "--blocks=30"], "--blocks has '30'; write m+f"),
+    ("calibrate", ["--output=b", "--documents=a", "--shares=2"], "--shares is 2"),
+    ("calibrate", ["--output=b", "--documents=a", "--puzzles=pas"], "--puzzles has 'pas'"),
     ("generate", ["--prompt_file=nowhere.txt"], "error: [Errno 2] No such file"),
   ],
 )
