@@ -9,8 +9,9 @@ The kinds alternate. The model is SmolLM2-135M (downloaded), or LLaMA2-7B's shap
 weights in bfloat16 (--model=llama2-7b).
 
 The time between tokens is the time between two events, divided by the number of tokens of the
-second event. The overhead compares the mean time between tokens with all slots in use to that of
-the engine alone, without HTTP, on prompts of equal length.
+second event. The overhead compares the server with the engine alone, without HTTP, with all slots
+in use and prompts of equal length. It uses the mean of the shorter half of the times between
+tokens, which excludes steps that also prefill a prompt.
 """
 
 import concurrent.futures
@@ -46,6 +47,7 @@ _PROMPTS = flags.DEFINE_list("prompts", ["4096", "16384"], "prompt lengths in to
 _NEW = flags.DEFINE_integer("new_tokens", 64, "maximum number of tokens of an answer")
 _REQUESTS = flags.DEFINE_integer("requests", 2, "requests of each client")
 _SLOTS = flags.DEFINE_integer("slots", 16, "slots of each kind's engine")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds of the comparison with the engine alone")
 _PROMPT_CHUNK = flags.DEFINE_integer("prompt_chunk", 256, "tokens of a prefill chunk")
 _DECODE_CHUNK = flags.DEFINE_integer("decode_chunk", 4, "decode steps in one program")
 
@@ -190,7 +192,7 @@ def _print_overhead(
   print("\n| kind | between tokens, ms: server, engine alone | overhead |\n| --- | --- | --- |")
   for model in models:
     served, alone = [], []
-    for _ in range(3):  # Server and engine alternate.
+    for _ in range(_ROUNDS.value):  # Server and engine alternate.
       _, answers = pool.submit(run_load, _load(model, url, _SLOTS.value, length)).result()
       served.append(statistics.mean(_after_prompts(_between(answers))))
       alone.append(statistics.mean(_after_prompts(_engine_alone(model, length))))
@@ -202,7 +204,7 @@ def _print_overhead(
 
 
 def _after_prompts(seconds: list[float]) -> list[float]:
-  """The shorter half of the times, which excludes steps that also prefill other requests."""
+  """The shorter half of the times. The other half contains the steps that prefill a prompt."""
   return sorted(seconds)[: len(seconds) // 2]
 
 
