@@ -118,7 +118,9 @@ def test_several_damaged_checkpoints(config: TrainConfig, workdir: Path, whole: 
   assert_same_run(workdir, whole, 12)
 
 
-def test_no_whole_checkpoint(config: TrainConfig, workdir: Path) -> None:
+def test_a_run_without_an_undamaged_checkpoint_is_an_error(
+  config: TrainConfig, workdir: Path
+) -> None:
   for step in (2, 4, 6, 8):
     flip_a_bit(largest_file(workdir / "checkpoints" / str(step) / "data"))
   with pytest.raises(CheckpointError, match="No other checkpoint there is whole"):
