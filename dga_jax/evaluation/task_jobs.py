@@ -1,7 +1,7 @@
 """The jobs of each task of the `evaluate` command: one for every length and variant."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from dga_jax.evaluation import longbench, lost_in_the_middle
@@ -12,12 +12,31 @@ from dga_jax.evaluation.jobs import (
   perplexity_job,
   retrieval_job,
   RetrievalSettings,
+  ruler_job,
 )
 from dga_jax.evaluation.perplexity import PerplexitySettings
 from dga_jax.evaluation.retrieval import Haystack
+from dga_jax.evaluation.ruler import ruler_recall, RULER_TASKS, RulerPrompt, RulerTexts
+from dga_jax.evaluation.ruler_qa import QA_NEW_TOKENS, read_question_set
+from dga_jax.evaluation.scores import contains_answer
 from dga_jax.evaluation.texts import Document, token_rows
 from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class RulerSettings:
+  """The prompts of RULER.
+
+  Attributes:
+    samples: prompts of each task.
+    seed: of the texts, the facts and their positions.
+    batch_size: prompts that run together.
+  """
+
+  samples: int
+  seed: int = 0
+  batch_size: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +73,53 @@ class TaskJobs:
       for length in self.lengths:
         for variant in self.variants:
           yield retrieval_job(self.family, self.tokenizer, hay, variant, puzzle, length, settings)
+
+  def ruler(
+    self,
+    documents: Sequence[Document],
+    tasks: Sequence[str],
+    questions: str | Path | None,
+    settings: RulerSettings,
+  ) -> Iterator[Job]:
+    """RULER: tasks made by code, by their names in RULER_TASKS, and questions from a file.
+
+    Args:
+      documents: long texts, for the tasks made by code.
+      tasks: names.
+      questions: a file of SQuAD or HotpotQA; None for none.
+      settings: of the prompts.
+    """
+    texts = RulerTexts([one.text for one in documents], self.tokenizer) if tasks else None
+    asked = read_question_set(questions) if questions else None
+    for length in self.lengths:
+      parts: list[tuple[str, list[RulerPrompt], Callable[..., float], int]] = []
+      for task in tasks:
+        assert texts is not None
+        prompts = [
+          texts.sample(task, length, seed=settings.seed, index=index)
+          for index in range(settings.samples)
+        ]
+        parts.append((task, prompts, ruler_recall, RULER_TASKS[task].new_tokens))
+      if asked:
+        count = min(settings.samples, len(asked.questions))
+        prompts = [
+          asked.sample(self.tokenizer, length, seed=settings.seed, index=index)
+          for index in range(count)
+        ]
+        parts.append((f"qa {asked.name}", prompts, contains_answer, QA_NEW_TOKENS))
+      for task, prompts, score, new_tokens in parts:
+        for variant in self.variants:
+          yield ruler_job(
+            self.family,
+            self.tokenizer,
+            task,
+            prompts,
+            score,
+            variant,
+            length,
+            new_tokens,
+            settings.batch_size,
+          )
 
   def longbench(self, folder: str | Path, limit: int | None, batch_size: int) -> Iterator[Job]:
     """The data sets of LongBench-E that a folder contains."""
