@@ -19,6 +19,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
   "generate": Command("dga_jax.generate", "Continue prompts with a trained or imported model."),
+  "serve": Command("dga_jax.serve", "Serve a model over HTTP with OpenAI's interface, and a page."),
   "convert": Command("dga_jax.convert", "Import a Hugging Face or GGUF model, or export a model."),
   "evaluate": Command("dga_jax.evaluate", "Measure perplexity and retrieval on long contexts."),
   "calibrate": Command("dga_jax.calibrate", "Choose a setting of attention for each KV head."),

@@ -10,12 +10,13 @@ ROOT = Path(__file__).parents[1]
 
 # What each folder may import, at module level or inside a function. The standard library is free.
 # In dga_jax only the modules in COMMAND_MODULES may import these.
-COMMANDS = {"absl", "orbax", "tokenizers", "tqdm"}
+COMMANDS = {"absl", "jinja2", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
   "calibration": {"matplotlib", "scipy", "tqdm"},
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
   "evaluation": {"matplotlib", "tqdm"},
+  "serving": {"prometheus_client", "starlette", "uvicorn"},
 }
 ALLOWED = {
   "pallas_kernels": {"jax", "jaxtyping", "numpy", "pallas_kernels"},
@@ -26,8 +27,9 @@ ABOVE = {  # Folders that may use any library, and the folders of ours that they
   "train": {"benchmarks", "configs", "tests"},
   "benchmarks": {"tests"},
 }
-COMMAND_MODULES = {  # Modules of commands, and modules that read or write files.
+COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or write files.
   "calibrate",
+  "chat_template",
   "checkpoint",
   "checkpoint_files",
   "checkpoint_manifest",
@@ -37,9 +39,12 @@ COMMAND_MODULES = {  # Modules of commands, and modules that read or write files
   "evaluate",
   "file_lock",
   "generate",
+  "path_flags",
   "picture",
+  "serve",
   "smollm2",
   "smollm2_demo",
+  "template_sandbox",
   "tokenizer",
 }
 FOLDERS = sorted(ALLOWED.keys() | ABOVE.keys())

@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from dga_jax.checkpoint import load_config, load_model
 from dga_jax.choices import AttentionName, DtypeName
-from dga_jax.generation.continuous_batching import ContinuousBatching, Generation, Request
+from dga_jax.generation.continuous_batching import ContinuousBatching, Generation
+from dga_jax.generation.requests import Request
 from dga_jax.generation.sampling import Sampling
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.tokenizer import Tokenizer
