@@ -24,7 +24,7 @@ from dga_jax.evaluation.losses import batches, fill
 from dga_jax.evaluation.perplexity import measure_perplexity, parts, PerplexitySettings
 from dga_jax.evaluation.results import environment, Results
 from dga_jax.evaluation.retrieval import exact_match, Haystack, NEW_TOKENS
-from dga_jax.evaluation.ruler import RulerPrompt
+from dga_jax.evaluation.ruler import RulerPart
 from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.dense import DenseAttention
@@ -333,55 +333,41 @@ def lost_in_the_middle_job(
 def ruler_job(
   family: Family,
   tokenizer: Tokenizer,
-  task: str,
-  prompts: Sequence[RulerPrompt],
-  score: Callable[[str, Sequence[str]], float],
+  part: RulerPart,
   variant: Variant,
   length: int,
-  new_tokens: int,
   batch_size: int,
 ) -> Job:
-  """The job of one task of RULER at one length.
-
-  Args:
-    family: the model.
-    tokenizer: of the model.
-    task: the name of the task.
-    prompts: with their answers; a prompt and `new_tokens` fit in `length` tokens.
-    score: from 0 to 1, of a prediction and the answers.
-    variant: the attention kind and its settings.
-    length: tokens of a prompt and its answer.
-    new_tokens: largest number of tokens of an answer.
-    batch_size: prompts that run together.
-  """
+  """The job of a part of RULER; a prompt and its answer fit in `length` tokens."""
 
   def run(tick: Tick) -> dict[str, Any]:
     texts = answer(
       family.model(variant, length),
       tokenizer,
-      [prompt.tokens for prompt in prompts],
-      new_tokens=new_tokens,
+      [prompt.tokens for prompt in part.prompts],
+      new_tokens=part.new_tokens,
       batch_size=batch_size,
       tick=tick,
     )
-    scores = [score(text, one.answers) for text, one in zip(texts, prompts, strict=True)]
+    pairs = list(zip(texts, part.prompts, strict=True))
+    scores = [part.score(text, one.answers) for text, one in pairs]
     deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
     return {
       "score": float(np.mean(scores)),
       "standard_error": None if deviation is None else deviation / math.sqrt(len(scores)),
       "samples": len(scores),
       "budget": dataclasses.asdict(family.budget(variant, length)),
-      "answers": [[list(one.answers), text] for one, text in zip(prompts, texts, strict=True)],
+      "answers": [[list(one.answers), text] for text, one in pairs],
     }
 
   return Job(
-    fields={"task": "ruler", "part": task, "variant": variant.name, "length": length},
+    fields={"task": "ruler", "part": part.name, "variant": variant.name, "length": length},
     depends_on=[
       variant.config(family.config, length).to_dict(),
-      new_tokens,
-      _digest([repr(prompt) for prompt in prompts]),
+      part.new_tokens,
+      _digest([repr(prompt) for prompt in part.prompts]),
     ],
-    ticks=len(prompts),
+    ticks=len(part.prompts),
     run=run,
   )
 

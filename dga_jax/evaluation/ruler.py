@@ -40,6 +40,22 @@ class RulerPrompt(NamedTuple):
   answers: tuple[str, ...]
 
 
+class RulerPart(NamedTuple):
+  """The prompts of one task at one length.
+
+  Attributes:
+    name: of the task, for tables.
+    prompts: with their answers.
+    score: from 0 to 1, of a prediction and the answers.
+    new_tokens: largest number of tokens of an answer.
+  """
+
+  name: str
+  prompts: list[RulerPrompt]
+  score: Callable[[str, Sequence[str]], float]
+  new_tokens: int
+
+
 class _Task(NamedTuple):
   """A task: how its prompts are made, and the largest number of tokens of an answer."""
 
@@ -77,6 +93,11 @@ class RulerTexts:
     make, new_tokens = RULER_TASKS[task]
     rng = random.Random(f"{seed} ruler {task} {length} {index}")
     return make(self, rng, length - new_tokens)
+
+  def part(self, task: str, length: int, samples: int, seed: int) -> RulerPart:
+    """The first `samples` prompts of a task; arguments and errors as for `sample`."""
+    prompts = [self.sample(task, length, seed=seed, index=index) for index in range(samples)]
+    return RulerPart(task, prompts, ruler_recall, RULER_TASKS[task].new_tokens)
 
 
 def ruler_recall(prediction: str, answers: Sequence[str]) -> float:

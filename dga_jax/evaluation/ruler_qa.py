@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dga_jax.evaluation.ruler import fit, RulerPrompt
+from dga_jax.evaluation.ruler import fit, RulerPart, RulerPrompt
+from dga_jax.evaluation.scores import contains_answer
 from dga_jax.tokenizer import Tokenizer
 
 QA_NEW_TOKENS = 32
@@ -75,6 +76,14 @@ class QuestionSet(NamedTuple):
     return RulerPrompt(
       fit(tokenizer, render, room, len(own), len(self.documents)), question.answers
     )
+
+  def part(self, tokenizer: Tokenizer, length: int, samples: int, seed: int) -> RulerPart:
+    """The prompts of the first `samples` questions; arguments and errors as for `sample`."""
+    prompts = [
+      self.sample(tokenizer, length, seed=seed, index=index)
+      for index in range(min(samples, len(self.questions)))
+    ]
+    return RulerPart(f"qa {self.name}", prompts, contains_answer, QA_NEW_TOKENS)
 
 
 def read_question_set(path: str | Path) -> QuestionSet:

@@ -1,7 +1,7 @@
 """The jobs of each task of the `evaluate` command: one for every length and variant."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dga_jax.evaluation import longbench, lost_in_the_middle
@@ -16,9 +16,8 @@ from dga_jax.evaluation.jobs import (
 )
 from dga_jax.evaluation.perplexity import PerplexitySettings
 from dga_jax.evaluation.retrieval import Haystack
-from dga_jax.evaluation.ruler import ruler_recall, RULER_TASKS, RulerPrompt, RulerTexts
-from dga_jax.evaluation.ruler_qa import QA_NEW_TOKENS, read_question_set
-from dga_jax.evaluation.scores import contains_answer
+from dga_jax.evaluation.ruler import RulerTexts
+from dga_jax.evaluation.ruler_qa import read_question_set
 from dga_jax.evaluation.texts import Document, token_rows
 from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.tokenizer import Tokenizer
@@ -92,34 +91,14 @@ class TaskJobs:
     texts = RulerTexts([one.text for one in documents], self.tokenizer) if tasks else None
     asked = read_question_set(questions) if questions else None
     for length in self.lengths:
-      parts: list[tuple[str, list[RulerPrompt], Callable[..., float], int]] = []
-      for task in tasks:
-        assert texts is not None
-        prompts = [
-          texts.sample(task, length, seed=settings.seed, index=index)
-          for index in range(settings.samples)
-        ]
-        parts.append((task, prompts, ruler_recall, RULER_TASKS[task].new_tokens))
+      parts = []
+      if texts:
+        parts += [texts.part(task, length, settings.samples, settings.seed) for task in tasks]
       if asked:
-        count = min(settings.samples, len(asked.questions))
-        prompts = [
-          asked.sample(self.tokenizer, length, seed=settings.seed, index=index)
-          for index in range(count)
-        ]
-        parts.append((f"qa {asked.name}", prompts, contains_answer, QA_NEW_TOKENS))
-      for task, prompts, score, new_tokens in parts:
+        parts.append(asked.part(self.tokenizer, length, settings.samples, settings.seed))
+      for part in parts:
         for variant in self.variants:
-          yield ruler_job(
-            self.family,
-            self.tokenizer,
-            task,
-            prompts,
-            score,
-            variant,
-            length,
-            new_tokens,
-            settings.batch_size,
-          )
+          yield ruler_job(self.family, self.tokenizer, part, variant, length, settings.batch_size)
 
   def longbench(self, folder: str | Path, limit: int | None, batch_size: int) -> Iterator[Job]:
     """The data sets of LongBench-E that a folder contains."""
