@@ -24,6 +24,7 @@ from dga_jax.evaluation.losses import batches, fill
 from dga_jax.evaluation.perplexity import measure_perplexity, parts, PerplexitySettings
 from dga_jax.evaluation.results import environment, Results
 from dga_jax.evaluation.retrieval import exact_match, Haystack, NEW_TOKENS
+from dga_jax.evaluation.ruler import RulerPart
 from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.dense import DenseAttention
@@ -325,6 +326,48 @@ def lost_in_the_middle_job(
       _digest([one.prompt for one in questions]),
     ],
     ticks=len(prompts),
+    run=run,
+  )
+
+
+def ruler_job(
+  family: Family,
+  tokenizer: Tokenizer,
+  part: RulerPart,
+  variant: Variant,
+  length: int,
+  batch_size: int,
+) -> Job:
+  """The job of a part of RULER; a prompt and its answer fit in `length` tokens."""
+
+  def run(tick: Tick) -> dict[str, Any]:
+    texts = answer(
+      family.model(variant, length),
+      tokenizer,
+      [prompt.tokens for prompt in part.prompts],
+      new_tokens=part.new_tokens,
+      batch_size=batch_size,
+      tick=tick,
+    )
+    pairs = list(zip(texts, part.prompts, strict=True))
+    scores = [part.score(text, one.answers) for text, one in pairs]
+    deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+    return {
+      "score": float(np.mean(scores)),
+      "standard_error": None if deviation is None else deviation / math.sqrt(len(scores)),
+      "samples": len(scores),
+      "budget": dataclasses.asdict(family.budget(variant, length)),
+      "answers": [[list(one.answers), text] for text, one in pairs],
+    }
+
+  return Job(
+    fields={"task": "ruler", "part": part.name, "variant": variant.name, "length": length},
+    depends_on=[
+      variant.config(family.config, length).to_dict(),
+      part.new_tokens,
+      _digest([repr(prompt) for prompt in part.prompts]),
+    ],
+    ticks=len(part.prompts),
     run=run,
   )
 
