@@ -90,7 +90,7 @@ def test_an_unknown_command_gets_the_usage(machine: Machine, arguments: tuple[st
 
 
 @pytest.mark.parametrize(
-  "command", ["setup", "quickstart", "smollm2", "test", "test-aot", "test-wheel", "lint"]
+  "command", ["setup", "quickstart", "smollm2", "serve", "test", "test-aot", "test-wheel", "lint"]
 )
 def test_no_python_at_all(machine: Machine, command: str) -> None:
   done = machine.run(command)
