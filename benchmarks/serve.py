@@ -9,8 +9,8 @@ model is SmolLM2-135M (downloaded), or random weights in LLaMA2-7B's shape in bf
 (--model=llama2-7b).
 
 The time between tokens is the time between two events divided by the tokens of the second. The
-overhead compares the mean time between tokens of full slots with that of the engine alone, without
-HTTP, on the same prompts.
+overhead compares full slots with the engine alone, without HTTP, on prompts of the same length: the
+mean over the lower half of the times between tokens, in which no prompt is read.
 """
 
 import concurrent.futures
@@ -46,6 +46,7 @@ _PROMPTS = flags.DEFINE_list("prompts", ["4096", "16384"], "tokens of the prompt
 _NEW = flags.DEFINE_integer("new_tokens", 64, "tokens of every answer, at most")
 _REQUESTS = flags.DEFINE_integer("requests", 2, "requests of each client")
 _SLOTS = flags.DEFINE_integer("slots", 16, "slots of each kind's engine")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds of the comparison with the engine alone")
 _PROMPT_CHUNK = flags.DEFINE_integer("prompt_chunk", 256, "tokens of a piece of a prompt")
 _DECODE_CHUNK = flags.DEFINE_integer("decode_chunk", 4, "tokens decoded at once")
 
@@ -190,7 +191,7 @@ def _print_overhead(
   print("\n| kind | between tokens, ms: server, engine alone | overhead |\n| --- | --- | --- |")
   for model in models:
     served, alone = [], []
-    for _ in range(3):  # In turn.
+    for _ in range(_ROUNDS.value):  # In turn.
       _, answers = pool.submit(run_load, _load(model, url, _SLOTS.value, length)).result()
       served.append(statistics.mean(_after_prompts(_between(answers))))
       alone.append(statistics.mean(_after_prompts(_engine_alone(model, length))))
@@ -202,7 +203,7 @@ def _print_overhead(
 
 
 def _after_prompts(seconds: list[float]) -> list[float]:
-  """Without the half of the times in which prompts of other requests were read."""
+  """The lower half: the upper half contains the times in which prompts were read."""
   return sorted(seconds)[: len(seconds) // 2]
 
 
