@@ -22,6 +22,7 @@ COMMANDS = {
   "serve": Command("dga_jax.serve", "Serve a model over HTTP with OpenAI's interface, and a page."),
   "convert": Command("dga_jax.convert", "Import a Hugging Face or GGUF model, or export a model."),
   "evaluate": Command("dga_jax.evaluate", "Measure perplexity and retrieval on long contexts."),
+  "calibrate": Command("dga_jax.calibrate", "Choose a setting of attention for each KV head."),
   "picture": Command("dga_jax.picture", "Draw what each query sees and how groups merge tokens."),
   "smollm2": Command("dga_jax.smollm2", "Download a small model; compare dense attention and DGA."),
   "train": Command("train.main", "Train a model (from a checkout of dga-jax)."),

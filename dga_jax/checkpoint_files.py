@@ -15,6 +15,7 @@ from jaxtyping import Array, PyTree
 
 from dga_jax import checkpoint_manifest
 from dga_jax.checkpoint_manifest import Manifest
+from dga_jax.paths import check_path
 
 # An item that only checkpoints from before the manifest have.
 _OLD_ITEM = "checksums"
@@ -25,7 +26,12 @@ class CheckpointError(RuntimeError):
 
 
 def checkpoint_directory(workdir: str | Path) -> Path:
-  """The folder of a run's checkpoints; each has a subfolder named by its step."""
+  """The folder of a run's checkpoints; each has a subfolder named by its step.
+
+  Raises:
+    ValueError: `workdir` is an address of an object store.
+  """
+  check_path("workdir", workdir)
   return Path(workdir).absolute() / "checkpoints"
 
 

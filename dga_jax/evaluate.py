@@ -28,19 +28,20 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.evaluation.retrieval import TASKS
+from dga_jax.path_flags import define_path, define_paths
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder with the checkpoint.", required=True)
+_WORKDIR = define_path("workdir", None, "Folder with the checkpoint.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _TASK = flags.DEFINE_enum(
   "task", None, ["perplexity", "retrieval", "longbench", "lost_in_the_middle"],
   "What to measure; see above.", required=True,
 )  # fmt: skip
-_OUT = flags.DEFINE_string("out", None, "Folder for results; default: WORKDIR/evaluation.")
+_OUT = define_path("out", None, "Folder for results; default: WORKDIR/evaluation.")
 _VARIANTS = flags.DEFINE_string(
   "variants", None, "Names and config overrides, as JSON or a JSON file; default: the model as is."
 )
-_DOCUMENTS = flags.DEFINE_list(
-  "documents", [], "Files: .jsonl with id and text (also .xz, .gz, .bz2), or .txt."
+_DOCUMENTS = define_paths(
+  "documents", "Files: .jsonl with id and text (also .xz, .gz, .bz2), or .txt."
 )
 _LENGTHS = flags.DEFINE_list("lengths", ["2048"], "Sequence lengths in tokens.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Sequences in a batch.", lower_bound=1)
@@ -59,8 +60,8 @@ _DEPTHS = flags.DEFINE_list(
 )
 _SAMPLES = flags.DEFINE_integer("samples", 4, "retrieval: prompts per depth.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "retrieval: seed of texts, facts and their places.")
-_LONGBENCH = flags.DEFINE_string("longbench", None, "Folder with LongBench-E's files.")
-_QUESTIONS = flags.DEFINE_string("questions", None, "File with the questions of Liu et al.")
+_LONGBENCH = define_path("longbench", None, "Folder with LongBench-E's files.")
+_QUESTIONS = define_path("questions", None, "File with the questions of Liu et al.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Largest number of examples of a file.", lower_bound=1)
 
 # The flag that names a task's files, if it is not --documents.

@@ -14,12 +14,13 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.path_flags import define_path
 from dga_jax.prompts import check_text, read_prompts
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder with the checkpoint.", required=True)
+_WORKDIR = define_path("workdir", None, "Folder with the checkpoint.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue.")
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "UTF-8 file with one prompt a line.")
+_PROMPT_FILE = define_path("prompt_file", None, "UTF-8 file with one prompt a line.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 128, "Largest number of tokens to generate for a prompt.", lower_bound=1
 )

@@ -12,8 +12,9 @@ from pathlib import Path
 from absl import flags
 
 from dga_jax import command_line
+from dga_jax.path_flags import define_path
 
-_OUTPUT = flags.DEFINE_string("output", "mask.png", "File to write, .png or .svg.")
+_OUTPUT = define_path("output", "mask.png", "File to write, .png or .svg.")
 _LENGTH = flags.DEFINE_integer("length", 48, "Tokens of the row.", lower_bound=8, upper_bound=256)
 _GROUP_SIZE = flags.DEFINE_integer("group_size", 6, "m, tokens in a group.", lower_bound=1)
 _FOCAL_RATE = flags.DEFINE_float("importance_rate", 0.2, "γ, share of focal tokens.", 0.0, 1.0)

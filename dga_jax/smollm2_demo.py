@@ -20,6 +20,7 @@ from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.importing import import_model
 from dga_jax.generation import ContinuousBatching, Generation, Request, Sampling
 from dga_jax.model import ModelConfig
+from dga_jax.paths import check_path
 from dga_jax.tokenizer import Tokenizer
 
 KINDS: tuple[AttentionName, ...] = ("dense", "dga")
@@ -55,7 +56,9 @@ def run(prompt_tokens: int, max_new_tokens: int) -> None:
 
 def cache_folder() -> Path:
   """The folder of the downloaded and the converted model: below $DGA_CACHE or ~/.cache/dga-jax."""
-  return Path(os.environ.get("DGA_CACHE", "~/.cache/dga-jax")).expanduser() / "smollm2-135m"
+  folder = os.environ.get("DGA_CACHE", "~/.cache/dga-jax")
+  check_path("$DGA_CACHE", folder)
+  return Path(folder).expanduser() / "smollm2-135m"
 
 
 def model_file(folder: Path) -> Path:

@@ -12,16 +12,14 @@ import pytest
 
 from tests import annotations
 
-# Before our packages are imported. On demand: some tests pass NumPy arrays where JAX arrays are
-# annotated.
-if os.environ.get("DGA_CHECK_ANNOTATIONS") == "1":
-  annotations.install()
+annotations.install()  # Before our packages are imported.
 
 # Else the first of several test processes takes three quarters of the GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile much and run little.
+# Tests compile much and run little, in this process and in those that they start.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 # A first call compiles, which no deadline of an example can allow for.
 hypothesis.settings.register_profile("dga", deadline=None, print_blob=True)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {"absl", "jinja2", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
+  "calibration": {"matplotlib", "scipy", "tqdm"},
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
   "evaluation": {"matplotlib", "tqdm"},
   "serving": {"prometheus_client", "starlette", "uvicorn"},
@@ -27,6 +28,7 @@ ABOVE = {  # Folders that may use any library, and the folders of ours that they
   "benchmarks": {"tests"},
 }
 COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or write files.
+  "calibrate",
   "chat_template",
   "checkpoint",
   "checkpoint_files",
@@ -37,6 +39,7 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "evaluate",
   "file_lock",
   "generate",
+  "path_flags",
   "picture",
   "serve",
   "smollm2",

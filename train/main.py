@@ -3,7 +3,8 @@ r"""Trains a decoder.
   python -m train.main --config=configs/quickstart.py --workdir=runs/quickstart \
     --config.learning_rate=1e-3
 
-The same command again continues from the newest checkpoint.
+The same command again continues from the newest checkpoint. --config.KEY=VALUE changes a key; the
+keys are listed below.
 
 SIGTERM, SIGHUP or Ctrl-C saves the current step and stops with exit status 75; the same command
 then continues. A second Ctrl-C stops at once, without saving, with exit status 130. The exit status
@@ -22,6 +23,8 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
+from dga_jax.path_flags import define_path
+
 # jax is imported after the flags are parsed, so that --help and wrong flags are answered at once.
 from train.abort_filter import newest_checkpoint_note
 from train.errors import TrainingError
@@ -30,7 +33,7 @@ from train.logs import set_up_logging
 from train.stop_signals import EXIT_STATUS, StoppedError, StopSignals
 
 _CONFIG = define_config_flag()
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = define_path(
   "workdir", None, "Folder of the run: checkpoints, metrics, plots.", required=True
 )
 _STEP = flags.DEFINE_integer(

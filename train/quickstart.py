@@ -18,12 +18,13 @@ from pathlib import Path
 from absl import app, flags
 
 from dga_jax.checkpoint import list_steps
+from dga_jax.path_flags import define_path
 from train.metrics import FILE_NAME, read_metrics
 from train.stop_signals import EXIT_STATUS
 
 _RESTART = flags.DEFINE_bool("restart", False, "Delete the run in --workdir and start again.")
-_CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Config file of the run.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run.")
+_CONFIG = define_path("config", "configs/quickstart.py", "Config file of the run.")
+_WORKDIR = define_path("workdir", "runs/quickstart", "Folder of the run.")
 
 PROMPT = '''class Stack:
     """A last-in, first-out stack."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from absl import logging
 
 from dga_jax.checkpoint import Checkpoints
 from dga_jax.file_lock import hold_workdir
+from dga_jax.paths import check_path
 from dga_jax.tokenizer import Tokenizer
 from train import multihost
 from train.abort_filter import newest_checkpoint_note
@@ -71,6 +73,7 @@ def train(
     OSError: files of the data are missing, damaged or could not be prepared.
   """
   _check_dtypes(config)
+  check_path("workdir", workdir)
   resume = Resume() if resume is None else resume
   multihost.check_agreement(
     {**to_flat_dict(config), **resume.to_dict(), "jax's version": jax.__version__},
@@ -199,5 +202,7 @@ def _note_last_checkpoint(checkpoints: Checkpoints, workdir: Path) -> Iterator[N
     if is_alone or isinstance(error, DivergenceError):  # Else the save may lack a process.
       checkpoints.wait()
     is_shared = isinstance(error, jax.errors.JaxRuntimeError)
-    reason = multihost.explain(error) if is_shared else str(error)
+    reason = multihost.explain(error) if is_shared else str(error).rstrip(".") + "."
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+      reason += " Make room, and start the same command again: it continues from a checkpoint."
     raise TrainingError(f"{reason} {newest_checkpoint_note(workdir)}") from error

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 from dga_jax.attention.segments import IntArray, is_traced
 from dga_jax.attention.streaming_blocks import StreamingBlocks
 from dga_jax.config import DGAConfig
+from dga_jax.head_budgets import HeadBudgets
 from pallas_kernels import dispatch
 
 # Arguments of public functions. `rows` converts lists to arrays.
@@ -48,6 +49,21 @@ def value_like_key(value: Array, key: Array) -> None:
     raise ValueError(f"value has shape {np.shape(value)}; it must be the key's, {key.shape}.")
   if value.dtype != key.dtype:
     raise ValueError(f"value is {value.dtype} and key {key.dtype}; cast them to one dtype.")
+
+
+def head_budgets(budgets: HeadBudgets, key: Array, plan: object) -> None:
+  """Budgets are of one layer with the key's KV heads, and there is no plan."""
+  if budgets.num_layers != 1 or budgets.num_kv_heads != key.shape[2]:
+    raise ValueError(
+      f"config is HeadBudgets of {budgets.num_layers} layers with {budgets.num_kv_heads} KV heads; "
+      f"beside key {key.shape} it must be of one layer with {key.shape[2]} KV heads. Pass "
+      "budgets.layer(index) for the layer of these arrays."
+    )
+  if plan is not None:
+    raise ValueError(
+      "plan is given and config is HeadBudgets; a plan fixes the groups of one DGAConfig. Leave "
+      "the plan out, or pass a DGAConfig."
+    )
 
 
 def rows(

@@ -1,4 +1,4 @@
-"""The command line: help, slips, missing extras and closed pipes. Nothing here imports jax."""
+"""The command line: help, wrong flags, missing extras and closed pipes, without importing jax."""
 
 import importlib.metadata
 import os
@@ -18,7 +18,7 @@ HEAVY = ("jax", "flax", "orbax", "numpy.linalg", "matplotlib")
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-  """Runs Python code with these arguments; it ends by saying which heavy packages it imported."""
+  """Runs Python code in a subprocess, which finally prints the heavy packages that it imported."""
   reports = f"""
 import atexit, sys
 atexit.register(lambda: print("imported:", *[m for m in {HEAVY} if m in sys.modules]))
@@ -59,7 +59,7 @@ def test_the_module_is_the_command() -> None:
 
 @pytest.mark.parametrize("flag", ["--help", "--helpshort"])
 @pytest.mark.parametrize("name", commands.COMMANDS)
-def test_help_waits_for_no_heavy_import(name: str, flag: str) -> None:
+def test_help_imports_no_heavy_package(name: str, flag: str) -> None:
   done = dga(name, flag)
   assert (done.returncode, done.stderr) == (0, "")
   assert "flags:" in done.stdout
@@ -69,7 +69,7 @@ def test_help_waits_for_no_heavy_import(name: str, flag: str) -> None:
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)
-def test_a_slip_in_a_flag_waits_for_no_heavy_import(name: str) -> None:
+def test_an_unknown_flag_imports_no_heavy_package(name: str) -> None:
   flag = {"smollm2": "--prompt_token", "picture": "--outpt"}.get(name, "--workdr")
   done = dga(name, f"{flag}=3")
   assert done.returncode == 1
@@ -77,14 +77,14 @@ def test_a_slip_in_a_flag_waits_for_no_heavy_import(name: str) -> None:
   assert done.stdout.endswith("imported:\n")
 
 
-def test_an_unknown_command() -> None:
+def test_an_unknown_command_is_an_error() -> None:
   done = dga("genrate")
   assert done.returncode == 1
   assert "there is no command 'genrate'. Did you mean 'generate'?" in done.stderr
   assert "Usage: dga COMMAND" in done.stderr
 
 
-def test_an_argument_that_is_not_a_flag() -> None:
+def test_an_argument_that_is_not_a_flag_is_an_error() -> None:
   done = dga("generate", "--workdir=x", "--prompt=a", "b")
   assert done.returncode == 1
   assert "'b' is not a flag" in done.stderr
@@ -99,6 +99,11 @@ def test_an_argument_that_is_not_a_flag() -> None:
     ("evaluate", ["--task=longbench"], "--task=longbench needs --longbench"),
     ("evaluate", ["--task=perplexity", "--documents=a", "--lengths=2k"], "--lengths is 2k"),
     ("evaluate", ["--task=retrieval", "--documents=a", "--puzzles=pas"], "--puzzles has 'pas'"),
+    ("calibrate", ["--output=b.json"], "dga calibrate needs --documents"),
+    ("calibrate", ["--output=b", "--documents=a", "--keys=0"], "--keys is 0"),
+    ("calibrate", ["--output=b", "--documents=a", "--blocks=30"], "--blocks has '30'; write m+f"),
+    ("calibrate", ["--output=b", "--documents=a", "--shares=2"], "--shares is 2"),
+    ("calibrate", ["--output=b", "--documents=a", "--puzzles=pas"], "--puzzles has 'pas'"),
     ("generate", ["--prompt_file=nowhere.txt"], "error: [Errno 2] No such file"),
   ],
 )
@@ -122,7 +127,7 @@ def test_training_outside_a_checkout(
   assert "training runs from a checkout" in capsys.readouterr().out
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
   requirements = [
     "numpy>=2",
     "gguf>=0.19; extra == 'convert'",

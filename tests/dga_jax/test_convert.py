@@ -1,4 +1,4 @@
-"""The command: in, used, and out again; what a user gets wrong."""
+"""The command `dga convert`: import, use, export, and wrong flags."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ def test_in_and_used_and_out_again(tmp_path: Path) -> None:
     done = run("dga_jax.generate", f"--workdir={workdir}", *flags)
     assert done.returncode == 0, done.stderr
     texts.append(done.stdout.splitlines()[0])
-  # So short a prompt lies in the raw window, where the two are the same.
+  # The prompt fits the raw window, where DGA equals dense attention.
   assert texts[0] == texts[1]
   assert texts[0].startswith("the")
 

@@ -1,4 +1,4 @@
-"""`explain` names the implementation of every op that a call and a decoding step use."""
+"""`explain` names the backend of every kernel op of a call and of a decode step."""
 
 import dataclasses
 
@@ -67,7 +67,7 @@ def test_every_op_of_a_call_is_listed(config, device, runs):
   assert {choice.op: choice.runs for choice in found.ops} == runs
 
 
-def test_the_implementation_is_that_of_the_call():
+def test_explain_reports_the_implementation_argument():
   with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
     found = explain(QUERY, KEY, KEY, config=GLOBAL, implementation=("mosaic_tpu", "triton"))
     with pytest.raises(NotImplementedError, match="mosaic_tpu: runs on a TPU"):

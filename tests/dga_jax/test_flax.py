@@ -1,4 +1,4 @@
-"""The attention function of nnx.MultiHeadAttention: equal to the op, and strict about the rest."""
+"""`attention_fn` in nnx.MultiHeadAttention equals the op and refuses unsupported arguments."""
 
 import functools
 from typing import Any
@@ -29,7 +29,7 @@ def layer(**options: Any) -> nnx.MultiHeadAttention:
 
 @nnx.jit
 def expected(module: nnx.MultiHeadAttention, x: jax.Array, lengths: Any = None) -> jax.Array:
-  """The module's projections around the op itself."""
+  """The output of the op between the projections of the module."""
   q, k, v = module.query(x), module.key(x), module.value(x)
   return module.out(dynamic_group_attention(q, k, v, config=CONFIG, lengths=lengths))
 
@@ -54,7 +54,7 @@ def test_forward_and_gradients_equal_the_op() -> None:
 @pytest.mark.parametrize(
   "config", [DGAConfig(importance_rate=1.0, min_focal_tokens=0), DGAConfig(min_focal_tokens=64)]
 )
-def test_with_all_tokens_focal_it_is_flax_attention(config: DGAConfig) -> None:
+def test_with_all_tokens_focal_it_equals_flax_attention(config: DGAConfig) -> None:
   modules = (layer(attention_fn=f) for f in (attention_fn(config), nnx.dot_product_attention))
   got, want = (call(module, X) for module in modules)
   np.testing.assert_allclose(got, want, atol=1e-5)
@@ -69,7 +69,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_right_padding_is_honoured(name: str) -> None:
+def test_right_padding_is_applied(name: str) -> None:
   mask, is_causal = MASKS[name]
   module = layer()
   want = expected(module, X, LENGTHS)
@@ -144,7 +144,9 @@ def test_a_mask_that_is_not_causal_is_refused_without_is_causal() -> None:
     ({}, {"input_positions": jnp.arange(L)}, "input_positions is given"),
   ],
 )
-def test_what_cannot_be_honoured_is_named(options: dict, call: dict, message: str) -> None:
+def test_unsupported_arguments_are_errors_with_the_name(
+  options: dict, call: dict, message: str
+) -> None:
   with pytest.raises(ValueError, match=message):
     layer(**options)(X, **call)
 
@@ -162,7 +164,7 @@ def test_the_decode_cache_of_the_module_is_refused() -> None:
     module(X[:, :1])
 
 
-def test_dropout_is_allowed_where_it_is_off() -> None:
+def test_dropout_is_allowed_if_it_is_deterministic() -> None:
   module = layer(dropout_rate=0.1, deterministic=True)
   np.testing.assert_array_equal(call(module, X), call(layer(), X))
 

@@ -1,4 +1,4 @@
-"""Prompts from files and arguments: one a line of \\n alone, and bytes that are not UTF-8 named."""
+"""Prompts from files and arguments: one prompt per line, and errors for bytes outside UTF-8."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ from dga_jax.prompts import check_text, read_prompts
     ("größe\n日本", ["größe", "日本"]),
   ],
 )
-def test_one_prompt_a_line(content: str, prompts: list[str], tmp_path: Path) -> None:
+def test_one_prompt_per_line(content: str, prompts: list[str], tmp_path: Path) -> None:
   path = tmp_path / "prompts.txt"
   path.write_bytes(content.encode())
   assert read_prompts(path) == prompts
@@ -43,7 +43,7 @@ def test_files_that_are_refused(content: bytes, message: str, tmp_path: Path) ->
     read_prompts(path)
 
 
-def test_a_raw_byte_in_an_argument() -> None:
+def test_a_byte_outside_utf8_in_an_argument_is_an_error() -> None:
   assert check_text("größe", "--prompt") == "größe"
   with pytest.raises(ValueError, match="--prompt has the byte 0xff at position 2"):
     check_text(os.fsdecode(b"ab\xff"), "--prompt")

@@ -1,4 +1,4 @@
-"""A tiny run: generated text, byte tokens, a dense decoder of a few thousand parameters."""
+"""Fixtures of a tiny training run, and of trainers in subprocesses."""
 
 import os
 import signal
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """A folder with train-*.txt and held-out.txt, some KB of words."""
+  """A folder with train-*.txt and held-out.txt, a few KB of random words."""
   folder = tmp_path_factory.mktemp("corpus")
   write_corpus(folder)
   return folder
@@ -26,21 +26,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-  """12 steps of 4 sequences of 32 bytes, evaluated every 6, saved every 3."""
+  """A run of 12 steps with 4 sequences of 32 bytes, evaluated every 6 and saved every 3 steps."""
   return tiny_config(corpus, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def config_file(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """`config` as a file for --config."""
+  """The file of `config` for --config."""
   return write_config(config, tmp_path_factory.mktemp("configs") / "tiny.py")
 
 
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-  """Settings of a cache of compiled functions, shared by all tests and their processes.
+  """Settings of JAX's compilation cache, which all tests and their subprocesses share.
 
-  The tiny run takes a second, and its compilation ten.
+  The tiny run takes one second, and its compilation takes ten.
   """
   return {
     "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
@@ -65,7 +65,7 @@ type StartTrainer = Callable[..., subprocess.Popen[str]]
 
 @pytest.fixture(scope="session")
 def start_trainer(config_file: Path, compilation_cache: dict[str, str]) -> StartTrainer:
-  """Starts `python -m train.main` in a process of its own: (workdir, *overrides) -> Popen."""
+  """A function (workdir, *overrides) -> Popen that starts `python -m train.main`."""
   settings = {name.upper(): value for name, value in compilation_cache.items()}
   environment = os.environ | {"JAX_PLATFORMS": "cpu"} | settings
 
@@ -85,7 +85,7 @@ def start_trainer(config_file: Path, compilation_cache: dict[str, str]) -> Start
 
 @pytest.fixture(scope="session")
 def run_trainer(start_trainer: StartTrainer) -> Callable[..., tuple[int, str]]:
-  """Runs the trainer to its end: (workdir, *overrides) -> (exit status, output)."""
+  """A function (workdir, *overrides) -> (exit status, output) that runs the trainer to its end."""
 
   def run(workdir: Path, *overrides: str) -> tuple[int, str]:
     process = start_trainer(workdir, *overrides)
@@ -97,7 +97,10 @@ def run_trainer(start_trainer: StartTrainer) -> Callable[..., tuple[int, str]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _stop_signals_are_not_ignored() -> Iterator[None]:
-  """A shell's background job ignores SIGINT, and nohup SIGHUP; trainers would inherit both."""
+  """Restores default handlers, because a background job ignores SIGINT and nohup ignores SIGHUP.
+
+  Trainers in subprocesses would inherit the ignored signals.
+  """
   handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
   before = {number: signal.getsignal(number) for number in handlers}
   ignored = [number for number in handlers if before[number] is signal.SIG_IGN]

@@ -1,4 +1,4 @@
-"""Signals to a run: SIGTERM, SIGINT and SIGHUP, before the first step, later, and twice."""
+"""SIGTERM, SIGINT and SIGHUP to a run: before the first step, later, and repeated."""
 
 import os
 import re
@@ -35,7 +35,9 @@ def test_before_the_first_step_a_signal_raises(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT, SIGHUP])
-def test_later_a_signal_asks(number: signal.Signals, caplog: pytest.LogCaptureFixture) -> None:
+def test_after_the_first_step_a_signal_requests_a_stop(
+  number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
   threads = threading.active_count()
   with StopSignals() as signals:
     signals.defer()
@@ -47,7 +49,7 @@ def test_later_a_signal_asks(number: signal.Signals, caplog: pytest.LogCaptureFi
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-  before = signal.signal(SIGHUP, signal.SIG_IGN)  # As nohup does.
+  before = signal.signal(SIGHUP, signal.SIG_IGN)  # nohup does this.
   try:
     with StopSignals() as signals:
       os.kill(os.getpid(), SIGHUP)
@@ -58,7 +60,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     signal.signal(SIGHUP, before)
 
 
-def test_in_another_thread_nothing_is_handled() -> None:
+def test_other_threads_install_no_handlers() -> None:
   before = signal.getsignal(SIGTERM)
   handlers = []
 
@@ -72,8 +74,8 @@ def test_in_another_thread_nothing_is_handled() -> None:
   assert handlers == [before]
 
 
-# The main thread is in a call that runs no Python code: time.sleep would run the handler, a lock
-# that another thread holds does not.
+# The main thread sleeps in a C function, during which Python runs no signal handler. time.sleep
+# would run it.
 _BUSY = """
 import ctypes, sys
 from train.stop_signals import StopSignals
@@ -112,7 +114,7 @@ def fleet(
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT, SIGHUP])
-def test_a_run_saves_and_says_how_to_continue(
+def test_a_run_saves_and_prints_how_to_continue(
   number: signal.Signals, fleet: Fleet, tmp_path: Path
 ) -> None:
   workdir = tmp_path / "run"

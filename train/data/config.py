@@ -10,6 +10,7 @@ from dga_jax.config_dataclasses import (
   require_int,
   require_number,
 )
+from dga_jax.paths import check_path
 
 DataKind = Literal["text", "recall"]
 TokenizerKind = Literal["byte", "bpe"]
@@ -132,6 +133,12 @@ class DataConfig:
       patterns = getattr(self, name)
       if not isinstance(patterns, tuple) or not all(isinstance(item, str) for item in patterns):
         raise config_error(self, name, "a tuple of paths or patterns")
+      for pattern in patterns:
+        check_path(f"DataConfig.{name}", pattern)
+    if not isinstance(self.cache_dir, str | None):
+      raise config_error(self, "cache_dir", "a folder or None")
+    if self.cache_dir is not None:
+      check_path("DataConfig.cache_dir", self.cache_dir)
     if self.kind == "text" and not self.train_files:
       raise config_error(self, "train_files", f"text files, or {PYTHON_STDLIB!r}")
     if self.kind == "recall":

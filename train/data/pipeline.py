@@ -16,6 +16,7 @@ import grain
 import numpy as np
 from jaxtyping import Shaped
 
+from dga_jax.paths import check_path
 from dga_jax.tokenizer import Tokenizer
 from train.data.config import DataConfig
 from train.data.recall import recall_source
@@ -85,6 +86,7 @@ def load_data(
       f"batch_size is {batch_size}; it must be a positive multiple of the number of processes, "
       f"which is {process_count}."
     )
+  check_path("workdir", workdir)
   if config.kind == "text":
     cache = pathlib.Path(config.cache_dir or pathlib.Path(workdir) / "data").expanduser()
     source = text_source(config, cache, seed, tokenizer, repair=repair)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from dga_jax.attention.splash import splash_causal
 from dga_jax.model.attention_kinds.dense import DenseAttention
-from dga_jax.model.attention_kinds.splash import splash_causal
 from tests.dga_jax.attention.cases import arrays
 
 
