@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.path_flags import define_path
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = define_path(
   "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M, downloaded."
 )
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from tests.dga_jax.serving.load import make_engine, make_jobs, PROMPT_CHUNK, run_clients
 from tests.dga_jax.serving.tiny_server import serve, Server, write_chat_checkpoint
@@ -51,6 +51,7 @@ class Usage(NamedTuple):
 def main(argv: list[str]) -> None:
   """Prints one line a round, and what is wrong at the end."""
   del argv
+  logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every write.
   print("computing the answers of every request alone", flush=True)
   jobs = make_jobs(make_engine(), _JOBS.value, _SEED.value)
   with tempfile.TemporaryDirectory() as folder:
