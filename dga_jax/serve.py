@@ -2,8 +2,8 @@
 
   dga serve --workdir=runs/llama --port=8000 --slots=16 --max_length=32768
 
-Without --workdir it serves SmolLM2-135M, which the first run downloads (93 MB). Serving needs the
-extra "serve".
+Without --workdir it serves SmolLM2-135M with DGA; the first run downloads the model (93 MB).
+Serving needs the extra "serve".
 """
 
 import functools
@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.path_flags import define_path
 
-_WORKDIR = flags.DEFINE_string(
+_WORKDIR = define_path(
   "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M, downloaded."
 )
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
@@ -40,7 +41,8 @@ _MAX_WAITING = flags.DEFINE_integer(
 _ATTENTION = flags.DEFINE_list(
   "attention",
   None,
-  "Attention kinds, each served as a model of its own; default: the checkpoint's kind.",
+  "Attention kinds, each served as a model of its own; default: the checkpoint's kind, and DGA for"
+  " SmolLM2.",
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype",
@@ -92,11 +94,12 @@ def main() -> None:
     host_bytes=int(_HOST_CACHE_GB.value * 1e9),
     mesh=launch.parse_mesh(_MESH.value),
   )
+  workdir, name, attentions = _source()
   models = launch.load_models(
-    _workdir(),
+    workdir,
     _STEP.value,
-    name=_NAME.value,
-    attentions=cast(list[AttentionName | None], _ATTENTION.value or [None]),
+    name=name,
+    attentions=attentions,
     dtype=cast(DtypeName | None, _DTYPE.value),
     settings=settings,
     progress=functools.partial(tqdm, desc="compiling", unit="program"),
@@ -113,12 +116,15 @@ def main() -> None:
   server.run(app, host=_HOST.value, port=_PORT.value, stop_seconds=_STOP_SECONDS.value)
 
 
-def _workdir() -> str:
+def _source() -> tuple[str, str | None, list[AttentionName | None]]:
+  """The workdir, the name of the model, and the attention kinds."""
+  attentions = cast(list[AttentionName | None], _ATTENTION.value or [None])
   if _WORKDIR.value is not None:
-    return str(_WORKDIR.value)
+    return str(_WORKDIR.value), _NAME.value, attentions
   from dga_jax import smollm2_demo
 
-  return str(smollm2_demo.prepare(smollm2_demo.cache_folder()))
+  workdir = smollm2_demo.prepare(smollm2_demo.cache_folder())
+  return str(workdir), _NAME.value or "smollm2-135m", attentions if _ATTENTION.value else ["dga"]
 
 
 if __name__ == "__main__":
