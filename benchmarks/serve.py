@@ -5,7 +5,7 @@
 
 One server serves the model with each attention kind. The clients run in a separate process and send
 random prompts, so that the server has cached no prompt. The table of second turns is an exception.
-The kinds alternate. The model is SmolLM2-135M (downloaded), or LLaMA2-7B's shape with random
+The kinds alternate. The model is SmolLM2-135M-Instruct (Q4_1, downloaded), or LLaMA2-7B's shape with random
 weights in bfloat16 (--model=llama2-7b).
 
 The time between tokens is the time between two events, divided by the number of tokens of the
@@ -33,8 +33,9 @@ from tqdm import tqdm
 from benchmarks._serve_clients import Answer, ask_twice, Load, run_load
 from benchmarks.timing import environment
 from dga_jax import DGAConfig, smollm2_demo
-from dga_jax.generation import console, Emitted, Engine, Request, Sampling
+from dga_jax.generation import Emitted, Engine, Request, Sampling
 from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
+from dga_jax.loading import load_with_facts
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.serving.app import AppSettings, make_app
 from dga_jax.serving.served_model import ServedModel
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> None:
 def _serve_kind(kind: str, max_length: int) -> ServedModel:
   if _MODEL.value == "smollm2":
     workdir = smollm2_demo.prepare(smollm2_demo.cache_folder())
-    loaded = console.load(str(workdir), attention=kind)
+    loaded = load_with_facts(workdir, attention=kind)
     model, tokenizer = loaded.model, loaded.tokenizer
   else:
     model, tokenizer = _llama2_7b(kind), Tokenizer.byte_level()

@@ -2,7 +2,7 @@
 
   dga serve --workdir=runs/llama --port=8000 --slots=16 --max_length=32768
 
-Without --workdir it serves SmolLM2-135M with DGA; the first run downloads the model (93 MB).
+Without --workdir it serves SmolLM2-135M-Instruct (Q4_1), which the first run downloads (93 MB).
 Serving needs the extra "serve".
 """
 
@@ -18,7 +18,7 @@ from dga_jax.choices import AttentionName, DtypeName
 from dga_jax.path_flags import define_path
 
 _WORKDIR = define_path(
-  "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M, downloaded."
+  "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M-Instruct (Q4_1), downloaded."
 )
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _NAME = flags.DEFINE_string("name", None, "Name of the model; default: the workdir's name.")

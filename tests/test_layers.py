@@ -38,7 +38,7 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "convert",
   "evaluate",
   "file_lock",
-  "generate",
+  "generate_command",
   "path_flags",
   "picture",
   "serve",

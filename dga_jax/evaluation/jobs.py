@@ -53,7 +53,12 @@ class Job:
   def key(self) -> str:
     """The key of the result in the file of results."""
     digest = hashlib.sha256(json.dumps([self.fields, self.depends_on]).encode()).hexdigest()
-    return " ".join([*map(str, self.fields.values()), digest[:10]])
+    return f"{self.label} {digest[:10]}"
+
+  @property
+  def label(self) -> str:
+    """The columns that identify the result, in words, for messages."""
+    return " ".join(map(str, self.fields.values()))
 
 
 def run_jobs(
@@ -91,12 +96,12 @@ def run_jobs(
     try:
       measured = job.run(bar.update)
     except (jax.errors.JaxRuntimeError, FloatingPointError) as error:
-      tqdm.write(f"{job.key} failed: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+      tqdm.write(f"{job.label} failed: {str(error).partition(chr(10))[0]}", file=sys.stderr)
       return job, None
     return job, measured | {"seconds": time.perf_counter() - job_begin}
 
   with (
-    tqdm(total=sum(job.ticks for job in missing), unit="batch") as bar,
+    tqdm(total=sum(job.ticks for job in missing), unit="batch", disable=None) as bar,
     concurrent.futures.ThreadPoolExecutor(workers) as pool,
   ):
     futures = [pool.submit(measure, job) for job in missing]
@@ -104,7 +109,7 @@ def run_jobs(
       for future in concurrent.futures.as_completed(futures):
         job, measured = future.result()
         if measured is not None:
-          bar.set_description_str(job.key)
+          bar.set_description_str(job.label)
           common = {"origin": origin, "environment": environment(), "depends_on": job.depends_on}
           results.add(job.key, job.fields | measured | common)
           left -= 1
