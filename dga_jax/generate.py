@@ -49,6 +49,7 @@ _ATTENTION = flags.DEFINE_enum(
   get_args(AttentionName),
   "Attention kind, with the checkpoint's settings for it; default: the checkpoint's kind.",
 )
+_BUDGETS = command_line.define_budgets()
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, get_args(DtypeName), "Dtype of the activations; default: the checkpoint's."
 )
@@ -60,9 +61,13 @@ _SEED = flags.DEFINE_integer(
 def main() -> None:
   """Generates by the flags and prints the texts and one line of statistics."""
   texts = _read_texts()
+  if _BUDGETS.value is not None and _ATTENTION.value is not None:
+    raise app.UsageError("Give one of --attention and --budgets.")
 
   from dga_jax.generation import console
   from dga_jax.generation.sampling import Sampling
+  from dga_jax.head_budgets import read_head_budgets
+  from dga_jax.model import apply_budgets
 
   sampling = Sampling(
     temperature=_TEMPERATURE.value,
@@ -77,6 +82,9 @@ def main() -> None:
     attention=cast(AttentionName | None, _ATTENTION.value),
     dtype=cast(DtypeName | None, _DTYPE.value),
   )
+  if _BUDGETS.value is not None:
+    budgets = read_head_budgets(_BUDGETS.value)
+    loaded = loaded._replace(model=apply_budgets(loaded.model, budgets))
   batch = console.make_batch(
     loaded,
     texts,
