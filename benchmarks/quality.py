@@ -177,8 +177,14 @@ def _draw_ablation(record: dict, out: Path) -> Iterator[Path]:
     path = out / f"ablation_{title}_{length}.png"
     change = [loss - level for loss in record[title]]
     label = "Loss against dense" if title == "one_layer_dga" else "Loss against DGA in every layer"
+    name = title.replace("_", " ")
     plots.plot_by_layer(
-      {title.replace("_", " "): change}, path, y_label=label, baselines={"no change": 0.0}
+      {name: change},
+      path,
+      y_label=f"{label} (nats per token)",
+      title=report.title(f"Ablation: {name}", [record]),
+      baselines={"no change": 0.0},
+      standard_errors={name: record.get(f"{title}_errors")},
     )
     yield path
   raw = out / f"ablation_{length}.json"
@@ -190,13 +196,13 @@ def _draw_passkeys_by_share(everything: list[dict], out: Path) -> Iterator[Path]
   own = [record for record in everything if record["task"] == "retrieval"]
   for length in sorted({record["length"] for record in own}):
     path = out / f"passkey_by_share_{length}.png"
+    at_length = [record for record in own if record["length"] == length]
     plots.plot_against_share(
-      report.by_method(
-        [record for record in own if record["length"] == length], lambda record: record["share"]
-      ),
+      report.by_method(at_length, report.passkey_values),
       path,
       y_label="Passkeys found",
-      title=f"{length} tokens",
+      title=report.title("Passkeys by share of keys", at_length),
+      from_0_to_1=True,
     )
     yield path
 

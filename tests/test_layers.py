@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # What each folder may import, at module level or inside a function. The standard library is free.
 # In dga_jax only the modules in COMMAND_MODULES may import these.
-COMMANDS = {"absl", "orbax", "tokenizers", "tqdm"}
+COMMANDS = {"absl", "etils", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
@@ -39,6 +39,7 @@ COMMAND_MODULES = {  # Modules of commands, and modules that read or write files
   "picture",
   "smollm2",
   "smollm2_demo",
+  "storage",
   "tokenizer",
 }
 FOLDERS = sorted(ALLOWED.keys() | ABOVE.keys())

@@ -86,8 +86,8 @@ def load_data(
       f"batch_size is {batch_size}; it must be a positive multiple of the number of processes, "
       f"which is {process_count}."
     )
-  check_path("workdir", workdir)
   if config.kind == "text":
+    check_path("workdir", config.cache_dir or workdir)
     cache = pathlib.Path(config.cache_dir or pathlib.Path(workdir) / "data").expanduser()
     source = text_source(config, cache, seed, tokenizer, repair=repair)
   else:
