@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # What each folder may import, at module level or inside a function. The standard library is free.
 # In dga_jax only the modules in COMMAND_MODULES may import these.
-COMMANDS = {"absl", "etils", "orbax", "tokenizers", "tqdm"}
+COMMANDS = {"absl", "etils", "jinja2", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
@@ -25,7 +25,8 @@ ABOVE = {  # Folders that may use any library, and the folders of ours that they
   "train": {"benchmarks", "configs", "tests"},
   "benchmarks": {"tests"},
 }
-COMMAND_MODULES = {  # Modules of commands, and modules that read or write files.
+COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or write files.
+  "chat_template",
   "checkpoint",
   "checkpoint_files",
   "checkpoint_manifest",
@@ -39,7 +40,7 @@ COMMAND_MODULES = {  # Modules of commands, and modules that read or write files
   "picture",
   "smollm2",
   "smollm2_demo",
-  "storage",
+COMMANDS = {"absl", "etils", "jinja2", "orbax", "tokenizers", "tqdm"}
   "tokenizer",
 }
 FOLDERS = sorted(ALLOWED.keys() | ABOVE.keys())
