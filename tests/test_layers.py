@@ -40,7 +40,8 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "picture",
   "smollm2",
   "smollm2_demo",
-COMMANDS = {"absl", "etils", "jinja2", "orbax", "tokenizers", "tqdm"}
+  "storage",
+  "template_sandbox",
   "tokenizer",
 }
 FOLDERS = sorted(ALLOWED.keys() | ABOVE.keys())

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from dga_jax.chat_template import chat_template_of, ChatTemplate, template_sources
 from dga_jax.checkpoint import Checkpoints
 from dga_jax.file_lock import hold_workdir
 from dga_jax.paths import check_path, is_gcs
@@ -183,6 +184,7 @@ def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair:
       seed=config.seed,
       batch_size=config.batch_size,
       tokenizer=start.tokenizer,
+      template=_chat_template(start),
       process_index=share,
       process_count=shares,
       repair=repair,
@@ -201,6 +203,14 @@ def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair:
       "files, or give another --workdir to start a new run."
     )
   return data
+
+
+def _chat_template(start: _Start) -> ChatTemplate | None:
+  """The chat template of the model that training begins with, None where it has none."""
+  origin = start.entries.get(ORIGIN)
+  if start.tokenizer is None or not origin or not template_sources(origin):
+    return None
+  return chat_template_of(origin, start.tokenizer)
 
 
 @contextlib.contextmanager

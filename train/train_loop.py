@@ -13,7 +13,7 @@ from dga_jax.checkpoint_files import CheckpointError
 from train import multihost
 from train.config import to_dict, TrainConfig
 from train.data.pipeline import Data
-from train.evaluate import evaluate, Evaluation, make_eval_step
+from train.evaluate import evaluate_corpora, Evaluation, make_eval_step
 from train.init_from import load_params
 from train.multihost import StopAgreement
 from train.plots import plot_run
@@ -144,7 +144,7 @@ class Run:
     reporter.flush()
     if not self._config.eval_batches:
       return None
-    evaluation = evaluate(
+    evaluation = evaluate_corpora(
       self._config, self._functions, self._eval_step, state.params, self._data.validation
     )
     reporter.evaluated(step, evaluation)
