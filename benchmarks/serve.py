@@ -5,8 +5,8 @@
 
 One server serves the model with each attention kind. The clients run in a separate process and send
 random prompts, so that the server has cached no prompt. The table of second turns is an exception.
-The kinds alternate. The model is SmolLM2-135M-Instruct (Q4_1, downloaded), or LLaMA2-7B's shape with random
-weights in bfloat16 (--model=llama2-7b).
+The kinds alternate. The model is SmolLM2-135M-Instruct (Q4_1, downloaded), or LLaMA2-7B's shape
+with random weights in bfloat16 (--model=llama2-7b).
 
 The time between tokens is the time between two events, divided by the number of tokens of the
 second event. The overhead compares the server with the engine alone, without HTTP, with all slots

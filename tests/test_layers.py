@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # What each folder may import, at module level or inside a function. The standard library is free.
 # In dga_jax only the modules in COMMAND_MODULES may import these.
-COMMANDS = {"absl", "jinja2", "orbax", "tokenizers", "tqdm"}
+COMMANDS = {"absl", "etils", "jinja2", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
   "calibration": {"matplotlib", "scipy", "tqdm"},
@@ -44,6 +44,7 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "serve",
   "smollm2",
   "smollm2_demo",
+  "storage",
   "template_sandbox",
   "tokenizer",
 }

@@ -213,8 +213,9 @@ def ablation_job(
   """The job of an ablation: the loss on the second half of the rows with parts of DGA replaced.
 
   The result has "swaps", the loss of each config of `ablation.swaps`; "one_layer_dga", for each
-  layer the loss with DGA in that layer and dense attention in the others; and "one_layer_dense",
-  the reverse.
+  layer the loss with DGA in that layer and dense attention in the others; "one_layer_dense", the
+  reverse; and for both, with the suffix "_errors", the standard errors over rows of the differences
+  from dense attention and from `config` in every layer, None for one row.
 
   Args:
     family: the model.
@@ -235,21 +236,27 @@ def ablation_job(
       runs[f"one_layer_{title} {layer}"] = kinds
 
   def run(tick: Tick) -> dict[str, Any]:
-    losses = {}
+    losses: dict[str, np.ndarray] = {}  # Of each row.
     for title, kinds in runs.items():
-      total = 0.0
+      parts = []
       for batch in batches(rows, batch_size):
         loss_BxL = losses_by_kinds(model, kinds, fill(batch, batch_size))
-        total += float(np.asarray(loss_BxL)[: len(batch), length // 2 :].mean(axis=1).sum())
+        parts.append(np.asarray(loss_BxL)[: len(batch), length // 2 :].mean(axis=1, dtype=float))
         tick()
-      if not math.isfinite(total):
+      losses[title] = np.concatenate(parts)
+      if not np.isfinite(losses[title]).all():
         raise FloatingPointError(f"the loss of {title!r} is not finite")
-      losses[title] = total / len(rows)
-    by_layer = {
-      title: [losses.pop(f"{title} {layer}") for layer in range(layers)]
-      for title in ("one_layer_dga", "one_layer_dense")
-    }
-    return {"swaps": losses, **by_layer}
+    result: dict[str, Any] = {}
+    for title, baseline in (("one_layer_dga", "dense"), ("one_layer_dense", "as configured")):
+      own = [losses.pop(f"{title} {layer}") for layer in range(layers)]
+      changes = [row_losses - losses[baseline] for row_losses in own]
+      result[title] = [float(row_losses.mean()) for row_losses in own]
+      result[f"{title}_errors"] = (
+        [float(change.std(ddof=1) / math.sqrt(len(rows))) for change in changes]
+        if len(rows) > 1
+        else None
+      )
+    return {"swaps": {title: float(one.mean()) for title, one in losses.items()}, **result}
 
   return Job(
     fields={"task": "ablation", "variant": name, "length": length, "rows": len(rows)},

@@ -200,7 +200,7 @@ def test_mutated_metrics_are_read_and_plotted(whole: Path, tmp_path: Path) -> No
     records = read_metrics(tmp_path)
     assert all(isinstance(record["step"], int) for record in records)
     if number % 40 == 0:
-      plot_run(tmp_path)
+      plot_run(tmp_path, title="a run")
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
