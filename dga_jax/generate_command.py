@@ -112,7 +112,6 @@ def main() -> None:
   from dga_jax.generation import Sampling
   from dga_jax.head_budgets import read_head_budgets
   from dga_jax.loading import load_with_facts
-  from dga_jax.model import apply_budgets
 
   sampling = Sampling(
     temperature=_TEMPERATURE.value,
@@ -126,10 +125,8 @@ def main() -> None:
     step=_STEP.value,
     attention=cast(AttentionName | None, _ATTENTION.value),
     dtype=cast(DtypeName | None, _DTYPE.value),
+    budgets=None if _BUDGETS.value is None else read_head_budgets(_BUDGETS.value),
   )
-  if _BUDGETS.value is not None:
-    budgets = read_head_budgets(_BUDGETS.value)
-    loaded = loaded._replace(model=apply_budgets(loaded.model, budgets))
   if _INTERACTIVE.value:
     from dga_jax.conversation_console import converse
 
