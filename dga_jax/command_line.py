@@ -13,6 +13,17 @@ from absl import app, flags, logging
 from dga_jax.unused_gpu import warn_about_unused_gpu
 
 
+def define_budgets() -> flags.FlagHolder[str | None]:
+  """The flag --budgets of the commands that load a model."""
+  holder: flags.FlagHolder[str | None] = flags.DEFINE_string(
+    "budgets",
+    None,
+    "JSON file with the setting of each KV head, made for this checkpoint (dga_jax.HeadBudgets); "
+    "default: the checkpoint's attention.",
+  )
+  return holder
+
+
 def run(main: Callable[[], None]) -> NoReturn:
   """Parses the flags, calls `main` and exits.
 

@@ -93,6 +93,7 @@ _ATTENTION = flags.DEFINE_enum(
   "Attention kind, with the checkpoint's settings for it; default: the checkpoint's kind, or dense"
   " attention where the cache of DGA would be larger.",
 )
+_BUDGETS = command_line.define_budgets()
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, get_args(DtypeName), "Dtype of the activations; default: the checkpoint's."
 )
@@ -109,6 +110,7 @@ def main() -> None:
   check_exists(Path(str(_WORKDIR.value)), "checkpoint, Hugging Face folder or GGUF file")
 
   from dga_jax.generation import Sampling
+  from dga_jax.head_budgets import read_head_budgets
   from dga_jax.loading import load_with_facts
 
   sampling = Sampling(
@@ -123,6 +125,7 @@ def main() -> None:
     step=_STEP.value,
     attention=cast(AttentionName | None, _ATTENTION.value),
     dtype=cast(DtypeName | None, _DTYPE.value),
+    budgets=None if _BUDGETS.value is None else read_head_budgets(_BUDGETS.value),
   )
   if _INTERACTIVE.value:
     from dga_jax.conversation_console import converse
@@ -147,7 +150,7 @@ def _answer(loaded: "Loaded", sampling: "Sampling", document: str | None) -> Non
     document=document,
     save_path=_SAVE_CACHE.value,
     load_path=_LOAD_CACHE.value,
-    attention_is_chosen=_ATTENTION.value is not None,
+    attention_is_chosen=_attention_is_chosen(),
     json_lines=_JSONL.value,
   )
 
@@ -166,7 +169,7 @@ def _continue(loaded: "Loaded", sampling: "Sampling", records: list[dict[str, An
     slots=_SLOTS.value,
     prompt_chunk=_PROMPT_CHUNK.value,
     stream=stream,
-    attention_is_chosen=_ATTENTION.value is not None,
+    attention_is_chosen=_attention_is_chosen(),
   )
   if _JSONL.value:
     console.print_json_lines(batch, loaded.tokenizer, records, max_new_tokens=_MAX_NEW_TOKENS.value)
@@ -174,6 +177,10 @@ def _continue(loaded: "Loaded", sampling: "Sampling", records: list[dict[str, An
     console.print_stream(batch, loaded.tokenizer, prompts[0])
   else:
     console.print_all(batch, loaded.tokenizer, prompts)
+
+
+def _attention_is_chosen() -> bool:
+  return _ATTENTION.value is not None or _BUDGETS.value is not None
 
 
 def _is_about_a_document() -> bool:
@@ -190,6 +197,8 @@ def _check_flags() -> None:
       "Give one of --prompt, --prompt_file, --prompt_from, --interactive, --context and"
       f" --load_cache; {' and '.join(given) or 'none'} given."
     )
+  if _BUDGETS.value is not None and _ATTENTION.value is not None:
+    raise app.UsageError("Give one of --attention and --budgets.")
   asks = bool(_QUESTION.value)
   if asks != _is_about_a_document() and not (_CONTEXT.value and _SAVE_CACHE.value):
     raise app.UsageError("--question needs --context or --load_cache, and these need --question.")

@@ -12,8 +12,9 @@ from dga_jax.chat_template import chat_template_of, template_sources
 from dga_jax.checkpoint import abstract_decoder, list_steps, load_config, load_model
 from dga_jax.choices import AttentionName, DtypeName
 from dga_jax.config import RETROFIT
+from dga_jax.head_budgets import HeadBudgets
 from dga_jax.hub_names import check_exists
-from dga_jax.model import Decoder, ModelConfig
+from dga_jax.model import apply_budgets, Decoder, ModelConfig
 from dga_jax.tokenizer import Tokenizer
 
 
@@ -39,6 +40,7 @@ def load(
   step: int | None = None,
   attention: AttentionName | None = None,
   dtype: DtypeName | None = None,
+  budgets: HeadBudgets | None = None,
 ) -> tuple[Decoder, Tokenizer]:
   """A model and its tokenizer, for `dga_jax.generate`.
 
@@ -51,13 +53,16 @@ def load(
     attention: the attention kind; None for the model's own. "dga" has the settings of the
       checkpoint, or `dga_jax.config.RETROFIT` for the files of other programs.
     dtype: of the activations; None for the model's own.
+    budgets: the setting of each KV head, for example `read_head_budgets` of the file that
+      `dga calibrate` writes; None for the model's own attention.
 
   Raises:
     FileNotFoundError: there is no model at `source`; the message names the remedy.
     CheckpointError: the checkpoint is damaged.
-    ValueError: the files of another program are damaged, or of an unsupported model.
+    ValueError: the files of another program are damaged, or of an unsupported model; budgets of
+      another model; or both `attention` and `budgets`.
   """
-  return load_with_facts(source, step=step, attention=attention, dtype=dtype)[:2]
+  return load_with_facts(source, step=step, attention=attention, dtype=dtype, budgets=budgets)[:2]
 
 
 def load_with_facts(
@@ -66,8 +71,11 @@ def load_with_facts(
   step: int | None = None,
   attention: AttentionName | None = None,
   dtype: DtypeName | None = None,
+  budgets: HeadBudgets | None = None,
 ) -> Loaded:
   """As `load`, with what is known of the model's training."""
+  if attention is not None and budgets is not None:
+    raise ValueError(f"attention is {attention!r} and budgets are given; give one of them.")
   changes = {"attention": attention, "dtype": dtype}
   given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
   path = Path(source)
@@ -79,6 +87,8 @@ def load_with_facts(
     saved = load_config(path, step)
     config = dataclasses.replace(ModelConfig.from_dict(saved["model"]), **given)
     model, _, tokenizer = load_model(path, step, config=config)
+  if budgets is not None:
+    model = apply_budgets(model, budgets)
   origin = saved.get("origin") or {}
   if template_sources(origin):
     tokenizer.chat_template = chat_template_of(origin, tokenizer)

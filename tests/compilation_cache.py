@@ -1,7 +1,8 @@
-"""One cache of compiled programs for all test processes, kept in the checkout between runs.
+"""One cache of compiled programs for all test processes, which persists in the checkout.
 
-Most of a test's time is compilation. The key of a program contains its text, the compiler's version
-and its options; the folder's name contains the processor, whose instructions a program may use.
+Most of a test's time is compilation. The key of a program contains its text, the version of the
+compiler and its options. The name of the folder identifies the processor, because a program may use
+the processor's instructions.
 """
 
 import hashlib
@@ -30,9 +31,9 @@ ENVIRONMENT = {
 
 
 def share() -> None:
-  """Makes this process and the processes that it starts use the cache; call before importing jax.
+  """Makes this process and its subprocesses use the cache. Call it before importing jax.
 
-  Settings of the environment that exist stay.
+  Existing environment variables have priority.
   """
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)

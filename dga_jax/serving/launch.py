@@ -14,6 +14,7 @@ from dga_jax.choices import AttentionName, DtypeName
 from dga_jax.generation import Engine
 from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
 from dga_jax.generation.programs import Progress
+from dga_jax.head_budgets import HeadBudgets
 from dga_jax.loading import load_with_facts, Loaded
 from dga_jax.serving.served_model import ServedModel
 from dga_jax.sharding import make_mesh, MeshConfig
@@ -53,6 +54,7 @@ def load_models(
   name: str | None,
   attentions: Sequence[AttentionName | None],
   dtype: DtypeName | None,
+  budgets: HeadBudgets | None = None,
   settings: LaunchSettings,
   progress: Progress,
 ) -> list[ServedModel]:
@@ -65,6 +67,7 @@ def load_models(
       its own name to it.
     attentions: attention kinds; None for the checkpoint's.
     dtype: of the activations; None for the checkpoint's.
+    budgets: the setting of each KV head, in place of an attention kind.
     settings: of the engines.
     progress: shows the compilation.
 
@@ -78,7 +81,7 @@ def load_models(
   base = name or Path(workdir).resolve().name
   models = []
   for attention in attentions:
-    loaded = load_with_facts(workdir, step=step, attention=attention, dtype=dtype)
+    loaded = load_with_facts(workdir, step=step, attention=attention, dtype=dtype, budgets=budgets)
     engine = _make_engine(loaded, settings, progress)
     models.append(
       ServedModel(

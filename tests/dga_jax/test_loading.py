@@ -18,6 +18,7 @@ from dga_jax.cache_choice import (
 from dga_jax.chat_template import encode_chat
 from dga_jax.config import RETROFIT
 from dga_jax.generation import Sampling
+from dga_jax.head_budgets import FULL, HeadBudgets
 from dga_jax.loading import load_with_facts, Loaded
 from dga_jax.model import Decoder
 from dga_jax.model.attention_kinds.dense_cache import DenseCache
@@ -55,6 +56,23 @@ def test_files_of_another_program_are_read_directly() -> None:
   plain, _ = dga_jax.load(FOLDER)
   assert plain.config.attention == "dense"
   jax.tree.map(np.testing.assert_array_equal, *map(nnx.state, (plain, loaded.model)))
+
+
+def test_budgets_of_heads_are_applied() -> None:
+  plain, tokenizer = dga_jax.load(FOLDER, dtype="float32")
+  config = plain.config
+  rows = [[0] * config.num_kv_heads for _ in range(config.num_layers)]
+  budgets = HeadBudgets((FULL,), rows)
+  model, _ = dga_jax.load(FOLDER, dtype="float32", budgets=budgets)
+  assert (model.config.attention, model.config.head_budgets) == ("head_budgets", budgets)
+  text = "the cat sat on the"
+  expected, got = (
+    dga_jax.generate(decoder, tokenizer, text, max_new_tokens=5, sampling=GREEDY)
+    for decoder in (plain, model)
+  )
+  assert got == expected
+  with pytest.raises(ValueError, match="budgets are given; give one of them"):
+    dga_jax.load(FOLDER, attention="dga", budgets=budgets)
 
 
 def test_a_path_without_a_model(tmp_path: Path) -> None:

@@ -118,7 +118,9 @@ def test_several_damaged_checkpoints(config: TrainConfig, workdir: Path, whole: 
   assert_same_run(workdir, whole, 12)
 
 
-def test_no_whole_checkpoint(config: TrainConfig, workdir: Path) -> None:
+def test_a_run_without_an_undamaged_checkpoint_is_an_error(
+  config: TrainConfig, workdir: Path
+) -> None:
   for step in (2, 4, 6, 8):
     flip_a_bit(largest_file(workdir / "checkpoints" / str(step) / "data"))
   with pytest.raises(CheckpointError, match="No other checkpoint there is whole"):
@@ -198,7 +200,7 @@ def test_mutated_metrics_are_read_and_plotted(whole: Path, tmp_path: Path) -> No
     records = read_metrics(tmp_path)
     assert all(isinstance(record["step"], int) for record in records)
     if number % 40 == 0:
-      plot_run(tmp_path)
+      plot_run(tmp_path, title="a run")
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
