@@ -18,7 +18,7 @@ from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.reference import number_documents, reference_attention
 from dga_jax.attention.segments import count_documents, find_documents, IntArray
 from dga_jax.attention.unbatched import accepts_unbatched
-from dga_jax.attention.validation import Lengths, SegmentIds
+from dga_jax.attention.validation import Lengths, SegmentIds, SequenceIds
 from dga_jax.cache import decode_step, empty_cache
 from dga_jax.config import DGAConfig
 from dga_jax.explanation import Explanation
@@ -40,7 +40,7 @@ def dynamic_group_attention(
   config: DGAConfig | HeadBudgets,
   plan: GroupPlan | None = None,
   lengths: Lengths | None = None,
-  segment_ids: SegmentIds | None = None,
+  segment_ids: SegmentIds | SequenceIds | None = None,
   scale: float | None = None,
   sharding: NamedSharding | None = None,
   implementation: Implementation = None,

@@ -17,6 +17,7 @@ from pallas_kernels import dispatch
 # Arguments of public functions. `rows` converts lists to arrays.
 Lengths = Int[IntArray, "B"] | Sequence[int]
 SegmentIds = Int[IntArray, "B L"] | Sequence[Sequence[int]]
+SequenceIds = Int[IntArray, "L"] | Sequence[int]  # Segment ids of arrays without a batch axis.
 
 
 def query_and_key(query: Array, key: Array) -> None:
@@ -69,7 +70,7 @@ def head_budgets(budgets: HeadBudgets, key: Array, plan: object) -> None:
 
 
 def rows(
-  batch: int, length: int, lengths: Lengths | None, segment_ids: SegmentIds | None
+  batch: int, length: int, lengths: Lengths | None, segment_ids: SegmentIds | SequenceIds | None
 ) -> tuple[IntArray | None, IntArray | None]:
   """lengths and segment_ids as arrays, or None where they are None.
 
