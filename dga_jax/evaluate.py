@@ -41,6 +41,7 @@ _TASK = flags.DEFINE_enum(
   "What to measure; see above.", required=True,
 )  # fmt: skip
 _OUT = define_path("out", None, "Folder for results; default: WORKDIR/evaluation.")
+_BUDGETS = command_line.define_budgets()
 _VARIANTS = flags.DEFINE_string(
   "variants", None, "Names and config overrides, as JSON or a JSON file; default: the model as is."
 )
@@ -134,10 +135,14 @@ def _make_jobs() -> tuple[list[Any], str]:
   from dga_jax.evaluation.perplexity import PerplexitySettings
   from dga_jax.evaluation.texts import read_documents
   from dga_jax.evaluation.variants import Family, read_variants, Variant
+  from dga_jax.head_budgets import read_head_budgets
+  from dga_jax.model import apply_budgets
 
   variants = read_variants(_VARIANTS.value) if _VARIANTS.value else [Variant("as trained")]
   lengths = _numbers(_LENGTHS, int)
   model, _, tokenizer = load_model(_WORKDIR.value, _STEP.value)
+  if _BUDGETS.value is not None:
+    model = apply_budgets(model, read_head_budgets(_BUDGETS.value))
   step = list_steps(_WORKDIR.value)[-1] if _STEP.value is None else _STEP.value
   make = task_jobs.TaskJobs(Family(model, tokenizer.start_ids), tokenizer, variants, lengths)
   match _TASK.value:
@@ -157,7 +162,8 @@ def _make_jobs() -> tuple[list[Any], str]:
       jobs = make.longbench(str(_LONGBENCH.value), _LIMIT.value, _BATCH_SIZE.value)
     case _:
       jobs = make.lost_in_the_middle(str(_QUESTIONS.value), _LIMIT.value, _BATCH_SIZE.value)
-  return list(jobs), f"{_WORKDIR.value}, step {step}"
+  budgets = "" if _BUDGETS.value is None else f", budgets {_BUDGETS.value}"
+  return list(jobs), f"{_WORKDIR.value}, step {step}{budgets}"
 
 
 if __name__ == "__main__":

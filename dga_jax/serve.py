@@ -2,8 +2,8 @@
 
   dga serve --workdir=runs/llama --port=8000 --slots=16 --max_length=32768
 
-Without --workdir it serves SmolLM2-135M, which the first run downloads (93 MB). Serving needs the
-extra "serve".
+Without --workdir it serves SmolLM2-135M-Instruct (Q4_1), which the first run downloads (93 MB).
+Serving needs the extra "serve".
 """
 
 import functools
@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.path_flags import define_path
 
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M, downloaded."
+_WORKDIR = define_path(
+  "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M-Instruct (Q4_1), downloaded."
 )
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _NAME = flags.DEFINE_string("name", None, "Name of the model; default: the workdir's name.")
@@ -40,8 +41,10 @@ _MAX_WAITING = flags.DEFINE_integer(
 _ATTENTION = flags.DEFINE_list(
   "attention",
   None,
-  "Attention kinds, each served as a model of its own; default: the checkpoint's kind.",
+  "Attention kinds, each served as a model of its own; default: the checkpoint's kind, and DGA for"
+  " SmolLM2.",
 )
+_BUDGETS = command_line.define_budgets()
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   None,
@@ -79,6 +82,7 @@ _STOP_SECONDS = flags.DEFINE_integer(
 
 def main() -> None:
   """Loads the model, compiles, and serves until SIGTERM or Ctrl-C."""
+  from dga_jax.head_budgets import read_head_budgets
   from dga_jax.serving import launch, server
   from dga_jax.serving.app import AppSettings, make_app
 
@@ -92,12 +96,14 @@ def main() -> None:
     host_bytes=int(_HOST_CACHE_GB.value * 1e9),
     mesh=launch.parse_mesh(_MESH.value),
   )
+  workdir, name, attentions = _source()
   models = launch.load_models(
-    _workdir(),
+    workdir,
     _STEP.value,
-    name=_NAME.value,
-    attentions=cast(list[AttentionName | None], _ATTENTION.value or [None]),
+    name=name,
+    attentions=attentions,
     dtype=cast(DtypeName | None, _DTYPE.value),
+    budgets=None if _BUDGETS.value is None else read_head_budgets(_BUDGETS.value),
     settings=settings,
     progress=functools.partial(tqdm, desc="compiling", unit="program"),
   )
@@ -113,12 +119,19 @@ def main() -> None:
   server.run(app, host=_HOST.value, port=_PORT.value, stop_seconds=_STOP_SECONDS.value)
 
 
-def _workdir() -> str:
+def _source() -> tuple[str, str | None, list[AttentionName | None]]:
+  """The workdir, the name of the model, and the attention kinds."""
+  attentions = cast(list[AttentionName | None], _ATTENTION.value or [None])
   if _WORKDIR.value is not None:
-    return str(_WORKDIR.value)
+    return str(_WORKDIR.value), _NAME.value, attentions
   from dga_jax import smollm2_demo
 
-  return str(smollm2_demo.prepare(smollm2_demo.cache_folder()))
+  workdir = smollm2_demo.prepare(smollm2_demo.cache_folder())
+  return (
+    str(workdir),
+    _NAME.value or "smollm2-135m",
+    (attentions if _ATTENTION.value or _BUDGETS.value else ["dga"]),
+  )
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_the_wheel_has_the_packages_and_nothing_else(wheel: Path) -> None:
   names = zipfile.ZipFile(wheel).namelist()
   folders = {name.partition("/")[0] for name in names}
   assert {folder for folder in folders if not folder.endswith(".dist-info")} == set(PACKAGES)
-  for name in ("dga_jax/py.typed", "pallas_kernels/py.typed"):
+  for name in ("dga_jax/py.typed", "pallas_kernels/py.typed", "dga_jax/serving/index.html"):
     assert name in names
   tracked = {
     str(path.relative_to(ROOT))
@@ -137,7 +137,7 @@ def test_the_commands(installed: Installed) -> None:
   assert listed == installed.succeed("python", "-m", "dga_jax")
   version = installed.succeed("python", "-c", "import dga_jax; print(dga_jax.__version__)")
   assert installed.succeed("dga", "--version") == version
-  for name in ("generate", "convert", "evaluate", "calibrate", "smollm2", "train"):
+  for name in ("generate", "serve", "convert", "evaluate", "calibrate", "smollm2", "train"):
     assert f"  {name}" in listed
     assert installed.succeed("dga", name, "--help")
   training = installed.run("dga", "train", "--config=configs/quickstart.py")
@@ -150,6 +150,7 @@ def test_the_commands(installed: Installed) -> None:
   [
     ("convert", ("convert", f"--source={MODEL}", "--workdir=run")),
     ("evaluate", ("evaluate", "--workdir=run", "--task=perplexity", "--documents=a.jsonl")),
+    ("serve", ("serve", "--workdir=run")),
   ],
 )
 def test_a_missing_extra_names_itself(

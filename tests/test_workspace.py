@@ -90,7 +90,7 @@ def test_an_unknown_command_gets_the_usage(machine: Machine, arguments: tuple[st
 
 
 @pytest.mark.parametrize(
-  "command", ["setup", "quickstart", "smollm2", "test", "test-aot", "test-wheel", "lint"]
+  "command", ["setup", "quickstart", "smollm2", "serve", "test", "test-aot", "test-wheel", "lint"]
 )
 def test_a_missing_python_is_an_error_with_remedies(machine: Machine, command: str) -> None:
   done = machine.run(command)

@@ -42,6 +42,10 @@ class KeptCaches:
     programs: of the engine.
     device_bytes: budget on the device.
     host_bytes: budget on the host.
+
+  Attributes:
+    device_bytes: bytes of the caches on the device; other threads may read it.
+    host_bytes: bytes of the caches on the host; likewise.
   """
 
   def __init__(self, programs: Programs, *, device_bytes: int, host_bytes: int) -> None:
@@ -50,21 +54,12 @@ class KeptCaches:
     self._most_on_device = max(0, device_bytes) // self._row_bytes
     self._host_budget = host_bytes
     self._kept: collections.OrderedDict[bytes, KeptCache] = collections.OrderedDict()
+    self.device_bytes = self.host_bytes = 0
 
   @property
   def enabled(self) -> bool:
     """Whether any cache can be kept."""
     return self._most_on_device > 0 or self._host_budget > 0
-
-  @property
-  def device_bytes(self) -> int:
-    """Bytes of the caches on the device."""
-    return sum(kept.row is not None for kept in list(self._kept.values())) * self._row_bytes
-
-  @property
-  def host_bytes(self) -> int:
-    """Bytes of the caches on the host."""
-    return sum(kept.host_bytes for kept in list(self._kept.values()))
 
   def __len__(self) -> int:
     return len(self._kept)
@@ -108,19 +103,19 @@ class KeptCaches:
   def clear(self) -> None:
     """Drops every kept cache."""
     self._kept.clear()
+    self.device_bytes = self.host_bytes = 0
 
   def _evict(self) -> None:
     on_device = [kept for kept in self._kept.values() if kept.row is not None]
-    for kept in on_device[: max(0, len(on_device) - self._most_on_device)]:
+    extra = max(0, len(on_device) - self._most_on_device)
+    for kept in on_device[:extra]:
       self._move_to_host(kept)
-    host_bytes = self.host_bytes
+    host_bytes = sum(kept.host_bytes for kept in self._kept.values())
     for key, kept in list(self._kept.items()):
-      if kept.on_host is None:
-        continue
-      if host_bytes <= self._host_budget:
-        break
-      host_bytes -= kept.host_bytes
-      del self._kept[key]
+      if host_bytes > self._host_budget and kept.on_host is not None:
+        host_bytes -= kept.host_bytes
+        del self._kept[key]
+    self.device_bytes, self.host_bytes = (len(on_device) - extra) * self._row_bytes, host_bytes
 
   def _move_to_host(self, kept: KeptCache) -> None:
     leaves: list[np.ndarray] = jax.device_get(jax.tree.leaves(kept.row))

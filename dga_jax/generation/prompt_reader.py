@@ -72,7 +72,8 @@ class PromptReader:
       jax.block_until_ready(self._logits)
     assert self._row is not None
     left = self._stops[0] - self._position
-    length = min((size for size in self._pieces if size >= left), default=self._pieces[0])
+    # Short pieces cost less than a long one that is mostly padding.
+    length = self._pieces[0] if 2 * left > self._pieces[0] else self._pieces[-1]
     count = min(length, left)
     piece = pad_prompt(self._prompt[self._position : self._position + count], length)
     self._logits, self._row = self._programs.extend(self._row, piece, count)

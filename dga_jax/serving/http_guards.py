@@ -12,6 +12,7 @@ from dga_jax.serving.errors import APIError, invalid
 from dga_jax.serving.metrics import Metrics
 
 _BODY_SECONDS = 60.0
+_DROP_SECONDS, _DROP_FACTOR = 2.0, 8  # Bounds on what is read of a body that is too large.
 _OPEN_PATHS = ("/", "/health")
 _PATHS = ("/", "/health", "/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions")
 
@@ -25,26 +26,39 @@ async def read_json(http: Request, max_bytes: int) -> Any:
   """
   if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
     raise APIError(415, "Content-Type must be application/json.")
-  body = bytearray()
-  try:
-    async with asyncio.timeout(_BODY_SECONDS):
-      async for part in http.stream():
-        body += part
-        if len(body) > max_bytes:
-          raise APIError(
-            413,
-            f"The body has more than {max_bytes} bytes, the limit of this server.",
-            code="request_too_large",
-            headers={"Connection": "close"},
-          )
-  except TimeoutError as error:
-    raise APIError(408, f"The body did not arrive within {_BODY_SECONDS:g} seconds.") from error
-  except ClientDisconnect as error:
-    raise APIError(499, "The client has gone.") from error
+  body = await _read_body(http, max_bytes)
   try:
     return json.loads(body, parse_constant=_no_constant)
   except (ValueError, RecursionError) as error:
     raise invalid(None, f"The body is not JSON: {str(error)[:200]}", "invalid_json") from error
+
+
+async def _read_body(http: Request, max_bytes: int) -> bytes:
+  """The body. Some of a larger one is read and dropped: many clients read no answer before."""
+  body, size = bytearray(), 0
+  try:
+    async with asyncio.timeout(_BODY_SECONDS) as limit:
+      async for part in http.stream():
+        if size <= max_bytes < size + len(part):
+          limit.reschedule(asyncio.get_running_loop().time() + _DROP_SECONDS)
+        size += len(part)
+        if size <= max_bytes:
+          body += part
+        elif size > _DROP_FACTOR * max_bytes:
+          break
+  except TimeoutError as error:
+    if size <= max_bytes:
+      raise APIError(408, f"The body did not arrive within {_BODY_SECONDS:g} seconds.") from error
+  except ClientDisconnect as error:
+    raise APIError(499, "The client has gone.") from error
+  if size > max_bytes:
+    raise APIError(
+      413,
+      f"The body has more than {max_bytes} bytes, the limit of this server.",
+      code="request_too_large",
+      headers={"Connection": "close"},
+    )
+  return bytes(body)
 
 
 def _no_constant(name: str) -> None:

@@ -1,17 +1,15 @@
 """One server process for the tests of this folder."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
 import openai
 import pytest
 
-from dga_jax.generation import ContinuousBatching, Request, Sampling
-from tests.dga_jax.evaluation.tiny import CONFIG, TOKENIZER
-from tests.dga_jax.model.random_decoder import random_decoder
-from tests.dga_jax.serving.tiny_server import MAX_LENGTH, serve, Server, write_chat_checkpoint
-
-_GREEDY = Sampling(temperature=0.0)
+from dga_jax.generation import Engine
+from tests.dga_jax.serving.load import continue_alone, make_engine
+from tests.dga_jax.serving.tiny_server import serve, Server, write_chat_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -34,23 +32,11 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="session")
-def continue_text():
-  """(prompt, number of tokens) -> the text of the most likely continuation, without a server."""
-  model, batches = random_decoder(CONFIG), {}
+def engine_alone() -> Engine:
+  return make_engine()
 
-  def run(prompt: str, new: int, sampling: Sampling = _GREEDY) -> str:
-    tokens = [*TOKENIZER.start_ids, *TOKENIZER.encode(prompt)]
-    key = (prompt, new, sampling)
-    if key not in batches:
-      batch = ContinuousBatching(
-        model,
-        [Request(tokens, new, sampling)],
-        slots=1,
-        stop_ids=TOKENIZER.stop_ids,
-        prompt_chunk=64,
-        max_length=MAX_LENGTH,
-      )
-      batches[key] = batch.run().tokens[0]
-    return TOKENIZER.decode(batches[key])
 
-  return run
+@pytest.fixture(scope="session")
+def continue_text(engine_alone: Engine):
+  """(prompt, number of tokens, sampling) -> the continuation, without a server."""
+  return functools.partial(continue_alone, engine_alone)

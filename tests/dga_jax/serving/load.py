@@ -39,10 +39,14 @@ class Tally:
   wrong: list[str] = dataclasses.field(default_factory=list)
 
 
-def make_jobs(count: int, seed: int) -> list[Job]:
+def make_engine() -> Engine:
+  """An engine with the tiny model, for one request at a time."""
+  return Engine(random_decoder(CONFIG), slots=1, max_length=MAX_LENGTH, prompt_chunk=PROMPT_CHUNK)
+
+
+def make_jobs(engine: Engine, count: int, seed: int) -> list[Job]:
   """Random jobs; every second conversation has a next turn, which begins with the first."""
   rng = random.Random(seed)
-  engine = Engine(random_decoder(CONFIG), slots=1, max_length=MAX_LENGTH, prompt_chunk=PROMPT_CHUNK)
   jobs: list[Job] = []
   while len(jobs) < count:
     begin = rng.randrange(len(STORY))
@@ -54,14 +58,20 @@ def make_jobs(count: int, seed: int) -> list[Job]:
 
 
 def _job(engine: Engine, prompt: str, max_tokens: int) -> Job:
-  """The job with the answer that an engine gives to this request alone."""
+  return Job(prompt, max_tokens, continue_alone(engine, prompt, max_tokens))
+
+
+def continue_alone(
+  engine: Engine, prompt: str, max_tokens: int, sampling: Sampling = GREEDY
+) -> str:
+  """The continuation of a prompt that is alone in an engine without kept caches."""
   engine.reset()
   tokens = [*TOKENIZER.start_ids, *TOKENIZER.encode(prompt)]
-  engine.submit(Request(tokens, max_tokens, GREEDY, stop_ids=TOKENIZER.stop_ids))
+  engine.submit(Request(tokens, max_tokens, sampling, stop_ids=TOKENIZER.stop_ids))
   answer: list[int] = []
   while engine.busy:
     answer += [token for emitted in engine.step() for token in emitted.tokens]
-  return Job(prompt, max_tokens, TOKENIZER.decode(answer))
+  return TOKENIZER.decode(answer)
 
 
 async def run_clients(

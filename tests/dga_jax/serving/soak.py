@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 
-from tests.dga_jax.serving.load import make_jobs, PROMPT_CHUNK, run_clients
+from tests.dga_jax.serving.load import make_engine, make_jobs, PROMPT_CHUNK, run_clients
 from tests.dga_jax.serving.tiny_server import serve, Server, write_chat_checkpoint
 
 _CLIENTS = flags.DEFINE_integer("clients", 64, "Clients at the same time.", lower_bound=1)
@@ -51,8 +51,9 @@ class Usage(NamedTuple):
 def main(argv: list[str]) -> None:
   """Prints one line a round, and what is wrong at the end."""
   del argv
+  logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every write.
   print("computing the answers of every request alone", flush=True)
-  jobs = make_jobs(_JOBS.value, _SEED.value)
+  jobs = make_jobs(make_engine(), _JOBS.value, _SEED.value)
   with tempfile.TemporaryDirectory() as folder:
     workdir = write_chat_checkpoint(Path(folder) / "run")
     options = [f"--slots={_SLOTS.value}", f"--prompt_chunk={PROMPT_CHUNK}"]

@@ -5,8 +5,8 @@ import asyncio
 from tests.dga_jax.serving.load import make_jobs, run_clients
 
 
-def test_every_answer_is_that_of_the_request_alone(server):
-  jobs = make_jobs(12, seed=1)
+def test_every_answer_is_that_of_the_request_alone(server, engine_alone):
+  jobs = make_jobs(engine_alone, 12, seed=1)
   tally = asyncio.run(run_clients(server.url, jobs, clients=9, seconds=4, seed=0))
   assert tally.wrong == []
   assert tally.counts["whole"] + tally.counts["stream"] > 0

@@ -25,7 +25,7 @@ def say(page: Page, text: str, answers: int) -> None:
 
 def test_a_conversation(page, server, tmp_path):
   page.call("Page.navigate", url=server.url)
-  page.wait_for("$('model').value == 'tiny'")
+  page.wait_for("document.readyState == 'complete' && $('model').value == 'tiny'")
   assert "512 tokens" in page.run("$('status').textContent")
   say(page, "Who came?", answers=1)
   user, assistant = page.run("[...document.querySelectorAll('.message')].map(m => m.textContent)")
@@ -56,7 +56,7 @@ def test_a_conversation(page, server, tmp_path):
 
 def test_an_error_is_shown(page, server):
   page.call("Page.navigate", url=server.url)
-  page.wait_for("$('model').value == 'tiny'")
+  page.wait_for("document.readyState == 'complete' && $('model').value == 'tiny'")
   page.run("$('text').value = 'a'.repeat(600); $('form').requestSubmit()")
   page.wait_for("document.querySelectorAll('.error').length == 1")
   assert "at most 512 tokens" in page.run("document.querySelector('.error').textContent")
