@@ -22,15 +22,17 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.hub_names import check_exists
+from dga_jax.path_flags import define_path
 
-_SOURCE = flags.DEFINE_string("source", None, "A Hugging Face folder or a GGUF file to import.")
-_WORKDIR = flags.DEFINE_string(
+_SOURCE = define_path("source", None, "A Hugging Face folder or a GGUF file to import.")
+_WORKDIR = define_path(
   "workdir",
   None,
   "Folder of the checkpoint: written with --source, read with --to_hf.",
   required=True,
 )
-_TO_HF = flags.DEFINE_string("to_hf", None, "Folder to be made for transformers.")
+_TO_HF = define_path("to_hf", None, "Folder to be made for transformers.")
 _STEP = flags.DEFINE_integer("step", None, "With --to_hf, which checkpoint; default: the newest.")
 _PARAM_DTYPE = flags.DEFINE_enum(
   "param_dtype",
@@ -91,6 +93,7 @@ def main() -> None:
 
 def import_by_flags(path: Path) -> str:
   """Imports the model at `path` and returns a summary."""
+  check_exists(path, "Hugging Face folder or GGUF file")
   from dga_jax.config import RETROFIT
   from dga_jax.conversion.checkpoint_reader import TokenizerChoices
   from dga_jax.conversion.importing import import_model, open_source

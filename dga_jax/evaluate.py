@@ -12,6 +12,9 @@ Tasks:
                       earlier queries see (selection="global")
   retrieval           passkey, needle, multi_key, key_value and variable_tracking (--puzzles),
                       hidden in the documents at --depths of prompts of --lengths tokens
+  ruler               RULER (Hsieh et al.): needles, variable tracking and frequent words made by
+                      code from the documents (--ruler_tasks), and questions of SQuAD or HotpotQA
+                      (--ruler_questions); the score is the mean share of the answers found
   longbench           LongBench-E, from the files in the folder --longbench
   lost_in_the_middle  question answering over many documents (Liu et al.), from --questions
 
@@ -28,20 +31,22 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.evaluation.retrieval import TASKS
+from dga_jax.evaluation.ruler import RULER_TASKS
+from dga_jax.path_flags import define_path, define_paths
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder with the checkpoint.", required=True)
+_WORKDIR = define_path("workdir", None, "Folder with the checkpoint.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _TASK = flags.DEFINE_enum(
-  "task", None, ["perplexity", "retrieval", "longbench", "lost_in_the_middle"],
+  "task", None, ["perplexity", "retrieval", "ruler", "longbench", "lost_in_the_middle"],
   "What to measure; see above.", required=True,
 )  # fmt: skip
-_OUT = flags.DEFINE_string("out", None, "Folder for results; default: WORKDIR/evaluation.")
+_OUT = define_path("out", None, "Folder for results; default: WORKDIR/evaluation.")
 _BUDGETS = command_line.define_budgets()
 _VARIANTS = flags.DEFINE_string(
   "variants", None, "Names and config overrides, as JSON or a JSON file; default: the model as is."
 )
-_DOCUMENTS = flags.DEFINE_list(
-  "documents", [], "Files: .jsonl with id and text (also .xz, .gz, .bz2), or .txt."
+_DOCUMENTS = define_paths(
+  "documents", "Files: .jsonl with id and text (also .xz, .gz, .bz2), or .txt."
 )
 _LENGTHS = flags.DEFINE_list("lengths", ["2048"], "Sequence lengths in tokens.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Sequences in a batch.", lower_bound=1)
@@ -58,10 +63,18 @@ _PUZZLES = flags.DEFINE_list("puzzles", list(TASKS), "retrieval: names of puzzle
 _DEPTHS = flags.DEFINE_list(
   "depths", ["0", "0.25", "0.5", "0.75", "1"], "retrieval: depths of the answer, from 0 to 1."
 )
-_SAMPLES = flags.DEFINE_integer("samples", 4, "retrieval: prompts per depth.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "retrieval: seed of texts, facts and their places.")
-_LONGBENCH = flags.DEFINE_string("longbench", None, "Folder with LongBench-E's files.")
-_QUESTIONS = flags.DEFINE_string("questions", None, "File with the questions of Liu et al.")
+_RULER_TASKS = flags.DEFINE_list("ruler_tasks", list(RULER_TASKS), "ruler: tasks made by code.")
+_RULER_QUESTIONS = define_path(
+  "ruler_questions", None, "ruler: file of SQuAD or HotpotQA; its first --samples questions."
+)
+_SAMPLES = flags.DEFINE_integer(
+  "samples", 4, "retrieval: prompts per depth; ruler: prompts per task.", lower_bound=1
+)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "retrieval and ruler: seed of texts, facts and their places."
+)
+_LONGBENCH = define_path("longbench", None, "Folder with LongBench-E's files.")
+_QUESTIONS = define_path("questions", None, "File with the questions of Liu et al.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Largest number of examples of a file.", lower_bound=1)
 
 # The flag that names a task's files, if it is not --documents.
@@ -92,6 +105,8 @@ def main() -> None:
 def _check_flags() -> None:
   """Raises UsageError or ValueError for flags that are missing or wrong, before any import."""
   needed = _NEEDED.get(_TASK.value, _DOCUMENTS)
+  if _TASK.value == "ruler" and not _RULER_TASKS.value:
+    needed = _RULER_QUESTIONS
   if not needed.value:
     raise app.UsageError(f"--task={_TASK.value} needs --{needed.name}.")
   _numbers(_LENGTHS, int)
@@ -99,6 +114,8 @@ def _check_flags() -> None:
   _numbers(_DEPTHS, float)
   if unknown := [name for name in _PUZZLES.value if name not in TASKS]:
     raise ValueError(f"--puzzles has {unknown[0]!r}; the puzzles are {', '.join(TASKS)}.")
+  if unknown := [name for name in _RULER_TASKS.value if name not in RULER_TASKS]:
+    raise ValueError(f"--ruler_tasks has {unknown[0]!r}; it takes {', '.join(RULER_TASKS)}.")
 
 
 def _numbers[T: (int, float)](flag: flags.FlagHolder, convert: Callable[[str], T]) -> list[T]:
@@ -137,6 +154,10 @@ def _make_jobs() -> tuple[list[Any], str]:
         _numbers(_DEPTHS, float), _SAMPLES.value, _SEED.value, _BATCH_SIZE.value
       )
       jobs = make.retrieval(read_documents(_DOCUMENTS.value), _PUZZLES.value, prompts)
+    case "ruler":
+      documents = read_documents(_DOCUMENTS.value) if _RULER_TASKS.value else []
+      settings = task_jobs.RulerSettings(_SAMPLES.value, _SEED.value, _BATCH_SIZE.value)
+      jobs = make.ruler(documents, _RULER_TASKS.value, _RULER_QUESTIONS.value, settings)
     case "longbench":
       jobs = make.longbench(str(_LONGBENCH.value), _LIMIT.value, _BATCH_SIZE.value)
     case _:

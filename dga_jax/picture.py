@@ -12,8 +12,9 @@ from pathlib import Path
 from absl import flags
 
 from dga_jax import command_line
+from dga_jax.path_flags import define_path
 
-_OUTPUT = flags.DEFINE_string("output", "mask.png", "File to write, .png or .svg.")
+_OUTPUT = define_path("output", "mask.png", "File to write, .png or .svg.")
 _LENGTH = flags.DEFINE_integer("length", 48, "Tokens of the row.", lower_bound=8, upper_bound=256)
 _GROUP_SIZE = flags.DEFINE_integer("group_size", 6, "m, tokens in a group.", lower_bound=1)
 _FOCAL_RATE = flags.DEFINE_float("importance_rate", 0.2, "γ, share of focal tokens.", 0.0, 1.0)
@@ -39,7 +40,11 @@ def main() -> None:
     "streaming selection (causal)": plan_groups(query, key, config=streaming),
   }
   path = Path(_OUTPUT.value)
-  plot_masks(query, key, plans, path)
+  title = (
+    f"Dynamic Group Attention · {_LENGTH.value} tokens made by code · groups of "
+    f"{_GROUP_SIZE.value} · γ = {_FOCAL_RATE.value:g}"
+  )
+  plot_masks(query, key, plans, path, title=title)
   print(f"wrote {path}")
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
+from dga_jax.path_flags import define_path
 from train.aot_compile import compile_step
 from train.config import make_config
 from train.flags import define_config_flag, parse_flags
@@ -23,7 +24,7 @@ _TOPOLOGY = flags.DEFINE_string(
   "v5p:8x8x8",
   "Kind and shape of the pod: v5e:16x16, v5p:8x8x8, v6e:16x16, tpu7x:4x4x4.",
 )
-_PROGRAM = flags.DEFINE_string("program", None, "File for the text of the compiled program.")
+_PROGRAM = define_path("program", None, "File for the text of the compiled program.")
 
 
 def main(argv: list[str]) -> None:

@@ -14,6 +14,7 @@ from dga_jax.config_dataclasses import (
   require_number,
 )
 from dga_jax.model.config import ModelConfig
+from dga_jax.paths import check_path
 from dga_jax.sharding import MESH_AXES, MeshConfig
 from train.data.config import DataConfig
 
@@ -140,6 +141,8 @@ class TrainConfig:
   def __post_init__(self) -> None:
     if not isinstance(self.init_from, str | None):
       raise config_error(self, "init_from", "a folder or None")
+    if self.init_from is not None:
+      check_path("TrainConfig.init_from", self.init_from, allow_gcs=True)
     require_int(self, "seed", least=0, most=LARGEST_SEED)
     require_int(self, "warmup_steps", "eval_batches", least=0)
     require_int(

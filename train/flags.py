@@ -1,16 +1,21 @@
 """Flags of the commands that read a config file."""
 
 import dataclasses
+import difflib
 import re
 import sys
+import textwrap
 import types
 import typing
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
 from dga_jax import command_line
+from dga_jax.paths import check_path
 
 flags.disclaim_key_flags()  # --help lists the flag with those of the module that defines it.
 
@@ -26,7 +31,11 @@ def define_config_flag(
   the dataclasses' defaults for the other keys.
   """
   holder = config_flags.DEFINE_config_file(
-    "config", None, "Config file; --config.KEY=VALUE changes a key.", flag_values, lock_config=False
+    "config",
+    None,
+    "Config file, such as configs/quickstart.py; --config.KEY=VALUE changes a key.",
+    flag_values,
+    lock_config=False,
   )
   flag_values["config"].parser = _WithDefaults(flag_values["config"].parser)
   if default is not None:
@@ -35,14 +44,43 @@ def define_config_flag(
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """Parses the command line; an unknown --config.KEY ends the process with the closest key."""
+  """Parses the command line; --help also lists the config keys.
+
+  A config file that does not exist and an unknown --config.KEY end the process with one line that
+  names the closest ones.
+  """
   overrides = [match[1] for argument in argv if (match := _OVERRIDE.match(argument))]
   try:
     if overrides:
       _check_keys(overrides)
     return command_line.parse_flags(argv)
+  except SystemExit as end:
+    if end.code == 0:  # --help has printed the flags.
+      sys.stdout.flush()
+      print(f"\n{config_help()}")
+    raise
   except (AttributeError, KeyError, OSError, ValueError) as error:
     sys.exit(f"{error}")
+
+
+def config_help() -> str:
+  """The config keys with their defaults, by dataclass, and the file that describes each key."""
+  from train.config import TrainConfig
+
+  sections = [
+    f"{path}  (class {cls.__name__} in {cls.__module__.replace('.', '/')}.py)\n"
+    + textwrap.fill(
+      "  ".join(_key_texts(cls)),
+      width=100,
+      initial_indent="  ",
+      subsequent_indent="  ",
+      break_long_words=False,
+      break_on_hyphens=False,
+    )
+    for path, cls in _sections("config", TrainConfig)
+  ]
+  head = "Config keys and their defaults. The docstring of each class describes its keys."
+  return "\n\n".join([head, *sections])
 
 
 def with_defaults(config: Any) -> config_dict.ConfigDict:
@@ -65,6 +103,48 @@ def with_defaults(config: Any) -> config_dict.ConfigDict:
   return complete.lock()
 
 
+def _sections(path: str, cls: type) -> Iterator[tuple[str, type]]:
+  """A config dataclass and the dataclasses in it, each with its dotted path."""
+  from dga_jax.config_dataclasses import nested_dataclasses
+
+  yield path, cls
+  for name, inner in nested_dataclasses(cls).items():
+    if inner is not None:
+      yield from _sections(f"{path}.{name}", inner)
+
+
+def _key_texts(cls: type) -> Iterator[str]:
+  """The fields of a dataclass that are no dataclasses, as name=default, without spaces."""
+  from dga_jax.config_dataclasses import is_required, nested_dataclasses
+
+  nested = nested_dataclasses(cls)
+  for field in dataclasses.fields(cls):
+    if nested[field.name] is None:
+      default = "(required)" if is_required(field) else repr(field.default).replace(" ", "")
+      yield f"{field.name}={default}"
+
+
+def _check_config_path(path: str) -> None:
+  """Raises ValueError, with the closest files, unless a config file exists.
+
+  ml_collections passes the text after a colon, as in a.py:small, to `get_config`.
+  """
+  check_path("--config", path)
+  file = Path(re.sub(r"(\.py):.*", r"\1", path))
+  if file.is_file():
+    return
+  ours = {found.stem: str(found) for found in sorted(Path("configs").glob("[!_]*.py"))}
+  beside = {found.stem: str(found) for found in sorted(file.parent.glob("*.py"))}
+  by_stem = ours | beside
+  if close := difflib.get_close_matches(file.stem, by_stem, n=3, cutoff=0.5):
+    hint = f"Did you mean {' or '.join(by_stem[stem] for stem in close)}?"
+  elif ours:
+    hint = f"There are {', '.join(ours.values())}."
+  else:
+    hint = "Run the command in a checkout of dga-jax, whose configs are in configs/."
+  raise ValueError(f"--config is {path!r}, and there is no such file. {hint}")
+
+
 class _WithDefaults(flags.ArgumentParser):
   """The parser of a config flag, followed by `with_defaults`."""
 
@@ -72,6 +152,7 @@ class _WithDefaults(flags.ArgumentParser):
     self._parser = parser
 
   def parse(self, path: str) -> config_dict.ConfigDict:
+    _check_config_path(path)
     return with_defaults(self._parser.parse(path))
 
 

@@ -3,7 +3,8 @@ r"""Trains a decoder.
   python -m train.main --config=configs/quickstart.py --workdir=runs/quickstart \
     --config.learning_rate=1e-3
 
-The same command again continues from the newest checkpoint.
+The same command again continues from the newest checkpoint. --config.KEY=VALUE changes a key; the
+keys are listed below.
 
 SIGTERM, SIGHUP or Ctrl-C saves the current step and stops with exit status 75; the same command
 then continues. A second Ctrl-C stops at once, without saving, with exit status 130. The exit status
@@ -17,10 +18,11 @@ A run of several processes, here two on one machine, is the same command in each
 
 import sys
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
+
+from dga_jax.path_flags import define_path
 
 # jax is imported after the flags are parsed, so that --help and wrong flags are answered at once.
 from train.abort_filter import newest_checkpoint_note
@@ -30,8 +32,12 @@ from train.logs import set_up_logging
 from train.stop_signals import EXIT_STATUS, StoppedError, StopSignals
 
 _CONFIG = define_config_flag()
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of the run: checkpoints, metrics, plots.", required=True
+_WORKDIR = define_path(
+  "workdir",
+  None,
+  "Folder of the run: checkpoints, metrics, plots. A path, or gs://BUCKET/FOLDER.",
+  required=True,
+  allow_gcs=True,
 )
 _STEP = flags.DEFINE_integer(
   "step",
@@ -65,7 +71,7 @@ def main(argv: list[str]) -> None:
   """Trains by the flags."""
   del argv
   set_up_logging()
-  workdir = Path(_WORKDIR.value)
+  workdir = _WORKDIR.value
   try:
     with StopSignals() as signals:
       is_finished = _train(workdir, signals)
@@ -78,7 +84,8 @@ def main(argv: list[str]) -> None:
     sys.exit(EXIT_STATUS)
 
 
-def _train(workdir: Path, signals: StopSignals) -> bool:
+def _train(workdir: str, signals: StopSignals) -> bool:
+  from dga_jax.storage import to_path
   from train import multihost
   from train.config import make_config
   from train.profile import ProfiledSteps
@@ -94,7 +101,7 @@ def _train(workdir: Path, signals: StopSignals) -> bool:
     raise TrainingError(f"{error} {newest_checkpoint_note(workdir)}") from error
   return train(
     config,
-    workdir,
+    to_path(workdir),
     profiled=profiled,
     resume=Resume(_STEP.value, _SKIP_DAMAGED.value),
     repair_data=_REPAIR_DATA.value,

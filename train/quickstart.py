@@ -2,7 +2,7 @@
 
   python -m train.quickstart
 
-It runs two commands, train.main and dga_jax.generate, and prints them.
+It runs two commands, train.main and dga_jax generate, and prints them.
 """
 
 import contextlib
@@ -18,12 +18,13 @@ from pathlib import Path
 from absl import app, flags
 
 from dga_jax.checkpoint import list_steps
+from dga_jax.path_flags import define_path
 from train.metrics import FILE_NAME, read_metrics
 from train.stop_signals import EXIT_STATUS
 
 _RESTART = flags.DEFINE_bool("restart", False, "Delete the run in --workdir and start again.")
-_CONFIG = flags.DEFINE_string("config", "configs/quickstart.py", "Config file of the run.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart", "Folder of the run.")
+_CONFIG = define_path("config", "configs/quickstart.py", "Config file of the run.")
+_WORKDIR = define_path("workdir", "runs/quickstart", "Folder of the run.")
 
 PROMPT = '''class Stack:
     """A last-in, first-out stack."""
@@ -69,7 +70,7 @@ def quickstart(config: str, workdir: Path) -> int:
     return status
   minutes = (time.perf_counter() - start) / 60
   status = _run(
-    "dga_jax.generate", f"--workdir={workdir}", f"--prompt={PROMPT}", "--max_new_tokens=200"
+    "dga_jax", "generate", f"--workdir={workdir}", f"--prompt={PROMPT}", "--max_new_tokens=200"
   )
   if status:
     return status

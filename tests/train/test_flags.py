@@ -1,5 +1,6 @@
-"""--config and its overrides: every key of the dataclasses, with its type."""
+"""The flag --config and its overrides accept every key of the dataclasses, with its type."""
 
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any
 import pytest
 from absl import app, flags
 
+from dga_jax.config_dataclasses import known_keys
 from train import flags as train_flags
 from train.config import make_config, to_dict, TrainConfig
-from train.flags import parse_flags, with_defaults
+from train.flags import config_help, parse_flags, with_defaults
 
-# ml_collections 1.1 loads config files with a deprecated method of importlib.
+# ml_collections 1.1 loads config files with a deprecated function of importlib.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 MODEL = {
@@ -30,7 +32,7 @@ type Parse = Callable[..., TrainConfig]
 
 @pytest.fixture
 def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
-  """Parses overrides of a file that sets a model and nothing else."""
+  """A function that parses overrides of a config file that sets only a model."""
 
   def run(*overrides: str, file: dict[str, Any] | None = None) -> TrainConfig:
     path = tmp_path / "config.py"
@@ -50,7 +52,7 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
   return run
 
 
-def test_defaults_are_those_of_the_dataclasses() -> None:
+def test_defaults_equal_those_of_the_dataclasses() -> None:
   assert make_config(with_defaults({"model": MODEL})) == make_config({"model": MODEL})
 
 
@@ -117,12 +119,69 @@ def test_an_override_of_a_wrong_type(parse: Parse, capsys: pytest.CaptureFixture
   assert "config.num_steps=many" in capsys.readouterr().err
 
 
-def test_a_file_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-  values = flags.FlagValues()
-  monkeypatch.setattr(app, "FLAGS", values)
-  monkeypatch.setattr(flags, "FLAGS", values)
-  argv = ["train", f"--config={tmp_path / 'none.py'}"]
-  monkeypatch.setattr(sys, "argv", argv)
-  train_flags.define_config_flag(flag_values=values)
-  with pytest.raises(SystemExit, match=r"none\.py"):
+@pytest.fixture
+def parse_config(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+  """Parses --config=PATH."""
+
+  def run(path: str) -> None:
+    values = flags.FlagValues()
+    monkeypatch.setattr(app, "FLAGS", values)
+    monkeypatch.setattr(flags, "FLAGS", values)
+    argv = ["train", f"--config={path}"]
+    monkeypatch.setattr(sys, "argv", argv)
+    train_flags.define_config_flag(flag_values=values)
     parse_flags(argv)
+
+  return run
+
+
+@pytest.mark.parametrize(
+  ("path", "hint"),
+  [
+    ("configs/quikstart.py", r"Did you mean configs/quickstart\.py\?"),
+    ("quickstart", r"Did you mean configs/quickstart\.py\?"),
+    ("configs/quikstart.py:small", r"Did you mean configs/quickstart\.py\?"),
+    ("zzz.py", r"There are .*configs/quickstart\.py, configs/recall\.py\."),
+    ("gs://bucket/quickstart.py", r"gs:// is not supported here"),
+  ],
+)
+def test_a_config_file_that_is_missing(
+  path: str,
+  hint: str,
+  parse_config: Callable[[str], None],
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  monkeypatch.chdir(Path(__file__).parents[2])
+  with pytest.raises(SystemExit):
+    parse_config(path)
+  message = capsys.readouterr().err
+  assert re.search(hint, message)
+  assert f"--config is '{path}'" in message
+
+
+def test_outside_a_checkout(
+  parse_config: Callable[[str], None],
+  monkeypatch: pytest.MonkeyPatch,
+  tmp_path: Path,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  (tmp_path / "unrelated.py").touch()
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(SystemExit):
+    parse_config("zzz.py")
+  assert "Run the command in a checkout" in capsys.readouterr().err
+
+
+def test_help_lists_every_key_and_its_file() -> None:
+  text = config_help()
+  sections = dict(section.split("\n", 1) for section in text.split("\n\n")[1:])
+  shown = {
+    f"{head.split()[0]}.{entry.split('=')[0]}"
+    for head, entries in sections.items()
+    for entry in entries.split()
+  }
+  nested = {head.split()[0] for head in sections} - {"config"}
+  assert shown | nested == {f"config.{key}" for key in known_keys(TrainConfig)}
+  assert "config.data  (class DataConfig in train/data/config.py)" in sections
+  assert "num_steps=1000" in sections["config  (class TrainConfig in train/config.py)"].split()
