@@ -9,7 +9,6 @@ device, but not run. Times are CPU seconds of all threads of this process, so th
 depend on the load of the machine.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,17 +25,15 @@ from dga_jax.attention.segments import find_documents
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.model.attention_kinds.head_budgets import HeadBudgetsAttention
 from dga_jax.model.rope import rope_table
-from dga_jax.model.run_layers import run_stacked, run_unstacked
+from dga_jax.model.run_layers import run_stacked
 
-_WAYS = ("dga", "dense", "switch", "stored_switch", "padding", "runs", "unrolled")
+_WAYS = ("dga", "dense", "switch", "stored_switch", "padding")
 _WAY = flags.DEFINE_enum(
   "way",
   "switch",
   _WAYS,
-  "how layers run. dga, dense: all heads use one kind; switch: the decoder's way, a switch in the "
-  "scan over layers; stored_switch: the same without recomputation of attention; padding: every "
-  "layer computes every head with both kinds; runs: one scan for each run of equal layers; "
-  "unrolled: no scan.",
+  "dga, dense: all heads alike; switch: as the decoder does; stored_switch: without its "
+  "recomputation of attention; padding: every layer computes every head both ways.",
 )
 _REMAT = flags.DEFINE_enum("remat", "none", ["none", "full"], "value of ModelConfig.remat")
 _LENGTH = flags.DEFINE_integer("length", 1024, "sequence length", lower_bound=1)
@@ -57,9 +54,8 @@ def assignment(way: str) -> tuple[tuple[int, ...], ...]:
 
 
 def layer_stack(config: ModelConfig, way: str) -> tuple[Any, Callable[..., jax.Array]]:
-  """The shapes of the layers' parameters, and a function of parameters and residual stream."""
-  abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-  model = abstract if way != "unrolled" else nnx.eval_shape(abstract.unstack_layers)
+  """The abstract parameters of the layers, and a function of them and of the residual stream."""
+  model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
   structure, params = nnx.split(model.layers)
   kind = config.make_attention()
   assert isinstance(kind, HeadBudgetsAttention)
@@ -80,31 +76,10 @@ def layer_stack(config: ModelConfig, way: str) -> tuple[Any, Callable[..., jax.A
 
     if way == "switch" and config.remat == "none":
       attend = jax.checkpoint(attend, prevent_cse=False)
-    if way == "unrolled":
-      layers = nnx.merge(structure, params)
-      return run_unstacked(layers, x_BxLxE, rope, attend, None, kind.layer_index)[0]
-    start = 0
-    lengths = [LAYERS]
-    if way == "runs":
-      lengths = [len(list(run)) for _, run in itertools.groupby(kind.budgets.assignment)]
-    for count in lengths:
-      part = jax.tree.map(lambda x, a=start, b=start + count: x[a:b], params)
-      index = kind.layer_index(start)
-
-      def attend_run(*qkv: Any, index: Any = index) -> tuple[jax.Array, None]:
-        return attend(*qkv[:-1], index if way == "runs" else qkv[-1])
-
-      x_BxLxE, _ = run_stacked(
-        nnx.merge(structure, part),
-        x_BxLxE,
-        rope,
-        attend_run,
-        None,
-        num_layers=count,
-        remat=config.remat,
-      )
-      start += count
-    return x_BxLxE
+    layers = nnx.merge(structure, params)
+    return run_stacked(layers, x_BxLxE, rope, attend, None, num_layers=LAYERS, remat=config.remat)[
+      0
+    ]
 
   return params, run
 
