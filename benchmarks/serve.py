@@ -40,6 +40,7 @@ from dga_jax.serving.served_model import ServedModel
 from dga_jax.tokenizer import Tokenizer
 
 _MODEL = flags.DEFINE_enum("model", "smollm2", ["smollm2", "llama2-7b"], "model to serve")
+_WORKDIR = flags.DEFINE_string("workdir", None, "checkpoint to serve in place of SmolLM2")
 _KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds in the same server")
 _CLIENTS = flags.DEFINE_list("clients", ["1", "8", "32", "64"], "clients at the same time")
 _PROMPTS = flags.DEFINE_list("prompts", ["4096", "16384"], "tokens of the prompts")
@@ -68,8 +69,8 @@ def main(argv: list[str]) -> None:
 
 def _serve_kind(kind: str, max_length: int) -> ServedModel:
   if _MODEL.value == "smollm2":
-    workdir = smollm2_demo.prepare(smollm2_demo.cache_folder())
-    loaded = console.load(str(workdir), attention=kind)
+    workdir = _WORKDIR.value or str(smollm2_demo.prepare(smollm2_demo.cache_folder()))
+    loaded = console.load(workdir, attention=kind)
     model, tokenizer = loaded.model, loaded.tokenizer
   else:
     model, tokenizer = _llama2_7b(kind), Tokenizer.byte_level()
