@@ -1,4 +1,4 @@
-"""Clients of the serving benchmark: they run in a process of their own, beside the server's."""
+"""HTTP clients of the serving benchmark, which run in a process separate from the server's."""
 
 import asyncio
 import json
@@ -10,17 +10,17 @@ import httpx
 
 
 class Load(NamedTuple):
-  """Requests that some clients send at the same time, each client one after another.
+  """A load on the server: concurrent clients, each of which sends its requests one after another.
 
   Attributes:
-    url: of the server.
-    model: its name.
-    vocab_size: of random prompts.
-    clients: at the same time.
-    requests: of each client.
-    prompt_tokens: of each prompt.
-    new_tokens: bound on the tokens of each answer.
-    seed: of the prompts.
+    url: base URL of the server.
+    model: name of the served model.
+    vocab_size: upper bound of the random token ids of prompts.
+    clients: number of concurrent clients.
+    requests: number of requests of each client.
+    prompt_tokens: length of each prompt.
+    new_tokens: maximum number of tokens of each answer.
+    seed: seed of the prompts.
   """
 
   url: str
@@ -34,13 +34,14 @@ class Load(NamedTuple):
 
 
 class Answer(NamedTuple):
-  """Times of one answer.
+  """The measured times of one answer.
 
   Attributes:
     first: seconds to the first token.
-    events: pairs (seconds since the event before, tokens of the event), from the second event on.
-    tokens: new tokens.
-    cached: tokens of the prompt that were cached.
+    events: for each event after the first one, the seconds since the previous event and the number
+      of tokens.
+    tokens: number of new tokens.
+    cached: number of prompt tokens that the server had cached.
   """
 
   first: float
@@ -50,12 +51,12 @@ class Answer(NamedTuple):
 
 
 def run_load(load: Load) -> tuple[float, list[Answer]]:
-  """The seconds of the whole load, and all answers."""
+  """Sends the load; returns its total seconds and all answers."""
   return asyncio.run(_run(load))
 
 
 def ask_twice(load: Load, *, same: bool) -> tuple[Answer, Answer]:
-  """Two prompts of one client; the second begins with the first if `same` is set."""
+  """Sends two prompts one after the other. With `same` the second starts with the first."""
   return asyncio.run(_ask_twice(load, same))
 
 

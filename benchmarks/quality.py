@@ -183,8 +183,14 @@ def _write_ablation(result: dict, out: Path) -> Iterator[Path]:
     path = out / f"ablation_{title}_{length}.png"
     change = [loss - level for loss in result[title]]
     label = "Loss against dense" if title == "one_layer_dga" else "Loss against DGA in every layer"
+    name = title.replace("_", " ")
     plots.plot_by_layer(
-      {title.replace("_", " "): change}, path, y_label=label, baselines={"no change": 0.0}
+      {name: change},
+      path,
+      y_label=f"{label} (nats per token)",
+      title=report.title(f"Ablation: {name}", [result]),
+      baselines={"no change": 0.0},
+      standard_errors={name: result.get(f"{title}_errors")},
     )
     yield path
   raw = out / f"ablation_{length}.json"
@@ -196,14 +202,13 @@ def _plot_passkeys_by_share(everything: list[dict], out: Path) -> Iterator[Path]
   retrieval = [result for result in everything if result["task"] == "retrieval"]
   for length in sorted({result["length"] for result in retrieval}):
     path = out / f"passkey_by_share_{length}.png"
+    at_length = [result for result in retrieval if result["length"] == length]
     plots.plot_against_share(
-      report.by_method(
-        [result for result in retrieval if result["length"] == length],
-        lambda result: result["share"],
-      ),
+      report.by_method(at_length, report.passkey_values),
       path,
       y_label="Passkeys found",
-      title=f"{length} tokens",
+      title=report.title("Passkeys by share of keys", at_length),
+      from_0_to_1=True,
     )
     yield path
 

@@ -1,16 +1,17 @@
-"""The HTTP server under load: tokens/s, times to first token and between tokens, kept sessions.
+"""The HTTP server under load: tokens/s, time to first token, time between tokens, cached sessions.
 
     ./workspace bench serve
     ./workspace bench serve --clients=1,8 --prompts=1024 --kinds=dga,dense --slots=8
 
-One server offers the model once for each attention kind. The clients run in a process of their own
-and send random prompts, so no prompt is cached unless the table says so. The kinds take turns. The
-model is SmolLM2-135M (downloaded), or random weights in LLaMA2-7B's shape in bfloat16
-(--model=llama2-7b).
+One server serves the model with each attention kind. The clients run in a separate process and send
+random prompts, so that the server has cached no prompt. The table of second turns is an exception.
+The kinds alternate. The model is SmolLM2-135M-Instruct (Q4_1, downloaded), or LLaMA2-7B's shape
+with random weights in bfloat16 (--model=llama2-7b).
 
-The time between tokens is the time between two events divided by the tokens of the second. The
-overhead compares full slots with the engine alone, without HTTP, on prompts of the same length: the
-mean over the lower half of the times between tokens, in which no prompt is read.
+The time between tokens is the time between two events, divided by the number of tokens of the
+second event. The overhead compares the server with the engine alone, without HTTP, with all slots
+in use and prompts of equal length. It uses the mean of the shorter half of the times between
+tokens, which excludes steps that also prefill a prompt.
 """
 
 import concurrent.futures
@@ -32,8 +33,9 @@ from tqdm import tqdm
 from benchmarks._serve_clients import Answer, ask_twice, Load, run_load
 from benchmarks.timing import environment
 from dga_jax import DGAConfig, smollm2_demo
-from dga_jax.generation import console, Emitted, Engine, Request, Sampling
+from dga_jax.generation import Emitted, Engine, Request, Sampling
 from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
+from dga_jax.loading import load_with_facts
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.serving.app import AppSettings, make_app
 from dga_jax.serving.served_model import ServedModel
@@ -41,19 +43,19 @@ from dga_jax.tokenizer import Tokenizer
 
 _MODEL = flags.DEFINE_enum("model", "smollm2", ["smollm2", "llama2-7b"], "model to serve")
 _WORKDIR = flags.DEFINE_string("workdir", None, "checkpoint to serve in place of SmolLM2")
-_KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds in the same server")
-_CLIENTS = flags.DEFINE_list("clients", ["1", "8", "32", "64"], "clients at the same time")
-_PROMPTS = flags.DEFINE_list("prompts", ["4096", "16384"], "tokens of the prompts")
-_NEW = flags.DEFINE_integer("new_tokens", 64, "tokens of every answer, at most")
+_KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds that the server serves")
+_CLIENTS = flags.DEFINE_list("clients", ["1", "8", "32", "64"], "numbers of concurrent clients")
+_PROMPTS = flags.DEFINE_list("prompts", ["4096", "16384"], "prompt lengths in tokens")
+_NEW = flags.DEFINE_integer("new_tokens", 64, "maximum number of tokens of an answer")
 _REQUESTS = flags.DEFINE_integer("requests", 2, "requests of each client")
 _SLOTS = flags.DEFINE_integer("slots", 16, "slots of each kind's engine")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds of the comparison with the engine alone")
-_PROMPT_CHUNK = flags.DEFINE_integer("prompt_chunk", 256, "tokens of a piece of a prompt")
-_DECODE_CHUNK = flags.DEFINE_integer("decode_chunk", 4, "tokens decoded at once")
+_PROMPT_CHUNK = flags.DEFINE_integer("prompt_chunk", 256, "tokens of a prefill chunk")
+_DECODE_CHUNK = flags.DEFINE_integer("decode_chunk", 4, "decode steps in one program")
 
 
 def main(argv: list[str]) -> None:
-  """Prints the tables."""
+  """Prints tables of load, second turns, HTTP overhead and cache sizes."""
   del argv
   print(environment())
   lengths = [int(length) for length in _PROMPTS.value]
@@ -69,8 +71,8 @@ def main(argv: list[str]) -> None:
 
 def _serve_kind(kind: str, max_length: int) -> ServedModel:
   if _MODEL.value == "smollm2":
-    workdir = _WORKDIR.value or str(smollm2_demo.prepare(smollm2_demo.cache_folder()))
-    loaded = console.load(workdir, attention=kind)
+    workdir = _WORKDIR.value or smollm2_demo.prepare(smollm2_demo.cache_folder())
+    loaded = load_with_facts(workdir, attention=kind)
     model, tokenizer = loaded.model, loaded.tokenizer
   else:
     model, tokenizer = _llama2_7b(kind), Tokenizer.byte_level()
@@ -108,7 +110,7 @@ def _llama2_7b(kind: str) -> Decoder:
 
 @contextmanager
 def _server(models: list[ServedModel]) -> Iterator[str]:
-  """Serves in a thread; the URL."""
+  """Runs the server in a thread; yields its URL."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
@@ -161,7 +163,7 @@ def _print_load(
 
 
 def _between(answers: list[Answer]) -> list[float]:
-  """Seconds before every token but the first of an answer."""
+  """Seconds before each token of the answers, without their first tokens."""
   events = [event for answer in answers for event in answer.events]
   return [seconds / count for seconds, count in events for _ in range(count)]
 
@@ -169,7 +171,7 @@ def _between(answers: list[Answer]) -> list[float]:
 def _print_second_turn(
   pool: concurrent.futures.Executor, models: list[ServedModel], url: str, lengths: list[int]
 ) -> None:
-  print("\n| prompt | kind | second turn, s to the first token: kept cache, read again | times |")
+  print("\n| prompt | kind | second turn, s to first token: cached, not cached | times |")
   print("| --- | --- | --- | --- |")
   for length in lengths:
     for model in models:
@@ -188,11 +190,11 @@ def _print_second_turn(
 def _print_overhead(
   pool: concurrent.futures.Executor, models: list[ServedModel], url: str, length: int
 ) -> None:
-  """As many clients as slots: the server and the engine alone."""
+  """Compares the server with the engine alone, with as many requests as slots."""
   print("\n| kind | between tokens, ms: server, engine alone | overhead |\n| --- | --- | --- |")
   for model in models:
     served, alone = [], []
-    for _ in range(_ROUNDS.value):  # In turn.
+    for _ in range(_ROUNDS.value):  # Server and engine alternate.
       _, answers = pool.submit(run_load, _load(model, url, _SLOTS.value, length)).result()
       served.append(statistics.mean(_after_prompts(_between(answers))))
       alone.append(statistics.mean(_after_prompts(_engine_alone(model, length))))
@@ -204,12 +206,12 @@ def _print_overhead(
 
 
 def _after_prompts(seconds: list[float]) -> list[float]:
-  """The lower half: the upper half contains the times in which prompts were read."""
+  """The shorter half of the times. The other half contains the steps that prefill a prompt."""
   return sorted(seconds)[: len(seconds) // 2]
 
 
 def _engine_alone(model: ServedModel, length: int) -> list[float]:
-  """Seconds before every token but the first, on the engine's thread."""
+  """Seconds before each token but the first, measured in the engine's thread."""
   rng, last, seconds = np.random.default_rng(), {}, []
   left, done = threading.Semaphore(0), _SLOTS.value
 
@@ -232,7 +234,7 @@ def _engine_alone(model: ServedModel, length: int) -> list[float]:
 
 
 def _print_sessions(models: list[ServedModel], lengths: list[int]) -> None:
-  print("\n| tokens | kind | MB of a session's cache | sessions in the memory of a dense one |")
+  print("\n| tokens | kind | MB per session's cache | sessions in the memory of a dense session |")
   print("| --- | --- | --- | --- |")
   for length in lengths:
     for model in models:

@@ -8,6 +8,8 @@ if TYPE_CHECKING:
   from dga_jax.attention.plan import GroupPlan
   from dga_jax.config import DGAConfig
   from dga_jax.head_budgets import HeadBudgets
+  from dga_jax.loading import load
+  from dga_jax.text_generation import generate
 
 __version__ = "0.1.0"
 
@@ -18,6 +20,8 @@ __all__ = [
   "__version__",
   "dynamic_group_attention",
   "explain",
+  "generate",
+  "load",
   "plan_groups",
 ]
 
@@ -28,6 +32,8 @@ _MODULES = {
   "HeadBudgets": "dga_jax.head_budgets",
   "dynamic_group_attention": "dga_jax.api",
   "explain": "dga_jax.api",
+  "generate": "dga_jax.text_generation",
+  "load": "dga_jax.loading",
   "plan_groups": "dga_jax.api",
 }
 

@@ -17,6 +17,7 @@ from dga_jax.attention.partition import AttentionPartition, find_partition
 from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.reference import number_documents, reference_attention
 from dga_jax.attention.segments import count_documents, find_documents, IntArray
+from dga_jax.attention.unbatched import accepts_unbatched
 from dga_jax.attention.validation import Lengths, SegmentIds
 from dga_jax.cache import decode_step, empty_cache
 from dga_jax.config import DGAConfig
@@ -30,10 +31,11 @@ __all__ = ["dynamic_group_attention", "explain", "plan_groups"]
 ArrayOrShape = Array | jax.ShapeDtypeStruct
 
 
+@accepts_unbatched
 def dynamic_group_attention(
-  query: Float[Array, "B L H D"],
-  key: Float[Array, "B L N D"],
-  value: Float[Array, "B L N D"],
+  query: Float[Array, "*B L H D"],
+  key: Float[Array, "*B L N D"],
+  value: Float[Array, "*B L N D"],
   *,
   config: DGAConfig | HeadBudgets,
   plan: GroupPlan | None = None,
@@ -42,7 +44,7 @@ def dynamic_group_attention(
   scale: float | None = None,
   sharding: NamedSharding | None = None,
   implementation: Implementation = None,
-) -> Float[Array, "B L H D"]:
+) -> Float[Array, "*B L H D"]:
   """Causal attention to focal tokens, merged groups and the raw tokens of one open group.
 
   Zhang et al., ICML 2025 (arXiv 2505.22107), Algorithm 1, masked before the softmax. One softmax
@@ -55,7 +57,8 @@ def dynamic_group_attention(
   device's part. The output is split like the query.
 
   Args:
-    query: any float dtype, the same for all arrays. Softmax statistics are float32.
+    query: any float dtype, the same for all arrays. Softmax statistics are float32. The batch axis
+      may be absent from all three arrays.
     key: N KV heads, where N divides H; query head h belongs to KV head ⌊h / (H/N)⌋.
     value: as key.
     config: every switch of the mechanism; or `HeadBudgets` of one layer, which give each KV head

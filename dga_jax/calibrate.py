@@ -26,14 +26,15 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.evaluation.retrieval import TASKS
+from dga_jax.path_flags import define_path, define_paths
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder with the checkpoint.", required=True)
+_WORKDIR = define_path("workdir", None, "Folder with the checkpoint.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
-_DOCUMENTS = flags.DEFINE_list(
-  "documents", [], "Files: .jsonl with id and text (also .xz, .gz, .bz2), or .txt."
+_DOCUMENTS = define_paths(
+  "documents", "Files: .jsonl with id and text (also .xz, .gz, .bz2), or .txt."
 )
-_CHECK_DOCUMENTS = flags.DEFINE_list(
-  "check_documents", [], "Held-out files for the table; default: the calibration rows."
+_CHECK_DOCUMENTS = define_paths(
+  "check_documents", "Held-out files for the table; default: the calibration rows."
 )
 _MAX_DOCUMENTS = flags.DEFINE_integer(
   "max_documents", 4, "Documents used of --documents and of --check_documents.", lower_bound=1
@@ -41,7 +42,7 @@ _MAX_DOCUMENTS = flags.DEFINE_integer(
 _ROWS = flags.DEFINE_integer(
   "rows_per_document", 1, "Largest number of rows of text from one document.", lower_bound=1
 )
-_OUTPUT = flags.DEFINE_string("output", None, "JSON file of the budgets.", required=True)
+_OUTPUT = define_path("output", None, "JSON file of the budgets.", required=True)
 _KEYS = flags.DEFINE_float(
   "keys", 0.25, "Bound on the objective, as a share of dense attention's.", 0.0, 1.0
 )

@@ -23,9 +23,9 @@ with a warning, and their content is not verified.
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -81,7 +81,7 @@ class Checkpoints:
     keep: how many of the newest to keep. The one with the lowest held-out loss stays as well.
   """
 
-  def __init__(self, workdir: str | Path, *, keep: int) -> None:
+  def __init__(self, workdir: str | os.PathLike[str], *, keep: int) -> None:
     self._workdir = workdir
     self._policy = _NewestAndBest(workdir, keep)
     self._manager: ocp.CheckpointManager | None = None
@@ -226,7 +226,7 @@ class _NewestAndBest:
     losses: held-out loss by step, None where a checkpoint was not evaluated.
   """
 
-  def __init__(self, workdir: str | Path, keep: int) -> None:
+  def __init__(self, workdir: str | os.PathLike[str], keep: int) -> None:
     self._workdir = workdir
     self._keep = keep
     self.losses: dict[int, float | None] = {}
@@ -258,7 +258,7 @@ def _wait_unless_failing(*, key: str, timeout_ms: int) -> None:
 
 
 def load_model(
-  workdir: str | Path,
+  workdir: str | os.PathLike[str],
   step: int | None = None,
   *,
   config: ModelConfig | None = None,
@@ -294,7 +294,7 @@ def load_model(
   return nnx.merge(graphdef, params), config, tokenizer
 
 
-def load_config(workdir: str | Path, step: int | None = None) -> dict[str, Any]:
+def load_config(workdir: str | os.PathLike[str], step: int | None = None) -> dict[str, Any]:
   """The config saved with a checkpoint, the newest by default: {"model": ..., ...}.
 
   Raises:
@@ -303,7 +303,7 @@ def load_config(workdir: str | Path, step: int | None = None) -> dict[str, Any]:
   return read_json(workdir, existing_step(workdir, step), "config")
 
 
-def load_model_config(workdir: str | Path, step: int | None = None) -> ModelConfig:
+def load_model_config(workdir: str | os.PathLike[str], step: int | None = None) -> ModelConfig:
   """The model config saved with a checkpoint; arguments and errors as for `load_config`."""
   step = existing_step(workdir, step)
   values = load_config(workdir, step)
@@ -316,7 +316,7 @@ def load_model_config(workdir: str | Path, step: int | None = None) -> ModelConf
     ) from error
 
 
-def load_tokenizer(workdir: str | Path, step: int | None = None) -> Tokenizer:
+def load_tokenizer(workdir: str | os.PathLike[str], step: int | None = None) -> Tokenizer:
   """The tokenizer saved with a checkpoint; arguments and errors as for `load_config`."""
   step = existing_step(workdir, step)
   text = json.dumps(read_json(workdir, step, "tokenizer"))

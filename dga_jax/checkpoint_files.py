@@ -4,6 +4,7 @@
 """
 
 import json
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from jaxtyping import Array, PyTree
 
 from dga_jax import checkpoint_manifest
 from dga_jax.checkpoint_manifest import Manifest
-from dga_jax.paths import check_path
+from dga_jax.paths import check_path, is_gcs
+from dga_jax.storage import AnyPath, to_path
 
 # An item that only checkpoints from before the manifest have.
 _OLD_ITEM = "checksums"
@@ -25,17 +27,18 @@ class CheckpointError(RuntimeError):
   """A checkpoint is missing, damaged, foreign or could not be written."""
 
 
-def checkpoint_directory(workdir: str | Path) -> Path:
+def checkpoint_directory(workdir: str | os.PathLike[str]) -> AnyPath:
   """The folder of a run's checkpoints; each has a subfolder named by its step.
 
   Raises:
-    ValueError: `workdir` is an address of an object store.
+    ValueError: `workdir` is an address, and not one of Google Cloud Storage.
   """
-  check_path("workdir", workdir)
-  return Path(workdir).absolute() / "checkpoints"
+  check_path("workdir", workdir, allow_gcs=True)
+  root = to_path(workdir) if is_gcs(workdir) else Path(workdir).absolute()
+  return root / "checkpoints"
 
 
-def list_steps(workdir: str | Path) -> list[int]:
+def list_steps(workdir: str | os.PathLike[str]) -> list[int]:
   """The steps of the finished checkpoints in a run's folder, ascending."""
   directory = checkpoint_directory(workdir)
   if not directory.is_dir():
@@ -44,7 +47,7 @@ def list_steps(workdir: str | Path) -> list[int]:
   return sorted(metadata.step for metadata in found)
 
 
-def drop_unreadable_notes(workdir: str | Path) -> None:
+def drop_unreadable_notes(workdir: str | os.PathLike[str]) -> None:
   """Deletes orbax's own notes beside the items of a checkpoint where orbax cannot read them.
 
   Orbax reads the notes of every checkpoint before it saves the next one. Nothing else needs them,
@@ -59,7 +62,7 @@ def drop_unreadable_notes(workdir: str | Path) -> None:
       path.unlink(missing_ok=True)
 
 
-def existing_step(workdir: str | Path, step: int | None) -> int:
+def existing_step(workdir: str | os.PathLike[str], step: int | None) -> int:
   """The given step or the newest one; CheckpointError where there is no such checkpoint."""
   steps = list_steps(workdir)
   if not steps:
@@ -73,7 +76,7 @@ def existing_step(workdir: str | Path, step: int | None) -> int:
 
 
 def find_damage(
-  workdir: str | Path,
+  workdir: str | os.PathLike[str],
   step: int,
   items: Collection[str] | None = None,
   *,
@@ -107,7 +110,7 @@ def find_damage(
   return manifest.find_damage(folder, items, share=share)
 
 
-def check_items(workdir: str | Path, step: int, items: Collection[str]) -> None:
+def check_items(workdir: str | os.PathLike[str], step: int, items: Collection[str]) -> None:
   """Raises CheckpointError unless the items of a checkpoint are there and as they were saved."""
   folder = checkpoint_directory(workdir) / str(step)
   if not any((folder / name).is_dir() for name in (checkpoint_manifest.ITEM, "config")):
@@ -120,13 +123,13 @@ def check_items(workdir: str | Path, step: int, items: Collection[str]) -> None:
     raise damage_error(workdir, step, damage)
 
 
-def last_good_step(workdir: str | Path, *, other_than: int) -> int | None:
+def last_good_step(workdir: str | os.PathLike[str], *, other_than: int) -> int | None:
   """The newest other checkpoint without damage, None where there is none; reads all their bytes."""
   others = (step for step in reversed(list_steps(workdir)) if step != other_than)
   return next((step for step in others if find_damage(workdir, step) is None), None)
 
 
-def damage_error(workdir: str | Path, step: int, damage: str) -> CheckpointError:
+def damage_error(workdir: str | os.PathLike[str], step: int, damage: str) -> CheckpointError:
   """The error for a damaged checkpoint; it names the newest whole one.
 
   Args:
@@ -138,7 +141,7 @@ def damage_error(workdir: str | Path, step: int, damage: str) -> CheckpointError
 
 
 def describe_damage(
-  workdir: str | Path, step: int, damage: str, last_good: int | None
+  workdir: str | os.PathLike[str], step: int, damage: str, last_good: int | None
 ) -> CheckpointError:
   """`damage_error` for a caller that knows the newest whole checkpoint, or that there is none."""
   path = checkpoint_directory(workdir) / str(step)
@@ -151,16 +154,25 @@ def describe_damage(
   return CheckpointError(f"The checkpoint {path} is damaged: {damage} {remedy}")
 
 
-def set_aside(workdir: str | Path, step: int) -> Path:
-  """Renames a checkpoint so that it no longer counts as one; returns its new path."""
+def set_aside(workdir: str | os.PathLike[str], step: int) -> AnyPath:
+  """Renames a checkpoint so that it no longer counts as one; returns its new path.
+
+  Raises:
+    CheckpointError: the checkpoint is in an object store, which cannot rename a folder at once.
+  """
   folder = checkpoint_directory(workdir) / str(step)
+  if is_gcs(folder):
+    raise CheckpointError(
+      f"{folder} is newer than the checkpoint to resume from, and an object store cannot rename a "
+      "folder at once. Move it to another prefix, then start the same command again."
+    )
   number = 1
   while (path := folder.with_name(f"{step}.set_aside_{number}")).exists():
     number += 1
   return folder.rename(path)
 
 
-def read_json(workdir: str | Path, step: int, item: str) -> dict[str, Any]:
+def read_json(workdir: str | os.PathLike[str], step: int, item: str) -> dict[str, Any]:
   """A JSON item, compared with the manifest.
 
   Raises:
@@ -177,7 +189,7 @@ def read_json(workdir: str | Path, step: int, item: str) -> dict[str, Any]:
 
 
 def read_arrays(
-  workdir: str | Path, step: int, targets: Mapping[str, PyTree[jax.ShapeDtypeStruct]]
+  workdir: str | os.PathLike[str], step: int, targets: Mapping[str, PyTree[jax.ShapeDtypeStruct]]
 ) -> dict[str, PyTree[Array]]:
   """Array items, each process into its own shards; they are not compared with the manifest.
 
@@ -206,14 +218,14 @@ def first_line(error: Exception) -> str:
 
 
 def _restore(
-  workdir: str | Path, step: int, items: Mapping[str, ocp.args.CheckpointArgs]
+  workdir: str | os.PathLike[str], step: int, items: Mapping[str, ocp.args.CheckpointArgs]
 ) -> Mapping[str, Any]:
   with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
     folder = checkpoint_directory(workdir) / str(step)
     return reader.restore(folder, args=ocp.args.Composite(**items))
 
 
-def read_eval_loss(workdir: str | Path, step: int) -> float | None:
+def read_eval_loss(workdir: str | os.PathLike[str], step: int) -> float | None:
   """The held-out loss at a checkpoint; None where it was not evaluated or cannot be read."""
   folder = checkpoint_directory(workdir) / str(step)
   try:
@@ -224,7 +236,7 @@ def read_eval_loss(workdir: str | Path, step: int) -> float | None:
     return None
 
 
-def _read_old_eval_loss(folder: Path) -> float | None:
+def _read_old_eval_loss(folder: AnyPath) -> float | None:
   """`read_eval_loss` of a checkpoint from before the manifest, in which infinity means none."""
   try:
     loss = json.loads((folder / "metrics" / "metrics").read_bytes())["eval_loss"]

@@ -15,13 +15,15 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
 
 from dga_jax.file_hashes import FileRecord, find_file_damage, hash_files
+from dga_jax.paths import is_gcs
+from dga_jax.storage import AnyPath, files_below, to_path
 
 # Orbax finalizes items in alphabetical order, and this one has to be the last.
 ITEM = "verification"
@@ -36,8 +38,10 @@ _UNREADABLE = (
   TypeError,
   ValueError,
 )
-# Suffix of an item's folder until orbax finalizes the item.
+# Suffix of an item's folder until orbax finalizes the item. An object store cannot rename folders:
+# there the folder has its final name from the start, and orbax finalizes it with a file.
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_FINALIZED_FILE = "commit_success.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Manifest:
     return json.dumps({"format": _FORMAT, "blake2b": _hash_json(values), "manifest": values})
 
   @classmethod
-  def read(cls, folder: Path) -> Self:
+  def read(cls, folder: AnyPath) -> Self:
     """Reads the manifest of a checkpoint.
 
     Raises:
@@ -82,7 +86,11 @@ class Manifest:
       raise ValueError(f"{ITEM}/{FILE_NAME} is unreadable: {error!r}") from error
 
   def find_damage(
-    self, folder: Path, items: Collection[str] | None = None, *, share: tuple[int, int] = (0, 1)
+    self,
+    folder: AnyPath,
+    items: Collection[str] | None = None,
+    *,
+    share: tuple[int, int] = (0, 1),
   ) -> str | None:
     """Compares files with the manifest.
 
@@ -119,34 +127,36 @@ class ManifestHandler(ocp.AsyncCheckpointHandler):
   def __init__(self) -> None:
     self._args: SaveManifest | None = None
 
-  async def async_save(self, directory: Path, args: SaveManifest) -> list[ocp.future.Future]:
+  async def async_save(self, directory: AnyPath, args: SaveManifest) -> list[ocp.future.Future]:
     """Returns what the background thread waits for after the other items are written."""
     self._args = args
-    return [_OwnArrayFiles(Path(directory))]
+    return [_OwnArrayFiles(to_path(directory))]
 
-  def save(self, directory: Path, args: SaveManifest) -> None:
+  def save(self, directory: AnyPath, args: SaveManifest) -> None:
     """Saves in this thread."""
     self._args = args
-    _OwnArrayFiles(Path(directory)).result()
+    _OwnArrayFiles(to_path(directory)).result()
 
-  def restore(self, directory: Path, args: ocp.args.CheckpointArgs | None = None) -> Manifest:
+  def restore(self, directory: AnyPath, args: ocp.args.CheckpointArgs | None = None) -> Manifest:
     """Reads the manifest."""
     del args
-    return Manifest.read(Path(directory).parent)
+    return Manifest.read(to_path(directory).parent)
 
-  def finalize(self, directory: Path) -> None:
+  def finalize(self, directory: AnyPath) -> None:
     """Writes the manifest; called by process 0 alone, after all processes have written."""
     assert self._args is not None
-    directory = Path(directory)
+    directory = to_path(directory)
     folder = directory.parent
-    unfinished = [path.name for path in folder.glob(f"*{_TEMPORARY}") if path != directory]
+    unfinished = [
+      path.name for path in _items(folder) if path != directory and not _is_finalized(path)
+    ]
     if unfinished:
       raise RuntimeError(f"orbax has not finalized {unfinished} before the item '{ITEM}'.")
     files: dict[str, FileRecord] = {}
     for path in _part_paths(directory):
       files |= {name: FileRecord(**file) for name, file in json.loads(path.read_text()).items()}
       path.unlink()
-    paths = [path for path in folder.glob("*/**/*") if path.is_file()]
+    paths = [path for item in _items(folder) for path in files_below(item)]
     names = [path.relative_to(folder).as_posix() for path in paths]
     files |= hash_files(folder, [name for name in names if name not in files])
     manifest = Manifest(self._args.step, self._args.eval_loss, files)
@@ -163,7 +173,7 @@ class _OwnArrayFiles(ocp.future.Future):
   of this process are on the disk.
   """
 
-  def __init__(self, directory: Path) -> None:
+  def __init__(self, directory: AnyPath) -> None:
     self._directory = directory
 
   def result(self, timeout: float | None = None) -> None:
@@ -171,10 +181,12 @@ class _OwnArrayFiles(ocp.future.Future):
     if jax.process_count() == 1:
       return
     folder, process = self._directory.parent, jax.process_index()
+    own = [item / f"ocdbt.process_{process}" for item in _items(folder)]
     names = [
       path.relative_to(folder).as_posix()
-      for path in folder.glob(f"*{_TEMPORARY}/ocdbt.process_{process}/**/*")
-      if path.is_file()
+      for part in own
+      if part.is_dir()
+      for path in files_below(part)
     ]
     records = {
       name.replace(_TEMPORARY, "", 1): dataclasses.asdict(record)
@@ -183,13 +195,24 @@ class _OwnArrayFiles(ocp.future.Future):
     _part_paths(self._directory)[process].write_text(json.dumps(records))
 
 
-def _part_paths(directory: Path) -> list[Path]:
+def _part_paths(directory: AnyPath) -> list[AnyPath]:
   """Files in which processes record their array files; a single process needs none.
 
   A file is opened by its name: a listing of a shared folder may be some seconds old.
   """
   count = jax.process_count()
   return [directory / f"process_{index}.json" for index in range(count)] if count > 1 else []
+
+
+def _items(folder: AnyPath) -> list[AnyPath]:
+  """The folders of the items in the folder of a checkpoint."""
+  return [path for path in folder.iterdir() if path.is_dir()]
+
+
+def _is_finalized(item: AnyPath) -> bool:
+  if is_gcs(item):
+    return (item / _FINALIZED_FILE).exists()
+  return not item.name.endswith(_TEMPORARY)
 
 
 def _hash_json(values: Any) -> str:

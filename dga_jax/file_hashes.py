@@ -3,10 +3,10 @@
 import concurrent.futures
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Self
+
+from dga_jax.storage import AnyPath
 
 # hashlib releases Python's lock, so threads hash in parallel.
 _THREADS = 8
@@ -20,21 +20,21 @@ class FileRecord:
   blake2b: str
 
   @classmethod
-  def from_file(cls, path: Path) -> Self:
+  def from_file(cls, path: AnyPath) -> Self:
     """Reads and hashes a file."""
     with path.open("rb") as file:
       digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32))
-      return cls(os.fstat(file.fileno()).st_size, digest.hexdigest())
+      return cls(file.tell(), digest.hexdigest())
 
 
-def hash_files(folder: Path, names: Iterable[str]) -> dict[str, FileRecord]:
+def hash_files(folder: AnyPath, names: Iterable[str]) -> dict[str, FileRecord]:
   """Records of files by their path in a folder."""
   names = list(names)
   records = _map(lambda name: FileRecord.from_file(folder / name), names)
   return dict(zip(names, records, strict=True))
 
 
-def find_file_damage(folder: Path, records: Mapping[str, FileRecord]) -> str | None:
+def find_file_damage(folder: AnyPath, records: Mapping[str, FileRecord]) -> str | None:
   """Compares files with their records.
 
   Returns:
@@ -44,16 +44,15 @@ def find_file_damage(folder: Path, records: Mapping[str, FileRecord]) -> str | N
   return next((sentence for sentence in damage if sentence is not None), None)
 
 
-def _compare(folder: Path, name: str, wanted: FileRecord) -> str | None:
-  path = folder / name
+def _compare(folder: AnyPath, name: str, wanted: FileRecord) -> str | None:
   try:
-    size = path.stat().st_size
-    if size != wanted.size:
-      return f"{name} has {size} bytes in place of {wanted.size}."
-    if FileRecord.from_file(path) != wanted:
-      return f"{name} does not have the hash that it was written with."
+    found = FileRecord.from_file(folder / name)
   except OSError as error:
-    return f"{name} cannot be read: {error.strerror}."
+    return f"{name} cannot be read: {error.strerror or error}."
+  if found.size != wanted.size:
+    return f"{name} has {found.size} bytes in place of {wanted.size}."
+  if found != wanted:
+    return f"{name} does not have the hash that it was written with."
   return None
 
 

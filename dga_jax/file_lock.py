@@ -10,6 +10,9 @@ from pathlib import Path
 
 from absl import logging
 
+from dga_jax.paths import is_gcs
+from dga_jax.storage import AnyPath
+
 _WORKDIR_LOCK = ".lock"
 # File systems without locks answer with one of these.
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF})
@@ -20,12 +23,18 @@ class LockedError(OSError):
 
 
 @contextlib.contextmanager
-def hold_workdir(workdir: Path) -> Iterator[None]:
+def hold_workdir(workdir: AnyPath) -> Iterator[None]:
   """Keeps other processes from writing to a run's folder; readers need no lock.
+
+  An object store has no locks that end with their process. A warning is logged there.
 
   Raises:
     LockedError: another process writes to it.
   """
+  if is_gcs(workdir):
+    logging.warning("%s has no locks: do not start a second run there.", workdir)
+    yield
+    return
   try:
     with hold_lock(workdir / _WORKDIR_LOCK):
       yield

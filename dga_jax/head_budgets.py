@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from dga_jax.config import DGAConfig
 from dga_jax.config_dataclasses import config_error, from_dict
 
-__all__ = ["FULL", "HeadBudgets", "HeadRow", "HeadSetting"]
+__all__ = ["FULL", "HeadBudgets", "HeadRow", "HeadSetting", "read_head_budgets", "split_row"]
 
 FULL: Literal["full"] = "full"  # Causal dense attention, with a cache of every token.
 MAX_SETTINGS = 4
@@ -90,10 +91,12 @@ class HeadBudgets:
     """The setting of one KV head."""
     return self.settings[self.assignment[layer][kv_head]]
 
-  def split_row(self, layer: int, parts: int) -> tuple[HeadRow, ...]:
-    """The assignment of one layer, in `parts` parts of equally many adjacent KV heads."""
-    row, size = self.assignment[layer], self.num_kv_heads // parts
-    return tuple(row[start : start + size] for start in range(0, len(row), size))
+  def counts(self) -> dict[HeadSetting, int]:
+    """KV heads of all layers that follow each setting, without settings that none follows."""
+    used = [head for row in self.assignment for head in row]
+    return {
+      setting: used.count(index) for index, setting in enumerate(self.settings) if index in used
+    }
 
   def contiguous_order(self, parts: int = 1) -> tuple[tuple[int, ...], ...]:
     """For each layer the order of its KV heads in which the heads of every setting are adjacent.
@@ -158,6 +161,26 @@ class HeadBudgets:
   def to_json(self) -> str:
     """The text of `to_dict` as JSON."""
     return json.dumps(self.to_dict(), indent=1)
+
+
+def read_head_budgets(path: str | Path) -> HeadBudgets:
+  """The budgets in a JSON file of `HeadBudgets.to_json`.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it holds no budgets; the message names the file.
+  """
+  text = Path(path).read_text(encoding="utf-8")
+  try:
+    return HeadBudgets.from_dict(json.loads(text))
+  except ValueError as error:  # json.JSONDecodeError is one.
+    raise ValueError(f"{path} holds no head budgets: {error}") from error
+
+
+def split_row(row: HeadRow, parts: int) -> tuple[HeadRow, ...]:
+  """A row in `parts` parts of equally many adjacent KV heads."""
+  size = len(row) // parts
+  return tuple(row[start : start + size] for start in range(0, len(row), size))
 
 
 def _index(value: Any) -> int:

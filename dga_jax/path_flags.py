@@ -1,4 +1,4 @@
-"""Flags that take paths; addresses of object stores are refused when the flags are parsed."""
+"""Flags that take paths; addresses that a flag does not support are refused while parsing."""
 
 from absl import flags
 
@@ -8,10 +8,15 @@ flags.disclaim_key_flags()  # --help lists a flag with those of the module that 
 
 
 def define_path(
-  name: str, default: str | None, help_text: str, *, required: bool = False
+  name: str,
+  default: str | None,
+  help_text: str,
+  *,
+  required: bool = False,
+  allow_gcs: bool = False,
 ) -> flags.FlagHolder:
-  """Defines a flag for a path of the file system."""
-  return flags.DEFINE(_PathParser(name), name, default, help_text, required=required)
+  """Defines a flag for a path of the file system, or with `allow_gcs` also for gs://BUCKET/..."""
+  return flags.DEFINE(_PathParser(name, allow_gcs), name, default, help_text, required=required)
 
 
 def define_paths(name: str, help_text: str) -> flags.FlagHolder:
@@ -23,11 +28,12 @@ def define_paths(name: str, help_text: str) -> flags.FlagHolder:
 class _PathParser(flags.ArgumentParser):
   """Parses a path."""
 
-  def __init__(self, name: str) -> None:
+  def __init__(self, name: str, allow_gcs: bool) -> None:
     self._name = name
+    self._allow_gcs = allow_gcs
 
   def parse(self, argument: str) -> str:
-    check_path(f"--{self._name}", argument)
+    check_path(f"--{self._name}", argument, allow_gcs=self._allow_gcs)
     return argument
 
 

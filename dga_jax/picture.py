@@ -40,7 +40,11 @@ def main() -> None:
     "streaming selection (causal)": plan_groups(query, key, config=streaming),
   }
   path = Path(_OUTPUT.value)
-  plot_masks(query, key, plans, path)
+  title = (
+    f"Dynamic Group Attention · {_LENGTH.value} tokens made by code · groups of "
+    f"{_GROUP_SIZE.value} · γ = {_FOCAL_RATE.value:g}"
+  )
+  plot_masks(query, key, plans, path, title=title)
   print(f"wrote {path}")
 
 

@@ -2,7 +2,7 @@
 
   dga serve --workdir=runs/llama --port=8000 --slots=16 --max_length=32768
 
-Without --workdir it serves SmolLM2-135M with DGA; the first run downloads the model (93 MB).
+Without --workdir it serves SmolLM2-135M-Instruct (Q4_1), which the first run downloads (93 MB).
 Serving needs the extra "serve".
 """
 
@@ -18,7 +18,7 @@ from dga_jax.choices import AttentionName, DtypeName
 from dga_jax.path_flags import define_path
 
 _WORKDIR = define_path(
-  "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M, downloaded."
+  "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M-Instruct (Q4_1), downloaded."
 )
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _NAME = flags.DEFINE_string("name", None, "Name of the model; default: the workdir's name.")
@@ -44,6 +44,7 @@ _ATTENTION = flags.DEFINE_list(
   "Attention kinds, each served as a model of its own; default: the checkpoint's kind, and DGA for"
   " SmolLM2.",
 )
+_BUDGETS = command_line.define_budgets()
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   None,
@@ -81,6 +82,7 @@ _STOP_SECONDS = flags.DEFINE_integer(
 
 def main() -> None:
   """Loads the model, compiles, and serves until SIGTERM or Ctrl-C."""
+  from dga_jax.head_budgets import read_head_budgets
   from dga_jax.serving import launch, server
   from dga_jax.serving.app import AppSettings, make_app
 
@@ -101,6 +103,7 @@ def main() -> None:
     name=name,
     attentions=attentions,
     dtype=cast(DtypeName | None, _DTYPE.value),
+    budgets=None if _BUDGETS.value is None else read_head_budgets(_BUDGETS.value),
     settings=settings,
     progress=functools.partial(tqdm, desc="compiling", unit="program"),
   )
@@ -124,7 +127,11 @@ def _source() -> tuple[str, str | None, list[AttentionName | None]]:
   from dga_jax import smollm2_demo
 
   workdir = smollm2_demo.prepare(smollm2_demo.cache_folder())
-  return str(workdir), _NAME.value or "smollm2-135m", attentions if _ATTENTION.value else ["dga"]
+  return (
+    str(workdir),
+    _NAME.value or "smollm2-135m",
+    (attentions if _ATTENTION.value or _BUDGETS.value else ["dga"]),
+  )
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def _checked(function: Any) -> Any:
   annotations = inspect.get_annotations(function)
   if not any(map(_has_array, annotations.values())):
     return function
-  function.__annotations__ = {
+  # A signature is read from the function inside of a decorator.
+  inspect.unwrap(function).__annotations__ = {
     name: annotation if name == "return" else _or_numpy(annotation)
     for name, annotation in annotations.items()
   }

@@ -20,7 +20,7 @@ _FATAL = b"the JAX distributed service detected fatal errors"
 _SILENT = b"stopped sending heartbeats"
 
 
-def install(workdir: Path) -> None:
+def install(workdir: str | os.PathLike[str]) -> None:
   """Sends what C++ code writes to standard error through the filter, until this process ends.
 
   Python's own `sys.stderr` goes around the filter, and stays a terminal if it is one.
@@ -28,7 +28,7 @@ def install(workdir: Path) -> None:
   sys.stderr.flush()
   outer = os.dup(2)
   read_end, write_end = os.pipe()
-  command = [sys.executable, "-I", "-S", __file__, str(workdir)]
+  command = [sys.executable, "-I", "-S", __file__, os.fspath(workdir)]
   # A session of its own: Ctrl-C in the terminal does not end it before the trainer.
   subprocess.Popen(command, stdin=read_end, stdout=outer, start_new_session=True)
   os.close(read_end)
@@ -37,7 +37,7 @@ def install(workdir: Path) -> None:
   sys.stderr = os.fdopen(outer, "w", buffering=1)
 
 
-def filter_lines(lines: Iterable[bytes], workdir: Path) -> Iterator[bytes]:
+def filter_lines(lines: Iterable[bytes], workdir: str | os.PathLike[str]) -> Iterator[bytes]:
   """The lines without jax's reports of lost processes; a sentence follows the fatal one."""
   is_dropped = False
   report: list[bytes] = []
@@ -56,7 +56,7 @@ def filter_lines(lines: Iterable[bytes], workdir: Path) -> Iterator[bytes]:
     yield _describe(report, workdir).encode()
 
 
-def _describe(report: list[bytes], workdir: Path) -> str:
+def _describe(report: list[bytes], workdir: str | os.PathLike[str]) -> str:
   """A sentence for a fatal report."""
   text = b"\n".join(report)
   silent = re.search(_SILENT + rb"\):?\s*((?:\d+\s+)+)", text)
@@ -71,15 +71,17 @@ def _describe(report: list[bytes], workdir: Path) -> str:
   )
 
 
-def newest_checkpoint_note(workdir: Path) -> str:
+def newest_checkpoint_note(workdir: str | os.PathLike[str]) -> str:
   """A sentence that names a run's newest checkpoint; it needs the standard library alone."""
-  folder = workdir / "checkpoints"
+  if os.fspath(workdir).startswith("gs://"):  # The standard library cannot list a bucket.
+    return f"The checkpoints are in {os.fspath(workdir)}/checkpoints."
+  folder = Path(workdir, "checkpoints")
   names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
   steps = [int(name) for name in names if name.isdecimal()]
   return f"The newest checkpoint is of step {max(steps)}." if steps else "There is no checkpoint."
 
 
 if __name__ == "__main__":
-  for shown in filter_lines(iter(sys.stdin.buffer.readline, b""), Path(sys.argv[1])):
+  for shown in filter_lines(iter(sys.stdin.buffer.readline, b""), sys.argv[1]):
     sys.stdout.buffer.write(shown)
     sys.stdout.buffer.flush()

@@ -142,7 +142,7 @@ class TrainConfig:
     if not isinstance(self.init_from, str | None):
       raise config_error(self, "init_from", "a folder or None")
     if self.init_from is not None:
-      check_path("TrainConfig.init_from", self.init_from)
+      check_path("TrainConfig.init_from", self.init_from, allow_gcs=True)
     require_int(self, "seed", least=0, most=LARGEST_SEED)
     require_int(self, "warmup_steps", "eval_batches", least=0)
     require_int(

@@ -3,8 +3,8 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -31,16 +31,41 @@ class Evaluation:
     bits_per_byte: loss per byte of text, comparable between tokenizers.
     loss_by_position: nats per token by position in the document: a key is the first position of
       its bucket, which ends before the next key. Buckets without a token are missing.
+    loss_by_corpus: nats per token of each corpus; empty for a single corpus.
   """
 
   loss: float
   accuracy: float
   bits_per_byte: float
   loss_by_position: dict[int, float]
+  loss_by_corpus: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def to_dict(self) -> dict[str, Any]:
     """The fields for metrics.jsonl, with "eval_" before their names."""
-    return {f"eval_{name}": value for name, value in dataclasses.asdict(self).items()}
+    values = dataclasses.asdict(self)
+    if not self.loss_by_corpus:
+      del values["loss_by_corpus"]
+    return {f"eval_{name}": value for name, value in values.items()}
+
+  @classmethod
+  def mean(cls, by_corpus: Mapping[str, Self], weights: Sequence[float]) -> Self:
+    """The mean over corpora by their weights, a bucket of positions over those that have it."""
+    evaluations = list(by_corpus.values())
+
+    def mean(values: Sequence[float | None]) -> float:
+      pairs = [(w, x) for w, x in zip(weights, values, strict=True) if x is not None]
+      return sum(w * x for w, x in pairs) / sum(w for w, _ in pairs)
+
+    starts = sorted({start for one in evaluations for start in one.loss_by_position})
+    return cls(
+      loss=mean([one.loss for one in evaluations]),
+      accuracy=mean([one.accuracy for one in evaluations]),
+      bits_per_byte=mean([one.bits_per_byte for one in evaluations]),
+      loss_by_position={
+        start: mean([one.loss_by_position.get(start) for one in evaluations]) for start in starts
+      },
+      loss_by_corpus={name: one.loss for name, one in by_corpus.items()},
+    )
 
 
 type EvalStep = Callable[[PyTree[Array], Batch], dict[str, Array]]
@@ -75,6 +100,24 @@ def make_eval_step(config: TrainConfig, functions: Functions, tokenizer: Tokeniz
 
   shardings = (functions.shardings.params, batch_sharding(functions.mesh))
   return jax.jit(eval_step, in_shardings=shardings, out_shardings=replicated(functions.mesh))
+
+
+def evaluate_corpora(
+  config: TrainConfig,
+  functions: Functions,
+  eval_step: EvalStep,
+  params: PyTree[Array],
+  held_out: Mapping[str, Iterable[Any]],
+) -> Evaluation:
+  """`evaluate` on every corpus; of several corpora the mean by `config.data.weights`."""
+  by_corpus = {
+    name: evaluate(config, functions, eval_step, params, batches)
+    for name, batches in held_out.items()
+  }
+  if not config.data.weights:
+    (evaluation,) = by_corpus.values()
+    return evaluation
+  return Evaluation.mean(by_corpus, config.data.weights)
 
 
 def evaluate(

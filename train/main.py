@@ -18,7 +18,6 @@ A run of several processes, here two on one machine, is the same command in each
 
 import sys
 import traceback
-from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -34,7 +33,11 @@ from train.stop_signals import EXIT_STATUS, StoppedError, StopSignals
 
 _CONFIG = define_config_flag()
 _WORKDIR = define_path(
-  "workdir", None, "Folder of the run: checkpoints, metrics, plots.", required=True
+  "workdir",
+  None,
+  "Folder of the run: checkpoints, metrics, plots. A path, or gs://BUCKET/FOLDER.",
+  required=True,
+  allow_gcs=True,
 )
 _STEP = flags.DEFINE_integer(
   "step",
@@ -68,7 +71,7 @@ def main(argv: list[str]) -> None:
   """Trains by the flags."""
   del argv
   set_up_logging()
-  workdir = Path(_WORKDIR.value)
+  workdir = _WORKDIR.value
   try:
     with StopSignals() as signals:
       is_finished = _train(workdir, signals)
@@ -81,7 +84,8 @@ def main(argv: list[str]) -> None:
     sys.exit(EXIT_STATUS)
 
 
-def _train(workdir: Path, signals: StopSignals) -> bool:
+def _train(workdir: str, signals: StopSignals) -> bool:
+  from dga_jax.storage import to_path
   from train import multihost
   from train.config import make_config
   from train.profile import ProfiledSteps
@@ -97,7 +101,7 @@ def _train(workdir: Path, signals: StopSignals) -> bool:
     raise TrainingError(f"{error} {newest_checkpoint_note(workdir)}") from error
   return train(
     config,
-    workdir,
+    to_path(workdir),
     profiled=profiled,
     resume=Resume(_STEP.value, _SKIP_DAMAGED.value),
     repair_data=_REPAIR_DATA.value,

@@ -15,7 +15,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
@@ -92,7 +91,7 @@ class ProcessFlags:
     )
 
 
-def start(processes: ProcessFlags, workdir: Path, *, timeout: float) -> None:
+def start(processes: ProcessFlags, workdir: str | os.PathLike[str], *, timeout: float) -> None:
   """Connects to the other processes; to be called before anything asks jax for devices.
 
   From then on, where jax finds that a process is gone, this process ends with a sentence.

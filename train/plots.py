@@ -1,5 +1,6 @@
 """Plots of a run: the loss by step, and by position in the context."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,20 @@ LOSS_FILE = "loss.png"
 POSITION_FILE = "loss_by_position.png"
 
 
-def plot_run(workdir: Path) -> None:
-  """Draws WORKDIR/loss.png and WORKDIR/loss_by_position.png from metrics.jsonl."""
+def plot_run(workdir: Path, *, title: str) -> None:
+  """Draws WORKDIR/loss.png and WORKDIR/loss_by_position.png from metrics.jsonl.
+
+  Args:
+    workdir: folder with metrics.jsonl.
+    title: of both plots: the run, the attention kind and the sequence length.
+  """
   records = read_metrics(workdir)
   train = [record for record in records if _is_number(record.get("loss"))]
   held_out = [record for record in records if _is_number(record.get("eval_loss"))]
-  _plot_loss(workdir / LOSS_FILE, train, held_out)
+  _plot_loss(workdir / LOSS_FILE, train, held_out, title)
   by_position = [record for record in held_out if _has_positions(record)]
   if by_position:
-    _plot_positions(workdir / POSITION_FILE, by_position)
+    _plot_positions(workdir / POSITION_FILE, by_position, title)
 
 
 def _is_number(value: Any) -> bool:
@@ -47,8 +53,8 @@ def smooth(values_N: Float[np.ndarray, "N"], span: float) -> Float[np.ndarray, "
   return np.array(smoothed)
 
 
-def _plot_loss(path: Path, train: list[dict], held_out: list[dict]) -> None:
-  figure, axes = _figure("Step", "Loss (nats per token)")
+def _plot_loss(path: Path, train: list[dict], held_out: list[dict], title: str) -> None:
+  figure, axes = _figure("Step", "Loss (nats per token)", f"Loss · {title}")
   if train:
     steps = [record["step"] for record in train]
     losses = np.array([record["loss"] for record in train])
@@ -64,8 +70,12 @@ def _plot_loss(path: Path, train: list[dict], held_out: list[dict]) -> None:
     figure.savefig(path)
 
 
-def _plot_positions(path: Path, held_out: list[dict]) -> None:
-  figure, axes = _figure("Position in the context (tokens)", "Held-out loss (nats per token)")
+def _plot_positions(path: Path, held_out: list[dict], title: str) -> None:
+  figure, axes = _figure(
+    "Position in the context (tokens)",
+    "Held-out loss (nats per token)",
+    f"Held-out loss by position · {title}",
+  )
   shown = held_out[:: max(1, (len(held_out) - 1) // 4)][:-1] + held_out[-1:]
   for index, record in enumerate(shown):
     starts = [int(start) for start in record["eval_loss_by_position"]]
@@ -83,9 +93,10 @@ def _plot_positions(path: Path, held_out: list[dict]) -> None:
     figure.savefig(path)
 
 
-def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
   # Without pyplot there is no global state, and no display is needed.
   figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
   axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+  axes.set_title(textwrap.fill(title, width=90), fontsize=10)
   axes.grid(alpha=0.3)
   return figure, axes

@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any, Self
 
 import jax
 from absl import logging
+
+from train.run_folder import RunFolder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +34,15 @@ class Profiler:
   """Profiles some steps, in every process.
 
   Args:
-    workdir: its folder "profile" gets the profile; with several processes each has a subfolder.
+    files: the folder "profile" gets the profile; with several processes each has a subfolder.
     steps: which; None profiles nothing.
   """
 
-  def __init__(self, workdir: Path, steps: ProfiledSteps | None) -> None:
+  def __init__(self, files: RunFolder, steps: ProfiledSteps | None) -> None:
     several = jax.process_count() > 1
-    self._folder = workdir / "profile" / (f"process_{jax.process_index()}" if several else "")
+    place = f"process_{jax.process_index()}" if several else ""
+    self._files = files
+    self._folder = files.local / "profile" / place
     self._steps = steps
     self._is_running = False
 
@@ -62,4 +65,5 @@ class Profiler:
     if self._is_running:
       self._is_running = False
       jax.profiler.stop_trace()
-      logging.info("The profile is in %s: tensorboard --logdir=%s", self._folder, self._folder)
+      folder = self._files.path_in_root(self._folder)
+      logging.info("The profile is in %s: tensorboard --logdir=%s", folder, folder)

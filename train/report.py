@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import jax
 from absl import logging
@@ -16,6 +15,7 @@ from train.evaluate import Evaluation
 from train.metrics import FILE_NAME, MetricsWriter
 from train.prefetch import Taken
 from train.resume import Position
+from train.run_folder import RunFolder
 from train.step import Scalars
 from train.throughput import memory, peak_flops, StepTimer
 
@@ -31,7 +31,7 @@ class Reporter:
 
   Args:
     config: the training config.
-    workdir: its folder bad_batches gets the batches of bad steps.
+    files: its folder bad_batches gets the batches of bad steps.
     metrics: writes the numbers; None in a process that does not write them.
     start: the position that the run continues from.
 
@@ -40,10 +40,10 @@ class Reporter:
   """
 
   def __init__(
-    self, config: TrainConfig, workdir: Path, metrics: MetricsWriter | None, *, start: Position
+    self, config: TrainConfig, files: RunFolder, metrics: MetricsWriter | None, *, start: Position
   ) -> None:
     self._config = config
-    self._workdir = workdir
+    self._files = files
     self._metrics = metrics
     self._pending: tuple[int, Scalars, Taken] | None = None
     self.skipped_in_row = start.skipped_in_row
@@ -103,7 +103,7 @@ class Reporter:
     """Closes the progress bar, and logs the run's folder if all steps are done."""
     self._bar.close()
     if self._metrics is not None and last_step == self._config.num_steps:
-      logging.info("Finished. Checkpoints, %s and plots are in %s.", FILE_NAME, self._workdir)
+      logging.info("Finished. Checkpoints, %s and plots are in %s.", FILE_NAME, self._files.root)
 
   def _report(self, step: int, scalars: Scalars, taken: Taken) -> None:
     # An explicit copy: the loop forbids implicit ones.
@@ -119,7 +119,8 @@ class Reporter:
 
   def _judge_bad_step(self, step: int, values: dict[str, float], taken: Taken) -> None:
     """Keeps the batch of a skipped step; ends the run if the config asks for it."""
-    path = record_batch(self._workdir, step, taken, values)
+    path = self._files.path_in_root(record_batch(self._files.local, step, taken, values))
+    self._files.publish()
     self.skipped_in_row += 1
     guard = self._config.guard
     diverged = f"Training diverged at step {step}: {_numbers(values)} Its batch is in {path}."

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -16,6 +15,7 @@ from dga_jax.checkpoint_files import (
   list_steps,
   set_aside,
 )
+from dga_jax.storage import AnyPath
 from train import multihost
 
 
@@ -61,7 +61,7 @@ class Position:
   skipped_in_row: int = 0
 
   @classmethod
-  def from_dict(cls, values: Mapping[str, Any], workdir: Path, step: int) -> Self:
+  def from_dict(cls, values: Mapping[str, Any], workdir: AnyPath, step: int) -> Self:
     """The position in a checkpoint's item "data".
 
     Raises:
@@ -86,7 +86,7 @@ class Position:
     return self.step or 0
 
 
-def choose_checkpoint(workdir: Path, resume: Resume) -> int | None:
+def choose_checkpoint(workdir: AnyPath, resume: Resume) -> int | None:
   """The step to continue from, None for a new run; all processes call it and agree.
 
   The processes divide the reading of a checkpoint's files.
@@ -122,12 +122,12 @@ def choose_checkpoint(workdir: Path, resume: Resume) -> int | None:
   return step
 
 
-def _find_damage(workdir: Path, step: int) -> str | None:
+def _find_damage(workdir: AnyPath, step: int) -> str | None:
   share = (jax.process_index(), jax.process_count())
   found = multihost.gather_texts(find_damage(workdir, step, share=share) or "")
   return next((damage for damage in found if damage), None)
 
 
-def _set_aside(workdir: Path, step: int) -> None:
+def _set_aside(workdir: AnyPath, step: int) -> None:
   path = set_aside(workdir, step)
   logging.warning("The newer checkpoint of step %d is set aside as %s.", step, path)

@@ -4,15 +4,16 @@ import contextlib
 import dataclasses
 import errno
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import logging
 
+from dga_jax.chat_template import chat_template_of, ChatTemplate, template_sources
 from dga_jax.checkpoint import Checkpoints
 from dga_jax.file_lock import hold_workdir
-from dga_jax.paths import check_path
+from dga_jax.paths import check_path, is_gcs
+from dga_jax.storage import AnyPath
 from dga_jax.tokenizer import Tokenizer
 from train import multihost
 from train.abort_filter import newest_checkpoint_note
@@ -20,10 +21,11 @@ from train.config import check_resumable, to_flat_dict, TrainConfig
 from train.data.pipeline import Data, load_data
 from train.errors import DivergenceError, TrainingError
 from train.init_from import find_initial, ORIGIN
-from train.metrics import MetricsWriter
+from train.metrics import FILE_NAME, MetricsWriter
 from train.profile import ProfiledSteps, Profiler
 from train.report import Reporter
 from train.resume import choose_checkpoint, Position, Resume
+from train.run_folder import open_run_folder
 from train.sharding import process_share
 from train.step import Functions, make_functions
 from train.stop_signals import StopSignals
@@ -35,7 +37,7 @@ _FINGERPRINT = "data_fingerprint"
 
 def train(
   config: TrainConfig,
-  workdir: Path,
+  workdir: AnyPath,
   *,
   profiled: ProfiledSteps | None = None,
   resume: Resume | None = None,
@@ -53,7 +55,7 @@ def train(
 
   Args:
     config: of the run.
-    workdir: the run's folder, on a disk that its processes share.
+    workdir: the run's folder, on a disk that its processes share or in Google Cloud Storage.
     profiled: steps to take a profile of, in `workdir`/profile.
     resume: which checkpoint to continue from; None for the newest.
     repair_data: prepare the data anew where the prepared files are damaged.
@@ -73,7 +75,7 @@ def train(
     OSError: files of the data are missing, damaged or could not be prepared.
   """
   _check_dtypes(config)
-  check_path("workdir", workdir)
+  _check_storage(config, workdir)
   resume = Resume() if resume is None else resume
   multihost.check_agreement(
     {**to_flat_dict(config), **resume.to_dict(), "jax's version": jax.__version__},
@@ -92,15 +94,28 @@ def train(
     data = _load_data(start, workdir, functions, repair=repair_data)
     stack.callback(data.close)
     entries = {**start.entries, _FINGERPRINT: data.fingerprint}
-    with _note_last_checkpoint(checkpoints, workdir), contextlib.ExitStack() as files:
+    with _note_last_checkpoint(checkpoints, workdir), contextlib.ExitStack() as opened:
+      fetched = FILE_NAME if multihost.is_first() else None
+      files = opened.enter_context(open_run_folder(workdir, fetched))
       metrics = None
       if multihost.is_first():
         last_step = -1 if start.position.step is None else start.position.step
-        metrics = files.enter_context(MetricsWriter(workdir, last_step=last_step))
-      reporter = Reporter(start.config, workdir, metrics, start=start.position)
-      profiler = files.enter_context(contextlib.closing(Profiler(workdir, profiled)))
-      run = Run(start.config, workdir, functions, data, checkpoints, entries, start=start.position)
+        metrics = opened.enter_context(MetricsWriter(files.local, last_step=last_step))
+      reporter = Reporter(start.config, files, metrics, start=start.position)
+      profiler = opened.enter_context(contextlib.closing(Profiler(files, profiled)))
+      run = Run(start.config, files, functions, data, checkpoints, entries, start=start.position)
       return run.run_to_end(reporter, profiler, signals) == config.num_steps
+
+
+def _check_storage(config: TrainConfig, workdir: AnyPath) -> None:
+  """Refuses a folder that a run cannot write to, before anything is created."""
+  check_path("workdir", workdir, allow_gcs=True)
+  if is_gcs(workdir) and config.data.kind == "text" and config.data.cache_dir is None:
+    raise ValueError(
+      f"config.data.cache_dir is None, and the workdir is {str(workdir)!r}; the prepared text and "
+      "tokens need a folder of the file system. Give one that every host has: "
+      "--config.data.cache_dir=FOLDER."
+    )
 
 
 def _check_dtypes(config: TrainConfig) -> None:
@@ -138,7 +153,7 @@ class _Start:
 
 
 def _find_start(
-  config: TrainConfig, workdir: Path, checkpoints: Checkpoints, resume: Resume
+  config: TrainConfig, workdir: AnyPath, checkpoints: Checkpoints, resume: Resume
 ) -> _Start:
   step = choose_checkpoint(workdir, resume)
   if step is None:
@@ -159,7 +174,7 @@ def _find_start(
   return _Start(initial.config, position, initial.tokenizer, initial.entries, fingerprint)
 
 
-def _load_data(start: _Start, workdir: Path, functions: Functions, *, repair: bool) -> Data:
+def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair: bool) -> Data:
   """This process's part of the data, which are the same for all and for the whole of a run."""
   config = start.config
   share, shares = process_share(functions.mesh)
@@ -170,6 +185,7 @@ def _load_data(start: _Start, workdir: Path, functions: Functions, *, repair: bo
       seed=config.seed,
       batch_size=config.batch_size,
       tokenizer=start.tokenizer,
+      template=_chat_template(start),
       process_index=share,
       process_count=shares,
       repair=repair,
@@ -190,8 +206,16 @@ def _load_data(start: _Start, workdir: Path, functions: Functions, *, repair: bo
   return data
 
 
+def _chat_template(start: _Start) -> ChatTemplate | None:
+  """The chat template of the model that training begins with, None where it has none."""
+  origin = start.entries.get(ORIGIN)
+  if start.tokenizer is None or not origin or not template_sources(origin):
+    return None
+  return chat_template_of(origin, start.tokenizer)
+
+
 @contextlib.contextmanager
-def _note_last_checkpoint(checkpoints: Checkpoints, workdir: Path) -> Iterator[None]:
+def _note_last_checkpoint(checkpoints: Checkpoints, workdir: AnyPath) -> Iterator[None]:
   """Adds the newest checkpoint to an error of the run."""
   try:
     yield

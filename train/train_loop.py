@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ from dga_jax.checkpoint_files import CheckpointError
 from train import multihost
 from train.config import to_dict, TrainConfig
 from train.data.pipeline import Data
-from train.evaluate import evaluate, Evaluation, make_eval_step
+from train.evaluate import evaluate_corpora, Evaluation, make_eval_step
 from train.init_from import load_params
 from train.multihost import StopAgreement
 from train.plots import plot_run
@@ -22,6 +21,7 @@ from train.prefetch import Batches
 from train.profile import Profiler
 from train.report import Reporter
 from train.resume import Position
+from train.run_folder import RunFolder
 from train.sharding import shapes_on
 from train.step import Functions, TrainState
 from train.stop_signals import EXIT_STATUS, StopSignals
@@ -32,7 +32,7 @@ class Run:
 
   Args:
     config: the training config.
-    workdir: the run's folder.
+    files: the run's folder.
     functions: the jitted functions of the config.
     data: the rows that this process reads.
     checkpoints: of the run.
@@ -43,7 +43,7 @@ class Run:
   def __init__(
     self,
     config: TrainConfig,
-    workdir: Path,
+    files: RunFolder,
     functions: Functions,
     data: Data,
     checkpoints: Checkpoints,
@@ -52,7 +52,7 @@ class Run:
     start: Position,
   ) -> None:
     self._config = config
-    self._workdir = workdir
+    self._files = files
     self._functions = functions
     self._data = data
     self._checkpoints = checkpoints
@@ -133,7 +133,7 @@ class Run:
     )
     if int(training["step"]) != step:
       raise CheckpointError(
-        f"The state in the checkpoint of step {step} in {self._workdir} is that of step "
+        f"The state in the checkpoint of step {step} in {self._files.root} is that of step "
         f"{int(training['step'])}. Continue from another checkpoint with --step."
       )
     logging.info("Continuing from the checkpoint of step %d.", step)
@@ -144,12 +144,17 @@ class Run:
     reporter.flush()
     if not self._config.eval_batches:
       return None
-    evaluation = evaluate(
+    evaluation = evaluate_corpora(
       self._config, self._functions, self._eval_step, state.params, self._data.validation
     )
     reporter.evaluated(step, evaluation)
     if multihost.is_first():
-      plot_run(self._workdir)
+      title = (
+        f"{self._files.root.name} · {self._config.model.attention} · "
+        f"{self._config.data.sequence_length} tokens"
+      )
+      plot_run(self._files.local, title=title)
+      self._files.publish()
     return evaluation
 
   def _save(
@@ -162,6 +167,7 @@ class Run:
   ) -> None:
     """Starts a checkpoint after the metrics up to its step are on the disk."""
     reporter.flush()
+    self._files.publish()
     position = Position(step, batches.position, reporter.skipped_in_row)
     self._checkpoints.save(
       step,

@@ -10,7 +10,7 @@ from dga_jax.attention.dense import dense_attention
 from dga_jax.attention.head_classes import HeadClasses, switch_rows
 from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
-from dga_jax.head_budgets import FULL, HeadBudgets
+from dga_jax.head_budgets import FULL, HeadBudgets, split_row
 from dga_jax.sharding import head_part
 from pallas_kernels.dispatch import Implementation
 
@@ -59,7 +59,7 @@ def attend_heads(
     )
 
   return switch_rows(
-    budgets.split_row(0, parts),
+    split_row(budgets.assignment[0], parts),
     part,
     lambda row, *heads: HeadClasses(row).map(attend_class, *heads),
     query,

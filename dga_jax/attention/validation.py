@@ -32,8 +32,10 @@ def query_and_key(query: Array, key: Array) -> None:
   if min(query.shape) == 0 or key.shape[2] == 0:
     raise ValueError(f"query {query.shape} and key {key.shape} must have no empty dimension.")
   if (key.shape[0], key.shape[1], key.shape[3]) != (B, L, D):
+    cross = " Cross-attention, with keys of other tokens, is not supported."
     raise ValueError(
       f"key has shape {key.shape}; beside query {query.shape} it must be [{B}, {L}, KV heads, {D}]."
+      f"{cross if key.shape[1] != L else ''}"
     )
   if H % key.shape[2]:
     raise ValueError(

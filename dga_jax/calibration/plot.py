@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -16,7 +16,7 @@ from dga_jax.head_budgets import FULL
 
 # "full" is dark; the fewer keys a setting keeps, the lighter its colour. Distinct in greyscale.
 _COLOURS = ("#08306b", "#2b7bba", "#6baed6", "#bdd7e7", "#eff3ff")
-_WRITTEN = 600  # Cells up to which every cell has a number.
+_FEW_HEADS = 8  # Up to which panels are below each other and every cell has a number.
 
 
 def plot_budgets(result: Calibration, length: int, title: str, path: Path) -> None:
@@ -29,18 +29,24 @@ def plot_budgets(result: Calibration, length: int, title: str, path: Path) -> No
     path: of the PNG file.
   """
   layers, heads = result.rises.text.shape[:2]
-  size = (max(9.0, 1.6 + 0.42 * layers), 2.2 + 3 * max(0.9, 0.34 * heads))
+  few = heads <= _FEW_HEADS
+  if few:
+    size = (max(10.0, 1.6 + 0.42 * layers), 2.2 + 3 * max(0.9, 0.34 * heads))
+  else:
+    size = (3 * max(4.5, 1.2 + 0.19 * layers), 2.0 + 0.19 * heads)
   figure = Figure(figsize=size, layout="constrained", dpi=130)
-  panels = figure.subplots(3, 1, sharex=True)
+  panels = figure.subplots(*((3, 1) if few else (1, 3)), sharex=True, sharey=True)
   _draw_settings(panels[0], result, length)
   last = len(result.candidates) - 1
   cheapest = f"alone under {label(result.candidates[last])}"
   for axes, name in zip(panels[1:], ("text", "retrieval"), strict=True):
     rise_KxN = getattr(result.rises, name)[..., last]
     share_NxK = 100 * (rise_KxN / getattr(result.scale, name)).T
-    _draw_shares(axes, share_NxK, f"Rise of the loss on {name}, % of the sum, one head {cheapest}")
-  panels[-1].set_xlabel("layer")
-  panels[-1].set_xticks(range(0, layers, 1 if layers <= 40 else 4))
+    title_of_panel = f"Rise of the loss on {name}, % of the sum,{' ' if few else chr(10)}one head"
+    _draw_shares(axes, share_NxK, f"{title_of_panel} {cheapest}", numbers=few)
+  for axes in panels[-1:] if few else panels:
+    axes.set_xlabel("layer")
+  panels[-1].set_xticks(range(0, layers, 1 if few and layers <= 40 else 4))
   figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize=11)
   path.parent.mkdir(parents=True, exist_ok=True)
   figure.savefig(path, metadata={"Software": None})
@@ -62,20 +68,25 @@ def _draw_settings(axes: Axes, result: Calibration, length: int) -> None:
     name = f"{label(setting)}: {count} heads, {keys:.0f} % of the keys"
     patches.append(Patch(facecolor=colour, edgecolor="#888888", label=name))
   axes.legend(
-    handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False,
-    fontsize=9,
+    handles=patches, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False, fontsize=9,
+    ncols=2 if len(assignment_NxK) <= _FEW_HEADS else 1,
   )  # fmt: skip
 
 
-def _draw_shares(axes: Axes, share_NxK: Float[np.ndarray, "N K"], title: str) -> None:
+def _draw_shares(
+  axes: Axes, share_NxK: Float[np.ndarray, "N K"], title: str, *, numbers: bool
+) -> None:
+  """Shares in percent, as numbers or with a scale of colours; falls of the loss are white."""
   most = max(float(share_NxK.max()), 1e-9)
-  axes.imshow(np.maximum(share_NxK, 0), cmap="Reds", vmin=0, vmax=most, aspect="auto")
+  norm = PowerNorm(0.5, vmin=0, vmax=most)  # Shows small shares beside one that is large.
+  image = axes.imshow(np.maximum(share_NxK, 0), cmap="Reds", norm=norm, aspect="auto")
   _grid(axes, share_NxK.shape)
   axes.set_title(title, fontsize=10)
-  if share_NxK.size > _WRITTEN:
+  if not numbers:
+    axes.figure.colorbar(image, ax=axes, label="%")
     return
   for (head, layer), share in np.ndenumerate(share_NxK):
-    colour = "white" if share > 0.6 * most else "black"
+    colour = "white" if share > 0.4 * most else "black"
     axes.text(layer, head, _number(share), ha="center", va="center", color=colour, fontsize=7.5)
 
 

@@ -112,31 +112,14 @@ def calibrate(
     FloatingPointError: a loss is NaN or infinite.
   """
   costs = head_costs(goal.objective, measurer.candidates, config, goal.length)
-  shape = (config.num_layers, config.num_kv_heads)
+  shape = measurer.shape
   dense_cost = math.prod(shape) * costs[0]
   # An impossible share fails before the measurements.
   allocate(np.zeros((math.prod(shape), len(costs))), costs, goal.share * dense_cost)
   rises = measure_profile(measurer, rows, goal.tail)
   scale = Scale.from_rises(rises)
   damage_HxC = with_prior(scale.damage(rises).reshape(-1, len(costs)), costs)
-  dense = measurer.measure_set(rows, measurer.candidates, np.zeros(shape, int))
-
-  with tqdm(total=goal.rounds + 1, desc="swaps", unit="set") as bar:
-
-    def score(choice_H: Int[np.ndarray, "H"]) -> float:
-      measured = measurer.measure_set(rows, measurer.candidates, choice_H.reshape(shape))
-      bar.update()
-      return scale.score(measured, dense)
-
-    budget = goal.share * dense_cost
-    corrected = correct(
-      allocate(damage_HxC, costs, budget),
-      damage_HxC,
-      costs,
-      budget,
-      measure=score,
-      rounds=goal.rounds,
-    )
+  corrected = _correct(measurer, goal, scale, damage_HxC, costs, rows)
   table = _Table(measurer, goal, rises, costs, check_rows)
   chosen = table.row(goal.share, corrected.choice.reshape(shape))
   allocations = _allocations(damage_HxC, costs, goal.table_shares, dense_cost)
@@ -156,6 +139,29 @@ def calibrate(
     chosen,
     lines,
   )
+
+
+def _correct(
+  measurer: Measurer,
+  goal: Goal,
+  scale: Scale,
+  damage_HxC: Float[np.ndarray, "H C"],
+  costs: Float[np.ndarray, "C"],
+  rows: RowSet,
+) -> Corrected:
+  """The allocation at the goal's share, corrected on the calibration rows."""
+  shape, candidates = measurer.shape, measurer.candidates
+  dense = measurer.measure_set(rows, candidates, np.zeros(shape, int))
+  budget = goal.share * len(damage_HxC) * costs[0]
+  with tqdm(total=goal.rounds + 1, desc="swaps", unit="set") as bar:
+
+    def score(choice_H: Int[np.ndarray, "H"]) -> float:
+      measured = measurer.measure_set(rows, candidates, choice_H.reshape(shape))
+      bar.update()
+      return scale.score(measured, dense)
+
+    first_H = allocate(damage_HxC, costs, budget)
+    return correct(first_H, damage_HxC, costs, budget, measure=score, rounds=goal.rounds)
 
 
 def make_budgets(

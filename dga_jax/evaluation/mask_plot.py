@@ -32,22 +32,26 @@ def plot_masks(
   key: Float[Array, "B L N D"],
   plans: Mapping[str, GroupPlan],
   path: Path,
+  *,
+  title: str,
 ) -> None:
   """Draws the mask and the merge weights of the first row and KV head of each plan.
 
   Args:
     query: what the plans were made with.
     key: what the plans were made with.
-    plans: by title, one column of plots each; rows short enough to look at (L up to about 100).
+    plans: by name, one column of plots each; rows short enough to look at (L up to about 100).
     path: of the PNG or SVG file.
+    title: of the figure.
   """
   figure = Figure(figsize=(5.5 * len(plans), 8.5), layout="constrained", dpi=110)
+  figure.suptitle(title)
   panels = figure.subplots(2, len(plans), height_ratios=(3, 1), squeeze=False)
   colours = ListedColormap(list(_COLOURS.values()))
-  for column, (title, plan) in enumerate(plans.items()):
+  for column, (name, plan) in enumerate(plans.items()):
     mask, weights = panels[0, column], panels[1, column]
     mask.imshow(visibility(plan), cmap=colours, vmin=0, vmax=3)
-    mask.set(title=title, xlabel="token", ylabel="query")
+    mask.set(title=name, xlabel="token", ylabel="query")
     image = weights.imshow(
       merge_weights(query, key, plan), cmap="Blues", vmin=0, vmax=0.6, aspect="auto"
     )

@@ -53,7 +53,8 @@ def measure_perplexity(
 
   Returns:
     "loss" and "perplexity" over all positions, and "standard_error" of the loss over rows;
-    "by_position"; "last", the loss of the target tokens over whole sequences and in decoding;
+    "by_position"; "last", the loss of the target tokens over whole sequences and in decoding, with
+    the standard error of the latter;
     "restart", the loss of the target tokens with less context; "budget" of the cache; "seconds".
 
   Raises:
@@ -73,10 +74,10 @@ def measure_perplexity(
   def over_whole_rows(batch: Array) -> Array:
     return teacher_forced(graphdef, family.params, batch)
 
-  def with_context(context: int) -> float:
+  def with_context(context: int) -> dict[str, float | None]:
     """The loss of the targets with less context; a budget in keys stays that of whole rows."""
     short = restarted(rows, context, settings.targets, family.start_ids)
-    return float(over_batches(over_whole_rows, short)[:, -settings.targets :].mean())
+    return _mean(over_batches(over_whole_rows, short)[:, -settings.targets :])
 
   loss_BxL = over_batches(over_whole_rows, rows)
   result = summarise(loss_BxL, settings.buckets)
@@ -88,7 +89,7 @@ def measure_perplexity(
     )
   result["last"] = compare_last(loss_BxL, decoded_BxT) | {"measured_by_decoding": measured}
   result["restart"] = [
-    {"context": context, "loss": with_context(context)} for context in settings.contexts
+    {"context": context, **with_context(context)} for context in settings.contexts
   ]
   result["budget"] = dataclasses.asdict(family.budget(variant, length))
   result["seconds"] = time.perf_counter() - begin
@@ -113,10 +114,10 @@ def summarise(loss_BxL: Float[np.ndarray, "B L"], buckets: int) -> dict[str, Any
     "rows": B,
     "loss": float(by_row_B.mean()),
     "perplexity": float(np.exp(by_row_B.mean())),
-    "standard_error": float(by_row_B.std(ddof=1) / np.sqrt(B)) if B > 1 else None,
+    "standard_error": _mean(loss_BxL)["standard_error"],
     "loss_by_row": by_row_B.tolist(),
     "by_position": [
-      {"from": int(start), "to": int(end), "loss": float(loss_BxL[:, start:end].mean())}
+      {"from": int(start), "to": int(end), **_mean(loss_BxL[:, start:end])}
       for start, end in itertools.pairwise(edges)
     ],
   }
@@ -132,8 +133,17 @@ def compare_last(
     "targets": T,
     "teacher_forced_loss": float(whole_BxT.mean()),
     "decoded_loss": float(decoded_BxT.mean()),
+    "standard_error": _mean(decoded_BxT)["standard_error"],
     "largest_difference": float(np.abs(whole_BxT - decoded_BxT).max()),
   }
+
+
+def _mean(loss_BxT: Float[np.ndarray, "B T"]) -> dict[str, float | None]:
+  """The mean loss, and its standard error over rows, None for one row."""
+  by_row_B = loss_BxT.mean(axis=1)
+  B = len(by_row_B)
+  error = float(by_row_B.std(ddof=1) / np.sqrt(B)) if B > 1 else None
+  return {"loss": float(by_row_B.mean()), "standard_error": error}
 
 
 def _finite(loss: Float[np.ndarray, "..."], variant: Variant) -> Float[np.ndarray, "..."]:

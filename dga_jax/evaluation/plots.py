@@ -3,15 +3,22 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 _MARKERS = "osD^vP*X<>"
+
+
+# 1.96 standard errors of a mean on each side are a 95 % interval.
+_Z95 = 1.959964
+# A linear axis becomes logarithmic where its values differ by more than this factor.
+_LARGEST_LINEAR_RATIO = 3.0
 
 
 class Point(NamedTuple):
@@ -20,43 +27,76 @@ class Point(NamedTuple):
   Attributes:
     share: of the keys that the method keeps, from 0 to 1.
     value: the y value.
+    low: lower bound of the 95 % interval of `value`; None where it is not known.
+    high: upper bound of the interval.
   """
 
   share: float
   value: float
+  low: float | None = None
+  high: float | None = None
 
 
-def plot_perplexity_by_position(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-  """Perplexity against the position in the context, one line a variant.
+def interval(mean: float, standard_error: float | None) -> tuple[float, float] | tuple[None, None]:
+  """The 95 % interval of a mean; (None, None) where the standard error is not known."""
+  if standard_error is None:
+    return None, None
+  return mean - _Z95 * standard_error, mean + _Z95 * standard_error
+
+
+def plot_perplexity_by_position(
+  results: Sequence[Mapping[str, Any]], path: Path, *, title: str
+) -> None:
+  """Perplexity against the position in the context, one line a variant, with 95 % intervals.
 
   Args:
     results: of `measure_perplexity`, each with "variant".
     path: of the PNG file.
+    title: of the plot.
   """
-  figure, axes = _figure("Position in the context (tokens)", "Perplexity")
+  figure, axes = _figure("Position in the context (tokens)", "Perplexity", title)
   for style, result in zip(_styles(len(results)), results, strict=True):
     pieces = result["by_position"]
     middles = [(piece["from"] + piece["to"]) / 2 for piece in pieces]
-    values = [math.exp(piece["loss"]) for piece in pieces]
-    axes.plot(middles, values, label=result["variant"], **style)
-  _focus(axes)
+    axes.plot(
+      middles, [math.exp(piece["loss"]) for piece in pieces], label=result["variant"], **style
+    )
+    if all(piece.get("standard_error") is not None for piece in pieces):
+      bounds = [interval(piece["loss"], piece["standard_error"]) for piece in pieces]
+      low, high = np.exp(np.array(bounds, float)).T
+      axes.fill_between(middles, low, high, color=style["color"], alpha=0.12, linewidth=0)
+  _choose_scale(axes)
   _legend(axes)
   figure.savefig(path)
 
 
-def plot_restart(results: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_restart(results: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
   """Loss on the same last tokens against the length of the context before them.
 
   Args:
     results: as for `plot_perplexity_by_position`.
     path: of the PNG file.
+    title: of the plot.
   """
-  figure, axes = _figure("Context before the target tokens", "Loss on the targets (nats per token)")
+  figure, axes = _figure(
+    "Context before the target tokens", "Loss on the targets (nats per token)", title
+  )
   for style, result in zip(_styles(len(results)), results, strict=True):
     last = result["last"]
-    points = [(one["context"], one["loss"]) for one in result["restart"]]
-    points.append((result["length"] - last["targets"], last["teacher_forced_loss"]))
-    axes.plot(*zip(*sorted(points), strict=True), label=result["variant"], **style)
+    whole = {
+      "context": result["length"] - last["targets"],
+      "loss": last["teacher_forced_loss"],
+      "standard_error": last.get("standard_error"),
+    }
+    points = sorted([*result["restart"], whole], key=lambda one: one["context"])
+    _draw_with_intervals(
+      axes,
+      [one["context"] for one in points],
+      [one["loss"] for one in points],
+      [interval(one["loss"], one.get("standard_error")) for one in points],
+      label=result["variant"],
+      style=style,
+    )
   axes.set_xscale("log", base=2)
   axes.xaxis.set_major_formatter("{x:.0f}")
   _legend(axes)
@@ -68,39 +108,48 @@ def plot_against_share(
   path: Path,
   *,
   y_label: str,
-  title: str = "",
-  focus: bool = False,
+  title: str,
+  from_0_to_1: bool = False,
 ) -> None:
   """A measure of quality against the share of the keys that a method keeps, one line a method.
 
-  A method that keeps all keys is a horizontal line. A method with several settings at the same
-  share has points without a line.
+  A method that keeps all keys is a horizontal line with a band. A method with several settings at
+  the same share has points without a line.
 
   Args:
     methods: the points of each method.
     path: of the PNG file.
     y_label: label of the y axis.
     title: of the plot.
-    focus: whether the y axis ends above the bulk of the values, so that outliers do not compress
-      the others.
+    from_0_to_1: whether the y values are shares; the y axis then covers 0 to 1.
   """
-  figure, axes = _figure("Share of the keys kept", y_label)
-  axes.set_title(title)
+  figure, axes = _figure("Share of the keys kept", y_label, title)
   for style, (name, points) in zip(_styles(len(methods)), methods.items(), strict=True):
-    shares = sorted(point.share for point in points)
+    points = sorted(points, key=lambda point: point.share)
+    shares = [point.share for point in points]
     if shares[0] > 0.99:
       axes.axhline(points[0].value, label=name, color=style["color"], linestyle="--")
+      if points[0].low is not None and points[0].high is not None:
+        axes.axhspan(points[0].low, points[0].high, color=style["color"], alpha=0.12, linewidth=0)
       continue
     if any(b < 1.02 * a for a, b in itertools.pairwise(shares)):
       style["linestyle"] = ""
-    axes.plot(*zip(*sorted(points), strict=True), label=name, **style)
-  if focus:
-    _focus(axes)
+    _draw_with_intervals(
+      axes,
+      shares,
+      [point.value for point in points],
+      [(point.low, point.high) for point in points],
+      label=name,
+      style=style,
+    )
   axes.set_xscale("log")
+  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
   axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g} %")
-  axes.xaxis.set_minor_formatter(lambda x, _: f"{100 * x:.2g} %")
-  axes.tick_params(axis="x", which="minor", labelsize=7)
-  axes.grid(which="minor", alpha=0.15)
+  axes.xaxis.set_minor_locator(NullLocator())
+  if from_0_to_1:
+    _cover_shares(axes)
+  else:
+    _choose_scale(axes)
   _legend(axes)
   figure.savefig(path)
 
@@ -113,33 +162,72 @@ def plot_retrieval(results: Sequence[Mapping[str, Any]], path: Path, *, title: s
     path: of the PNG file.
     title: of the plot.
   """
-  figure, axes = _figure("Length of the prompt (tokens)", "Answered right")
-  names = list(dict.fromkeys(result["variant"] for result in results))
-  for place, (style, name) in enumerate(zip(_styles(len(names)), names, strict=True)):
-    own = sorted((r for r in results if r["variant"] == name), key=lambda r: r["length"])
-    # The intervals of different variants are drawn side by side.
-    x = [result["length"] * 1.015 ** (place - len(names) / 2) for result in own]
-    y = np.array([result["share"] for result in own])
-    below = y - [result["low"] for result in own]
-    above = [result["high"] for result in own] - y
-    errors = np.maximum([below, above], 0)  # Rounding may move a bound past the share.
-    axes.errorbar(x, y, yerr=errors, label=name, capsize=2, elinewidth=0.8, **style)
+  figure, axes = _figure("Length of the prompt (tokens)", "Answered right", title)
+  lengths = sorted({result["length"] for result in results})
+  # The intervals of different variants are drawn side by side.
+  _draw_shares(axes, results, "length", shift=lambda x, place: x * 1.015**place)
   axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter("{x:.0f}")
-  axes.set_ylim(-0.03, 1.03)
-  axes.set_title(title)
+  axes.set_xticks(lengths, [str(length) for length in lengths])
+  axes.minorticks_off()
+  if len(lengths) == 1:
+    axes.set_xlim(lengths[0] / 1.2, lengths[0] * 1.2)
   _legend(axes)
   figure.savefig(path)
 
 
-def plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
-  """Share of right answers by depth and length, one heat map a variant.
+def plot_by_depth(results: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
+  """Share of right answers by depth and length.
+
+  Several lengths are heat maps, one a variant. One length is a plot against the depth with 95 %
+  intervals.
 
   Args:
     results: as for `plot_retrieval`, each also with "depth".
     path: of the PNG file.
     title: of the plot.
   """
+  if len({result["length"] for result in results}) > 1:
+    _plot_heat_maps(results, path, title)
+    return
+  figure, axes = _figure("Depth of the answer in the prompt", "Answered right", title)
+  _draw_shares(axes, results, "depth", shift=lambda x, place: x + 0.004 * place)
+  axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
+  _legend(axes)
+  figure.savefig(path)
+
+
+def plot_by_layer(
+  losses: Mapping[str, Sequence[float]],
+  path: Path,
+  *,
+  y_label: str,
+  title: str,
+  baselines: Mapping[str, float],
+  standard_errors: Mapping[str, Sequence[float] | None],
+) -> None:
+  """A loss against the layer that was changed, one line an ablation; baselines are horizontal.
+
+  Args:
+    losses: for each ablation the loss of every layer.
+    path: of the PNG file.
+    y_label: label of the y axis.
+    title: of the plot.
+    baselines: names and losses of horizontal lines.
+    standard_errors: of the losses of each ablation; None where they are not known.
+  """
+  figure, axes = _figure("Layer", y_label, title)
+  for style, (name, values) in zip(_styles(len(losses)), losses.items(), strict=True):
+    errors: Sequence[float | None] = standard_errors[name] or [None] * len(values)
+    bounds = [interval(value, error) for value, error in zip(values, errors, strict=True)]
+    _draw_with_intervals(axes, list(range(len(values))), values, bounds, label=name, style=style)
+  for name, value in baselines.items():
+    axes.axhline(value, color="black", linestyle="--" if "dense" in name else ":", label=name)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+  _legend(axes)
+  figure.savefig(path)
+
+
+def _plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
   names = list(dict.fromkeys(result["variant"] for result in results))
   lengths = sorted({result["length"] for result in results})
   depths = sorted({result["depth"] for result in results})
@@ -147,17 +235,19 @@ def plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, *, title: s
   rows = -(-len(names) // columns)
   width, height = 1.6 + 0.62 * len(lengths), 1.2 + 0.3 * len(depths)
   figure = Figure(
-    figsize=(0.8 + columns * width, 0.6 + rows * height), dpi=120, layout="constrained"
+    figsize=(max(6.0, 0.8 + columns * width), 0.9 + rows * height), dpi=120, layout="constrained"
   )
-  figure.suptitle(title)
+  figure.suptitle(title, fontsize=10)
   for place, name in enumerate(names):
     axes = figure.add_subplot(rows, columns, place + 1)
     own = {(r["depth"], r["length"]): r["share"] for r in results if r["variant"] == name}
     shares = np.array([[own.get((depth, n), np.nan) for n in lengths] for depth in depths])
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
       if not np.isnan(share):
-        axes.text(column, row, f"{100 * share:.0f}", ha="center", va="center", fontsize=7)
+        colour = text_colour([float(part) for part in image.to_rgba(share)[:3]])
+        label = f"{100 * share:.0f}"
+        axes.text(column, row, label, ha="center", va="center", fontsize=8, color=colour)
     axes.set_title(textwrap.fill(name, width=int(12 * width)), fontsize=8)
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=7)
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7)
@@ -169,30 +259,67 @@ def plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, *, title: s
   figure.savefig(path)
 
 
-def plot_by_layer(
-  losses: Mapping[str, Sequence[float]], path: Path, *, y_label: str, baselines: Mapping[str, float]
-) -> None:
-  """A loss against the layer that was changed, one line an ablation; baselines are horizontal.
+def text_colour(background: Sequence[float]) -> str:
+  """Black or white, whichever has the higher contrast on a colour (WCAG 2.1).
 
   Args:
-    losses: for each ablation the loss of every layer.
-    path: of the PNG file.
-    y_label: label of the y axis.
-    baselines: names and losses of horizontal lines.
+    background: red, green and blue from 0 to 1 (sRGB).
   """
-  figure, axes = _figure("Layer", y_label)
-  for style, (name, values) in zip(_styles(len(losses)), losses.items(), strict=True):
-    axes.plot(range(len(values)), values, label=name, **style)
-  for name, value in baselines.items():
-    axes.axhline(value, color="black", linestyle="--" if "dense" in name else ":", label=name)
-  _legend(axes)
-  figure.savefig(path)
+  linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background]
+  luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+  return "black" if (luminance + 0.05) ** 2 > 1.05 * 0.05 else "white"
 
 
-def _figure(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def _draw_shares(
+  axes: Axes,
+  results: Sequence[Mapping[str, Any]],
+  x_name: str,
+  *,
+  shift: Callable[[float, float], float],
+) -> None:
+  """Lines of shares from 0 to 1 with their intervals, one a variant, moved apart by `shift`."""
+  names = list(dict.fromkeys(result["variant"] for result in results))
+  for place, (style, name) in enumerate(zip(_styles(len(names)), names, strict=True)):
+    own = sorted((r for r in results if r["variant"] == name), key=lambda r: r[x_name])
+    _draw_with_intervals(
+      axes,
+      [shift(result[x_name], place - (len(names) - 1) / 2) for result in own],
+      [result["share"] for result in own],
+      [(result["low"], result["high"]) for result in own],
+      label=name,
+      style=style,
+    )
+  _cover_shares(axes)
+
+
+def _cover_shares(axes: Axes) -> None:
+  axes.set_ylim(-0.03, 1.03)
+  axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
+
+
+def _draw_with_intervals(
+  axes: Axes,
+  x: Sequence[float],
+  y: Sequence[float],
+  bounds: Sequence[tuple[float | None, float | None]],
+  *,
+  label: str,
+  style: Mapping[str, Any],
+) -> None:
+  """A line with vertical bars; a point whose interval is not known has no bar."""
+  below = [0.0 if low is None else value - low for value, (low, _) in zip(y, bounds, strict=True)]
+  above = [
+    0.0 if high is None else high - value for value, (_, high) in zip(y, bounds, strict=True)
+  ]
+  errors = np.maximum([below, above], 0)  # Rounding may move a bound past the value.
+  axes.errorbar(x, y, yerr=errors, label=label, capsize=2, elinewidth=0.8, **style)
+
+
+def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
   # A figure made without pyplot has no global state and needs no display.
   figure = Figure(figsize=(9, 5.2), dpi=120, layout="constrained")
   axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
+  axes.set_title(textwrap.fill(title, width=100), fontsize=10)
   axes.grid(alpha=0.3)
   return figure, axes
 
@@ -210,16 +337,14 @@ def _styles(count: int) -> list[dict[str, Any]]:
   ]
 
 
-def _focus(axes: Axes) -> None:
-  """Ends the y axis above the bulk of the values; the legend marks the lines beyond the end."""
-  values = {line: np.asarray(line.get_ydata(), float) for line in axes.get_lines()}
-  top = 1.3 * np.median(np.concatenate(list(values.values())))
-  if max(y.max() for y in values.values()) <= top:
-    return
-  axes.set_ylim(top=top)
-  for line, y in values.items():
-    if y.max() > top:
-      line.set_label(f"{line.get_label()} ({'partly ' if y.min() <= top else ''}above)")
+def _choose_scale(axes: Axes) -> None:
+  """Makes the y axis logarithmic where outliers would compress the other lines."""
+  low, high = axes.dataLim.intervaly
+  if low > 0 and high > _LARGEST_LINEAR_RATIO * low:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=7)
 
 
 def _legend(axes: Axes) -> None:

@@ -85,41 +85,66 @@ def retrieval_table(results: _Results) -> str:
   return markdown(header, rows)
 
 
-def by_method(results: _Results, value: Callable[[Mapping[str, Any]], float]) -> dict[str, list]:
+def by_method(
+  results: _Results, values: Callable[[Mapping[str, Any]], Sequence[Any]]
+) -> dict[str, list[plots.Point]]:
   """Points of a plot against the share of keys kept; a method is a variant's name up to a comma.
 
   Args:
     results: of one task at one length.
-    value: the y value of a result.
+    values: of a result: the y value and, where they are known, the bounds of its 95 % interval.
   """
   methods: dict[str, list[plots.Point]] = {}
   for result in results:
     name = result["variant"].partition(",")[0]
-    methods.setdefault(name, []).append(plots.Point(result["budget"]["share"], value(result)))
+    point = plots.Point(result["budget"]["share"], *values(result))
+    methods.setdefault(name, []).append(point)
   return methods
+
+
+def title(kind: str, results: _Results) -> str:
+  """The title of a plot: what it shows, the checkpoints that were measured, and the lengths.
+
+  Args:
+    kind: what the plot shows.
+    results: all results of the plot.
+  """
+  origins = " and ".join(dict.fromkeys(str(result["origin"]) for result in results))
+  lengths = sorted({result["length"] for result in results})
+  span = f"{lengths[0]} to {lengths[-1]}" if len(lengths) > 1 else f"{lengths[0]}"
+  return f"{kind} · {origins} · {span} tokens"
+
+
+def passkey_values(result: Mapping[str, Any]) -> tuple[float, float, float]:
+  """The share of right answers of a retrieval result, and its 95 % interval."""
+  return result["share"], result["low"], result["high"]
+
+
+def _decoded_perplexity(result: Mapping[str, Any]) -> tuple[float | None, ...]:
+  loss = result["last"]["decoded_loss"]
+  bounds = plots.interval(loss, result["last"].get("standard_error"))
+  return (math.exp(loss), *(None if bound is None else math.exp(bound) for bound in bounds))
 
 
 def _perplexity(results: _Results, shown: _Results, out: Path) -> list[Any]:
   drawn: list[Any] = [perplexity_table(results)]
   for length in sorted({result["length"] for result in results}):
     drawn.append(out / f"perplexity_by_share_{length}.png")
+    at_length = [result for result in results if result["length"] == length]
     plots.plot_against_share(
-      by_method(
-        [result for result in results if result["length"] == length],
-        lambda result: math.exp(result["last"]["decoded_loss"]),
-      ),
+      by_method(at_length, _decoded_perplexity),
       drawn[-1],
       y_label="Perplexity of the last tokens, by decoding",
-      title=f"{length} tokens",
-      focus=True,
+      title=title("Perplexity by share of keys", at_length),
     )
     own = [result for result in shown if result["length"] == length]
     if own:
       drawn.append(out / f"perplexity_by_position_{length}.png")
-      plots.plot_perplexity_by_position(own, drawn[-1])
-    if any(result["restart"] for result in own):
+      plots.plot_perplexity_by_position(own, drawn[-1], title=title("Perplexity by position", own))
+    restarted = [result for result in own if result["restart"]]
+    if restarted:
       drawn.append(out / f"restart_{length}.png")
-      plots.plot_restart([result for result in own if result["restart"]], drawn[-1])
+      plots.plot_restart(restarted, drawn[-1], title=title("Loss by context", restarted))
   return drawn
 
 
@@ -128,15 +153,34 @@ def _retrieval(results: _Results, shown: _Results, out: Path) -> list[Any]:
   for puzzle in dict.fromkeys(result["puzzle"] for result in shown):
     own = [result for result in shown if result["puzzle"] == puzzle]
     drawn.append(out / f"{puzzle}.png")
-    plots.plot_retrieval(own, drawn[-1], title=puzzle)
+    plots.plot_retrieval(own, drawn[-1], title=title(puzzle, own))
     by_depth = [
       {"variant": result["variant"], "length": result["length"], **depth}
       for result in own
       for depth in result["by_depth"]
     ]
     drawn.append(out / f"{puzzle}_by_depth.png")
-    plots.plot_heat_maps(by_depth, drawn[-1], title=puzzle)
+    plots.plot_by_depth(by_depth, drawn[-1], title=title(f"{puzzle}, by depth", own))
   return drawn
+
+
+def _ruler(results: _Results, shown: _Results, out: Path) -> list[Any]:
+  del shown, out
+  rows = []
+  for result in results:
+    error = result["standard_error"]
+    rows.append(
+      [
+        result["part"],
+        result["variant"],
+        str(result["length"]),
+        f"{result['budget']['keys']:.0f} ({result['budget']['share']:.1%})",
+        f"{100 * result['score']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}"),
+        str(result["samples"]),
+      ]
+    )
+  header = ["part", "variant", "length", "keys kept", "score (standard error)", "prompts"]
+  return [markdown(header, rows)]
 
 
 def _longbench(results: _Results, shown: _Results, out: Path) -> list[Any]:
@@ -170,6 +214,7 @@ def _lost_in_the_middle(results: _Results, shown: _Results, out: Path) -> list[A
 _WRITERS: dict[str, Callable[[_Results, _Results, Path], list[Any]]] = {
   "perplexity": _perplexity,
   "retrieval": _retrieval,
+  "ruler": _ruler,
   "longbench": _longbench,
   "lost_in_the_middle": _lost_in_the_middle,
 }

@@ -10,15 +10,14 @@ from typing import get_args
 import jax
 from jax.sharding import Mesh
 
-from dga_jax.chat_template import chat_template_of, ChatTemplate, template_sources
-from dga_jax.checkpoint import load_config
 from dga_jax.choices import AttentionName, DtypeName
-from dga_jax.generation import console, Engine
+from dga_jax.generation import Engine
 from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
 from dga_jax.generation.programs import Progress
+from dga_jax.head_budgets import HeadBudgets
+from dga_jax.loading import load_with_facts, Loaded
 from dga_jax.serving.served_model import ServedModel
 from dga_jax.sharding import make_mesh, MeshConfig
-from dga_jax.tokenizer import Tokenizer
 
 _MAX_LENGTH = 4096  # Where the context of the training is unknown.
 
@@ -55,6 +54,7 @@ def load_models(
   name: str | None,
   attentions: Sequence[AttentionName | None],
   dtype: DtypeName | None,
+  budgets: HeadBudgets | None = None,
   settings: LaunchSettings,
   progress: Progress,
 ) -> list[ServedModel]:
@@ -67,6 +67,7 @@ def load_models(
       its own name to it.
     attentions: attention kinds; None for the checkpoint's.
     dtype: of the activations; None for the checkpoint's.
+    budgets: the setting of each KV head, in place of an attention kind.
     settings: of the engines.
     progress: shows the compilation.
 
@@ -78,17 +79,16 @@ def load_models(
     if attention is not None and attention not in get_args(AttentionName):
       raise ValueError(f"attention is {attention!r}; it must be one of {get_args(AttentionName)}.")
   base = name or Path(workdir).resolve().name
-  origin = load_config(workdir, step).get("origin") or {}
   models = []
   for attention in attentions:
-    loaded = console.load(workdir, step, attention=attention, dtype=dtype)
+    loaded = load_with_facts(workdir, step=step, attention=attention, dtype=dtype, budgets=budgets)
     engine = _make_engine(loaded, settings, progress)
     models.append(
       ServedModel(
         name=base if len(attentions) == 1 else f"{base}-{attention}",
         engine=engine,
         tokenizer=loaded.tokenizer,
-        template=_template(origin, loaded.tokenizer),
+        template=loaded.tokenizer.chat_template,
         created=int(time.time()),
       )
     )
@@ -126,7 +126,7 @@ def describe(model: ServedModel, settings: LaunchSettings) -> str:
   )
 
 
-def _make_engine(loaded: console.Loaded, settings: LaunchSettings, progress: Progress) -> Engine:
+def _make_engine(loaded: Loaded, settings: LaunchSettings, progress: Progress) -> Engine:
   max_length = settings.max_length or loaded.trained_length or _MAX_LENGTH
   cache_bytes = settings.cache_bytes
   if cache_bytes is None:
@@ -144,7 +144,3 @@ def _make_engine(loaded: console.Loaded, settings: LaunchSettings, progress: Pro
     mesh=settings.mesh,
     progress=progress,
   )
-
-
-def _template(origin: dict[str, object], tokenizer: Tokenizer) -> ChatTemplate | None:
-  return chat_template_of(origin, tokenizer) if template_sources(origin) else None

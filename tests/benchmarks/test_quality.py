@@ -34,6 +34,7 @@ def run(workdir: Path, documents: Path, out: Path, *arguments: str) -> list[str]
   return done.stdout.splitlines()
 
 
+@pytest.mark.nightly
 def test_the_report(tmp_path: Path) -> None:
   workdir = write_checkpoint(tmp_path / "run")
   documents, out = write_documents(tmp_path), tmp_path / "out"

@@ -80,10 +80,15 @@ def test_explain_reports_the_implementation_argument():
     found["merge_blocks"]
 
 
-def test_an_explanation_prints_as_a_table():
+def test_an_explanation_prints_as_a_short_table():
   with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
-    lines = str(explain(QUERY, KEY, KEY, config=STREAMING)).splitlines()
-  assert lines[0] == "for NVIDIA H100 80GB HBM3 (gpu)"
-  assert lines[1] == "op                | runs       | why not the others"
-  assert lines[2] == "merge_blocks      | triton     | mosaic_tpu: runs on a TPU"
-  assert lines[3] == "                  |            | xla: applies too"
+    found = explain(QUERY, KEY, KEY, config=STREAMING)
+  lines = str(found).splitlines()
+  assert lines[0] == "for NVIDIA H100 80GB HBM3 (gpu); explanation.details() has the reasons"
+  assert lines[1] == "op                 runs        cannot run"
+  assert lines[2] == "merge_blocks       triton      mosaic_tpu"
+  assert len(lines) == 2 + len(found.ops)
+  assert max(map(len, lines)) <= 100
+  details = found.details().splitlines()
+  assert details[0].startswith("merge_blocks: mosaic_tpu: runs on a TPU")
+  assert details[1] == "merge_blocks: xla: could run the call, and comes later in the order"

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from tests.train.tiny import tiny_config, write_config, write_corpus
@@ -36,38 +35,13 @@ def config_file(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -
   return write_config(config, tmp_path_factory.mktemp("configs") / "tiny.py")
 
 
-@pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-  """Settings of JAX's compilation cache, which all tests and their subprocesses share.
-
-  The tiny run takes one second, and its compilation takes ten.
-  """
-  return {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": "0",
-    "jax_persistent_cache_min_entry_size_bytes": "-1",
-  }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cached_compilation(compilation_cache: dict[str, str]) -> Iterator[None]:
-  before = {name: getattr(jax.config, name) for name in compilation_cache}
-  for name, value in compilation_cache.items():
-    kind = type(before[name]) if before[name] is not None else str
-    jax.config.update(name, kind(value))
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-
-
 type StartTrainer = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="session")
-def start_trainer(config_file: Path, compilation_cache: dict[str, str]) -> StartTrainer:
+def start_trainer(config_file: Path) -> StartTrainer:
   """A function (workdir, *overrides) -> Popen that starts `python -m train.main`."""
-  settings = {name.upper(): value for name, value in compilation_cache.items()}
-  environment = os.environ | {"JAX_PLATFORMS": "cpu"} | settings
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
 
   def start(workdir: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "train.main", f"--config={config_file}"]

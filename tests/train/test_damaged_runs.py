@@ -13,6 +13,7 @@ import pytest
 
 from dga_jax.checkpoint_files import CheckpointError, find_damage, list_steps
 from dga_jax.file_lock import hold_workdir, LockedError
+from tests import compilation_cache
 from tests.dga_jax.tiny_checkpoint import delete_item, flip_a_bit, largest_file, truncate
 from tests.train.compare import assert_same_run
 from tests.train.fleet import Fleet
@@ -88,11 +89,9 @@ def test_training_continues_from_the_last_good_checkpoint(
   assert (workdir / "checkpoints" / "8.set_aside_1" / "training").is_dir()
 
 
-def test_the_flags_of_the_command(
-  config: TrainConfig, workdir: Path, whole: Path, compilation_cache: dict[str, str]
-) -> None:
+def test_the_flags_of_the_command(config: TrainConfig, workdir: Path, whole: Path) -> None:
   path = write_config(config, workdir.with_suffix(".py"))
-  fleet = Fleet(path, compilation_cache["jax_compilation_cache_dir"])
+  fleet = Fleet(path, str(compilation_cache.FOLDER))
   flip_a_bit(largest_file(workdir / "checkpoints" / "8" / "params"))
   for flags, status, message in (
     ((), 1, "CheckpointError: The checkpoint .*/8 is damaged: .* --skip_damaged"),
@@ -119,7 +118,9 @@ def test_several_damaged_checkpoints(config: TrainConfig, workdir: Path, whole: 
   assert_same_run(workdir, whole, 12)
 
 
-def test_no_whole_checkpoint(config: TrainConfig, workdir: Path) -> None:
+def test_a_run_without_an_undamaged_checkpoint_is_an_error(
+  config: TrainConfig, workdir: Path
+) -> None:
   for step in (2, 4, 6, 8):
     flip_a_bit(largest_file(workdir / "checkpoints" / str(step) / "data"))
   with pytest.raises(CheckpointError, match="No other checkpoint there is whole"):
@@ -199,7 +200,7 @@ def test_mutated_metrics_are_read_and_plotted(whole: Path, tmp_path: Path) -> No
     records = read_metrics(tmp_path)
     assert all(isinstance(record["step"], int) for record in records)
     if number % 40 == 0:
-      plot_run(tmp_path)
+      plot_run(tmp_path, title="a run")
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:

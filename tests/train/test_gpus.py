@@ -16,6 +16,7 @@ import pytest
 
 from dga_jax.checkpoint import list_steps
 from dga_jax.config import DGAConfig
+from tests import compilation_cache
 from tests.train.compare import assert_same_run, losses
 from tests.train.fleet import Fleet, Trainer, wait_for_a_step
 from tests.train.test_multihost import LOST_PROCESS, SPLIT, stopped_at
@@ -30,9 +31,7 @@ SEED = 0
 
 
 @pytest.fixture(scope="module")
-def fleet(
-  config: TrainConfig, compilation_cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Fleet:
+def fleet(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
   """Starts runs of a decoder that uses DGA's GPU kernels."""
   if jax.device_count() < 2:
     pytest.skip(f"needs two GPUs, and there is {jax.device_count()}")
@@ -48,7 +47,7 @@ def fleet(
   data = dataclasses.replace(config.data, sequence_length=256)
   config = dataclasses.replace(config, model=model, data=data, batch_size=8, learning_rate=1e-3)
   path = write_config(config, tmp_path_factory.mktemp("fleet") / "small.py")
-  return Fleet(path, compilation_cache["jax_compilation_cache_dir"], on_gpus=True)
+  return Fleet(path, str(compilation_cache.FOLDER), on_gpus=True)
 
 
 @pytest.fixture(scope="module")

@@ -64,7 +64,7 @@ def test_plots(tmp_path: Path) -> None:
       if step % 10 == 0:
         by_position = {"0": 5 / step, "16": 4 / step}
         metrics.write(step, {"eval_loss": 5 / step, "eval_loss_by_position": by_position})
-  plot_run(tmp_path)
+  plot_run(tmp_path, title="a run")
   for name in ("loss.png", "loss_by_position.png"):
     pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
     # The plot has blue and orange pixels, so its axes are not empty.
@@ -73,6 +73,6 @@ def test_plots(tmp_path: Path) -> None:
 
 def test_plots_before_the_first_evaluation(tmp_path: Path) -> None:
   write_steps(tmp_path, 1, 1, last_step=-1)
-  plot_run(tmp_path)
+  plot_run(tmp_path, title="a run")
   assert (tmp_path / "loss.png").exists()
   assert not (tmp_path / "loss_by_position.png").exists()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dga_jax.checkpoint_files import list_steps
+from tests import compilation_cache
 from tests.train.compare import assert_same_run, losses, saved_arrays
 from tests.train.fleet import Fleet, free_port, stop_at_random, Trainer, wait_for_a_step
 from tests.train.tiny import interruptible, write_config
@@ -36,11 +37,9 @@ def small(config: TrainConfig) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def fleet(
-  small: TrainConfig, compilation_cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Fleet:
+def fleet(small: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
   path = tmp_path_factory.mktemp("fleet") / "small.py"
-  return Fleet(write_config(small, path), compilation_cache["jax_compilation_cache_dir"])
+  return Fleet(write_config(small, path), str(compilation_cache.FOLDER))
 
 
 @pytest.fixture(scope="module")

@@ -46,14 +46,13 @@ def test_a_failure_of_training_is_the_exit_status(
 @pytest.mark.nightly  # tests/train/test_stop_signals.py sends signals to the trainer itself.
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_its_training_process(
-  number: signal.Signals, config: TrainConfig, compilation_cache: dict[str, str], tmp_path: Path
+  number: signal.Signals, config: TrainConfig, tmp_path: Path
 ) -> None:
   config = interruptible(config, num_steps=10**6, checkpoint_every=10**6)
   long = write_config(config, tmp_path / "long.py")
   workdir = tmp_path / "run"
   command = [sys.executable, "-m", "train.quickstart", f"--config={long}", f"--workdir={workdir}"]
-  settings = {name.upper(): value for name, value in compilation_cache.items()}
-  environment = os.environ | {"JAX_PLATFORMS": "cpu"} | settings
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
   with subprocess.Popen(
     command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
   ) as process:

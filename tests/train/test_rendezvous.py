@@ -51,7 +51,7 @@ def call_all(*callers: Caller) -> list[str | None]:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_all_meet_in_any_order(order: tuple[int, ...]) -> None:
+def test_processes_connect_in_any_order(order: tuple[int, ...]) -> None:
   port = free_port()
   callers = []
   for process_id in order:

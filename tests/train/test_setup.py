@@ -36,9 +36,9 @@ def test_the_files_of_a_finished_run(config: TrainConfig, tmp_path: Path) -> Non
   train(config, tmp_path, profiled=ProfiledSteps.parse("2:3"))
   (profile,) = (tmp_path / "profile").rglob("*.xplane.pb")
   assert b"step_num" in profile.read_bytes()
-  told = {name for record in read_metrics(tmp_path) for name in record}
-  assert told >= {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
-  assert told >= {"host_memory_bytes", "data_wait_seconds"}
+  names = {name for record in read_metrics(tmp_path) for name in record}
+  assert names >= {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+  assert names >= {"host_memory_bytes", "data_wait_seconds"}
   held_out = [record for record in read_metrics(tmp_path) if "eval_loss" in record]
   assert [record["step"] for record in held_out] == [0, 6, 12]
   assert held_out[-1]["eval_loss"] < 0.8 * held_out[0]["eval_loss"]

@@ -14,6 +14,7 @@ from signal import SIGHUP, SIGINT, SIGTERM
 import pytest
 
 from dga_jax.checkpoint_files import list_steps
+from tests import compilation_cache
 from tests.train.fleet import Fleet, wait_for_a_step, wait_for_output
 from tests.train.tiny import interruptible, write_config
 from train.config import TrainConfig
@@ -105,12 +106,10 @@ def test_a_second_ctrl_c_ends_a_busy_process_at_once(first: signal.Signals) -> N
 
 
 @pytest.fixture(scope="module")
-def fleet(
-  config: TrainConfig, compilation_cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Fleet:
+def fleet(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
   config = interruptible(config, num_steps=2000, checkpoint_every=1000)
   path = write_config(config, tmp_path_factory.mktemp("fleet") / "long.py")
-  return Fleet(path, compilation_cache["jax_compilation_cache_dir"])
+  return Fleet(path, str(compilation_cache.FOLDER))
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT, SIGHUP])

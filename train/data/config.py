@@ -1,6 +1,7 @@
 """Configuration of the training data: text files or a synthetic task, and how rows are packed."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from dga_jax.config_dataclasses import (
@@ -94,6 +95,10 @@ class DataConfig:
       is the library source of the running Python.
     validation_files: held-out files, in the same notation. If empty, some training documents are
       held out: every 8th of the long ones and every 16th of the others.
+    weights: makes each entry of `train_files` a corpus of its own. A corpus gives this share of the
+      training rows (the weights are divided by their sum), and is shuffled and repeated by itself.
+      `validation_files` then has one entry for each corpus or none. Empty: all files are one
+      corpus, in which every document comes once per epoch.
     tokenizer: for kind "text", "byte", or "bpe" trained on the training documents.
     vocab_size: entries of the BPE tokenizer, end-of-document token included; "byte" has 257.
     max_documents: largest number of documents packed in a row; None for no bound. With 1,
@@ -112,6 +117,7 @@ class DataConfig:
   sequence_length: int = 2048
   train_files: tuple[str, ...] = (PYTHON_STDLIB,)
   validation_files: tuple[str, ...] = ()
+  weights: tuple[float, ...] = ()
   tokenizer: TokenizerKind = "bpe"
   vocab_size: int = 4096
   max_documents: int | None = None
@@ -141,5 +147,25 @@ class DataConfig:
       check_path("DataConfig.cache_dir", self.cache_dir)
     if self.kind == "text" and not self.train_files:
       raise config_error(self, "train_files", f"text files, or {PYTHON_STDLIB!r}")
+    self._check_weights()
     if self.kind == "recall":
       self.recall.check_row(self.sequence_length, self.max_documents)
+
+  def _check_weights(self) -> None:
+    weights = self.weights
+    if not isinstance(weights, tuple) or not all(
+      isinstance(weight, int | float) and math.isfinite(weight) and weight > 0 for weight in weights
+    ):
+      raise config_error(self, "weights", "a tuple of positive numbers")
+    if not weights:
+      return
+    if self.kind != "text" or len(weights) != len(self.train_files):
+      raise config_error(
+        self, "weights", f"one number for each of the {len(self.train_files)} train_files, of text"
+      )
+    if len(set(self.train_files)) < len(self.train_files):
+      raise config_error(self, "train_files", "different entries, since each is a corpus")
+    if self.validation_files and len(self.validation_files) != len(weights):
+      raise config_error(
+        self, "validation_files", f"empty, or one entry for each of the {len(weights)} weights"
+      )

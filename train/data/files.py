@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Literal, Self
 
 from train.data.config import PYTHON_STDLIB
+from train.data.conversations import is_conversation, to_document
 
 Split = Literal["train", "validation"]
 
@@ -67,6 +68,14 @@ class Corpus:
         digest.update("".join(path.suffixes[-2:]).encode())
     return digest.hexdigest()
 
+  def has_conversations(self) -> bool:
+    """Whether the first line of one of the .jsonl files is a conversation."""
+    return any(
+      is_conversation(next(read_documents(path), ""))
+      for path in (*self.train_files, *self.validation_files)
+      if ".jsonl" in path.suffixes[-2:]
+    )
+
   def documents(self, split: Split) -> Iterator[str]:
     """The documents of a split, in the order of the files."""
     if self.validation_files:
@@ -100,7 +109,8 @@ def read_documents(path: pathlib.Path) -> Iterator[str]:
   """The documents of a file that are not blank.
 
   NUL characters separate the documents of a text file; in a .jsonl file each line is one, in its
-  field "text". Both may be compressed (.gz, .xz).
+  field "text", or a conversation in its field "messages" (`train.data.conversations`). Both may be
+  compressed (.gz, .xz).
 
   Raises:
     ValueError: a file that is damaged, not UTF-8, or no such JSON; it names the file and, of a
@@ -158,16 +168,35 @@ def _read_text(path: pathlib.Path) -> str:
     raise ValueError(f"{path} is damaged: {error}.") from error
 
 
+_FIELD = {False: "text", True: "messages"}
+
+
 def _jsonl_texts(path: pathlib.Path, lines: str) -> Iterator[str]:
+  kind: bool | None = None
   for number, line in enumerate(lines.split("\n"), start=1):
     if not line.strip():
       continue
     try:
-      text = json.loads(line)["text"]
+      record = json.loads(line)
+      is_chat = "messages" in record
+      text = record[_FIELD[is_chat]]
     except (KeyError, RecursionError, TypeError, ValueError) as error:
       raise ValueError(
-        f'{path}, line {number}, is no JSON object with a field "text": {error!r}.'
+        f'{path}, line {number}, is no JSON object with a field "text" or "messages": {error!r}.'
       ) from error
+    if kind not in (None, is_chat):
+      raise ValueError(
+        f'{path}, line {number}: the lines before have the field "{_FIELD[not is_chat]}", this one '
+        f'has "{_FIELD[is_chat]}". Put texts and conversations into files of their own.'
+      )
+    kind = is_chat
+    if is_chat:
+      try:
+        text = to_document(text)
+      except ValueError as error:
+        raise ValueError(f"{path}, line {number}, is no conversation: {error}") from error
+    elif isinstance(text, str) and is_conversation(text):
+      raise ValueError(f'{path}, line {number}: the field "text" begins like a conversation.')
     if not isinstance(text, str):
       raise ValueError(f'{path}, line {number}: the field "text" holds no string but {text!r}.')
     try:

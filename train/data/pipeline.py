@@ -10,12 +10,13 @@ A batch is a dict of arrays [rows, L]:
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import grain
 import numpy as np
 from jaxtyping import Shaped
 
+from dga_jax.chat_template import ChatTemplate
 from dga_jax.paths import check_path
 from dga_jax.tokenizer import Tokenizer
 from train.data.config import DataConfig
@@ -37,15 +38,15 @@ class Data:
     train: batches without end; text comes once per epoch, in a new order in each. Its iterators
       have `get_state` and `set_state`, whose state is {"next_index": batches taken}, the same in
       every process and for any number of them.
-    validation: the held-out rows, once and always in the same order; rows of padding fill up the
-      last batch.
+    validation: the held-out rows of each corpus, once and always in the same order; rows of padding
+      fill up the last batch. The keys are the entries of config.train_files, or "" for one corpus.
     close: closes the files that the batches are read from.
   """
 
   tokenizer: Tokenizer
   fingerprint: str
   train: grain.IterDataset[Batch]
-  validation: grain.IterDataset[Batch]
+  validation: Mapping[str, grain.IterDataset[Batch]]
   close: Callable[[], None]
 
 
@@ -56,6 +57,7 @@ def load_data(
   seed: int,
   batch_size: int,
   tokenizer: Tokenizer | None = None,
+  template: ChatTemplate | None = None,
   process_index: int = 0,
   process_count: int = 1,
   repair: bool = False,
@@ -72,6 +74,7 @@ def load_data(
     batch_size: rows of a global batch.
     tokenizer: of the model that training begins with, in place of the config's; a recall task
       needs one with its own words.
+    template: of that model, for conversations.
     process_index: number of this process, among those that read different rows.
     process_count: the number of these processes, a divisor of batch_size.
     repair: prepare damaged files anew.
@@ -86,10 +89,10 @@ def load_data(
       f"batch_size is {batch_size}; it must be a positive multiple of the number of processes, "
       f"which is {process_count}."
     )
-  check_path("workdir", workdir)
   if config.kind == "text":
+    check_path("workdir", config.cache_dir or workdir)
     cache = pathlib.Path(config.cache_dir or pathlib.Path(workdir) / "data").expanduser()
-    source = text_source(config, cache, seed, tokenizer, repair=repair)
+    source = text_source(config, cache, seed, tokenizer, template, repair=repair)
   else:
     source = recall_source(config, seed)
     if tokenizer is not None and tokenizer.to_json() != source.tokenizer.to_json():
@@ -108,15 +111,17 @@ def load_data(
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=config.prefetch_batches)
     return dealt.to_iter_dataset(options)
 
-  validation = source.validation
-  missing = -len(validation) % batch_size
-  if missing:
-    padding = grain.MapDataset.source([padding_row(config.sequence_length)] * missing)
-    validation = grain.MapDataset.concatenate([validation, padding])
+  def held_out(rows: grain.MapDataset[Row]) -> grain.IterDataset[Batch]:
+    missing = -len(rows) % batch_size
+    if missing:
+      padding = grain.MapDataset.source([padding_row(config.sequence_length)] * missing)
+      rows = grain.MapDataset.concatenate([rows, padding])
+    return batches(rows)
+
   return Data(
     tokenizer=source.tokenizer,
     fingerprint=source.fingerprint,
     train=batches(source.train),
-    validation=batches(validation),
+    validation={name: held_out(rows) for name, rows in source.validation.items()},
     close=source.close,
   )

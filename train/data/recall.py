@@ -45,7 +45,7 @@ def recall_source(config: DataConfig, seed: int) -> Source:
     tokenizer=Tokenizer.words(list(_words(task))),
     fingerprint="recall",
     train=grain.MapDataset.range(sys.maxsize).map(train),
-    validation=grain.MapDataset.range(task.validation_rows).map(validation),
+    validation={"": grain.MapDataset.range(task.validation_rows).map(validation)},
   )
 
 

@@ -1,7 +1,7 @@
 """The interface between a source of data and the pipeline: rows of tokens with random access."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import grain
 import numpy as np
@@ -23,14 +23,14 @@ class Source:
     tokenizer: between text and the ids of the rows.
     fingerprint: of the text and the tokenizer.
     train: training rows in their final order, without end.
-    validation: the held-out rows, each once.
+    validation: the held-out rows of each corpus, each row once.
     close: closes the files that the rows are read from.
   """
 
   tokenizer: Tokenizer
   fingerprint: str
   train: grain.MapDataset[Row]
-  validation: grain.MapDataset[Row]
+  validation: Mapping[str, grain.MapDataset[Row]]
   close: Callable[[], None] = lambda: None
 
 

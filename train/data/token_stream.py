@@ -7,11 +7,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from tensorflow_datasets.core.data_sources.array_record import ArrayRecordDataSource
 from tqdm import tqdm
 
 from dga_jax.tokenizer import Tokenizer
+from train.data.conversations import Encoded, Encoder
 from train.data.files import Split
 from train.data.local_text import LocalText
 from train.data.tfds_builder import build, LocalBuilder
@@ -29,8 +30,9 @@ class TokenStream:
   each document: end token and document are the inputs, document and end token the targets.
 
   Args:
-    blocks: the stream in blocks of `_BLOCK` tokens.
-    end_id: the end token.
+    blocks: the stream in blocks of `_BLOCK` tokens; for conversations also with the arrays "ends",
+      the tokens that end a document, and "learnt", the tokens that have a loss.
+    end_id: the end token. Without "ends" each of them ends a document.
 
   Attributes:
     ends_N: int64 positions of the end tokens, one more than documents; document i has its inputs
@@ -40,16 +42,26 @@ class TokenStream:
   def __init__(self, blocks: Sequence[Mapping[str, Any]], end_id: int) -> None:
     self._blocks = blocks
     ends = [
-      np.flatnonzero(block["tokens"] == end_id) + index * _BLOCK
+      np.flatnonzero(block["ends"] if "ends" in block else block["tokens"] == end_id)
+      + index * _BLOCK
       for index, block in enumerate(blocks)
     ]
     self.ends_N = np.concatenate(ends)
 
   def read(self, start: int, stop: int) -> Int[np.ndarray, "T"]:
     """The int32 tokens at positions start, ..., stop - 1."""
+    return self._read("tokens", start, stop)
+
+  def learnt(self, start: int, stop: int) -> Bool[np.ndarray, "T"]:
+    """Which of the tokens at positions start, ..., stop - 1 have a loss as targets."""
+    if "learnt" not in self._blocks[0]:
+      return np.ones(stop - start, bool)
+    return self._read("learnt", start, stop).astype(bool)
+
+  def _read(self, name: str, start: int, stop: int) -> np.ndarray:
     first, last = start // _BLOCK, (stop - 1) // _BLOCK
-    tokens = np.concatenate([self._blocks[index]["tokens"] for index in range(first, last + 1)])
-    return tokens[start - first * _BLOCK : stop - first * _BLOCK]
+    whole = np.concatenate([self._blocks[index][name] for index in range(first, last + 1)])
+    return whole[start - first * _BLOCK : stop - first * _BLOCK]
 
   def close(self) -> None:
     """Closes the files of the blocks."""
@@ -81,6 +93,68 @@ class TokenizedText(LocalBuilder):
       yield index, {"tokens": block}
 
 
+class EncodedConversations(LocalBuilder):
+  """The splits of a LocalText with conversations, as blocks of a token stream.
+
+  The features are `tokens`, `ends` and `learnt`, see `TokenStream`.
+  """
+
+  feature: ClassVar = {
+    "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+    "ends": tfds.features.Tensor(shape=(None,), dtype=np.uint8),
+    "learnt": tfds.features.Tensor(shape=(None,), dtype=np.uint8),
+  }
+
+  def __init__(
+    self, text: Callable[[], LocalText], encoder: Encoder, data_dir: str | os.PathLike[str]
+  ) -> None:
+    self._text = text
+    self._encoder = encoder
+    super().__init__(data_dir)
+
+  def _generate_examples(self, split: Split) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    documents = self._text().as_data_source(split)
+    progress = tqdm(documents, f"Encoding {split} documents", unit=" documents", disable=None)
+    encoded = (self._encoder.encode(document["text"].decode()) for document in progress)
+    yield from enumerate(conversation_blocks(encoded, self._encoder.tokenizer.end_id))
+
+
+def build_conversation_stream(
+  text: Callable[[], LocalText], encoder: Encoder, folder: pathlib.Path, *, repair: bool = False
+) -> EncodedConversations:
+  """`build_token_stream` for a corpus with conversations; the folder changes with the encoder."""
+  return build(
+    lambda data_dir: EncodedConversations(text, encoder, data_dir), folder, repair=repair
+  )
+
+
+def conversation_blocks(
+  encoded: Iterable[Encoded], end_id: int
+) -> Iterator[dict[str, Int[np.ndarray, "T"]]]:
+  """The stream of documents in blocks of one length; the last may be shorter.
+
+  Args:
+    encoded: the documents.
+    end_id: the end token, before the first document and after each.
+  """
+
+  def pieces() -> Iterator[np.ndarray]:
+    """Columns: token, whether it ends a document, whether it is learnt."""
+    yield np.array([[end_id, 1, 0]], np.int32)
+    for document in encoded:
+      ends_T = np.zeros_like(document.tokens)
+      yield np.stack([document.tokens, ends_T, document.learnt], axis=1).astype(np.int32)
+      yield np.array([[end_id, 1, document.end_learnt]], np.int32)
+
+  for block_Tx3 in _blocks(pieces()):
+    tokens_T, ends_T, learnt_T = block_Tx3.T
+    yield {
+      "tokens": np.ascontiguousarray(tokens_T),
+      "ends": ends_T.astype(np.uint8),
+      "learnt": learnt_T.astype(np.uint8),
+    }
+
+
 def build_token_stream(
   text: Callable[[], LocalText],
   tokenizer: Tokenizer,
@@ -105,17 +179,22 @@ def build_token_stream(
 
 def token_blocks(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, "T"]]:
   """The int32 token stream of texts in blocks of one length; the last may be shorter."""
+  yield from _blocks(_stream(texts, tokenizer))
+
+
+def _blocks(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+  """Arrays [T, ...] of consecutive positions, cut anew into blocks of `_BLOCK` positions."""
   pending: list[np.ndarray] = []
   size = 0
-  for piece in _stream(texts, tokenizer):
+  for piece in pieces:
     pending.append(piece)
     size += len(piece)
     if size >= _BLOCK:
-      tokens = np.concatenate(pending)
-      size = len(tokens) % _BLOCK
-      whole = len(tokens) - size
-      yield from tokens[:whole].reshape(-1, _BLOCK)
-      pending = [tokens[whole:]]
+      joined = np.concatenate(pending)
+      size = len(joined) % _BLOCK
+      whole = len(joined) - size
+      yield from joined[:whole].reshape(-1, _BLOCK, *joined.shape[1:])
+      pending = [joined[whole:]]
   if size:
     yield np.concatenate(pending)
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dga_jax.attention.context_parallel.dense import dense_attend_sharded
 from dga_jax.attention.dense import dense_attention, DenseImplementation, xla_attention
 from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.dense_cache import DenseCache, DenseCacheAttention
@@ -33,6 +34,18 @@ class DenseAttention(DenseCacheAttention):
     return dense_attention(
       q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, implementation=self.implementation
     )
+
+  def attend_sharded(
+    self,
+    q_BxPxHxD: Float[Array, "B P H D"],
+    k_BxPxNxD: Float[Array, "B P N D"],
+    v_BxPxNxD: Float[Array, "B P N D"],
+    metadata: Documents,
+    *,
+    axis_name: str,
+  ) -> Float[Array, "B P H D"]:
+    """Attention of this device's queries to the keys and values of all devices."""
+    return dense_attend_sharded(q_BxPxHxD, k_BxPxNxD, v_BxPxNxD, metadata, axis_name=axis_name)
 
   def extend(
     self,

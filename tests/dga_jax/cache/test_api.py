@@ -116,6 +116,24 @@ def test_tokens_beyond_max_length_are_an_error_if_lengths_are_concrete():
     filled(max_length=11)
 
 
+def test_more_tokens_than_max_length_are_refused_under_jit():
+  cache = filled()
+  call = jax.jit(functools.partial(extend, config=CONFIG))
+  with pytest.raises(ValueError, match=r"lengths reach 21 tokens .* max_length=20"):
+    call(*tokens(B, 21), cache)
+
+
+def test_a_token_may_keep_the_axis_of_length():
+  query, key, value = tokens(B, L + 1)
+  cache = prefill(key[:, :L], value[:, :L], query[:, :L], config=CONFIG, max_length=20)
+  step = jax.jit(functools.partial(decode_step, config=CONFIG))
+  out, after = step(query[:, L:], key[:, L:], value[:, L:], cache)
+  want, same = step(query[:, L], key[:, L], value[:, L], cache)
+  assert out.shape == (B, 1, H, D)
+  np.testing.assert_array_equal(out[:, 0], want)
+  assert_equal(after, same)
+
+
 @pytest.mark.invalid_arguments
 def test_invalid_shapes_and_dtypes_are_errors_with_the_name():
   query, key, value = tokens(B)

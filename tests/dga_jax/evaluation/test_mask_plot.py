@@ -15,7 +15,7 @@ from dga_jax.evaluation.mask_plot import _COLOURS, plot_masks
 def test_every_kind_of_visibility_has_its_colour(tmp_path: Path) -> None:
   query, key = jax.random.normal(jax.random.key(0), (2, 1, 20, 1, 8))
   plan = plan_groups(query, key, config=DGAConfig(group_size=4, selection="streaming"))
-  plot_masks(query, key, {"streaming": plan}, tmp_path / "mask.png")
+  plot_masks(query, key, {"streaming": plan}, tmp_path / "mask.png", title="48 tokens")
   pixels = matplotlib.image.imread(tmp_path / "mask.png")[..., :3]
   seen = visibility(plan)
   assert set(np.unique(seen)) == {code.value for code in Seen}

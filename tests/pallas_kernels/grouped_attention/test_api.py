@@ -20,7 +20,7 @@ def test_xla_equals_reference(name):
   check_against_reference(grouped_attention_xla, CASES[name])
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="states what a CPU is told")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="expects the reasons of a CPU")
 def test_a_cpu_uses_xla_and_reports_why_not_the_others():
   choice = explain(ARRAY, ARRAY, ARRAY, config=CONFIG)["grouped_attention"]
   assert choice.runs == "xla"

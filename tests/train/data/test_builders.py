@@ -149,7 +149,7 @@ if how == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
   files.read_documents = dying
 data = load_data(DataConfig(train_files=(path,), tokenizer="byte"), workdir, seed=0, batch_size=2)
-next(iter(data.train)), list(data.validation)
+next(iter(data.train)), list(data.validation[""])
 assert "tensorflow" not in sys.modules
 print(data.fingerprint)
 """
@@ -229,9 +229,9 @@ def test_damaged_data_name_their_folder_and_are_repaired(
   repaired = text_source(config, cache, seed=0, repair=True)
   assert path.read_bytes() != content
   assert repaired.fingerprint == whole.fingerprint
-  for index in range(len(whole.validation)):
-    for name, row in whole.validation[index].items():
-      np.testing.assert_array_equal(repaired.validation[index][name], row)
+  for index in range(len(whole.validation[""])):
+    for name, row in whole.validation[""][index].items():
+      np.testing.assert_array_equal(repaired.validation[""][index][name], row)
   text_source(config, cache, seed=0)
 
 

@@ -47,7 +47,7 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
 
 def test_batches_have_the_promised_arrays(config: DataConfig, workdir: pathlib.Path) -> None:
   data = load(config, workdir)
-  for batch in (next(iter(data.train)), next(iter(data.validation))):
+  for batch in (next(iter(data.train)), next(iter(data.validation[""]))):
     assert {name: array.dtype for name, array in batch.items()} == SHAPES
     assert {array.shape for array in batch.values()} == {(4, 32)}
     assert batch["inputs"].max() < data.tokenizer.vocab_size
@@ -61,7 +61,7 @@ def test_processes_share_the_global_batches(
 ) -> None:
   def batches(**processes: int) -> tuple[list[Batch], list[Batch]]:
     data = load(config, workdir, **processes)
-    return list(itertools.islice(data.train, 30)), list(data.validation)
+    return list(itertools.islice(data.train, 30)), list(data.validation[""])
 
   parts = [
     batches(process_index=index, process_count=process_count) for index in range(process_count)
@@ -115,8 +115,8 @@ def test_text_comes_once_an_epoch_in_a_new_order(workdir: pathlib.Path) -> None:
 def test_every_held_out_token_counts_once(workdir: pathlib.Path, batch_size: int) -> None:
   config = DataConfig("text", 32, (str(workdir / "text.txt"),), tokenizer="byte", max_documents=3)
   data = load(config, workdir, batch_size=batch_size)
-  batches = list(data.validation)
-  assert_same(batches, list(data.validation))
+  batches = list(data.validation[""])
+  assert_same(batches, list(data.validation[""]))
   texts = (workdir / "text.txt").read_text().split("\0")
   held_out = texts[15::16]
   mask = np.concatenate([batch["loss_mask"] for batch in batches])

@@ -120,7 +120,7 @@ def test_the_source_counts_and_names_its_tokens() -> None:
   source = recall_source(DataConfig("recall", 16, recall=task), seed=0)
   assert source.tokenizer.vocab_size == 1 + 2 + 3 + 4
   assert source.tokenizer.encode("k0 k1 v0 v2 n0 n3") == [1, 2, 3, 5, 6, 9]
-  assert len(source.validation) == 5
+  assert len(source.validation[""]) == 5
   words = source.tokenizer.decode(source.train[10**9]["inputs"]).split()
   assert {word[0] for word in words} == {"k", "v", "n"}
 
