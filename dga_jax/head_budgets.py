@@ -164,17 +164,19 @@ class HeadBudgets:
 
 
 def read_head_budgets(path: str | Path) -> HeadBudgets:
-  """The budgets in a JSON file of `HeadBudgets.to_json`.
+  """The budgets in a JSON file of `dga calibrate` or of `HeadBudgets.to_json`.
 
   Raises:
     OSError: the file cannot be read.
-    ValueError: it holds no budgets; the message names the file.
+    ValueError: it is not JSON, or its content is not that of budgets; the message names the file.
   """
-  text = Path(path).read_text(encoding="utf-8")
   try:
-    return HeadBudgets.from_dict(json.loads(text))
-  except ValueError as error:  # json.JSONDecodeError is one.
-    raise ValueError(f"{path} holds no head budgets: {error}") from error
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
+  if isinstance(values, dict):
+    values.pop("calibration", None)  # How the budgets were found.
+  return HeadBudgets.from_dict(values, path=str(path))
 
 
 def split_row(row: HeadRow, parts: int) -> tuple[HeadRow, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from dga_jax.calibration.candidates import label
 from dga_jax.calibration.measuring import SetLoss
 from dga_jax.calibration.run import Calibration, TableRow
-from dga_jax.head_budgets import FULL, HeadBudgets
+from dga_jax.head_budgets import FULL
 
 _HEADER = (
   "| share | cost | full heads | | predicted | budgets | one DGA setting | sinks and window |\n"
@@ -21,7 +21,7 @@ _HEADER = (
 def write_json(result: Calibration, provenance: Mapping[str, Any], path: Path) -> None:
   """Writes the budgets, and under "calibration" what they were calibrated with and the losses.
 
-  The file appears when it is complete. `read_budgets` reads it.
+  The file appears when it is complete. `dga_jax.head_budgets.read_head_budgets` reads it.
 
   Args:
     result: of the calibration.
@@ -49,22 +49,6 @@ def write_json(result: Calibration, provenance: Mapping[str, Any], path: Path) -
   partial = path.with_name(f"{path.name}.partial")
   partial.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
   partial.replace(path)
-
-
-def read_budgets(path: str | Path) -> HeadBudgets:
-  """The budgets in a file of `write_json` or of `HeadBudgets.to_json`.
-
-  Raises:
-    OSError: the file cannot be read.
-    ValueError: it is not JSON, or its content is not that of budgets.
-  """
-  try:
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-  if isinstance(values, dict):
-    values.pop("calibration", None)
-  return HeadBudgets.from_dict(values, path=str(path))
 
 
 def table(result: Calibration) -> str:

@@ -14,9 +14,9 @@ from dga_jax.calibration.candidates import entries, make_grid
 from dga_jax.calibration.correction import Corrected
 from dga_jax.calibration.measuring import HeadRises, SetLoss
 from dga_jax.calibration.plot import plot_budgets
-from dga_jax.calibration.report import read_budgets, table, write_json
+from dga_jax.calibration.report import table, write_json
 from dga_jax.calibration.run import Calibration, Goal, make_budgets, TableRow
-from dga_jax.head_budgets import FULL
+from dga_jax.head_budgets import FULL, read_head_budgets
 from tests.dga_jax.evaluation import tiny
 
 ROOT = Path(__file__).parents[3]
@@ -63,7 +63,7 @@ def test_the_file_is_read_back(tmp_path: Path) -> None:
   path = tmp_path / "new" / "budgets.json"
   result = calibration()
   write_json(result, {"length": 1024, "share": 0.5}, path)
-  assert read_budgets(path) == result.budgets
+  assert read_head_budgets(path) == result.budgets
   assert [one.name for one in path.parent.iterdir()] == ["budgets.json"]
   stored = json.loads(path.read_text())["calibration"]
   assert (stored["length"], stored["share"], stored["cost"]) == (1024, 0.5, 0.44)
@@ -72,7 +72,7 @@ def test_the_file_is_read_back(tmp_path: Path) -> None:
   assert stored["table"][0]["budgets"]["found"] == 3
   np.testing.assert_array_equal(stored["rise_of_text_loss"], result.rises.text)
   path.write_text(result.budgets.to_json())
-  assert read_budgets(path) == result.budgets
+  assert read_head_budgets(path) == result.budgets
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_other_files_are_refused(content: str, message: str, tmp_path: Path) -> 
   path = tmp_path / "budgets.json"
   path.write_text(content)
   with pytest.raises(ValueError, match=message):
-    read_budgets(path)
+    read_head_budgets(path)
 
 
 def test_the_table_shows_ratios_of_perplexity() -> None:
@@ -141,7 +141,7 @@ def test_the_command(tmp_path: Path) -> None:
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith("Dense: perplexity ")
   assert done.stdout.split()[-2:] == [f"{tmp_path}/b.json", f"{tmp_path}/b.png"]
-  budgets = read_budgets(tmp_path / "b.json")
+  budgets = read_head_budgets(tmp_path / "b.json")
   assert (budgets.num_layers, budgets.num_kv_heads) == (2, 2)
   keys = [entries(budgets.setting(layer, head), 256) for layer in (0, 1) for head in (0, 1)]
   stored = json.loads((tmp_path / "b.json").read_text())["calibration"]
