@@ -30,7 +30,7 @@ class SelfAttention(nn.Module):
 module = SelfAttention(DGAConfig(selection="streaming", group_size=14, focal_per_block=2))
 states = jax.random.normal(jax.random.key(0), (2, 512, 128))
 lengths = jnp.array([512, 300])
-params = module.init(jax.random.key(1), states, lengths)
+params = jax.jit(module.init)(jax.random.key(1), states, lengths)
 
 
 @jax.jit

@@ -46,7 +46,8 @@ for position in range(512, 520):
   out, cache = step(params, states[:, position : position + 1], cache)
   outputs.append(out)
 
-whole = dynamic_group_attention(*project(params, states), config=config)
+attend = jax.jit(functools.partial(dynamic_group_attention, config=config))
+whole = attend(*project(params, states))
 difference = jnp.abs(jnp.concatenate(outputs, axis=1) - whole).max()
 entries = cache_size(config=config, max_length=520).total
 print(f"{entries} cache entries for 520 tokens; largest difference to attention over the whole:")
