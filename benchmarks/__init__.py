@@ -1,1 +1,1 @@
-"""One module per table of the README; `./workspace bench NAME` runs it."""
+"""One module per section of docs/benchmarks.md; `./workspace bench NAME` runs it."""

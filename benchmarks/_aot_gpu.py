@@ -1,7 +1,8 @@
-"""Programs compiled for an H100 on a machine without one, and run on one later.
+"""Ahead-of-time compilation for an H100 on a machine without a GPU.
 
-Compiling these kernels takes minutes. Done ahead, the time of a GPU goes into measuring alone. The
-machine that compiles needs jax-cuda13-plugin and jax-cuda13-pjrt of the version that runs.
+Compiling the kernels takes minutes. Programs compiled ahead of time let the GPU spend its time on
+measurements only. The compiling machine needs the packages jax-cuda13-plugin and jax-cuda13-pjrt in
+the version of the machine that runs the programs.
 """
 
 import functools
@@ -19,14 +20,14 @@ _TARGET = pathlib.Path(__file__).with_name("h100_target.txtpb")
 
 
 def abstract_mesh(devices: int = 1) -> AbstractMesh:
-  """H100s, described and absent, along one axis "heads"."""
+  """An abstract mesh of H100s with one axis named "heads", for compiling without the hardware."""
   device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
   return AbstractMesh((devices,), ("heads",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 @functools.cache
-def h100() -> Any:
-  """One, absent."""
+def h100_device() -> Any:
+  """The device of an H100 topology description, for compiling without the hardware."""
   return topologies.get_topology_desc(
     platform="cuda",
     topology_name="h100",
@@ -36,57 +37,68 @@ def h100() -> Any:
 
 
 def compile_for_h100(function: Callable[..., Any], *args: Any) -> Any:
-  """Machine code for sm_90a; raises where a kernel overflows shared memory."""
-  sharding = SingleDeviceSharding(h100())
-  placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+  """Compiles a function to sm_90a machine code.
+
+  The compiler's error is raised when a kernel needs more shared memory than an SM has.
+
+  Args:
+    function: the function to compile.
+    args: arrays or `jax.ShapeDtypeStruct`s with the shapes and dtypes of its arguments.
+  """
+  sharding = SingleDeviceSharding(h100_device())
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
-    lowered = jax.jit(function).lower(*placed)
+    lowered = jax.jit(function).lower(*shapes)
   return lowered.compile()
 
 
-def prepare(
+def jit_or_load(
   name: str,
   run: Callable[..., Any],
-  draw: Callable[..., Any],
+  make_inputs: Callable[..., Any],
   *,
-  drawn: str,
+  inputs_name: str,
   folder: str | None,
   compile_now: bool,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-  """A contender and what draws its inputs from a random key, ready to run.
+  """Returns callables for a benchmarked function and for the function that makes its inputs.
 
   Args:
-    name: of the contender's file in the folder.
-    run: the contender.
-    draw: draws its arguments.
-    drawn: name of the drawing program's file, which contenders may share.
-    folder: of compiled programs; None compiles for the device at hand when first called.
-    compile_now: compiles what the folder lacks, instead of loading from it.
+    name: file name of the compiled `run` in the folder.
+    run: the benchmarked function.
+    make_inputs: returns the arguments of `run` as a tuple, from a random key.
+    inputs_name: file name of the compiled `make_inputs`. Several programs may share it.
+    folder: the folder of compiled programs. None uses `jax.jit` for the current device.
+    compile_now: compile and save the programs that the folder lacks, instead of loading them.
   """
   if folder is None:
-    return jax.jit(run), jax.jit(draw)
-  run_path, draw_path = pathlib.Path(folder) / name, pathlib.Path(folder) / drawn
+    return jax.jit(run), jax.jit(make_inputs)
+  run_path, inputs_path = pathlib.Path(folder) / name, pathlib.Path(folder) / inputs_name
   if not compile_now:
-    return load(run_path), load(draw_path)
+    return load_compiled(run_path), load_compiled(inputs_path)
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = jax.ShapeDtypeStruct(key.shape, key.dtype)
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
-    inputs = jax.eval_shape(draw, key)
-  for path, function, args in ((run_path, run, inputs), (draw_path, draw, (key,))):
+    inputs = jax.eval_shape(make_inputs, key)
+  for path, function, args in ((run_path, run, inputs), (inputs_path, make_inputs, (key,))):
     if not path.exists():
-      store(path, compile_for_h100(function, *args))
-  return run, draw
+      save_compiled(path, compile_for_h100(function, *args))
+  return run, make_inputs
 
 
-def store(path: pathlib.Path, compiled: Any) -> None:
-  """Writes a compiled program."""
+def save_compiled(path: pathlib.Path, compiled: Any) -> None:
+  """Writes a compiled program to a file."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_bytes(pickle.dumps(serialize(compiled)))
 
 
-def load(path: pathlib.Path) -> Callable[..., Any]:
-  """The program of `store`, on this machine's GPU. Load what you have written yourself alone."""
-  from jax.experimental.mosaic.gpu import core  # its programs look for the library this names
+def load_compiled(path: pathlib.Path) -> Callable[..., Any]:
+  """Loads a program that `save_compiled` wrote, onto this machine's GPU.
+
+  The file is a pickle, so load only files that you wrote yourself.
+  """
+  # Importing this module sets the path of the library that Mosaic GPU programs load.
+  from jax.experimental.mosaic.gpu import core
 
   del core
   program: Callable[..., Any] = deserialize_and_load(*pickle.loads(path.read_bytes()))

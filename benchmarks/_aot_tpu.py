@@ -1,4 +1,4 @@
-"""Programs compiled for TPUs on a machine without one. Needs libtpu: `jax[tpu]`."""
+"""Ahead-of-time compilation for TPUs on a machine without a TPU. Needs libtpu (`jax[tpu]`)."""
 
 import dataclasses
 import os
@@ -12,11 +12,17 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSha
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A kind of TPU, described and absent."""
+  """A TPU generation as a compilation target.
 
-  topology: str  # the smallest that libtpu compiles for
+  Attributes:
+    topology: name of the smallest topology that libtpu compiles for.
+    kind: JAX's `device_kind` of the chip.
+    cores: TensorCores that one program runs on.
+  """
+
+  topology: str
   kind: str
-  cores: int = 1  # that one program sees
+  cores: int = 1
 
 
 CHIPS = {
@@ -28,14 +34,14 @@ CHIPS = {
 
 
 def abstract_mesh(kind: str = "TPU v5 lite", *, cores: int = 1, devices: int = 1) -> AbstractMesh:
-  """TPUs along one axis "heads"."""
+  """An abstract mesh of TPUs with one axis named "heads", for compiling without the hardware."""
   device = AbstractDevice(device_kind=kind, num_cores=cores, platform="tpu")
   return AbstractMesh((devices,), ("heads",), axis_types=(AxisType.Auto,), abstract_device=device)
 
 
 def topology_devices(chip: str = "v5e") -> Sequence[jax.Device]:
-  """The devices, absent, of the smallest topology of a chip in CHIPS."""
-  # libtpu looks for the host of a TPU, and refuses a second process, unless told otherwise.
+  """The devices of the topology description of a chip in CHIPS."""
+  # By default libtpu queries the metadata server of a TPU host and allows one process per host.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
   topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
@@ -45,16 +51,18 @@ def topology_devices(chip: str = "v5e") -> Sequence[jax.Device]:
 def compile_for_tpu(
   function: Callable[..., Any], *args: Any, chip: str = "v5e", **jit_options: Any
 ) -> jax.stages.Compiled:
-  """A program for one chip; raises where a kernel overflows its VMEM.
+  """Compiles a function for one TPU chip.
+
+  The compiler's error is raised when a kernel needs more VMEM than the chip has.
 
   Args:
-    function: what to compile.
-    args: shapes of its arguments.
+    function: the function to compile.
+    args: arrays or `jax.ShapeDtypeStruct`s with the shapes and dtypes of its arguments.
     chip: a name in CHIPS.
-    jit_options: such as donate_argnums.
+    jit_options: keyword arguments of `jax.jit`, for example donate_argnums.
   """
   sharding = SingleDeviceSharding(topology_devices(chip)[0])
-  placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
   with jax.sharding.use_abstract_mesh(abstract_mesh(CHIPS[chip].kind, cores=CHIPS[chip].cores)):
-    lowered = jax.jit(function, **jit_options).trace(*placed).lower(lowering_platforms=("tpu",))
+    lowered = jax.jit(function, **jit_options).trace(*shapes).lower(lowering_platforms=("tpu",))
   return lowered.compile()

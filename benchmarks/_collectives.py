@@ -1,4 +1,4 @@
-"""What GPUs did in a profile, collectives apart from the rest; and what went over NVLink."""
+"""GPU time in NCCL collectives and in other kernels from a profile, and NVLink byte counters."""
 
 import collections
 import dataclasses
@@ -17,13 +17,13 @@ type Interval = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-  """Seconds of the GPUs over the profiled time, the mean of all of them.
+  """GPU seconds within a profile, averaged over the GPUs.
 
   Attributes:
-    busy: any kernel runs.
-    collectives: a kernel of NCCL runs.
-    exposed: a kernel of NCCL runs and no other.
-    kernels: kernels that took longest, by name, with the seconds of each.
+    busy: time in which at least one kernel runs.
+    collectives: time in which at least one NCCL kernel runs.
+    exposed: time in which NCCL kernels run and no other kernel does.
+    kernels: seconds by kernel name, longest first.
   """
 
   busy: float
@@ -33,10 +33,10 @@ class Profile:
 
 
 def take_profile(run: Callable[[], Any]) -> Profile:
-  """Profiles a call to its end.
+  """Profiles one call, including the device work that it starts.
 
   Raises:
-    RuntimeError: the profile holds no kernels of a GPU.
+    RuntimeError: the profile contains no GPU kernels.
   """
   options = jax.profiler.ProfileOptions()
   options.python_tracer_level = options.host_tracer_level = 0
@@ -48,38 +48,42 @@ def take_profile(run: Callable[[], Any]) -> Profile:
 
 
 def read_profile(data: ProfileData) -> Profile:
-  """See `take_profile`."""
-  devices = [plane for plane in data.planes if plane.name.startswith("/device:GPU:")]
-  parts = [part for part in map(_read_device, devices) if part.busy]
-  if not parts:
-    raise RuntimeError("The profile holds no kernels of a GPU (is CUPTI installed?).")
+  """Averages the kernel times of all GPUs in a profile.
+
+  Raises:
+    RuntimeError: the profile contains no GPU kernels.
+  """
+  planes = [plane for plane in data.planes if plane.name.startswith("/device:GPU:")]
+  gpus = [gpu for gpu in map(_read_device, planes) if gpu.busy]
+  if not gpus:
+    raise RuntimeError("The profile contains no GPU kernels. Check that CUPTI is installed.")
   kernels: collections.Counter[str] = collections.Counter()
-  for part in parts:
-    kernels.update({name: seconds / len(parts) for name, seconds in part.kernels.items()})
+  for gpu in gpus:
+    kernels.update({name: seconds / len(gpus) for name, seconds in gpu.kernels.items()})
 
   def mean(name: str) -> float:
-    return sum(getattr(part, name) for part in parts) / len(parts)
+    return sum(getattr(gpu, name) for gpu in gpus) / len(gpus)
 
   return Profile(mean("busy"), mean("collectives"), mean("exposed"), dict(kernels.most_common()))
 
 
 def _read_device(plane: Any) -> Profile:
-  sent: list[Interval] = []
-  computed: list[Interval] = []
+  nccl: list[Interval] = []
+  compute: list[Interval] = []
   kernels: collections.Counter[str] = collections.Counter()
   for line in plane.lines:
-    if not line.name.startswith("Stream"):  # Other lines say the same again, by operation.
+    if not line.name.startswith("Stream"):  # Other lines repeat the kernels under HLO names.
       continue
     for event in line.events:
       interval = (event.start_ns, event.start_ns + event.duration_ns)
-      (sent if "nccl" in event.name.lower() else computed).append(interval)
+      (nccl if "nccl" in event.name.lower() else compute).append(interval)
       kernels[event.name] += event.duration_ns / 1e9
-  busy, other = _length([*sent, *computed]), _length(computed)
-  return Profile(busy / 1e9, _length(sent) / 1e9, (busy - other) / 1e9, dict(kernels))
+  busy, computing = _union_length([*nccl, *compute]), _union_length(compute)
+  return Profile(busy / 1e9, _union_length(nccl) / 1e9, (busy - computing) / 1e9, dict(kernels))
 
 
-def _length(intervals: Iterable[Interval]) -> float:
-  """Of the union."""
+def _union_length(intervals: Iterable[Interval]) -> float:
+  """Length of the union of the intervals."""
   total, end = 0.0, float("-inf")
   for first, last in sorted(intervals):
     total += max(0.0, last - max(first, end))
@@ -87,20 +91,25 @@ def _length(intervals: Iterable[Interval]) -> float:
   return total
 
 
-def nvlink_received(device: int = 0) -> float | None:
-  """Bytes that a GPU has received over NVLink so far, by its counters; None if they are not told.
+def nvlink_received_bytes(device: int = 0) -> float | None:
+  """Reads the NVLink counters of a GPU: bytes received since they were last reset.
 
-  nvidia-smi numbers all GPUs of the host, so CUDA_VISIBLE_DEVICES must not hide some.
+  Args:
+    device: nvidia-smi's number of the GPU. It equals JAX's number only if CUDA_VISIBLE_DEVICES
+      hides no GPU.
+
+  Returns:
+    None if nvidia-smi is missing, fails or prints no counters.
   """
   command = ["nvidia-smi", "nvlink", "-gt", "d", "-i", str(device)]
   try:
-    told = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
   except (OSError, subprocess.SubprocessError):
     return None
-  return nvlink_bytes(told)
+  return parse_nvlink_bytes(done.stdout)
 
 
-def nvlink_bytes(told: str) -> float | None:
-  """Sum over the links of what nvidia-smi says, "Link 0: Data Rx: 123 KiB"."""
-  found = re.findall(r"Data Rx: (\d+) KiB", told)
+def parse_nvlink_bytes(text: str) -> float | None:
+  """Sums nvidia-smi's lines "Link 0: Data Rx: 123 KiB" over the links; None without such a line."""
+  found = re.findall(r"Data Rx: (\d+) KiB", text)
   return sum(map(int, found)) * 1024.0 if found else None

@@ -16,7 +16,7 @@ from pallas_kernels.grouped_attention import KVSources
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """One row of a table: batch 1, L queries, H query heads, N KV heads, head dim D."""
+  """Sizes of one benchmark: batch 1, L tokens, H query heads, N KV heads, head dim D."""
 
   L: int
   H: int
@@ -25,7 +25,7 @@ class Shape:
   dtype: str = "bfloat16"
 
   def tokens(self, key: Array) -> tuple[Array, Array, Array]:
-    """Query, key and value."""
+    """Random query [1, L, H, D], key and value [1, L, N, D]."""
     keys = jax.random.split(key, 3)
     heads = (self.H, self.N, self.N)
     q, k, v = (
@@ -35,12 +35,12 @@ class Shape:
     return q, k, v
 
   def sources(self, config: DGAConfig, key: Array) -> tuple[Array, KVSources]:
-    """The query and the sources of `grouped_attention`, as the op makes them from tokens."""
+    """The arguments of `grouped_attention` that the op computes from random tokens."""
     return merge(config, *self.tokens(key))
 
 
 def merge(config: DGAConfig, query: Array, key: Array, value: Array) -> Merged:
-  """The arguments of `grouped_attention` for whole rows of tokens."""
+  """The arguments of `grouped_attention`: the query and its KVSources, for unpadded sequences."""
   metadata = prepare(find_documents(query.shape[0], query.shape[1], None, None), config)
   return merge_tokens(query, key, value, metadata)
 
@@ -51,6 +51,6 @@ def mean_visible(sources: KVSources) -> float:
 
 
 def with_gradients(attention: Callable[..., Array], query: Array, sources: KVSources) -> Any:
-  """The output, and the gradients of the query, keys and values for it as its own cotangent."""
+  """The output, and the gradients of the query and the KV sources. The cotangent is the output."""
   out, pull = jax.vjp(lambda q, kv: attention(q, sources.with_kv(kv)), query, sources.kv)
   return out, pull(out)

@@ -1,4 +1,4 @@
-"""Timing on an accelerator: as `benchmarks.timing`, with calls queued and inputs per contender."""
+"""Timing on an accelerator: queued calls, and separate inputs for each program."""
 
 import dataclasses
 import time
@@ -11,41 +11,41 @@ from benchmarks.timing import Times
 
 
 @dataclasses.dataclass(frozen=True)
-class Contender:
-  """A compiled function and what draws its inputs from a random key."""
+class TimedProgram:
+  """A compiled function, and a function that makes its arguments from a random key."""
 
   run: Callable[..., Any]
-  draw: Callable[[jax.Array], tuple[Any, ...]]
+  make_inputs: Callable[[jax.Array], tuple[Any, ...]]
 
 
 def compare[Name](
-  contenders: dict[Name, Contender], *, rounds: int, repeats: int, seed: int
+  programs: dict[Name, TimedProgram], *, rounds: int, repeats: int, seed: int
 ) -> tuple[dict[Name, Times], dict[Name, str]]:
-  """Times every contender once a round, each time on new random inputs.
+  """Times the programs in alternating rounds, each round on new random inputs.
 
-  A sample is `repeats` calls queued one after the other, divided by their number, so that the
-  host's part hides behind the device's.
+  One sample is the time of `repeats` queued calls divided by `repeats`. Queued calls hide the
+  host's dispatch time behind the device's work.
 
   Returns:
-    Seconds of one call by name, and by name why a contender does not run here.
+    Seconds of one call by name, and the error message of each program that this device cannot run.
   """
   samples: dict[Name, list[float]] = {}
   refused: dict[Name, str] = {}
-  for name, contender in contenders.items():
+  for name, program in programs.items():
     try:
-      jax.block_until_ready(contender.run(*contender.draw(jax.random.key(seed))))
+      jax.block_until_ready(program.run(*program.make_inputs(jax.random.key(seed))))
       samples[name] = []
     except (AssertionError, NotImplementedError, RuntimeError, ValueError) as reason:
       refused[name] = (str(reason).splitlines() or [type(reason).__name__])[0]
   for number in range(rounds):
     for name, times in samples.items():
-      inputs = contenders[name].draw(jax.random.key(seed + 1 + number))
+      inputs = programs[name].make_inputs(jax.random.key(seed + 1 + number))
       jax.block_until_ready(inputs)
       start = time.perf_counter()
       for _ in range(repeats):
-        out = contenders[name].run(*inputs)
+        out = programs[name].run(*inputs)
       jax.block_until_ready(out)
       times.append((time.perf_counter() - start) / repeats)
       del out, inputs
-  timings = {name: Times.of(times) for name, times in samples.items()}
+  timings = {name: Times.from_samples(times) for name, times in samples.items()}
   return timings, refused

@@ -1,4 +1,7 @@
-"""The variants that benchmarks/quality.py compares; names up to the first comma are methods."""
+"""The variants that benchmarks/quality.py compares.
+
+The part of a variant's name before the first comma is the method. Plots draw one line per method.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,9 +10,9 @@ from dga_jax.cache import cache_size
 from dga_jax.config import DGAConfig
 from dga_jax.evaluation.variants import Variant
 
-SHARES = (0.125, 0.25, 0.5)
+SHARES = (0.125, 0.25, 0.5)  # Cache sizes, as a share of all keys.
 SINKS = 4
-RAW_TOKENS = 288  # of the local window, 16 blocks of m = 16
+RAW_TOKENS = 288  # Tokens of the local window: 16 blocks of 16 + 2 tokens.
 _DENSE_PROMPT = {"dense_prompt": True}
 _BASELINES: dict[str, dict[str, Any]] = {
   "sliding window": {"attention": "sliding_window"},
@@ -17,7 +20,7 @@ _BASELINES: dict[str, dict[str, Any]] = {
   "LM-Infinite": {"attention": "lm_infinite"},
   "top-k eviction": {"attention": "top_k_eviction"},
   "KV merging": {"attention": "kv_merger"},
-  # As published: the prompt costs what dense attention costs, and all of it votes.
+  # The published methods: dense attention over the prompt, whose queries all score the keys.
   "top-k eviction after a dense prompt": {
     "attention": "top_k_eviction", "top_k_eviction": _DENSE_PROMPT,
   },
@@ -26,7 +29,7 @@ _BASELINES: dict[str, dict[str, Any]] = {
 
 
 def core(length: int) -> Iterator[Variant]:
-  """Dense attention, and every method at a quarter of the keys."""
+  """Dense attention, and each method at a quarter of the keys."""
   yield Variant("dense", {"attention": "dense"})
   yield from _baselines(0.25)
   yield Variant("MInference, 25 % attended", {"attention": "minference"}, 0.25)
@@ -34,16 +37,16 @@ def core(length: int) -> Iterator[Variant]:
   yield dga_global(16, 0.1)
 
 
-def shares(length: int) -> Iterator[Variant]:
-  """The other points of the lines against the share of keys."""
+def other_shares(length: int) -> Iterator[Variant]:
+  """Each method at the shares of SHARES other than a quarter."""
   for share in SHARES:
     if share != 0.25:
       yield from _baselines(share)
       yield from _streaming(length, share)
 
 
-def papers(length: int) -> Iterator[Variant]:
-  """Every baseline at its paper's setting."""
+def paper_settings(length: int) -> Iterator[Variant]:
+  """Each baseline with the settings of its paper."""
   del length
   for name, overrides in (_BASELINES | {"MInference": {"attention": "minference"}}).items():
     yield Variant(f"{name}, paper", overrides)
@@ -54,7 +57,7 @@ def grid(length: int) -> Iterator[Variant]:
   del length
   for m in (4, 8, 16):
     for rate in (0.1, 0.2):
-      # At m = 4 both rates keep one focal token of a block.
+      # At m = 4 both rates keep one focal token per block.
       if (m, rate) != (4, 0.2):
         yield dga_streaming(m, rate)
       if (m, rate) != (16, 0.1):
@@ -62,7 +65,7 @@ def grid(length: int) -> Iterator[Variant]:
 
 
 def switches(length: int) -> Iterator[Variant]:
-  """m = 16, γ = 0.1 with one switch turned."""
+  """DGA at m = 16, γ = 0.1 with one or two settings changed."""
   del length
   yield dga_streaming(16, 0.1, raw=0)
   yield dga_streaming(16, 0.1, raw=72)
@@ -75,10 +78,10 @@ def switches(length: int) -> Iterator[Variant]:
   yield dga_global(16, 0.1, sinks=0)
 
 
-def long(length: int) -> Iterator[Variant]:
-  """A few methods beyond the model's context."""
+def long_context(length: int) -> Iterator[Variant]:
+  """The variants for sequences beyond the context that the model was trained on."""
   yield Variant("dense", {"attention": "dense"})
-  yield from (one for one in _baselines(0.25) if "sliding" not in one.name)
+  yield from (variant for variant in _baselines(0.25) if "sliding" not in variant.name)
   yield from _streaming(length, 0.25)
   yield dga_global(16, 0.1)
 
@@ -86,27 +89,37 @@ def long(length: int) -> Iterator[Variant]:
 def dga_streaming(
   m: int, rate: float, *, raw: int = RAW_TOKENS, sinks: int = SINKS, **switches: str
 ) -> Variant:
-  """Streaming selection with about `raw` raw tokens before the query's own block."""
+  """Streaming selection with a local window of about `raw` tokens before the query's block."""
   config = DGAConfig(
     selection="streaming", group_size=m, importance_rate=rate, sink_tokens=sinks,
     local_window=round(raw / DGAConfig(group_size=m, importance_rate=rate).block_size),
     **_switches(switches),
   )  # fmt: skip
   name = f"DGA streaming, m={m} γ={rate} raw={raw}" + _suffix(sinks, switches)
-  return Variant(name, {"attention": "dga", "dga": _changed(config)})
+  return Variant(name, {"attention": "dga", "dga": _non_default_fields(config)})
 
 
 def dga_global(m: int, rate: float, *, sinks: int = SINKS, **switches: str) -> Variant:
-  """Global selection without a floor on focal tokens."""
+  """Global selection with min_focal_tokens = 0."""
   config = DGAConfig(
     group_size=m, importance_rate=rate, min_focal_tokens=0, sink_tokens=sinks, **_switches(switches)
   )
   name = f"DGA global, m={m} γ={rate}" + _suffix(sinks, switches)
-  return Variant(name, {"attention": "dga", "dga": _changed(config)})
+  return Variant(name, {"attention": "dga", "dga": _non_default_fields(config)})
 
 
-def at_share(length: int, share: float, m: int, focal: int) -> DGAConfig | None:
-  """Streaming with a local window that fills `share` of the keys; None if summaries alone do."""
+def config_at_share(length: int, share: float, m: int, focal: int) -> DGAConfig | None:
+  """Streaming selection with the longest local window whose cache is `share` of the keys.
+
+  Args:
+    length: tokens of the sequence.
+    share: size of the cache, as a share of `length`.
+    m: group size.
+    focal: focal tokens per block.
+
+  Returns:
+    None if the cache exceeds the share even without a local window.
+  """
   config = DGAConfig(
     selection="streaming", group_size=m, focal_per_block=focal, sink_tokens=SINKS, local_window=0
   )
@@ -126,12 +139,12 @@ def _baselines(share: float) -> Iterator[Variant]:
 
 
 def _streaming(length: int, share: float) -> Iterator[Variant]:
-  """DGA with as long a raw window as the share leaves room for."""
+  """DGA at several block sizes, with the longest local window that the share allows."""
   for m, focal in ((16, 1), (16, 2), (30, 2), (62, 2), (126, 2), (16, 6)):
-    config = at_share(length, share, m, focal)
+    config = config_at_share(length, share, m, focal)
     if config is not None:
       name = f"DGA {m}+{focal} and window, {share:.3g}"
-      yield Variant(name, {"attention": "dga", "dga": _changed(config)})
+      yield Variant(name, {"attention": "dga", "dga": _non_default_fields(config)})
 
 
 def _switches(switches: dict[str, str]) -> dict[str, Any]:
@@ -140,11 +153,11 @@ def _switches(switches: dict[str, str]) -> dict[str, Any]:
 
 
 def _suffix(sinks: int, switches: dict[str, str]) -> str:
-  named = "".join(f" {name}={value}" for name, value in switches.items())
-  return ("" if sinks == SINKS else f" sinks={sinks}") + named
+  text = "".join(f" {name}={value}" for name, value in switches.items())
+  return ("" if sinks == SINKS else f" sinks={sinks}") + text
 
 
-def _changed(config: DGAConfig) -> dict[str, Any]:
-  """The fields that differ from the defaults."""
+def _non_default_fields(config: DGAConfig) -> dict[str, Any]:
+  """The fields of the config that differ from the defaults."""
   default = DGAConfig()
   return {name: value for name, value in vars(config).items() if value != getattr(default, name)}

@@ -1,4 +1,4 @@
-"""Dynamic Group Attention against the fastest dense attention, on a GPU.
+"""Dynamic Group Attention and cuDNN's dense causal attention on a GPU.
 
     ./workspace bench attention --lengths=8192,16384,32768,131072
     ./workspace bench attention --lengths=32768 --kv_heads=32 --backward
@@ -6,13 +6,15 @@
     ./workspace bench attention --selection=streaming --group_size=126 --focal_per_block=2 \
       --sink_tokens=4 --local_window=8 --lengths=32768,131072
 
-Batch 1. One row a contender: milliseconds (median, lowest, highest
-of the rounds, each on new random inputs), how many times faster than cuDNN's dense causal
-attention in the same process. "op" is all of it; "summaries" is what comes before attention:
-importance, selection, reordering and merging; "kernel" is attention alone, with its rate for
-4·D·H·L·(mean number of keys that a query attends to) operations, 9/2 of it with the backward pass.
+Batch 1. Each table row shows one program: the median, minimum and maximum milliseconds over the
+rounds, each on new random inputs, and the speed-up over cuDNN's dense causal attention in the same
+process.
 
-Compiling takes longer than measuring. It can be done ahead, on a machine without a GPU:
+"op" is the whole op. "summaries" is the part before attention: importance, selection, reordering
+and merging. "kernel" is attention alone. The rate of "kernel" counts 4·D·H·L·(mean number of keys
+that a query attends to) operations, and 9/2 of that for both passes.
+
+Compilation takes longer than measurement. It also runs on a machine without a GPU:
 
     ./workspace bench attention --lengths=32768 --compile_to=runs/programs
     ./workspace bench attention --lengths=32768 --compiled=runs/programs    # on the GPU
@@ -30,7 +32,7 @@ from tqdm import tqdm
 
 from benchmarks import _aot_gpu
 from benchmarks._inputs import mean_visible, merge, Shape, with_gradients
-from benchmarks._paired_timing import compare, Contender
+from benchmarks._paired_timing import compare, TimedProgram
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig, dynamic_group_attention
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
@@ -39,107 +41,124 @@ _LENGTHS = flags.DEFINE_list("lengths", ["8192", "16384", "32768"], "sequence le
 _HEADS = flags.DEFINE_integer("heads", 32, "query heads")
 _KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "head dim")
-_MIN_FOCAL = flags.DEFINE_integer("min_focal_tokens", 0, "floor on focal tokens (global selection)")
+_MIN_FOCAL = flags.DEFINE_integer(
+  "min_focal_tokens", 0, "minimum number of focal tokens (global selection)"
+)
 _GROUP_SIZE = flags.DEFINE_integer("group_size", 16, "m, tokens in a group")
 _FOCAL_PER_BLOCK = flags.DEFINE_integer(
-  "focal_per_block", None, "f, focal tokens of a streaming block; default: a tenth of m"
+  "focal_per_block", None, "f, focal tokens in a streaming block; default: m / 10"
 )
-_SINKS = flags.DEFINE_integer("sink_tokens", 0, "first tokens that stay focal")
-_LOCAL_WINDOW = flags.DEFINE_integer("local_window", 0, "raw blocks before the query (streaming)")
+_SINKS = flags.DEFINE_integer("sink_tokens", 0, "first tokens that are always focal")
+_LOCAL_WINDOW = flags.DEFINE_integer(
+  "local_window", 0, "blocks before the query's block that it sees unmerged (streaming)"
+)
 _SELECTIONS = flags.DEFINE_multi_enum(
   "selection",
   ["streaming", "global"],
   ["streaming", "global", "random"],
-  "selections; random spreads focal tokens evenly",
+  "selection modes; random spreads focal tokens evenly",
 )
-_BACKWARD = flags.DEFINE_bool("backward", False, "time forward and backward instead of forward")
+_BACKWARD = flags.DEFINE_bool("backward", False, "time both passes instead of the forward pass")
 _IMPLEMENTATIONS = flags.DEFINE_list(
-  "implementations", ["mosaic_gpu"], "implementations of grouped attention; also triton"
+  "implementations",
+  ["mosaic_gpu"],
+  "implementations of grouped attention: mosaic_gpu, triton",
 )
-_PARTS = flags.DEFINE_list("parts", ["op", "summaries", "kernel"], "what to time")
-_EXAMPLE = flags.DEFINE_bool("example", True, "also time JAX's Mosaic GPU example (forward)")
-_ROUNDS = flags.DEFINE_integer("rounds", 11, "samples of each contender")
-_REPEATS = flags.DEFINE_integer("repeats", 20, "calls in a sample")
-_SEED = flags.DEFINE_integer("seed", 0, "of the random inputs")
-_COMPILE_TO = flags.DEFINE_string("compile_to", None, "compile into this folder, and stop")
-_COMPILED = flags.DEFINE_string("compiled", None, "folder of what --compile_to compiled")
+_PARTS = flags.DEFINE_list(
+  "parts", ["op", "summaries", "kernel"], "parts to time: op, summaries, kernel"
+)
+_EXAMPLE = flags.DEFINE_bool(
+  "example", True, "also time the attention example of JAX's Mosaic GPU (forward pass only)"
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 11, "samples of each program")
+_REPEATS = flags.DEFINE_integer("repeats", 20, "queued calls in one sample")
+_SEED = flags.DEFINE_integer("seed", 0, "seed of the random inputs")
+_COMPILE_TO = flags.DEFINE_string(
+  "compile_to", None, "only compile the programs for an H100, into this folder"
+)
+_COMPILED = flags.DEFINE_string(
+  "compiled", None, "load the programs from this folder, which --compile_to wrote"
+)
 
-_PEER = "cuDNN dense"
+_BASELINE = "cuDNN dense"
 _EXAMPLE_NAME = "JAX's Mosaic GPU example"
 
 
 def main(argv: list[str]) -> None:
-  """Prints a table for every length."""
+  """Prints one table for each length."""
   del argv
   passes = "forward + backward" if _BACKWARD.value else "forward"
   shapes = [Shape(int(L), _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value) for L in _LENGTHS.value]
   if _COMPILE_TO.value is not None:
     for shape in shapes:
-      for name, (run, draw) in tqdm(_contenders(shape).items(), desc=str(shape)):
-        _prepare(shape, name, run, draw)
+      for name, (run, make_inputs) in tqdm(
+        _functions(shape).items(), desc=str(shape), disable=None
+      ):
+        _jit_or_load(shape, name, run, make_inputs)
     return
   print(environment())
   print(passes)
   for selection in _SELECTIONS.value:
     print(_config(selection))
   for shape in shapes:
-    print(f"\n{shape}\n| contender | ms | lowest to highest | times cuDNN | TFLOP/s |")
+    print(f"\n{shape}\n| program | ms | minimum to maximum | times cuDNN | TFLOP/s |")
     print("| --- | --- | --- | --- | --- |")
-    contenders = {
-      name: Contender(*_prepare(shape, name, run, draw))
-      for name, (run, draw) in _contenders(shape).items()
+    programs = {
+      name: TimedProgram(*_jit_or_load(shape, name, run, make_inputs))
+      for name, (run, make_inputs) in _functions(shape).items()
     }
-    contenders[_PEER] = Contender(
+    programs[_BASELINE] = TimedProgram(
       jax.jit(_with_passes(_dense)), jax.jit(functools.partial(_tokens, shape))
     )
     timings, refused = compare(
-      contenders, rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=_SEED.value
+      programs, rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=_SEED.value
     )
+    baseline = timings.get(_BASELINE)
     for name, times in timings.items():
-      print(_row(shape, name, times, timings.get(_PEER), contenders[name].draw), flush=True)
+      print(_row(shape, name, times, baseline, programs[name].make_inputs), flush=True)
     for name, reason in refused.items():
       print(f"| {name} | does not run: {reason} | | | |")
 
 
-def _prepare(shape: Shape, name: str, run: Any, draw: Any) -> Any:
-  """Compiled when called, or ahead."""
-  drawn = "tokens"
+def _jit_or_load(shape: Shape, name: str, run: Any, make_inputs: Any) -> Any:
+  """`_aot_gpu.jit_or_load` with file names that contain every setting of the program."""
+  inputs_name = "tokens"
   if name == _EXAMPLE_NAME:
-    drawn = "half_tokens"
+    inputs_name = "half_tokens"
   elif name.startswith("kernel"):
-    drawn = f"sources_{name.split(', ')[1]}"
+    inputs_name = f"sources_{name.split(', ')[1]}"
   slug = "".join(c if c.isalnum() else "_" for c in name) + "_both" * _BACKWARD.value
   blocks = f"m{_GROUP_SIZE.value}_f{_FOCAL_PER_BLOCK.value}_s{_SINKS.value}_w{_LOCAL_WINDOW.value}"
   sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}_{blocks}"
-  return _aot_gpu.prepare(
+  return _aot_gpu.jit_or_load(
     f"{sizes}/{slug}",
     run,
-    draw,
-    drawn=f"{sizes}/{drawn}",
+    make_inputs,
+    inputs_name=f"{sizes}/{inputs_name}",
     folder=_COMPILE_TO.value or _COMPILED.value,
     compile_now=_COMPILE_TO.value is not None,
   )
 
 
-def _contenders(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
-  """All but the peer: a function of some arrays and more, and what draws these from a key."""
+def _functions(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+  """The functions to time, without the baseline, and the function that makes the inputs of each."""
   tokens = functools.partial(_tokens, shape)
-  contenders: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
-  if _EXAMPLE.value and not _BACKWARD.value:  # it has no causal backward
-    contenders[_EXAMPLE_NAME] = (_mosaic_gpu_example, functools.partial(_half_tokens, shape))
+  functions: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
+  if _EXAMPLE.value and not _BACKWARD.value:  # The example has no causal backward pass.
+    functions[_EXAMPLE_NAME] = (_mosaic_gpu_example, functools.partial(_half_tokens, shape))
   for selection in _SELECTIONS.value:
     config = _config(selection)
     if "summaries" in _PARTS.value and not _BACKWARD.value:
-      contenders[f"summaries, {selection}"] = (functools.partial(_summaries, config), tokens)
+      functions[f"summaries, {selection}"] = (functools.partial(_summaries, config), tokens)
     for name in _IMPLEMENTATIONS.value:
       op = _with_passes(functools.partial(_op, config, name))
       kernel = functools.partial(_kernel, config, name)
       if "op" in _PARTS.value:
-        contenders[f"op, {selection}, {name}"] = (op, tokens)
+        functions[f"op, {selection}, {name}"] = (op, tokens)
       if "kernel" in _PARTS.value:
-        draw = functools.partial(shape.sources, config)
-        contenders[f"kernel, {selection}, {name}"] = (kernel, draw)
-  return contenders
+        make_sources = functools.partial(shape.sources, config)
+        functions[f"kernel, {selection}, {name}"] = (kernel, make_sources)
+  return functions
 
 
 def _config(selection: Any) -> DGAConfig:
@@ -158,7 +177,7 @@ def _tokens(shape: Shape, key: Array) -> tuple[Any]:
 
 
 def _half_tokens(shape: Shape, key: Array) -> tuple[Any]:
-  """The example's buffers are float16."""
+  """Query, key and value in float16, the only dtype of the Mosaic GPU example."""
   return (tuple(x.astype(jnp.float16) for x in shape.tokens(key)),)
 
 
@@ -179,7 +198,7 @@ def _summaries(config: DGAConfig, arrays: tuple[Array, Array, Array]) -> Any:
   sources = merge(config, *arrays).sources
   if config.selection != "streaming":
     return sources
-  # The window's keys and values are the op's own inputs. Returning them would copy them.
+  # The window's keys and values are the op's inputs, and a returned input would be copied.
   return sources.focal, sources.group, sources.window.start, sources.window.end
 
 
@@ -200,7 +219,7 @@ def _kernel(config: DGAConfig, implementation: str, query: Array, sources: KVSou
 
 
 def _with_passes(function: Callable[..., Array]) -> Callable[..., Any]:
-  """The function itself, or with its gradient in the arrays; the output stands in for its own."""
+  """The function, with gradients under --backward. The output serves as its own cotangent."""
   if not _BACKWARD.value:
     return function
 
@@ -211,15 +230,15 @@ def _with_passes(function: Callable[..., Array]) -> Callable[..., Any]:
   return with_gradient
 
 
-def _row(shape: Shape, name: str, times: Times, peer: Times | None, draw: Any) -> str:
+def _row(shape: Shape, name: str, times: Times, baseline: Times | None, make_inputs: Any) -> str:
   ms = [f"{1e3 * x:.3f}" for x in times]
-  faster = f"{peer.median / times.median:.2f}" if peer else ""
+  speed_up = f"{baseline.median / times.median:.2f}" if baseline else ""
   rate = ""
   if name.startswith("kernel"):
-    seen = mean_visible(draw(jax.random.key(_SEED.value))[1])
-    flops = 4.0 * shape.D * shape.H * shape.L * seen * (4.5 if _BACKWARD.value else 1)
-    rate = f"{flops / times.median / 1e12:.0f} ({seen:.0f} keys a query)"
-  return f"| {name} | {ms[0]} | {ms[1]} to {ms[2]} | {faster} | {rate} |"
+    visible = mean_visible(make_inputs(jax.random.key(_SEED.value))[1])
+    flops = 4.0 * shape.D * shape.H * shape.L * visible * (4.5 if _BACKWARD.value else 1)
+    rate = f"{flops / times.median / 1e12:.0f} ({visible:.0f} keys per query)"
+  return f"| {name} | {ms[0]} | {ms[1]} to {ms[2]} | {speed_up} | {rate} |"
 
 
 if __name__ == "__main__":

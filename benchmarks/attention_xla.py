@@ -1,14 +1,15 @@
-"""Dynamic Group Attention in plain XLA against dense attention in plain XLA.
+"""Dynamic Group Attention and dense attention, both in XLA without kernels.
 
   ./workspace bench attention_xla
 
-B = 1, 8 heads, D = 64, float32, γ = 0.1, m = 16, no floor on focal tokens. Each length is timed in
-one process, alternating, on fresh random inputs; the spread is the least and the most of the
-runs. Ratios are to the faster of two dense programs: all heads at once, which at 16K does not fit
-24 GB with its backward pass, and head by head. Temporaries are what the compiled program reports.
+Settings: batch 1, 8 heads, D = 64, float32, γ = 0.1, m = 16, min_focal_tokens = 0. All programs of
+a length run in one process in alternating rounds on new random inputs. The output shows the median
+and the range of the rounds. The speed-up is over the faster of two dense programs: all heads at
+once, and one head after another. At 16K the first one needs more than 24 GB for its backward pass.
+The size of temporary arrays is from the memory analysis of the compiled program.
 
-FLOPs of the products, forward: dense 4·H·D·L² (the masked half is computed too); DGA
-4·H·D·L·(r + k + 256 + m), 256 being the block of queries.
+Matrix-product FLOPs of the forward pass: dense 4·H·D·L², which includes the masked half; DGA
+4·H·D·L·(r + k + 256 + m), where 256 is the size of a query block.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,12 +30,12 @@ H, D = 8, 64
 
 
 def dense(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """The peer."""
+  """Dense causal attention in XLA, the baseline."""
   return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="xla")
 
 
 def dense_by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """The same, one head at a time: an eighth of the memory."""
+  """Dense causal attention in XLA, one head at a time, with 1/8 of the temporary memory."""
   heads = jax.lax.map(
     lambda qkv: dense(*(x[:, :, None] for x in qkv))[:, :, 0],
     tuple(x.transpose(2, 0, 1, 3) for x in (q, k, v)),
@@ -43,7 +44,7 @@ def dense_by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def dga(selection: Any) -> Callable[..., jax.Array]:
-  """The op at the paper's settings without a floor."""
+  """Dynamic Group Attention with the paper's settings and min_focal_tokens = 0."""
   config = DGAConfig(selection=selection, min_focal_tokens=0)
 
   def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -52,8 +53,8 @@ def dga(selection: Any) -> Callable[..., jax.Array]:
   return attend
 
 
-def both_ways(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
-  """Output and gradients, with a cotangent as last argument."""
+def with_gradients(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
+  """A function of (q, k, v, cotangent) that returns the output and the gradients of q, k and v."""
 
   def run(q: jax.Array, k: jax.Array, v: jax.Array, t: jax.Array) -> Any:
     out, pull = jax.vjp(attend, q, k, v)
@@ -63,26 +64,29 @@ def both_ways(attend: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def compile_all(length: int, backward: bool) -> dict[str, Any]:
-  """The programs for a length."""
+  """Compiles every attention function for one length, by name."""
   x = jax.ShapeDtypeStruct((1, length, H, D), jnp.float32)
-  kinds = {
+  functions = {
     "dense": dense,
     "dense by head": dense_by_head,
     "streaming": dga("streaming"),
     "global": dga("global"),
   }
   return {
-    name: jax.jit(both_ways(attend)).lower(x, x, x, x).compile()
+    name: jax.jit(with_gradients(attend)).lower(x, x, x, x).compile()
     if backward
     else jax.jit(lambda q, k, v, t, attend=attend: attend(q, k, v)).lower(x, x, x, x).compile()
-    for name, attend in kinds.items()
+    for name, attend in functions.items()
   }
 
 
 def main(argv: Sequence[str]) -> None:
-  """Prints one row per length and direction."""
+  """Prints one line for each length, direction and program."""
   del argv
-  print(f"{environment()}; B=1 H={H} D={D} float32, γ=0.1 m=16, no floor; median (least–most)")
+  print(
+    f"{environment()}; B=1 H={H} D={D} float32, γ=0.1 m=16 min_focal_tokens=0;"
+    " median (minimum–maximum)"
+  )
   for backward in (False, True):
     direction = "forward + backward" if backward else "forward"
     for length in map(int, _LENGTHS.value):
@@ -92,7 +96,9 @@ def main(argv: Sequence[str]) -> None:
       }
       room = psutil.virtual_memory().available
       for name in [name for name, size in temporaries.items() if size > 0.9 * room]:
-        print(f"{length}: {name} needs {temporaries[name] / 1e9:.1f} GB and was not run")
+        print(
+          f"{length}: {name} is skipped: its temporary arrays need {temporaries[name] / 1e9:.1f} GB"
+        )
         del programs[name]
 
       def inputs(key: jax.Array, length: int = length) -> tuple[jax.Array, ...]:

@@ -1,17 +1,18 @@
-"""Decode steps and prefill of LLaMA2-7B on a GPU: DGA, dense and the other attention kinds.
+"""Decode steps and prefill of LLaMA2-7B on a GPU, for each attention kind.
 
     ./workspace bench decode
     ./workspace bench decode --steps=1x16384 --largest= --prompts= --kinds=dga,dense,streaming_llm
 
-The model has random weights in bfloat16, 32 layers, 32 KV heads and D = 128. DGA is streaming with
-m = 16 and f = 2; the baselines have the settings of their papers. A step is the model, the greedy
-choice of a token and the update of the cache. One program decodes a chunk of tokens and its state
-is donated, as in `dga_jax.generation`. The kinds take turns. Caches hold random numbers and are
-full at the end of a chunk.
+The model has random weights in bfloat16, 32 layers, 32 KV heads and D = 128. DGA uses streaming
+selection with m = 16 and f = 2. The other kinds use the settings of their papers. A decode step
+runs the model, chooses the token with the highest logit and updates the cache. One program decodes
+a chunk of tokens with a donated state, as in `dga_jax.generation`. The kinds alternate. Caches
+contain random numbers and are full at the end of a chunk.
 
 The floor is the time to read once the bytes that a token needs: all weights except the embedding
-table, and the visible entries of the cache at the end of the chunk. The rate is that of a large
-read in the same run. `live` is the bytes of the visible entries, `allocated` those of the cache.
+table, and the visible entries of the cache at the end of the chunk. The read rate is measured in
+the same run, on an array of 4 GiB. `live` is the bytes of the visible entries, `allocated` the
+bytes of the cache.
 """
 
 import concurrent.futures
@@ -32,47 +33,50 @@ from tqdm import tqdm
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig
 from dga_jax.cache.layout import cache_layout
-from dga_jax.generation.engine import decode_options
+from dga_jax.generation.programs import decode_options
 from dga_jax.model import Decoder, ModelConfig
 
 _KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds to measure")
 _STEPS = flags.DEFINE_list(
   "steps",
   ["1x4096", "1x8192", "1x16384", "1x32768", "4x16384"],
-  "batch x context, one row of the table each",
+  "batch sizes and context lengths to decode at, as BATCHxCONTEXT",
 )
 _LARGEST = flags.DEFINE_list(
-  "largest", ["32768"], "contexts that are measured with the largest batch that fits, of each kind"
+  "largest", ["32768"], "context lengths to decode at with the largest batch that fits each kind"
 )
-_PROMPTS = flags.DEFINE_list("prompts", ["32768", "131072"], "lengths of the prompts")
+_PROMPTS = flags.DEFINE_list("prompts", ["32768", "131072"], "prompt lengths of the prefill")
 _CACHE_DTYPE = flags.DEFINE_enum(
   "cache_dtype", None, ["int8", "float8_e4m3fn"], "dtype of DGA's compact entries"
 )
 _LAYERS = flags.DEFINE_integer("layers", 32, "layers of the model; fewer for a quick run")
-_CHUNK = flags.DEFINE_integer("decode_chunk", 32, "decode steps of one program")
-_ROUNDS = flags.DEFINE_integer("rounds", 7, "timed chunks of each kind")
-_SPARE = flags.DEFINE_float("spare_gb", 0.6, "GB of memory that the largest batch leaves free")
+_CHUNK = flags.DEFINE_integer("decode_chunk", 32, "decode steps in one program")
+_ROUNDS = flags.DEFINE_integer("rounds", 7, "timed chunks for each kind")
+_SPARE = flags.DEFINE_float(
+  "spare_gb", 0.6, "GB of device memory for temporary arrays of the largest batch"
+)
 
 _READ_BYTES = 4 * 2**30
 
 
 def main(argv: list[str]) -> None:
-  """Prints a table of decode steps and one of prompts."""
+  """Prints a table of decode steps and a table of prompts."""
   del argv
   print(environment())
   rate = read_rate()
-  print(f"a large read: {rate / 1e12:.3f} TB/s; chunks of {_CHUNK.value} tokens")
+  print(f"read rate: {rate / 1e12:.3f} TB/s; chunks of {_CHUNK.value} tokens")
   models = {kind: _Model.from_kind(kind) for kind in _KINDS.value}
   params = make_params(next(iter(models.values())))
   weights = sum(x.nbytes for x in jax.tree.leaves(params)) - _embedding_bytes(params)
-  print(f"weights that one token reads: {weights / 1e9:.2f} GB")
+  print(f"weights that a decode step reads: {weights / 1e9:.2f} GB")
   programs = _Programs(models, params)
   print(
-    "\n| batch, context | kind | ms a token (lowest to highest) | floor | times the floor |", end=""
+    "\n| batch, context | kind | ms per token (minimum to maximum) | floor | times the floor |",
+    end="",
   )
   print(" tokens/s | cache: live, allocated |\n| --- | --- | --- | --- | --- | --- | --- |")
-  for length, cells in programs.turns:
-    for (kind, batch), times in _alternate(cells, params).items():
+  for length, chunks in programs.alternating:
+    for (kind, batch), times in _alternate(chunks, params).items():
       live = models[kind].live_bytes(length) * batch
       floor = (weights + live) / rate
       allocated = models[kind].allocated_bytes(batch, length)
@@ -84,13 +88,13 @@ def main(argv: list[str]) -> None:
         flush=True,
       )
   if _PROMPTS.value:
-    print("\n| prompt | kind | seconds to the first token (lowest to highest) | cache |")
+    print("\n| prompt | kind | seconds to the first token (minimum to maximum) | cache |")
     print("| --- | --- | --- | --- |")
   for (kind, length), prompt in programs.prompts.items():
     times = _time_prompt(prompt.result(), params, models[kind].config.vocab_size, length)
-    cache = "kept" if _keeps(models[kind], length) else "not kept"
+    cache = "kept" if _cache_fits(models[kind], length) else "not kept"
     print(
-      f"| {length} | {kind} | {times.median:.3f} ({times.least:.3f} to {times.most:.3f}) |"
+      f"| {length} | {kind} | {times.median:.3f} ({times.minimum:.3f} to {times.maximum:.3f}) |"
       f" {cache} |",
       flush=True,
     )
@@ -98,19 +102,25 @@ def main(argv: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-  """LLaMA2-7B with one attention kind. All kinds share the parameters."""
+  """LLaMA2-7B with one attention kind. All kinds share the parameters.
+
+  Attributes:
+    config: the model's config.
+    graphdef: the model without its parameters, for `nnx.merge`.
+    params: shapes and dtypes of the parameters.
+  """
 
   config: ModelConfig
   graphdef: Any
-  params: Any  # shapes
+  params: Any
 
   @classmethod
   def from_kind(cls, kind: Any) -> "_Model":
-    """The model with that attention kind."""
+    """The model with the attention kind named `kind`."""
     if kind in ("top_k_eviction", "kv_merger"):
       raise ValueError(
-        f"--kinds has {kind!r}; it must be a kind with a cache that fills up. The floor of this"
-        " kind, which compresses its cache again and again, is unknown: leave it out."
+        f"--kinds contains {kind!r}, whose floor is unknown, because it compresses its cache"
+        " repeatedly. Remove it from --kinds."
       )
     config = ModelConfig(
       vocab_size=32000,
@@ -128,15 +138,15 @@ class _Model:
     return cls(config, *nnx.split(abstract))
 
   def decoder(self, params: Any) -> Decoder:
-    """The model with these parameters."""
+    """The decoder with the parameters `params`."""
     model: Decoder = nnx.merge(self.graphdef, params)
     return model
 
   def live_bytes(self, length: int) -> float:
-    """Bytes of the entries that the next token of a sequence of `length` tokens sees."""
+    """Bytes of the cache entries visible to the next token, after `length` tokens."""
     config, token = self.config, 2 * 2 * self.config.num_kv_heads * self.config.head_dim
     if config.attention != "dga":
-      return self.allocated_bytes(1, length)  # a token reads the whole of a full cache
+      return self.allocated_bytes(1, length)  # Every entry of a full cache is visible.
     layout, sinks = cache_layout(config.dga), config.dga.sink_tokens
     coords = layout.locate(length, sinks)
     entries = int(layout.earlier_blocks(coords, prefix=sinks).compact_end)
@@ -145,15 +155,15 @@ class _Model:
     return config.num_layers * (entries * entry + raw * token)
 
   def allocated_bytes(self, batch: int, length: int) -> int:
-    """Bytes of the arrays of the cache."""
+    """Bytes of the arrays of a cache for `batch` sequences of `length` tokens."""
     cache = jax.eval_shape(lambda p: self.decoder(p).init_cache(batch, length), self.params)
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
 def make_params(model: _Model) -> Any:
-  """Normal random numbers with standard deviation 0.02, in the shapes of the model."""
+  """Random parameters of the model, normal with standard deviation 0.02."""
 
-  @functools.partial(jax.jit, static_argnums=(1, 2))  # compiles once per shape
+  @functools.partial(jax.jit, static_argnums=(1, 2))  # Compiles once for each shape.
   def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     return 0.02 * jax.random.normal(key, shape, dtype)
 
@@ -168,34 +178,34 @@ def _embedding_bytes(params: Any) -> int:
 
 
 def read_rate() -> float:
-  """Bytes per second of a reduction over 4 GiB, the best of ten runs."""
+  """Bytes per second that a maximum over 4 GiB reads, the fastest of ten samples."""
   array = jax.jit(lambda: jax.random.bits(jax.random.key(0), (_READ_BYTES // 2**14, 2**12)))()
-  most = jax.jit(lambda x: x.max(axis=1))
-  jax.block_until_ready(most(array))
+  maximum = jax.jit(lambda x: x.max(axis=1))
+  jax.block_until_ready(maximum(array))
   seconds = []
   for _ in range(10):
     start = time.perf_counter()
     for _ in range(4):
-      out = most(array)
+      out = maximum(array)
     jax.block_until_ready(out)
     seconds.append((time.perf_counter() - start) / 4)
   return _READ_BYTES / min(seconds)
 
 
-type _Cell = tuple[str, int]  # kind and batch
-type _State = tuple[Any, Array]  # cache and last tokens
+type _Job = tuple[str, int]  # Attention kind and batch size.
+type _State = tuple[Any, Array]  # Cache and last tokens.
 
 
 @dataclasses.dataclass(frozen=True)
 class _DecodeChunk:
-  """Two compiled programs of one kind: one makes a state, one decodes a chunk from it."""
+  """Two programs of one attention kind: `start` makes a state, `decode` decodes a chunk from it."""
 
   start: Callable[[Array], _State]
   decode: Callable[[Any, _State], _State]
 
   @classmethod
   def compile(cls, model: _Model, params: Any, batch: int, length: int) -> "_DecodeChunk":
-    """For caches that hold `length` tokens after the chunk."""
+    """Compiles `decode` for caches that hold `length` tokens after the chunk."""
 
     def start(key: Array) -> _State:
       cache = model.decoder(model.params).init_cache(batch, length)
@@ -228,12 +238,17 @@ class _DecodeChunk:
 
 
 class _Programs:
-  """The programs to be timed. They compile in parallel, which takes most of a run."""
+  """The programs to be timed. They compile in parallel, because compilation takes most of the time.
+
+  Attributes:
+    alternating: context lengths, each with the chunks that alternate at that length.
+    prompts: the compiled prefill by attention kind and prompt length.
+  """
 
   def __init__(self, models: dict[str, _Model], params: Any) -> None:
     pool = concurrent.futures.ThreadPoolExecutor(8)
     steps = [tuple(map(int, text.split("x"))) for text in _STEPS.value]
-    self.turns = [  # a context, and the cells that take turns at it
+    self.alternating = [
       (
         length,
         {
@@ -243,55 +258,59 @@ class _Programs:
       )
       for batch, length in steps
     ]
-    for length in map(int, _LARGEST.value):  # each cell fills the memory, so that none take turns
+    for length in map(int, _LARGEST.value):  # Each fills the memory, so the kinds run one by one.
       for kind, model in models.items():
-        batch = _largest(model, length)
+        batch = _largest_batch(model, length)
         chunk = pool.submit(_DecodeChunk.compile, model, params, batch, length)
-        self.turns.append((length, {(kind, batch): chunk}))
+        self.alternating.append((length, {(kind, batch): chunk}))
     self.prompts = {
       (kind, length): pool.submit(_compile_prompt, model, params, length)
       for length in map(int, _PROMPTS.value)
       for kind, model in models.items()
     }
-    every: list[Future[Any]] = [*self.prompts.values()]
-    every += [chunk for _, cells in self.turns for chunk in cells.values()]
-    for done in tqdm(concurrent.futures.as_completed(every), total=len(every), desc="compiling"):
-      done.result()
+    futures: list[Future[Any]] = [*self.prompts.values()]
+    futures += [chunk for _, chunks in self.alternating for chunk in chunks.values()]
+    completed = concurrent.futures.as_completed(futures)
+    for future in tqdm(completed, total=len(futures), desc="compiling", disable=None):
+      future.result()
 
 
-def _largest(model: _Model, length: int) -> int:
-  """The largest batch for which cache, weights and temporary arrays fit the device."""
+def _largest_batch(model: _Model, length: int) -> int:
+  """The largest batch whose cache fits the device beside the weights and --spare_gb."""
   stats = jax.devices()[0].memory_stats() or {}
   free = stats["bytes_limit"] - stats["bytes_in_use"] - _SPARE.value * 1e9
   return int(free // model.allocated_bytes(1, length))
 
 
-def _alternate(cells: dict[_Cell, Future[_DecodeChunk]], params: Any) -> dict[_Cell, Times]:
-  """Seconds per token. Every round makes its state anew: two states may not fit the memory."""
-  samples: dict[_Cell, list[float]] = {cell: [] for cell in cells}
+def _alternate(chunks: dict[_Job, Future[_DecodeChunk]], params: Any) -> dict[_Job, Times]:
+  """Times the chunks in alternating rounds; returns seconds per token.
+
+  Each sample makes a new state and then deletes it, because two states may not fit the memory.
+  """
+  samples: dict[_Job, list[float]] = {job: [] for job in chunks}
   for number in range(_ROUNDS.value + 1):
-    for cell, compiled in cells.items():
+    for job, compiled in chunks.items():
       chunk = compiled.result()
       state = jax.block_until_ready(chunk.start(jax.random.key(number)))
       start = time.perf_counter()
       state = jax.block_until_ready(chunk.decode(params, state))
       if number:
-        samples[cell].append((time.perf_counter() - start) / _CHUNK.value)
+        samples[job].append((time.perf_counter() - start) / _CHUNK.value)
       del state
-  return {cell: Times.of(values) for cell, values in samples.items()}
+  return {job: Times.from_samples(values) for job, values in samples.items()}
 
 
-def _keeps(model: _Model, length: int) -> bool:
-  """Whether a prompt's cache is kept. A dense cache of 128K tokens does not fit."""
+def _cache_fits(model: _Model, length: int) -> bool:
+  """Whether the cache of a prompt is below 40 GB. A dense cache of 128K tokens is not."""
   return model.allocated_bytes(1, length) < 40e9
 
 
 def _compile_prompt(model: _Model, params: Any, length: int) -> Callable[..., Any]:
-  """Compiles the prefill of a prompt and the choice of the first token."""
+  """Compiles the prefill of a prompt and the greedy choice of the first token."""
 
   def first(params: Any, tokens_1xL: Array) -> tuple[Array, Any]:
     decoder = model.decoder(params)
-    if _keeps(model, length):
+    if _cache_fits(model, length):
       logits_1xV, cache = decoder.prefill(tokens_1xL, max_length=length)
       return jnp.argmax(logits_1xV, axis=-1), cache
     return jnp.argmax(decoder.unembed(decoder.hidden(tokens_1xL)[:, -1]), axis=-1), None
@@ -303,7 +322,7 @@ def _compile_prompt(model: _Model, params: Any, length: int) -> Callable[..., An
 
 
 def _time_prompt(run: Callable[..., Any], params: Any, vocab_size: int, length: int) -> Times:
-  """Seconds to the first token of three new prompts, after one that is not timed."""
+  """Seconds to the first token of three random prompts. A first prompt is not timed."""
   seconds = []
   for number in range(4):
     tokens = jax.random.randint(jax.random.key(number), (1, length), 0, vocab_size)
@@ -311,7 +330,7 @@ def _time_prompt(run: Callable[..., Any], params: Any, vocab_size: int, length: 
     start = time.perf_counter()
     jax.block_until_ready(run(params, tokens))
     seconds.append(time.perf_counter() - start)
-  return Times.of(seconds[1:])
+  return Times.from_samples(seconds[1:])
 
 
 if __name__ == "__main__":

@@ -1,20 +1,25 @@
-"""TPU kernels by their static schedules, beside JAX's splash attention. It is no time.
+"""Scheduled bundles of DGA's TPU kernels and of JAX's splash attention: static counts, no times.
 
     ./workspace test-aot -k none          # once: installs the compiler
     ./workspace bench tpu_static --chips=v5e,v6e --lengths=32768,131072
 
-Batch 1, 32 query heads, 8 KV heads, bfloat16, m = 16, importance rate 0.1, no floor, streaming.
+Settings: batch 1, 32 query heads, 8 KV heads, bfloat16, m = 16, γ = 0.1, min_focal_tokens = 0,
+streaming selection.
 
-Method. Both programs are compiled for a chip that is not there, and libtpu writes each kernel's
-schedule: bundles, of which a core issues one a cycle when nothing stalls. Every part of a kernel
-(per grid step, per tile, per tile of queries) counts as often as the plan of this length makes it
-run. Splash attention is causal, in tiles of 1024 x 2048 (the best of those tried); it is compiled
-at 8K, since the schedule of a tile does not know the length, and its grid steps that compute
-nothing count what they cost. DGA counts all of its kernels: summaries, edges and window included.
-What XLA does beside the kernels in the forward and the backward pass ("rest": mostly laying arrays
-out heads first, which both need) is in cycles by XLA's own estimate, which rests on memory traffic.
-Neither says what a TPU would take: copies that nothing hides, and memory that is late, are not in a
-schedule.
+Both programs are compiled for a chip without the hardware. libtpu dumps the schedule of each kernel
+in bundles; a core issues one bundle a cycle when nothing stalls. The benchmark multiplies the
+bundles of each part of a kernel (grid step, key tile, query tile) by the number of times that the
+part runs at this length. All of DGA's kernels are counted, with merging, masked tiles and window.
+
+The baseline is causal splash attention in tiles of 1024 x 2048, the best of the tiles that were
+tried. It is compiled at 8K, because the schedule of a tile does not depend on the length. Its grid
+steps that compute no attention are counted too.
+
+The column "rest" is XLA's own estimate, in cycles, of the operations outside kernels. Most of them
+transpose arrays to heads first, which both programs need.
+
+Schedules contain neither memory latency nor copies that no computation hides. A ratio of bundles
+is not a ratio of times.
 """
 
 import dataclasses
@@ -36,23 +41,25 @@ from tqdm import tqdm
 
 from benchmarks._aot_tpu import CHIPS, compile_for_tpu
 from benchmarks._bundles import libtpu_flags, read_schedules, Schedule
-from benchmarks._tpu_visits import Counts, dga_counts, splash_counts
+from benchmarks._tpu_kernel_counts import dga_counts, KernelCount, splash_counts
 from dga_jax import DGAConfig, dynamic_group_attention
 
 _CHIPS = flags.DEFINE_list("chips", list(CHIPS), "chips to compile for")
 _LENGTHS = flags.DEFINE_list("lengths", ["32768", "131072"], "sequence lengths")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "head dim")
-_ONE = flags.DEFINE_string("one", None, "compile this one program, for the command itself")
+_PROGRAM = flags.DEFINE_string(
+  "program", None, "internal: compile the program that this JSON object describes, in a subprocess"
+)
 
 H, N = 32, 8
 CONFIG = DGAConfig(selection="streaming", min_focal_tokens=0)
 SPLASH_TILES = (1024, 2048, 512)  # queries, keys, and keys of an inner step
-SPLASH_LENGTH = 8192  # that it is compiled at
+SPLASH_LENGTH = 8192  # Sequence length of the compiled splash program.
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What one process compiles."""
+  """A program that one subprocess compiles: splash attention or DGA at one length and head dim."""
 
   chip: str
   L: int
@@ -61,13 +68,13 @@ class Program:
 
 
 def main(argv: list[str]) -> None:
-  """Prints a table."""
+  """Prints a table with two rows for each chip and length."""
   del argv
-  if _ONE.value is not None:
-    print(_compile(Program(**json.loads(_ONE.value))))
+  if _PROGRAM.value is not None:
+    print(_compile(Program(**json.loads(_PROGRAM.value))))
     return
-  print(f"jax {jax.__version__}; static schedules, no time; head dim {_HEAD_DIM.value}")
-  print("| chip, length | pass | splash | DGA | of it summaries | ratio | rest: splash, DGA |")
+  print(f"jax {jax.__version__}; static schedules, no times; head dim {_HEAD_DIM.value}")
+  print("| chip, length | pass | splash | DGA | merging alone | ratio | rest: splash, DGA |")
   print("| --- | --- | --- | --- | --- | --- | --- |")
   lengths = [int(L) for L in _LENGTHS.value]
   D = _HEAD_DIM.value
@@ -75,38 +82,42 @@ def main(argv: list[str]) -> None:
   for chip in _CHIPS.value:
     programs.append(Program(chip, SPLASH_LENGTH, D, splash=True))
     programs += [Program(chip, L, D, splash=False) for L in lengths]
-  for program in tqdm(programs, desc="programs"):
-    schedules, rest = _in_a_process(program)
+  for program in tqdm(programs, desc="programs", disable=None):
+    schedules, rest = _compile_in_subprocess(program)
     if program.splash:
-      peer_schedules, peer_rest = schedules, rest / program.L
+      splash_schedules, splash_rest = schedules, rest / program.L
       continue
-    peer = _totals(peer_schedules, splash_counts(program.L, H, N, SPLASH_TILES))
-    own = _totals(schedules, dga_counts(program.chip, program.L, (H, N, N), D, CONFIG))
-    for row in _rows(program, peer, own, (peer_rest * program.L, rest)):
+    splash = _totals(splash_schedules, splash_counts(program.L, H, N, SPLASH_TILES))
+    dga = _totals(schedules, dga_counts(program.chip, program.L, (H, N, N), D, CONFIG))
+    for row in _rows(program, splash, dga, (splash_rest * program.L, rest)):
       tqdm.write(row)
 
 
 def _rows(
-  program: Program, peer: dict[str, float], own: dict[str, float], rest: tuple[float, float]
+  program: Program, splash: dict[str, float], dga: dict[str, float], rest: tuple[float, float]
 ) -> list[str]:
   rows = []
   for name, passes in (("forward", ["forward"]), ("forward + backward", ["forward", "backward"])):
-    peer_sum, own_sum = (sum(x[p] for p in passes) for x in (peer, own))
-    summaries = sum(own[f"{p} summaries"] for p in passes)
-    beside = ", ".join(f"{x / 1e6:.1f}" for x in rest) if len(passes) > 1 else ""
+    splash_sum, dga_sum = (sum(x[p] for p in passes) for x in (splash, dga))
+    merging = sum(dga[f"{p} merging"] for p in passes)
+    rest_column = ", ".join(f"{x / 1e6:.1f}" for x in rest) if len(passes) > 1 else ""
     rows.append(
-      f"| {program.chip}, {program.L // 1024}K | {name} | {peer_sum / 1e6:.1f} | "
-      f"{own_sum / 1e6:.1f} | {summaries / 1e6:.2f} | {own_sum / peer_sum:.3f} | {beside} |"
+      f"| {program.chip}, {program.L // 1024}K | {name} | {splash_sum / 1e6:.1f} | "
+      f"{dga_sum / 1e6:.1f} | {merging / 1e6:.2f} | {dga_sum / splash_sum:.3f} | {rest_column} |"
     )
   return rows
 
 
-def _in_a_process(program: Program) -> tuple[dict[str, Schedule], float]:
-  """libtpu reads its flags once a process."""
+def _compile_in_subprocess(program: Program) -> tuple[dict[str, Schedule], float]:
+  """Compiles in a subprocess, because libtpu reads its flags once per process.
+
+  Returns:
+    The schedules of the kernels, and the estimated cycles of the operations outside kernels.
+  """
   with tempfile.TemporaryDirectory() as folder:
     flags_ = libtpu_flags(pathlib.Path(folder))
     done = subprocess.run(
-      [sys.executable, "-m", "benchmarks.tpu_static", "--one", json.dumps(vars(program))],
+      [sys.executable, "-m", "benchmarks.tpu_static", "--program", json.dumps(vars(program))],
       env=os.environ | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags_},
       capture_output=True,
       text=True,
@@ -119,7 +130,7 @@ def _in_a_process(program: Program) -> tuple[dict[str, Schedule], float]:
 
 
 def _compile(program: Program) -> float:
-  """Compiles forward and backward pass; returns the estimated cycles of what is no kernel."""
+  """Compiles both passes; returns XLA's estimated cycles of the operations outside kernels."""
   shapes = [
     jax.ShapeDtypeStruct((1, program.L, heads, program.D), jnp.bfloat16) for heads in (H, N, N, H)
   ]
@@ -131,7 +142,8 @@ def _compile(program: Program) -> float:
 
   text = compile_for_tpu(both, *shapes, chip=program.chip).as_text()
   cycles = [int(x) for x in re.findall(r'estimated_cycles":"(\d+)"', text)]
-  return float(sum(x for x in cycles if x < 2**62))  # −1, written unsigned: no estimate
+  # Operations without an estimate have −1, written as an unsigned integer.
+  return float(sum(x for x in cycles if x < 2**62))
 
 
 def _dga(query: Array, key: Array, value: Array) -> Array:
@@ -164,21 +176,25 @@ def _splash(program: Program) -> Callable[..., Array]:
   return attend
 
 
-def _totals(schedules: dict[str, Schedule], counts: list[Counts]) -> dict[str, float]:
-  """Bundles of each pass, and of its summaries."""
-  totals = dict.fromkeys(("forward", "backward", "forward summaries", "backward summaries"), 0.0)
-  left = dict(schedules)
+def _totals(schedules: dict[str, Schedule], counts: list[KernelCount]) -> dict[str, float]:
+  """Bundles of the forward and the backward pass, and of the merging kernels in each.
+
+  Raises:
+    ValueError: a count has no kernel, or a kernel has no count.
+  """
+  totals = dict.fromkeys(("forward", "backward", "forward merging", "backward merging"), 0.0)
+  uncounted = dict(schedules)
   for count in counts:
-    names = [name for name in left if count.kernel in name]
+    names = [name for name in uncounted if count.kernel in name]
     if not names:
-      raise ValueError(f"no kernel of {sorted(left)} has {count.kernel} in its name")
+      raise ValueError(f"no kernel of {sorted(uncounted)} has {count.kernel!r} in its name")
     for name in names:
-      bundles = count.bundles(left.pop(name))
-      totals[count.part] += bundles
-      if count.is_summary:
-        totals[f"{count.part} summaries"] += bundles
-  if left:
-    raise ValueError(f"nobody counts {sorted(left)}")
+      bundles = count.bundles(uncounted.pop(name))
+      totals[count.direction] += bundles
+      if count.is_merge:
+        totals[f"{count.direction} merging"] += bundles
+  if uncounted:
+    raise ValueError(f"kernels without a KernelCount: {sorted(uncounted)}")
   return totals
 
 

@@ -1,28 +1,28 @@
-r"""A whole training step, DGA beside dense attention, on one GPU or on several.
+r"""A whole training step with DGA and with dense attention, on one GPU or several.
 
     ./workspace bench train_step --lengths=8192 --config.batch_size=3 --config.model.remat=none
     ./workspace bench train_step --lengths=32768,131072
     NCCL_NVLS_ENABLE=0 ./workspace bench train_step --meshes=one,fsdp --lengths=32768 \
       --config.batch_size=2 --profile
 
-The trainer's own step (train/step.py) of --config on random tokens, each row one document
-(config.data.max_documents=1), for which dense attention is cuDNN's. Every program first takes
---steps steps from the same initial state on the same batches: their losses are compared. Then the
-programs of a length and mesh take turns, a step each, on one state, which fits where two would
-not: milliseconds of a step are the median, lowest and highest of --rounds such steps, each waited
-for.
+The benchmark runs the trainer's step (train/step.py) of --config on random tokens. Each row is one
+document (config.data.max_documents=1), so that dense attention uses cuDNN. Every program first runs
+--steps steps from the same initial state on the same batches, and prints their losses. Then the
+programs of a length and mesh alternate, one step each, on one shared state, because two states may
+not fit the memory. The table shows the median, minimum and maximum of --rounds synchronized steps.
 
-MFU counts 6 operations a weight and token and those of the attention that a method needs itself,
-recomputation not; see `dga_jax.model.flops_per_token`. Memory is the compiled program's. Traffic is
-what the compiled program sends, and what the first GPU's NVLink counters say of a step. With
---profile a further step says what time NCCL's kernels take, and how much of it nothing hides.
+MFU counts 6 operations per weight and token plus the operations of the attention method, without
+recomputation; see `dga_jax.model.flops_per_token`. Memory is from the memory analysis of the
+compiled program. Traffic is read from the compiled program and from the NVLink counters of the
+first GPU. --profile profiles one more step and prints the time in NCCL kernels, and the part of
+that time in which no other kernel runs.
 
-Meshes: "one" GPU; all of them along "fsdp", or along "context", in whose place dense attention,
-which cannot split sequences, gets "tensor"; "config" takes config.mesh. --micro_batches=4 lets one
-GPU take the batch of four in four pieces.
+Meshes: "one" is a single GPU. "fsdp" and "context" split over all GPUs along that axis. Dense
+attention cannot split sequences and uses the axis "tensor" in place of "context". "config" uses
+config.mesh. --micro_batches=4 splits the batch of the single GPU into four micro-batches.
 
-Compiling for one GPU can be done ahead, on a machine without it (see benchmarks/attention.py), for
-DGA alone: cuDNN's kernels are chosen on the device.
+Programs with DGA for one GPU can be compiled on a machine without a GPU (see
+benchmarks/attention.py). Dense programs cannot, because cuDNN selects its kernels on the device.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from absl import app, flags
 from tqdm import tqdm
 
 from benchmarks import _aot_gpu
-from benchmarks._collectives import nvlink_received, take_profile
+from benchmarks._collectives import nvlink_received_bytes, take_profile
 from benchmarks.timing import environment
 from dga_jax.model import flops_per_token
 from dga_jax.sharding import make_mesh, MeshConfig
@@ -52,29 +52,46 @@ from train.throughput import memory, peak_flops
 
 _CONFIG = define_config_flag("configs/llama_1b3.py")
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "32768"], "sequence lengths")
-_ATTENTION = flags.DEFINE_list("attention", ["dense", "dga"], "attention kinds")
-_MESHES = flags.DEFINE_list("meshes", ["one"], "one, fsdp, context or config")
-_STEPS = flags.DEFINE_integer("steps", 2, "steps from the initial state, for the losses", 1)
+_ATTENTION = flags.DEFINE_list("attention", ["dense", "dga"], "attention kinds to compare")
+_MESHES = flags.DEFINE_list("meshes", ["one"], "meshes to run on: one, fsdp, context, config")
+_STEPS = flags.DEFINE_integer(
+  "steps", 2, "steps from the initial state whose losses are printed", 1
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "timed steps of each program", 1)
 _MICRO_BATCHES = flags.DEFINE_integer(
-  "micro_batches", None, "pieces in which one GPU takes a batch that it cannot hold at once", 1
+  "micro_batches", None, "micro-batches of a step on the mesh 'one'; default: the config's", 1
 )
 _PROFILE = flags.DEFINE_bool("profile", False, "profile one more step of each program")
-_KERNELS = flags.DEFINE_integer("kernels", 12, "kernels to list of a profile")
-_COMPILE_TO = flags.DEFINE_string("compile_to", None, "compile DGA into this folder, and stop")
-_COMPILED = flags.DEFINE_string("compiled", None, "folder of what --compile_to compiled")
-
-_HEAD = (
-  "| L | mesh | attention | ms a step | lowest to highest | tokens/s a GPU | MFU | times dense |"
-  " efficiency | GB a GPU | losses |\n| " + " | ".join(["---"] * 11) + " |"
+_KERNELS = flags.DEFINE_integer("kernels", 12, "kernels that --profile lists")
+_COMPILE_TO = flags.DEFINE_string(
+  "compile_to", None, "only compile the DGA programs for an H100, into this folder"
 )
-_INITIAL: dict[Any, Callable[[], TrainState]] = {}
-_KERNELS_OF = {"cuDNN": "__cudnn$", "Mosaic GPU": "mosaic_gpu", "Triton": "__gpu$xla.gpu.triton"}
+_COMPILED = flags.DEFINE_string(
+  "compiled", None, "load the DGA programs from this folder, which --compile_to wrote"
+)
+
+_HEADER = (
+  "| L | mesh | attention | ms per step | minimum to maximum | tokens/s per GPU | MFU |"
+  " times dense | efficiency | GB per GPU | losses |\n| " + " | ".join(["---"] * 11) + " |"
+)
+# Makes the initial state, by the shape of the mesh.
+_INIT_FUNCTIONS: dict[Any, Callable[[], TrainState]] = {}
+# Prefix of the custom-call targets of each kernel library.
+_CALL_TARGETS = {"cuDNN": "__cudnn$", "Mosaic GPU": "mosaic_gpu", "Triton": "__gpu$xla.gpu.triton"}
 
 
 @dataclasses.dataclass
 class _Program:
-  """A compiled step, and what is measured of it."""
+  """A compiled step and its measurements.
+
+  Attributes:
+    config: config of the run.
+    functions: the trainer's functions for this config and mesh.
+    step: the compiled step.
+    text: HLO text of the compiled step; "" if a loaded program does not provide it.
+    losses: losses of the first steps from the initial state.
+    seconds: times of the timed steps.
+  """
 
   config: TrainConfig
   functions: Functions
@@ -89,32 +106,32 @@ class _Program:
 
   @property
   def rate(self) -> float:
-    """Tokens per second and device."""
+    """Tokens per second per device."""
     tokens = self.config.batch_size * self.config.data.sequence_length
     return tokens / statistics.median(self.seconds) / self.devices
 
 
 def main(argv: list[str]) -> None:
-  """Prints a row for every length, mesh and attention kind."""
+  """Prints one row for each length, mesh and attention kind."""
   del argv
   if _COMPILE_TO.value is not None:
     _compile_ahead()
     return
   print(environment(), flush=True)
   for length in map(int, _LENGTHS.value):
-    alone: dict[str, _Program] = {}
+    single_gpu: dict[str, _Program] = {}
     for name in _MESHES.value:
       programs = {kind: _compile(_config(length, kind, name), name) for kind in _ATTENTION.value}
       for kind, program in programs.items():
-        _take_losses(kind, program)
-      received, state = _take_times(programs)
+        _measure_losses(kind, program)
+      received, state = _measure_times(programs)
       if name == "one":
-        alone = programs
-      print(f"\n{_HEAD}", flush=True)
+        single_gpu = programs
+      print(f"\n{_HEADER}", flush=True)
       for kind, program in programs.items():
-        print(_row(kind, name, program, programs.get("dense"), alone.get(kind)), flush=True)
+        print(_row(kind, name, program, programs.get("dense"), single_gpu.get(kind)), flush=True)
       for kind, program in programs.items():
-        _tell_traffic(kind, program, received[kind])
+        _print_traffic(kind, program, received[kind])
       if _PROFILE.value:
         _profile(programs, state)
       del state
@@ -130,14 +147,14 @@ def _config(length: int, attention: str, mesh: str) -> TrainConfig:
     "config": config.mesh,
   }
   if mesh not in shapes:
-    raise ValueError(f"--meshes has {mesh!r}; it must be of {', '.join(shapes)}.")
-  pieces = config.grad_accumulation
+    raise ValueError(f"--meshes contains {mesh!r}; use one of {', '.join(shapes)}.")
+  micro_batches = config.grad_accumulation
   if mesh == "one" and _MICRO_BATCHES.value is not None:
-    pieces = _MICRO_BATCHES.value
+    micro_batches = _MICRO_BATCHES.value
   return dataclasses.replace(
     config,
     mesh=shapes[mesh],
-    grad_accumulation=pieces,
+    grad_accumulation=micro_batches,
     model=dataclasses.replace(config.model, attention=attention),
     data=dataclasses.replace(config.data, sequence_length=length, max_documents=1),
   )
@@ -149,72 +166,81 @@ def _compile(config: TrainConfig, mesh_name: str) -> _Program:
   functions = make_functions(config, mesh)
   start = time.perf_counter()
   if _COMPILED.value is not None and config.model.attention == "dga" and mesh.size == 1:
-    step, how = _aot_gpu.load(_ahead_path(_COMPILED.value, config)), "loaded"
+    step, how = _aot_gpu.load_compiled(_compiled_path(_COMPILED.value, config)), "loaded"
   else:
     step, how = lower_step(config, functions).compile(), "compiled"
-  text = _text(step)
-  counts = {name: text.count(f'custom_call_target="{part}') for name, part in _KERNELS_OF.items()}
+  text = _hlo_text(step)
+  counts = {
+    name: text.count(f'custom_call_target="{prefix}') for name, prefix in _CALL_TARGETS.items()
+  }
   shape = {axis: size for axis, size in mesh.shape.items() if size > 1}
   print(
     f"{config.model.attention}, L={config.data.sequence_length}, batch {config.batch_size} in "
-    f"{config.grad_accumulation}, remat {config.model.remat}, mesh {shape or 'of one'}: {how} in "
-    f"{time.perf_counter() - start:.0f} s; kernels in the program: "
-    f"{', '.join(f'{n} of {name}' for name, n in counts.items())}",
+    f"{config.grad_accumulation} micro-batches, remat {config.model.remat}, mesh "
+    f"{shape or 'of one device'}: {how} in {time.perf_counter() - start:.0f} s; kernel calls: "
+    f"{', '.join(f'{name} {n}' for name, n in counts.items())}",
     flush=True,
   )
   expected = {"dense": "cuDNN", "dga": "Mosaic GPU"}.get(config.model.attention)
   if expected and not counts[expected]:
-    print(f"NOTE: {config.model.attention} does not use {expected} here.", flush=True)
-  if again := len(re.findall(r"^\s+%\S+\.remat\d* = ", text, re.MULTILINE)):
-    print(f"NOTE: memory is short: XLA computes {again} operations again, remat aside.", flush=True)
+    print(f"NOTE: {config.model.attention} attention does not call {expected} kernels.", flush=True)
+  if rematerialized := len(re.findall(r"^\s+%\S+\.remat\d* = ", text, re.MULTILINE)):
+    print(
+      f"NOTE: XLA rematerializes {rematerialized} operations to save memory, in addition to"
+      " config.model.remat.",
+      flush=True,
+    )
   return _Program(config, functions, step, text)
 
 
-def _text(step: Any) -> str:
+def _hlo_text(step: Any) -> str:
   try:
     return step.as_text() or ""
-  except RuntimeError:  # A program that was loaded may not tell.
+  except RuntimeError:  # A program that was loaded from a file may have no text.
     return ""
 
 
 def _initial_state(program: _Program) -> TrainState:
-  """The same for all lengths and attention kinds, so that it is compiled once for a mesh."""
+  """The initial state. Its function is compiled once per mesh for all lengths and kinds."""
   key = tuple(program.functions.mesh.shape.items())
-  return _INITIAL.setdefault(key, program.functions.init)()
+  return _INIT_FUNCTIONS.setdefault(key, program.functions.init)()
 
 
-def _take_losses(kind: str, program: _Program) -> None:
-  """The first steps, which are not timed."""
+def _measure_losses(kind: str, program: _Program) -> None:
+  """Runs the first steps, without timing, and stores their losses in the program."""
   state = _initial_state(program)
-  for step in tqdm(range(_STEPS.value), desc=f"{kind}: losses", leave=False):
+  for step in tqdm(range(_STEPS.value), desc=f"{kind}: losses", leave=False, disable=None):
     state, scalars = program.step(state, _batch(program, step))
     program.losses.append(float(scalars["loss"]))
   print(f"{kind}: losses {', '.join(f'{loss:.6f}' for loss in program.losses)}", flush=True)
 
 
-def _take_times(programs: dict[str, _Program]) -> tuple[dict[str, float | None], TrainState]:
-  """Times the programs in turn; bytes that a step received over NVLink, and the last state.
+def _measure_times(programs: dict[str, _Program]) -> tuple[dict[str, float | None], TrainState]:
+  """Times the programs in alternating rounds and stores the times in the programs.
 
-  Where their meshes differ each takes all its turns at once: to move the state takes longer than
-  a step.
+  Programs on different meshes run all their rounds one after another, because moving the state
+  to another mesh takes longer than a step.
+
+  Returns:
+    Bytes that the first GPU received over NVLink in the first timed step, and the last state.
   """
   state = _initial_state(next(iter(programs.values())))
   received: dict[str, float | None] = {}
-  turns = [(number, kind) for number in range(_ROUNDS.value) for kind in programs]
+  order = [(number, kind) for number in range(_ROUNDS.value) for kind in programs]
   if len({program.functions.mesh for program in programs.values()}) > 1:
-    turns = [(number, kind) for kind in programs for number in range(_ROUNDS.value)]
-  for number, kind in tqdm(turns, desc="steps", leave=False):
+    order = [(number, kind) for kind in programs for number in range(_ROUNDS.value)]
+  for number, kind in tqdm(order, desc="steps", leave=False, disable=None):
     program = programs[kind]
     state = jax.device_put(state, program.functions.shardings)
     batch = jax.block_until_ready(_batch(program, number))
-    before = nvlink_received() if number == 0 and program.devices > 1 else None
+    before = nvlink_received_bytes() if number == 0 and program.devices > 1 else None
     jax.block_until_ready(state)
     start = time.perf_counter()
     state, scalars = program.step(state, batch)
     jax.block_until_ready((state, scalars))
     program.seconds.append(time.perf_counter() - start)
     if number == 0:
-      after = None if before is None else nvlink_received()
+      after = None if before is None else nvlink_received_bytes()
       received[kind] = None if before is None or after is None else after - before
   return received, state
 
@@ -235,11 +261,11 @@ def _profile_one(kind: str, program: _Program, state: TrainState) -> TrainState:
   try:
     profile = take_profile(run)
   except (RuntimeError, ValueError) as error:
-    print(f"{kind}: no profile: {error}", flush=True)
+    print(f"{kind}: profiling failed: {error}", flush=True)
   else:
     print(
-      f"{kind}, one profiled step: GPU busy {1e3 * profile.busy:.1f} ms, in collectives "
-      f"{1e3 * profile.collectives:.1f} ms, of which nothing hides {1e3 * profile.exposed:.1f} ms"
+      f"{kind}, one profiled step: GPU busy {1e3 * profile.busy:.1f} ms, collectives "
+      f"{1e3 * profile.collectives:.1f} ms, of which exposed {1e3 * profile.exposed:.1f} ms"
     )
     for name, seconds in list(profile.kernels.items())[: _KERNELS.value]:
       print(f"  {1e3 * seconds:8.2f} ms  {name[:110]}", flush=True)
@@ -247,7 +273,7 @@ def _profile_one(kind: str, program: _Program, state: TrainState) -> TrainState:
 
 
 def _batch(program: _Program, step: int) -> Batch:
-  """Random tokens, the same for all programs of a length and batch size."""
+  """A batch of random tokens. Programs of equal length and batch size get equal batches."""
   config = program.config
   shape = (config.batch_size, config.data.sequence_length + 1)
   rng = np.random.default_rng((config.seed, step))
@@ -264,56 +290,60 @@ def _batch(program: _Program, step: int) -> Batch:
 
 
 def _row(
-  kind: str, mesh: str, program: _Program, dense: _Program | None, alone: _Program | None
+  kind: str, mesh: str, program: _Program, dense: _Program | None, single_gpu: _Program | None
 ) -> str:
   config, L = program.config, program.config.data.sequence_length
   ms = [1e3 * x for x in sorted(program.seconds)]
   peak = peak_flops(config.model.dtype) / len(jax.devices())
-  used = program.rate * flops_per_token(config.model, L) / peak
-  faster = f"{program.rate / dense.rate:.2f}" if dense else ""
-  efficiency = f"{program.rate / alone.rate:.1%}" if alone else ""
+  mfu = program.rate * flops_per_token(config.model, L) / peak
+  speed_up = f"{program.rate / dense.rate:.2f}" if dense else ""
+  efficiency = f"{program.rate / single_gpu.rate:.1%}" if single_gpu else ""
   analysis = program.step.memory_analysis()
-  gigabytes = f"{analysis.peak_memory_in_bytes / 1e9:.1f}" if analysis else "?"
-  if (most := memory().get("device_memory_bytes")) is not None:
-    gigabytes += f" (process so far {most / 1e9:.1f})"
+  gigabytes = f"{analysis.peak_memory_in_bytes / 1e9:.1f}" if analysis else "unknown"
+  if (peak_bytes := memory().get("device_memory_bytes")) is not None:
+    gigabytes += f" (peak of the process {peak_bytes / 1e9:.1f})"
   losses = ", ".join(f"{loss:.6f}" for loss in program.losses)
-  if alone and alone is not program:
-    apart = max(abs(a / b - 1) for a, b in zip(program.losses, alone.losses, strict=True))
-    losses += f" (one GPU's but for {apart:.1e})"
+  if single_gpu and single_gpu is not program:
+    pairs = zip(program.losses, single_gpu.losses, strict=True)
+    difference = max(abs(loss / reference - 1) for loss, reference in pairs)
+    losses += f" (relative difference to one GPU {difference:.1e})"
   return (
     f"| {L} | {mesh} of {program.devices} | {kind} | {statistics.median(ms):.1f} | {ms[0]:.1f} to "
-    f"{ms[-1]:.1f} | {program.rate:.0f} | {used:.1%} | {faster} | {efficiency} | {gigabytes} | "
+    f"{ms[-1]:.1f} | {program.rate:.0f} | {mfu:.1%} | {speed_up} | {efficiency} | {gigabytes} | "
     f"{losses} |"
   )
 
 
-def _tell_traffic(kind: str, program: _Program, received: float | None) -> None:
+def _print_traffic(kind: str, program: _Program, received: float | None) -> None:
+  """Prints the bytes that one GPU receives in a step, from the program and from NVLink."""
   if program.devices == 1:
     return
   totals = by_kind(read_collectives(program.text))
   predicted = sum(size for _, size in totals.values())
-  counted = "not told" if received is None else f"{received / 1e9:.3f} GB"
+  counted = "unknown" if received is None else f"{received / 1e9:.3f} GB"
   print(
-    f"{kind}: to each GPU in a step {predicted / 1e9:.3f} GB by the program, {counted} by NVLink's "
-    f"counters; {', '.join(f'{n} {name} {x / 1e9:.3f} GB' for name, (n, x) in totals.items())}",
+    f"{kind}: bytes received by one GPU in a step: {predicted / 1e9:.3f} GB from the program, "
+    f"{counted} from NVLink's counters; "
+    f"{', '.join(f'{n} {name} {x / 1e9:.3f} GB' for name, (n, x) in totals.items())}",
     flush=True,
   )
 
 
-def _ahead_path(folder: str, config: TrainConfig) -> Path:
+def _compiled_path(folder: str, config: TrainConfig) -> Path:
   batch = f"B{config.batch_size}in{config.grad_accumulation}"
   sizes = f"L{config.data.sequence_length}_{batch}_{config.model.remat}"
   return Path(folder) / f"train_step_{sizes}_chunk{config.loss_chunk}"
 
 
 def _compile_ahead() -> None:
-  for length in tqdm(_LENGTHS.value, desc="compiling"):
+  """Compiles the DGA step of each length for one H100 and saves the programs."""
+  for length in tqdm(_LENGTHS.value, desc="compiling", disable=None):
     config = _config(int(length), "dga", "one")
-    functions = make_functions(config, make_mesh(config.mesh, [_aot_gpu.h100()]))
+    functions = make_functions(config, make_mesh(config.mesh, [_aot_gpu.h100_device()]))
     compiled = lower_step(config, functions).compile()
     analysis = compiled.memory_analysis()
     print(f"L={length}: {analysis.peak_memory_in_bytes / 1e9:.1f} GB", flush=True)
-    _aot_gpu.store(_ahead_path(_COMPILE_TO.value, config), compiled)
+    _aot_gpu.save_compiled(_compiled_path(_COMPILE_TO.value, config), compiled)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Times tile sizes of the attention kernels, and writes the table of the fastest.
+"""Times tile sizes of the GPU attention kernels, and writes the fastest to a table.
 
     ./workspace bench tune_attention --length=32768 --head_dim=128
     ./workspace bench tune_attention --length=32768 --head_dim=64 --write
 
-Varies one kernel's tile at a time, the others at their defaults; prints the fastest first. With
---write the device's entry in pallas_kernels/grouped_attention/tuned_blocks.json becomes what was
-fastest, where that is more than 1 % faster than the tile it has now. --compile_to and --compiled
-as in benchmarks/attention.py.
+The tile of one kernel varies while the other kernels keep their current tiles. The output ranks the
+tiles, fastest first. --write stores the fastest tiles as the device's entry in
+pallas_kernels/grouped_attention/tuned_blocks.json. A new tile must be more than 1 % faster than the
+current one. --compile_to and --compiled work as in benchmarks/attention.py.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from benchmarks import _aot_gpu
 from benchmarks._inputs import Shape, with_gradients
-from benchmarks._paired_timing import compare, Contender
+from benchmarks._paired_timing import compare, TimedProgram
 from benchmarks.timing import environment
 from dga_jax import DGAConfig
 from pallas_kernels.grouped_attention import KVSources
@@ -43,87 +43,98 @@ _LENGTH = flags.DEFINE_integer("length", 32768, "sequence length")
 _HEADS = flags.DEFINE_integer("heads", 32, "query heads")
 _KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "head dim")
-_SELECTION = flags.DEFINE_enum("selection", "streaming", ["global", "streaming"], "selection")
-_BACKENDS = flags.DEFINE_list("backends", ["mosaic_gpu", "triton"], "what to tune")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "samples of each tile")
-_REPEATS = flags.DEFINE_integer("repeats", 10, "calls in a sample")
-_WRITE = flags.DEFINE_bool("write", False, "write the table")
-_COMPILE_TO = flags.DEFINE_string("compile_to", None, "compile into this folder, and stop")
-_COMPILED = flags.DEFINE_string("compiled", None, "folder of what --compile_to compiled")
+_SELECTION = flags.DEFINE_enum(
+  "selection", "streaming", ["global", "streaming"], "selection mode of the inputs"
+)
+_BACKENDS = flags.DEFINE_list("backends", ["mosaic_gpu", "triton"], "kernel backends to tune")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "samples for each tile")
+_REPEATS = flags.DEFINE_integer("repeats", 10, "queued calls in one sample")
+_WRITE = flags.DEFINE_bool("write", False, "write the fastest tiles to tuned_blocks.json")
+_COMPILE_TO = flags.DEFINE_string(
+  "compile_to", None, "only compile the programs for an H100, into this folder"
+)
+_COMPILED = flags.DEFINE_string(
+  "compiled", None, "load the programs from this folder, which --compile_to wrote"
+)
 
-_CLEARLY = 0.99  # of the time of the tile in use: less is noise
+# A tile replaces the current one below this fraction of its time. Smaller differences are noise.
+_MAX_TIME_RATIO = 0.99
 
 
 def main(argv: list[str]) -> None:
-  """Prints a ranking for every kernel of every backend."""
+  """Prints a ranking of tiles for each kernel of each backend."""
   del argv
   shape = Shape(_LENGTH.value, _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value)
-  ahead = _COMPILE_TO.value is not None
-  device_kind = "NVIDIA H100 80GB HBM3" if ahead else jax.devices()[0].device_kind
-  if not ahead:
+  compile_only = _COMPILE_TO.value is not None
+  device_kind = "NVIDIA H100 80GB HBM3" if compile_only else jax.devices()[0].device_kind
+  if not compile_only:
     print(environment())
   for backend in _BACKENDS.value:
     attention, best, candidates = _search_space(backend, shape, device_kind)
     for kernel, tiles in candidates.items():
-      default = getattr(best, kernel)
-      runs = {
+      current = getattr(best, kernel)
+      attentions = {
         tile: functools.partial(attention, blocks=dataclasses.replace(best, **{kernel: tile}))
-        for tile in dict.fromkeys([default, *tiles])
+        for tile in dict.fromkeys([current, *tiles])
       }
-      contenders, refused = _prepare_all(shape, f"{backend} {kernel}", runs)
-      if not ahead:
-        print(f"\n{backend} {kernel}, {shape}, in use {default}")
-        fastest = _rank(contenders, refused, default)
+      programs, refused = _make_programs(shape, f"{backend} {kernel}", attentions)
+      if not compile_only:
+        print(f"\n{backend} {kernel}, {shape}, current tile {current}")
+        fastest = _rank(programs, refused, current)
         best = dataclasses.replace(best, **{kernel: fastest})
-    if _WRITE.value and not ahead:
+    if _WRITE.value and not compile_only:
       _write(device_kind, table_key(backend, shape.D, 2), dataclasses.asdict(best))
 
 
-def _rank(contenders: dict[Any, Contender], refused: dict[Any, str], default: Any) -> Any:
-  """Times the tiles, prints them, and gives the fastest, or the default where it is as fast."""
-  timings, failed = compare(contenders, rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=0)
+def _rank(programs: dict[Any, TimedProgram], refused: dict[Any, str], current: Any) -> Any:
+  """Times the tiles and prints the ranking.
+
+  Returns:
+    The fastest tile, or the current tile if the fastest one is at most 1 % faster.
+  """
+  timings, failed = compare(programs, rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=0)
   ranking = sorted(timings.items(), key=lambda item: item[1].median)
   for tile, times in ranking:
     print(f"{1e3 * times.median:9.3f} ms  {tile}", flush=True)
   for tile, reason in (refused | failed).items():
     print(f"  refused  {tile}: {reason[:100]}")
   fastest, times = ranking[0]
-  return fastest if times.median < _CLEARLY * timings[default].median else default
+  return fastest if times.median < _MAX_TIME_RATIO * timings[current].median else current
 
 
-def _prepare_all(
+def _make_programs(
   shape: Shape, label: str, attentions: dict[Any, Callable[..., Any]]
-) -> tuple[dict[Any, Contender], dict[Any, str]]:
-  """Contenders by tile, and why some tiles cannot be compiled."""
+) -> tuple[dict[Any, TimedProgram], dict[Any, str]]:
+  """The programs by tile, and the error message of each tile that does not compile."""
   selection: Any = _SELECTION.value
   config = DGAConfig(selection=selection, min_focal_tokens=0)
   backend, kernel = label.split()
   sizes = f"{selection}_{shape.L}_{shape.N}_{shape.D}"
-  contenders: dict[Any, Contender] = {}
+  programs: dict[Any, TimedProgram] = {}
   refused: dict[Any, str] = {}
-  for tile, attention in tqdm(attentions.items(), desc=label):
+  for tile, attention in tqdm(attentions.items(), desc=label, disable=None):
     numbers = "_".join(str(x) for x in dataclasses.astuple(tile))
     try:
-      contenders[tile] = Contender(
-        *_aot_gpu.prepare(
+      programs[tile] = TimedProgram(
+        *_aot_gpu.jit_or_load(
           f"{backend}_{kernel}_{sizes}_{numbers}",
           _timed(attention, shape, config, kernel),
           functools.partial(shape.sources, config),
-          drawn=f"sources_{sizes}",
+          inputs_name=f"sources_{sizes}",
           folder=_COMPILE_TO.value or _COMPILED.value,
           compile_now=_COMPILE_TO.value is not None,
         )
       )
     except (FileNotFoundError, NotImplementedError, ValueError) as error:
       refused[tile] = str(error).splitlines()[0]
-  return contenders, refused
+  return programs, refused
 
 
 def _search_space(
   backend: str, shape: Shape, device_kind: str
 ) -> tuple[Callable[..., Any], Any, dict[str, list]]:
-  """The attention, the blocks in use, and tiles to try by kernel."""
-  if backend == "mosaic_gpu":  # a product's inner side is a multiple of 64
+  """The attention function, its current blocks, and the tiles to try for each kernel."""
+  if backend == "mosaic_gpu":  # The inner dimension of a matrix product is a multiple of 64.
     query_tiles = [MosaicQueryTile(*x) for x in itertools.product((64, 128), (2, 3, 4))]
     key_tiles = [MosaicKeyTile(64, stages) for stages in (2, 3, 4)]
     candidates: dict[str, list] = {"forward": query_tiles, "dq": query_tiles, "dkdv": key_tiles}
@@ -137,7 +148,7 @@ def _search_space(
 def _timed(
   attention: Callable[..., Any], shape: Shape, config: DGAConfig, kernel: str
 ) -> Callable[..., Any]:
-  """The forward pass, or with the backward pass where that holds the kernel to be tuned."""
+  """The timed function: the forward pass, or both passes if `kernel` is a backward kernel."""
   window = config.block_size if config.selection == "streaming" else config.group_size
   call = functools.partial(attention, scale=shape.D**-0.5, group_bias=0.0, max_window=window)
 
@@ -153,7 +164,7 @@ def _write(device_kind: str, key: str, blocks: dict[str, Any]) -> None:
   table = json.loads(TABLE.read_text())
   table.setdefault(device_kind, {})[key] = blocks
   TABLE.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
-  print(f"written: {key} in {TABLE.name}")
+  print(f"wrote the entry {key} to {TABLE.name}")
 
 
 if __name__ == "__main__":

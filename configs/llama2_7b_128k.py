@@ -4,7 +4,8 @@
   python -m train.main --config=configs/llama2_7b_128k.py --config.init_from=runs/llama2 \
     --config.data.train_files="('texts/**/*.txt',)" --workdir=runs/llama2_128k
 
-The config is for 512 TPU v5p chips. It was compiled for them (docs/benchmarks.md) but not run.
+The config is for 512 TPU v5p chips. The step was compiled for them (docs/benchmarks.md) but not
+run.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,12 @@
-"""LLaMA2-7B at 32K with Dynamic Group Attention, continued from the pretrained model.
+"""LLaMA2-7B at 32K with Dynamic Group Attention, starting from the pretrained model.
 
   python -m train.compile_topology --config=configs/llama2_7b_32k.py --topology=v5p:8x8x8
   python -m train.main --config=configs/llama2_7b_32k.py --config.init_from=runs/llama2 \
     --config.data.train_files="('texts/**/*.txt',)" --workdir=runs/llama2_32k
 
-The config is for at least 128 chips of 16 GB: rows are split over 128 chips, and heads over the
-remaining factor. It was compiled for TPU pods (docs/benchmarks.md) but not run.
+The config needs at least 128 chips of 16 GB. Rows are split over 128 chips. With more chips, heads
+are split over the remaining factor. The step was compiled for TPU pods (docs/benchmarks.md) but
+not run.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +15,7 @@ from configs import llama2_7b_8k
 
 
 def get_config() -> ConfigDict:
-  """Streaming selection, with sinks and a raw window, since the model was pretrained dense."""
+  """Streaming selection with sinks and a window, because the model was pretrained dense."""
   config = llama2_7b_8k.get_config()
   config.update(
     {

@@ -1,19 +1,19 @@
-"""LLaMA2-7B at 8K with Dynamic Group Attention: the paper's continued pretraining.
+"""LLaMA2-7B at 8K with Dynamic Group Attention, as in the paper's continued pretraining.
 
   python -m dga_jax.convert --source=Llama-2-7b-hf --workdir=runs/llama2
   python -m train.main --config=configs/llama2_7b_8k.py --config.init_from=runs/llama2 \
     --config.data.train_files="('texts/**/*.txt',)" --workdir=runs/llama2_8k
 
 The paper gives RoPE base 500000 and 1000 steps (the default here); batch size, learning rate and
-data are our choice. The config is for 64 TPU v5p chips or 64 GPUs of 80 GB. It was compiled for
-such TPUs (docs/benchmarks.md) but not run.
+data are our choice. The config is for 64 TPU v5p chips or 64 GPUs of 80 GB. The step was compiled
+for such TPUs (docs/benchmarks.md) but not run.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """Global selection with γ = 0.1, m = 16 and at least 1024 focal tokens, the defaults."""
+  """Global selection with the default γ = 0.1, m = 16 and at least 1024 focal tokens."""
   return ConfigDict(
     {
       "batch_size": 64,

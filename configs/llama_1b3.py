@@ -10,14 +10,14 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """Streaming selection, from random parameters; one sequence a step."""
+  """Streaming selection, random initial parameters, one sequence per step."""
   return ConfigDict(
     {
       "num_steps": 10000,
       "batch_size": 1,
       "learning_rate": 2e-4,
       "warmup_steps": 500,
-      "loss_chunk": 4096,  # The gradient of the unembedding is accumulated once a chunk.
+      "loss_chunk": 4096,  # The gradient of the unembedding is accumulated once per chunk.
       "eval_every": 1000,
       "checkpoint_every": 1000,
       "model": {

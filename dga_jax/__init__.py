@@ -7,15 +7,21 @@ if TYPE_CHECKING:
   from dga_jax.api import dynamic_group_attention, explain, plan_groups
   from dga_jax.attention.plan import GroupPlan
   from dga_jax.config import DGAConfig
+  from dga_jax.head_budgets import HeadBudgets
+  from dga_jax.loading import load
+  from dga_jax.text_generation import generate
 
 __version__ = "0.1.0"
 
 __all__ = [
   "DGAConfig",
   "GroupPlan",
+  "HeadBudgets",
   "__version__",
   "dynamic_group_attention",
   "explain",
+  "generate",
+  "load",
   "plan_groups",
 ]
 
@@ -23,8 +29,11 @@ __all__ = [
 _MODULES = {
   "DGAConfig": "dga_jax.config",
   "GroupPlan": "dga_jax.attention.plan",
+  "HeadBudgets": "dga_jax.head_budgets",
   "dynamic_group_attention": "dga_jax.api",
   "explain": "dga_jax.api",
+  "generate": "dga_jax.text_generation",
+  "load": "dga_jax.loading",
   "plan_groups": "dga_jax.api",
 }
 

@@ -4,10 +4,12 @@ import difflib
 import importlib.util
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dga_jax import __version__
+from dga_jax.command_line import closed_pipes_end_quietly, exit_with, missing_extra
 
 
 class Command(NamedTuple):
@@ -18,13 +20,16 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-  "generate": Command("dga_jax.generate", "Continue prompts with a trained or imported model."),
+  "generate": Command("dga_jax.generate_command", "Continue prompts, chat, ask about a document."),
+  "serve": Command("dga_jax.serve", "Serve a model over HTTP with OpenAI's interface, and a page."),
   "convert": Command("dga_jax.convert", "Import a Hugging Face or GGUF model, or export a model."),
   "evaluate": Command("dga_jax.evaluate", "Measure perplexity and retrieval on long contexts."),
+  "calibrate": Command("dga_jax.calibrate", "Choose a setting of attention for each KV head."),
   "picture": Command("dga_jax.picture", "Draw what each query sees and how groups merge tokens."),
   "smollm2": Command("dga_jax.smollm2", "Download a small model; compare dense attention and DGA."),
   "train": Command("train.main", "Train a model (from a checkout of dga-jax)."),
 }
+_HELP = {"--help", "-h", "-help", "--helpshort"}
 _NO_TRAINER = """\
 dga train: training runs from a checkout of dga-jax, since it is started with the files in configs/.
 The dga_jax in {place} is not in a checkout. Clone the repository of dga-jax, and in the clone:
@@ -35,7 +40,11 @@ The dga_jax in {place} is not in a checkout. Clone the repository of dga-jax, an
 
 def main() -> None:
   """Runs the command that the first argument names."""
-  name, *arguments = sys.argv[1:] or ["help"]
+  with closed_pipes_end_quietly():
+    _dispatch(*sys.argv[1:] or ["help"])
+
+
+def _dispatch(name: str, *arguments: str) -> None:
   if name in ("help", "--help", "-h"):
     print(usage())
   elif name == "--version":
@@ -46,7 +55,7 @@ def main() -> None:
     sys.exit(f"dga: there is no command {name!r}.{hint}\n\n{usage()}")
   elif name == "train" and not _find_trainer():
     message = _NO_TRAINER.format(place=Path(__file__).parent)
-    if set(arguments) & {"--help", "-h", "--helpshort"}:
+    if not _HELP.isdisjoint(arguments):
       print(message)
     else:
       sys.exit(message)
@@ -68,15 +77,15 @@ def usage() -> str:
   )
 
 
-def run(module: str, arguments: list[str]) -> None:
+def run(module: str, arguments: Sequence[str]) -> None:
   """Runs a module as `python -m` does, with these arguments."""
   sys.argv[1:] = arguments
   try:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
   except ModuleNotFoundError as error:
-    from dga_jax.command_line import exit_with
-
-    exit_with(error)
+    if _HELP.isdisjoint(arguments) or (hint := missing_extra(error)) is None:
+      exit_with(error)
+    print(hint)  # The flags of the command need the extra, too.
 
 
 def _find_trainer() -> bool:

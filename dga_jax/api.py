@@ -11,15 +11,18 @@ from jaxtyping import Array, Float, PyTree
 
 from dga_jax.attention import validation
 from dga_jax.attention.attend import attend, attend_with_plan, make_plan, nan_where_invalid
+from dga_jax.attention.attend_heads import attend_heads
 from dga_jax.attention.metadata import prepare
 from dga_jax.attention.partition import AttentionPartition, find_partition
 from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.reference import number_documents, reference_attention
 from dga_jax.attention.segments import count_documents, find_documents, IntArray
+from dga_jax.attention.unbatched import accepts_unbatched
 from dga_jax.attention.validation import Lengths, SegmentIds
 from dga_jax.cache import decode_step, empty_cache
 from dga_jax.config import DGAConfig
 from dga_jax.explanation import Explanation
+from dga_jax.head_budgets import FULL, HeadBudgets
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 
@@ -28,19 +31,20 @@ __all__ = ["dynamic_group_attention", "explain", "plan_groups"]
 ArrayOrShape = Array | jax.ShapeDtypeStruct
 
 
+@accepts_unbatched
 def dynamic_group_attention(
-  query: Float[Array, "B L H D"],
-  key: Float[Array, "B L N D"],
-  value: Float[Array, "B L N D"],
+  query: Float[Array, "*B L H D"],
+  key: Float[Array, "*B L N D"],
+  value: Float[Array, "*B L N D"],
   *,
-  config: DGAConfig,
+  config: DGAConfig | HeadBudgets,
   plan: GroupPlan | None = None,
   lengths: Lengths | None = None,
   segment_ids: SegmentIds | None = None,
   scale: float | None = None,
   sharding: NamedSharding | None = None,
   implementation: Implementation = None,
-) -> Float[Array, "B L H D"]:
+) -> Float[Array, "*B L H D"]:
   """Causal attention to focal tokens, merged groups and the raw tokens of one open group.
 
   Zhang et al., ICML 2025 (arXiv 2505.22107), Algorithm 1, masked before the softmax. One softmax
@@ -53,12 +57,16 @@ def dynamic_group_attention(
   device's part. The output is split like the query.
 
   Args:
-    query: any float dtype, the same for all arrays. Softmax statistics are float32.
+    query: any float dtype, the same for all arrays. Softmax statistics are float32. The batch axis
+      may be absent from all three arrays.
     key: N KV heads, where N divides H; query head h belongs to KV head ⌊h / (H/N)⌋.
     value: as key.
-    config: every switch of the mechanism.
+    config: every switch of the mechanism; or `HeadBudgets` of one layer, which give each KV head
+      and its query heads a setting of their own. Heads with the setting "full" run causal dense
+      attention. Adjacent heads of one setting are one slice of the arrays; see
+      `HeadBudgets.contiguous_order`.
     plan: fixes the split into focal tokens and groups. Default:
-      `plan_groups(query, key, config=config, ...)`.
+      `plan_groups(query, key, config=config, ...)`. Not with `HeadBudgets`.
     lengths: tokens of each row, an int array or a list; later tokens are padding. Default: L.
     segment_ids: runs of equal ids are documents packed in a row; negative ids are padding. An int
       array or a list of lists. Each row and document is computed as if it were alone. Padded
@@ -84,7 +92,9 @@ def dynamic_group_attention(
   validation.implementation(implementation)
   B, L = query.shape[:2]
   lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
-  if plan is not None:
+  if isinstance(config, HeadBudgets):
+    validation.head_budgets(config, key, plan)
+  elif plan is not None:
     plan.check_fits(query, key, config, lengths=lengths, segment_ids=segment_ids)
   query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
   partition = find_partition(query, key, value, sharding)
@@ -155,10 +165,12 @@ def plan_groups(
   partition = find_partition(query, key, key, sharding)
   if partition is None:
     return make_plan(query, key, prepare(find_documents(B, L, lengths, segment_ids), config))
+  bounded = _with_document_bound(config, lengths, segment_ids)
+  assert isinstance(bounded, DGAConfig)
   plan = _plan_on_mesh(
     {"query": query, "key": key, **_present(lengths=lengths, segment_ids=segment_ids)},
     partition=partition,
-    config=_with_document_bound(config, lengths, segment_ids),
+    config=bounded,
   )
   return dataclasses.replace(plan, config=config)
 
@@ -168,7 +180,7 @@ def explain(
   key: Float[ArrayOrShape, "B L N D"],
   value: Float[ArrayOrShape, "B L N D"],
   *,
-  config: DGAConfig,
+  config: DGAConfig | HeadBudgets,
   lengths: Lengths | None = None,
   segment_ids: SegmentIds | None = None,
   sharding: NamedSharding | None = None,
@@ -200,7 +212,7 @@ def explain(
   if sharding is None and isinstance(own, NamedSharding) and own.mesh.abstract_mesh.auto_axes:
     sharding = own  # Tracing hides it.
 
-  def decode(query: Array, key: Array, value: Array) -> Any:
+  def decode(query: Array, key: Array, value: Array, config: DGAConfig) -> Any:
     cache = empty_cache(
       config=config, batch=B, max_length=L + 1, num_kv_heads=N, head_dim=D, dtype=dtype
     )
@@ -215,11 +227,14 @@ def explain(
     implementation=implementation,
   )
   # A step of decoding is explained for one device: `cache` functions take no split arrays.
-  unsplit = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value))
+  unsplit = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
+  configs = config.settings if isinstance(config, HeadBudgets) else (config,)
   target = dispatch.find_target(query, key, value)
   with dispatch.collect_reports(target) as reports:
     jax.eval_shape(call, query, key, value)
-    jax.eval_shape(decode, *unsplit)
+    for each in configs:
+      if each != FULL:
+        jax.eval_shape(functools.partial(decode, config=each), *unsplit)
   return Explanation.from_reports(str(target), reports)
 
 
@@ -228,7 +243,7 @@ def _attend_on_device(
   key: Array,
   value: Array,
   *,
-  config: DGAConfig,
+  config: DGAConfig | HeadBudgets,
   plan: GroupPlan | None = None,
   lengths: IntArray | None = None,
   segment_ids: IntArray | None = None,
@@ -237,6 +252,25 @@ def _attend_on_device(
 ) -> Array:
   """The op of the rows and heads of one device; the caller has checked the arguments."""
   B, L, _, D = query.shape
+  if isinstance(config, HeadBudgets):
+
+    def attend_class(config: DGAConfig, query: Array, key: Array, value: Array) -> Array:
+      options = {"lengths": lengths, "segment_ids": segment_ids, "scale": scale}
+      return _attend_on_device(
+        query, key, value, config=config, implementation=implementation, **options
+      )
+
+    documents = find_documents(B, L, lengths, segment_ids)
+    return attend_heads(
+      query,
+      key,
+      value,
+      config,
+      documents,
+      attend_class,
+      scale=scale,
+      implementation=implementation,
+    )
   whole = lengths is None and segment_ids is None
   if implementation in ("reference", ("reference",)):
     if plan is None:
@@ -263,7 +297,7 @@ def _attend_on_mesh(
   operands: dict[str, Any],
   *,
   partition: AttentionPartition,
-  config: DGAConfig,
+  config: DGAConfig | HeadBudgets,
   scale: float | None,
   implementation: Implementation,
 ) -> Array:
@@ -342,10 +376,18 @@ def _present(**arrays: Any) -> dict[str, Any]:
 
 
 def _with_document_bound(
-  config: DGAConfig, lengths: IntArray | None, segment_ids: IntArray | None
-) -> DGAConfig:
+  config: DGAConfig | HeadBudgets, lengths: IntArray | None, segment_ids: IntArray | None
+) -> DGAConfig | HeadBudgets:
   """The config with the number of documents of concrete rows, which jit would hide."""
   count = count_documents(lengths, segment_ids)
-  if segment_ids is None or count is None or config.max_documents is not None:
+  if segment_ids is None or count is None:
     return config
-  return dataclasses.replace(config, max_documents=max(1, count))
+
+  def bounded(config: DGAConfig) -> DGAConfig:
+    is_bounded = config.max_documents is not None
+    return config if is_bounded else dataclasses.replace(config, max_documents=max(1, count))
+
+  if isinstance(config, DGAConfig):
+    return bounded(config)
+  settings = tuple(setting if setting == FULL else bounded(setting) for setting in config.settings)
+  return dataclasses.replace(config, settings=settings)

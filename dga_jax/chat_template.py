@@ -12,6 +12,7 @@ The special tokens in the encoded text are those that the template wrote. A spec
 message spells out stays ordinary characters, so a message cannot end its own turn.
 """
 
+import functools
 import json
 import os
 import re
@@ -32,7 +33,7 @@ _BREAK, _NAME = "\ufdd0", "\ufdd1"
 
 
 class ChatTemplate:
-  """A compiled chat template and the tokenizer of its model.
+  """A chat template and the tokenizer of its model; compiled when it is first used.
 
   Args:
     source: the template, in jinja2's language.
@@ -42,9 +43,10 @@ class ChatTemplate:
 
   Attributes:
     source: the template.
+    special_tokens: as given, with the eos_token.
 
   Raises:
-    ValueError: the source is not a template, or is longer than a MiB.
+    ValueError: the source is longer than a MiB.
   """
 
   def __init__(
@@ -56,11 +58,24 @@ class ChatTemplate:
       )
     self.source = source
     self.special_tokens = {"eos_token": tokenizer.end_token, **(special_tokens or {})}
+    self._tokenizer = tokenizer
+
+  @functools.cached_property
+  def sandbox(self) -> Sandbox:
+    """The compiled template.
+
+    Raises:
+      ValueError: the source is not a template.
+    """
     try:
-      self.sandbox = Sandbox(source)
+      return Sandbox(self.source)
     except TemplateError as error:
       raise ValueError(f"The chat template is damaged. {error}") from error
-    self.encoder = _Encoder(tokenizer)
+
+  @functools.cached_property
+  def encoder(self) -> "ChatEncoder":
+    """Encodes what `render_marked` returns."""
+    return ChatEncoder(self._tokenizer)
 
 
 def load_chat_template(
@@ -75,7 +90,7 @@ def load_chat_template(
 
   Raises:
     CheckpointError: the checkpoint is missing or damaged.
-    ValueError: the checkpoint has no such template, or the template is damaged.
+    ValueError: the checkpoint has no such template.
   """
   from dga_jax.checkpoint import load_config, load_tokenizer
 
@@ -94,7 +109,7 @@ def chat_template_of(
     name: of the template; None for the default one.
 
   Raises:
-    ValueError: there is no such template, or the template is damaged.
+    ValueError: there is no such template.
   """
   sources = template_sources(origin)
   if not sources:
@@ -156,9 +171,16 @@ def render_chat(
     variables: further values by name, for example {"enable_thinking": False}.
 
   Raises:
-    ValueError: the messages are not a conversation, the template refuses them, or it fails.
+    ValueError: the messages are not a conversation, or the template is damaged, refuses them or
+      fails.
   """
-  marked = _render_marked(template, messages, tools, add_generation_prompt, variables)
+  marked = render_marked(
+    template,
+    messages,
+    tools=tools,
+    add_generation_prompt=add_generation_prompt,
+    variables=variables,
+  )
   return marked.replace(_BREAK, "")
 
 
@@ -177,18 +199,29 @@ def encode_chat(
 
   Args and errors as for `render_chat`.
   """
-  marked = _render_marked(template, messages, tools, add_generation_prompt, variables)
+  marked = render_marked(
+    template,
+    messages,
+    tools=tools,
+    add_generation_prompt=add_generation_prompt,
+    variables=variables,
+  )
   return template.encoder.encode(marked)
 
 
-def _render_marked(
+def render_marked(
   template: ChatTemplate,
   messages: Sequence[Mapping[str, Any]],
-  tools: Sequence[Mapping[str, Any]] | None,
-  add_generation_prompt: bool,
-  variables: Mapping[str, Any] | None,
+  *,
+  tools: Sequence[Mapping[str, Any]] | None = None,
+  add_generation_prompt: bool = True,
+  variables: Mapping[str, Any] | None = None,
 ) -> str:
-  """The text of a conversation, in which `_BREAK` breaks up special tokens that messages spell."""
+  """The text of a conversation for `ChatTemplate.encoder`, which encodes it in parts or as a whole.
+
+  A noncharacter breaks up each special token that a message spells out. Args and errors as for
+  `render_chat`.
+  """
   _check_messages(messages)
   mark = template.encoder.break_up
   given = {
@@ -230,7 +263,7 @@ def _special_tokens(origin: Mapping[str, Any]) -> dict[str, str]:
   return found
 
 
-class _Encoder:
+class ChatEncoder:
   """Encodes texts in which some special tokens are meant, and others are ordinary characters.
 
   The special tokens of a copy of the tokenizer have names that begin with `_NAME`. So the copy

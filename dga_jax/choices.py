@@ -5,6 +5,7 @@ from typing import Literal
 AttentionName = Literal[
   "dga",
   "dense",
+  "head_budgets",
   "sliding_window",
   "streaming_llm",
   "lm_infinite",

@@ -1,13 +1,27 @@
 """What all commands share: --help, one-line errors, missing extras and closed pipes."""
 
+import contextlib
 import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from absl import app, flags, logging
+
+from dga_jax.unused_gpu import warn_about_unused_gpu
+
+
+def define_budgets() -> flags.FlagHolder[str | None]:
+  """The flag --budgets of the commands that load a model."""
+  holder: flags.FlagHolder[str | None] = flags.DEFINE_string(
+    "budgets",
+    None,
+    "JSON file with the setting of each KV head, made for this checkpoint (dga_jax.HeadBudgets); "
+    "default: the checkpoint's attention.",
+  )
+  return holder
 
 
 def run(main: Callable[[], None]) -> NoReturn:
@@ -26,18 +40,29 @@ def run(main: Callable[[], None]) -> NoReturn:
       raise app.UsageError(f"{argv[1]!r} is not a flag; quote values that contain spaces.")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every read and write.
-    try:
-      main()
-      sys.stdout.flush()
-    except BrokenPipeError:
-      # The reader of our output, such as `head`, has ended. Python flushes stdout at exit again.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-      sys.exit(1)
-    except Exception as error:
-      exit_with(error)
+    warn_about_unused_gpu()
+    with closed_pipes_end_quietly():
+      try:
+        main()
+      except BrokenPipeError:
+        raise
+      except Exception as error:
+        exit_with(error)
 
   app.run(checked, flags_parser=parse_flags)
   raise AssertionError("app.run exits")
+
+
+@contextlib.contextmanager
+def closed_pipes_end_quietly() -> Iterator[None]:
+  """Flushes stdout at the end; exits with status 1 if the reader of stdout, such as head, ended."""
+  try:
+    yield
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # Python flushes stdout at exit again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -49,8 +74,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 def exit_with(error: Exception) -> NoReturn:
   """Exits with one line for an error that a user can correct; raises any other error again."""
-  if isinstance(error, ModuleNotFoundError) and (extra := extra_with(error.name or "")):
-    sys.exit(f'error: {error}. Install the extra "{extra}": pip install "dga-jax[{extra}]"')
+  if isinstance(error, ModuleNotFoundError) and (hint := missing_extra(error)):
+    sys.exit(hint)
   if isinstance(error, OSError | ValueError | FloatingPointError):
     sys.exit(f"error: {error}")
   if isinstance(error, RuntimeError):
@@ -59,6 +84,12 @@ def exit_with(error: Exception) -> NoReturn:
     if isinstance(error, CheckpointError):
       sys.exit(f"error: {error}")
   raise error
+
+
+def missing_extra(error: ModuleNotFoundError) -> str | None:
+  """The message that names the extra of a missing package; None if no extra installs it."""
+  extra = extra_with(error.name or "")
+  return extra and f'error: {error}. Install the extra "{extra}": pip install "dga-jax[{extra}]"'
 
 
 def extra_with(module: str) -> str | None:

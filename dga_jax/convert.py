@@ -22,6 +22,7 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.hub_names import check_exists
 from dga_jax.path_flags import define_path
 
 _SOURCE = define_path("source", None, "A Hugging Face folder or a GGUF file to import.")
@@ -92,6 +93,7 @@ def main() -> None:
 
 def import_by_flags(path: Path) -> str:
   """Imports the model at `path` and returns a summary."""
+  check_exists(path, "Hugging Face folder or GGUF file")
   from dga_jax.config import RETROFIT
   from dga_jax.conversion.checkpoint_reader import TokenizerChoices
   from dga_jax.conversion.importing import import_model, open_source

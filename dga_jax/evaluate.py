@@ -12,6 +12,9 @@ Tasks:
                       earlier queries see (selection="global")
   retrieval           passkey, needle, multi_key, key_value and variable_tracking (--puzzles),
                       hidden in the documents at --depths of prompts of --lengths tokens
+  ruler               RULER (Hsieh et al.): needles, variable tracking and frequent words made by
+                      code from the documents (--ruler_tasks), and questions of SQuAD or HotpotQA
+                      (--ruler_questions); the score is the mean share of the answers found
   longbench           LongBench-E, from the files in the folder --longbench
   lost_in_the_middle  question answering over many documents (Liu et al.), from --questions
 
@@ -28,15 +31,17 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.evaluation.retrieval import TASKS
+from dga_jax.evaluation.ruler import RULER_TASKS
 from dga_jax.path_flags import define_path, define_paths
 
 _WORKDIR = define_path("workdir", None, "Folder with the checkpoint.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _TASK = flags.DEFINE_enum(
-  "task", None, ["perplexity", "retrieval", "longbench", "lost_in_the_middle"],
+  "task", None, ["perplexity", "retrieval", "ruler", "longbench", "lost_in_the_middle"],
   "What to measure; see above.", required=True,
 )  # fmt: skip
 _OUT = define_path("out", None, "Folder for results; default: WORKDIR/evaluation.")
+_BUDGETS = command_line.define_budgets()
 _VARIANTS = flags.DEFINE_string(
   "variants", None, "Names and config overrides, as JSON or a JSON file; default: the model as is."
 )
@@ -58,8 +63,16 @@ _PUZZLES = flags.DEFINE_list("puzzles", list(TASKS), "retrieval: names of puzzle
 _DEPTHS = flags.DEFINE_list(
   "depths", ["0", "0.25", "0.5", "0.75", "1"], "retrieval: depths of the answer, from 0 to 1."
 )
-_SAMPLES = flags.DEFINE_integer("samples", 4, "retrieval: prompts per depth.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "retrieval: seed of texts, facts and their places.")
+_RULER_TASKS = flags.DEFINE_list("ruler_tasks", list(RULER_TASKS), "ruler: tasks made by code.")
+_RULER_QUESTIONS = define_path(
+  "ruler_questions", None, "ruler: file of SQuAD or HotpotQA; its first --samples questions."
+)
+_SAMPLES = flags.DEFINE_integer(
+  "samples", 4, "retrieval: prompts per depth; ruler: prompts per task.", lower_bound=1
+)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "retrieval and ruler: seed of texts, facts and their places."
+)
 _LONGBENCH = define_path("longbench", None, "Folder with LongBench-E's files.")
 _QUESTIONS = define_path("questions", None, "File with the questions of Liu et al.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Largest number of examples of a file.", lower_bound=1)
@@ -92,6 +105,8 @@ def main() -> None:
 def _check_flags() -> None:
   """Raises UsageError or ValueError for flags that are missing or wrong, before any import."""
   needed = _NEEDED.get(_TASK.value, _DOCUMENTS)
+  if _TASK.value == "ruler" and not _RULER_TASKS.value:
+    needed = _RULER_QUESTIONS
   if not needed.value:
     raise app.UsageError(f"--task={_TASK.value} needs --{needed.name}.")
   _numbers(_LENGTHS, int)
@@ -99,6 +114,8 @@ def _check_flags() -> None:
   _numbers(_DEPTHS, float)
   if unknown := [name for name in _PUZZLES.value if name not in TASKS]:
     raise ValueError(f"--puzzles has {unknown[0]!r}; the puzzles are {', '.join(TASKS)}.")
+  if unknown := [name for name in _RULER_TASKS.value if name not in RULER_TASKS]:
+    raise ValueError(f"--ruler_tasks has {unknown[0]!r}; it takes {', '.join(RULER_TASKS)}.")
 
 
 def _numbers[T: (int, float)](flag: flags.FlagHolder, convert: Callable[[str], T]) -> list[T]:
@@ -118,10 +135,14 @@ def _make_jobs() -> tuple[list[Any], str]:
   from dga_jax.evaluation.perplexity import PerplexitySettings
   from dga_jax.evaluation.texts import read_documents
   from dga_jax.evaluation.variants import Family, read_variants, Variant
+  from dga_jax.head_budgets import read_head_budgets
+  from dga_jax.model import apply_budgets
 
   variants = read_variants(_VARIANTS.value) if _VARIANTS.value else [Variant("as trained")]
   lengths = _numbers(_LENGTHS, int)
   model, _, tokenizer = load_model(_WORKDIR.value, _STEP.value)
+  if _BUDGETS.value is not None:
+    model = apply_budgets(model, read_head_budgets(_BUDGETS.value))
   step = list_steps(_WORKDIR.value)[-1] if _STEP.value is None else _STEP.value
   make = task_jobs.TaskJobs(Family(model, tokenizer.start_ids), tokenizer, variants, lengths)
   match _TASK.value:
@@ -133,11 +154,16 @@ def _make_jobs() -> tuple[list[Any], str]:
         _numbers(_DEPTHS, float), _SAMPLES.value, _SEED.value, _BATCH_SIZE.value
       )
       jobs = make.retrieval(read_documents(_DOCUMENTS.value), _PUZZLES.value, prompts)
+    case "ruler":
+      documents = read_documents(_DOCUMENTS.value) if _RULER_TASKS.value else []
+      settings = task_jobs.RulerSettings(_SAMPLES.value, _SEED.value, _BATCH_SIZE.value)
+      jobs = make.ruler(documents, _RULER_TASKS.value, _RULER_QUESTIONS.value, settings)
     case "longbench":
       jobs = make.longbench(str(_LONGBENCH.value), _LIMIT.value, _BATCH_SIZE.value)
     case _:
       jobs = make.lost_in_the_middle(str(_QUESTIONS.value), _LIMIT.value, _BATCH_SIZE.value)
-  return list(jobs), f"{_WORKDIR.value}, step {step}"
+  budgets = "" if _BUDGETS.value is None else f", budgets {_BUDGETS.value}"
+  return list(jobs), f"{_WORKDIR.value}, step {step}{budgets}"
 
 
 if __name__ == "__main__":

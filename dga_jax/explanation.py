@@ -27,7 +27,7 @@ class OpChoice:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-  """The implementation of every op of a call. Prints as a table.
+  """The implementation of every op of a call. Prints as a short table.
 
   Attributes:
     device: the device that the call is for.
@@ -66,17 +66,21 @@ class Explanation:
     raise KeyError(op)
 
   def __str__(self) -> str:
-    rows = [("op", "runs", "why not the others")]
+    """One line for each op: what runs, and the implementations that do not, in order."""
+    first, second = (
+      max(len(name), *(len(getattr(choice, name)) for choice in self.ops))
+      for name in ("op", "runs")
+    )
+    lines = [f"{'op':<{first}}  {'runs':<{second}}  cannot run"]
     for choice in self.ops:
-      # The first line names the device.
-      reasons = [
-        f"{name}: {reason.removesuffix(f', and this call is for {self.device}')}"
-        if reason
-        else f"{name}: applies too"
-        for name, reason in choice.why_not
-      ]
-      rows.append((choice.op, choice.runs, reasons[0] if reasons else ""))
-      rows.extend(("", "", reason) for reason in reasons[1:])
-    first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
-    lines = (f"{op:<{first}} | {runs:<{second}} | {reason}" for op, runs, reason in rows)
-    return "\n".join((f"for {self.device}", *(line.rstrip() for line in lines)))
+      refused = ", ".join(name for name, reason in choice.why_not if reason) or "-"
+      lines.append(f"{choice.op:<{first}}  {choice.runs:<{second}}  {refused}")
+    return "\n".join((f"for {self.device}; explanation.details() has the reasons", *lines))
+
+  def details(self) -> str:
+    """The reason of each implementation that does not run, one a line."""
+    return "\n".join(
+      f"{choice.op}: {name}: {reason or 'could run the call, and comes later in the order'}"
+      for choice in self.ops
+      for name, reason in choice.why_not
+    )

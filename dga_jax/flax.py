@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Num, Shaped
 
 from dga_jax.api import dynamic_group_attention
+from dga_jax.attention.segments import IntArray
 from dga_jax.config import DGAConfig
 from pallas_kernels.dispatch import Implementation
 
@@ -41,9 +42,12 @@ def attention_fn(
   module passes: query [..., L, H, D], key and value [..., L, N, D], and a mask. It honours:
 
   - `is_causal=True` without a mask: causal attention over whole rows.
-  - `is_causal=True` with a mask [..., 1, 1, L] over the keys that hides right padding.
-  - a mask [..., 1, L, L] that is causal, with or without right padding; `is_causal` may then be
+  - `is_causal=True` with a mask [..., 1, 1, L] over the keys that hides padding at the left, at the
+    right, or at both ends of a row.
+  - a mask [..., 1, L, L] that is causal, with or without such padding; `is_causal` may then be
     False, which is the module's default.
+  - `is_causal=True` with `key_value_seq_lengths`, int [...]: the tokens of right-padded rows, as
+    in `jax.nn.dot_product_attention`, for callers of the function itself: the module passes masks.
 
   A padded query's output is 0. Masks may be boolean or, as `nnx.make_causal_mask` returns them,
   numbers. A mask of another form raises ValueError if its values are known. Under jit its values
@@ -86,6 +90,7 @@ class _AttentionFn:
     module: Any = None,
     is_causal: bool = False,
     input_positions: Int[Array, "..."] | None = None,
+    key_value_seq_lengths: Int[IntArray, "*B"] | None = None,
   ) -> Float[Array, "*B L H D"]:
     del broadcast_dropout, dropout_rng
     L, S = query.shape[-3], key.shape[-3]
@@ -104,10 +109,17 @@ class _AttentionFn:
       )
     query, key, value = promote_dtype((query, key, value), dtype=dtype)
     rows = math.prod(query.shape[:-3])
-    lengths_B, fits_B = None, None
+    config, fits_B = self.config, None
+    lengths_B, segment_ids_BxL = None, None
+    if key_value_seq_lengths is not None:
+      if mask is not None:
+        raise ValueError(
+          "mask and key_value_seq_lengths are given; pass one of them. A mask hides padding, too."
+        )
+      lengths_B = jnp.asarray(key_value_seq_lengths).reshape(-1)
     if mask is not None:
-      mask_BxQxL = _as_rows(mask, query.shape)
-      lengths_B, fits_B = _right_padding(mask_BxQxL, is_causal=is_causal)
+      segment_ids_BxL, fits_B = _padding(_as_rows(mask, query.shape), is_causal=is_causal)
+      config = dataclasses.replace(config, max_documents=1)
     elif not is_causal:
       raise ValueError(
         "is_causal is False and mask is None; DGA is causal: call the module with is_causal=True,"
@@ -117,8 +129,9 @@ class _AttentionFn:
       query.reshape(rows, *query.shape[-3:]),
       key.reshape(rows, *key.shape[-3:]),
       value.reshape(rows, *value.shape[-3:]),
-      config=self.config,
+      config=config,
       lengths=lengths_B,
+      segment_ids=segment_ids_BxL,
       sharding=self.sharding,
       implementation=self.implementation,
     )
@@ -166,13 +179,15 @@ def _as_rows(mask: Shaped[Array, "..."], query_shape: tuple[int, ...]) -> Bool[A
   return whole.reshape(-1, queries, L) != 0
 
 
-def _right_padding(
+def _padding(
   mask_BxQxL: Bool[Array, "B Q L"], *, is_causal: bool
-) -> tuple[Int[Array, "B"], Bool[Array, "B"]]:
-  """Each row's tokens without right padding, and whether the mask is causal with that padding.
+) -> tuple[Int[Array, "B L"], Bool[Array, "B"]]:
+  """Segment ids, 0 for tokens and -1 for padding, and whether each row's mask can be honoured.
+
+  It can be honoured if the tokens are contiguous, and the mask is causal among them.
 
   Raises:
-    ValueError: the values of the mask are known, and it is not.
+    ValueError: the values of the mask are known, and it cannot be honoured.
   """
   _, Q, L = mask_BxQxL.shape
   if Q != L and not is_causal:
@@ -182,20 +197,23 @@ def _right_padding(
     )
   index_L = jnp.arange(L)
   valid_BxL = mask_BxQxL[:, 0] if Q != L else jnp.diagonal(mask_BxQxL, axis1=1, axis2=2)
-  lengths_B = jnp.sum(valid_BxL, axis=-1, dtype=jnp.int32)
-  is_token_BxL = index_L[None] < lengths_B[:, None]
+  start_B = jnp.argmax(valid_BxL, axis=-1)
+  end_B = start_B + jnp.sum(valid_BxL, axis=-1, dtype=jnp.int32)
+  is_token_BxL = (index_L[None] >= start_B[:, None]) & (index_L[None] < end_B[:, None])
   fits_B = jnp.all(valid_BxL == is_token_BxL, axis=-1)
   if Q == L:
     causal_LxL = index_L[None] <= index_L[:, None]
     # The masks of padded queries have no effect, since the op returns 0 for padded queries. With
     # is_causal the module's own causal mask hides later keys.
-    differs_BxLxL = (mask_BxQxL != causal_LxL[None]) & is_token_BxL[:, :, None]
+    wanted_BxLxL = causal_LxL[None] & is_token_BxL[:, None]
+    differs_BxLxL = (mask_BxQxL != wanted_BxLxL) & is_token_BxL[:, :, None]
     if is_causal:
       differs_BxLxL &= causal_LxL[None]
     fits_B &= ~jnp.any(differs_BxLxL, axis=(1, 2))
   if not isinstance(fits_B, jax.core.Tracer) and not np.all(fits_B):
     row = int(np.argmin(fits_B))
     raise ValueError(
-      f"mask of row {row} is not causal attention with right padding; DGA supports no other mask."
+      f"mask of row {row} is not causal attention with padding at the ends of the row; DGA supports"
+      " no other mask. Pack documents with dynamic_group_attention(segment_ids=...)."
     )
-  return lengths_B, fits_B
+  return jnp.where(is_token_BxL, 0, -1), fits_B

@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from dga_jax.config import DGAConfig
 from dga_jax.config_dataclasses import config_error, from_dict
 
-__all__ = ["FULL", "HeadBudgets", "HeadSetting"]
+__all__ = ["FULL", "HeadBudgets", "HeadRow", "HeadSetting", "read_head_budgets", "split_row"]
 
 FULL: Literal["full"] = "full"  # Causal dense attention, with a cache of every token.
 MAX_SETTINGS = 4
 
 type HeadSetting = Literal["full"] | DGAConfig
+type HeadRow = tuple[int, ...]  # The setting of each KV head of a layer, as an index.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +35,17 @@ class HeadBudgets:
   """
 
   settings: tuple[HeadSetting, ...]
-  assignment: tuple[tuple[int, ...], ...]
+  assignment: tuple[HeadRow, ...]
 
   def __post_init__(self) -> None:
-    settings = tuple(self.settings)
+    if not isinstance(self.settings, list | tuple):
+      raise config_error(self, "settings", "a list of settings")
+    settings = tuple(
+      from_dict(DGAConfig, setting, path=f"HeadBudgets.settings[{index}]")
+      if isinstance(setting, Mapping)
+      else setting
+      for index, setting in enumerate(self.settings)
+    )
     object.__setattr__(self, "settings", settings)
     valid = all(
       setting == FULL or (isinstance(setting, DGAConfig) and setting.selection == "streaming")
@@ -82,6 +91,48 @@ class HeadBudgets:
     """The setting of one KV head."""
     return self.settings[self.assignment[layer][kv_head]]
 
+  def counts(self) -> dict[HeadSetting, int]:
+    """KV heads of all layers that follow each setting, without settings that none follows."""
+    used = [head for row in self.assignment for head in row]
+    return {
+      setting: used.count(index) for index, setting in enumerate(self.settings) if index in used
+    }
+
+  def contiguous_order(self, parts: int = 1) -> tuple[tuple[int, ...], ...]:
+    """For each layer the order of its KV heads in which the heads of every setting are adjacent.
+
+    Args:
+      parts: devices over which tensor parallelism splits the heads. Each part of the order gets
+        its share of every setting, so that the devices have equal work. Where a setting has a
+        remainder, some parts have one head more of it than others, and all devices wait for them.
+
+    Returns:
+      [layers][kv_heads], for `permute_kv_heads`.
+
+    Raises:
+      ValueError: parts does not divide the KV heads.
+    """
+    if parts < 1 or self.num_kv_heads % parts:
+      raise ValueError(
+        f"parts is {parts}; it must divide the {self.num_kv_heads} KV heads of a layer. Split "
+        "heads over fewer devices."
+      )
+
+    def order(row: HeadRow) -> tuple[int, ...]:
+      by_setting = sorted(range(len(row)), key=lambda head: row[head])
+      return tuple(head for part in range(parts) for head in by_setting[part::parts])
+
+    return tuple(map(order, self.assignment))
+
+  def permute_kv_heads(self, order: Sequence[Sequence[int]]) -> "HeadBudgets":
+    """The budgets of the same model with its KV heads in another order.
+
+    Args:
+      order: [layers][kv_heads], the present head at each place of the new order.
+    """
+    rows = zip(self.assignment, order, strict=True)
+    return HeadBudgets(self.settings, tuple(tuple(row[head] for head in new) for row, new in rows))
+
   def to_dict(self) -> dict[str, Any]:
     """The budgets as plain values that JSON can store."""
     return {
@@ -105,19 +156,33 @@ class HeadBudgets:
         f"{path} is {values!r:.200}; it must be a mapping with the keys 'settings' and "
         "'assignment'."
       )
-    if not isinstance(values["settings"], list | tuple):
-      raise ValueError(f"{path}.settings is {values['settings']!r:.200}; it must be a list.")
-    settings = tuple(
-      from_dict(DGAConfig, setting, path=f"{path}.settings[{index}]")
-      if isinstance(setting, Mapping)
-      else setting
-      for index, setting in enumerate(values["settings"])
-    )
-    return cls(settings, values["assignment"])
+    return cls(values["settings"], values["assignment"])
 
   def to_json(self) -> str:
     """The text of `to_dict` as JSON."""
     return json.dumps(self.to_dict(), indent=1)
+
+
+def read_head_budgets(path: str | Path) -> HeadBudgets:
+  """The budgets in a JSON file of `dga calibrate` or of `HeadBudgets.to_json`.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: it is not JSON, or its content is not that of budgets; the message names the file.
+  """
+  try:
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"{path} is not JSON: {error}") from error
+  if isinstance(values, dict):
+    values.pop("calibration", None)  # How the budgets were found.
+  return HeadBudgets.from_dict(values, path=str(path))
+
+
+def split_row(row: HeadRow, parts: int) -> tuple[HeadRow, ...]:
+  """A row in `parts` parts of equally many adjacent KV heads."""
+  size = len(row) // parts
+  return tuple(row[start : start + size] for start in range(0, len(row), size))
 
 
 def _index(value: Any) -> int:

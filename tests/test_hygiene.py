@@ -1,4 +1,4 @@
-"""What a reader or another machine would trip over, in every file under version control."""
+"""Rules for every file under version control: length, hosts, machine paths, pinned packages."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAX_LINES = 400
 URL_HOST = re.compile(r"https?://([\w.-]+)")
-# The only hosts that are named: papers, licences, and this machine.
+# The allowed hosts: papers, licences and the local machine.
 HOSTS = {"arxiv.org", "www.apache.org", "127.0.0.1", "localhost"}
 MACHINE_PATH = re.compile(r"(?<![\w.}$)])/(?:root|home|Users|work|opt|mnt)/\w")
 TICKET = re.compile(r"\b(?:issue|PR|pull request) #?\d", re.IGNORECASE)
@@ -18,7 +18,7 @@ PINNED = re.compile(r"[\w.-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", re.DOTALL)
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, str]:
-  """Text of each file that is tracked or would be, by its path."""
+  """The text of each file that git tracks or would add, by path."""
   command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
   try:
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
@@ -39,7 +39,7 @@ def test_code_files_are_short(files: dict[str, str]) -> None:
   assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
-def test_no_host_is_named_but_papers_and_licences(files: dict[str, str]) -> None:
+def test_urls_name_only_papers_and_licences(files: dict[str, str]) -> None:
   assert [found for found in matches(files, URL_HOST) if found[1] not in HOSTS] == []
 
 
@@ -50,11 +50,11 @@ def test_requirements_are_pinned_by_hash_and_name_no_source(files: dict[str, str
   assert "://" not in files["requirements.txt"]
 
 
-def test_no_path_of_one_machine(files: dict[str, str]) -> None:
+def test_no_absolute_path_of_a_machine(files: dict[str, str]) -> None:
   assert matches(files, MACHINE_PATH) == []
 
 
 def test_no_ticket_numbers(files: dict[str, str]) -> None:
-  """A comment has to say itself what it refers to."""
+  """A comment must state its reason itself, without a reference to a tracker."""
   sources = {name: text for name, text in files.items() if name.endswith((".py", ".md"))}
   assert matches(sources, TICKET) == []

@@ -1,4 +1,4 @@
-"""The import rules of the architecture, checked on the syntax tree of every file."""
+"""The import rules of the folders, checked on the syntax tree of every file."""
 
 import ast
 import sys
@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {"absl", "etils", "jinja2", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
+  "calibration": {"matplotlib", "scipy", "tqdm"},
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
   "evaluation": {"matplotlib", "tqdm"},
+  "serving": {"prometheus_client", "starlette", "uvicorn"},
 }
 ALLOWED = {
   "pallas_kernels": {"jax", "jaxtyping", "numpy", "pallas_kernels"},
@@ -26,6 +28,7 @@ ABOVE = {  # Folders that may use any library, and the folders of ours that they
   "benchmarks": {"tests"},
 }
 COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or write files.
+  "calibrate",
   "chat_template",
   "checkpoint",
   "checkpoint_files",
@@ -35,9 +38,10 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "convert",
   "evaluate",
   "file_lock",
-  "generate",
+  "generate_command",
   "path_flags",
   "picture",
+  "serve",
   "smollm2",
   "smollm2_demo",
   "storage",
@@ -48,7 +52,7 @@ FOLDERS = sorted(ALLOWED.keys() | ABOVE.keys())
 
 
 def imported(source: str) -> set[str]:
-  """Top-level packages that a module imports, the standard library aside."""
+  """The top-level packages that a module imports, without the standard library."""
   names: set[str] = set()
   for node in ast.walk(ast.parse(source)):
     if isinstance(node, ast.Import):
@@ -59,7 +63,7 @@ def imported(source: str) -> set[str]:
 
 
 def forbidden(folder: str, path: Path) -> set[str]:
-  """What the file, which is in `folder`, imports against the rules."""
+  """The packages that a file of `folder` imports against the rules."""
   found = imported(path.read_text())
   if folder in ABOVE:
     return found & (ABOVE[folder] | {"a relative import"})
@@ -72,7 +76,7 @@ def forbidden(folder: str, path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_imports_point_down(folder: str) -> None:
+def test_files_import_only_allowed_packages(folder: str) -> None:
   broken = {
     str(path.relative_to(ROOT)): sorted(names)
     for path in sorted((ROOT / folder).rglob("*.py"))
@@ -93,7 +97,7 @@ def test_imports_point_down(folder: str) -> None:
     ("configs", "import dataclasses\nimport jax\nimport ml_collections", {"jax"}),
   ],
 )
-def test_the_rules_see_a_breach(
+def test_forbidden_imports_are_detected(
   folder: str, source: str, expected: set[str], tmp_path: Path
 ) -> None:
   path = tmp_path / "module.py"

@@ -1,4 +1,4 @@
-"""The public modules: what they export exists, is documented, and is all that they define."""
+"""The public modules: every export exists and is documented, every definition is exported."""
 
 import importlib
 import inspect
@@ -54,7 +54,7 @@ def test_the_version_is_written_once() -> None:
   assert dga_jax.__version__.count(".") == 2
 
 
-def test_an_unknown_name() -> None:
+def test_an_unknown_name_is_an_attribute_error() -> None:
   with pytest.raises(AttributeError, match="module 'dga_jax' has no attribute 'dga_config'"):
     dga_jax.dga_config  # noqa: B018
 

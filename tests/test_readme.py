@@ -1,4 +1,4 @@
-"""The code in the README runs."""
+"""The Python code blocks of README.md run."""
 
 import re
 from pathlib import Path

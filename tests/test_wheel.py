@@ -1,7 +1,7 @@
-"""The wheel, built from this tree, in a fresh environment with the newest versions it allows.
+"""The wheel, installed in a fresh environment with the newest versions that it allows.
 
-Everything runs outside the checkout. pip installs from its package index, so these tests run only
-by ./workspace test-wheel.
+All commands run outside the checkout. pip downloads packages from its index, so these tests run
+only in `./workspace test-wheel`.
 """
 
 import json
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.wheel
 
 
 class Installed:
-  """An environment with the wheel, and an empty folder to run its commands in."""
+  """A virtual environment with the wheel, and an empty working folder for its commands."""
 
   def __init__(self, wheel: Path, folder: Path) -> None:
     self.wheel, self.folder = wheel, folder / "somewhere"
@@ -33,7 +33,7 @@ class Installed:
     subprocess.run([sys.executable, "-m", "venv", str(self._venv)], check=True)
 
   def install(self, extras: str = "") -> None:
-    """Installs the wheel with pip's own choice of versions, the newest that it allows."""
+    """Installs the wheel with the versions that pip selects, the newest that the wheel allows."""
     pip = [self._bin("python"), "-m", "pip", "install", "--no-input", "--quiet"]
     pip += ["--disable-pip-version-check", f"{self.wheel}{extras}"]
     subprocess.run(pip, check=True)
@@ -51,7 +51,7 @@ class Installed:
     )
 
   def succeed(self, command: str, *arguments: str) -> str:
-    """Runs a command and returns what it prints; its failure is the test's."""
+    """Runs a command, asserts that it succeeds, and returns its output."""
     done = self.run(command, *arguments)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
@@ -62,7 +62,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """The wheel, built from a copy of the tree, so that old build folders cannot leak into it."""
+  """The wheel, built from a copy of the tree, so that it contains no old build files."""
   folder = tmp_path_factory.mktemp("build")
   for name in ("pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(ROOT / name, folder)
@@ -76,7 +76,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Installed]:
-  """The wheel without extras; the tests below add the extras in their order."""
+  """The wheel without extras. Later tests of this module install the extras."""
   installed = Installed(wheel, tmp_path_factory.mktemp("installed"))
   installed.install()
   yield installed
@@ -87,7 +87,7 @@ def test_the_wheel_has_the_packages_and_nothing_else(wheel: Path) -> None:
   names = zipfile.ZipFile(wheel).namelist()
   folders = {name.partition("/")[0] for name in names}
   assert {folder for folder in folders if not folder.endswith(".dist-info")} == set(PACKAGES)
-  for name in ("dga_jax/py.typed", "pallas_kernels/py.typed"):
+  for name in ("dga_jax/py.typed", "pallas_kernels/py.typed", "dga_jax/serving/index.html"):
     assert name in names
   tracked = {
     str(path.relative_to(ROOT))
@@ -137,7 +137,7 @@ def test_the_commands(installed: Installed) -> None:
   assert listed == installed.succeed("python", "-m", "dga_jax")
   version = installed.succeed("python", "-c", "import dga_jax; print(dga_jax.__version__)")
   assert installed.succeed("dga", "--version") == version
-  for name in ("generate", "convert", "evaluate", "smollm2", "train"):
+  for name in ("generate", "serve", "convert", "evaluate", "calibrate", "smollm2", "train"):
     assert f"  {name}" in listed
     assert installed.succeed("dga", name, "--help")
   training = installed.run("dga", "train", "--config=configs/quickstart.py")
@@ -150,6 +150,7 @@ def test_the_commands(installed: Installed) -> None:
   [
     ("convert", ("convert", f"--source={MODEL}", "--workdir=run")),
     ("evaluate", ("evaluate", "--workdir=run", "--task=perplexity", "--documents=a.jsonl")),
+    ("serve", ("serve", "--workdir=run")),
   ],
 )
 def test_a_missing_extra_names_itself(

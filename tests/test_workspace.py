@@ -1,4 +1,4 @@
-"""The script `workspace` on machines where something is missing. Nothing is downloaded."""
+"""The script `workspace` on simulated machines that lack tools, without downloads."""
 
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ TOOLS = "awk basename bash cat cp df dirname env flock grep mkdir rm sed sleep t
 
 
 class Machine:
-  """A copy of the script, and a PATH with a few tools and the commands a test adds."""
+  """A copy of the script, and a PATH with a few tools and the commands that a test adds."""
 
   def __init__(self, root: Path) -> None:
     self.checkout, self.bin = root / "a checkout", root / "bin"
@@ -25,7 +25,7 @@ class Machine:
         (self.bin / tool).symlink_to(path)
 
   def add(self, name: str, script: str) -> Path:
-    """Puts a command on PATH."""
+    """Adds a command to PATH."""
     path = self.bin / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/usr/bin/env bash\n{script}\n")
@@ -33,7 +33,7 @@ class Machine:
     return path
 
   def add_python(self, name: str, version: str = "3.12") -> Path:
-    """Puts on PATH a Python of that version which makes an environment in no time."""
+    """Adds a fake Python of that version to PATH. It creates environments and runs fake-pip."""
     minor = version.split(".")[1]
     return self.add(
       name,
@@ -53,7 +53,7 @@ class Machine:
     )
 
   def start(self, *arguments: str, **variables: str) -> subprocess.Popen[str]:
-    """Starts the script there."""
+    """Starts the script on this machine."""
     return subprocess.Popen(
       [str(self.bin / "bash"), str(self.checkout / "workspace"), *arguments],
       env={"PATH": str(self.bin), "HOME": str(self.checkout)} | variables,
@@ -63,7 +63,7 @@ class Machine:
     )
 
   def run(self, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs the script there to its end."""
+    """Runs the script on this machine to its end."""
     with self.start(*arguments, **variables) as process:
       stdout, stderr = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
@@ -90,9 +90,9 @@ def test_an_unknown_command_gets_the_usage(machine: Machine, arguments: tuple[st
 
 
 @pytest.mark.parametrize(
-  "command", ["setup", "quickstart", "smollm2", "test", "test-aot", "test-wheel", "lint"]
+  "command", ["setup", "quickstart", "smollm2", "serve", "test", "test-aot", "test-wheel", "lint"]
 )
-def test_no_python_at_all(machine: Machine, command: str) -> None:
+def test_a_missing_python_is_an_error_with_remedies(machine: Machine, command: str) -> None:
   done = machine.run(command)
   assert done.returncode == 1
   assert "no Python 3.12 or newer was found" in done.stderr
@@ -100,7 +100,7 @@ def test_no_python_at_all(machine: Machine, command: str) -> None:
   assert f"PYTHON=/path/to/python ./workspace {command}" in done.stderr
 
 
-def test_pythons_that_do_not_serve_are_named_with_the_reason(machine: Machine) -> None:
+def test_unsuitable_pythons_are_listed_with_the_reason(machine: Machine) -> None:
   machine.add_python("python3", "3.11")
   machine.add("python3.12", "exit 127")
   done = machine.run("setup")
@@ -111,7 +111,7 @@ def test_pythons_that_do_not_serve_are_named_with_the_reason(machine: Machine) -
 
 
 @pytest.mark.parametrize("python", ["no-such-python", "python3"])
-def test_a_named_python_that_does_not_serve_is_refused(machine: Machine, python: str) -> None:
+def test_an_unsuitable_python_in_the_variable_is_an_error(machine: Machine, python: str) -> None:
   machine.add_python("python3", "3.11")
   machine.add_python("python3.12")
   done = machine.run("setup", PYTHON=python)
@@ -145,7 +145,7 @@ def test_set_up_happens_once_and_again_when_requirements_change(machine: Machine
   assert of_the_user.exists()
 
 
-def test_the_compiler_for_tpus_is_installed_once_and_for_its_tests_alone(machine: Machine) -> None:
+def test_libtpu_is_installed_once_and_only_for_test_aot(machine: Machine) -> None:
   machine.add_python("python3.12")
   machine.add("fake-pip", 'echo pip $* >>"$HOME/pip-calls"')
   calls = machine.checkout / "pip-calls"
@@ -158,7 +158,7 @@ def test_the_compiler_for_tpus_is_installed_once_and_for_its_tests_alone(machine
   assert calls.read_text().count("requirements-aot.txt") == 1
 
 
-def test_the_wheel_has_tests_of_its_own(machine: Machine) -> None:
+def test_the_command_test_wheel_runs_the_tests_of_the_wheel(machine: Machine) -> None:
   machine.add_python("python3.12")
   machine.add("fake-pip", "exit 0")
   assert "ran -m pytest -m wheel -x tests/test_wheel.py" in machine.run("test-wheel", "-x").stdout
@@ -172,7 +172,7 @@ def test_another_python_makes_another_environment(machine: Machine) -> None:
   assert "with Python 3.13" in machine.run("setup", PYTHON="python3.13").stdout
 
 
-def test_an_interrupted_set_up_starts_afresh(machine: Machine) -> None:
+def test_an_interrupted_set_up_restarts_with_a_new_environment(machine: Machine) -> None:
   machine.add_python("python3.12")
   machine.add("fake-pip", "kill -KILL $$")
   assert machine.run("test").returncode == 1
@@ -184,7 +184,7 @@ def test_an_interrupted_set_up_starts_afresh(machine: Machine) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="no flock on this system")
-def test_set_ups_at_the_same_time_are_one(machine: Machine) -> None:
+def test_simultaneous_set_ups_install_once(machine: Machine) -> None:
   machine.add_python("python3.12")
   machine.add("fake-pip", "sleep 0.3")
   processes = [machine.start("test") for _ in range(2)]
@@ -212,7 +212,7 @@ def test_a_failure_of_pip_is_explained(machine: Machine, message: str, explanati
   assert "ran -m" not in done.stdout
 
 
-def test_a_full_disk_is_noticed_before_anything_is_made(machine: Machine) -> None:
+def test_a_full_disk_is_an_error_before_files_are_written(machine: Machine) -> None:
   machine.add_python("python3.12")
   (machine.bin / "df").unlink()
   machine.add("df", "echo head; echo 'disk 100 90 10 90% /'")
@@ -222,7 +222,7 @@ def test_a_full_disk_is_noticed_before_anything_is_made(machine: Machine) -> Non
   assert not (machine.checkout / ".venv").exists()
 
 
-def test_bench_lists_what_there_is_without_set_up(machine: Machine) -> None:
+def test_bench_lists_the_benchmarks_without_set_up(machine: Machine) -> None:
   folder = machine.checkout / "benchmarks"
   folder.mkdir()
   (folder / "__init__.py").touch()

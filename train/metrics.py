@@ -14,6 +14,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto.summary_pb2 import Summary
 
+from train.errors import name_file
+
 FILE_NAME = "metrics.jsonl"
 
 
@@ -42,8 +44,9 @@ class MetricsWriter:
 
     JSON has no infinity and no NaN: they are written as null.
     """
-    self._file.write(_line({"step": step, **values}))
-    self._file.flush()
+    with name_file(self._file.name):
+      self._file.write(_line({"step": step, **values}))
+      self._file.flush()
     if tensorboard:
       self._events.write(step, values)
 
@@ -68,6 +71,7 @@ class _EventFile:
 
   def __init__(self, folder: Path, *, first_step: int) -> None:
     folder.mkdir(exist_ok=True)
+    self._folder = folder
     self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{first_step}")
     # Cancels events of these steps in the files of a killed process.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -86,8 +90,9 @@ class _EventFile:
       self._writer.close()
 
   def _write(self, step: int, **content: Any) -> None:
-    self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
-    self._writer.flush()
+    with name_file(self._folder):
+      self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, **content))
+      self._writer.flush()
 
 
 def read_metrics(workdir: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from train.errors import name_file
 from train.metrics import read_metrics
 
 LOSS_FILE = "loss.png"
@@ -65,7 +66,8 @@ def _plot_loss(path: Path, train: list[dict], held_out: list[dict], title: str) 
     losses = np.array([record["eval_loss"] for record in held_out])
     axes.plot(steps, losses, "o--", color="tab:orange", markersize=4, label="held out")
   axes.legend()
-  figure.savefig(path)
+  with name_file(path):
+    figure.savefig(path)
 
 
 def _plot_positions(path: Path, held_out: list[dict], title: str) -> None:
@@ -87,7 +89,8 @@ def _plot_positions(path: Path, held_out: list[dict], title: str) -> None:
   axes.set_xscale("log", base=2)
   axes.xaxis.set_major_formatter("{x:.0f}")
   axes.legend()
-  figure.savefig(path)
+  with name_file(path):
+    figure.savefig(path)
 
 
 def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:

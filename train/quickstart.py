@@ -2,7 +2,7 @@
 
   python -m train.quickstart
 
-It runs two commands, train.main and dga_jax.generate, and prints them.
+It runs two commands, train.main and dga_jax generate, and prints them.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def quickstart(config: str, workdir: Path) -> int:
     return status
   minutes = (time.perf_counter() - start) / 60
   status = _run(
-    "dga_jax.generate", f"--workdir={workdir}", f"--prompt={PROMPT}", "--max_new_tokens=200"
+    "dga_jax", "generate", f"--workdir={workdir}", f"--prompt={PROMPT}", "--max_new_tokens=200"
   )
   if status:
     return status

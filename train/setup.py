@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -230,5 +231,7 @@ def _note_last_checkpoint(checkpoints: Checkpoints, workdir: AnyPath) -> Iterato
     if is_alone or isinstance(error, DivergenceError):  # Else the save may lack a process.
       checkpoints.wait()
     is_shared = isinstance(error, jax.errors.JaxRuntimeError)
-    reason = multihost.explain(error) if is_shared else str(error)
+    reason = multihost.explain(error) if is_shared else str(error).rstrip(".") + "."
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+      reason += " Make room, and start the same command again: it continues from a checkpoint."
     raise TrainingError(f"{reason} {newest_checkpoint_note(workdir)}") from error

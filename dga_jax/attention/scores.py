@@ -3,6 +3,7 @@
 No gradient flows through scores.
 """
 
+import concurrent.futures
 import functools
 from typing import NamedTuple
 
@@ -50,11 +51,7 @@ def sample_queries(documents: Documents, max_documents: int, config: DGAConfig) 
   samples = min(L, config.n_recent + config.n_random)
   if documents.rows == "whole":
     # Independent of the data: computed while tracing, so that the program neither draws nor sorts.
-    # No mesh is in force then: JAX computes nothing eagerly over Manual axes.
-    no_mesh = jax.sharding.AbstractMesh((), ())
-    with jax.ensure_compile_time_eval(), jax.sharding.use_abstract_mesh(no_mesh):
-      position_S = np.asarray(_sample_whole_row(L, samples, config))
-    position_BxCxS = jnp.broadcast_to(position_S, (B, 1, samples))
+    position_BxCxS = jnp.broadcast_to(_sample_whole_row(L, samples, config), (B, 1, samples))
     exists_BxCxS = jnp.ones((B, 1, samples), bool)
   else:
     # One document at a time: all at once would take C rows of L priorities.
@@ -72,9 +69,16 @@ def sample_queries(documents: Documents, max_documents: int, config: DGAConfig) 
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _sample_whole_row(length: int, samples: int, config: DGAConfig) -> Int[Array, "S"]:
-  return _sample(find_documents(1, length, None, None), 0, samples, config)[0][0]
+@functools.lru_cache(maxsize=256)
+def _sample_whole_row(length: int, samples: int, config: DGAConfig) -> np.ndarray:
+  """int32 [S], computed in a thread of its own, which has no trace and no mesh of the caller."""
+
+  @jax.jit
+  def draw() -> Array:
+    return _sample(find_documents(1, length, None, None), 0, samples, config)[0][0]
+
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    return pool.submit(lambda: np.asarray(draw())).result()
 
 
 def _sample(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Int
 from dga_jax.attention.segments import IntArray, is_traced
 from dga_jax.attention.streaming_blocks import StreamingBlocks
 from dga_jax.config import DGAConfig
+from dga_jax.head_budgets import HeadBudgets
 from pallas_kernels import dispatch
 
 # Arguments of public functions. `rows` converts lists to arrays.
@@ -31,8 +32,10 @@ def query_and_key(query: Array, key: Array) -> None:
   if min(query.shape) == 0 or key.shape[2] == 0:
     raise ValueError(f"query {query.shape} and key {key.shape} must have no empty dimension.")
   if (key.shape[0], key.shape[1], key.shape[3]) != (B, L, D):
+    cross = " Cross-attention, with keys of other tokens, is not supported."
     raise ValueError(
       f"key has shape {key.shape}; beside query {query.shape} it must be [{B}, {L}, KV heads, {D}]."
+      f"{cross if key.shape[1] != L else ''}"
     )
   if H % key.shape[2]:
     raise ValueError(
@@ -48,6 +51,21 @@ def value_like_key(value: Array, key: Array) -> None:
     raise ValueError(f"value has shape {np.shape(value)}; it must be the key's, {key.shape}.")
   if value.dtype != key.dtype:
     raise ValueError(f"value is {value.dtype} and key {key.dtype}; cast them to one dtype.")
+
+
+def head_budgets(budgets: HeadBudgets, key: Array, plan: object) -> None:
+  """Budgets are of one layer with the key's KV heads, and there is no plan."""
+  if budgets.num_layers != 1 or budgets.num_kv_heads != key.shape[2]:
+    raise ValueError(
+      f"config is HeadBudgets of {budgets.num_layers} layers with {budgets.num_kv_heads} KV heads; "
+      f"beside key {key.shape} it must be of one layer with {key.shape[2]} KV heads. Pass "
+      "budgets.layer(index) for the layer of these arrays."
+    )
+  if plan is not None:
+    raise ValueError(
+      "plan is given and config is HeadBudgets; a plan fixes the groups of one DGAConfig. Leave "
+      "the plan out, or pass a DGAConfig."
+    )
 
 
 def rows(

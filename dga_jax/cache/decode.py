@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,16 +26,16 @@ from pallas_kernels.dispatch import Implementation
 
 
 def decode_step(
-  query: Float[Array, "B H D"],
-  key: Float[Array, "B N D"],
-  value: Float[Array, "B N D"],
+  query: Float[Array, "B *one H D"],
+  key: Float[Array, "B *one N D"],
+  value: Float[Array, "B *one N D"],
   cache: CompactCache,
   *,
   config: DGAConfig,
   layer: Int[Array, ""] | int | None = None,
   scale: float | None = None,
   implementation: Implementation = None,
-) -> tuple[Float[Array, "B H D"], CompactCache]:
+) -> tuple[Float[Array, "B *one H D"], CompactCache]:
   """Appends one token to every sequence, attends, and summarizes the blocks that it completes.
 
   With s over the compact entries of the prefix and of the blocks before the token's window, and
@@ -50,7 +51,8 @@ def decode_step(
   Shapes are static: jit the call once, with the cache donated, and call it for every token.
 
   Args:
-    query: of the new tokens, in the dtype of the cache.
+    query: of the new tokens, in the dtype of the cache: [B, H, D], or [B, 1, H, D] as `prefill`
+      takes queries of a prompt.
     key: after RoPE, if the model has it.
     value: as key.
     cache: from `prefill`, `empty_cache`, `extend` or this function.
@@ -62,13 +64,18 @@ def decode_step(
       in order of preference; None for the first that can run the call.
 
   Returns:
-    The output [B, H, D] in the query's dtype, and the cache with the new tokens.
+    The output in the query's shape and dtype, and the cache with the new tokens.
 
   Raises:
     ValueError: if an argument does not fit the cache, or a sequence would exceed the cache's
       max_length. Under jit lengths are unknown: the compact entries of later blocks are dropped.
     NotImplementedError: if no named implementation can run this call; the message says why not.
   """
+  if jnp.ndim(query) == 4 and all(jnp.shape(x)[1:2] == (1,) for x in (query, key, value)):
+    query, key, value = (jnp.squeeze(x, 1) for x in (query, key, value))
+    options: dict[str, Any] = {"layer": layer, "scale": scale, "implementation": implementation}
+    out, cache = decode_step(query, key, value, cache, config=config, **options)
+    return out[:, None], cache
   validation.new_tokens(query, key, value, cache, axes="B H D", config=config, layer=layer)
   validation.room(cache, 1, layer=layer)
   softmax_scale(scale)

@@ -68,11 +68,15 @@ def new_tokens(
 
 
 def room(cache: CompactCache, count: Any, *, layer: Any) -> None:
-  """`count` new tokens, one number or one per sequence, fit the cache, where values are known."""
+  """`count` new tokens, one number or one per sequence, fit the cache, where values are known.
+
+  A known count is compared with max_length even if the lengths before it are traced.
+  """
   length = cache.length if layer is None else cache.length[layer]
-  if isinstance(length, jax.core.Tracer) or isinstance(count, jax.core.Tracer):
+  if isinstance(count, jax.core.Tracer):
     return
-  after = np.asarray(length) + np.asarray(count)
+  before = 0 if isinstance(length, jax.core.Tracer) else np.asarray(length)
+  after = before + np.asarray(count)
   if after.size and after.max() > cache.max_length:
     raise ValueError(
       f"lengths reach {after.max()} tokens with the new ones, and the cache was made for"

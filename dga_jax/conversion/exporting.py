@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from dga_jax.checkpoint import load_config, load_model
+from dga_jax.conversion.hugging_face import HEAD_BUDGETS
 from dga_jax.conversion.origin import chat_templates, json_files
 from dga_jax.conversion.param_map import tensor_specs
 from dga_jax.conversion.safetensors_files import INDEX, SINGLE
@@ -35,6 +36,9 @@ def export_hugging_face(
   shard_bytes: int = SHARD_BYTES,
 ) -> None:
   """Writes safetensors in the stored dtype, the JSON files, the tokenizer and chat templates.
+
+  Head budgets of the model are written to `head_budgets.json`, which other programs ignore and an
+  import reads. They are for the order of heads in the safetensors.
 
   The files are written to a new folder beside `folder`, which is renamed when all of them are on
   the disk. So an export that fails or is killed leaves no folder of that name; one that fails
@@ -64,6 +68,8 @@ def export_hugging_face(
     _write_text(partial / FILE_NAME, tokenizer.to_plain_json())
     for name, text in templates.items():
       _write_text(partial / name, text)
+    if config.head_budgets is not None:
+      _write_text(partial / HEAD_BUDGETS, config.head_budgets.to_json())
 
 
 @contextlib.contextmanager

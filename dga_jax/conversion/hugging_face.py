@@ -1,5 +1,6 @@
 """Hugging Face folders: config.json, the tokenizer's files, and safetensors."""
 
+import dataclasses
 from collections.abc import Collection, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -7,13 +8,18 @@ from typing import Any
 import numpy as np
 
 from dga_jax.conversion.checkpoint_reader import common_dtype, NO_CHOICES, TokenizerChoices
+from dga_jax.conversion.errors import conversion_errors
 from dga_jax.conversion.hugging_face_config import config_from_values
 from dga_jax.conversion.hugging_face_files import CONFIG, FolderFiles
 from dga_jax.conversion.hugging_face_tokenizer import read_tokenizer
+from dga_jax.conversion.json_files import read_json
 from dga_jax.conversion.param_map import Naming
 from dga_jax.conversion.safetensors_files import SafetensorsFiles
+from dga_jax.head_budgets import HeadBudgets
 from dga_jax.model import ModelConfig
 from dga_jax.tokenizer import Tokenizer
+
+HEAD_BUDGETS = "head_budgets.json"  # `HeadBudgets`, for the order of heads in the safetensors.
 
 
 class HuggingFaceFolder:
@@ -42,14 +48,20 @@ class HuggingFaceFolder:
     return {name for name in self._tensors.names if not name.endswith(".rotary_emb.inv_freq")}
 
   def config(self) -> ModelConfig:
-    """See `Source`."""
+    """See `Source`; with the head budgets that an export of this project wrote to the folder."""
     dtypes = {self._tensors.dtype(name) for name in self.names}
-    return config_from_values(
+    config = config_from_values(
       self._files.config,
       common_dtype(dtypes),
       where=str(self._files.folder / CONFIG),
       ignored_keys=self._ignored_keys,
     )
+    path = self._files.folder / HEAD_BUDGETS
+    if not path.is_file():
+      return config
+    with conversion_errors(path):
+      budgets = HeadBudgets.from_dict(read_json(path))
+      return dataclasses.replace(config, attention="head_budgets", head_budgets=budgets)
 
   def tokenizer(self, choices: TokenizerChoices = NO_CHOICES) -> Tokenizer:
     """See `Source`."""

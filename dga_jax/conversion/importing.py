@@ -23,6 +23,7 @@ from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.param_map import tensor_specs, TensorSpec
 from dga_jax.conversion.sharding import parse_mesh, shardings
 from dga_jax.file_lock import hold_workdir
+from dga_jax.hub_names import check_exists
 from dga_jax.model import ModelConfig
 from dga_jax.tokenizer import Tokenizer
 
@@ -38,6 +39,7 @@ def open_source(path: Path, ignored_keys: Collection[str] = ()) -> Source:
     FileNotFoundError: there is nothing at `path`, or files are missing.
     ConversionError: a damaged file, or one of another kind.
   """
+  check_exists(path, "Hugging Face folder or GGUF file")
   if path.is_dir():
     return HuggingFaceFolder(path, ignored_keys)
   return GGUFFile(path, ignored_keys)

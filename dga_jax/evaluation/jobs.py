@@ -24,6 +24,7 @@ from dga_jax.evaluation.losses import batches, fill
 from dga_jax.evaluation.perplexity import measure_perplexity, parts, PerplexitySettings
 from dga_jax.evaluation.results import environment, Results
 from dga_jax.evaluation.retrieval import exact_match, Haystack, NEW_TOKENS
+from dga_jax.evaluation.ruler import RulerPart
 from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.dense import DenseAttention
@@ -52,7 +53,12 @@ class Job:
   def key(self) -> str:
     """The key of the result in the file of results."""
     digest = hashlib.sha256(json.dumps([self.fields, self.depends_on]).encode()).hexdigest()
-    return " ".join([*map(str, self.fields.values()), digest[:10]])
+    return f"{self.label} {digest[:10]}"
+
+  @property
+  def label(self) -> str:
+    """The columns that identify the result, in words, for messages."""
+    return " ".join(map(str, self.fields.values()))
 
 
 def run_jobs(
@@ -90,12 +96,12 @@ def run_jobs(
     try:
       measured = job.run(bar.update)
     except (jax.errors.JaxRuntimeError, FloatingPointError) as error:
-      tqdm.write(f"{job.key} failed: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+      tqdm.write(f"{job.label} failed: {str(error).partition(chr(10))[0]}", file=sys.stderr)
       return job, None
     return job, measured | {"seconds": time.perf_counter() - job_begin}
 
   with (
-    tqdm(total=sum(job.ticks for job in missing), unit="batch") as bar,
+    tqdm(total=sum(job.ticks for job in missing), unit="batch", disable=None) as bar,
     concurrent.futures.ThreadPoolExecutor(workers) as pool,
   ):
     futures = [pool.submit(measure, job) for job in missing]
@@ -103,7 +109,7 @@ def run_jobs(
       for future in concurrent.futures.as_completed(futures):
         job, measured = future.result()
         if measured is not None:
-          bar.set_description_str(job.key)
+          bar.set_description_str(job.label)
           common = {"origin": origin, "environment": environment(), "depends_on": job.depends_on}
           results.add(job.key, job.fields | measured | common)
           left -= 1
@@ -332,6 +338,48 @@ def lost_in_the_middle_job(
       _digest([one.prompt for one in questions]),
     ],
     ticks=len(prompts),
+    run=run,
+  )
+
+
+def ruler_job(
+  family: Family,
+  tokenizer: Tokenizer,
+  part: RulerPart,
+  variant: Variant,
+  length: int,
+  batch_size: int,
+) -> Job:
+  """The job of a part of RULER; a prompt and its answer fit in `length` tokens."""
+
+  def run(tick: Tick) -> dict[str, Any]:
+    texts = answer(
+      family.model(variant, length),
+      tokenizer,
+      [prompt.tokens for prompt in part.prompts],
+      new_tokens=part.new_tokens,
+      batch_size=batch_size,
+      tick=tick,
+    )
+    pairs = list(zip(texts, part.prompts, strict=True))
+    scores = [part.score(text, one.answers) for text, one in pairs]
+    deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
+    return {
+      "score": float(np.mean(scores)),
+      "standard_error": None if deviation is None else deviation / math.sqrt(len(scores)),
+      "samples": len(scores),
+      "budget": dataclasses.asdict(family.budget(variant, length)),
+      "answers": [[list(one.answers), text] for text, one in pairs],
+    }
+
+  return Job(
+    fields={"task": "ruler", "part": part.name, "variant": variant.name, "length": length},
+    depends_on=[
+      variant.config(family.config, length).to_dict(),
+      part.new_tokens,
+      _digest([repr(prompt) for prompt in part.prompts]),
+    ],
+    ticks=len(part.prompts),
     run=run,
   )
 

@@ -164,6 +164,25 @@ def _retrieval(results: _Results, shown: _Results, out: Path) -> list[Any]:
   return drawn
 
 
+def _ruler(results: _Results, shown: _Results, out: Path) -> list[Any]:
+  del shown, out
+  rows = []
+  for result in results:
+    error = result["standard_error"]
+    rows.append(
+      [
+        result["part"],
+        result["variant"],
+        str(result["length"]),
+        f"{result['budget']['keys']:.0f} ({result['budget']['share']:.1%})",
+        f"{100 * result['score']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}"),
+        str(result["samples"]),
+      ]
+    )
+  header = ["part", "variant", "length", "keys kept", "score (standard error)", "prompts"]
+  return [markdown(header, rows)]
+
+
 def _longbench(results: _Results, shown: _Results, out: Path) -> list[Any]:
   del shown, out
   buckets = ("0-4k", "4-8k", "8k+", "all")
@@ -195,6 +214,7 @@ def _lost_in_the_middle(results: _Results, shown: _Results, out: Path) -> list[A
 _WRITERS: dict[str, Callable[[_Results, _Results, Path], list[Any]]] = {
   "perplexity": _perplexity,
   "retrieval": _retrieval,
+  "ruler": _ruler,
   "longbench": _longbench,
   "lost_in_the_middle": _lost_in_the_middle,
 }

@@ -41,8 +41,8 @@ class Sample:
 
 _PEOPLE = "baker carpenter doctor farmer gardener judge miller pilot sailor tailor".split()
 _PLACES = "attic barn cellar chapel garden kitchen library stable study tower".split()
-_THINGS = "apple candle compass drum feather hammer lantern mirror ribbon violin".split()
-_COLOURS = "amber black blue brown green grey orange purple red white".split()
+THINGS = "apple candle compass drum feather hammer lantern mirror ribbon violin".split()
+COLOURS = "amber black blue brown green grey orange purple red white".split()
 
 
 def passkey(rng: random.Random, depth: float, size: int) -> Puzzle:
@@ -57,7 +57,7 @@ def passkey(rng: random.Random, depth: float, size: int) -> Puzzle:
 def needle(rng: random.Random, depth: float, size: int) -> Puzzle:
   """A fact in words, unrelated to the text around it."""
   del size
-  person, place, thing = rng.choice(_PEOPLE), rng.choice(_PLACES), rng.choice(_THINGS)
+  person, place, thing = rng.choice(_PEOPLE), rng.choice(_PLACES), rng.choice(THINGS)
   fact = f"The {person} of the village keeps in the {place} a large"
   question = f"What does the {person} of the village keep in the {place}? {fact}"
   return Puzzle([Hidden(depth, f" {fact} {thing}.")], question, thing)
@@ -80,8 +80,8 @@ def multi_key(rng: random.Random, depth: float, size: int) -> Puzzle:
 
 def key_value(rng: random.Random, depth: float, size: int) -> Puzzle:
   """Table entries scattered over the text, one in 128 tokens; the question asks for one of them."""
-  entries = max(2, min(size // 128, len(_COLOURS) * len(_THINGS)))
-  names = rng.sample([f"{colour} {thing}" for colour in _COLOURS for thing in _THINGS], entries)
+  entries = max(2, min(size // 128, len(COLOURS) * len(THINGS)))
+  names = rng.sample([f"{colour} {thing}" for colour in COLOURS for thing in THINGS], entries)
   numbers = [_number(rng) for _ in names]
   places = [depth, *(rng.random() for _ in names[1:])]
   hidden = [
@@ -159,14 +159,31 @@ class Haystack:
       raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}.")
     rng = random.Random(f"{seed} {task} {length} {depth:.6f} {index}")
     puzzle = TASKS[task](rng, depth, length)
+    prompt = self.hide(puzzle.hidden, puzzle.question, length - NEW_TOKENS, rng)
+    return Sample(prompt, puzzle.answer)
+
+  def hide(
+    self, hidden: Sequence[Hidden], question: str, length: int, rng: random.Random, intro: str = ""
+  ) -> list[int]:
+    """A prompt of exactly `length` tokens: intro, a piece of text with the sentences, question.
+
+    Args:
+      hidden: sentences, each inserted after the end of a sentence of the text.
+      question: the end of the prompt.
+      length: tokens of the prompt, with the tokens that start a document.
+      rng: chooses the text and the piece.
+      intro: the beginning of the prompt; "" for none.
+
+    Raises:
+      ValueError: no text is long enough, or the sentences leave no room for text.
+    """
     encode = self._tokenizer.encode
-    hidden = sorted((one.depth, encode(one.sentence)) for one in puzzle.hidden)
-    question = encode(f"\n\n{puzzle.question}")
-    used = sum(len(tokens) for _, tokens in hidden) + len(question) + NEW_TOKENS
-    piece = self._piece(rng, length - used - len(self._tokenizer.start_ids))
-    return Sample(
-      [*self._tokenizer.start_ids, *self._hide(piece, hidden), *question], puzzle.answer
-    )
+    placed = sorted((one.depth, encode(one.sentence)) for one in hidden)
+    end = encode(f"\n\n{question}")
+    start = [*self._tokenizer.start_ids, *(encode(f"{intro}\n\n") if intro else [])]
+    used = sum(len(tokens) for _, tokens in placed) + len(start) + len(end)
+    piece = self._piece(rng, length - used)
+    return [*start, *self._insert(piece, placed), *end]
 
   def _piece(self, rng: random.Random, size: int) -> list[int]:
     fitting = [text for text in self._texts if len(text) >= size]
@@ -179,7 +196,7 @@ class Haystack:
     start = rng.randrange(len(text) - size + 1)
     return text[start : start + size]
 
-  def _hide(self, piece: list[int], hidden: list[tuple[float, list[int]]]) -> list[int]:
+  def _insert(self, piece: list[int], hidden: list[tuple[float, list[int]]]) -> list[int]:
     """Inserts each hidden sentence at the end of a sentence, the end closest to its depth."""
     ends = set(self._ends)
     places = [i + 1 for i, token in enumerate(piece) if token in ends] or [0, len(piece)]

@@ -12,12 +12,30 @@ from dga_jax.evaluation.jobs import (
   perplexity_job,
   retrieval_job,
   RetrievalSettings,
+  ruler_job,
 )
 from dga_jax.evaluation.perplexity import PerplexitySettings
 from dga_jax.evaluation.retrieval import Haystack
+from dga_jax.evaluation.ruler import RulerTexts
+from dga_jax.evaluation.ruler_qa import read_question_set
 from dga_jax.evaluation.texts import Document, token_rows
 from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class RulerSettings:
+  """The prompts of RULER.
+
+  Attributes:
+    samples: prompts of each task.
+    seed: of the texts, the facts and their positions.
+    batch_size: prompts that run together.
+  """
+
+  samples: int
+  seed: int = 0
+  batch_size: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +72,33 @@ class TaskJobs:
       for length in self.lengths:
         for variant in self.variants:
           yield retrieval_job(self.family, self.tokenizer, hay, variant, puzzle, length, settings)
+
+  def ruler(
+    self,
+    documents: Sequence[Document],
+    tasks: Sequence[str],
+    questions: str | Path | None,
+    settings: RulerSettings,
+  ) -> Iterator[Job]:
+    """RULER: tasks made by code, by their names in RULER_TASKS, and questions from a file.
+
+    Args:
+      documents: long texts, for the tasks made by code.
+      tasks: names.
+      questions: a file of SQuAD or HotpotQA; None for none.
+      settings: of the prompts.
+    """
+    texts = RulerTexts([one.text for one in documents], self.tokenizer) if tasks else None
+    asked = read_question_set(questions) if questions else None
+    for length in self.lengths:
+      parts = []
+      if texts:
+        parts += [texts.part(task, length, settings.samples, settings.seed) for task in tasks]
+      if asked:
+        parts.append(asked.part(self.tokenizer, length, settings.samples, settings.seed))
+      for part in parts:
+        for variant in self.variants:
+          yield ruler_job(self.family, self.tokenizer, part, variant, length, settings.batch_size)
 
   def longbench(self, folder: str | Path, limit: int | None, batch_size: int) -> Iterator[Job]:
     """The data sets of LongBench-E that a folder contains."""

@@ -1,12 +1,26 @@
-"""Generation: continuous batching, the compiled engine under it, and sampling."""
+"""Generation: the engine, continuous batching on it, and sampling."""
 
-from dga_jax.generation.continuous_batching import (
-  ContinuousBatching,
+from dga_jax.generation.continuous_batching import ContinuousBatching, generate, Generation
+from dga_jax.generation.engine import Engine, EngineStatus
+from dga_jax.generation.requests import (
   Emitted,
-  generate,
-  Generation,
+  EngineStoppedError,
+  QueueFullError,
   Request,
+  TokenLogprobs,
 )
 from dga_jax.generation.sampling import Sampling
 
-__all__ = ["ContinuousBatching", "Emitted", "Generation", "Request", "Sampling", "generate"]
+__all__ = [
+  "ContinuousBatching",
+  "Emitted",
+  "Engine",
+  "EngineStatus",
+  "EngineStoppedError",
+  "Generation",
+  "QueueFullError",
+  "Request",
+  "Sampling",
+  "TokenLogprobs",
+  "generate",
+]

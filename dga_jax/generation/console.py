@@ -1,79 +1,29 @@
-"""The `generate` command without its flags: load a model, continue prompts, print the texts."""
+"""The `generate` command without its flags: prompts in, texts or JSON lines out.
 
-import dataclasses
+Texts and records are printed to stdout. Figures, notes and progress are printed to stderr.
+"""
+
+import json
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
-from dga_jax.checkpoint import load_config, load_model
-from dga_jax.choices import AttentionName, DtypeName
-from dga_jax.generation.continuous_batching import ContinuousBatching, Generation, Request
+from dga_jax.cache_choice import with_smaller_cache
+from dga_jax.generation.continuous_batching import ContinuousBatching, Generation
+from dga_jax.generation.requests import Request
 from dga_jax.generation.sampling import Sampling
-from dga_jax.model import Decoder, ModelConfig
+from dga_jax.loading import Loaded
+from dga_jax.text_generation import Prompt, prompt_tokens
 from dga_jax.tokenizer import Tokenizer
 
 _RULE = "-" * 72
 
 
-class Loaded(NamedTuple):
-  """A model from a checkpoint.
-
-  Attributes:
-    model: the decoder.
-    tokenizer: of the model.
-    trained_length: tokens of the longest context that the model was trained on, None if unknown.
-  """
-
-  model: Decoder
-  tokenizer: Tokenizer
-  trained_length: int | None
-
-
-def load(
-  workdir: str,
-  step: int | None = None,
-  *,
-  attention: AttentionName | None = None,
-  dtype: DtypeName | None = None,
-) -> Loaded:
-  """Loads the model of a checkpoint.
-
-  Args:
-    workdir: the folder with the checkpoint.
-    step: of the checkpoint; None for the newest.
-    attention: attention kind in place of the checkpoint's.
-    dtype: dtype of the activations in place of the checkpoint's.
-
-  Raises:
-    CheckpointError: the checkpoint is missing or damaged.
-  """
-  saved = load_config(workdir, step)
-  changes = {"attention": attention, "dtype": dtype}
-  given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
-  config = dataclasses.replace(ModelConfig.from_dict(saved["model"]), **given)
-  model, _, tokenizer = load_model(workdir, step, config=config)
-  return Loaded(model, tokenizer, trained_length(saved))
-
-
-def trained_length(saved: dict[str, Any]) -> int | None:
-  """The longest context, in tokens, of the training of a model; None if it is unknown.
-
-  Args:
-    saved: the config of a checkpoint. A model trained here has the sequence length of its data; an
-      imported model has what its files state.
-  """
-  lengths = [
-    (saved.get("data") or {}).get("sequence_length"),
-    (saved.get("origin") or {}).get("max_position_embeddings"),
-  ]
-  return max((length for length in lengths if length is not None), default=None)
-
-
 def make_batch(
   loaded: Loaded,
-  texts: Sequence[str],
+  prompts: Sequence[Prompt],
   sampling: Sampling,
   *,
   max_new_tokens: int,
@@ -81,71 +31,109 @@ def make_batch(
   slots: int = 8,
   prompt_chunk: int | None = None,
   stream: bool = False,
+  attention_is_chosen: bool = False,
 ) -> ContinuousBatching:
-  """Compiles the programs that continue the texts; prompt i samples with seed + i.
+  """Compiles the programs that continue the prompts; prompt i samples with seed + i.
 
   Warns on stderr about prompts that are longer than the model's trained context.
 
   Args:
-    loaded: from `load`.
-    texts: the prompts.
+    loaded: from `dga_jax.loading`.
+    prompts: texts, or messages of conversations.
     sampling: how tokens are sampled.
     max_new_tokens: bound on the tokens of a continuation.
     max_length: bound on the tokens of a prompt and its continuation; None for no bound.
     slots: prompts that run at once.
     prompt_chunk: see `ContinuousBatching`.
     stream: whether every token is delivered at once, instead of a chunk of several.
+    attention_is_chosen: see `with_smaller_cache`.
 
   Raises:
-    ValueError: as `ContinuousBatching`.
+    ValueError: as `ContinuousBatching`, or messages for a model without a chat template.
   """
-  tokenizer = loaded.tokenizer
-  prompts = [[*tokenizer.start_ids, *tokenizer.encode(text)] for text in texts]
-  _warn_about_long(prompts, loaded.trained_length)
+  tokens = [prompt_tokens(loaded.tokenizer, prompt) for prompt in prompts]
+  warn_about_long([len(prompt) for prompt in tokens], loaded.trained_length)
+  longest = max(map(len, tokens), default=0) + max_new_tokens
+  loaded = with_smaller_cache(loaded, longest, is_chosen=attention_is_chosen)
   return ContinuousBatching(
     loaded.model,
-    [Request(prompt, max_new_tokens, sampling.with_offset(i)) for i, prompt in enumerate(prompts)],
+    [Request(prompt, max_new_tokens, sampling.with_offset(i)) for i, prompt in enumerate(tokens)],
     slots=slots,
-    stop_ids=tokenizer.stop_ids,
+    stop_ids=loaded.tokenizer.stop_ids,
     max_length=max_length,
     prompt_chunk=prompt_chunk,
     **({"decode_chunk": 1} if stream else {}),
   )
 
 
-def print_stream(batch: ContinuousBatching, tokenizer: Tokenizer, prompt: str) -> None:
-  """Prints the prompt, the text of each token as soon as it is sampled, and statistics.
+def print_stream(batch: ContinuousBatching, tokenizer: Tokenizer, prompt: Prompt) -> None:
+  """Prints a prompt that is a text, then the text of each token as soon as it is sampled.
 
   Raises:
     FloatingPointError: the logits are not finite; the text before that has been printed.
   """
-  print(prompt, end="", flush=True)
+  print(prompt if isinstance(prompt, str) else "", end="", flush=True)
   new = (token for step in batch.steps() for emitted in step for token in emitted.tokens)
   for piece in tokenizer.decode_stream(new):
     print(piece, end="", flush=True)
-  print("\n")
+  print(flush=True)
   _finish(batch)
 
 
-def print_all(batch: ContinuousBatching, tokenizer: Tokenizer, prompts: Sequence[str]) -> None:
-  """Shows progress, then prints every prompt with its continuation, and statistics.
+def print_all(batch: ContinuousBatching, tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> None:
+  """Shows progress on a terminal, then prints every prompt that is a text with its continuation.
 
   Raises:
     FloatingPointError: the logits of some prompts are not finite; the others have been printed.
   """
-  with tqdm(total=len(prompts), desc="generating", unit="prompt") as bar:
-    for step in batch.steps():
-      bar.update(sum(emitted.done for emitted in step))
+  _run(batch, len(prompts))
   result = _result(batch)
   for prompt, tokens, failed in zip(prompts, result.tokens, result.failed, strict=True):
     if not failed:
-      print(f"{prompt}{tokenizer.decode(tokens)}\n{_RULE}")
+      text = prompt if isinstance(prompt, str) else ""
+      print(f"{text}{tokenizer.decode(tokens)}\n{_RULE}")
   _finish(batch)
+
+
+def print_json_lines(
+  batch: ContinuousBatching,
+  tokenizer: Tokenizer,
+  records: Sequence[Mapping[str, Any]],
+  *,
+  max_new_tokens: int,
+) -> None:
+  """Shows progress on a terminal, then prints one JSON object for each prompt, in their order.
+
+  An object has the keys of its record, and "text", "new_tokens" and "finish": "stop" at a stop
+  token, "length" at max_new_tokens, "not_finite" at logits that are not finite.
+
+  Args:
+    batch: of the records' prompts.
+    tokenizer: of the model.
+    records: what the prompts came from.
+    max_new_tokens: as for `make_batch`.
+
+  Raises:
+    FloatingPointError: the logits of some prompts are not finite; all objects have been printed.
+  """
+  _run(batch, len(records))
+  result = _result(batch)
+  for record, tokens, failed in zip(records, result.tokens, result.failed, strict=True):
+    finish = "not_finite" if failed else "length" if len(tokens) == max_new_tokens else "stop"
+    facts = {"text": tokenizer.decode(tokens), "new_tokens": len(tokens), "finish": finish}
+    print(json.dumps({**record, **facts}, ensure_ascii=False))
+  _finish(batch)
+
+
+def _run(batch: ContinuousBatching, count: int) -> None:
+  with tqdm(total=count, desc="generating", unit="prompt", disable=None) as bar:
+    for step in batch.steps():
+      bar.update(sum(emitted.done for emitted in step))
 
 
 def _finish(batch: ContinuousBatching) -> None:
   result = _result(batch)
-  print(result.summary())
+  print(result.summary(), file=sys.stderr)
   result.raise_if_failed()
 
 
@@ -154,13 +142,19 @@ def _result(batch: ContinuousBatching) -> Generation:
   return batch.result
 
 
-def _warn_about_long(prompts: Sequence[Sequence[int]], trained_length: int | None) -> None:
+def warn_about_long(lengths: Sequence[int], trained_length: int | None) -> None:
+  """Prints a warning for every prompt that is longer than the trained context.
+
+  Args:
+    lengths: tokens of each prompt.
+    trained_length: of the model, None if it is unknown.
+  """
   if trained_length is None:
     return
-  for i, prompt in enumerate(prompts):
-    if len(prompt) > trained_length:
+  for i, length in enumerate(lengths):
+    if length > trained_length:
       print(
-        f"warning: prompt {i} has {len(prompt)} tokens; the model was trained on contexts of at"
-        f" most {trained_length} tokens, and may not use the rest well.",
+        f"warning: prompt {i} has {length} tokens; the model was trained on contexts of at most"
+        f" {trained_length} tokens, and may not use the rest well.",
         file=sys.stderr,
       )

@@ -1,50 +1,17 @@
-"""Continuous batching: a fixed number of slots that are refilled as sequences end."""
+"""Continuous batching of requests that are all known: a batch that runs to its end."""
 
 import dataclasses
 import math
 import time
-from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
+from dga_jax.generation.cache_shapes import dense_bytes
 from dga_jax.generation.engine import Engine
-from dga_jax.generation.sampling import NOT_FINITE, Sampling
+from dga_jax.generation.requests import Emitted, Request
+from dga_jax.generation.sampling import Sampling
 from dga_jax.model import Decoder
 
 _DECODE_CHUNK = 8  # Decode steps per host synchronization.
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-  """A prompt to continue.
-
-  Attributes:
-    prompt: token ids, at least one.
-    max_new_tokens: bound on the tokens of the continuation.
-    sampling: how its tokens are sampled.
-  """
-
-  prompt: Sequence[int]
-  max_new_tokens: int
-  sampling: Sampling = dataclasses.field(default_factory=Sampling)
-
-
-class Emitted(NamedTuple):
-  """New tokens of a request.
-
-  Attributes:
-    request: the index of the request.
-    tokens: the new tokens, without a stop token.
-    done: whether the request has ended.
-  """
-
-  request: int
-  tokens: list[int]
-  done: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,52 +62,12 @@ class Generation:
     raise FloatingPointError(f"The logits are NaN or infinite: {where}. {cause}")
 
 
-class _DecodeChunk(NamedTuple):
-  """A dispatched decode chunk and the request that owns each slot."""
-
-  first: list[tuple[int, Any]]  # The first tokens of the requests admitted before the chunk.
-  owner: dict[int, int]  # The request of each slot.
-  tokens: Any
-
-
-class _Outputs:
-  """The tokens of all requests, each up to its end."""
-
-  def __init__(self, requests: Sequence[Request], stop_ids: Collection[int]) -> None:
-    self.tokens: list[list[int]] = [[] for _ in requests]
-    self.done = [False] * len(requests)
-    self.failed = [False] * len(requests)
-    self._most = [request.max_new_tokens for request in requests]
-    self._stop_ids = stop_ids
-
-  def read(self, chunk: _DecodeChunk) -> list[Emitted]:
-    """Waits for a decode chunk, and adds its tokens to those of their requests."""
-    new: dict[int, list[int]] = {i: np.asarray(token).tolist() for i, token in chunk.first}
-    tokens_TxB = np.asarray(chunk.tokens)
-    for slot, i in chunk.owner.items():
-      new.setdefault(i, []).extend(tokens_TxB[:, slot].tolist())
-    return [self._add(i, tokens) for i, tokens in new.items() if not self.done[i]]
-
-  def _add(self, i: int, tokens: list[int]) -> Emitted:
-    output, most = self.tokens[i], self._most[i]
-    tokens = tokens[: most - len(output)]
-    end = next((at for at, token in enumerate(tokens) if self._ends(token)), None)
-    kept = tokens[:end]
-    output += kept
-    self.failed[i] = end is not None and tokens[end] == NOT_FINITE
-    self.done[i] = end is not None or len(output) == most
-    return Emitted(i, kept, self.done[i])
-
-  def _ends(self, token: int) -> bool:
-    return token in self._stop_ids or token == NOT_FINITE
-
-
 class ContinuousBatching:
   """Continues requests, `slots` of them at once: iterate over `steps`, then read `result`.
 
-  A request that ends frees its slot for the next waiting request, so the batch stays full while
-  requests wait. All shapes are fixed. Therefore a request's tokens do not depend on the other
-  requests, and everything is compiled by the constructor.
+  It runs an `Engine` whose requests are all known. A request that ends frees its slot for the next
+  waiting request, so the batch stays full while requests wait. A request's tokens do not depend on
+  the other requests, and everything is compiled by the constructor.
 
   A request whose logits are NaN or infinite ends there and is marked in `result.failed`; the other
   requests continue.
@@ -149,7 +76,7 @@ class ContinuousBatching:
     model: a decoder of any attention kind.
     requests: admitted in this order.
     slots: sequences that run at once; at most the number of requests is used.
-    stop_ids: tokens that end a sequence.
+    stop_ids: tokens that end a sequence, beside those of its request.
     max_length: bound on the tokens of a prompt and its continuation; None for no bound.
     prompt_chunk: prefills in chunks of this many tokens, which bounds the memory of a long prompt,
       for the attention kinds that can (dense; DGA with streaming selection). None prefills a
@@ -173,88 +100,66 @@ class ContinuousBatching:
     prompt_chunk: int | None = None,
     decode_chunk: int = _DECODE_CHUNK,
   ) -> None:
-    counts = (("slots", slots), ("decode_chunk", decode_chunk), ("prompt_chunk", prompt_chunk))
-    for name, value in counts:
-      if value is not None and value < 1:
-        raise ValueError(f"{name} is {value}; it must be at least 1.")
-    _check_requests(model, requests, max_length)
-    config = model.config
-    if (
-      prompt_chunk is not None and config.attention == "dga" and config.dga.selection != "streaming"
-    ):
-      raise ValueError(
-        f"prompt_chunk is {prompt_chunk}, but selection={config.dga.selection!r} ranks a prompt's"
-        " tokens together: leave it out, or use selection='streaming'."
-      )
-    self._requests, self._stop_ids = requests, frozenset(stop_ids)
-    self._decode_chunk = decode_chunk
-    self._slots = min(slots, len(requests))
-    self._prompts = [_padded(request.prompt, prompt_chunk) for request in requests]
-    self._length = max(
-      max(prompt.shape[1], len(request.prompt) + request.max_new_tokens)
-      for prompt, request in zip(self._prompts, requests, strict=True)
-    )
-    self._config = config
+    if slots < 1:
+      raise ValueError(f"slots is {slots}; it must be at least 1.")
+    if not requests:
+      raise ValueError("There is no prompt; give at least one.")
+    for row, request in enumerate(requests):
+      request.check(f"prompt {row}", model.config.vocab_size, max_length)
+    self._requests = [
+      dataclasses.replace(request, stop_ids=frozenset([*request.stop_ids, *stop_ids]))
+      for request in requests
+    ]
+    self._decode_chunk, self._slots = decode_chunk, min(slots, len(requests))
+    padded = {_padded_length(len(request.prompt)) for request in requests}
+    self._length = max(len(request.prompt) + request.max_new_tokens for request in requests)
+    if prompt_chunk is None:
+      self._length = max(self._length, *padded)
     self._engine = Engine(
       model,
       slots=self._slots,
       max_length=self._length,
-      padded_lengths={prompt.shape[1] for prompt in self._prompts},
       prompt_chunk=prompt_chunk,
+      whole_lengths=padded,
       decode_chunk=decode_chunk,
+      pieces_per_step=None,
     )
     self.result: Generation | None = None
 
   def steps(self) -> Iterator[list[Emitted]]:
     """Runs all requests from their start; yields the new tokens of every decode chunk.
 
-    Every call runs the requests again. `result` is None until the iterator ends.
+    Every call runs the requests again, and ends an earlier iteration. `result` is None until the
+    iterator ends.
     """
-    self.result = None
-    outputs = _Outputs(self._requests, self._stop_ids)
-    state = self._engine.empty()
-    cache_bytes = _cache_bytes(state.cache)
-    waiting, dispatched = deque(range(len(self._requests))), deque[_DecodeChunk]()
-    owner: dict[int, int] = {}  # The request of each slot in use.
-    sampled = [0] * len(self._requests)  # Tokens of each request, with the dispatched ones.
-    begin, prefill_seconds, chunks = time.perf_counter(), 0.0, 0
-    while waiting or owner or dispatched:
-      first = []
-      for slot in range(self._slots):
-        if slot in owner or not waiting:
-          continue
-        owner[slot] = i = waiting.popleft()
-        request, prompt = self._requests[i], self._prompts[i]
-        token, state = self._engine.admit(
-          state, prompt, len(request.prompt), slot, request.sampling
-        )
-        first.append((i, token))
-        sampled[i] = 1
-      if not chunks:
-        jax.block_until_ready(state)
+    engine, self.result = self._engine, None
+    engine.reset()
+    tokens: list[list[int]] = [[] for _ in self._requests]
+    failed = [False] * len(self._requests)
+    for request in self._requests:
+      engine.submit(request)
+    begin, prefill_seconds = time.perf_counter(), 0.0
+    while engine.busy:
+      step = engine.step()
+      if not prefill_seconds:  # The first step reads prompts and returns their first tokens.
         prefill_seconds = time.perf_counter() - begin
-      if owner:
-        tokens, state = self._engine.decode(state)
-        chunks += 1
-        dispatched.append(_DecodeChunk(first, dict(owner), tokens))
-        for slot, i in list(owner.items()):
-          sampled[i] += self._decode_chunk
-          if sampled[i] >= self._requests[i].max_new_tokens:
-            del owner[slot]
-      # The device runs the next chunk while the host reads this one.
-      if len(dispatched) == 2 or not owner:
-        yield outputs.read(dispatched.popleft())
-        owner = {slot: i for slot, i in owner.items() if not outputs.done[i]}
+      for emitted in step:
+        tokens[emitted.request] += emitted.tokens
+        failed[emitted.request] = emitted.finish == "not_finite"
+      yield step
     seconds = time.perf_counter() - begin
+    decode_steps = max(1, engine.chunks * self._decode_chunk)
+    engine.reset()
+    config = engine.config
     self.result = Generation(
-      tokens=outputs.tokens,
-      failed=outputs.failed,
+      tokens=tokens,
+      failed=failed,
       prefill_seconds=prefill_seconds,
-      step_seconds=(seconds - prefill_seconds) / (chunks * self._decode_chunk),
+      step_seconds=(seconds - prefill_seconds) / decode_steps,
       seconds=seconds,
-      cache_bytes=cache_bytes,
-      dense_cache_bytes=self._dense_cache_bytes(),
-      dtype=self._config.dtype,
+      cache_bytes=engine.programs.state_bytes,
+      dense_cache_bytes=self._slots * dense_bytes(config, self._length),
+      dtype=config.dtype,
     )
 
   def run(self) -> Generation:
@@ -263,11 +168,6 @@ class ContinuousBatching:
       pass
     assert self.result is not None
     return self.result
-
-  def _dense_cache_bytes(self) -> int:
-    c = self._config
-    entry = c.num_kv_heads * c.head_dim * jnp.dtype(c.dtype).itemsize
-    return 2 * c.num_layers * self._slots * self._length * entry
 
 
 def generate(
@@ -304,41 +204,10 @@ def generate(
   return result
 
 
-def _padded(prompt: Sequence[int], chunk: int | None) -> np.ndarray:
-  """[1, L], padded with zeros to one of few lengths, so that similar prompts share a program."""
-  if chunk is not None:
-    length = -(-len(prompt) // chunk) * chunk
-  else:
-    step = max(64, 2 ** math.ceil(math.log2(len(prompt))) // 8)  # At most a quarter is padding.
-    length = -(-len(prompt) // step) * step
-  padded = np.zeros((1, length), np.int32)
-  padded[0, : len(prompt)] = prompt
-  return padded
-
-
-def _check_requests(model: Decoder, requests: Sequence[Request], max_length: int | None) -> None:
-  if not requests:
-    raise ValueError("There is no prompt; give at least one.")
-  vocabulary = model.config.vocab_size
-  for row, request in enumerate(requests):
-    prompt, new = request.prompt, request.max_new_tokens
-    if new < 1:
-      raise ValueError(f"max_new_tokens of prompt {row} is {new}; it must be at least 1.")
-    if not len(prompt):
-      raise ValueError(f"Prompt {row} has no tokens; give at least one.")
-    if not (min(prompt) >= 0 and max(prompt) < vocabulary):
-      raise ValueError(f"Prompt {row} has token ids outside 0..{vocabulary - 1}.")
-    if max_length is not None and len(prompt) + new > max_length:
-      raise ValueError(
-        f"Prompt {row} has {len(prompt)} tokens; with max_new_tokens={new} it exceeds"
-        f" max_length={max_length}. Shorten it, or raise max_length."
-      )
-
-
-def _cache_bytes(cache: Any) -> int:
-  """Bytes of keys and values: the floating-point arrays of a cache."""
-  leaves = jax.tree.leaves(cache)
-  return sum(x.nbytes for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
+def _padded_length(length: int) -> int:
+  """One of few lengths, so that similar prompts share a program; at most a quarter is padding."""
+  step = max(64, 2 ** math.ceil(math.log2(length)) // 8)
+  return -(-length // step) * step
 
 
 def _si(count: float) -> str:

@@ -1,64 +1,89 @@
-"""The compiled programs of generation: prefill a prompt into a slot, decode all slots."""
+"""Continuous batching: requests are added at any time, and share a fixed number of slots.
+
+The engine alternates between two kinds of device work: one piece of a waiting prompt, and one
+decode chunk of all slots. Therefore the next token of a running request waits for at most one piece
+of another request's prompt.
+"""
 
 import dataclasses
-from collections.abc import Callable, Collection
-from typing import Any
+import itertools
+import logging
+import sys
+import threading
+from collections import deque
+from collections.abc import Collection
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh
 
-from dga_jax.generation.sampling import sample, Sampling, SamplingParams
+from dga_jax.generation.cache_shapes import CacheShapes
+from dga_jax.generation.kept_caches import KeptCaches
+from dga_jax.generation.programs import BatchState, Programs, Progress
+from dga_jax.generation.prompt_reader import piece_lengths, PromptReader
+from dga_jax.generation.requests import (
+  Emitted,
+  EngineStoppedError,
+  FinishReason,
+  pad_prompt,
+  QueueFullError,
+  Request,
+  TokenLogprobs,
+)
+from dga_jax.generation.sampling import Sampled
+from dga_jax.generation.tasks import Deliver, Dispatched, Task
 from dga_jax.model import Decoder
-from dga_jax.model.decoder import DecoderCache
-from pallas_kernels.dispatch import find_target
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class BatchState:
-  """The state of all slots, on the device. The entries of a free slot have no meaning.
+class EngineStatus:
+  """The engine's load.
 
   Attributes:
-    cache: one row a slot.
-    token: the last token of each slot; the cache does not contain it yet.
-    sampled: tokens sampled so far in each slot.
-    sampling: the sampling settings of each slot.
+    running: requests in slots.
+    waiting: requests that wait for a slot, or whose prompt is being read.
+    kept: caches kept for later requests.
+    slot_bytes: bytes of the caches of all slots.
+    kept_device_bytes: bytes of the kept caches on the device.
+    kept_host_bytes: bytes of the kept caches on the host.
   """
 
-  cache: DecoderCache
-  token: Int[Array, "B"]
-  sampled: Int[Array, "B"]
-  sampling: SamplingParams
-
-
-def decode_options() -> dict[str, bool | int]:
-  """XLA options for a decoding program; empty except for GPUs from Ampere on.
-
-  The options merge the products of query, key and value into one kernel, and those of gate and up
-  into another. XLA's Triton products read merged weights in place; other products would copy the
-  weights side by side first, for every token.
-  """
-  if not find_target().runs_triton:
-    return {}
-  return {"xla_gpu_dot_merger_threshold_mb": 512, "xla_gpu_enable_triton_gemm": True}
+  running: int
+  waiting: int
+  kept: int
+  slot_bytes: int
+  kept_device_bytes: int
+  kept_host_bytes: int
 
 
 class Engine:
-  """The programs of a batch of slots, compiled by the constructor; they update slots in place.
+  """Continues requests in `slots` slots. `submit` and `cancel` may be called from any thread.
+
+  Either the owner calls `step` again and again, or `start` runs a thread that does.
+
+  All shapes are fixed. Therefore the tokens of a request do not depend on the other requests, and
+  everything is compiled by the constructor. A request whose logits are NaN or infinite ends there;
+  the other requests continue.
 
   Args:
-    model: a decoder. The engine keeps its weights in the dtype of the products.
+    model: a decoder of any attention kind.
     slots: sequences that run at once.
-    max_length: tokens for which a slot's cache has room.
-    padded_lengths: the array lengths of the prompts to come.
-    prompt_chunk: tokens of a prompt that one program prefills; None for whole prompts.
-    decode_chunk: tokens that one call of `decode` samples for every slot.
+    max_length: bound on the tokens of a prompt and its continuation.
+    prompt_chunk: reads prompts in pieces of this many tokens, for the attention kinds that can
+      (dense; DGA with streaming selection). None reads prompts whole.
+    whole_lengths: without `prompt_chunk`, the array lengths to which prompts are padded.
+    decode_chunk: decode steps per host synchronization.
+    pieces_per_step: pieces of prompts that are read between decode chunks; None reads prompts until
+      all slots are full.
+    cache_bytes: bound on the bytes of all caches on the device: those of the slots, of the prompt
+      being read, and of kept prompts, which get the rest. None keeps no prompt on the device.
+    host_bytes: bound on the bytes of kept prompts on the host.
+    max_waiting: requests that may wait for a slot; None for no bound.
+    logprobs: whether requests may ask for log probabilities.
+    mesh: devices that share weights and cache; None for one device.
+    progress: iterates over the programs to compile, for example with a progress bar.
 
   Raises:
-    ValueError: a weight that overflows the dtype of the products.
+    ValueError: a size below 1, `prompt_chunk` for an attention kind that needs the whole prompt,
+      slots that exceed `cache_bytes`, or a weight that overflows the dtype of the products.
   """
 
   def __init__(
@@ -67,200 +92,300 @@ class Engine:
     *,
     slots: int,
     max_length: int,
-    padded_lengths: Collection[int],
-    prompt_chunk: int | None,
-    decode_chunk: int,
+    prompt_chunk: int | None = 256,
+    whole_lengths: Collection[int] = (),
+    decode_chunk: int = 4,
+    pieces_per_step: int | None = 1,
+    cache_bytes: int | None = None,
+    host_bytes: int = 0,
+    max_waiting: int | None = None,
+    logprobs: bool = False,
+    mesh: Mesh | None = None,
+    progress: Progress = iter,
   ) -> None:
-    # Cast before the layers are unstacked, since unstacking copies the weights.
-    graphdef, params = nnx.split(model)
-    model = nnx.merge(graphdef, _in_compute_dtype(params, model.config.dtype))
-    self._graphdef, self._params = nnx.split(model.unstack_layers())
-    self._max_length, self._prompt_chunk = max_length, prompt_chunk
-    self._decode_chunk = decode_chunk
-    self._compiled: dict[str, Any] = {}
-    one, slot = _shape(1), _shape()
-    sampling = jax.eval_shape(lambda: SamplingParams.from_samplings([Sampling()]))
-    if prompt_chunk is None:
-      prompts = {length: (self._params, _shape(1, length), one) for length in padded_lengths}
-      rows = [jax.eval_shape(self._prefill, *prompt)[1] for prompt in prompts.values()]
-      empty, state = self._empty_slots(slots, rows)
-      for length, prompt in prompts.items():
-        self._compile(f"admit {length}", self._admit, state, *prompt, slot, sampling, donate=0)
-    else:
-      row = jax.eval_shape(self._empty_row)
-      empty, state = self._empty_slots(slots, [row])
-      logits = _shape(1, model.config.vocab_size, dtype=jnp.float32)
-      piece = _shape(1, prompt_chunk)
-      self._compile("empty row", self._empty_row)
-      self._compile("extend", self._extend, row, self._params, piece, one, donate=0)
-      self._compile("insert", _insert, state, logits, row, slot, sampling, donate=0)
-    self._compile("empty", empty)
-    self._compile("decode", self._decode, state, self._params, donate=0, options=decode_options())
+    counts = (("slots", slots), ("decode_chunk", decode_chunk), ("prompt_chunk", prompt_chunk))
+    for name, value in counts:
+      if value is not None and value < 1:
+        raise ValueError(f"{name} is {value}; it must be at least 1.")
+    _check_reads_pieces(model, prompt_chunk)
+    self.config, self.max_length, self.slots = model.config, max_length, slots
+    self._has_logprobs = logprobs
+    self._decode_chunk, self._pieces_per_step = decode_chunk, pieces_per_step
+    self._whole_lengths, self._max_waiting = sorted(whole_lengths), max_waiting
+    pieces = () if prompt_chunk is None else piece_lengths(prompt_chunk)
+    shapes = CacheShapes(model, max_length)
+    kept_bytes = self._bytes_for_kept(cache_bytes, shapes.row_bytes)
+    self.programs = Programs(
+      model,
+      shapes=shapes,
+      slots=slots,
+      whole_lengths=() if pieces else self._whole_lengths,
+      piece_lengths=pieces,
+      decode_chunk=decode_chunk,
+      logprobs=logprobs,
+      mesh=mesh,
+      progress=progress,
+    )
+    self._kept = KeptCaches(self.programs, device_bytes=kept_bytes, host_bytes=host_bytes)
+    self._reader = PromptReader(self.programs, pieces, self._kept) if pieces else None
+    self._changed = threading.Condition()
+    self._thread: threading.Thread | None = None
+    self._closed = False
+    self.error: BaseException | None = None
+    self.reset()
 
-  @property
-  def count(self) -> int:
-    """Programs compiled. No program is compiled later: each refuses arrays of other shapes."""
-    return len(self._compiled)
+  # ---- From any thread
 
-  def empty(self) -> BatchState:
-    """Slots without a sequence."""
-    state: BatchState = self._compiled["empty"]()
-    return state
-
-  def admit(
-    self,
-    state: BatchState,
-    prompt_1xL: Int[np.ndarray, "1 L"],
-    length: int,
-    slot: int,
-    sampling: Sampling,
-  ) -> tuple[Int[Array, "1"], BatchState]:
-    """Prefills a right-padded prompt into a slot and samples its first token.
+  def submit(self, request: Request, deliver: Deliver | None = None) -> int:
+    """Adds a request.
 
     Args:
-      state: of all slots; its buffers are donated.
-      prompt_1xL: int32, with L one of `padded_lengths` or a multiple of `prompt_chunk`.
-      length: tokens of the prompt without the padding.
-      slot: a free slot.
-      sampling: how the sequence's tokens are sampled.
+      request: the request.
+      deliver: called on the engine's thread with everything that the request emits.
 
     Returns:
-      (the first token, the new state).
+      The number of the request, which `Emitted.request` and `cancel` use.
+
+    Raises:
+      ValueError: the request does not fit the model or the cache.
+      QueueFullError: `max_waiting` requests wait.
+      EngineStoppedError: the engine is closed, or has failed.
     """
-    where = (np.int32(slot), SamplingParams.from_samplings([sampling]))
-    if self._prompt_chunk is None:
-      count = np.array([length], np.int32)
-      run = self._compiled[f"admit {prompt_1xL.shape[1]}"]
-      admitted: tuple[Array, BatchState] = run(state, self._params, prompt_1xL, count, *where)
-      return admitted
-    row, logits = self._compiled["empty row"](), None
-    for begin in range(0, length, self._prompt_chunk):
-      piece = prompt_1xL[:, begin : begin + self._prompt_chunk]
-      count = np.array([min(self._prompt_chunk, length - begin)], np.int32)
-      logits, row = self._compiled["extend"](row, self._params, piece, count)
-    inserted: tuple[Array, BatchState] = self._compiled["insert"](state, logits, row, *where)
-    return inserted
-
-  def decode(self, state: BatchState) -> tuple[Int[Array, "T B"], BatchState]:
-    """Samples the next T = `decode_chunk` tokens of every slot; the state's buffers are donated."""
-    decoded: tuple[Array, BatchState] = self._compiled["decode"](state, self._params)
-    return decoded
-
-  def _compile(
-    self,
-    name: str,
-    function: Callable[..., Any],
-    *shapes: Any,
-    donate: tuple[int, ...] | int = (),
-    options: dict[str, bool | int] | None = None,
-  ) -> None:
-    lowered = jax.jit(function, donate_argnums=donate).lower(*shapes)
-    self._compiled[name] = lowered.compile(compiler_options=options)
-
-  def _model(self, params: Any) -> Decoder:
-    model: Decoder = nnx.merge(self._graphdef, params)
-    return model
-
-  def _prefill(self, params: Any, prompt_1xL: Array, length_1: Array) -> tuple[Array, DecoderCache]:
-    return self._model(params).prefill(prompt_1xL, length_1, max_length=self._max_length)
-
-  def _admit(
-    self,
-    state: BatchState,
-    params: Any,
-    prompt_1xL: Array,
-    length_1: Array,
-    slot: Array,
-    sampling: SamplingParams,
-  ) -> tuple[Array, BatchState]:
-    return _insert(state, *self._prefill(params, prompt_1xL, length_1), slot, sampling)
-
-  def _empty_row(self) -> DecoderCache:
-    return self._model(self._params).init_cache(1, self._max_length)
-
-  def _extend(
-    self, row: DecoderCache, params: Any, piece_1xT: Array, count_1: Array
-  ) -> tuple[Array, DecoderCache]:
-    return self._model(params).extend(piece_1xT, row, count_1)
-
-  def _empty_slots(
-    self, count: int, rows: list[DecoderCache]
-  ) -> tuple[Callable[[], BatchState], BatchState]:
-    """A function that makes empty slots into which any of the rows fits, and their shapes."""
-
-    def widest(*leaves: Any) -> Any:
-      shape = tuple(np.max([leaf.shape for leaf in leaves], axis=0).tolist())
-      return jax.ShapeDtypeStruct((shape[0], count, *shape[2:]), leaves[0].dtype)
-
-    layers = jax.tree.map(widest, *(row.layers for row in rows))
-
-    def empty() -> BatchState:
-      zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), layers)
-      zero_B = jnp.zeros(count, jnp.int32)
-      sampling = SamplingParams.from_samplings([Sampling()] * count)
-      return BatchState(DecoderCache(zeros, zero_B), zero_B, zero_B, sampling)
-
-    return empty, jax.eval_shape(empty)
-
-  def _decode(self, state: BatchState, params: Any) -> tuple[Array, BatchState]:
-    model = self._model(params)
-
-    def step(state: BatchState, _: None) -> tuple[BatchState, Array]:
-      logits_BxV, cache = model.decode(state.token, state.cache)
-      token_B = sample(logits_BxV, state.sampling, state.sampled)
-      return BatchState(cache, token_B, state.sampled + 1, state.sampling), token_B
-
-    state, token_TxB = jax.lax.scan(step, state, None, length=self._decode_chunk)
-    return token_TxB, state
-
-
-def _insert(
-  state: BatchState, logits_1xV: Array, row: DecoderCache, slot: Array, sampling: SamplingParams
-) -> tuple[Array, BatchState]:
-  """Samples a prompt's first token and writes its cache into a slot."""
-  token_1 = sample(logits_1xV, sampling, jnp.zeros(1, jnp.int32))
-
-  def write(all_rows: Array, one_row: Array, axis: int) -> Array:
-    missing = [(0, whole - own) for whole, own in zip(all_rows.shape, one_row.shape, strict=True)]
-    missing[axis] = (0, 0)
-    padded = jnp.pad(one_row, missing)
-    return jax.lax.dynamic_update_slice_in_dim(all_rows, padded, slot, axis)
-
-  def write_setting(settings_B: Array, setting_1: Array) -> Array:
-    return settings_B.at[slot].set(setting_1[0])
-
-  return token_1, BatchState(
-    cache=DecoderCache(
-      layers=jax.tree.map(lambda a, b: write(a, b, 1), state.cache.layers, row.layers),
-      length=write(state.cache.length, row.length, 0),
-    ),
-    token=write(state.token, token_1, 0),
-    sampled=write(state.sampled, jnp.ones(1, jnp.int32), 0),
-    sampling=jax.tree.map(write_setting, state.sampling, sampling),
-  )
-
-
-def _in_compute_dtype(params: Any, dtype: str) -> Any:
-  """Casts the weights to the dtype of the products, once; norms compute in float32.
-
-  Raises:
-    ValueError: a weight that is too large for the dtype, which only float16 can cause.
-  """
-
-  def cast(path: tuple[Any, ...], x: Array) -> Float[Array, "..."]:
-    name = jax.tree_util.keystr(path)
-    if "scale" in name:
-      return x
-    narrow = x.astype(dtype)
-    if dtype == "float16" and bool((jnp.isinf(narrow) & jnp.isfinite(x)).any()):
+    request.check("the prompt", self.config.vocab_size, self.max_length)
+    if request.sampling.top_logprobs is not None and not self._has_logprobs:
       raise ValueError(
-        f"dtype is 'float16', whose largest number is 65504, but the parameter {name} contains"
-        f" {float(jnp.abs(x).max()):g}; use dtype 'bfloat16' or 'float32'."
+        f"top_logprobs is {request.sampling.top_logprobs}, but this engine computes no log"
+        " probabilities: leave it out, or make the engine with logprobs=True."
       )
-    return narrow
+    with self._changed:
+      if self._closed or self.error is not None:
+        raise EngineStoppedError("The engine does not run.")
+      if len(self._tasks) >= self.capacity:
+        raise QueueFullError(
+          f"{self.slots} requests run and {self._max_waiting} wait; try again later."
+        )
+      task = Task(next(self._numbers), request, deliver)
+      self._tasks[task.number] = task
+      self._waiting.append(task)
+      self._changed.notify_all()
+    return task.number
 
-  return jax.tree_util.tree_map_with_path(cast, params)
+  def cancel(self, number: int) -> None:
+    """Ends a request before the next decode chunk; does nothing if it has ended."""
+    with self._changed:
+      if number in self._tasks:
+        self._cancelled.add(number)
+        self._changed.notify_all()
+
+  @property
+  def capacity(self) -> int:
+    """Requests that can be in the engine at a time."""
+    return sys.maxsize if self._max_waiting is None else self.slots + self._max_waiting
+
+  def cache_bytes(self, length: int) -> int:
+    """Bytes of keys and values in the cache of a sequence of so many tokens."""
+    return self.programs.shapes.bytes(length)
+
+  def status(self) -> EngineStatus:
+    """The load of this moment."""
+    with self._changed:
+      running, tasks = len(self._owner), len(self._tasks)
+    return EngineStatus(
+      running=running,
+      waiting=max(0, tasks - running),
+      kept=len(self._kept),
+      slot_bytes=self.slots * self.programs.shapes.row_bytes,
+      kept_device_bytes=self._kept.device_bytes,
+      kept_host_bytes=self._kept.host_bytes,
+    )
+
+  def start(self) -> None:
+    """Runs a thread that calls `step` whenever there is work, until `close`."""
+    self._closed, self.error = False, None
+    self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+    self._thread.start()
+
+  def close(self) -> None:
+    """Stops the thread and cancels every request."""
+    with self._changed:
+      self._closed = True
+      self._changed.notify_all()
+    if self._thread is not None:
+      self._thread.join()
+    self._end_all("cancelled")
+
+  # ---- On the thread that calls `step`
+
+  def reset(self) -> None:
+    """Forgets every request without a word to it, frees the slots, and numbers requests from 0."""
+    self._numbers = itertools.count()
+    self._tasks: dict[int, Task] = {}  # Requests that have not ended.
+    self._cancelled: set[int] = set()
+    self._waiting: deque[Task] = deque()
+    self._reading: Task | None = None
+    self._owner: dict[int, Task] = {}  # The request of each slot in use.
+    self._dispatched: deque[Dispatched] = deque()
+    self._state: BatchState | None = None
+    self.chunks = 0
+    self._kept.clear()
+    if self._reader is not None:
+      self._reader.drop()
+
+  @property
+  def busy(self) -> bool:
+    """Whether `step` has work."""
+    return bool(self._tasks or self._dispatched)
+
+  def step(self) -> list[Emitted]:
+    """Reads pieces of prompts, dispatches a decode chunk, and returns the chunk before it."""
+    emitted = self._end_cancelled()
+    pieces = itertools.count() if self._pieces_per_step is None else range(self._pieces_per_step)
+    for _ in pieces:
+      if not self._read():
+        break
+    self._decode()
+    # The device computes the newest entry while the host reads the older ones.
+    while self._dispatched and (len(self._dispatched) > 1 or not self._owner):
+      emitted += self._collect(self._dispatched.popleft())
+    return emitted
+
+  def _run(self) -> None:
+    while True:
+      with self._changed:
+        self._changed.wait_for(lambda: self._closed or self.busy)
+        if self._closed:
+          return
+      try:
+        self.step()
+      except Exception as error:
+        logging.exception("the engine has failed")
+        with self._changed:
+          self.error = error
+        self._end_all("failed")
+        return
+
+  def _read(self) -> bool:
+    """Does the next work on a waiting prompt; returns whether there was any."""
+    if self._reading is None:
+      free = len(self._owner) < self.slots
+      with self._changed:
+        task = self._waiting.popleft() if free and self._waiting else None
+      if task is None:
+        return False
+      if self._reader is None:
+        self._admit_whole(task)
+        return True
+      self._reading = task
+      task.cached_tokens = self._reader.begin(task.request)
+    assert self._reader is not None
+    if not self._reader.done:
+      self._reader.read_piece()
+    if self._reader.done:
+      task, self._reading = self._reading, None
+      slot = self._free_slot()
+      logits, row = self._reader.take()
+      new, self._state = self.programs.insert(
+        self._take_state(), logits, row, slot, task.request.sampling
+      )
+      self._occupy(slot, task, new)
+    return True
+
+  def _admit_whole(self, task: Task) -> None:
+    prompt, slot = task.request.prompt, self._free_slot()
+    length = next(length for length in self._whole_lengths if length >= len(prompt))
+    new, self._state = self.programs.admit(
+      self._take_state(), pad_prompt(prompt, length), len(prompt), slot, task.request.sampling
+    )
+    self._occupy(slot, task, new)
+
+  def _take_state(self) -> BatchState:
+    """The state of all slots, for a program that takes over its buffers."""
+    state, self._state = self._state, None
+    return self.programs.empty() if state is None else state
+
+  def _free_slot(self) -> int:
+    return next(slot for slot in range(self.slots) if slot not in self._owner)
+
+  def _occupy(self, slot: int, task: Task, first: Sampled) -> None:
+    """Gives a slot to a request whose first token is being computed."""
+    task.scheduled = 1
+    self._dispatched.append(Dispatched({0: task}, first))
+    if task.request.max_new_tokens > 1:
+      self._owner[slot] = task
+
+  def _decode(self) -> None:
+    if not self._owner:
+      return
+    new, self._state = self.programs.decode(self._take_state())
+    self.chunks += 1
+    self._dispatched.append(Dispatched(dict(self._owner), new))
+    for slot, task in list(self._owner.items()):
+      task.scheduled += self._decode_chunk
+      if task.scheduled >= task.request.max_new_tokens:
+        del self._owner[slot]
+
+  def _collect(self, dispatched: Dispatched) -> list[Emitted]:
+    """Waits for dispatched tokens and delivers them."""
+    return [self._emit(*result) for result in dispatched.read()]
+
+  def _emit(
+    self,
+    task: Task,
+    tokens: list[int],
+    finish: FinishReason | None,
+    logprobs: list[TokenLogprobs],
+  ) -> Emitted:
+    task.emitted += len(tokens)
+    task.finish = finish
+    if finish is not None:
+      with self._changed:
+        self._tasks.pop(task.number, None)
+        self._cancelled.discard(task.number)
+        for slot in [slot for slot, owner in self._owner.items() if owner is task]:
+          del self._owner[slot]
+    emitted = Emitted(task.number, tokens, finish, logprobs, task.cached_tokens)
+    if task.deliver is not None:
+      task.deliver(emitted)
+    return emitted
+
+  def _end_cancelled(self) -> list[Emitted]:
+    with self._changed:
+      cancelled = [self._tasks[number] for number in sorted(self._cancelled)]
+      for task in cancelled:
+        if task in self._waiting:
+          self._waiting.remove(task)
+    for task in cancelled:
+      if task is self._reading and self._reader is not None:
+        self._reading = None
+        self._reader.drop()
+    return [self._emit(task, [], "cancelled", []) for task in cancelled]
+
+  def _end_all(self, finish: FinishReason) -> None:
+    """Ends every request, and drops all caches."""
+    with self._changed:
+      tasks = list(self._tasks.values())
+    for task in tasks:
+      self._emit(task, [], finish, [])
+    self.reset()
+
+  def _bytes_for_kept(self, cache_bytes: int | None, row: int) -> int:
+    """Bytes of `cache_bytes` that slots, the prompt being read and its copy leave."""
+    if cache_bytes is None:
+      return 0
+    left = cache_bytes - (self.slots + 2) * row
+    if left < 0:
+      raise ValueError(
+        f"cache_bytes is {cache_bytes}, but {self.slots} slots and two prompts being read, of"
+        f" {self.max_length} tokens each, take {(self.slots + 2) * row}. Use at most"
+        f" {max(0, cache_bytes // row - 2)} slots, or a smaller max_length."
+      )
+    return left
 
 
-def _shape(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(shape, dtype)
+def _check_reads_pieces(model: Decoder, prompt_chunk: int | None) -> None:
+  config = model.config
+  if prompt_chunk is not None and config.attention == "dga" and config.dga.selection != "streaming":
+    raise ValueError(
+      f"prompt_chunk is {prompt_chunk}, but selection={config.dga.selection!r} ranks a prompt's"
+      " tokens together: leave it out, or use selection='streaming'."
+    )

@@ -16,6 +16,7 @@ from dga_jax.config_dataclasses import (
   require_number,
   require_type,
 )
+from dga_jax.head_budgets import HeadBudgets
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.kv_merger import KVMergerConfig
 from dga_jax.model.attention_kinds.lm_infinite import LMInfiniteConfig
@@ -49,6 +50,8 @@ class ModelConfig:
     attention: the attention kind. Every kind but "dense" has settings in the field of its name;
       the other kinds' settings are ignored.
     dga: settings of Dynamic Group Attention.
+    head_budgets: the setting of each KV head of each layer, "full" or one of Dynamic Group
+      Attention; required for attention="head_budgets".
     sliding_window: settings of sliding-window attention.
     streaming_llm: settings of attention sinks and a window.
     lm_infinite: settings of global tokens and a window, with a bound on distances.
@@ -79,6 +82,7 @@ class ModelConfig:
   qk_norm: bool = False
   attention: AttentionName = "dga"
   dga: DGAConfig = dataclasses.field(default_factory=DGAConfig)
+  head_budgets: HeadBudgets | None = None
   sliding_window: SlidingWindowConfig = dataclasses.field(default_factory=SlidingWindowConfig)
   streaming_llm: StreamingLLMConfig = dataclasses.field(default_factory=StreamingLLMConfig)
   lm_infinite: LMInfiniteConfig = dataclasses.field(default_factory=LMInfiniteConfig)
@@ -110,11 +114,24 @@ class ModelConfig:
     for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
       require_type(self, name, bool)
     for name, settings in ATTENTION_SETTINGS.items():
-      require_type(self, name, settings)
+      require_type(self, name, settings, *((type(None),) if name == "head_budgets" else ()))
     require_choice(self, "attention", AttentionName)
+    self._check_head_budgets()
     require_choice(self, "remat", RematName)
     require_choice(self, "dtype", DtypeName)
     require_choice(self, "param_dtype", DtypeName)
+
+  def _check_head_budgets(self) -> None:
+    budgets = self.head_budgets
+    if budgets is None:
+      if self.attention == "head_budgets":
+        raise config_error(self, "head_budgets", "HeadBudgets with attention='head_budgets'")
+    elif (budgets.num_layers, budgets.num_kv_heads) != (self.num_layers, self.num_kv_heads):
+      raise ValueError(
+        f"ModelConfig.head_budgets has {budgets.num_layers} layers of {budgets.num_kv_heads} KV "
+        f"heads; it must have num_layers={self.num_layers} layers of "
+        f"num_kv_heads={self.num_kv_heads}. Use budgets that were made for this model, or None."
+      )
 
   def rope_frequencies(self) -> np.ndarray:
     """Angles per position ω [D/2] of RoPE; see `inverse_frequencies`."""

@@ -104,8 +104,15 @@ class Decoder(nnx.Module):
     kind = self.config.make_attention()
     metadata = prepare_on_mesh(kind, documents)
 
-    def attend(q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, *_: Any) -> tuple[Array, None]:
-      return attend_on_mesh(kind, q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata), None
+    def attend(
+      q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, _: None, layer: Any
+    ) -> tuple[Array, None]:
+      return attend_on_mesh(kind, q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, layer), None
+
+    if kind.branches > 1 and self.config.remat == "none":
+      # The backward pass of a switch stores the intermediate values of all branches. Instead it
+      # recomputes attention from queries, keys and values.
+      attend = jax.checkpoint(attend, prevent_cse=False)
 
     tokens_BxL, positions_BxL = jnp.asarray(tokens_BxL), documents.position
     order_L = zigzag_order(L)
@@ -137,11 +144,13 @@ class Decoder(nnx.Module):
         f"init_cache got batch_size={batch_size}, max_length={max_length}; both must be at least 1."
       )
     config = self.config
-    layer = self.config.make_attention().init_cache(
-      batch_size, max_length, config.num_kv_heads, config.head_dim, jnp.dtype(config.dtype)
-    )
-    layers = jax.tree.map(
-      lambda array: jnp.broadcast_to(array[None], (config.num_layers, *array.shape)), layer
+    layers = config.make_attention().init_caches(
+      config.num_layers,
+      batch_size,
+      max_length,
+      config.num_kv_heads,
+      config.head_dim,
+      jnp.dtype(config.dtype),
     )
     return DecoderCache(layers=layers, length=jnp.zeros(batch_size, jnp.int32))
 
@@ -175,11 +184,22 @@ class Decoder(nnx.Module):
     kind = self.config.make_attention()
     metadata = kind.prepare(find_documents(B, L, lengths, None))
 
-    def attend(q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, *_: Any) -> tuple[Array, Any]:
-      return kind.prefill(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, max_length=max_length)
+    # Layers of one shape make their caches, which are stacked. Other layers write to caches of all.
+    caches = self.init_cache(B, max_length).layers if kind.layers_differ else None
+
+    def attend(
+      q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, caches: Any, layer: Any
+    ) -> tuple[Array, Any]:
+      heads: Any = kind.at_layer(layer)
+      qkv = (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD)
+      if caches is None:
+        prompt: tuple[Array, Any] = heads.prefill(*qkv, metadata, max_length=max_length)
+        return prompt
+      updated: tuple[Array, Any] = heads.prefill_into(caches, *qkv, metadata, max_length=max_length)
+      return updated
 
     positions_BxL = jnp.broadcast_to(jnp.arange(L)[None, :], (B, L))
-    states_BxLxE, layers = self._run_layers(jnp.asarray(tokens_BxL), positions_BxL, attend)
+    states_BxLxE, layers = self._run_layers(jnp.asarray(tokens_BxL), positions_BxL, attend, caches)
     length_B = jnp.full(B, L) if lengths is None else jnp.asarray(lengths)
     last_BxE = jnp.take_along_axis(states_BxLxE, length_B[:, None, None] - 1, axis=1)[:, 0]
     return self.unembed(last_BxE), DecoderCache(layers, length_B.astype(jnp.int32))
@@ -209,7 +229,7 @@ class Decoder(nnx.Module):
     kind = self.config.make_attention()
 
     def attend(
-      q_Bx1xHxD: Array, k_Bx1xNxD: Array, v_Bx1xNxD: Array, caches: Any, layer: Array
+      q_Bx1xHxD: Array, k_Bx1xNxD: Array, v_Bx1xNxD: Array, caches: Any, layer: Any
     ) -> tuple[Array, Any]:
       o_BxHxD, caches = kind.decode(
         q_Bx1xHxD[:, 0], k_Bx1xNxD[:, 0], v_Bx1xNxD[:, 0], caches, layer
@@ -247,7 +267,7 @@ class Decoder(nnx.Module):
     kind = self.config.make_attention()
 
     def attend(
-      q_BxTxHxD: Array, k_BxTxNxD: Array, v_BxTxNxD: Array, caches: Any, layer: Array
+      q_BxTxHxD: Array, k_BxTxNxD: Array, v_BxTxNxD: Array, caches: Any, layer: Any
     ) -> tuple[Array, Any]:
       return kind.extend(q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, caches, layer, lengths=lengths_B)
 
@@ -305,7 +325,8 @@ class Decoder(nnx.Module):
         remat=config.remat,
       )
     else:
-      x_BxLxE, caches = run_unstacked(self.layers, x_BxLxE, rope, attend, caches)
+      layer_index = config.make_attention().layer_index
+      x_BxLxE, caches = run_unstacked(self.layers, x_BxLxE, rope, attend, caches, layer_index)
     return self.norm(x_BxLxE).astype(config.dtype), caches
 
 

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dga_jax.cache.layout import cache_layout
+from dga_jax.cache.layout import cache_layout, cache_size
 from dga_jax.config import DGAConfig
+from dga_jax.head_budgets import FULL, HeadSetting
 from dga_jax.model.attention_kinds.kv_merger import KVMergerConfig
 from dga_jax.model.attention_kinds.top_k_eviction import TopKEvictionConfig
 from dga_jax.model.config import ModelConfig
@@ -49,7 +50,8 @@ def mean_keys(config: ModelConfig, context_length: int) -> float:
   Dense: (L + 1)/2. DGA: focal tokens + groups + raw tokens of the incomplete group or block.
   Streaming selection is exact. Global and random selection are counted with the inclusive rule and
   with evenly spread focal tokens, an approximation. The baselines are exact, except MInference: its
-  vertical and slash keys are counted as disjoint, an upper bound.
+  vertical and slash keys are counted as disjoint, an upper bound. For head budgets it is also the
+  mean over all heads.
 
   Raises:
     ValueError: if context_length is below 1.
@@ -60,7 +62,50 @@ def mean_keys(config: ModelConfig, context_length: int) -> float:
   return float(_seen_keys(config, seen_L).mean())
 
 
+def cache_keys(config: ModelConfig, max_length: int) -> float:
+  """Keys that the cache of a sequence holds, averaged over the KV heads of all layers.
+
+  Times 2·layers·N·D and the bytes of a number this is the size of the cache: of compact caches that
+  are not stored in 8 bits, and of dense ones. For attention="dense", "head_budgets", and "dga" with
+  streaming selection.
+
+  Args:
+    config: of the model.
+    max_length: tokens of the sequence, prompt and new ones together.
+
+  Raises:
+    ValueError: the attention kind is another one, or max_length is below 1.
+  """
+  if max_length < 1:
+    raise ValueError(f"max_length is {max_length}; it must be at least 1.")
+  settings: dict[HeadSetting, int]
+  match config.attention:
+    case "dense":
+      settings = {FULL: 1}
+    case "dga" if config.dga.selection == "streaming":
+      settings = {config.dga: 1}
+    case "head_budgets" if config.head_budgets is not None:
+      settings = config.head_budgets.counts()
+    case _:
+      raise ValueError(
+        f"attention is {config.attention!r}; cache_keys counts 'dense', 'head_budgets', and 'dga' "
+        "with streaming selection. Measure other caches with dga_jax.evaluation.variants.Family."
+      )
+  sizes = {
+    setting: max_length
+    if setting == FULL
+    else cache_size(config=setting, max_length=max_length).total
+    for setting in settings
+  }
+  heads = sum(settings.values())
+  return sum(sizes[setting] * count for setting, count in settings.items()) / heads
+
+
 def _seen_keys(config: ModelConfig, seen_L: np.ndarray) -> np.ndarray:
+  if config.attention == "head_budgets" and config.head_budgets is not None:
+    counts = config.head_budgets.counts()
+    keys = [seen_L if s == FULL else _streaming_keys(s, seen_L) for s in counts]
+    return np.average(keys, axis=0, weights=list(counts.values()))
   if config.attention == "dga":
     streaming = config.dga.selection == "streaming"
     return _streaming_keys(config.dga, seen_L) if streaming else _global_keys(config.dga, seen_L)

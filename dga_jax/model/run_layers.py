@@ -6,17 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from dga_jax.model.config import RematName
 from dga_jax.model.layers import constrain_residual, DecoderLayer
 from dga_jax.model.rope import RopeTable
 
 # (q, k, v, caches of all layers or None, layer) -> (output, updated caches; or where there are no
-# caches, what is stacked over layers).
-LayerAttend = Callable[[Array, Array, Array, Any, Int[Array, ""]], tuple[Array, Any]]
+# caches, what is stacked over layers). The layer is an index, or from `AttentionKind.layer_index`.
+LayerAttend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
 # (parameters of one layer, x, caches, layer) -> (x, second result of LayerAttend).
-_RunLayer = Callable[[Any, Array, Any, Array], tuple[Array, Any]]
+_RunLayer = Callable[[Any, Array, Any, Any], tuple[Array, Any]]
 
 _REMAT_POLICIES = {
   "full": jax.checkpoint_policies.nothing_saveable,
@@ -72,13 +72,24 @@ def run_unstacked(
   rope: RopeTable,
   attend: LayerAttend,
   caches: Any,
+  layer_index: Callable[[int], Any],
 ) -> tuple[Float[Array, "B L E"], Any]:
-  """As `run_stacked`, for layers that have parameters of their own; without remat."""
+  """As `run_stacked`, for layers that have parameters of their own; without remat.
+
+  Args:
+    layers: one after the other.
+    x_BxLxE: the residual stream.
+    rope: rotary angles of the tokens.
+    attend: as for `run_stacked`.
+    caches: as for `run_stacked`.
+    layer_index: the layer argument of `attend`, see `AttentionKind.layer_index`.
+  """
   structures, params = zip(*(nnx.split(layer) for layer in layers), strict=True)
-  run_layer = jax.jit(_runner(structures[0], rope, attend))  # traced once, for all layers
+  # Traced once, for all layers with the same static part of the index.
+  run_layer = jax.jit(_runner(structures[0], rope, attend))
   made = []
   for index, layer_params in enumerate(params):
-    x_BxLxE, new = run_layer(layer_params, x_BxLxE, caches, jnp.int32(index))
+    x_BxLxE, new = run_layer(layer_params, x_BxLxE, caches, layer_index(index))
     # Makes the next layer wait for this layer's cache. Without it all layers' keys and values, of
     # which a cache keeps a part, could be alive at once.
     x_BxLxE, new = jax.lax.optimization_barrier((x_BxLxE, new))
@@ -90,7 +101,7 @@ def run_unstacked(
 
 
 def _runner(structure: nnx.GraphDef, rope: RopeTable, attend: LayerAttend) -> _RunLayer:
-  def run_layer(params: Any, x_BxLxE: Array, caches: Any, index: Array) -> tuple[Array, Any]:
+  def run_layer(params: Any, x_BxLxE: Array, caches: Any, index: Any) -> tuple[Array, Any]:
     x_BxLxE, new = nnx.merge(structure, params)(
       x_BxLxE, rope, lambda q, k, v: attend(q, k, v, caches, index)
     )

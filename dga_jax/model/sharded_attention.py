@@ -2,7 +2,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, PartitionSpec
 from jaxtyping import Array, Float
 
 from dga_jax.attention.partition import AttentionPartition
@@ -63,8 +63,9 @@ def attend_on_mesh(
   k_BxLxNxD: Float[Array, "B L N D"],
   v_BxLxNxD: Float[Array, "B L N D"],
   metadata: Any,
+  layer: Any,
 ) -> Float[Array, "B L H D"]:
-  """`kind.attend` on every device of the current mesh, or on one device without a mesh.
+  """`attend` of a layer on every device of the current mesh, or on one device without a mesh.
 
   The compiler cannot partition kernels: it would gather their operands. A `jax.shard_map` by the
   rules in force gives each device's kernel the rows and heads of that device. Along mesh axes that
@@ -77,27 +78,29 @@ def attend_on_mesh(
     k_BxLxNxD: keys.
     v_BxLxNxD: values.
     metadata: from `prepare_on_mesh`.
+    layer: the argument of `AttentionKind.at_layer`.
 
   Raises:
     ValueError: the mesh does not divide heads or rows, or the kind attends to whole sequences only.
   """
   partition = _partition(kind, q_BxLxHxD, k_BxLxNxD)
   if partition is None:
-    return kind.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
+    return kind.at_layer(layer).attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
   axis_name = context_axis()
 
   def attend(operands: dict[str, Any]) -> Array:
     q, k, v, metadata = (operands[name] for name in ("q", "k", "v", "metadata"))
+    heads = kind.at_layer(operands["layer"])
     if axis_name is None:
-      return kind.attend(q, k, v, metadata)
-    assert isinstance(kind, SupportsContextParallel)
-    return kind.attend_sharded(q, k, v, metadata, axis_name=axis_name)
+      return heads.attend(q, k, v, metadata)
+    assert isinstance(heads, SupportsContextParallel)
+    return heads.attend_sharded(q, k, v, metadata, axis_name=axis_name)
 
   states = partition.states
   out_BxLxHxD: Array = partition.shard_map(
     attend,
-    {"q": q_BxLxHxD, "k": k_BxLxNxD, "v": v_BxLxNxD, "metadata": metadata},
-    {"q": states, "k": states, "v": states, "metadata": partition.rows},
+    {"q": q_BxLxHxD, "k": k_BxLxNxD, "v": v_BxLxNxD, "metadata": metadata, "layer": layer},
+    {"q": states, "k": states, "v": states, "metadata": partition.rows, "layer": PartitionSpec()},
     states,
     # Some kernels of JAX do not tell over which mesh axes their results vary. Only the collectives
     # of context parallelism need the check.
@@ -125,7 +128,7 @@ def _partition(
   )
   partition.check_divides(rows=q_BxLxHxD.shape[0], kv_heads=k_BxLxNxD.shape[2])
   axis = context_axis()
-  if axis is not None and not isinstance(kind, SupportsContextParallel):
+  if axis is not None and not isinstance(kind.at_layer(0), SupportsContextParallel):
     raise ValueError(
       f"The mesh axis {axis!r} splits sequences over {mesh.shape[axis]} devices, but "
       f"{type(kind).__name__} attends to whole sequences: the size of this mesh axis must be 1 "

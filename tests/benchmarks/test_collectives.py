@@ -1,11 +1,11 @@
-"""Profiles of GPUs: what collectives take, and what nothing hides; what nvidia-smi tells."""
+"""Tests of GPU time in collectives, read from a profile, and of the NVLink counters."""
 
 import pytest
 from jax.profiler import ProfileData
 
-from benchmarks._collectives import nvlink_bytes, read_profile
+from benchmarks._collectives import parse_nvlink_bytes, read_profile
 
-# Milliseconds: a product 0 to 4, NCCL 3 to 6 beside it, and the same operations by name again.
+# A matrix product runs from 0 to 4 ms and an NCCL kernel from 3 to 6 ms. "XLA Ops" repeats them.
 PROFILE = """
 planes {
   name: "/device:GPU:0"
@@ -38,7 +38,7 @@ def profile_of(text: str) -> ProfileData:
   return ProfileData.from_serialized_xspace(ProfileData.text_proto_to_serialized_xspace(text))
 
 
-def test_time_in_collectives_and_what_nothing_hides() -> None:
+def test_time_in_collectives_and_their_exposed_part() -> None:
   profile = read_profile(profile_of(PROFILE))
   assert profile.busy == pytest.approx(6e-3)
   assert profile.collectives == pytest.approx(3e-3)
@@ -46,11 +46,11 @@ def test_time_in_collectives_and_what_nothing_hides() -> None:
   assert profile.kernels == pytest.approx({"gemm": 4e-3, "ncclDevKernel_AllGather_RING_LL": 3e-3})
 
 
-def test_a_profile_without_a_gpu() -> None:
-  with pytest.raises(RuntimeError, match="no kernels of a GPU"):
+def test_a_profile_without_gpu_kernels_is_an_error() -> None:
+  with pytest.raises(RuntimeError, match="no GPU kernels"):
     read_profile(profile_of('planes { name: "/host:CPU" }'))
 
 
-def test_bytes_over_nvlink() -> None:
-  assert nvlink_bytes(LINKS) == 42 * 1024
-  assert nvlink_bytes("Unable to retrieve NVLink information") is None
+def test_nvlink_bytes_are_summed_over_the_links() -> None:
+  assert parse_nvlink_bytes(LINKS) == 42 * 1024
+  assert parse_nvlink_bytes("Unable to retrieve NVLink information") is None

@@ -1,4 +1,4 @@
-"""Every config file is valid, and sets only keys that differ from the dataclasses' defaults."""
+"""Every config file is valid and sets only keys that differ from the dataclasses' defaults."""
 
 import dataclasses
 import importlib
@@ -29,8 +29,8 @@ def test_the_config_is_valid(name: str) -> None:
   assert importlib.import_module(f"configs.{name}").__doc__
 
 
-def restated(cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
-  """Keys whose value is the dataclass's default."""
+def repeated_defaults(cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
+  """The keys whose value equals the default of the dataclass."""
   found = []
   nested = nested_dataclasses(cls)
   for field in dataclasses.fields(cls):
@@ -38,20 +38,20 @@ def restated(cls: type, values: dict[str, Any], prefix: str = "") -> list[str]:
       continue
     value, inner = values[field.name], nested[field.name]
     if inner is not None and value is not None:
-      found += restated(inner, value, f"{prefix}{field.name}.")
+      found += repeated_defaults(inner, value, f"{prefix}{field.name}.")
     elif not is_required(field) and field.default == value:
       found.append(f"{prefix}{field.name}")
   return found
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_default_is_written_twice(name: str) -> None:
-  assert restated(TrainConfig, values_of(name)) == []
+def test_configs_do_not_repeat_defaults(name: str) -> None:
+  assert repeated_defaults(TrainConfig, values_of(name)) == []
 
 
-def test_a_restated_default_is_found() -> None:
+def test_repeated_defaults_are_detected() -> None:
   values = {"seed": 0, "num_steps": 7, "model": {"dga": {"group_size": 16, "seed": 3}}}
-  assert restated(TrainConfig, values) == ["model.dga.group_size", "seed"]
+  assert repeated_defaults(TrainConfig, values) == ["model.dga.group_size", "seed"]
 
 
 def test_the_quickstart_has_a_context_of_2048() -> None:

@@ -1,4 +1,4 @@
-"""Damaged copies of files: bits flipped, pieces cut and copied, sizes and JSON values replaced."""
+"""Mutations of file contents for fuzz tests: bit flips, cuts, copies, wrong sizes, JSON changes."""
 
 import copy
 import json
@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-# Sizes and counts that overflow, wrap around or ask for all memory.
+# Sizes and counts that overflow, wrap around or request all memory.
 _INTEGERS = [0, 1, 2, 0x7F, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1]
 _VALUES: list[Any] = [
   None,
@@ -36,17 +36,17 @@ _VALUES: list[Any] = [
   {"x": None},
   {"type": "x"},
 ]
-# Texts that json.dumps does not write.
+# JSON texts, valid or not, that json.dumps does not write.
 _RAW = ["NaN", "-Infinity", "1e999", "9" * 5000, "[" * 3000 + "]" * 3000, '{"a":1,"a":2}', "tru"]
 
 
 def mutate_bytes(content: bytes, rng: random.Random, header: int | None = None) -> bytes:
-  """A damaged copy.
+  """A mutated copy of a file's content.
 
   Args:
-    content: the whole file.
-    rng: draws the damage.
-    header: bytes at the begin of the file that most damage falls into; None for all of it.
+    content: the content of the file.
+    rng: the source of randomness.
+    header: size of the header in bytes, which most mutations hit. None mutates the whole content.
   """
   for _ in range(rng.choice([1, 1, 1, 2, 4])):
     damage = rng.choice(_BYTE_DAMAGES)
@@ -57,18 +57,18 @@ def mutate_bytes(content: bytes, rng: random.Random, header: int | None = None) 
 
 
 def mutate_json(text: str, rng: random.Random) -> str:
-  """A damaged copy of a JSON text: mostly still JSON, with values, keys or objects replaced."""
+  """A mutated copy of a JSON text. Most copies are JSON with replaced values, keys or objects."""
   if rng.random() < 0.2:
     damaged = mutate_bytes(text.encode(), rng)
     return damaged.decode("utf-8", errors="replace")
   values = json.loads(text)
   raw: dict[str, str] = {}
   for number in range(rng.choice([1, 1, 2, 3])):
-    places = list(_places(values))
-    if not places:
+    slots = _slots(values)
+    if not slots:
       break
-    holder, key = rng.choice(places)
-    _change(holder, key, places, rng, raw, f"raw text {number}")
+    holder, key = rng.choice(slots)
+    _change(holder, key, slots, rng, raw, f"raw text {number}")
   text = json.dumps(values)
   for mark, replacement in raw.items():
     text = text.replace(json.dumps(mark), replacement)
@@ -76,17 +76,17 @@ def mutate_json(text: str, rng: random.Random) -> str:
 
 
 def _change(
-  holder: Any, key: Any, places: list, rng: random.Random, raw: dict[str, str], mark: str
+  holder: Any, key: Any, slots: list, rng: random.Random, raw: dict[str, str], mark: str
 ) -> None:
-  """Replaces, deletes, moves or renames one value in place."""
+  """Replaces, deletes, copies or renames the value `holder[key]` in place."""
   kind = rng.randrange(8)
   if kind == 0:
     del holder[key]
   elif kind == 1:
-    other, place = rng.choice(places)
-    holder[key] = json.loads(json.dumps(other[place]))
+    other, other_key = rng.choice(slots)
+    holder[key] = json.loads(json.dumps(other[other_key]))
   elif kind == 2 and isinstance(holder, dict):
-    holder[rng.choice([key + "x", key[1:], "\ud800", rng.choice(places)[1]])] = holder.pop(key)
+    holder[rng.choice([key + "x", key[1:], "\ud800", rng.choice(slots)[1]])] = holder.pop(key)
   elif kind == 3:
     holder[key] = [holder[key]] if rng.random() < 0.5 else {"x": holder[key]}
   elif kind == 4 and isinstance(holder[key], int):
@@ -98,8 +98,8 @@ def _change(
     holder[key] = copy.deepcopy(rng.choice(_VALUES))
 
 
-def _places(values: Any) -> list[tuple[Any, Any]]:
-  """Every value in nested objects and lists, as its holder and its key or index."""
+def _slots(values: Any) -> list[tuple[Any, Any]]:
+  """Every value in nested objects and lists, as its container and its key or index."""
   found: list[tuple[Any, Any]] = []
   waiting = [values]
   while waiting:
@@ -123,27 +123,27 @@ def _truncate(content: bytes, rng: random.Random, end: int) -> bytes:
 
 
 def _overwrite(content: bytes, rng: random.Random, end: int) -> bytes:
-  """A piece over another one."""
+  """Copies some bytes over others of the same number."""
   size = rng.randrange(1, min(end, 64) + 1)
-  start, place = rng.randrange(end - size + 1), rng.randrange(end - size + 1)
-  return content[:place] + content[start : start + size] + content[place + size :]
+  start, offset = rng.randrange(end - size + 1), rng.randrange(end - size + 1)
+  return content[:offset] + content[start : start + size] + content[offset + size :]
 
 
 def _insert(content: bytes, rng: random.Random, end: int) -> bytes:
-  place = rng.randrange(end)
-  return content[:place] + rng.randbytes(rng.choice([1, 4, 8, 100])) + content[place:]
+  offset = rng.randrange(end)
+  return content[:offset] + rng.randbytes(rng.choice([1, 4, 8, 100])) + content[offset:]
 
 
 def _delete(content: bytes, rng: random.Random, end: int) -> bytes:
-  place = rng.randrange(end)
-  return content[:place] + content[place + rng.choice([1, 4, 8, 100]) :]
+  offset = rng.randrange(end)
+  return content[:offset] + content[offset + rng.choice([1, 4, 8, 100]) :]
 
 
 def _resize(content: bytes, rng: random.Random, end: int) -> bytes:
-  """A size, count or offset of 4 or 8 bytes."""
-  width, place = rng.choice([4, 8]), rng.randrange(end)
+  """Writes a number of _INTEGERS over 4 or 8 bytes, as if they were a size or an offset."""
+  width, offset = rng.choice([4, 8]), rng.randrange(end)
   number = rng.choice(_INTEGERS) % 256**width
-  return content[:place] + number.to_bytes(width, "little") + content[place + width :]
+  return content[:offset] + number.to_bytes(width, "little") + content[offset + width :]
 
 
 _BYTE_DAMAGES: list[Callable[[bytes, random.Random, int], bytes]] = [

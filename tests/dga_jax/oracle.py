@@ -1,7 +1,7 @@
 """Dynamic Group Attention of one document in plain Python and float64, as the paper defines it.
 
-Sets and loops in place of masks and index lists. It shares the random draws with the library, and
-nothing else.
+The oracle uses sets and loops where the library uses masks and index lists. It shares only the
+random draws with the library.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ def softmax(x):
   return weights / weights.sum()
 
 
-LONGEST = np.arange(64)[None]  # the draw at a position does not depend on the document's length
+# Positions up to the longest document. A draw depends on the position, not on the length.
+LONGEST = np.arange(64)[None]
 
 
 @functools.cache
@@ -36,7 +37,10 @@ def draws_of_head(seed, heads):
 
 @dataclasses.dataclass
 class Oracle:
-  """One document with q [L, H, D], k and v [L, N, D]; `Oracle(...)()` is the output [L, H, D]."""
+  """Computes one document with q [L, H, D], k and v [L, N, D].
+
+  `Oracle(...)()` returns the output [L, H, D].
+  """
 
   q: np.ndarray
   k: np.ndarray
@@ -88,13 +92,13 @@ class Oracle:
     return scores / np.maximum(seen, 1)
 
   def blocks(self):
-    """Complete streaming blocks, as lists of positions."""
+    """The positions of each complete streaming block."""
     c = self.config
     starts = range(c.sink_tokens, self.L - c.block_size + 1, c.block_size)
     return [list(range(start, start + c.block_size)) for start in starts]
 
   def groups(self, focal):
-    """(members, position of the merging query) of every whole group."""
+    """(positions of the members, position of the merging query) of every complete group."""
     c = self.config
     if c.selection == "streaming":
       return [([j for j in block if j not in focal], block[-1]) for block in self.blocks()]
@@ -104,7 +108,7 @@ class Oracle:
     return [(run, run[-1]) for run in runs]
 
   def merged(self, n, members, i):
-    """Key and value of a group of KV head n whose members are weighed by query i."""
+    """Key and value of a group of KV head n. Query i weights the members."""
     scale = self.D**-0.5 if self.config.aggregation_scale == "head_dim" else 1.0
     weights = np.mean(
       [
@@ -116,7 +120,7 @@ class Oracle:
     return weights @ self.k[members, n], weights @ self.v[members, n]
 
   def visible(self, i, focal, groups):
-    """The positions of the tokens that query i sees exactly, and the indices of its groups."""
+    """The positions of the tokens that query i sees unmerged, and the groups that it sees."""
     c = self.config
     if c.selection == "streaming":
       if i < c.sink_tokens:
@@ -133,7 +137,7 @@ class Oracle:
     return sorted(raw), over
 
   def __call__(self):
-    """[L, H, D]."""
+    """The output [L, H, D]."""
     c = self.config
     out = np.zeros((self.L, self.H, self.D))
     bias = np.log(c.group_size) if c.group_logit_bias == "log_size" else 0.0

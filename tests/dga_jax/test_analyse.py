@@ -1,4 +1,4 @@
-"""Pictures' arrays against the paper's masks and against the merge itself."""
+"""`visibility` equals the reference's masks, and merge weights reproduce the merged values."""
 
 import hypothesis.strategies as st
 import jax
@@ -20,7 +20,7 @@ make_plan = jax.jit(plan_groups, static_argnames="config")
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=4)
 @given(data=st.data())
-def test_visibility_is_that_of_the_masks(name, data):
+def test_visibility_equals_the_dense_masks(name, data):
   where = data.draw(rows(2, L))
   q, k, _, _ = arrays(0, 2, L, 4, 2, 4)
   plan = make_plan(q, k, config=CONFIGS[name], **where)
@@ -35,7 +35,7 @@ def test_visibility_is_that_of_the_masks(name, data):
 
 
 def test_visibility_of_the_papers_figure_1():
-  """Focal {4, 7, 9} of 9 tokens, groups {1, 2, 3} and {5, 6, 8}."""
+  """The figure has 9 tokens with focal tokens {4, 7, 9} and groups {1, 2, 3} and {5, 6, 8}."""
   plan = fixed_mask_plan([3, 6, 8], 9, DGAConfig(group_size=3))
   want = ["3", "33", "222", "2221", "22213", "222133", "2221331", "22212212", "222122121"]
   seen = ["".join(map(str, line[: i + 1])) for i, line in enumerate(visibility(plan))]
@@ -43,7 +43,7 @@ def test_visibility_of_the_papers_figure_1():
 
 
 @pytest.mark.parametrize("name", ["global", "streaming", "streaming-f3-unscaled"])
-def test_merge_weights_merge_as_the_op_does(name):
+def test_merge_weights_give_the_merged_values_of_the_op(name):
   lengths = jnp.array([L, 23])
   q, k, v, _ = arrays(0, 2, L, 4, 2, 8)
   plan = make_plan(q, k, config=CONFIGS[name], lengths=lengths)
@@ -59,7 +59,7 @@ def test_merge_weights_merge_as_the_op_does(name):
     np.testing.assert_allclose(weights @ k[row, :, head], group_key[row, :, head], atol=1e-5)
 
 
-def test_errors_name_what_does_not_fit():
+def test_errors_name_the_invalid_argument():
   q, k, _, _ = arrays(0, 1, L, 4, 2, 4)
   plan = make_plan(q, k, config=CONFIGS["global"])
   with pytest.raises(ValueError, match=r"plan\.focal_mask has shape \(1, 2, 40\)"):

@@ -51,12 +51,12 @@ def saved(params: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workdir(saved: Path, tmp_path: Path) -> Iterator[Path]:
-  """A run with the checkpoints 2 and 4."""
+  """A workdir with checkpoints of the steps 2 and 4."""
   yield shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-  gc.collect()  # Orbax's abandoned tasks complain when they are collected: here, not at the end.
+  gc.collect()  # Orbax's abandoned tasks log when they are collected, which must happen here.
 
 
-def test_the_loaded_model_is_the_saved_one(workdir: Path, params: Any) -> None:
+def test_the_loaded_model_equals_the_saved_model(workdir: Path, params: Any) -> None:
   model, config, tokenizer = load_model(workdir)
   assert config == CONFIG
   expected = nnx.merge(nnx.split(Decoder(CONFIG, rngs=nnx.Rngs(0)))[0], params)
@@ -79,7 +79,7 @@ with Checkpoints(Path(sys.argv[1]), keep=2) as checkpoints:
 """
 
 
-def test_what_a_device_saved_is_read_where_it_is_absent(params: Any, tmp_path: Path) -> None:
+def test_a_checkpoint_loads_without_the_devices_that_saved_it(params: Any, tmp_path: Path) -> None:
   subprocess.run(
     [sys.executable, "-c", _SAVE_ON_ANOTHER_DEVICE, str(tmp_path)],
     env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
@@ -89,14 +89,14 @@ def test_what_a_device_saved_is_read_where_it_is_absent(params: Any, tmp_path: P
   model, _, _ = load_model(tmp_path)
   for name, value in nnx.to_pure_dict(nnx.state(model, nnx.Param)).items():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), value, params[name])
-  # The whole one that is offered in place of a damaged one was saved there too.
+  # The error about a damaged checkpoint names an undamaged one from the same devices.
   flip_a_bit(largest_file(tmp_path / "checkpoints" / "3" / "params"))
   with pytest.raises(CheckpointError, match="good one is of step 1"):
     load_model(tmp_path)
   gc.collect()
 
 
-def test_training_state_comes_back(workdir: Path, params: Any) -> None:
+def test_training_state_is_restored(workdir: Path, params: Any) -> None:
   with Checkpoints(workdir, keep=2) as checkpoints:
     target = jax.eval_shape(lambda: params)
     restored, training = checkpoints.restore(
@@ -112,12 +112,12 @@ def test_training_state_comes_back(workdir: Path, params: Any) -> None:
   )
 
 
-def test_keeps_the_newest_and_the_best(params: Any, tmp_path: Path) -> None:
+def test_the_newest_and_the_best_checkpoints_are_kept(params: Any, tmp_path: Path) -> None:
   losses = {1: None, 2: 1.0, 3: 3.0, 4: None, 5: 2.0, 6: None}
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     for step in (1, 2, 3, 4):
       save(checkpoints, step, params, losses[step])
-  # What was best is known to a later process too.
+  # A later process knows the best checkpoint of an earlier one.
   with Checkpoints(tmp_path, keep=2) as checkpoints:
     for step in (5, 6):
       save(checkpoints, step, params, losses[step])
@@ -134,17 +134,17 @@ def test_arrays_may_be_donated_while_they_are_saved(params: Any, tmp_path: Path)
   jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model, nnx.Param)), params)
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
   with pytest.raises(CheckpointError, match=r"no checkpoint in .*checkpoints.*train\.main"):
     load_model(tmp_path)
 
 
-def test_no_such_step(workdir: Path) -> None:
+def test_a_missing_step_is_an_error(workdir: Path) -> None:
   with pytest.raises(CheckpointError, match=r"no checkpoint of step 3 .*\[2, 4\]"):
     load_model(workdir, step=3)
 
 
-def test_a_foreign_checkpoint(tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_is_an_error(tmp_path: Path) -> None:
   with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
     manager.save(1, args=ocp.args.Composite(model=ocp.args.StandardSave({"w": jnp.ones(3)})))
   with pytest.raises(CheckpointError, match=r"not a checkpoint of this project.*'config'"):
@@ -153,7 +153,7 @@ def test_a_foreign_checkpoint(tmp_path: Path) -> None:
     load_tokenizer(tmp_path)
 
 
-def test_a_folder_that_only_looks_like_a_checkpoint(tmp_path: Path) -> None:
+def test_a_folder_with_the_name_of_a_checkpoint_is_an_error(tmp_path: Path) -> None:
   (tmp_path / "checkpoints" / "7").mkdir(parents=True)
   with pytest.raises(CheckpointError, match=r"checkpoints/7 .*no item 'config'"):
     load_model(tmp_path)
@@ -166,14 +166,14 @@ def test_another_attention_kind_reads_the_same_parameters(workdir: Path, params:
   jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(model, nnx.Param)), params)
 
 
-def test_a_config_that_disagrees(workdir: Path) -> None:
+def test_a_config_that_disagrees_with_the_arrays_is_an_error(workdir: Path) -> None:
   with pytest.raises(ValueError, match=r"config\.mlp_dim is 24, .* trained with 16"):
     load_model(workdir, config=dataclasses.replace(CONFIG, mlp_dim=24))
 
 
 @contextmanager
 def files_of_at_most(size: int) -> Iterator[None]:
-  """Writes beyond `size` bytes of a file fail, as on a full disk."""
+  """Writes beyond `size` bytes of a file fail in this context, as on a full disk."""
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
@@ -194,7 +194,7 @@ def save_and_poll(checkpoints: Checkpoints, params: Any) -> None:
 
 
 @pytest.mark.parametrize("save_6", [save_and_wait, save_and_poll])
-def test_a_save_without_room(save_6: Any, workdir: Path, params: Any) -> None:
+def test_a_save_on_a_full_disk_is_an_error(save_6: Any, workdir: Path, params: Any) -> None:
   match = r"step 6 in .*checkpoints failed: .*checkpoint of step 4 is intact"
   with (
     Checkpoints(workdir, keep=1) as checkpoints,
@@ -204,14 +204,14 @@ def test_a_save_without_room(save_6: Any, workdir: Path, params: Any) -> None:
     save_6(checkpoints, params)
   assert list_steps(workdir) == [2, 4]
   load_model(workdir)
-  # With free space a new process saves, and deletes the remains.
+  # With free space a new process saves, and deletes the incomplete checkpoint.
   with Checkpoints(workdir, keep=1) as checkpoints:
     save(checkpoints, 6, params)
   assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["6"]
   load_model(workdir)
 
 
-def test_what_a_killed_save_leaves_is_no_checkpoint(workdir: Path, params: Any) -> None:
+def test_files_of_a_killed_save_are_not_a_checkpoint(workdir: Path, params: Any) -> None:
   whole = workdir / "checkpoints" / "4"
   shutil.copytree(whole, workdir / "checkpoints" / "6.orbax-checkpoint-tmp")
   assert list_steps(workdir) == [2, 4]
@@ -221,7 +221,7 @@ def test_what_a_killed_save_leaves_is_no_checkpoint(workdir: Path, params: Any) 
 
 
 @pytest.mark.parametrize("failed_before", [True, False])
-def test_an_error_while_closing_hides_no_other(
+def test_an_error_while_closing_does_not_hide_another_error(
   params: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failed_before: bool
 ) -> None:
   def close(_: Any) -> None:

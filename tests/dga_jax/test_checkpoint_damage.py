@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints: every change is found, and each is one error."""
+"""Damaged and hostile checkpoints: every change is detected and is one error."""
 
 import dataclasses
 import functools
@@ -56,9 +56,9 @@ def saved(params: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workdir(saved: Path, tmp_path: Path) -> Iterator[Path]:
-  """A run with the checkpoints 2 and 4."""
+  """A workdir with checkpoints of the steps 2 and 4."""
   yield shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
-  gc.collect()  # Orbax's abandoned tasks complain when they are collected: here, not at the end.
+  gc.collect()  # Orbax's abandoned tasks log when they are collected, which must happen here.
 
 
 ITEMS = ("params", "training", "config", "tokenizer", "data", "verification")
@@ -72,7 +72,7 @@ def test_damage_of_each_kind_to_each_item(damage: Any, item: str, workdir: Path)
   assert find_damage(workdir, 4) is not None
   assert find_damage(workdir, 2) is None
   assert last_good_step(workdir, other_than=4) == 2
-  if item not in ("training", "data"):  # A model needs neither.
+  if item not in ("training", "data"):  # Loading a model reads neither.
     match = r"checkpoints/4 is damaged: .*last good one is of step 2.*--step=2, or move .*/4 "
     with pytest.raises(CheckpointError, match=match):
       load_model(workdir)
@@ -84,7 +84,7 @@ def test_the_manifest_covers_every_file(workdir: Path) -> None:
   items = {path for path in folder.glob("*/**/*") if path.is_file()}
   items = {path.relative_to(folder).as_posix() for path in items}
   covered = Manifest.read(folder).files.keys()
-  # Orbax writes a mark of its own after each item, and so after the manifest too.
+  # Orbax writes a marker file after each item, and therefore after the manifest too.
   own = {name for name in items if name.startswith("verification/")}
   assert own == {"verification/manifest.json", "verification/commit_success.txt"}
   assert covered == items - own
@@ -99,7 +99,7 @@ def test_a_renamed_step_folder(workdir: Path) -> None:
 
 @pytest.mark.parametrize("item", ITEMS)
 def test_items_exchanged_between_checkpoints(item: str, workdir: Path, params: Any) -> None:
-  # Parameters that differ, so that no item of the two checkpoints is the same.
+  # The parameters differ, so that no item of the two checkpoints is equal.
   other = jax.tree.map(lambda x: x + 1, params)
   with Checkpoints(workdir, keep=9) as checkpoints:
     checkpoints.save(
@@ -128,8 +128,8 @@ def test_an_edited_position(workdir: Path) -> None:
 
 
 @pytest.mark.parametrize("item", ["config", "tokenizer", "data", "verification"])
-def test_every_flipped_bit_of_a_text_is_found(item: str, workdir: Path) -> None:
-  """64 bits, spread over the file."""
+def test_flipped_bits_of_a_text_file_are_detected(item: str, workdir: Path) -> None:
+  """Flips 64 bits, spread over the file, one at a time."""
   (path,) = (workdir / "checkpoints" / "4" / item).glob("m*")
   content = path.read_bytes()
   for bit in np.linspace(0, 8 * len(content) - 1, 64).astype(int):
@@ -141,8 +141,8 @@ def test_every_flipped_bit_of_a_text_is_found(item: str, workdir: Path) -> None:
   assert find_damage(workdir, 4) is None
 
 
-def test_two_flipped_signs_are_found(workdir: Path, params: Any) -> None:
-  """Arrays that orbax itself has written in place of the saved ones."""
+def test_two_flipped_signs_are_detected(workdir: Path, params: Any) -> None:
+  """The changed arrays are written by orbax itself, so that only the manifest reveals them."""
   flipped = params | {"embedding": params["embedding"].at[3:5, 2].multiply(-1)}
   folder = workdir / "checkpoints" / "4" / "params"
   with ocp.StandardCheckpointer() as writer:
@@ -172,10 +172,10 @@ def test_a_checkpoint_from_before_the_manifest(
 
 @pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "commit_success.txt"])
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[1]", b'{"item_handlers": 3}', b"\xff\0"])
-def test_notes_of_orbax_are_not_needed(
+def test_metadata_files_of_orbax_are_not_needed(
   name: str, content: bytes | None, workdir: Path, params: Any
 ) -> None:
-  """They are beside the items, and no hash covers them."""
+  """The files are beside the items, and no hash covers them."""
   path = workdir / "checkpoints" / "4" / name
   if content is None:
     path.unlink(missing_ok=True)
@@ -187,7 +187,7 @@ def test_notes_of_orbax_are_not_needed(
   assert list_steps(workdir) == [4, 6]
 
 
-def test_a_checkpoint_set_aside_is_none(workdir: Path) -> None:
+def test_a_checkpoint_set_aside_does_not_count(workdir: Path) -> None:
   assert set_aside(workdir, 4) == workdir / "checkpoints" / "4.set_aside_1"
   assert list_steps(workdir) == [2]
   load_model(workdir)
@@ -207,7 +207,7 @@ HOSTILE: tuple[Any, ...] = (
 
 
 def mutate(values: Any, rng: random.Random) -> Any:
-  """The JSON value with one of its parts replaced, deleted or nested."""
+  """A copy of a JSON value with one part replaced, deleted or nested."""
   if isinstance(values, dict | list) and values and rng.random() < 0.9:
     copy = values.copy()
     key = rng.choice(sorted(copy) if isinstance(copy, dict) else range(len(copy)))
@@ -222,8 +222,8 @@ def mutate(values: Any, rng: random.Random) -> Any:
 
 
 @pytest.mark.parametrize("item", ["config", "tokenizer"])
-def test_hostile_texts_with_a_fitting_manifest(item: str, workdir: Path) -> None:
-  """No hash finds them. Each loads, or is one error that names the checkpoint."""
+def test_hostile_json_with_matching_hashes_loads_or_is_one_error(item: str, workdir: Path) -> None:
+  """The error names the checkpoint."""
   rng = random.Random(0)
   folder = workdir / "checkpoints" / "4"
   path = folder / item / "metadata"
@@ -264,7 +264,7 @@ def test_hostile_manifests(manifest: bytes, workdir: Path) -> None:
     load_model(workdir)
 
 
-def test_a_manifest_names_no_file_outside_of_its_checkpoint(workdir: Path) -> None:
+def test_a_manifest_may_name_only_files_of_its_checkpoint(workdir: Path) -> None:
   folder = workdir / "checkpoints" / "4"
   manifest = Manifest.read(folder)
   for name in ("../2/config/metadata", "/etc/hostname", "config/../../2/config/metadata", "name"):

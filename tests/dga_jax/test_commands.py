@@ -1,4 +1,4 @@
-"""The command line: help, slips, missing extras and closed pipes. Nothing here imports jax."""
+"""The command line: help, wrong flags, missing extras and closed pipes, without importing jax."""
 
 import importlib.metadata
 import os
@@ -10,6 +10,7 @@ import pytest
 
 import dga_jax
 from dga_jax import __main__ as commands
+from dga_jax import unused_gpu
 from dga_jax.checkpoint import CheckpointError
 from dga_jax.command_line import exit_with, extra_with
 
@@ -18,7 +19,7 @@ HEAVY = ("jax", "flax", "orbax", "numpy.linalg", "matplotlib")
 
 
 def run(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-  """Runs Python code with these arguments; it ends by saying which heavy packages it imported."""
+  """Runs Python code in a subprocess, which finally prints the heavy packages that it imported."""
   reports = f"""
 import atexit, sys
 atexit.register(lambda: print("imported:", *[m for m in {HEAVY} if m in sys.modules]))
@@ -59,7 +60,7 @@ def test_the_module_is_the_command() -> None:
 
 @pytest.mark.parametrize("flag", ["--help", "--helpshort"])
 @pytest.mark.parametrize("name", commands.COMMANDS)
-def test_help_waits_for_no_heavy_import(name: str, flag: str) -> None:
+def test_help_imports_no_heavy_package(name: str, flag: str) -> None:
   done = dga(name, flag)
   assert (done.returncode, done.stderr) == (0, "")
   assert "flags:" in done.stdout
@@ -69,7 +70,7 @@ def test_help_waits_for_no_heavy_import(name: str, flag: str) -> None:
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)
-def test_a_slip_in_a_flag_waits_for_no_heavy_import(name: str) -> None:
+def test_an_unknown_flag_imports_no_heavy_package(name: str) -> None:
   flag = {"smollm2": "--prompt_token", "picture": "--outpt"}.get(name, "--workdr")
   done = dga(name, f"{flag}=3")
   assert done.returncode == 1
@@ -77,14 +78,14 @@ def test_a_slip_in_a_flag_waits_for_no_heavy_import(name: str) -> None:
   assert done.stdout.endswith("imported:\n")
 
 
-def test_an_unknown_command() -> None:
+def test_an_unknown_command_is_an_error() -> None:
   done = dga("genrate")
   assert done.returncode == 1
   assert "there is no command 'genrate'. Did you mean 'generate'?" in done.stderr
   assert "Usage: dga COMMAND" in done.stderr
 
 
-def test_an_argument_that_is_not_a_flag() -> None:
+def test_an_argument_that_is_not_a_flag_is_an_error() -> None:
   done = dga("generate", "--workdir=x", "--prompt=a", "b")
   assert done.returncode == 1
   assert "'b' is not a flag" in done.stderr
@@ -93,13 +94,27 @@ def test_an_argument_that_is_not_a_flag() -> None:
 @pytest.mark.parametrize(
   ("name", "flags", "message"),
   [
-    ("generate", [], "Give one of --prompt and --prompt_file"),
+    ("generate", [], "--context and --load_cache; none given."),
+    ("generate", ["--prompt=a", "--interactive"], "--prompt and --interactive given."),
+    ("generate", ["--prompt=a", "--question=b"], "--question needs --context or --load_cache"),
+    ("generate", ["--load_cache=a.npz"], "these need --question"),
+    ("generate", ["--prompt=a", "--save_cache=b"], "--save_cache stores the cache of --context"),
+    ("generate", ["--prompt=a", "--system=b"], "give --chat or --interactive as well"),
+    ("generate", ["--context=nowhere.txt", "--question=b"], "error: [Errno 2] No such file"),
     ("convert", [], "Give one of --source"),
     ("evaluate", ["--task=perplexity"], "--task=perplexity needs --documents"),
     ("evaluate", ["--task=longbench"], "--task=longbench needs --longbench"),
     ("evaluate", ["--task=perplexity", "--documents=a", "--lengths=2k"], "--lengths is 2k"),
     ("evaluate", ["--task=retrieval", "--documents=a", "--puzzles=pas"], "--puzzles has 'pas'"),
+    ("calibrate", ["--output=b.json"], "dga calibrate needs --documents"),
+    ("calibrate", ["--output=b", "--documents=a", "--keys=0"], "--keys is 0"),
+    ("calibrate", ["--output=b", "--documents=a", "--blocks=30"], "--blocks has '30'; write m+f"),
+    ("calibrate", ["--output=b", "--documents=a", "--shares=2"], "--shares is 2"),
+    ("calibrate", ["--output=b", "--documents=a", "--puzzles=pas"], "--puzzles has 'pas'"),
     ("generate", ["--prompt_file=nowhere.txt"], "error: [Errno 2] No such file"),
+    ("generate", ["--prompt=a"], "There is no checkpoint, Hugging Face folder or GGUF file at x."),
+    ("generate", ["--prompt=a", "--workdir=a/b"], "hf download a/b --local-dir b"),
+    ("convert", ["--source=a/b"], "hf download a/b --local-dir b"),
   ],
 )
 def test_flags_are_checked_before_heavy_imports(name: str, flags: list[str], message: str) -> None:
@@ -122,7 +137,7 @@ def test_training_outside_a_checkout(
   assert "training runs from a checkout" in capsys.readouterr().out
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_an_error_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
   requirements = [
     "numpy>=2",
     "gguf>=0.19; extra == 'convert'",
@@ -136,6 +151,51 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     exit_with(ModuleNotFoundError("No module named 'gguf'", name="gguf"))
   with pytest.raises(ModuleNotFoundError, match=r"dga_jax\.typo"):
     exit_with(ModuleNotFoundError("No module named 'dga_jax.typo'", name="dga_jax.typo"))
+
+
+def test_help_of_a_command_whose_extra_is_missing(
+  monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+  def missing(*_: object, **__: object) -> None:
+    raise ModuleNotFoundError("No module named 'gguf'", name="gguf")
+
+  monkeypatch.setattr(commands.runpy, "run_module", missing)
+  commands.run("dga_jax.convert", ["--help"])
+  assert 'pip install "dga-jax[convert]"' in capsys.readouterr().out
+  with pytest.raises(SystemExit, match=r'error: .*pip install "dga-jax\[convert\]"'):
+    commands.run("dga_jax.convert", ["--source=a"])
+
+
+@pytest.mark.parametrize(
+  ("devices", "plugin", "platforms", "notes"),
+  [
+    (["nvidia0"], None, "", True),
+    (["nvidia0"], "jax_cuda13_plugin", "", False),
+    (["nvidia0"], None, "cpu", False),
+    (["nvidiactl", "null"], None, "", False),
+  ],
+)
+def test_a_gpu_that_jax_does_not_use(
+  devices: list[str],
+  plugin: str | None,
+  platforms: str,
+  notes: bool,
+  tmp_path: Path,
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  for name in devices:
+    (tmp_path / name).touch()
+  monkeypatch.setattr(unused_gpu, "_DEVICES", tmp_path)
+  monkeypatch.setattr(
+    unused_gpu.importlib.util, "find_spec", lambda name: name if name == plugin else None
+  )
+  monkeypatch.setenv("JAX_PLATFORMS", platforms)
+  unused_gpu.warn_about_unused_gpu()
+  printed = capsys.readouterr()
+  assert printed.out == ""
+  assert ('pip install "dga-jax[gpu]"' in printed.err) == notes
+  assert printed.err == "" or notes
 
 
 def test_every_extra_that_a_command_needs_is_declared() -> None:
@@ -164,7 +224,8 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
     "from dga_jax import command_line\n\n\n"
     "def main():\n  for i in range(100_000):\n    print(i)\n\n\ncommand_line.run(main)\n"
   )
-  command = f"'{sys.executable}' '{script}' | head -n 2; echo ${{PIPESTATUS[0]}}"
+  listed = f"{{ sleep 0.1; '{sys.executable}' -m dga_jax; }} | true; echo ${{PIPESTATUS[0]}}"
+  command = f"{listed}; '{sys.executable}' '{script}' | head -n 2; echo ${{PIPESTATUS[0]}}"
   done = subprocess.run(
     ["bash", "-c", command],
     env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -172,5 +233,5 @@ def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
     text=True,
     check=True,
   )
-  assert done.stdout.split() == ["0", "1", "1"]
+  assert done.stdout.split() == ["1", "0", "1", "1"]
   assert done.stderr == ""

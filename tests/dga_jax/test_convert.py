@@ -1,4 +1,4 @@
-"""The command: in, used, and out again; what a user gets wrong."""
+"""The command `dga convert`: import, use, export, and wrong flags."""
 
 import os
 import subprocess
@@ -42,10 +42,10 @@ def test_in_and_used_and_out_again(tmp_path: Path) -> None:
   texts = []
   for attention in ("dga", "dense"):
     flags = ("--prompt=the", "--temperature=0", "--max_new_tokens=4", f"--attention={attention}")
-    done = run("dga_jax.generate", f"--workdir={workdir}", *flags)
+    done = run("dga_jax", "generate", f"--workdir={workdir}", *flags)
     assert done.returncode == 0, done.stderr
     texts.append(done.stdout.splitlines()[0])
-  # So short a prompt lies in the raw window, where the two are the same.
+  # The prompt fits the raw window, where DGA equals dense attention.
   assert texts[0] == texts[1]
   assert texts[0].startswith("the")
 
@@ -83,7 +83,7 @@ def test_the_generate_command_stops_on_every_end_of_the_files(tmp_path: Path) ->
   set_keys(source / "generation_config.json", eos_token_id=[2, tokens[1]])
   import_folder(source, tmp_path / "run", dtype="float32")
   flags = ("--prompt=the axe", "--temperature=0", "--max_new_tokens=6")
-  done = run("dga_jax.generate", f"--workdir={tmp_path / 'run'}", *flags)
+  done = run("dga_jax", "generate", f"--workdir={tmp_path / 'run'}", *flags)
   assert done.returncode == 0, done.stderr
   assert done.stdout.split("\n\n")[0] == "the axe" + tokenizer.decode(tokens[:1])
 
@@ -92,7 +92,7 @@ def test_the_generate_command_stops_on_every_end_of_the_files(tmp_path: Path) ->
   ("arguments", "status", "message"),
   [
     ([], 1, "Give one of --source"),
-    (["--source=nowhere"], 1, "error: There is no nowhere"),
+    (["--source=nowhere"], 1, "error: There is no Hugging Face folder or GGUF file at nowhere."),
   ],
 )
 def test_what_a_user_gets_wrong(

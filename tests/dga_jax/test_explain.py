@@ -1,4 +1,4 @@
-"""`explain` names the implementation of every op that a call and a decoding step use."""
+"""`explain` names the backend of every kernel op of a call and of a decode step."""
 
 import dataclasses
 
@@ -67,7 +67,7 @@ def test_every_op_of_a_call_is_listed(config, device, runs):
   assert {choice.op: choice.runs for choice in found.ops} == runs
 
 
-def test_the_implementation_is_that_of_the_call():
+def test_explain_reports_the_implementation_argument():
   with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
     found = explain(QUERY, KEY, KEY, config=GLOBAL, implementation=("mosaic_tpu", "triton"))
     with pytest.raises(NotImplementedError, match="mosaic_tpu: runs on a TPU"):
@@ -80,10 +80,15 @@ def test_the_implementation_is_that_of_the_call():
     found["merge_blocks"]
 
 
-def test_an_explanation_prints_as_a_table():
+def test_an_explanation_prints_as_a_short_table():
   with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
-    lines = str(explain(QUERY, KEY, KEY, config=STREAMING)).splitlines()
-  assert lines[0] == "for NVIDIA H100 80GB HBM3 (gpu)"
-  assert lines[1] == "op                | runs       | why not the others"
-  assert lines[2] == "merge_blocks      | triton     | mosaic_tpu: runs on a TPU"
-  assert lines[3] == "                  |            | xla: applies too"
+    found = explain(QUERY, KEY, KEY, config=STREAMING)
+  lines = str(found).splitlines()
+  assert lines[0] == "for NVIDIA H100 80GB HBM3 (gpu); explanation.details() has the reasons"
+  assert lines[1] == "op                 runs        cannot run"
+  assert lines[2] == "merge_blocks       triton      mosaic_tpu"
+  assert len(lines) == 2 + len(found.ops)
+  assert max(map(len, lines)) <= 100
+  details = found.details().splitlines()
+  assert details[0].startswith("merge_blocks: mosaic_tpu: runs on a TPU")
+  assert details[1] == "merge_blocks: xla: could run the call, and comes later in the order"

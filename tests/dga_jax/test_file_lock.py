@@ -1,4 +1,4 @@
-"""Locks of files between real processes."""
+"""File locks between real processes."""
 
 import errno
 import fcntl
@@ -24,7 +24,7 @@ with hold_lock(Path(sys.argv[1])):
 """
 
 
-def test_one_holder_that_is_named_and_no_lock_after_a_kill(tmp_path: Path) -> None:
+def test_a_lock_names_its_holder_and_ends_with_a_kill(tmp_path: Path) -> None:
   path = tmp_path / "folder" / "lock"
   command = [sys.executable, "-c", _HOLD, str(path)]
   with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as holder:
@@ -36,7 +36,7 @@ def test_one_holder_that_is_named_and_no_lock_after_a_kill(tmp_path: Path) -> No
     holder.send_signal(signal.SIGKILL)
   with hold_lock(path):
     pass
-  # The file that is left over locks nothing.
+  # The remaining file does not lock.
   assert path.exists()
   with hold_lock(path):
     pass

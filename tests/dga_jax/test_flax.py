@@ -1,4 +1,4 @@
-"""The attention function of nnx.MultiHeadAttention: equal to the op, and strict about the rest."""
+"""`attention_fn` in nnx.MultiHeadAttention equals the op and refuses unsupported arguments."""
 
 import functools
 from typing import Any
@@ -29,7 +29,7 @@ def layer(**options: Any) -> nnx.MultiHeadAttention:
 
 @nnx.jit
 def expected(module: nnx.MultiHeadAttention, x: jax.Array, lengths: Any = None) -> jax.Array:
-  """The module's projections around the op itself."""
+  """The output of the op between the projections of the module."""
   q, k, v = module.query(x), module.key(x), module.value(x)
   return module.out(dynamic_group_attention(q, k, v, config=CONFIG, lengths=lengths))
 
@@ -54,7 +54,7 @@ def test_forward_and_gradients_equal_the_op() -> None:
 @pytest.mark.parametrize(
   "config", [DGAConfig(importance_rate=1.0, min_focal_tokens=0), DGAConfig(min_focal_tokens=64)]
 )
-def test_with_all_tokens_focal_it_is_flax_attention(config: DGAConfig) -> None:
+def test_with_all_tokens_focal_it_equals_flax_attention(config: DGAConfig) -> None:
   modules = (layer(attention_fn=f) for f in (attention_fn(config), nnx.dot_product_attention))
   got, want = (call(module, X) for module in modules)
   np.testing.assert_allclose(got, want, atol=1e-5)
@@ -69,7 +69,7 @@ MASKS = {
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_right_padding_is_honoured(name: str) -> None:
+def test_right_padding_is_applied(name: str) -> None:
   mask, is_causal = MASKS[name]
   module = layer()
   want = expected(module, X, LENGTHS)
@@ -80,6 +80,37 @@ def test_right_padding_is_honoured(name: str) -> None:
   dense, flax = (call(layer(attention_fn=f), X, mask, is_causal) for f in functions)
   for row, length in enumerate(LENGTHS.tolist()):
     np.testing.assert_allclose(dense[row, :length], flax[row, :length], atol=1e-5)
+
+
+def test_padding_at_the_left_and_at_both_ends_is_honoured() -> None:
+  module = layer()
+  shift_B = jnp.array([0, 14, 5])  # The row of 9 tokens ends at L; the one token is inside.
+  at_BxL = (jnp.arange(L)[None] - shift_B[:, None]) % L
+  x = jnp.take_along_axis(X, at_BxL[..., None], axis=1)
+  keys = jnp.take_along_axis(KEYS[:, 0, 0], at_BxL, axis=1)[:, None, None]
+  causal = nnx.combine_masks(nnx.make_causal_mask(X[..., 0]), keys)
+  want = expected(module, X, LENGTHS)
+  for mask, is_causal in ((keys, True), (causal, False)):
+    for out in (call(module, x, mask, is_causal), module(x, mask=mask, is_causal=is_causal)):
+      for row, (shift, length) in enumerate(zip(shift_B, LENGTHS, strict=True)):
+        own = out[row, shift : shift + length]
+        np.testing.assert_allclose(own, want[row, :length], atol=1e-5)
+
+
+def test_padding_on_the_left_with_global_selection() -> None:
+  module = layer(attention_fn=attention_fn(DGAConfig(group_size=3, min_focal_tokens=2)))
+  keys = jnp.arange(L)[None, None, None] >= 6
+  out = call(module, X[:1], keys)
+  np.testing.assert_allclose(out[:, 6:], call(module, X[:1, 6:]), atol=1e-5)
+
+
+def test_lengths_of_keys_are_honoured() -> None:
+  module, attend = layer(), attention_fn(CONFIG)
+  q, k, v = module.query(X), module.key(X), module.value(X)
+  out = module.out(attend(q, k, v, is_causal=True, key_value_seq_lengths=LENGTHS))
+  np.testing.assert_allclose(out, expected(module, X, LENGTHS), atol=1e-5)
+  with pytest.raises(ValueError, match="mask and key_value_seq_lengths are given"):
+    attend(q, k, v, mask=KEYS, is_causal=True, key_value_seq_lengths=LENGTHS)
 
 
 @pytest.mark.parametrize("shape", [(), (3, 1)])
@@ -100,7 +131,6 @@ def test_dtype_of_the_module() -> None:
 
 
 BAD_MASKS = {  # Each with the rows in which it is wrong.
-  "left padding": (KEYS[..., ::-1], [1, 2]),
   "a hole": (KEYS.at[0, 0, 0, 3].set(False), [0]),
   "a window": (jnp.tril(jnp.ones((L, L), bool)) & ~jnp.tril(jnp.ones((L, L), bool), -5), [0, 1, 2]),
   "packed documents": (
@@ -117,7 +147,7 @@ BAD_MASKS = {  # Each with the rows in which it is wrong.
 def test_other_masks_are_refused_and_give_nan_under_jit(name: str) -> None:
   module, (mask, wrong) = layer(), BAD_MASKS[name]
   with pytest.raises(
-    ValueError, match=f"mask of row {wrong[0]} is not causal attention with right"
+    ValueError, match=f"mask of row {wrong[0]} is not causal attention with padding"
   ):
     module(X, mask=mask, is_causal=True)
   out = call(module, X, mask)
@@ -126,7 +156,7 @@ def test_other_masks_are_refused_and_give_nan_under_jit(name: str) -> None:
 
 
 def test_a_mask_that_is_not_causal_is_refused_without_is_causal() -> None:
-  with pytest.raises(ValueError, match="not causal attention with right padding"):
+  with pytest.raises(ValueError, match="not causal attention with padding"):
     layer()(X, mask=jnp.ones((B, 1, L, L), bool))
 
 
@@ -144,7 +174,9 @@ def test_a_mask_that_is_not_causal_is_refused_without_is_causal() -> None:
     ({}, {"input_positions": jnp.arange(L)}, "input_positions is given"),
   ],
 )
-def test_what_cannot_be_honoured_is_named(options: dict, call: dict, message: str) -> None:
+def test_unsupported_arguments_are_errors_with_the_name(
+  options: dict, call: dict, message: str
+) -> None:
   with pytest.raises(ValueError, match=message):
     layer(**options)(X, **call)
 
@@ -162,7 +194,7 @@ def test_the_decode_cache_of_the_module_is_refused() -> None:
     module(X[:, :1])
 
 
-def test_dropout_is_allowed_where_it_is_off() -> None:
+def test_dropout_is_allowed_if_it_is_deterministic() -> None:
   module = layer(dropout_rate=0.1, deterministic=True)
   np.testing.assert_array_equal(call(module, X), call(layer(), X))
 

@@ -15,7 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 # Every command with its required flags, and the flags that take a path.
 COMMANDS = {
-  "dga_jax.generate": ({"workdir": "run"}, ["workdir", "prompt_file"]),
+  "dga_jax.generate_command": (
+    {"workdir": "run"},
+    ["workdir", "prompt_file", "prompt_from", "context", "save_cache", "load_cache"],
+  ),
   "dga_jax.convert": ({"workdir": "run"}, ["workdir", "source", "to_hf"]),
   "dga_jax.evaluate": (
     {"workdir": "run", "task": "perplexity"},

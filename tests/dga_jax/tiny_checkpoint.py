@@ -1,4 +1,4 @@
-"""A tiny model, its checkpoints, and ways to damage their files."""
+"""A tiny model, its checkpoints, and functions that damage their files."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
 
 
 def make_params() -> dict[str, Any]:
-  """Parameters of `CONFIG`."""
+  """Random parameters of the model `CONFIG`."""
   return nnx.to_pure_dict(nnx.state(Decoder(CONFIG, rngs=nnx.Rngs(1)), nnx.Param))
 
 
@@ -43,7 +43,7 @@ def save(checkpoints: Checkpoints, step: int, params: Any, loss: float | None = 
 
 
 def save_two(workdir: Path, params: Any) -> Path:
-  """Saves the checkpoints 2 and 4; returns the workdir."""
+  """Saves checkpoints of the steps 2 and 4; returns the workdir."""
   with Checkpoints(workdir, keep=2) as checkpoints:
     save(checkpoints, 2, params)
     save(checkpoints, 4, params)

@@ -1,4 +1,4 @@
-"""Makes longbench_scores.json with the packages that LongBench's own scorer uses.
+"""Creates longbench_scores.json with the packages that LongBench's own scorer uses.
 
 pip install rouge==1.0.1 fuzzywuzzy==0.18.0
 python tests/golden/make_longbench_scores.py

@@ -1,4 +1,4 @@
-"""The notebook: its imports resolve, and nightly it runs from top to bottom in its own kernel."""
+"""The notebook: its imports resolve. The nightly tests also run it in a kernel of its own."""
 
 import ast
 import importlib
@@ -19,7 +19,7 @@ nightly = pytest.mark.nightly
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
-  """The notebook after a run with a few training steps, started in its own folder."""
+  """The executed notebook, with a few training steps, started in the folder of the notebook."""
   folder = tmp_path_factory.mktemp("notebook")
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   with pytest.MonkeyPatch.context() as patch:
@@ -27,12 +27,12 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> nbformat.NotebookNode:
     patch.setenv("DGA_NOTEBOOK_WORKDIR", str(folder / "run"))
     patch.setenv("JAX_PLATFORMS", "cpu")
     patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    # The kernel of this environment, without the settings of a user, and with inline plots.
+    # Use this environment's kernel with inline plots and without a user's settings.
     for name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR"):
       patch.setenv(name, str(folder / name))
     patch.delenv("MPLBACKEND", raising=False)
     where = {"metadata": {"path": str(NOTEBOOK.parent)}}
-    # An error in a cell raises here, with the cell and its traceback.
+    # An error in a cell raises an exception with the cell and its traceback.
     return NotebookClient(notebook, timeout=300, resources=where).execute()
 
 

@@ -18,6 +18,6 @@ needs_cuda_compiler = pytest.mark.skipif(
 
 
 def lower_for_h100(function: Callable[..., Any], *args: Any, devices: int = 1) -> str:
-  """The program that XLA gets: kernels are lowered, not yet compiled."""
+  """The StableHLO text of a function lowered for H100s. Its kernels are lowered, not compiled."""
   with jax.sharding.use_abstract_mesh(abstract_mesh(devices)):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()

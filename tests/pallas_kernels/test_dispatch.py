@@ -1,4 +1,4 @@
-"""The table of backends, the choice of one, and the device that a call is for."""
+"""The table of backends, the selection of a backend, and the target device of a call."""
 
 import inspect
 
@@ -17,19 +17,19 @@ SHAPE = jax.ShapeDtypeStruct((1, 256, 4, 64), jnp.bfloat16)
 
 
 def _chosen(config: DGAConfig, mesh: AbstractMesh) -> dict[str, str]:
-  """The backend of every op that one call of the whole op uses."""
+  """The backend of each kernel op in one call of `dynamic_group_attention`."""
   with jax.sharding.use_abstract_mesh(mesh), dispatch.collect_reports() as reports:
     jax.eval_shape(lambda *x: dynamic_group_attention(*x, config=config), *[SHAPE] * 3)
   return {report.op: report.chosen for report in reports}
 
 
 @pytest.mark.parametrize("op", dispatch.OPS)
-def test_every_backend_exists_and_the_last_serves_any_device(op: str):
+def test_every_backend_exists_and_the_last_runs_on_any_device(op: str):
   names = [backend.name for backend in dispatch.OPS[op]]
   assert len(set(names)) == len(names)
   for backend in dispatch.OPS[op]:
     if backend.name == "jax_triton":
-      continue  # its packages are optional
+      continue  # Its packages are optional.
     assert callable(dispatch._load(backend.function))
     if backend.refusal is not None:
       assert inspect.isfunction(dispatch._load(backend.refusal))
@@ -45,7 +45,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_names(op: str, implementatio
     dispatch.check_implementation(op, implementation)
 
 
-def test_the_first_name_that_can_run_the_call_is_taken():
+def test_the_first_name_that_supports_the_call_is_used():
   def choose(implementation):
     return dispatch.choose("segmented_top_k", implementation, SCORES, None)
 
@@ -70,7 +70,7 @@ def test_a_report_gives_every_reason_and_runs_nothing():
   assert report.reasons["xla"] is None
 
 
-def test_backends_that_must_be_named_are_not_taken_by_themselves():
+def test_only_by_name_backends_are_not_selected_automatically():
   query, sources = SHAPE, None
   options = {"scale": 1.0, "group_bias": 0.0, "max_window": 1}
   report = dispatch.report("grouped_attention", None, query, sources, **options)
@@ -115,14 +115,14 @@ def test_reports_are_for_the_given_target():
   assert reports[-1].chosen == "mosaic_gpu"
 
 
-def test_the_mesh_in_force_names_the_device():
+def test_the_current_mesh_determines_the_target():
   with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
     target = find_target(SCORES)
   assert (target.platform, target.capability, target.num_cores) == ("gpu", 9.0, 132)
   assert str(target) == "NVIDIA H100 80GB HBM3 (gpu)"
 
 
-def test_the_mesh_of_an_array_names_the_device():
+def test_the_mesh_of_an_array_determines_the_target():
   device = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
   mesh = AbstractMesh((1,), ("x",), abstract_device=device)
   sharded = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))
@@ -130,7 +130,7 @@ def test_the_mesh_of_an_array_names_the_device():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-def test_inside_jit_the_mesh_of_an_argument_names_the_device(axis_type):
+def test_under_jit_the_mesh_of_an_argument_determines_the_target(axis_type):
   seen = []
   mesh = jax.make_mesh((1,), ("x",), axis_types=(axis_type,))
   x = jax.device_put(SCORES, NamedSharding(mesh, PartitionSpec()))
@@ -141,7 +141,7 @@ def test_inside_jit_the_mesh_of_an_argument_names_the_device(axis_type):
 @pytest.mark.parametrize(
   ("kind", "capability"), [("NVIDIA A100-SXM4-40GB", 8.0), ("NVIDIA A10G", 8.6), ("MI300X", None)]
 )
-def test_the_kind_of_an_absent_gpu_gives_its_capability(kind: str, capability: float | None):
+def test_the_device_kind_gives_the_compute_capability(kind: str, capability: float | None):
   device = AbstractDevice(device_kind=kind, num_cores=108, platform="cuda")
   with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
     target = find_target()

@@ -1,4 +1,4 @@
-"""Oracles share no code with what they judge."""
+"""Oracles share no code with the implementations that they are compared with."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ KERNELS = Path(__file__).parents[2] / "pallas_kernels"
 
 
 def _imported(path: Path) -> set[str]:
-  """Modules of `pallas_kernels` that a file imports."""
+  """The modules of `pallas_kernels` that a file imports."""
   names = set()
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module:

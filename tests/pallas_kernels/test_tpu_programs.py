@@ -1,8 +1,9 @@
-"""The whole op compiled for four TPUs that are not there: VMEM suffices, memory is as stated.
+"""The op compiled for four kinds of TPU without the hardware: it fits VMEM, and memory matches.
 
-Peak memory is twice the arguments and results, since each also lies heads first for the kernels,
-and the summaries: once in the forward pass, six times (with their gradients, and before they are
-joined) in the backward pass. Where a chip has 128 MiB of VMEM, XLA keeps about 64 MiB there.
+The expected peak memory is twice the arguments and results, because the kernels read a heads-first
+copy of each, plus the summaries. The summaries count once in the forward pass and six times in the
+backward pass, which holds their gradients and their parts before concatenation. On a chip with
+128 MiB of VMEM, XLA keeps about 64 MiB of these arrays in VMEM.
 """
 
 import math
@@ -45,35 +46,35 @@ def tokens(L: int, heads: tuple[int, ...]) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
 
 
-def stated_peak(chip: str, L: int, heads: tuple[int, ...], results: int, summaries: int) -> int:
-  """Bytes, with as many heads among the results as given."""
+def expected_peak(chip: str, L: int, heads: tuple[int, ...], results: int, summaries: int) -> int:
+  """Expected peak memory in bytes. `results` is the number of heads in all results."""
   token = L * D * 2
   summary = (3 * L // 18) * D * 2 * 2 * N
   return 2 * token * (sum(heads) + results) + summaries * summary - KEPT_IN_VMEM.get(chip, 0)
 
 
 def largest_array(compiled: jax.stages.Compiled) -> int:
-  """Elements of the largest array in a program."""
+  """The number of elements of the largest array in a program."""
   arrays = set(re.findall(r"\b([a-z]+\d*)\[([\d,]+)\]", compiled.as_text()))
   return max(
     math.prod(map(int, shape.split(",")))
     for dtype, shape in arrays
-    # XLA moves an array piece by piece as s8[bytes]; the array itself stands in the program too.
+    # XLA copies an array in parts as s8[bytes]. The array itself also occurs in the program.
     if dtype != "s8" or "," in shape
   )
 
 
-def check(compiled: jax.stages.Compiled, L: int, stated: int) -> None:
+def check(compiled: jax.stages.Compiled, L: int, expected: int) -> None:
   assert largest_array(compiled) < L * L
   peak = compiled.memory_analysis().peak_memory_in_bytes
-  assert abs(peak / stated - 1) < 0.1, f"peak is {peak}, stated {stated}"
+  assert abs(peak / expected - 1) < 0.1, f"peak is {peak}, expected {expected}"
 
 
 @pytest.mark.parametrize(("chip", "length"), CHIPS_AND_LENGTHS)
 def test_forward(chip: str, length: str):
   L, heads = LENGTHS[length], (H, N, N)
   compiled = compile_for_tpu(forward(STREAMING), *tokens(L, heads), chip=chip)
-  check(compiled, L, stated_peak(chip, L, heads, results=H, summaries=1))
+  check(compiled, L, expected_peak(chip, L, heads, results=H, summaries=1))
   assert "grouped_attention_forward" in kernels(compiled)
 
 
@@ -81,14 +82,14 @@ def test_forward(chip: str, length: str):
 def test_backward(chip: str, length: str):
   L, heads = LENGTHS[length], (H, N, N, H)
   compiled = compile_for_tpu(backward(STREAMING), *tokens(L, heads), chip=chip)
-  check(compiled, L, stated_peak(chip, L, heads, results=2 * H + 2 * N, summaries=6))
+  check(compiled, L, expected_peak(chip, L, heads, results=2 * H + 2 * N, summaries=6))
   backward_kernels = [name for name in kernels(compiled) if "transpose" in name]
   for part in ("dq", "dkdv_summaries", "dkdv_window"):
     assert any(f"grouped_attention_{part}" in name for name in backward_kernels)
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
-def test_dense_attention_is_seen_to_hold_all_pairs(chip: str):
+def test_largest_array_finds_the_logits_of_dense_attention(chip: str):
   L = LENGTHS["8K"]
   for heads in (1, 8):
     compiled = compile_for_tpu(
@@ -101,7 +102,7 @@ def test_global_selection():
   L, heads = LENGTHS["32K"], (H, N, N, H)
   config = DGAConfig(selection="global", min_focal_tokens=0)
   compiled = compile_for_tpu(backward(config), *tokens(L, heads), chip="v5e")
-  check(compiled, L, stated_peak("v5e", L, heads, results=2 * H + 2 * N, summaries=6))
+  check(compiled, L, expected_peak("v5e", L, heads, results=2 * H + 2 * N, summaries=6))
 
 
 @pytest.mark.parametrize(
@@ -121,5 +122,5 @@ def test_other_shapes_fit_vmem(chip: str, heads: int, kv_heads: int, head_dim: i
 
 
 def kernels(compiled: jax.stages.Compiled) -> list[str]:
-  """Names of the kernels in a program."""
+  """The names of the kernels in a program."""
   return sorted(re.findall(r"%([a-z_0-9]+)[.\d]* = .*tpu_custom_call", compiled.as_text()))

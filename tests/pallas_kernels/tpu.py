@@ -15,6 +15,6 @@ TOPOLOGIES = tuple(CHIPS)
 def lower_for_tpu(
   function: Callable[..., Any], *args: Any, device_kind: str = "TPU v5 lite", devices: int = 1
 ) -> str:
-  """The program that XLA gets: kernels are lowered, not yet compiled. Needs no libtpu."""
+  """The StableHLO text of a function lowered for TPUs, without libtpu. Kernels are not compiled."""
   with jax.sharding.use_abstract_mesh(abstract_mesh(device_kind, devices=devices)):
     return jax.jit(function).trace(*args).lower(lowering_platforms=("tpu",)).as_text()

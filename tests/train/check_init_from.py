@@ -1,4 +1,7 @@
-"""Training that begins with an imported model: each of four devices gets its shards alone."""
+"""Checks that loading a model for training puts only its shards on each of four devices.
+
+test_init_from.py runs this module.
+"""
 
 import dataclasses
 import sys
@@ -23,7 +26,7 @@ _MAKERS = ("device_put", "make_array_from_callback", "make_array_from_single_dev
 
 @contextmanager
 def largest_shards() -> Iterator[dict[tuple[int, ...], int]]:
-  """Elements of the largest shard of any array that is put onto devices, by the array's shape."""
+  """Records the largest shard, in elements, that JAX puts on a device, by shape of the array."""
   largest: dict[tuple[int, ...], int] = {}
 
   def noting(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +63,7 @@ def check(folder: Path, workdir: Path) -> None:
   for x in split:
     assert seen[x.shape] == x.addressable_shards[0].data.size < x.size
 
-  # On one device it is seen that whole parameters are put there.
+  # A positive control: on one device the largest shard is the whole parameter.
   with largest_shards() as seen:
     model, _, _ = load_model(workdir)
   assert all(seen[x.shape] == x.size for x in split)

@@ -1,4 +1,4 @@
-"""The train step on meshes of eight devices; run by test_mesh.py in a process that has eight."""
+"""Checks of the train step on meshes of eight devices; test_mesh.py runs this module."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ from train.hlo_collectives import Collective, read_collectives
 from train.step import Functions, make_functions, mean_gradient
 
 L = 64
-ROWS = 6  # which four and eight devices do not divide
+ROWS = 6  # Four and eight devices do not divide this number.
 SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if np.prod(shape) == 8]
 
 
@@ -47,7 +47,7 @@ def train_config(selection: str) -> TrainConfig:
 
 
 def make_batch() -> dict[str, np.ndarray]:
-  """Two documents a row, the second from another position in each, then padding."""
+  """Two documents per row, with a boundary that differs by row, then padding."""
   rng = np.random.default_rng(0)
   segments_BxL = 1 + (np.arange(L)[None] >= 13 + 7 * np.arange(ROWS)[:, None]).astype(np.int32)
   segments_BxL[:, -5:] = -1
@@ -84,7 +84,7 @@ def check(selection: str, shapes: list[tuple[int, ...]]) -> None:
 
 
 def check_step(shape: tuple[int, ...]) -> None:
-  """The state is made in pieces and steps like that of one device; little is gathered for it."""
+  """The sharded state and its step equal those of one device, with the expected gathers only."""
   config = dataclasses.replace(train_config("streaming"), grad_accumulation=2)
   model = dataclasses.replace(config.model, vocab_size=56, embed_dim=24, mlp_dim=40)
   config = dataclasses.replace(config, model=model)
@@ -108,24 +108,25 @@ def check_step(shape: tuple[int, ...]) -> None:
   first, wanted = one.step(first, one.place(make_batch()))
   np.testing.assert_allclose(scalars["loss"], wanted["loss"], rtol=1e-6)
   np.testing.assert_allclose(scalars["grad_norm"], wanted["grad_norm"], rtol=1e-5)
-  # Adam's first step has the sign of the gradient, which is noise where that is 0.
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=3 * float(scalars["learning_rate"])),
-    jax.device_get(state.params),
-    jax.device_get(first.params),
-  )
+  # Adam's first step is the learning rate times the gradient's sign. The sign depends on the order
+  # of sums where the gradient is almost 0, so a few parameters may differ by two learning rates.
+  params = (jax.tree.leaves(jax.device_get(x.params)) for x in (state, first))
+  differences = np.concatenate([np.abs(a - b).ravel() for a, b in zip(*params, strict=True)])
+  rate = float(scalars["learning_rate"])
+  assert differences.max() < 3 * rate
+  assert (differences > 0.01 * rate).mean() < 1e-3
 
 
 def check_gathers(collectives: list[Collective]) -> None:
-  """Weights are gathered, and what a product takes of the residual; K, V, heads and logits not.
+  """Asserts that a step gathers only weights, residual stream, summaries and argmax candidates.
 
-  For the mesh 1, 2, 2, 2 and micro-batches of four rows.
+  The shapes are those of the mesh (1, 2, 2, 2) and micro-batches of four rows.
   """
   weights = {(24,), (24, 4, 4), (4, 4, 24), (24, 20), (20, 24), (24, 28), (28, 24), (56, 24)}
   states = {(2, 32, 24), (2, 1, 32, 24)}
-  # The most likely token, of a chunk of 16 and each half of the vocabulary.
+  # The most likely token of each half of the vocabulary, for a loss chunk of 16 tokens.
   best = {(2, 1, 16, 2)}
-  # Blocks of 5 tokens that end in a chunk of 16, each a focal token and a group.
+  # Summaries of the blocks of 5 tokens that end in a chunk of 16: a focal token and a group each.
   summaries = {(2, 4, 4, 2, 4, 4)}
   assert not any(one.kind == "all-to-all" for one in collectives)
   found = {

@@ -1,4 +1,4 @@
-"""Comparison of two runs: their metrics, and the arrays of a checkpoint."""
+"""Comparison of two training runs: their metrics and the arrays of a checkpoint."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-# Numbers of the machine, not of the training.
+# Metrics that depend on the machine.
 MEASURED = {
   "step_seconds",
   "tokens_per_second",
@@ -20,7 +20,7 @@ MEASURED = {
 
 
 def records(workdir: Path) -> list[dict[str, Any]]:
-  """The lines of metrics.jsonl without measurements of the machine."""
+  """The records of metrics.jsonl without the metrics that depend on the machine."""
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
   return [
     {name: value for name, value in json.loads(line).items() if name not in MEASURED}
@@ -29,12 +29,12 @@ def records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def losses(workdir: Path) -> dict[int, float]:
-  """The training loss by step."""
+  """The training loss of each step."""
   return {record["step"]: record["loss"] for record in records(workdir) if "loss" in record}
 
 
 def saved_arrays(workdir: Path, step: int) -> list[np.ndarray]:
-  """Every array of a checkpoint's parameters and training state, whatever devices saved it."""
+  """All arrays of a checkpoint's parameters and training state, on any devices."""
   arrays: list[np.ndarray] = []
   with ocp.StandardCheckpointer() as reader:
     for item in ("params", "training"):
@@ -46,7 +46,7 @@ def saved_arrays(workdir: Path, step: int) -> list[np.ndarray]:
 
 
 def assert_same_run(workdir: Path, other: Path, step: int) -> None:
-  """Equal metrics, and at `step` equal arrays, bit for bit."""
+  """Asserts equal metrics, and bit-for-bit equal arrays of the checkpoint of `step`."""
   for record, wanted in zip(records(workdir), records(other), strict=True):
     moved = {name: (record.get(name), x) for name, x in wanted.items() if record.get(name) != x}
     assert record == wanted, f"step {wanted.get('step')}: {moved}"

@@ -1,4 +1,4 @@
-"""A tiny run: generated text, byte tokens, a dense decoder of a few thousand parameters."""
+"""Fixtures of a tiny training run, and of trainers in subprocesses."""
 
 import os
 import signal
@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import pytest
 
 from tests.train.tiny import tiny_config, write_config, write_corpus
@@ -18,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """A folder with train-*.txt and held-out.txt, some KB of words."""
+  """A folder with train-*.txt and held-out.txt, a few KB of random words."""
   folder = tmp_path_factory.mktemp("corpus")
   write_corpus(folder)
   return folder
@@ -26,48 +25,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
-  """12 steps of 4 sequences of 32 bytes, evaluated every 6, saved every 3."""
+  """A run of 12 steps with 4 sequences of 32 bytes, evaluated every 6 and saved every 3 steps."""
   return tiny_config(corpus, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def config_file(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """`config` as a file for --config."""
+  """The file of `config` for --config."""
   return write_config(config, tmp_path_factory.mktemp("configs") / "tiny.py")
-
-
-@pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-  """Settings of a cache of compiled functions, shared by all tests and their processes.
-
-  The tiny run takes a second, and its compilation ten.
-  """
-  return {
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": "0",
-    "jax_persistent_cache_min_entry_size_bytes": "-1",
-  }
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _cached_compilation(compilation_cache: dict[str, str]) -> Iterator[None]:
-  before = {name: getattr(jax.config, name) for name in compilation_cache}
-  for name, value in compilation_cache.items():
-    kind = type(before[name]) if before[name] is not None else str
-    jax.config.update(name, kind(value))
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
 
 
 type StartTrainer = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture(scope="session")
-def start_trainer(config_file: Path, compilation_cache: dict[str, str]) -> StartTrainer:
-  """Starts `python -m train.main` in a process of its own: (workdir, *overrides) -> Popen."""
-  settings = {name.upper(): value for name, value in compilation_cache.items()}
-  environment = os.environ | {"JAX_PLATFORMS": "cpu"} | settings
+def start_trainer(config_file: Path) -> StartTrainer:
+  """A function (workdir, *overrides) -> Popen that starts `python -m train.main`."""
+  environment = os.environ | {"JAX_PLATFORMS": "cpu"}
 
   def start(workdir: Path, *overrides: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "train.main", f"--config={config_file}"]
@@ -85,7 +59,7 @@ def start_trainer(config_file: Path, compilation_cache: dict[str, str]) -> Start
 
 @pytest.fixture(scope="session")
 def run_trainer(start_trainer: StartTrainer) -> Callable[..., tuple[int, str]]:
-  """Runs the trainer to its end: (workdir, *overrides) -> (exit status, output)."""
+  """A function (workdir, *overrides) -> (exit status, output) that runs the trainer to its end."""
 
   def run(workdir: Path, *overrides: str) -> tuple[int, str]:
     process = start_trainer(workdir, *overrides)
@@ -97,7 +71,10 @@ def run_trainer(start_trainer: StartTrainer) -> Callable[..., tuple[int, str]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _stop_signals_are_not_ignored() -> Iterator[None]:
-  """A shell's background job ignores SIGINT, and nohup SIGHUP; trainers would inherit both."""
+  """Restores default handlers, because a background job ignores SIGINT and nohup ignores SIGHUP.
+
+  Trainers in subprocesses would inherit the ignored signals.
+  """
   handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
   before = {number: signal.getsignal(number) for number in handlers}
   ignored = [number for number in handlers if before[number] is signal.SIG_IGN]

@@ -1,4 +1,4 @@
-"""Runs of real processes on one machine, for real signals."""
+"""Training runs of several real processes on one machine, for tests with real signals."""
 
 import dataclasses
 import multiprocessing
@@ -12,13 +12,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-# A server that has imported everything, on a single thread, forks them: importing takes most of
-# the time of a short run.
+# A single-threaded server imports every module once and forks the processes, because imports take
+# most of the time of a short run.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["train.main", "train.setup"])
-# Without these flags sums on a GPU depend on the order of its threads, and which kernels are chosen
-# on a race, anew in every start.
+# Without these flags the order of sums on a GPU varies, and XLA selects kernels by timing at each
+# start.
 GPU_ENVIRONMENT = {
   "XLA_FLAGS": "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
   " --xla_gpu_autotune_level=0",
@@ -45,10 +45,10 @@ class Trainer:
       os.kill(self.process.pid, number)
 
   def wait(self, timeout: float = 180) -> int:
-    """The exit status, -N after signal N.
+    """Waits for the process to end; returns the exit status, or -N after signal N.
 
     Raises:
-      TimeoutError: it did not end in time; it is killed.
+      TimeoutError: the process did not end in time. It is then killed.
     """
     self.process.join(timeout)
     if self.process.exitcode is None:
@@ -57,7 +57,7 @@ class Trainer:
     return self.process.exitcode
 
   def output(self) -> str:
-    """The output so far."""
+    """The output of the process so far."""
     return self.log.read_text()
 
 
@@ -66,9 +66,9 @@ class Fleet:
   """Starts runs of one config.
 
   Attributes:
-    config_file: for --config.
-    cache: folder of compiled functions.
-    on_gpus: each process has a GPU of its own, not a simulated device.
+    config_file: value of --config.
+    cache: folder of JAX's compilation cache.
+    on_gpus: whether each process has a GPU of its own. Otherwise each has a simulated device.
   """
 
   config_file: Path
@@ -80,15 +80,15 @@ class Fleet:
     workdir: Path,
     num_processes: int,
     *overrides: str,
-    overrides_of: Sequence[str] | None = None,
+    process_overrides: Sequence[str] | None = None,
   ) -> list[Trainer]:
     """Starts the processes of a run, each with one device.
 
     Args:
-      workdir: of the run; the logs are beside it.
-      num_processes: how many; a single one is a run without a coordinator.
-      *overrides: flags of all.
-      overrides_of: one more flag of each, or "".
+      workdir: folder of the run. The logs are beside this folder.
+      num_processes: number of processes. A single process has no coordinator.
+      *overrides: flags of all processes.
+      process_overrides: an additional flag for each process, or "".
     """
     port = free_port()
     trainers = []
@@ -100,10 +100,10 @@ class Fleet:
           f"--num_processes={num_processes}",
           f"--process_id={index}",
         ]
-      # The last of equal flags counts.
+      # The last of several equal flags is used.
       arguments += overrides
-      if overrides_of is not None and overrides_of[index]:
-        arguments.append(overrides_of[index])
+      if process_overrides is not None and process_overrides[index]:
+        arguments.append(process_overrides[index])
       log = workdir.with_suffix(f".{index}.log")
       gpu = index if self.on_gpus else None
       process = _CONTEXT.Process(target=_train, args=(arguments, self.cache, log, gpu))
@@ -112,10 +112,10 @@ class Fleet:
     return trainers
 
   def run(self, workdir: Path, num_processes: int, *overrides: str) -> None:
-    """Runs to the end.
+    """Runs the processes to their end.
 
     Raises:
-      RuntimeError: a process failed; with what it printed.
+      RuntimeError: a process failed. The message is its output.
     """
     for trainer in self.start(workdir, num_processes, *overrides):
       if trainer.wait():
@@ -123,14 +123,18 @@ class Fleet:
 
 
 def free_port() -> int:
-  """A port that nothing listens at."""
+  """A TCP port on which no process listens."""
   with socket.socket() as listener:
     listener.bind(("127.0.0.1", 0))
     return listener.getsockname()[1]
 
 
 def wait_for_output(trainer: Trainer, text: str, *, timeout: float = 180) -> None:
-  """Until a process has printed a text; TimeoutError if it does not, or ends without."""
+  """Waits until a process has printed a text.
+
+  Raises:
+    TimeoutError: the process ended, or the time expired, without the text.
+  """
   deadline = time.monotonic() + timeout
   while not (trainer.log.exists() and text in trainer.output()):
     if time.monotonic() > deadline or trainer.process.exitcode is not None:
@@ -139,10 +143,10 @@ def wait_for_output(trainer: Trainer, text: str, *, timeout: float = 180) -> Non
 
 
 def wait_for_a_step(trainers: Sequence[Trainer], workdir: Path) -> None:
-  """Waits until this start has taken its first step, or all of its processes have ended.
+  """Waits until the processes have taken a step since this start, or all have ended.
 
   Raises:
-    TimeoutError: it took none.
+    TimeoutError: the processes still run and have taken no step.
   """
   metrics = workdir / "metrics.jsonl"
   before = _size(metrics)
@@ -158,10 +162,10 @@ def wait_for_a_step(trainers: Sequence[Trainer], workdir: Path) -> None:
 def stop_at_random(
   trainers: Sequence[Trainer], workdir: Path, number: int, rng: random.Random, *, span: float
 ) -> list[Trainer]:
-  """Sends one process a signal, or all, up to `span` seconds after this start's first step.
+  """Sends a signal to one process or to all, up to `span` seconds after the first step.
 
   Returns:
-    The processes that it was sent to.
+    The processes that received the signal.
   """
   wait_for_a_step(trainers, workdir)
   time.sleep(rng.uniform(0, span))
@@ -187,7 +191,7 @@ def _train(arguments: list[str], cache: str, log: Path, gpu: int | None) -> None
 
   from train import main
 
-  tqdm.set_lock(threading.RLock())  # Its own is a semaphore of the system, left over by a kill.
+  tqdm.set_lock(threading.RLock())  # tqdm's own lock is a system semaphore, which a kill leaks.
   if gpu is None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 1)
@@ -198,14 +202,14 @@ def _train(arguments: list[str], cache: str, log: Path, gpu: int | None) -> None
   jax.config.update("jax_compilation_cache_dir", cache)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-  sys.argv = arguments  # Where config flags look for their overrides.
+  sys.argv = arguments  # Config flags read their overrides from sys.argv.
   app.run(main.main, arguments, flags_parser=main.parse_flags)
 
 
 def _share_compiled_functions() -> None:
-  """Lets process 0 compile for all processes, whose simulated devices are alike.
+  """Lets process 0 compile for all processes, because their simulated devices are equal.
 
-  Jax counts the number of the process among the properties of the machine, and would not share.
+  By default JAX's cache key contains the process index, which prevents sharing.
   """
   import jax
   from jax._src import cache_key

@@ -1,12 +1,13 @@
-"""Kills runs of several processes at random moments, for a given time.
+"""Kills training runs of several processes at random moments, for a given time.
 
   python -m tests.train.soak --minutes=30
 
-Each round is one run, again and again sent SIGKILL or SIGTERM, to one process or to all, and
-started again until it is done. In every other round each start has another number of processes.
-A disturbed run has to equal the undisturbed one: bit for bit where the number of processes stayed
-the same, else within 1e-5 of each loss, so with the same batches in the same order. The first run
-that differs ends the command with an error.
+A round is one training run. The command sends SIGKILL or SIGTERM to one process or to all, and
+restarts the run until it is complete. In every other round each start has a random number of
+processes. An interrupted run must equal an uninterrupted one. With a constant number of processes
+the arrays are equal bit for bit. With a varying number each loss is equal within 1e-5, which shows
+that the batches and their order are the same. The first run that differs ends the command with an
+error.
 """
 
 import collections
@@ -28,19 +29,19 @@ from tests.train.fleet import Fleet, stop_at_random, Trainer
 from tests.train.tiny import interruptible, tiny_config, write_config, write_corpus
 from train.stop_signals import EXIT_STATUS
 
-_MINUTES = flags.DEFINE_float("minutes", 10.0, "How long; the current round is finished.")
+_MINUTES = flags.DEFINE_float("minutes", 10.0, "Minutes after which no new round starts.")
 _SEED = flags.DEFINE_integer(
-  "seed", None, "Of the moments and signals; by default another each time."
+  "seed", None, "Seed of the moments and signals; default: a new one for each run."
 )
 
 STEPS = 24
 MESHES = {2: ("--config.mesh.fsdp=-1",), 4: ("--config.mesh.fsdp=-1", "--config.mesh.data=2")}
-# Moments after a start's first new step, seconds: sometimes the run is done before.
+# Signals are sent up to this many seconds after the first new step. The run may end earlier.
 SPAN = 1.5
 
 
 def main(argv: list[str]) -> None:
-  """Soaks by the flags."""
+  """Runs rounds for --minutes."""
   del argv
   seed = time.time_ns() % 2**32 if _SEED.value is None else _SEED.value
   print(f"--seed={seed}", flush=True)
@@ -51,45 +52,45 @@ def main(argv: list[str]) -> None:
 
 
 def soak(folder: Path, rng: random.Random, *, seconds: float) -> None:
-  """Rounds for that long, after an undisturbed run."""
+  """Runs rounds for `seconds` and compares each with an uninterrupted run."""
   for name in ("corpus", "compiled"):
     (folder / name).mkdir()
   write_corpus(folder / "corpus")
   config = tiny_config(folder / "corpus", folder / "data")
   config = interruptible(config, num_steps=STEPS, checkpoint_every=2)
   fleet = Fleet(write_config(config, folder / "config.py"), str(folder / "compiled"))
-  undisturbed = folder / "undisturbed"
-  fleet.run(undisturbed, 2, *MESHES[2])
+  uninterrupted = folder / "uninterrupted"
+  fleet.run(uninterrupted, 2, *MESHES[2])
   counts: collections.Counter[str] = collections.Counter()
   until = time.monotonic() + seconds
   bar = tqdm(unit=" signals", file=sys.stdout, mininterval=10)
   while time.monotonic() < until:
-    wanders = counts["rounds"] % 2 == 1
+    varies = counts["rounds"] % 2 == 1
     workdir = folder / f"round-{counts['rounds']}"
-    disturb(fleet, workdir, rng, counts, bar, wanders=wanders)
-    if wanders:
+    interrupt(fleet, workdir, rng, counts, bar, varies=varies)
+    if varies:
       np.testing.assert_allclose(
-        [*losses(workdir).values()], [*losses(undisturbed).values()], rtol=1e-5
+        [*losses(workdir).values()], [*losses(uninterrupted).values()], rtol=1e-5
       )
     else:
-      assert_same_run(workdir, undisturbed, STEPS)
+      assert_same_run(workdir, uninterrupted, STEPS)
     counts["rounds"] += 1
   bar.close()
   print(", ".join(f"{count} {name}" for name, count in counts.items()), flush=True)
 
 
-def disturb(
+def interrupt(
   fleet: Fleet,
   workdir: Path,
   rng: random.Random,
   counts: collections.Counter[str],
   bar: tqdm,
   *,
-  wanders: bool,
+  varies: bool,
 ) -> None:
-  """One run to its end, through signals; each start is disturbed, but for one in four."""
+  """Restarts one run until it is complete. Three of four starts are interrupted."""
   while STEPS not in list_steps(workdir):
-    number = rng.choice(list(MESHES)) if wanders else 2
+    number = rng.choice(list(MESHES)) if varies else 2
     if rng.random() < 0.25:
       fleet.run(workdir, number, *MESHES[number])
       continue
@@ -104,11 +105,11 @@ def disturb(
     )
     if signal == SIGTERM and STEPS not in list_steps(workdir):
       assert statuses == [EXIT_STATUS] * number, "\n".join(trainer.output() for trainer in trainers)
-    counts[_what_came_of(signal, victims)] += 1
+    counts[_outcome(signal, victims)] += 1
     bar.update()
 
 
-def _what_came_of(signal: int, victims: list[Trainer]) -> str:
+def _outcome(signal: int, victims: list[Trainer]) -> str:
   if signal == SIGKILL:
     killed = any(victim.process.exitcode == -SIGKILL for victim in victims)
     return "kills" if killed else "kills after the end"

@@ -1,4 +1,4 @@
-"""The filter of standard error: jax's reports of lost processes become one sentence."""
+"""The filter of standard error: JAX's reports of lost processes become one sentence."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def shown(text: bytes, workdir: Path) -> str:
   return b"".join(filter_lines(text.splitlines(keepends=True), workdir)).decode()
 
 
-def test_a_silent_process_is_named_with_the_checkpoint(tmp_path: Path) -> None:
+def test_an_unresponsive_process_is_reported_with_the_checkpoint(tmp_path: Path) -> None:
   (tmp_path / "checkpoints" / "30").mkdir(parents=True)
   (tmp_path / "checkpoints" / "9").mkdir()
   (tmp_path / "checkpoints" / "31.orbax-checkpoint-tmp").mkdir()
@@ -55,7 +55,7 @@ def test_a_silent_process_is_named_with_the_checkpoint(tmp_path: Path) -> None:
   )
 
 
-def test_a_process_that_is_gone(tmp_path: Path) -> None:
+def test_a_process_that_ended_is_reported(tmp_path: Path) -> None:
   assert shown(GONE, tmp_path) == (
     "This process stops: the processes of the run have lost each other, most likely because one of "
     "them is gone; see its log. There is no checkpoint. Start all processes again with the same "
@@ -87,7 +87,7 @@ os.abort()
 """
 
 
-def test_in_a_process_that_aborts(tmp_path: Path) -> None:
+def test_the_filter_works_in_a_process_that_aborts(tmp_path: Path) -> None:
   done = subprocess.run(
     [sys.executable, "-c", textwrap.dedent(_CHILD), str(tmp_path), GONE.decode()],
     cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Bad steps: their detection, and that they change no parameter."""
+"""Bad steps are detected and change no parameter."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from train.config import GuardConfig
 
 
 def judge(config: GuardConfig, losses: list[float]) -> list[bool]:
-  """Of each loss in turn, whether it is good after those before it."""
+  """For each loss, whether it is good given the losses before it."""
 
   def step(guard: Guard, loss: jax.Array) -> tuple[Guard, jax.Array]:
     good = is_good(config, guard, loss, jnp.float32(1), jnp.float32(1))
@@ -20,12 +20,12 @@ def judge(config: GuardConfig, losses: list[float]) -> list[bool]:
   return good.tolist()
 
 
-def test_a_spike_stands_out_from_the_last_good_losses() -> None:
+def test_a_spike_exceeds_the_recent_good_losses() -> None:
   rng = np.random.default_rng(0)
   losses = [*(3 + 0.1 * rng.standard_normal(40))]
   losses[3] = 50.0  # The window is not full yet.
-  losses[20] = losses[25] = 4.0  # 10 deviations; the first one does not hide the second.
-  losses[30] = 0.5  # Low is no spike.
+  losses[20] = losses[25] = 4.0  # 10 standard deviations; the first must not hide the second.
+  losses[30] = 0.5  # A low loss is not a spike.
   config = GuardConfig(spike_sigmas=6.0, spike_window=8)
   bad = [index for index, good in enumerate(judge(config, losses)) if not good]
   assert bad == [20, 25]
@@ -33,21 +33,21 @@ def test_a_spike_stands_out_from_the_last_good_losses() -> None:
 
 
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, -jnp.inf])
-def test_what_is_not_finite_is_bad(value: float) -> None:
+def test_non_finite_values_are_bad(value: float) -> None:
   config = GuardConfig()
   guard = new_guard(config)
   good, bad = jnp.float32(1), jnp.float32(value)
   assert is_good(config, guard, good, good, good)
-  for place in range(3):
+  for index in range(3):
     numbers = [good, good, good]
-    numbers[place] = bad
+    numbers[index] = bad
     assert not is_good(config, guard, *numbers)
   after = seen(guard, bad, jnp.bool(False))
   assert after.count == 0
   assert jnp.isfinite(after.losses).all()
 
 
-def test_after_a_bad_step_the_counts_alone_are_new() -> None:
+def test_a_bad_step_updates_only_the_counts() -> None:
   old = {"moment": jnp.ones(3), "count": jnp.int32(4)}
   new = {"moment": jnp.full(3, jnp.nan), "count": jnp.int32(5)}
   kept = choose(jnp.bool(False), new, old)
@@ -65,6 +65,6 @@ def test_after_a_bad_step_the_counts_alone_are_new() -> None:
     ({"max_skipped": 0}, "max_skipped"),
   ],
 )
-def test_values_without_sense(changes: dict, name: str) -> None:
+def test_invalid_settings_are_errors(changes: dict, name: str) -> None:
   with pytest.raises(ValueError, match=rf"GuardConfig\.{name} is"):
     GuardConfig(**changes)

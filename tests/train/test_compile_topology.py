@@ -1,4 +1,4 @@
-"""Compiling a step for absent chips, and the error without their compiler."""
+"""Compiling a training step for TPUs without the hardware, and the error without libtpu."""
 
 import dataclasses
 import importlib.util
@@ -18,7 +18,9 @@ from train.config import TrainConfig
 ROOT = Path(__file__).parents[2]
 
 
-def test_without_the_compiler(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_compiler_is_an_error(
+  config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(RuntimeError, match=r'pip install "jax\[tpu\]"'):
     compile_step(config, "v5e:2x2")
@@ -39,7 +41,7 @@ def test_report(config: TrainConfig, config_file: Path) -> None:
 
 
 @pytest.mark.aot
-def test_what_does_not_fit(config: TrainConfig) -> None:
+def test_a_step_that_exceeds_the_memory_is_reported(config: TrainConfig) -> None:
   with pytest.raises(ValueError, match="--topology=v5e:3x7 is none"):
     compile_step(config, "v5e:3x7")
   config = dataclasses.replace(config, batch_size=6)
@@ -49,7 +51,7 @@ def test_what_does_not_fit(config: TrainConfig) -> None:
 
 @pytest.mark.aot
 @pytest.mark.parametrize("context", [1, 2])
-def test_the_kernels_are_in_the_step_of_a_mesh(context: int, config: TrainConfig) -> None:
+def test_the_step_on_a_mesh_contains_the_kernels(context: int, config: TrainConfig) -> None:
   dga = DGAConfig(selection="streaming", min_focal_tokens=64, max_documents=2)
   model = dataclasses.replace(
     config.model, attention="dga", dga=dga, num_heads=4, num_kv_heads=2, head_dim=128

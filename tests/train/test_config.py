@@ -1,4 +1,4 @@
-"""Configs: JSON round trips, errors for unknown keys, and the keys that may change on resume."""
+"""Configs: JSON round trips, errors of unknown keys, and the keys that may change on resume."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from train.config import check_resumable, make_config, to_dict, TrainConfig
 
 
 def change(config: TrainConfig, key: str, value: Any) -> dict[str, Any]:
-  """`to_dict` of the config with a dotted key changed."""
+  """`to_dict` of the config with the value of a dotted key replaced."""
   values: dict[str, Any] = to_dict(config)
   *path, name = key.split(".")
   inner = values
@@ -23,7 +23,7 @@ def change(config: TrainConfig, key: str, value: Any) -> dict[str, Any]:
   return values
 
 
-def test_through_json_and_back(config: TrainConfig) -> None:
+def test_round_trip_through_json(config: TrainConfig) -> None:
   model = dataclasses.replace(
     config.model, rope_scaling=RopeScaling("linear", 2.0), dga=DGAConfig(focal_per_block=3)
   )
@@ -77,7 +77,9 @@ def test_a_missing_key(config: TrainConfig) -> None:
     ("data.sequence_length", 1),
   ],
 )
-def test_a_value_without_sense_is_named(key: str, value: Any, config: TrainConfig) -> None:
+def test_an_invalid_value_is_an_error_with_the_key(
+  key: str, value: Any, config: TrainConfig
+) -> None:
   name = key.rpartition(".")[2]
   with pytest.raises(ValueError, match=name):
     make_config(change(config, key, value))
@@ -90,7 +92,7 @@ def test_a_seed_has_32_bits(key: str, seed: int, config: TrainConfig) -> None:
     make_config(change(config, key, seed))
 
 
-def test_a_wrong_type_is_named(config: TrainConfig) -> None:
+def test_a_wrong_type_is_an_error_with_the_key(config: TrainConfig) -> None:
   with pytest.raises(ValueError, match=r"config\.num_steps is '12'"):
     make_config(change(config, "num_steps", "12"))
 
@@ -99,7 +101,9 @@ def test_a_wrong_type_is_named(config: TrainConfig) -> None:
   ("key", "value"),
   [("num_steps", 13), ("model.dga.n_recent", 8), ("optimizer.b2", 0.99), ("data.tokenizer", "bpe")],
 )
-def test_what_would_change_the_run_is_refused(key: str, value: Any, config: TrainConfig) -> None:
+def test_keys_that_change_the_run_must_not_change_on_resume(
+  key: str, value: Any, config: TrainConfig
+) -> None:
   saved = json.loads(json.dumps(change(config, key, value)))
   with pytest.raises(ValueError, match=rf"config\.{key} is .* was started with {value!r}"):
     check_resumable(config, saved)
@@ -115,5 +119,5 @@ def test_a_key_newer_than_the_checkpoint_has_its_default(config: TrainConfig) ->
 
 
 @pytest.mark.parametrize(("key", "value"), [("log_every", 1), ("data.prefetch_batches", 0)])
-def test_what_would_not_is_free(key: str, value: Any, config: TrainConfig) -> None:
+def test_other_keys_may_change_on_resume(key: str, value: Any, config: TrainConfig) -> None:
   check_resumable(config, change(config, key, value))

@@ -1,4 +1,4 @@
-"""Runs with damaged files: the newest checkpoint, its position, metrics.jsonl; and two trainers."""
+"""Runs with damaged checkpoints or metrics.jsonl, and two trainers in one workdir."""
 
 import dataclasses
 import json
@@ -13,6 +13,7 @@ import pytest
 
 from dga_jax.checkpoint_files import CheckpointError, find_damage, list_steps
 from dga_jax.file_lock import hold_workdir, LockedError
+from tests import compilation_cache
 from tests.dga_jax.tiny_checkpoint import delete_item, flip_a_bit, largest_file, truncate
 from tests.train.compare import assert_same_run
 from tests.train.fleet import Fleet
@@ -29,7 +30,7 @@ ITEMS = ("params", "training", "config", "tokenizer", "data", "verification")
 
 @pytest.fixture(scope="module")
 def config(config: TrainConfig) -> TrainConfig:
-  """Checkpoints of the steps 2, 4, ..., 12, which all stay."""
+  """A config that saves the steps 2, 4, ..., 12 and keeps them all."""
   config = interruptible(config, num_steps=12, checkpoint_every=2)
   return dataclasses.replace(config, keep_checkpoints=9)
 
@@ -43,7 +44,7 @@ def whole(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def workdir(whole: Path, tmp_path: Path) -> Path:
-  """The run after step 8."""
+  """The folder of the run after step 8."""
   workdir = shutil.copytree(whole, tmp_path / "run")
   for step in (10, 12):
     shutil.rmtree(workdir / "checkpoints" / str(step))
@@ -84,15 +85,13 @@ def test_training_continues_from_the_last_good_checkpoint(
   assert "of step 8 is set aside as" in caplog.text
   assert_same_run(workdir, whole, 12)
   assert find_damage(workdir, 8) is None
-  # Nothing is lost.
+  # The damaged checkpoint is renamed, not deleted.
   assert (workdir / "checkpoints" / "8.set_aside_1" / "training").is_dir()
 
 
-def test_the_flags_of_the_command(
-  config: TrainConfig, workdir: Path, whole: Path, compilation_cache: dict[str, str]
-) -> None:
+def test_the_flags_of_the_command(config: TrainConfig, workdir: Path, whole: Path) -> None:
   path = write_config(config, workdir.with_suffix(".py"))
-  fleet = Fleet(path, compilation_cache["jax_compilation_cache_dir"])
+  fleet = Fleet(path, str(compilation_cache.FOLDER))
   flip_a_bit(largest_file(workdir / "checkpoints" / "8" / "params"))
   for flags, status, message in (
     ((), 1, "CheckpointError: The checkpoint .*/8 is damaged: .* --skip_damaged"),
@@ -119,7 +118,9 @@ def test_several_damaged_checkpoints(config: TrainConfig, workdir: Path, whole: 
   assert_same_run(workdir, whole, 12)
 
 
-def test_no_whole_checkpoint(config: TrainConfig, workdir: Path) -> None:
+def test_a_run_without_an_undamaged_checkpoint_is_an_error(
+  config: TrainConfig, workdir: Path
+) -> None:
   for step in (2, 4, 6, 8):
     flip_a_bit(largest_file(workdir / "checkpoints" / str(step) / "data"))
   with pytest.raises(CheckpointError, match="No other checkpoint there is whole"):
@@ -127,7 +128,9 @@ def test_no_whole_checkpoint(config: TrainConfig, workdir: Path) -> None:
   assert list_steps(workdir) == [2, 4, 6, 8]
 
 
-def test_a_step_that_is_asked_for(config: TrainConfig, workdir: Path, whole: Path) -> None:
+def test_the_step_flag_selects_the_checkpoint(
+  config: TrainConfig, workdir: Path, whole: Path
+) -> None:
   with pytest.raises(CheckpointError, match=r"no checkpoint of step 5 in .*\[2, 4, 6, 8\]"):
     train(config, workdir, resume=Resume(step=5))
   train(config, workdir, resume=Resume(step=4))
@@ -144,17 +147,17 @@ def test_a_renamed_step_folder(config: TrainConfig, workdir: Path) -> None:
     train(config, workdir)
 
 
-def as_before_the_manifest(workdir: Path, step: int) -> Path:
-  """Makes a checkpoint one that has no hashes, and so no check but those of the trainer."""
+def without_manifest(workdir: Path, step: int) -> Path:
+  """Gives a checkpoint the form before manifests, so that only the trainer's own checks apply."""
   folder = workdir / "checkpoints" / str(step)
   (folder / "verification").rename(folder / "checksums")
   return folder
 
 
-def test_the_position_has_to_be_that_of_the_step(
+def test_the_data_position_must_match_the_step(
   config: TrainConfig, workdir: Path, whole: Path
 ) -> None:
-  folder = as_before_the_manifest(workdir, 8)
+  folder = without_manifest(workdir, 8)
   path = folder / "data" / "metadata"
   for position in ({"next_batch": 7}, {"next_batch": "8"}, {}):
     path.write_text(json.dumps(position))
@@ -165,8 +168,8 @@ def test_the_position_has_to_be_that_of_the_step(
   assert_same_run(workdir, whole, 12)
 
 
-def test_the_state_has_to_be_that_of_the_step(config: TrainConfig, workdir: Path) -> None:
-  folder = as_before_the_manifest(workdir, 8)
+def test_the_training_state_must_match_the_step(config: TrainConfig, workdir: Path) -> None:
+  folder = without_manifest(workdir, 8)
   shutil.rmtree(folder / "training")
   shutil.copytree(workdir / "checkpoints" / "6" / "training", folder / "training")
   with pytest.raises(CheckpointError, match=r"state in the checkpoint of step 8 .* that of step 6"):
@@ -188,7 +191,7 @@ def test_an_unreadable_line_of_metrics(
   assert_same_run(workdir, whole, 12)
 
 
-def test_mutated_metrics_are_read_and_drawn(whole: Path, tmp_path: Path) -> None:
+def test_mutated_metrics_are_read_and_plotted(whole: Path, tmp_path: Path) -> None:
   rng = random.Random(0)
   content = (whole / "metrics.jsonl").read_bytes()
   path = tmp_path / "metrics.jsonl"
@@ -201,7 +204,7 @@ def test_mutated_metrics_are_read_and_drawn(whole: Path, tmp_path: Path) -> None
 
 
 def mutate(content: bytes, rng: random.Random) -> bytes:
-  """A flipped bit, a cut, a deleted, doubled or zeroed piece, or nested brackets."""
+  """Flips a bit, truncates, deletes, repeats or zeroes some bytes, or inserts nested brackets."""
   start, stop = sorted(rng.sample(range(len(content)), 2))
   stop = min(stop, start + 40)
   before, piece, after = content[:start], content[start:stop], content[stop:]

@@ -1,4 +1,4 @@
-"""Held-out numbers against a plain computation."""
+"""The evaluation on held-out data equals a direct computation."""
 
 import dataclasses
 import math
@@ -16,7 +16,7 @@ from train.step import make_functions
 
 
 def make_batch(config: TrainConfig, seed: int) -> dict[str, np.ndarray]:
-  """Two documents a row, the second from position 20, then four positions of padding."""
+  """Two documents per row, the second from position 20, then four positions of padding."""
   B, L = config.batch_size, config.data.sequence_length
   rng = np.random.default_rng(seed)
   segments_BxL = np.tile(np.where(np.arange(L) < 20, 1, 2), (B, 1)).astype(np.int32)
@@ -29,7 +29,7 @@ def make_batch(config: TrainConfig, seed: int) -> dict[str, np.ndarray]:
   }
 
 
-def test_evaluation_equals_the_plain_means(config: TrainConfig) -> None:
+def test_evaluation_equals_directly_computed_means(config: TrainConfig) -> None:
   functions = make_functions(config)
   params = functions.init().params
   tokenizer = Tokenizer.byte_level()
@@ -59,7 +59,7 @@ def test_evaluation_equals_the_plain_means(config: TrainConfig) -> None:
   )
 
 
-def test_positions_without_tokens_are_left_out(config: TrainConfig) -> None:
+def test_position_buckets_without_tokens_are_omitted(config: TrainConfig) -> None:
   functions = make_functions(config)
   batch = make_batch(config, 0)
   batch["loss_mask"][:, 16:20] = False
@@ -72,7 +72,7 @@ def test_positions_without_tokens_are_left_out(config: TrainConfig) -> None:
 @pytest.mark.parametrize(
   ("length", "starts"), [(2, [0]), (16, [0]), (17, [0, 16]), (128, [0, 16, 32, 64])]
 )
-def test_buckets_double(length: int, starts: list[int]) -> None:
+def test_position_buckets_double_in_size(length: int, starts: list[int]) -> None:
   assert bucket_starts(length).tolist() == starts
 
 

@@ -1,4 +1,4 @@
-"""--config and its overrides: every key of the dataclasses, with its type."""
+"""The flag --config and its overrides accept every key of the dataclasses, with its type."""
 
 import re
 import sys
@@ -14,7 +14,7 @@ from train import flags as train_flags
 from train.config import make_config, to_dict, TrainConfig
 from train.flags import config_help, parse_flags, with_defaults
 
-# ml_collections 1.1 loads config files with a deprecated method of importlib.
+# ml_collections 1.1 loads config files with a deprecated function of importlib.
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 MODEL = {
@@ -32,7 +32,7 @@ type Parse = Callable[..., TrainConfig]
 
 @pytest.fixture
 def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
-  """Parses overrides of a file that sets a model and nothing else."""
+  """A function that parses overrides of a config file that sets only a model."""
 
   def run(*overrides: str, file: dict[str, Any] | None = None) -> TrainConfig:
     path = tmp_path / "config.py"
@@ -52,7 +52,7 @@ def parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Parse:
   return run
 
 
-def test_defaults_are_those_of_the_dataclasses() -> None:
+def test_defaults_equal_those_of_the_dataclasses() -> None:
   assert make_config(with_defaults({"model": MODEL})) == make_config({"model": MODEL})
 
 

@@ -1,4 +1,4 @@
-"""Collectives are read from a program's text as they run: loops, groups, fusions."""
+"""Collectives are parsed from HLO text, with loops, device groups and fusions."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from train.hlo_collectives import by_kind, Collective, read_collectives
 PROGRAM = (Path(__file__).parents[1] / "golden" / "collectives.hlo").read_text()
 
 
-def test_each_collective_as_often_as_it_runs() -> None:
+def test_collectives_in_loops_are_counted_once_per_iteration() -> None:
   f32, bf16 = "f32", "bf16"
   assert sorted(read_collectives(PROGRAM), key=lambda one: one.kind) == [
     Collective("all-gather", ((f32, (8, 4)),), 4, 3, "", channel="3"),
@@ -18,7 +18,7 @@ def test_each_collective_as_often_as_it_runs() -> None:
   ]
 
 
-def test_bytes() -> None:
+def test_received_bytes_of_each_kind() -> None:
   assert by_kind(read_collectives(PROGRAM)) == {
     "all-gather": (3, 3 * 128 * 3 / 4),
     "all-reduce": (1, 2 * 24 / 2),

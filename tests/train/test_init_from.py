@@ -1,4 +1,4 @@
-"""Training that begins with an imported model, or with that of another run."""
+"""Training that starts from an imported model or from the model of another run."""
 
 import dataclasses
 import os
@@ -29,7 +29,7 @@ DGA = DGAConfig(selection="streaming", group_size=6, focal_per_block=2)
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """SmolLM's layout, with weights in bfloat16 and an alphabet for a vocabulary."""
+  """An imported checkpoint in SmolLM's layout, with bfloat16 weights and a small vocabulary."""
   workdir = tmp_path_factory.mktemp("imported")
   source = HuggingFaceFolder(GOLDEN / "smollm")
   import_model(source, source.config(), workdir)
@@ -42,7 +42,7 @@ def begin(config: TrainConfig, imported: Path, attention: str) -> TrainConfig:
 
 
 @pytest.mark.parametrize("attention", ["dense", "dga"])
-def test_training_begins_with_the_model(
+def test_training_starts_from_the_model(
   attention: str, config: TrainConfig, imported: Path, tmp_path: Path
 ) -> None:
   train(begin(config, imported, attention), tmp_path)
@@ -50,22 +50,22 @@ def test_training_begins_with_the_model(
   model, trained, tokenizer = load_model(tmp_path)
   before, original, its_tokenizer = load_model(imported)
   assert tokenizer.to_json() == its_tokenizer.to_json()
-  # What the weights are comes from the import, how they are used from the config.
+  # The import determines the shapes. The config determines attention and dtypes.
   own = {"attention": attention, "dga": DGA, "dtype": "float32", "param_dtype": "float32"}
   assert trained == dataclasses.replace(original, **own)
   assert load_config(tmp_path)["origin"] == load_config(imported)["origin"]
 
-  # The loss before the first step is the imported model's; it then falls.
+  # The loss falls from that of the imported model, which is evaluated before the first step.
   assert held_out[-1] < held_out[0] - 0.1
   moved = jax.tree.map(
     lambda a, b: float(np.abs(np.float32(a) - np.float32(b)).max()),
     *(nnx.to_pure_dict(nnx.state(m, nnx.Param)) for m in (model, before)),
   )
-  # Twelve steps of at most the learning rate, and some decay.
+  # Twelve steps change a weight by at most the learning rate each, plus weight decay.
   assert all(0 < change < 0.1 for change in jax.tree.leaves(moved))
 
 
-def test_parameters_come_in_the_stored_dtype_of_the_config(
+def test_parameters_are_loaded_in_the_param_dtype_of_the_config(
   config: TrainConfig, imported: Path
 ) -> None:
   before = nnx.to_pure_dict(nnx.state(load_model(imported)[0], nnx.Param))
@@ -79,8 +79,8 @@ def test_parameters_come_in_the_stored_dtype_of_the_config(
     )
 
 
-def test_no_device_is_given_a_whole_parameter(tmp_path: Path) -> None:
-  """In a process of its own, which has four devices."""
+def test_no_device_receives_a_whole_parameter(tmp_path: Path) -> None:
+  """Runs in a subprocess with four simulated devices."""
   flags = "--xla_force_host_platform_device_count=4"
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "tests.train.check_init_from", GOLDEN / "smollm", tmp_path]
@@ -90,13 +90,13 @@ def test_no_device_is_given_a_whole_parameter(tmp_path: Path) -> None:
   assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_a_run_goes_on_without_what_it_began_with(
+def test_a_run_resumes_without_the_model_that_it_started_from(
   config: TrainConfig, imported: Path, tmp_path: Path
 ) -> None:
   copy = Path(shutil.copytree(imported, tmp_path / "imported"))
   config = begin(config, copy, "dense")
   train(dataclasses.replace(config, eval_batches=0), tmp_path / "whole")
-  # Half a run: the checkpoint of the last step is taken away.
+  # The checkpoint of the last step is removed, so that half of the run is left.
   shutil.copytree(tmp_path / "whole", tmp_path / "halves")
   shutil.rmtree(tmp_path / "halves" / "checkpoints" / "12")
   shutil.rmtree(copy)
@@ -105,7 +105,9 @@ def test_a_run_goes_on_without_what_it_began_with(
   jax.tree.map(np.testing.assert_array_equal, *states)
 
 
-def test_what_cannot_be_begun_with(config: TrainConfig, imported: Path, tmp_path: Path) -> None:
+def test_models_that_training_cannot_start_from_are_errors(
+  config: TrainConfig, imported: Path, tmp_path: Path
+) -> None:
   nowhere = dataclasses.replace(config, init_from=str(tmp_path / "none"))
   with pytest.raises(CheckpointError, match=r"no checkpoint in .*none"):
     train(nowhere, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Chunked cross entropy: equal to the plain one, without its logits."""
+"""Chunked cross entropy equals plain cross entropy without storing all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def chunked(hidden_BxLxE: Array, table_ExV: Array, targets_BxL: Array, chunk: in
 
 
 @given(chunk=st.integers(1, L + 3))
-def test_losses_and_gradients_equal_the_plain_ones(chunk: int) -> None:
+def test_losses_and_gradients_equal_those_of_plain_cross_entropy(chunk: int) -> None:
   hidden_BxLxE, table_ExV, targets_BxL = make_inputs()
   weights_BxL = jnp.linspace(0.0, 1.0, B * L).reshape(B, L)
 
@@ -54,7 +54,7 @@ def test_loss_is_float32_for_low_precision_states() -> None:
 
 
 @pytest.mark.parametrize("chunk", [256, 1024])
-def test_memory_follows_the_chunk(chunk: int) -> None:
+def test_memory_is_proportional_to_the_chunk(chunk: int) -> None:
   length, vocab = 2048, 4096
   hidden = jax.ShapeDtypeStruct((1, length, E), jnp.float32)
   table = jax.ShapeDtypeStruct((E, vocab), jnp.float32)
@@ -66,6 +66,6 @@ def test_memory_follows_the_chunk(chunk: int) -> None:
   compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, table, targets).compile()
   one_chunk_of_logits = chunk * vocab * 4
   temporary = compiled.memory_analysis().temp_size_in_bytes
-  # A few such buffers live at once; all logits would be 2048 / 256 = 8 of the small ones.
+  # A few chunks exist at the same time. All logits would be 2048 / 256 = 8 small chunks.
   assert temporary < 4 * one_chunk_of_logits + 2**20
   assert f"[1,{length},{vocab}]" not in compiled.as_text()

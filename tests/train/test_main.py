@@ -1,4 +1,4 @@
-"""The command line: one-line errors that name the wrong flag."""
+"""The command line prints one-line errors that name the wrong flag."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,9 @@ type RunTrainer = Callable[..., tuple[int, str]]
     ("--config.model.rope_scaling.factor=2", "model.rope_scaling.factor can not be applied"),
   ],
 )
-def test_a_slip(override: str, message: str, run_trainer: RunTrainer, tmp_path: Path) -> None:
+def test_a_wrong_flag_is_a_one_line_error(
+  override: str, message: str, run_trainer: RunTrainer, tmp_path: Path
+) -> None:
   status, output = run_trainer(tmp_path, override)
   assert status != 0
   assert message in output

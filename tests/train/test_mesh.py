@@ -1,4 +1,4 @@
-"""Meshes: their sizes, the sharding of batches, and training on eight simulated devices."""
+"""Meshes: axis sizes, the sharding of batches, and train steps on eight simulated devices."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_on_eight(*arguments: str) -> None:
-  """Devices are counted when jax starts, so this takes a process of its own."""
+  """Runs check_mesh in a subprocess, because JAX fixes the number of devices when it starts."""
   flags = "--xla_force_host_platform_device_count=8"
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "tests.train.check_mesh", *arguments]
@@ -34,12 +34,12 @@ def run_on_eight(*arguments: str) -> None:
   assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_loss_and_gradients_are_those_of_one_device() -> None:
-  """All twenty shapes: python -m tests.train.check_mesh streaming all, under the same XLA_FLAGS."""
+def test_loss_and_gradients_equal_those_of_one_device() -> None:
+  """Checks some shapes. `python -m tests.train.check_mesh streaming all` checks all twenty."""
   run_on_eight("streaming", "[(2, 2, 1, 2)]")
 
 
-def test_a_step_in_pieces_gathers_weights_residual_and_summaries_alone() -> None:
+def test_a_sharded_step_gathers_only_weights_residual_and_summaries() -> None:
   run_on_eight("step")
 
 
@@ -51,7 +51,7 @@ def test_a_step_in_pieces_gathers_weights_residual_and_summaries_alone() -> None
     (MeshConfig(data=2, fsdp=-1, context=2), 8, (2, 2, 1, 2)),
   ],
 )
-def test_one_axis_takes_what_is_left(
+def test_an_axis_of_minus_1_takes_the_remaining_devices(
   config: MeshConfig, devices: int, sizes: tuple[int, ...]
 ) -> None:
   assert config.sizes(devices) == sizes
@@ -68,7 +68,7 @@ def test_one_axis_takes_what_is_left(
     ((1, 1, True, 1), 8, "config.mesh.tensor is True"),
   ],
 )
-def test_sizes_that_do_not_fit(sizes: tuple[int, ...], devices: int, message: str) -> None:
+def test_invalid_sizes_are_errors(sizes: tuple[int, ...], devices: int, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     MeshConfig(*sizes).sizes(devices)
 
@@ -90,7 +90,7 @@ def test_rules() -> None:
   assert whole == jax.P(None, None)
 
 
-def test_a_piece_is_an_early_and_a_late_chunk() -> None:
+def test_zigzag_order_gives_each_shard_an_early_and_a_late_chunk() -> None:
   assert zigzag_order(12) is None
   with jax.sharding.use_abstract_mesh(abstract(1, 1, 1, 3)):
     order = zigzag_order(12)
@@ -98,11 +98,11 @@ def test_a_piece_is_an_early_and_a_late_chunk() -> None:
       zigzag_order(9)
   assert order is not None
   assert order.tolist() == [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
-  # A query's work grows with its position: all pieces have the same.
+  # The work of a query is proportional to its position, so all shards have equal work.
   assert len(set(order.reshape(3, -1).sum(axis=1))) == 1
 
 
-def test_a_batch_is_filled_up_with_rows_that_have_no_loss() -> None:
+def test_a_batch_is_padded_with_rows_without_loss() -> None:
   mesh = make_mesh(MeshConfig(), jax.devices()[:1])
   assert process_share(mesh) == (0, 1)
   batch = {

@@ -1,4 +1,4 @@
-"""metrics.jsonl over crashes and restarts, and the plots made of it."""
+"""metrics.jsonl across crashes and restarts, and its plots."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def write_steps(workdir: Path, first: int, last: int, *, last_step: int) -> None
       metrics.write(step, {"loss": 1.0 / step})
 
 
-def test_a_restart_cuts_off_what_came_after_its_step(tmp_path: Path) -> None:
+def test_a_restart_removes_records_after_its_step(tmp_path: Path) -> None:
   write_steps(tmp_path, 1, 8, last_step=-1)
   write_steps(tmp_path, 6, 10, last_step=5)
   assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 11))
@@ -32,7 +32,7 @@ def test_a_new_run_starts_empty(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 5, 12])
-def test_a_line_that_was_cut_off_is_dropped(cut: int, tmp_path: Path) -> None:
+def test_a_truncated_line_is_removed(cut: int, tmp_path: Path) -> None:
   write_steps(tmp_path, 1, 3, last_step=-1)
   path = tmp_path / "metrics.jsonl"
   path.write_text(path.read_text()[:-cut])
@@ -48,7 +48,9 @@ def test_tensorboard_files_are_written(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.floats(0.5, 10))
-def test_smoothing_stays_within_what_it_has_seen(values: list[float], span: float) -> None:
+def test_smoothed_values_stay_within_the_range_of_the_values(
+  values: list[float], span: float
+) -> None:
   smoothed = smooth(np.array(values), span)
   assert smoothed[0] == pytest.approx(values[0])
   for i, value in enumerate(smoothed):
@@ -65,7 +67,7 @@ def test_plots(tmp_path: Path) -> None:
   plot_run(tmp_path, title="a run")
   for name in ("loss.png", "loss_by_position.png"):
     pixels = np.asarray(Image.open(tmp_path / name).convert("RGB"))
-    # Blue and orange lines, not an empty frame.
+    # The plot has blue and orange pixels, so its axes are not empty.
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
 
 

@@ -1,4 +1,4 @@
-"""Runs of two and four processes compute the run of one, also when real signals disturb them."""
+"""Runs of two and four processes equal the run of one process, also after real signals."""
 
 import random
 import re
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dga_jax.checkpoint_files import list_steps
+from tests import compilation_cache
 from tests.train.compare import assert_same_run, losses, saved_arrays
 from tests.train.fleet import Fleet, free_port, stop_at_random, Trainer, wait_for_a_step
 from tests.train.tiny import interruptible, write_config
@@ -23,10 +24,10 @@ from train.setup import train
 from train.stop_signals import EXIT_STATUS
 
 STEPS = 24
-# Parameters in pieces over all devices, so that every process has some of its own to save.
+# Parameters are sharded over all devices, so that every process saves some of them.
 SPLIT = "--config.mesh.fsdp=-1"
-# Messages of the processes that are left: from a step, from a save, or from jax's heartbeats.
-BLAME = "most likely because one of them is gone|another process has failed|does not answer"
+# Messages of the remaining processes: from a step, from a save, or from JAX's heartbeats.
+LOST_PROCESS = "most likely because one of them is gone|another process has failed|does not answer"
 SEED = 3
 
 
@@ -36,16 +37,14 @@ def small(config: TrainConfig) -> TrainConfig:
 
 
 @pytest.fixture(scope="module")
-def fleet(
-  small: TrainConfig, compilation_cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Fleet:
+def fleet(small: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
   path = tmp_path_factory.mktemp("fleet") / "small.py"
-  return Fleet(write_config(small, path), compilation_cache["jax_compilation_cache_dir"])
+  return Fleet(write_config(small, path), str(compilation_cache.FOLDER))
 
 
 @pytest.fixture(scope="module")
 def alone(small: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """The run of one process."""
+  """The workdir of the run of one process."""
   workdir = tmp_path_factory.mktemp("alone")
   train(small, workdir)
   return workdir
@@ -53,15 +52,15 @@ def alone(small: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def two(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """The run of two processes that nobody disturbs."""
+  """The workdir of the uninterrupted run of two processes."""
   workdir = tmp_path_factory.mktemp("two") / "run"
   fleet.run(workdir, 2, SPLIT)
   return workdir
 
 
-def test_two_processes_train_the_run_of_one(alone: Path, two: Path) -> None:
+def test_two_processes_compute_the_run_of_one(alone: Path, two: Path) -> None:
   assert list(losses(two)) == list(range(1, STEPS + 1))
-  # Losses of different batches differ by more than a hundredth.
+  # Losses of different batches differ by more than 0.01.
   np.testing.assert_allclose([*losses(two).values()], [*losses(alone).values()], rtol=1e-5)
   for ours, theirs in zip(saved_arrays(two, STEPS), saved_arrays(alone, STEPS), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
@@ -79,7 +78,7 @@ def stopped_at(trainer: Trainer) -> int:
 def test_signals_at_random_moments(
   seed: int, fleet: Fleet, alone: Path, two: Path, tmp_path: Path
 ) -> None:
-  """SIGKILL to one process, then SIGTERM to one, then to the end: here, and in four processes."""
+  """A run is killed, restarted, stopped with SIGTERM, and completed by two and four processes."""
   workdir = tmp_path / "run"
   rng = random.Random(seed)
   trainers = fleet.start(workdir, 2, SPLIT)
@@ -90,7 +89,7 @@ def test_signals_at_random_moments(
       assert status == -SIGKILL
     else:
       assert status != 0
-      assert re.search(BLAME, trainer.output()), trainer.output()
+      assert re.search(LOST_PROCESS, trainer.output()), trainer.output()
       assert_no_cpp_stack(trainer)
 
   trainers = fleet.start(workdir, 2, SPLIT)
@@ -133,20 +132,20 @@ def test_a_lost_process_is_reported_within_seconds(
   trainers[victim].send(SIGKILL)
   trainers[victim].wait()
   output = other.output()
-  assert re.search(BLAME, output), output
+  assert re.search(LOST_PROCESS, output), output
   assert re.search(r"The newest checkpoint is of step \d+\.", output), output
   assert_no_cpp_stack(other)
   assert seconds < 10
 
 
-def test_processes_that_do_not_meet(fleet: Fleet, tmp_path: Path) -> None:
-  """Each fault of `test_rendezvous` ends real processes with a sentence."""
+def test_processes_that_cannot_connect_end_with_a_sentence(fleet: Fleet, tmp_path: Path) -> None:
+  """Covers the faults of `test_rendezvous` in real processes."""
   workdir = tmp_path / "run"
   (workdir / "checkpoints" / "12").mkdir(parents=True)
   port = free_port()
   flags = (f"--coordinator=127.0.0.1:{port}", "--num_processes=3", "--start_timeout=6")
   trainers = fleet.start(
-    workdir, 3, *flags, overrides_of=["--process_id=0", "--process_id=1", "--process_id=1"]
+    workdir, 3, *flags, process_overrides=["--process_id=0", "--process_id=1", "--process_id=1"]
   )
   assert [trainer.wait(60) for trainer in trainers] == [1, 1, 1]
   outputs = [trainer.output() for trainer in trainers]
@@ -161,7 +160,7 @@ def test_processes_that_do_not_meet(fleet: Fleet, tmp_path: Path) -> None:
 
 
 def test_a_second_run_in_a_workdir(fleet: Fleet, tmp_path: Path) -> None:
-  """Every process of it says so, and the first run is not disturbed."""
+  """Every process of the second run reports the lock. The first run continues."""
   workdir = tmp_path / "run"
   steps = "--config.num_steps=100000"
   first = fleet.start(workdir, 2, SPLIT, steps)
@@ -180,9 +179,11 @@ def test_a_second_run_in_a_workdir(fleet: Fleet, tmp_path: Path) -> None:
   assert steps_done == list(range(1, len(steps_done) + 1))
 
 
-def test_processes_that_disagree(fleet: Fleet, tmp_path: Path) -> None:
+def test_processes_with_different_configs_end_with_the_differences(
+  fleet: Fleet, tmp_path: Path
+) -> None:
   workdir = tmp_path / "run"
-  trainers = fleet.start(workdir, 2, overrides_of=["", "--config.learning_rate=0.5"])
+  trainers = fleet.start(workdir, 2, process_overrides=["", "--config.learning_rate=0.5"])
   for trainer in trainers:
     assert trainer.wait() == 1
     assert (
@@ -193,7 +194,7 @@ def test_processes_that_disagree(fleet: Fleet, tmp_path: Path) -> None:
   assert not workdir.exists()
 
 
-def test_all_differences_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_differences_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
   monkeypatch.setattr(multihost.jax, "process_count", lambda: 3)
   texts = ['{"a": 1, "b": null}', '{"a": 1, "b": [2]}', '{"a": 3, "b": [2]}']
   monkeypatch.setattr(multihost, "_gather", lambda _: [b"same", b"other", b"other"])
@@ -212,12 +213,12 @@ def test_all_differences_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     ((None, None, 1), "--coordinator is None; --num_processes and"),
   ],
 )
-def test_flags_without_sense(flags: tuple, message: str) -> None:
+def test_invalid_flags_are_errors(flags: tuple, message: str) -> None:
   with pytest.raises(ValueError, match=re.escape(message)):
     ProcessFlags(*flags)
 
 
-def test_devices_must_be_shared_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_must_have_equal_numbers_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
   devices = [SimpleNamespace(process_index=index) for index in (0, 0, 1)]
   monkeypatch.setattr(multihost.jax, "devices", lambda: devices)
   monkeypatch.setattr(multihost.jax, "process_count", lambda: 2)

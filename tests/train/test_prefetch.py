@@ -1,4 +1,4 @@
-"""Stalled batches, and the position in the data."""
+"""Prefetched batches: warnings and errors of a stalled pipeline, and the data position."""
 
 import dataclasses
 import itertools
@@ -17,7 +17,7 @@ from train.prefetch import Batches
 
 
 class Stalling:
-  """Yields numbers; the third one not before `released` is set."""
+  """Yields numbers. The third number waits until `released` is set."""
 
   def __init__(self, released: threading.Event) -> None:
     self._released = released
@@ -46,7 +46,7 @@ def stalling(config: TrainConfig, released: threading.Event, error_seconds: floa
   return Batches(patience, data, position=1)
 
 
-def test_a_stall_is_warned_about_and_waited_for(
+def test_a_stall_logs_a_warning_and_then_continues(
   config: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
   released = threading.Event()
@@ -72,7 +72,7 @@ def test_a_stall_ends_the_run_at_its_limit(config: TrainConfig) -> None:
   assert time.monotonic() - start < 5
 
 
-def test_the_position_says_what_comes_next(config: TrainConfig, tmp_path: Any) -> None:
+def test_the_position_gives_the_next_batch(config: TrainConfig, tmp_path: Any) -> None:
   def data() -> Any:
     return load_data(config.data, tmp_path, seed=config.seed, batch_size=config.batch_size)
 

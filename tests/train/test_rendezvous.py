@@ -1,4 +1,4 @@
-"""Processes that meet, and each way in which they fail to: one sentence, within seconds."""
+"""The rendezvous of processes: success, and each fault as one sentence within seconds."""
 
 import contextlib
 import re
@@ -18,8 +18,8 @@ class Caller:
   """Calls `meet` in a thread.
 
   Attributes:
-    error: the message of its TrainingError, None where it returned.
-    seconds: that it took.
+    error: the message of its TrainingError; None if `meet` returned.
+    seconds: duration of the call.
   """
 
   def __init__(
@@ -51,19 +51,19 @@ def call_all(*callers: Caller) -> list[str | None]:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_all_meet_in_any_order(order: tuple[int, ...]) -> None:
+def test_processes_connect_in_any_order(order: tuple[int, ...]) -> None:
   port = free_port()
   callers = []
   for process_id in order:
     callers.append(Caller(port, process_id, 3))
     time.sleep(0.2)
   assert call_all(*callers) == [None] * 3
-  # The port is free again, for jax.
+  # The port is free again, because jax.distributed uses it.
   with socket.create_server(("127.0.0.1", port)):
     pass
 
 
-def test_one_process_meets_itself() -> None:
+def test_a_single_process_needs_no_other() -> None:
   assert Caller(free_port(), 0, 1).wait() is None
 
 
@@ -79,7 +79,9 @@ def test_an_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
   assert time.monotonic() - start < 20
 
 
-def test_a_host_that_is_not_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_coordinator_address_of_another_machine_is_an_error(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
   def refuse(*_: object, **__: object) -> None:
     raise ConnectionRefusedError(111, "Connection refused")
 
@@ -89,7 +91,7 @@ def test_a_host_that_is_not_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_a_port_that_is_taken(host: str) -> None:
+def test_a_taken_port_is_an_error(host: str) -> None:
   with socket.create_server((host, 0)) as other:
     caller = Caller(other.getsockname()[1], 0, timeout=300)
     error = caller.wait()
@@ -98,7 +100,7 @@ def test_a_port_that_is_taken(host: str) -> None:
   assert caller.seconds < 10
 
 
-def test_two_processes_with_number_0() -> None:
+def test_two_processes_with_number_0_are_an_error() -> None:
   port = free_port()
   first = Caller(port, 0)
   time.sleep(0.3)
@@ -107,18 +109,18 @@ def test_two_processes_with_number_0() -> None:
   assert call_all(Caller(port, 1), first) == [None, None]
 
 
-def test_two_processes_with_one_number() -> None:
+def test_two_processes_with_equal_numbers_are_an_error() -> None:
   port = free_port()
   first = [Caller(port, process_id, 3) for process_id in (0, 1)]
   time.sleep(0.5)
   second = Caller(port, 1, 3)
   assert second.wait() == "Two processes have --process_id=1. Give each another number."
   assert second.seconds < 10
-  # The others still wait for the missing one, and meet it.
+  # The other processes still wait for the missing one, and connect with it.
   assert call_all(Caller(port, 2, 3), *first) == [None] * 3
 
 
-def test_unequal_numbers_of_processes() -> None:
+def test_different_values_of_num_processes_are_an_error() -> None:
   port = free_port()
   first = Caller(port, 0, 2)
   assert Caller(port, 1, 3).wait() == "--num_processes is 3 here and 2 in process 0."
@@ -133,8 +135,10 @@ def test_a_missing_process_is_named_at_the_timeout() -> None:
     assert re.search(r"Processes 1, 3 of 4 did not come within 2 s \(--start_timeout\)", error)
 
 
-def test_process_0_is_missing(caplog: pytest.LogCaptureFixture) -> None:
-  """It may come later, so a warning comes first, and the error at the timeout."""
+def test_a_missing_process_0_is_a_warning_and_then_an_error(
+  caplog: pytest.LogCaptureFixture,
+) -> None:
+  """Process 0 may start later, so the error follows only at the timeout."""
   port = free_port()
   caller = Caller(port, 1, timeout=7.0)
   error = caller.wait()
@@ -143,7 +147,7 @@ def test_process_0_is_missing(caplog: pytest.LogCaptureFixture) -> None:
   assert "Process 0 does not run yet, or the address is wrong. Waiting" in caplog.text
 
 
-def test_a_process_that_left_may_come_again() -> None:
+def test_a_process_that_left_may_connect_again() -> None:
   port = free_port()
   first = Caller(port, 0, 3)
   with contextlib.closing(_greet(port, 1, 3)):
@@ -152,7 +156,7 @@ def test_a_process_that_left_may_come_again() -> None:
   assert call_all(Caller(port, 1, 3), Caller(port, 2, 3), first) == [None] * 3
 
 
-def test_process_0_leaves() -> None:
+def test_other_processes_report_that_process_0_left() -> None:
   with socket.create_server(("127.0.0.1", 0)) as server:
     caller = Caller(server.getsockname()[1], 1, timeout=300)
     connection, _ = server.accept()
@@ -165,7 +169,7 @@ def test_process_0_leaves() -> None:
 @pytest.mark.parametrize(
   "answer", [b"HTTP/1.1 400 Bad Request\r\n\r\n", b"", b"[[[[\n", b"\0" * 99]
 )
-def test_another_program_answers(answer: bytes) -> None:
+def test_an_answer_of_another_program_is_an_error(answer: bytes) -> None:
   with socket.create_server(("127.0.0.1", 0)) as server:
     caller = Caller(server.getsockname()[1], 1, timeout=300)
     connection, _ = server.accept()
@@ -176,7 +180,7 @@ def test_another_program_answers(answer: bytes) -> None:
     assert caller.seconds < 10
 
 
-def test_a_silent_program_is_found_out() -> None:
+def test_a_program_that_does_not_answer_is_an_error() -> None:
   with socket.create_server(("127.0.0.1", 0)) as server:
     caller = Caller(server.getsockname()[1], 1, timeout=300)
     assert "another program answers" in str(caller.wait())
@@ -186,10 +190,10 @@ def test_a_silent_program_is_found_out() -> None:
 @pytest.mark.parametrize(
   "nonsense", [b"GET / HTTP/1.1\r\n\r\n", b"\0" * 5000, b'{"greeting": 3}\n']
 )
-def test_strangers_do_not_disturb(nonsense: bytes) -> None:
+def test_other_connections_do_not_interfere(nonsense: bytes) -> None:
   port = free_port()
   first = Caller(port, 0)
-  with _connect(port) as stranger, _connect(port):  # The second says nothing.
+  with _connect(port) as stranger, _connect(port):  # The second connection sends nothing.
     stranger.sendall(nonsense)
     assert call_all(Caller(port, 1), first) == [None, None]
 

@@ -1,4 +1,4 @@
-"""A run that is killed and started again equals the undisturbed run, bit for bit."""
+"""A run that is killed and restarted equals an uninterrupted run bit for bit."""
 
 import random
 import re
@@ -22,8 +22,8 @@ type RunTrainer = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(run_trainer: RunTrainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-  workdir = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(run_trainer: RunTrainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+  workdir = tmp_path_factory.mktemp("uninterrupted")
   status, output = run_trainer(workdir, *OVERRIDES)
   assert status == 0, output
   return workdir
@@ -32,7 +32,7 @@ def undisturbed(run_trainer: RunTrainer, tmp_path_factory: pytest.TempPathFactor
 def stop_after(
   process: subprocess.Popen[str], workdir: Path, number: int, seconds: float
 ) -> tuple[int, str]:
-  """Sends the trainer a signal some time after its first metrics; its exit status and output."""
+  """Sends the trainer a signal after its first metrics; returns its exit status and output."""
   metrics = workdir / "metrics.jsonl"
   size = metrics.stat().st_size if metrics.exists() else 0
   while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > size):
@@ -44,8 +44,12 @@ def stop_after(
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
-def test_stopped_at_random_moments(
-  seed: int, start_trainer: StartTrainer, run_trainer: RunTrainer, undisturbed: Path, tmp_path: Path
+def test_signals_at_random_moments(
+  seed: int,
+  start_trainer: StartTrainer,
+  run_trainer: RunTrainer,
+  uninterrupted: Path,
+  tmp_path: Path,
 ) -> None:
   rng = random.Random(seed)
   signals = [SIGKILL, SIGKILL, SIGTERM]
@@ -62,26 +66,28 @@ def test_stopped_at_random_moments(
   assert -SIGKILL in statuses
   status, output = run_trainer(tmp_path, *OVERRIDES)
   assert status == 0, output
-  assert_same_run(tmp_path, undisturbed, STEPS)
+  assert_same_run(tmp_path, uninterrupted, STEPS)
 
 
-def test_steps_are_neither_lost_nor_doubled(undisturbed: Path) -> None:
-  steps = [record["step"] for record in records(undisturbed) if "loss" in record]
+def test_metrics_contain_each_step_once(uninterrupted: Path) -> None:
+  steps = [record["step"] for record in records(uninterrupted) if "loss" in record]
   assert steps == list(range(1, STEPS + 1))
-  held_out = [record["step"] for record in records(undisturbed) if "eval_loss" in record]
+  held_out = [record["step"] for record in records(uninterrupted) if "eval_loss" in record]
   assert held_out == list(range(0, STEPS + 1, 10))
 
 
-def test_a_finished_run_says_so(run_trainer: RunTrainer, undisturbed: Path) -> None:
-  before = (undisturbed / "metrics.jsonl").read_text()
-  status, output = run_trainer(undisturbed, *OVERRIDES)
+def test_a_finished_run_prints_that_it_is_finished(
+  run_trainer: RunTrainer, uninterrupted: Path
+) -> None:
+  before = (uninterrupted / "metrics.jsonl").read_text()
+  status, output = run_trainer(uninterrupted, *OVERRIDES)
   assert status == 0, output
   assert f"all {STEPS} steps are done" in output
-  assert (undisturbed / "metrics.jsonl").read_text() == before
+  assert (uninterrupted / "metrics.jsonl").read_text() == before
 
 
-def test_another_config_is_refused(run_trainer: RunTrainer, undisturbed: Path) -> None:
-  status, output = run_trainer(undisturbed, *OVERRIDES, "--config.model.dga.group_size=8")
+def test_another_config_is_an_error(run_trainer: RunTrainer, uninterrupted: Path) -> None:
+  status, output = run_trainer(uninterrupted, *OVERRIDES, "--config.model.dga.group_size=8")
   assert status != 0
   assert "config.model.dga.group_size is 8" in output
   assert "Traceback" not in output

@@ -1,4 +1,4 @@
-"""Training runs in this process: their files, divergence, a full disk, changed data."""
+"""Training runs inside the test process: files, divergence, a full disk, changed data."""
 
 import dataclasses
 import gc
@@ -32,17 +32,17 @@ from train.setup import train
 from train.step import Functions, make_functions, mean_gradient
 
 
-def test_what_a_run_leaves(config: TrainConfig, tmp_path: Path) -> None:
+def test_the_files_of_a_finished_run(config: TrainConfig, tmp_path: Path) -> None:
   train(config, tmp_path, profiled=ProfiledSteps.parse("2:3"))
   (profile,) = (tmp_path / "profile").rglob("*.xplane.pb")
   assert b"step_num" in profile.read_bytes()
-  told = {name for record in read_metrics(tmp_path) for name in record}
-  assert told >= {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
-  assert told >= {"host_memory_bytes", "data_wait_seconds"}
+  names = {name for record in read_metrics(tmp_path) for name in record}
+  assert names >= {"loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu"}
+  assert names >= {"host_memory_bytes", "data_wait_seconds"}
   held_out = [record for record in read_metrics(tmp_path) if "eval_loss" in record]
   assert [record["step"] for record in held_out] == [0, 6, 12]
   assert held_out[-1]["eval_loss"] < 0.8 * held_out[0]["eval_loss"]
-  # The two newest, the last of which is the best too.
+  # The run keeps the two newest checkpoints and the best one, which is also the newest.
   assert list_steps(tmp_path) == [9, 12]
   for name in ("loss.png", "loss_by_position.png", "tensorboard"):
     assert (tmp_path / name).exists()
@@ -65,20 +65,20 @@ def test_without_evaluation(config: TrainConfig, tmp_path: Path) -> None:
   assert list_steps(tmp_path) == [9, 12]
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str) -> None:
-  """Makes the loss of these steps not a number, or their gradient.
+def make_steps_nan(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str) -> None:
+  """Makes the loss or the gradient of the given steps NaN.
 
-  A token below 0 marks a batch that the gradient's function then spoils.
+  A negative token marks the batch. The patched gradient function returns NaN for such a batch.
   """
 
-  def spoilt_gradient(config: TrainConfig, graphdef: Any, params: Any, batch: Any) -> Any:
+  def gradient_or_nan(config: TrainConfig, graphdef: Any, params: Any, batch: Any) -> Any:
     loss, accuracy, grads = mean_gradient(config, graphdef, params, batch)
     factor = jax.numpy.where(jax.numpy.any(batch["inputs"] < 0), jax.numpy.nan, 1.0)
     if name == "loss":
       return loss * factor, accuracy, grads
     return loss, accuracy, jax.tree.map(lambda x: x * factor, grads)
 
-  def make_poisoned(config: TrainConfig) -> Functions:
+  def make_marking_functions(config: TrainConfig) -> Functions:
     functions = make_functions(config)
     mark = jax.jit(lambda batch: batch | {"inputs": batch["inputs"].at[0, 0].set(-1)})
     count = 0
@@ -90,15 +90,15 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str) -> None:
 
     return dataclasses.replace(functions, step=step)
 
-  monkeypatch.setattr(step_module, "mean_gradient", spoilt_gradient)
-  monkeypatch.setattr(setup, "make_functions", make_poisoned)
+  monkeypatch.setattr(step_module, "mean_gradient", gradient_or_nan)
+  monkeypatch.setattr(setup, "make_functions", make_marking_functions)
 
 
 @pytest.mark.parametrize(
   ("broken_step", "name", "last_good"),
   [(9, "loss", 6), (10, "grad_norm", 9)],
 )
-def test_divergence_stops_before_a_checkpoint_takes_it(
+def test_divergence_stops_the_run_before_it_is_saved(
   broken_step: int,
   name: str,
   last_good: int,
@@ -106,7 +106,7 @@ def test_divergence_stops_before_a_checkpoint_takes_it(
   tmp_path: Path,
   monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-  poison(monkeypatch, {broken_step}, name)
+  make_steps_nan(monkeypatch, {broken_step}, name)
   with pytest.raises(
     TrainingError, match=rf"diverged at step {broken_step}: .*checkpoint is of step {last_good}\."
   ):
@@ -119,7 +119,7 @@ def test_divergence_stops_before_a_checkpoint_takes_it(
 def test_divergence_before_the_first_checkpoint(
   config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  poison(monkeypatch, {1}, "loss")
+  make_steps_nan(monkeypatch, {1}, "loss")
   with pytest.raises(TrainingError, match=r"diverged at step 1: .*There is no checkpoint\."):
     train(config, tmp_path)
 
@@ -128,10 +128,10 @@ def skipping(config: TrainConfig, **changes: Any) -> TrainConfig:
   return dataclasses.replace(config, guard=GuardConfig(policy="skip", **changes))
 
 
-def test_a_bad_step_is_skipped_and_its_batch_kept(
+def test_a_bad_step_is_skipped_and_its_batch_stored(
   config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  poison(monkeypatch, {5, 8}, "grad_norm")
+  make_steps_nan(monkeypatch, {5, 8}, "grad_norm")
   train(skipping(config), tmp_path)
   records = {record["step"]: record for record in read_metrics(tmp_path) if "loss" in record}
   assert list(records) == list(range(1, 13))
@@ -153,24 +153,24 @@ def test_a_bad_step_is_skipped_and_its_batch_kept(
 def test_too_many_bad_steps_in_a_row(
   config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  poison(monkeypatch, {2, 3, 5, 6, 7}, "loss")
+  make_steps_nan(monkeypatch, {2, 3, 5, 6, 7}, "loss")
   with pytest.raises(
     TrainingError, match=r"step 7: loss nan.* last of 3 bad steps.*checkpoint is of step 6\."
   ):
     train(skipping(config, max_skipped=3), tmp_path)
 
 
-def test_bad_steps_in_a_row_are_counted_over_a_restart(
+def test_consecutive_bad_steps_are_counted_across_a_restart(
   config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   config = skipping(config, max_skipped=3)
   with pytest.MonkeyPatch.context() as patch:
-    poison(patch, {5, 6, 7}, "loss")
+    make_steps_nan(patch, {5, 6, 7}, "loss")
     with pytest.raises(TrainingError, match=r"step 7: .* last of 3 bad steps"):
       train(config, tmp_path)
-  # The checkpoint of step 6 is after two of them; the next step is the third.
+  # The checkpoint of step 6 follows two bad steps. The next step is the third bad one.
   assert list_steps(tmp_path)[-1] == 6
-  poison(monkeypatch, {1}, "loss")
+  make_steps_nan(monkeypatch, {1}, "loss")
   with pytest.raises(TrainingError, match=r"step 7: .* last of 3 bad steps"):
     train(config, tmp_path)
 
@@ -182,9 +182,9 @@ def test_a_run_leaves_no_thread_and_no_open_file(config: TrainConfig, tmp_path: 
     links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]  # noqa: PTH208
     return Counter(str(link.readlink()) for link in links if link.is_symlink())
 
-  train(config, tmp_path / "first")  # Libraries start threads that all later runs use.
-  gc.collect()  # Orbax's event loops are in cycles of references.
-  # Files and threads of earlier tests may still close meanwhile: only new ones count.
+  train(config, tmp_path / "first")  # Libraries start threads that later runs reuse.
+  gc.collect()  # Orbax's event loops are in reference cycles.
+  # Files and threads of earlier tests may still close, so only new ones count.
   files, threads = open_files(), set(threading.enumerate())
   for name in ("second", "third"):
     train(config, tmp_path / name)
@@ -194,7 +194,7 @@ def test_a_run_leaves_no_thread_and_no_open_file(config: TrainConfig, tmp_path: 
   assert open_files() <= files
 
 
-def test_other_data_are_refused(config: TrainConfig, corpus: Path, tmp_path: Path) -> None:
+def test_changed_data_are_an_error(config: TrainConfig, corpus: Path, tmp_path: Path) -> None:
   folder = tmp_path / "corpus"
   shutil.copytree(corpus, folder)
   data = dataclasses.replace(
@@ -204,7 +204,7 @@ def test_other_data_are_refused(config: TrainConfig, corpus: Path, tmp_path: Pat
   )
   config = dataclasses.replace(config, data=data)
   with pytest.MonkeyPatch.context() as patch:
-    poison(patch, {5}, "loss")
+    make_steps_nan(patch, {5}, "loss")
     with pytest.raises(TrainingError, match="diverged"):
       train(config, tmp_path / "run")
   (folder / "train-0.txt").write_text("other words " * 400)
@@ -212,7 +212,7 @@ def test_other_data_are_refused(config: TrainConfig, corpus: Path, tmp_path: Pat
     train(config, tmp_path / "run")
 
 
-def test_a_vocabulary_too_small(config: TrainConfig, tmp_path: Path) -> None:
+def test_a_too_small_vocabulary_is_an_error(config: TrainConfig, tmp_path: Path) -> None:
   model = dataclasses.replace(config.model, vocab_size=256)
   with pytest.raises(ValueError, match=r"config\.model\.vocab_size is 256; .* 257 entries"):
     train(dataclasses.replace(config, model=model), tmp_path)
@@ -220,7 +220,7 @@ def test_a_vocabulary_too_small(config: TrainConfig, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-  """A file system of 1.5 MB: room for a few checkpoints of the tiny model."""
+  """The path of a file system of 1.5 MB, which fits a few checkpoints of the tiny model."""
   path = tmp_path / "disk"
   path.mkdir()
   mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(path)]
@@ -230,7 +230,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
   subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-# In a process of its own: Orbax abandons its other writes when one fails.
+# A subprocess, because Orbax abandons its other writes when one fails.
 def test_a_full_disk(
   config: TrainConfig, run_trainer: Callable[..., tuple[int, str]], small_disk: Path
 ) -> None:
@@ -239,11 +239,14 @@ def test_a_full_disk(
     small_disk, *(f"--config.{name}={value}" for name, value in settings.items())
   )
   assert status == 1
-  assert re.search(r"No space left.*checkpoint of step \d+ is intact", output), output
+  # A checkpoint, the metrics or the event file meets the end of the disk first.
+  *_, message = re.findall(r"^\w+Error: .*", output, re.MULTILINE)
+  assert all(part in message for part in ("No space left", f"{small_disk}/", "Make room")), output
   steps = list_steps(small_disk)
+  assert re.search(rf"checkpoint (is )?of step {steps[-1]}\b", message), output
   assert 1 <= steps[-1] < 60
   load_model(small_disk)
-  # With free space again, the same run continues from there.
+  # With free space the same run continues from its checkpoint.
   for step in steps[:-1]:
     shutil.rmtree(small_disk / "checkpoints" / str(step))
   config = dataclasses.replace(config, keep_checkpoints=1, checkpoint_every=20, num_steps=60)

@@ -1,4 +1,4 @@
-"""One step: accumulation is exact, the right parameters decay, the loss falls."""
+"""The training step: gradient accumulation, weight decay, clipping, schedule, a falling loss."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ from train.step import Batch, make_functions, mean_gradient
 
 @pytest.fixture
 def batch(config: TrainConfig) -> Batch:
-  """Rows with very different numbers of tokens that have a loss, and one with none."""
+  """A batch whose rows have very different numbers of loss tokens. One row has none."""
   B, L = config.batch_size, config.data.sequence_length
   keys = jax.random.split(jax.random.key(0), 2)
   lengths_Bx1 = jnp.array([L, 3, 0, L // 2])[:, None]
@@ -29,7 +29,9 @@ def batch(config: TrainConfig) -> Batch:
   }
 
 
-def test_micro_batches_add_up_to_the_whole_batch(config: TrainConfig, batch: Batch) -> None:
+def test_micro_batches_give_the_gradient_of_the_whole_batch(
+  config: TrainConfig, batch: Batch
+) -> None:
   functions = make_functions(config)
   params = functions.init().params
   whole, *others = [
@@ -52,7 +54,7 @@ def test_rows_of_one_document_need_no_mask_of_documents(config: TrainConfig, bat
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, masked)
 
 
-def test_a_batch_without_tokens_changes_nothing_but_decay(
+def test_a_batch_without_loss_tokens_applies_only_weight_decay(
   config: TrainConfig, batch: Batch
 ) -> None:
   batch = batch | {"loss_mask": jnp.zeros_like(batch["loss_mask"])}
@@ -97,8 +99,8 @@ def test_matrices_decay_and_scales_and_biases_do_not(config: TrainConfig) -> Non
 def test_clipping_bounds_the_gradient_and_reports_it_unclipped(
   config: TrainConfig, batch: Batch
 ) -> None:
-  # SGD would show the clipping; Adam hides a scale. Its epsilon brings it out: updates of a
-  # gradient far below epsilon are proportional to it.
+  # Adam's updates do not depend on the scale of the gradient, except far below epsilon, where they
+  # are proportional to the gradient. A large epsilon therefore makes clipping visible.
   clip = 1e-3
   norms = []
   for clip_norm in (clip, 2 * clip):
@@ -120,7 +122,7 @@ def test_schedule(config: TrainConfig) -> None:
 
 
 def test_moments_in_bfloat16_learn_as_well(config: TrainConfig, batch: Batch) -> None:
-  """Half the bytes; steps that differ by their rounding and no more."""
+  """Moments in bfloat16 take half the bytes and lead to nearly the same loss."""
   losses = []
   for dtype in ("float32", "bfloat16"):
     optimizer = dataclasses.replace(config.optimizer, moment_dtype=dtype)

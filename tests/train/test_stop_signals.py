@@ -1,4 +1,4 @@
-"""Signals to a run: SIGTERM, SIGINT and SIGHUP, before the first step, later, and twice."""
+"""SIGTERM, SIGINT and SIGHUP to a run: before the first step, later, and repeated."""
 
 import os
 import re
@@ -14,6 +14,7 @@ from signal import SIGHUP, SIGINT, SIGTERM
 import pytest
 
 from dga_jax.checkpoint_files import list_steps
+from tests import compilation_cache
 from tests.train.fleet import Fleet, wait_for_a_step, wait_for_output
 from tests.train.tiny import interruptible, write_config
 from train.config import TrainConfig
@@ -35,7 +36,9 @@ def test_before_the_first_step_a_signal_raises(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT, SIGHUP])
-def test_later_a_signal_asks(number: signal.Signals, caplog: pytest.LogCaptureFixture) -> None:
+def test_after_the_first_step_a_signal_requests_a_stop(
+  number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
   threads = threading.active_count()
   with StopSignals() as signals:
     signals.defer()
@@ -47,7 +50,7 @@ def test_later_a_signal_asks(number: signal.Signals, caplog: pytest.LogCaptureFi
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
-  before = signal.signal(SIGHUP, signal.SIG_IGN)  # As nohup does.
+  before = signal.signal(SIGHUP, signal.SIG_IGN)  # nohup does this.
   try:
     with StopSignals() as signals:
       os.kill(os.getpid(), SIGHUP)
@@ -58,7 +61,7 @@ def test_an_ignored_signal_stays_ignored() -> None:
     signal.signal(SIGHUP, before)
 
 
-def test_in_another_thread_nothing_is_handled() -> None:
+def test_other_threads_install_no_handlers() -> None:
   before = signal.getsignal(SIGTERM)
   handlers = []
 
@@ -72,8 +75,8 @@ def test_in_another_thread_nothing_is_handled() -> None:
   assert handlers == [before]
 
 
-# The main thread is in a call that runs no Python code: time.sleep would run the handler, a lock
-# that another thread holds does not.
+# The main thread sleeps in a C function, during which Python runs no signal handler. time.sleep
+# would run it.
 _BUSY = """
 import ctypes, sys
 from train.stop_signals import StopSignals
@@ -103,16 +106,14 @@ def test_a_second_ctrl_c_ends_a_busy_process_at_once(first: signal.Signals) -> N
 
 
 @pytest.fixture(scope="module")
-def fleet(
-  config: TrainConfig, compilation_cache: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Fleet:
+def fleet(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
   config = interruptible(config, num_steps=2000, checkpoint_every=1000)
   path = write_config(config, tmp_path_factory.mktemp("fleet") / "long.py")
-  return Fleet(path, compilation_cache["jax_compilation_cache_dir"])
+  return Fleet(path, str(compilation_cache.FOLDER))
 
 
 @pytest.mark.parametrize("number", [SIGTERM, SIGINT, SIGHUP])
-def test_a_run_saves_and_says_how_to_continue(
+def test_a_run_saves_and_prints_how_to_continue(
   number: signal.Signals, fleet: Fleet, tmp_path: Path
 ) -> None:
   workdir = tmp_path / "run"

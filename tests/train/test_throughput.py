@@ -1,4 +1,4 @@
-"""Step times and peaks."""
+"""Measured step times, and the peak FLOP/s of devices."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ def lap(timer: StepTimer, clock: SimpleNamespace, seconds: float) -> None:
   timer.lap()
 
 
-def test_speed_is_the_recent_median_without_pauses(clock: SimpleNamespace) -> None:
+def test_step_time_is_the_recent_median_without_pauses(clock: SimpleNamespace) -> None:
   timer = StepTimer(tokens_per_step=100, flops_per_token=3.0, peak_flops=1000.0)
   lap(timer, clock, 30.0)  # The first step compiles.
   assert timer.speed() is None
@@ -61,7 +61,9 @@ def test_known_devices(kind: str, expected: float, monkeypatch: pytest.MonkeyPat
   assert peak_flops("bfloat16") == 4 * expected
 
 
-def test_an_unknown_device_is_measured_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_peak_of_an_unknown_device_is_measured_and_logged(
+  caplog: pytest.LogCaptureFixture,
+) -> None:
   with caplog.at_level("INFO"):
     assert 1e8 < peak_flops("float32") < 1e15
   assert "measured" in caplog.text

@@ -1,4 +1,4 @@
-"""A tiny run: generated text, byte tokens, a dense decoder of a few thousand parameters."""
+"""A tiny training run: random words, byte tokens, a dense decoder of a few thousand parameters."""
 
 import dataclasses
 import random
@@ -12,7 +12,7 @@ WORDS = ("the", "key", "of", "each", "block", "opens", "one", "more", "door", "a
 
 
 def write_corpus(folder: Path) -> None:
-  """Writes train-*.txt and held-out.txt, some KB of words."""
+  """Writes train-*.txt and held-out.txt, a few KB of random words."""
   rng = random.Random(0)
   for name in ("train-0", "train-1", "train-2", "held-out"):
     text = " ".join(rng.choice(WORDS) for _ in range(800))
@@ -20,7 +20,7 @@ def write_corpus(folder: Path) -> None:
 
 
 def tiny_config(corpus: Path, cache: Path) -> TrainConfig:
-  """12 steps of 4 sequences of 32 bytes, evaluated every 6, saved every 3."""
+  """A run of 12 steps with 4 sequences of 32 bytes, evaluated every 6 and saved every 3 steps."""
   return TrainConfig(
     model=ModelConfig(
       vocab_size=257,
@@ -54,7 +54,7 @@ def tiny_config(corpus: Path, cache: Path) -> TrainConfig:
 
 
 def interruptible(config: TrainConfig, *, num_steps: int, checkpoint_every: int) -> TrainConfig:
-  """One whose step is fast to compile, with many checkpoints to interrupt."""
+  """A config that compiles fast and saves many checkpoints, for runs that tests interrupt."""
   return dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, num_layers=1),
@@ -67,7 +67,7 @@ def interruptible(config: TrainConfig, *, num_steps: int, checkpoint_every: int)
 
 
 def write_config(config: TrainConfig, path: Path) -> Path:
-  """Writes the config as a file for --config."""
+  """Writes the config to a file for --config."""
   path.write_text(
     "import ml_collections\n\n\n"
     "def get_config():\n"

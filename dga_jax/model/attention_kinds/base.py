@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention.segments import Documents, find_documents, IntArray
@@ -19,9 +21,30 @@ class AttentionKind:
 
   Attributes:
     name: the value of ModelConfig.attention, for messages.
+    layers_differ: whether layers have settings of their own. Such a kind defines `init_caches`, and
+      its `at_layer` has `prefill_into`, which writes a prompt to the caches of all layers.
+    branches: programs of a layer between which a scan over layers switches.
   """
 
   name: str
+  layers_differ: bool = False
+
+  @property
+  def branches(self) -> int:
+    """See the class."""
+    return 1
+
+  def at_layer(self, layer: Any) -> "AttentionKind":
+    """The kind of one layer, for `attend` and `prefill`.
+
+    Args:
+      layer: its index, traced or not, or the result of `layer_index`.
+    """
+    return self
+
+  def layer_index(self, index: int) -> Any:
+    """The layer argument of `at_layer`, `decode` and `extend` for layers that are not in a scan."""
+    return jnp.int32(index)
 
   def __call__(
     self,
@@ -67,6 +90,21 @@ class AttentionKind:
   ) -> Any:
     """An empty cache of one layer, for `max_length` tokens a sequence: a pytree of arrays."""
     raise NotImplementedError(self._has_no_cache())
+
+  def init_caches(
+    self,
+    num_layers: int,
+    batch: int,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike,
+  ) -> Any:
+    """Empty caches of all layers: `init_cache` with a leading axis of layers."""
+    layer = self.init_cache(batch, max_length, num_kv_heads, head_dim, dtype)
+    return jax.tree.map(
+      lambda array: jnp.broadcast_to(array[None], (num_layers, *array.shape)), layer
+    )
 
   def prefill(
     self,

@@ -7,9 +7,11 @@ import numpy as np
 
 from dga_jax.choices import AttentionName
 from dga_jax.config import DGAConfig
+from dga_jax.head_budgets import HeadBudgets
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
+from dga_jax.model.attention_kinds.head_budgets import HeadBudgetsAttention
 from dga_jax.model.attention_kinds.kv_merger import kv_merger, KVMergerConfig
 from dga_jax.model.attention_kinds.lm_infinite import lm_infinite, LMInfiniteConfig
 from dga_jax.model.attention_kinds.minference import MInferenceAttention, MInferenceConfig
@@ -33,6 +35,7 @@ class _Kind(NamedTuple):
 _KINDS: dict[AttentionName, _Kind] = {
   "dga": _Kind(DGAConfig, lambda settings, _: DynamicGroupAttention(settings)),
   "dense": _Kind(None, lambda settings, _: DenseAttention()),
+  "head_budgets": _Kind(HeadBudgets, lambda settings, _: HeadBudgetsAttention(settings)),
   "sliding_window": _Kind(SlidingWindowConfig, lambda settings, _: sliding_window(settings)),
   "streaming_llm": _Kind(StreamingLLMConfig, streaming_llm),
   "lm_infinite": _Kind(LMInfiniteConfig, lm_infinite),

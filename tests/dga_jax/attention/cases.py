@@ -1,4 +1,4 @@
-"""Shared inputs: random arrays, a config for every switch, and the op with its gradients."""
+"""Shared inputs of the attention tests: random arrays, configs, and the op with its gradients."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from dga_jax import DGAConfig, dynamic_group_attention, GroupPlan
 
 
 def arrays(seed, B, L, H, N, D, dtype=jnp.float32):
-  """Query, key, value and a cotangent."""
+  """Random query, key, value and cotangent of the output."""
   keys = jax.random.split(jax.random.key(seed), 4)
   heads = (H, N, N, H)
   return tuple(
@@ -23,7 +23,7 @@ def arrays(seed, B, L, H, N, D, dtype=jnp.float32):
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation", "scale"))
 def run(q, k, v, t, *, config, implementation, scale=None, lengths=None, segment_ids=None):
-  """Output, and gradients of its inner product with t."""
+  """The output, and the gradients of q, k and v for the cotangent t."""
 
   def op(q, k, v):
     return dynamic_group_attention(
@@ -42,7 +42,7 @@ def run(q, k, v, t, *, config, implementation, scale=None, lengths=None, segment
 
 
 def dense(q, k, v):
-  """Causal softmax attention in plain numpy, float64."""
+  """Causal softmax attention in NumPy, in float64."""
   q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
   B, L, H, D = q.shape
   out = np.zeros_like(q)
@@ -65,7 +65,7 @@ def _with(**changes):
   return dataclasses.replace(_SMALL, **changes)
 
 
-# Every switch at every value, and its meetings with the others that matter.
+# Every value of each setting, and the combinations of settings that share code.
 CONFIGS = {
   "global": _with(),
   "global-exclusive-sinks": _with(visibility="exclusive", sink_tokens=3),
@@ -88,7 +88,7 @@ CONFIGS = {
 
 @st.composite
 def rows(draw, B, L):
-  """Row lengths, and up to four documents packed in each row, with padding between some."""
+  """Draws row lengths, and up to four packed documents per row, with padding between some."""
   lengths = np.array([draw(st.sampled_from([L, draw(st.integers(0, L))])) for _ in range(B)])
   ids = np.empty((B, L), np.int32)
   for b in range(B):
@@ -100,7 +100,7 @@ def rows(draw, B, L):
 
 
 def documents_of(B, L, lengths=None, segment_ids=None):
-  """Plain Python: (row, slice) of every document."""
+  """The (row, slice) of every document, found in plain Python."""
   found = []
   for b in range(B):
     ids = np.zeros(L, int) if segment_ids is None else np.array(segment_ids[b])
@@ -116,7 +116,7 @@ def documents_of(B, L, lengths=None, segment_ids=None):
 
 
 def fixed_mask_plan(positions, length, config):
-  """A plan of one row and head from the positions of its focal tokens."""
+  """The plan of one row and one KV head whose focal tokens are at `positions`."""
   mask = np.zeros((1, 1, length), bool)
   mask[0, 0, list(positions)] = True
   return GroupPlan.from_focal_mask(jnp.asarray(mask), config=config)

@@ -1,4 +1,4 @@
-"""Context parallelism; run by test_context_parallel.py in a process that has eight devices."""
+"""Checks of context parallelism on eight devices; test_context_parallel.py runs this module."""
 
 import functools
 import sys
@@ -19,7 +19,7 @@ from train.hlo_collectives import Collective, read_collectives
 
 
 def sharded_op(config, devices, length):
-  """The op of whole arrays, computed on shards of the sequences."""
+  """A function of whole arrays that computes the op on sequence shards in zigzag order."""
   mesh = make_mesh(MeshConfig(data=1, context=devices), jax.devices()[:devices])
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     order = zigzag_order(length)
@@ -39,12 +39,12 @@ def sharded_op(config, devices, length):
 
 
 def prepare_rows(config, B, L, lengths=None, segment_ids=None):
-  """The metadata of whole sequences."""
+  """The attention metadata for whole sequences."""
   return prepare(find_documents(B, L, lengths, segment_ids), config)
 
 
 def packed_rows(B, L):
-  """Four documents a row, one of which may be padding, then padding."""
+  """Segment ids of four documents per row. The last row has padding in place of one document."""
   rng = np.random.default_rng(0)
   cuts = np.sort(rng.integers(0, L - 3, (B, 3)), axis=1)
   ids = (np.arange(L)[None, :, None] >= cuts[:, None]).sum(axis=-1).astype(np.int32)
@@ -54,7 +54,7 @@ def packed_rows(B, L):
 
 
 def compare(config, devices, q, k, v, t, rows):
-  """Values and gradients of shards are those of whole sequences."""
+  """Asserts that outputs and gradients on shards equal those on whole sequences."""
 
   def whole(q, k, v, rows):
     return dynamic_group_attention(q, k, v, config=config, **rows)
@@ -71,7 +71,7 @@ def compare(config, devices, q, k, v, t, rows):
 
 
 def check_equal(name, rows):
-  """Documents and blocks end anywhere in a shard."""
+  """Compares one config of cases.py. Documents and blocks cross the boundaries of shards."""
   B, L = 2, 112
   compare(
     CONFIGS[name], 4, *arrays(0, B, L, 4, 2, 4), packed_rows(B, L) if rows == "packed" else {}
@@ -79,7 +79,7 @@ def check_equal(name, rows):
 
 
 def check_crowded():
-  """All focal keys are in one chunk, so that the ragged all-gather needs further exchanges."""
+  """Puts all focal keys into one chunk, so that the ragged all-gather needs several exchanges."""
   B, L, config = (
     1,
     128,
@@ -90,17 +90,17 @@ def check_crowded():
   q = jnp.abs(q)
 
   first, _ = exchange_sizes(27 + 25, 8)
-  assert first < 16, "one exchange would be enough"
+  assert first < 16, "one exchange is enough for these inputs, so the test does not cover several"
   compare(config, 8, q, k, v, t, {})
 
 
-def sent(collectives: list[Collective]) -> float:
-  """Bytes received by a device, without exchanges whose number depends on the data."""
+def received_bytes(collectives: list[Collective]) -> float:
+  """Bytes that one device receives, without exchanges whose number depends on the data."""
   return sum(x.times * x.sent_bytes for x in collectives if not x.open_ended)
 
 
 def check_bytes(selection):
-  """At most 0.18 of the bytes of ring attention, which sends all keys and values."""
+  """Asserts that a device receives at most 0.18 of the bytes that ring attention sends it."""
   devices, L, N, D = 8, 131072, 1, 128
   config = DGAConfig(selection=selection, min_focal_tokens=0)
   shape = jax.ShapeDtypeStruct((1, L, N, D), jnp.float32)
@@ -120,17 +120,18 @@ def check_bytes(selection):
     out, pull = jax.vjp(attend, q, k, v)
     return out, pull(t)
 
-  def moved(f, arguments):
+  def count(f, arguments):
     program = jax.jit(f, in_shardings=sharded, out_shardings=sharded).lower(*[shape] * arguments)
-    return sent(read_collectives(program.compile().as_text()))
+    return received_bytes(read_collectives(program.compile().as_text()))
 
-  ring = 2 * L * N * D * 4 * (devices - 1) / devices  # K and V, from every other device
-  forward, total = moved(attend, 3), moved(both, 4)
-  # The backward pass of ring attention sends keys, values and their gradients.
+  # Ring attention receives the keys and values of every other device in the forward pass, and
+  # keys, values and their gradients in the backward pass.
+  ring = 2 * L * N * D * 4 * (devices - 1) / devices
+  forward, total = count(attend, 3), count(both, 4)
   print(selection, forward / ring, (total - forward) / (2 * ring))
   assert forward <= 0.18 * ring
   assert total - forward <= 0.18 * 2 * ring
-  assert forward > 0.15 * ring, "some collective was not counted"
+  assert forward > 0.15 * ring, "read_collectives missed a collective"
 
 
 if __name__ == "__main__":

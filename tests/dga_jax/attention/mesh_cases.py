@@ -1,4 +1,4 @@
-"""The op on meshes of four devices: Auto and Explicit axes, any names, rows and heads split."""
+"""Meshes of four devices for tests of the op: Auto or Explicit axes, our names or foreign ones."""
 
 import itertools
 import os
@@ -13,7 +13,7 @@ from dga_jax.sharding import MESH_AXES
 from tests.dga_jax.attention.cases import CONFIGS
 
 AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
-# Names and sizes of a mesh's axes, and the axes that split rows and heads.
+# Axis names and sizes of each mesh, the axes that split rows, and the axes that split heads.
 AXES = {
   "own": (MESH_AXES, (2, 1, 2, 1), ("data", "fsdp"), ("tensor",)),
   "foreign": (("x", "y"), (2, 2), ("x",), ("y",)),
@@ -21,10 +21,10 @@ AXES = {
 MESHES = tuple(itertools.product(AXES, AXIS_TYPES))
 SPLITS = ("rows", "heads", "both")
 SELECTIONS = ("global", "streaming")
-CELLS = tuple(itertools.product(SPLITS, SELECTIONS))
-# Kernels take long to lower and to compile. Of them every mesh and every cell is tested, but not
-# every cell on every mesh, unless DGA_ALL_MESH_CELLS is set.
-_KERNEL_CELLS = {
+CASES = tuple(itertools.product(SPLITS, SELECTIONS))
+# The cases for which kernels are lowered or compiled, which takes long. They cover every mesh and
+# every case. DGA_ALL_MESH_CASES in the environment selects every case on every mesh.
+_KERNEL_CASES = {
   ("own", AxisType.Auto): (("both", "global"), ("rows", "streaming")),
   ("own", AxisType.Explicit): (("heads", "global"), ("both", "streaming")),
   ("foreign", AxisType.Auto): (("rows", "global"), ("heads", "streaming")),
@@ -32,27 +32,30 @@ _KERNEL_CELLS = {
 }
 
 
-def kernel_cells(names, axis_type):
-  """The cells of a mesh for which kernels are lowered or compiled."""
-  return CELLS if "DGA_ALL_MESH_CELLS" in os.environ else _KERNEL_CELLS[names, axis_type]
+def kernel_cases(names, axis_type):
+  """The (split, selection) cases of a mesh for which kernels are lowered or compiled."""
+  return CASES if "DGA_ALL_MESH_CASES" in os.environ else _KERNEL_CASES[names, axis_type]
 
 
 def make_mesh(names, axis_type, devices=None):
-  """Of four devices."""
+  """A mesh of four devices."""
   axes, sizes, _, _ = AXES[names]
   devices = jax.devices() if devices is None else devices
   return Mesh(np.array(devices).reshape(sizes), axes, axis_types=(axis_type,) * len(axes))
 
 
 def abstract_mesh(names, axis_type, device=None):
-  """Of four devices that are described and absent."""
+  """An abstract mesh of four devices, for lowering without the hardware."""
   axes, sizes, _, _ = AXES[names]
   types = (axis_type,) * len(axes)
   return AbstractMesh(sizes, axes, axis_types=types, abstract_device=device)
 
 
 def spec_of(names, split):
-  """The layout of queries, keys and values. Both foreign axes split rows, or heads, together."""
+  """The PartitionSpec of queries, keys and values.
+
+  On the foreign mesh both axes split the same dimension, unless `split` is "both".
+  """
   _, _, rows, heads = AXES[names]
   if names == "foreign" and split != "both":
     rows = heads = (*rows, *heads)
@@ -62,7 +65,7 @@ def spec_of(names, split):
 
 
 def op(config, sharding, **options):
-  """Output and gradients. The op is told the `sharding` where axes are Auto."""
+  """A function that returns output and gradients; it passes `sharding=` to the op on Auto axes."""
   given = {"sharding": sharding} if sharding.mesh.abstract_mesh.auto_axes else {}
 
   def run(q, k, v, t):
@@ -75,21 +78,21 @@ def op(config, sharding, **options):
   return run
 
 
-def many_cells(names, mesh, cells):
-  """One function for several splits and selections, and the shardings of its arguments."""
-  shardings = {split: NamedSharding(mesh, spec_of(names, split)) for split, _ in cells}
+def make_run(names, mesh, cases):
+  """One function that runs all (split, selection) cases, and the shardings of its arguments."""
+  shardings = {split: NamedSharding(mesh, spec_of(names, split)) for split, _ in cases}
 
   def run(arrays):
     return {
       (split, selection): op(CONFIGS[selection], shardings[split])(*arrays[split])
-      for split, selection in cells
+      for split, selection in cases
     }
 
   return run, shardings
 
 
 def shapes(shardings, B=4, L=256, H=8, N=4, D=128, dtype=jnp.bfloat16):
-  """Query, key, value and cotangent for each sharding."""
+  """Shapes of query, key, value and cotangent for each sharding."""
   return {
     split: tuple(
       jax.ShapeDtypeStruct((B, L, heads, D), dtype, sharding=sharding) for heads in (H, N, N, H)

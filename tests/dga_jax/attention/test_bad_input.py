@@ -1,4 +1,4 @@
-"""What makes no sense raises ValueError at trace time, naming the argument."""
+"""Invalid arguments of the op raise ValueError at trace time with the argument's name."""
 
 import dataclasses
 
@@ -37,12 +37,12 @@ K = jnp.zeros((2, 12, 2, 8))
     ("seed", None),
   ],
 )
-def test_config(name, value):
+def test_invalid_config_field_is_named(name, value):
   with pytest.raises(ValueError, match=name):
     DGAConfig(**{name: value})
 
 
-def test_config_combinations():
+def test_invalid_combinations_of_config_fields():
   with pytest.raises(ValueError, match="complementary"):
     DGAConfig(selection="streaming", complementary=False)
   with pytest.raises(ValueError, match="n_random"):
@@ -75,13 +75,13 @@ def test_config_combinations():
     ({"implementation": "fastest"}, "implementation is 'fastest'"),
   ],
 )
-def test_op(changes, message):
+def test_invalid_arguments_of_the_op(changes, message):
   arguments = {"query": Q, "key": K, "value": K, "config": CONFIG} | changes
   with pytest.raises(ValueError, match=message):
     dynamic_group_attention(**arguments)
 
 
-def test_documents_need_a_bound_under_jit():
+def test_traced_segment_ids_need_max_documents():
   ids = np.zeros((2, 12), np.int32)
   op = jax.jit(lambda ids, c: plan_groups(Q, K, config=c, segment_ids=ids), static_argnums=1)
   with pytest.raises(ValueError, match=r"max_documents is None\. Set max_documents to the most"):
@@ -90,8 +90,8 @@ def test_documents_need_a_bound_under_jit():
 
 
 @pytest.mark.parametrize("inside", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_more_documents_than_the_bound(inside):
-  """Concrete segment ids are counted, inside jit as outside."""
+def test_more_documents_than_max_documents(inside):
+  """Concrete segment ids are counted outside jit and, as constants, inside jit."""
   three = np.repeat([[0, 1, 2]], 2, axis=0).repeat(4, axis=1)
   two = dataclasses.replace(CONFIG, max_documents=2)
   plan = inside(lambda q: plan_groups(q, K, config=two, segment_ids=three))
@@ -101,13 +101,13 @@ def test_more_documents_than_the_bound(inside):
       call(Q)
 
 
-def test_concrete_documents_need_no_bound_under_jit():
+def test_concrete_segment_ids_under_jit_need_no_max_documents():
   ids = np.repeat([[0, 1, 2]], 2, axis=0).repeat(4, axis=1)
   op = jax.jit(lambda q: dynamic_group_attention(q, K, K, config=CONFIG, segment_ids=ids))
   assert op(Q).shape == Q.shape
 
 
-def test_plan_must_fit():
+def test_a_plan_must_match_the_call():
   plan = plan_groups(Q, K, config=CONFIG)
   other = dataclasses.replace(CONFIG, group_size=3)
   with pytest.raises(ValueError, match="made with group_size=4, and config has group_size=3"):
@@ -118,7 +118,7 @@ def test_plan_must_fit():
     dynamic_group_attention(Q, K, K, config=CONFIG, plan=plan, lengths=np.array([3, 4]))
 
 
-def test_focal_masks():
+def test_invalid_focal_masks():
   with pytest.raises(ValueError, match="focal_mask is float32"):
     GroupPlan.from_focal_mask(jnp.zeros((1, 1, 5)), config=CONFIG)
   mask = jnp.ones((1, 1, 12), bool)

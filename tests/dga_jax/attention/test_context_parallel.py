@@ -1,4 +1,4 @@
-"""Context parallelism, on eight simulated devices in a process of their own."""
+"""Tests of context parallelism in a subprocess with eight simulated devices."""
 
 import os
 import subprocess
@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[3]
   ids=" ".join,
 )
 def test_context_parallelism(arguments: tuple[str, ...]) -> None:
-  """Values and gradients are those of whole sequences, and few bytes are sent.
+  """Outputs and gradients equal those of whole sequences, and traffic is far below a ring's.
 
-  For every config in cases.py, under the same XLA_FLAGS:
+  To check another config of cases.py, run under the same XLA_FLAGS:
   python -m tests.dga_jax.attention.check_context_parallel equal NAME:whole NAME:packed
   """
   flags = "--xla_force_host_platform_device_count=8"

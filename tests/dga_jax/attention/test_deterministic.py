@@ -1,8 +1,8 @@
-"""The op under --xla_gpu_deterministic_ops, with which training on a GPU repeats bit for bit.
+"""The op contains no scatter that XLA miscompiles under --xla_gpu_deterministic_ops.
 
-XLA (jax 0.11.2) then sorts the indices of a scatter of single numbers as places in a flat array, so
-that one beyond the end of a row becomes one of the next row. It leaves a scatter alone that
-promises not to repeat an index, and does not err where it scatters rows.
+Bit-for-bit training on a GPU needs that flag. With it XLA (jax 0.11.2) sorts the indices of a
+scalar scatter as offsets in the flattened array. An index beyond the end of a row then writes to
+the next row. Scatters with unique_indices and scatters of whole rows are not affected.
 """
 
 import jax
@@ -17,7 +17,7 @@ SAFE = {GatherScatterMode.CLIP, GatherScatterMode.PROMISE_IN_BOUNDS}
 
 
 def scatters(jaxpr):
-  """All scatters of a program, those of its loops and calls included."""
+  """All scatter equations of a jaxpr, including those in loops and calls."""
   for equation in jaxpr.eqns:
     if equation.primitive.name.startswith("scatter"):
       yield equation
@@ -26,7 +26,7 @@ def scatters(jaxpr):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_no_scatter_reaches_beyond_its_array(name):
+def test_scalar_scatters_are_unique_or_in_bounds(name):
   inputs = arrays(0, 2, 41, 4, 2, 4)
   ids = np.repeat([[0, 1, -1]], [20, 16, 5], axis=1).repeat(2, axis=0)
 

@@ -1,4 +1,4 @@
-"""Every implementation equals the masks written out: values and gradients, on every switch."""
+"""Outputs and gradients of each implementation equal the dense-mask reference, for each config."""
 
 import hypothesis.strategies as st
 import jax
@@ -20,7 +20,7 @@ SHAPES = [(41, 4, 2), (40, 2, 2), (37, 3, 1)]  # L, H, N
 @settings(max_examples=6)
 @given(data=st.data())
 def test_xla_equals_reference(name, data):
-  """Values and gradients over ragged and packed rows; shapes vary by config."""
+  """Outputs and gradients on padded and packed rows; the shapes depend on the config."""
   L, H, N = SHAPES[list(CONFIGS).index(name) % len(SHAPES)]
   where = data.draw(rows(2, L))
   inputs = arrays(data.draw(st.integers(0, 99)), 2, L, H, N, 4)
@@ -44,15 +44,15 @@ def test_rows_shorter_than_a_group_or_block(selection, length):
 
 @pytest.mark.parametrize("selection", ["global", "streaming"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_is_as_exact_as_plain_attention(selection, dtype):
-  """Error against float32 at most twice (gradients three times) that of dense attention."""
+def test_half_precision_error_is_close_to_that_of_dense_attention(selection, dtype):
+  """The error against float32 is at most 2 times (gradients 3 times) that of dense attention."""
   config = DGAConfig(selection=selection, min_focal_tokens=0)
   B, L, H, N, D = 1, 500, 4, 2, 32
   half = arrays(3, B, L, H, N, D, dtype)
   full = tuple(x.astype(jnp.float32) for x in half)
 
   def plain(q, k, v):
-    """Causal attention, products of the input dtype with float32 sums."""
+    """Dense causal attention: matrix products in the input dtype with float32 accumulation."""
     k, v = (x.repeat(H // N, axis=2) for x in (k, v))
     s_BxHxLxL = jnp.einsum("blhd,bmhd->bhlm", q, k, preferred_element_type=jnp.float32) / D**0.5
     s_BxHxLxL = jnp.where(jnp.tri(L, dtype=bool)[None, None], s_BxHxLxL, -jnp.inf)
@@ -71,7 +71,7 @@ def test_half_precision_is_as_exact_as_plain_attention(selection, dtype):
     ]
 
   bounds = errors(lambda x: jax.jit(dense)(*x))
-  # In half precision the scores round too: hold the choice of focal tokens fixed.
+  # A shared plan, because rounding of half-precision scores may change the focal tokens.
   plan = plan_groups(half[0], half[1], config=config)
 
   def ours(x, implementation):
@@ -92,7 +92,7 @@ def test_half_precision_is_as_exact_as_plain_attention(selection, dtype):
 
 
 def test_jit_vmap_checkpoint_and_blocks_agree(monkeypatch):
-  """One result, however the op is called and however the queries are cut into blocks."""
+  """The result does not depend on jit, vmap, checkpoint or the query block size."""
   from pallas_kernels.grouped_attention import xla
 
   config = DGAConfig(group_size=4, min_focal_tokens=0, selection="streaming")
@@ -108,8 +108,8 @@ def test_jit_vmap_checkpoint_and_blocks_agree(monkeypatch):
   np.testing.assert_allclose(jax.jit(jax.checkpoint(op))(q, k, v), want, atol=1e-6)
 
 
-def test_a_row_that_sees_nothing_gives_zeros_and_finite_gradients():
-  """Without complementary tokens the first queries of a document have no keys at all."""
+def test_queries_without_visible_keys_give_zeros_and_finite_gradients():
+  """Without complementary tokens the first queries of a document see no keys."""
   config = DGAConfig(group_size=4, importance_rate=0.0, min_focal_tokens=0, complementary=False)
   q, k, v, t = arrays(0, 1, 12, 2, 1, 4)
   for implementation in ("xla", "reference"):
@@ -119,7 +119,7 @@ def test_a_row_that_sees_nothing_gives_zeros_and_finite_gradients():
     np.testing.assert_array_equal(gradients[0][:, :3], 0)
 
 
-def test_garbage_in_padding_reaches_nothing():
+def test_nan_in_padding_changes_nothing():
   config = DGAConfig(group_size=4, min_focal_tokens=0)
   q, k, v, t = arrays(0, 2, 30, 2, 1, 4)
   lengths = np.array([30, 17], np.int32)
@@ -132,7 +132,7 @@ def test_garbage_in_padding_reaches_nothing():
       np.testing.assert_array_equal(got[1, 17:], 0)
 
 
-def test_a_bad_value_stays_in_its_row():
+def test_nan_in_one_row_does_not_reach_another_row():
   config = DGAConfig(group_size=4, min_focal_tokens=0)
   q, k, v, t = arrays(0, 2, 30, 2, 1, 4)
   out, *_ = run(q, k.at[0, 20].set(jnp.nan), v, t, config=config, implementation="xla")
@@ -141,8 +141,8 @@ def test_a_bad_value_stays_in_its_row():
   assert not np.isfinite(out[0]).all()
 
 
-def test_programs_hold_no_square_buffer():
-  """Temporaries of a fixed block of queries grow with r + k, never with L²."""
+def test_temporary_memory_grows_linearly_with_length():
+  """Temporary arrays hold one query block times r + k entries, and no L × L array."""
   from pallas_kernels.grouped_attention.xla import BLOCK_Q
 
   config = DGAConfig(selection="streaming")

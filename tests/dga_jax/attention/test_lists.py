@@ -1,4 +1,4 @@
-"""Lengths and segment ids may be lists."""
+"""`lengths` and `segment_ids` may be lists."""
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ from dga_jax import DGAConfig, dynamic_group_attention, GroupPlan, plan_groups
 CONFIG = DGAConfig(group_size=4, min_focal_tokens=0)
 
 
-def test_lists_are_arrays():
+def test_lists_give_the_same_output_as_arrays():
   lengths, ids = [12, 7], [[0] * 5 + [1] * 7, [3] * 9 + [-1] * 3]
   q = jax.random.normal(jax.random.key(0), (2, 12, 4, 8))
   k = jax.random.normal(jax.random.key(1), (2, 12, 2, 8))

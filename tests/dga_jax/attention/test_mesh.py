@@ -1,4 +1,4 @@
-"""The op on meshes: run on four simulated devices, lowered for H100s, compiled for TPUs; errors."""
+"""The op on meshes: values on four simulated devices, lowering for H100s, TPU programs, errors."""
 
 import os
 import re
@@ -22,9 +22,11 @@ ROOT = Path(__file__).parents[3]
 H100 = _aot_gpu.abstract_mesh().abstract_device
 
 
-@pytest.mark.parametrize("check", ["matrix", "calls"])
-def test_values_are_those_of_one_device(check: str) -> None:
-  """Devices are counted when jax starts, so this takes a process of its own."""
+@pytest.mark.parametrize(
+  "check", ["matrix", "Explicit", pytest.param("Auto", marks=pytest.mark.nightly)]
+)
+def test_values_equal_those_of_one_device(check: str) -> None:
+  """Runs in a subprocess, because JAX fixes the number of devices when it starts."""
   flags = "--xla_force_host_platform_device_count=4"
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "tests.dga_jax.attention.check_mesh", check]
@@ -36,14 +38,14 @@ def test_values_are_those_of_one_device(check: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize(("names", "axis_type"), mesh_cases.MESHES, ids=str)
-def test_kernels_for_h100_get_the_rows_and_heads_of_one_device(names, axis_type) -> None:
+def test_h100_kernels_receive_one_devices_rows_and_heads(names, axis_type) -> None:
   mesh = mesh_cases.abstract_mesh(names, axis_type, H100)
-  cells = mesh_cases.kernel_cells(names, axis_type)
-  run, shardings = mesh_cases.many_cells(names, mesh, cells)
+  cases = mesh_cases.kernel_cases(names, axis_type)
+  run, shardings = mesh_cases.make_run(names, mesh, cases)
   arguments = mesh_cases.shapes(shardings, H=24)
   text = jax.jit(run).trace(arguments).lower(lowering_platforms=("cuda",)).as_text()
   kernels = re.findall(r"custom_call @(?:mosaic_gpu_v2|__gpu\$xla\.gpu\.triton)\(.*", text)
-  assert len(kernels) >= 5 * len(cells)
+  assert len(kernels) >= 5 * len(cases)
   found = {array for line in kernels for array in re.findall(r"tensor<([\dx]+)xbf16>", line)}
   for split, (query, key, *_) in arguments.items():
     for x in (query, key):
@@ -57,9 +59,9 @@ def dims(shape: tuple[int, ...]) -> str:
 
 @pytest.mark.aot
 @pytest.mark.parametrize(("names", "axis_type"), mesh_cases.MESHES, ids=str)
-def test_programs_for_tpus_send_nothing(names, axis_type) -> None:
+def test_tpu_programs_contain_no_collectives(names, axis_type) -> None:
   mesh = mesh_cases.make_mesh(names, axis_type, _aot_tpu.topology_devices())
-  run, shardings = mesh_cases.many_cells(names, mesh, mesh_cases.kernel_cells(names, axis_type))
+  run, shardings = mesh_cases.make_run(names, mesh, mesh_cases.kernel_cases(names, axis_type))
   traced = jax.jit(run).trace(mesh_cases.shapes(shardings))
   text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
   for kernel in ("grouped_attention_forward", "grouped_attention_dq", "group_merge"):
@@ -68,7 +70,7 @@ def test_programs_for_tpus_send_nothing(names, axis_type) -> None:
 
 
 def typed(mesh, spec, *, H=8, N=4, kv_spec=None, B=4):
-  """Shapes of query, key and value on a mesh."""
+  """Shapes of query, key and value with shardings on a mesh."""
   kv_spec = spec if kv_spec is None else kv_spec
   return tuple(
     jax.ShapeDtypeStruct((B, 24, heads, 16), jnp.float32, sharding=NamedSharding(mesh, s))
@@ -77,7 +79,7 @@ def typed(mesh, spec, *, H=8, N=4, kv_spec=None, B=4):
 
 
 def call(arrays, **options):
-  """Traces the op."""
+  """Traces the op without running it."""
   config = CONFIGS["streaming"]
   jax.eval_shape(lambda *x: dynamic_group_attention(*x, config=config, **options), *arrays)
 
@@ -101,7 +103,7 @@ AUTO = mesh_cases.abstract_mesh("foreign", AxisType.Auto)
     ),
   ],
 )
-def test_layouts_that_the_op_refuses(arrays, message) -> None:
+def test_unsupported_shardings_are_errors(arrays, message) -> None:
   with pytest.raises(ValueError, match=message):
     call(arrays)
   plan = lambda q, k: plan_groups(q, k, config=CONFIGS["streaming"])  # noqa: E731
@@ -123,13 +125,13 @@ def test_layouts_that_the_op_refuses(arrays, message) -> None:
     (typed(EXPLICIT, P("x")), P("y"), "type of query says .*leave it out"),
   ],
 )
-def test_a_sharding_argument_that_does_not_fit(arrays, spec, message) -> None:
+def test_invalid_sharding_arguments_are_errors(arrays, spec, message) -> None:
   mesh = arrays[0].sharding.mesh
   with pytest.raises(ValueError, match=message):
     call(arrays, sharding=NamedSharding(mesh, spec))
 
 
-def test_kernels_need_to_know_the_layout() -> None:
+def test_kernels_on_auto_axes_need_the_sharding_argument() -> None:
   mesh = mesh_cases.abstract_mesh("foreign", AxisType.Auto, H100)
   arrays = typed(mesh, P("x"))
   with pytest.raises(ValueError, match=r"mesh axes \('x', 'y'\) split query is unknown.*sharding="):
@@ -139,7 +141,8 @@ def test_kernels_need_to_know_the_layout() -> None:
     call(typed(mesh, P()))
 
 
-def test_meshes_must_agree() -> None:
+@pytest.mark.invalid_arguments
+def test_sharding_and_arrays_must_have_one_mesh() -> None:
   other = AbstractMesh((4,), ("x",), axis_types=(AxisType.Auto,))
   with pytest.raises(ValueError, match=r"query has the mesh axes .* and sharding .*same mesh"):
     call(typed(AUTO, P()), sharding=NamedSharding(other, P("x")))
@@ -149,7 +152,7 @@ def test_meshes_must_agree() -> None:
     call(typed(AUTO, P()), sharding=P("x"))
 
 
-def test_a_shard_map_around_the_call_has_split_its_axes() -> None:
+def test_sharding_must_not_name_manual_axes_of_a_shard_map() -> None:
   sharded = jax.shard_map(
     lambda *x: dynamic_group_attention(
       *x, config=CONFIGS["streaming"], sharding=NamedSharding(AUTO, P("x"))
@@ -163,7 +166,7 @@ def test_a_shard_map_around_the_call_has_split_its_axes() -> None:
     jax.eval_shape(sharded, *typed(AUTO, P()))
 
 
-def test_vmap_over_an_axis_that_explicit_axes_split() -> None:
+def test_vmap_over_a_dimension_sharded_on_explicit_axes_is_an_error() -> None:
   rows = tuple(
     jax.ShapeDtypeStruct((2, *x.shape), x.dtype, sharding=NamedSharding(EXPLICIT, P("x")))
     for x in typed(EXPLICIT, P())

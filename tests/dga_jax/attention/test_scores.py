@@ -1,4 +1,4 @@
-"""Which queries are sampled, what a plan runs on a GPU, and the quota of packed documents."""
+"""Sampled queries, focal quotas of packed documents, and the kernels of a plan on an H100."""
 
 import functools
 
@@ -20,8 +20,8 @@ CONFIG = DGAConfig(
 )
 
 
-def test_whole_rows_sample_what_padded_ones_do():
-  """Known while tracing or drawn by the program: the same queries in the same order."""
+def test_whole_and_padded_rows_sample_the_same_queries():
+  """Whole rows sample queries while tracing, padded rows at run time; the order is equal too."""
   whole, padded = find_documents(2, 33, None, None), find_documents(2, 33, np.array([33, 33]), None)
   assert (whole.rows, padded.rows) == ("whole", "padded")
   run = jax.jit(functools.partial(sample_queries, max_documents=1, config=CONFIG))
@@ -29,13 +29,13 @@ def test_whole_rows_sample_what_padded_ones_do():
     np.testing.assert_array_equal(fixed, drawn)
 
 
-def test_whole_rows_are_found_as_padded_ones_are():
+def test_document_fields_of_whole_rows_equal_those_of_padded_rows():
   whole, padded = find_documents(2, 33, None, None), find_documents(2, 33, np.array([33, 33]), None)
   for name in ("index", "start", "length", "is_token", "position", "is_last"):
     np.testing.assert_array_equal(getattr(whole, name), getattr(padded, name), err_msg=name)
 
 
-def test_extents_of_packed_and_padded_rows():
+def test_extents_of_packed_and_whole_rows():
   ids = np.array([[-1, 0, 0, 7, 7, 7, -1, 2], [-1] * 8])
   start, length = find_documents(2, 8, None, ids).extents(4)
   np.testing.assert_array_equal(length, [[2, 3, 1, 0], [0] * 4])
@@ -44,7 +44,7 @@ def test_extents_of_packed_and_padded_rows():
   np.testing.assert_array_equal([start[:, 0], length[:, 0]], [[0, 0], [8, 8]])
 
 
-def test_each_document_keeps_its_quota_and_its_sinks():
+def test_each_document_selects_its_quota_and_its_sinks():
   config = DGAConfig(group_size=4, min_focal_tokens=0, sink_tokens=2, importance_rate=0.25)
   lengths = [17, 1, 30]
   ids = np.repeat([0, 1, 2, -1], [*lengths, 4])[None]
@@ -78,7 +78,7 @@ def test_a_plan_for_an_h100_runs_the_kernels_and_sorts_nothing(rows):
   for kernel in ("importance_logsumexp", "importance_scores", "segmented_top_k"):
     assert kernel in program
   assert "stablehlo.sort" not in program
-  # What is left to draw and rank at run time: the queries of documents that packing decides.
+  # Only packed rows draw and rank sampled queries at run time, because ids decide the documents.
   assert ("chlo.top_k" in program) == (rows == "packed")
 
 

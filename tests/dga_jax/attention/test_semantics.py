@@ -1,4 +1,4 @@
-"""Section 6 of the specification: what must hold whatever the implementation."""
+"""Properties of the mechanism that hold for every implementation."""
 
 import dataclasses
 
@@ -44,13 +44,13 @@ BOTH = pytest.mark.parametrize("implementation", ["reference", "xla"])
   ids=lambda c: f"{c.selection}-m{c.group_size}-rate{c.importance_rate}-{c.visibility}",
 )
 def test_equals_causal_attention(config, implementation):
-  """γ = 1, m = 1, and lengths up to the floor."""
+  """γ = 1, m = 1, and lengths up to min_focal_tokens reduce DGA to dense causal attention."""
   q, k, v, _ = arrays(0, 2, 37, 4, 2, 8)
   out = forward(q, k, v, config=config, implementation=implementation)
   np.testing.assert_allclose(out, dense(q, k, v), atol=2e-6)
 
 
-# Figure 1 of the paper, with its 1-based numbers.
+# The example of Figure 1 of the paper, with its 1-based positions.
 GOLDEN_CONFIG = DGAConfig(group_size=3, min_focal_tokens=0)
 GOLDEN_FOCAL = (4, 7, 9)
 GOLDEN_COMPLEMENTARY = {1: {1}, 2: {1, 2}, 5: {5}, 6: {5, 6}, 7: {5, 6}}
@@ -85,8 +85,8 @@ class TestGoldenExample:
 @pytest.mark.parametrize("name", CONFIGS)
 @settings(max_examples=8)
 @given(data=st.data())
-def test_every_document_is_as_the_oracle_computes_it_alone(name, data):
-  """Selection, merging and visibility, for rows that are ragged and packed."""
+def test_each_document_equals_the_oracle_on_that_document_alone(name, data):
+  """Covers selection, merging and visibility on padded and packed rows."""
   B, L = 2, 40
   where = data.draw(rows(B, L))
   q, k, v, _ = arrays(data.draw(st.integers(0, 99)), B, L, 4, 2, 4)
@@ -109,7 +109,7 @@ def test_streaming_is_causal_bit_for_bit(name):
     assert not np.array_equal(out[:, t], new[:, t])
 
 
-def test_global_selection_looks_ahead_and_a_fixed_plan_does_not():
+def test_global_selection_is_not_causal_and_a_fixed_plan_is():
   config = DGAConfig(group_size=4, min_focal_tokens=0, n_recent=4, n_random=4)
   q, k, v, _ = arrays(0, 1, 64, 2, 1, 4)
   t = 60
@@ -131,7 +131,7 @@ def test_global_selection_looks_ahead_and_a_fixed_plan_does_not():
   floor=st.sampled_from([0, 7, 1024]),
 )
 def test_quota(length, m, rate, floor):
-  """r₀ = min(L, max(⌈γL⌉, floor)), r = r₀ + ((L − r₀) mod m), in whole numbers."""
+  """r₀ = min(L, max(⌈γL⌉, floor)) and r = r₀ + ((L − r₀) mod m), in exact integers."""
   config = DGAConfig(group_size=m, importance_rate=rate, min_focal_tokens=floor)
   r0 = min(length, max(-(-round(rate * 100) * length // 100), floor))
   r = int(config.focal_quota(length)[length])
@@ -139,7 +139,7 @@ def test_quota(length, m, rate, floor):
   assert (length - r) % m == 0
 
 
-def test_sampled_queries_are_the_recent_ones_and_a_repeatable_draw():
+def test_sampled_queries_contain_the_recent_positions_once():
   config = DGAConfig(n_recent=3, n_random=4, seed=5)
   samples = sample_queries(find_documents(1, 33, None, None), 1, config)
   positions = np.asarray(samples.position[0, 0])
@@ -148,7 +148,7 @@ def test_sampled_queries_are_the_recent_ones_and_a_repeatable_draw():
   assert len(set(positions)) == 7
 
 
-def test_ties_go_to_the_earlier_position():
+def test_ties_select_the_earlier_position():
   k = jnp.ones((1, 24, 1, 4))
   config = DGAConfig(group_size=4, min_focal_tokens=0, n_recent=1, n_random=1)
   mask = plan_groups(k, k, config=dataclasses.replace(config, n_random=0)).focal_mask
@@ -158,7 +158,7 @@ def test_ties_go_to_the_earlier_position():
   np.testing.assert_array_equal(np.flatnonzero(mask) % 6, [0, 1] * 4)
 
 
-def test_random_draws_differ_by_seed_and_head_and_repeat():
+def test_random_selection_repeats_for_a_seed_and_differs_by_seed_and_head():
   q, k, *_ = arrays(0, 1, 200, 4, 2, 4)
   masks = [
     np.asarray(
@@ -175,7 +175,7 @@ def test_random_draws_differ_by_seed_and_head_and_repeat():
 
 @pytest.mark.parametrize("name", ["global-exclusive-sinks"])
 def test_any_focal_mask_makes_a_plan(name):
-  """A partial group at the end of a document stays raw; under jit a bound is needed."""
+  """An incomplete group at the end of a document stays raw. Under jit max_focal is required."""
   config, L = CONFIGS[name], 30
   ids = np.repeat([[0, 1, 2], [0, 1, -1]], [11, 14, 5], axis=1).astype(np.int32)
   q, k, v, _t = arrays(0, 2, L, 2, 2, 4)
@@ -194,11 +194,11 @@ def test_any_focal_mask_makes_a_plan(name):
     mask = jax.random.bernoulli(jax.random.key(1), share, (2, 2, L))
     got, want = traced(mask)
     np.testing.assert_allclose(got, want, atol=2e-5)
-  plan = GroupPlan.from_focal_mask(mask, config=config, segment_ids=ids)  # keeps every token
+  plan = GroupPlan.from_focal_mask(mask, config=config, segment_ids=ids)  # All tokens are focal.
   np.testing.assert_allclose(forward(q, k, v, config=config, plan=plan), want, atol=2e-5)
 
 
-def test_a_bound_broken_under_jit_is_nan():
+def test_rows_beyond_a_static_bound_under_jit_are_nan():
   config = DGAConfig(group_size=2, min_focal_tokens=0, max_documents=2)
   q, k, v, _ = arrays(0, 1, 12, 1, 1, 4)
   ids = np.repeat(np.arange(3), 4)[None].astype(np.int32)
@@ -212,7 +212,7 @@ def test_a_bound_broken_under_jit_is_nan():
 
 
 def test_gradients_flow_through_merge_weights():
-  """A query that only weighs a group's members still gets a gradient from its reader."""
+  """The query that weights a group's members gets a gradient from a query that sees the group."""
   config = DGAConfig(group_size=4, min_focal_tokens=0, visibility="exclusive")
   q, k, v, _ = arrays(0, 1, 9, 1, 1, 4)
   plan = fixed_mask_plan([8], 9, config)

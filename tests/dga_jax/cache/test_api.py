@@ -1,4 +1,4 @@
-"""The cache functions on one layer, as a caller without our Decoder meets them."""
+"""The cache functions on one layer, used without the `Decoder`."""
 
 import dataclasses
 import doctest
@@ -27,7 +27,7 @@ GLOBAL = DGAConfig(group_size=3, min_focal_tokens=2, sink_tokens=1)
 
 
 def tokens(*shape, dtype=jnp.float32):
-  """Query, key and value [*shape, heads, D]."""
+  """Random query, key and value [*shape, heads, D]."""
   keys = jax.random.split(jax.random.key(0), 3)
   return [jax.random.normal(k, (*shape, h, D), dtype) for k, h in zip(keys, (H, N, N), strict=True)]
 
@@ -42,13 +42,13 @@ def assert_equal(tree, want):
   jax.tree.map(np.testing.assert_array_equal, tree, want)
 
 
-def test_the_example_of_the_package_runs():
+def test_the_example_in_the_package_docstring_runs():
   result = doctest.testmod(dga_jax.cache)
   assert result.attempted > 10
   assert result.failed == 0
 
 
-def test_no_public_name_hides_a_module():
+def test_no_public_name_shadows_a_module():
   for name in dga_jax.cache.__all__:
     assert not isinstance(getattr(dga_jax.cache, name), types.ModuleType)
     with pytest.raises(ModuleNotFoundError):
@@ -57,7 +57,7 @@ def test_no_public_name_hides_a_module():
 
 @pytest.mark.parametrize("config", [CONFIG, GLOBAL], ids=["streaming", "global"])
 @pytest.mark.parametrize("lengths", [None, [12, 5]])
-def test_prefill_is_the_cache_of_attend_and_prefill(config, lengths):
+def test_prefill_returns_the_cache_of_attend_and_prefill(config, lengths):
   query, key, value = tokens(B, L)
   out, cache = attend_and_prefill(query, key, value, config=config, max_length=20, lengths=lengths)
   assert_equal(filled(config, lengths=lengths), cache)
@@ -74,7 +74,7 @@ def test_lengths_may_be_a_list_or_an_array(lengths):
 
 @pytest.mark.parametrize("config", [CONFIG, GLOBAL], ids=["streaming", "global"])
 def test_one_layer_equals_a_layer_of_a_stacked_cache(config):
-  """What prefill returns goes into decode_step, and out again, without a reshape."""
+  """`decode_step` accepts and returns the cache of `prefill` without a reshape."""
   one = filled(config)
   stacked = jax.tree.map(lambda x: jnp.stack([jnp.zeros_like(x), x, x]), one)
   step = jax.jit(functools.partial(decode_step, config=config), static_argnames="layer")
@@ -89,7 +89,7 @@ def test_one_layer_equals_a_layer_of_a_stacked_cache(config):
 
 @pytest.mark.parametrize("cache_dtype", [None, "int8"])
 def test_new_caches_can_be_donated(cache_dtype):
-  """No buffer occurs twice in them."""
+  """No two arrays of a new cache share a buffer, which donation would reject."""
   config = dataclasses.replace(CONFIG, cache_dtype=cache_dtype)
   step = jax.jit(functools.partial(decode_step, config=config), donate_argnums=3)
   empty = empty_cache(
@@ -103,7 +103,7 @@ def test_new_caches_can_be_donated(cache_dtype):
     np.testing.assert_array_equal(cache.length, after)
 
 
-def test_what_does_not_fit_max_length_is_refused_where_lengths_are_known():
+def test_tokens_beyond_max_length_are_an_error_if_lengths_are_concrete():
   cache = filled(max_length=13)
   _, full = decode_step(*tokens(B), cache, config=CONFIG)
   with pytest.raises(ValueError, match=r"lengths reach 14 tokens .* max_length=13"):
@@ -116,7 +116,26 @@ def test_what_does_not_fit_max_length_is_refused_where_lengths_are_known():
     filled(max_length=11)
 
 
-def test_misfits_are_refused_by_name():
+def test_more_tokens_than_max_length_are_refused_under_jit():
+  cache = filled()
+  call = jax.jit(functools.partial(extend, config=CONFIG))
+  with pytest.raises(ValueError, match=r"lengths reach 21 tokens .* max_length=20"):
+    call(*tokens(B, 21), cache)
+
+
+def test_a_token_may_keep_the_axis_of_length():
+  query, key, value = tokens(B, L + 1)
+  cache = prefill(key[:, :L], value[:, :L], query[:, :L], config=CONFIG, max_length=20)
+  step = jax.jit(functools.partial(decode_step, config=CONFIG))
+  out, after = step(query[:, L:], key[:, L:], value[:, L:], cache)
+  want, same = step(query[:, L], key[:, L], value[:, L], cache)
+  assert out.shape == (B, 1, H, D)
+  np.testing.assert_array_equal(out[:, 0], want)
+  assert_equal(after, same)
+
+
+@pytest.mark.invalid_arguments
+def test_invalid_shapes_and_dtypes_are_errors_with_the_name():
   query, key, value = tokens(B)
   cache = filled()
   step = functools.partial(decode_step, config=CONFIG)

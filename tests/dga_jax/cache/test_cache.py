@@ -1,4 +1,4 @@
-"""Prefill and decoding over the compact cache, and its exact size."""
+"""Prefill and decoding with the compact cache, and the exact size of the cache."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ LAYER = 1
 
 
 def stack(cache):
-  """The cache as the middle one of three layers; the others hold NaN."""
+  """A cache of three layers with `cache` in the middle and NaN in the other layers."""
   return jax.tree.map(lambda x: jnp.stack([jnp.full_like(x, _poison(x)), x, x + _poison(x)]), cache)
 
 
@@ -34,7 +34,11 @@ def _poison(x):
 
 @functools.partial(jax.jit, static_argnames="config")
 def continue_from(q, k, v, lengths, *, config):
-  """Prefills each row's first tokens and decodes the next; [B, steps, H, D] of both parts."""
+  """Prefills the first `lengths` tokens of each row and decodes the following ones.
+
+  Returns:
+    Outputs of the prefill and of decoding, [B, steps, H, D] each, and the cache.
+  """
   B = q.shape[0]
   outside = jnp.arange(PROMPT)[None] >= lengths[:, None]
   prompt = [jnp.where(outside[..., None, None], jnp.nan, x[:, :PROMPT]) for x in (q, k, v)]
@@ -53,7 +57,7 @@ def continue_from(q, k, v, lengths, *, config):
 @settings(max_examples=6)
 @given(lengths=st.lists(st.integers(0, PROMPT), min_size=2, max_size=2), seed=st.integers(0, 9))
 def test_streaming_prefill_equals_token_by_token_decoding(name, lengths, seed):
-  """For every prompt length and flush phase, sinks and local window included."""
+  """Holds for every prompt length and block phase, with sinks and local windows."""
   config = CONFIGS[name]
   q, k, v, _ = arrays(seed, 2, TOTAL, 4, 2, 4)
   want = forward(q, k, v, config=config)
@@ -66,7 +70,7 @@ def test_streaming_prefill_equals_token_by_token_decoding(name, lengths, seed):
 
 
 class DecodingOracle:
-  """Section 2 of the specification in lists: compact entries and a buffer, one KV head."""
+  """The decode rule of one KV head in Python lists: compact entries and a buffer of raw tokens."""
 
   def __init__(self, oracle, n):
     self.c, self.n, self.o = oracle.config, n, oracle
@@ -117,8 +121,8 @@ def test_decoding_after_a_global_prefill_follows_the_decode_rule(name):
       assert len(rule.entries) <= cache.arrays.compact_key.shape[-2]
 
 
-def test_a_short_prompt_in_a_long_padding_can_grow_to_max_length():
-  """No compact entry is dropped on the way."""
+def test_a_short_prompt_with_long_padding_can_grow_to_max_length():
+  """Decoding to max_length drops no compact entry."""
   config = dataclasses.replace(CONFIGS["global-no-rate-m7"], max_documents=None)
   q, k, v, _ = arrays(1, 1, TOTAL, 2, 1, 4)
   prompt = [x[:, : TOTAL - 1] for x in (k, v, q)]
@@ -132,7 +136,7 @@ def test_a_short_prompt_in_a_long_padding_can_grow_to_max_length():
 
 
 def test_a_prompt_shorter_than_the_sinks_is_completed_by_decoding():
-  """All tokens are exact until the first flush, so attention is dense."""
+  """No group is merged before the first complete block, so attention is dense until then."""
   config = dataclasses.replace(CONFIGS["global"], sink_tokens=6)
   q, k, v, _ = arrays(1, 2, TOTAL, 4, 2, 4)
   lengths = jnp.array([2, 0])
@@ -157,7 +161,7 @@ def test_decoding_can_start_from_an_empty_cache():
 
 
 @pytest.mark.parametrize("length", [4096, 8192, 16384, 32768])
-def test_cache_size_is_the_formula_and_the_arrays(length):
+def test_cache_size_equals_the_formula_and_the_arrays(length):
   config = DGAConfig(min_focal_tokens=0)
   streaming = dataclasses.replace(config, selection="streaming")
   r = int(config.focal_quota(length)[length])
@@ -175,7 +179,7 @@ def test_cache_size_is_the_formula_and_the_arrays(length):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_size_covers_every_ragged_prompt(name):
-  """A sequence of any prompt length can grow to max_length, and no entry is superfluous."""
+  """The size of a ragged batch is the largest size over all prompt lengths, without spare."""
   size = functools.partial(cache_size, config=CONFIGS[name], max_length=3 * TOTAL)
   alone = [size(prompt=length).compact for length in range(2 * TOTAL)]
   assert max(alone) == size(prompt=2 * TOTAL - 1, ragged=True).compact
@@ -193,5 +197,5 @@ def test_a_cache_in_8_bits_is_half_as_large_and_nearly_as_exact(dtype, largest_e
   error = np.linalg.norm(decoded - want) / np.linalg.norm(want)
   assert 1e-4 < error < largest_error
   size = cache_size(config=config, max_length=TOTAL)
-  rows = 2 * 3 * 2 * 2  # keys and values, layers of `stack`, sequences, heads
+  rows = 2 * 3 * 2 * 2  # Keys and values, layers of `stack`, sequences, heads.
   assert cache.bytes == rows * (size.compact * (D + 4) + size.raw * D * 4)

@@ -1,4 +1,4 @@
-"""Chunks of any size equal a prefill and decoding, in outputs and in the cache."""
+"""Chunked prefill gives the outputs and the cache of one prefill, for chunks of any size."""
 
 import dataclasses
 import operator
@@ -17,7 +17,7 @@ B, N, H, D = 2, 2, 4, 8
 STREAMING = DGAConfig(selection="streaming", group_size=3, focal_per_block=2)
 
 
-# Jitted: without, every new length compiles each operation.
+# Jitted, because otherwise each new length compiles every operation on its own.
 extend_jit = jax.jit(extend, static_argnames="config")
 prefill_jit = jax.jit(attend_and_prefill, static_argnames=("config", "max_length"))
 decode_jit = jax.jit(decode_step, static_argnames="config")
@@ -40,12 +40,17 @@ def draw(seed, length):
 
 
 def read_chunks(arrays, cache, config, cuts, pad):
-  """The outputs of all chunks, and the cache. The padding holds numbers that must not matter."""
+  """Feeds the chunks between `cuts`, each with `pad` tokens of padding, through `extend`.
+
+  Returns:
+    The outputs of all chunks, and the cache.
+  """
   outs, length = [], arrays[0].shape[1]
   for begin, end in zip([0, *cuts], [*cuts, length], strict=True):
     free = ((0, 0), (0, pad), (0, 0), (0, 0))
-    piece = [jnp.pad(x[:, begin:end], free, constant_values=7.0) for x in arrays]
-    out, cache = extend_jit(*piece, cache, config=config, lengths=jnp.full(B, end - begin))
+    # The value of the padding must not change the result.
+    chunk = [jnp.pad(x[:, begin:end], free, constant_values=7.0) for x in arrays]
+    out, cache = extend_jit(*chunk, cache, config=config, lengths=jnp.full(B, end - begin))
     assert not np.asarray(out[:, end - begin :]).any()
     outs.append(out[:, : end - begin])
   return jnp.concatenate(outs, axis=1), cache
@@ -67,7 +72,7 @@ def assert_same_cache(cache, want):
   cuts=st.lists(st.integers(1, 31), max_size=3, unique=True).map(sorted),
   pad=st.sampled_from([0, 4]),
 )
-def test_chunks_equal_a_prefill(seed, sinks, window, bias, cuts, pad):
+def test_chunks_equal_one_prefill(seed, sinks, window, bias, cuts, pad):
   config = dataclasses.replace(
     STREAMING, sink_tokens=sinks, local_window=window, group_logit_bias=bias
   )
@@ -87,7 +92,7 @@ def test_chunks_equal_a_prefill(seed, sinks, window, bias, cuts, pad):
   ],
   ids=["streaming", "global_bias", "global"],
 )
-def test_a_second_turn_equals_decoding_it(config):
+def test_extending_by_a_second_turn_equals_decoding_it(config):
   first, second = draw(0, 23), draw(1, 17)
   lengths = jnp.array([23, 9])
   _, begun = attend_and_prefill(*first, config=config, lengths=lengths, max_length=48)
@@ -96,15 +101,15 @@ def test_a_second_turn_equals_decoding_it(config):
   for t in range(17):
     want, decoded = decode_jit(*(x[:, t] for x in second), decoded, config=config)
     np.testing.assert_allclose(out[:, t], want, atol=1e-5, err_msg=f"token {t}")
-  # The rings differ in slots that no query sees: decoding does not clear them. The next token gets
-  # the same output from both caches.
+  # Decoding does not clear ring slots that no query sees, so the arrays of the caches may differ.
+  # The next token must get the same output from both caches.
   then = [x[:, 0] for x in draw(2, 1)]
   want, _ = decode_jit(*then, decoded, config=config)
   out, _ = decode_jit(*then, cache, config=config)
   np.testing.assert_allclose(out, want, atol=1e-5)
 
 
-def test_each_sequence_takes_its_own_number_of_tokens():
+def test_each_sequence_is_extended_by_its_own_length():
   config = dataclasses.replace(STREAMING, sink_tokens=2)
   arrays = draw(2, 20)
   before = empty(config, 32)

@@ -1,4 +1,4 @@
-"""The index arithmetic of the cache against a simulation, token by token, in lists."""
+"""The index arithmetic of the cache equals a token-by-token simulation in Python lists."""
 
 import dataclasses
 import functools
@@ -18,13 +18,19 @@ from tests.dga_jax.oracle import Oracle
 
 @dataclasses.dataclass
 class Simulation:
-  """Section 2 of the specification in lists: one sequence, without keys and values.
+  """The cache rule of one sequence in Python lists, without keys and values.
 
   Attributes:
-    compact: what each compact entry holds: ("focal", its index among the focal tokens) or
-      ("group", its index among the groups).
-    pages: the ring, w + 1 pages of positions; the block that is being filled has page `open_page`.
-    seen: the compact entries before the window of the open block.
+    members: m, tokens of a group.
+    focal: f, focal tokens of a block.
+    window: w, complete blocks that stay raw.
+    origin: position of the first token of the first block.
+    compact: the content of each compact entry: ("focal", index among the focal tokens) or
+      ("group", index among the groups).
+    length: tokens so far.
+    pages: the ring of raw tokens, w + 1 pages of positions, one page for each block.
+    open_page: page of the incomplete block.
+    complete_blocks: for each complete block, the number of compact entries before its own.
   """
 
   members: int
@@ -37,20 +43,20 @@ class Simulation:
   def __post_init__(self):
     self.pages = [[] for _ in range(self.window + 1)]
     self.open_page = 0
-    self.complete_blocks = []  # the number of compact entries before each block's own ones
+    self.complete_blocks = []
 
   def count(self, kind):
     return sum(entry[0] == kind for entry in self.compact)
 
   def append(self):
-    """One token; returns what it sees: compact entries, and raw tokens by slot."""
+    """Appends a token; returns the compact entries that it sees, and raw positions by ring slot."""
     position, self.length = self.length, self.length + 1
     if position < self.origin:
       self.compact.append(("focal", self.count("focal")))
       return list(range(len(self.compact))), {}
     page, size = self.pages[self.open_page], self.members + self.focal
     page.append(position)
-    # Of the complete blocks, the last w are seen raw, and the entries of the others.
+    # The last w complete blocks are visible as raw tokens, earlier blocks as compact entries.
     raw_blocks = self.complete_blocks[-self.window :] if self.window else []
     entries = list(range(raw_blocks[0] if raw_blocks else len(self.compact)))
     slots = {
@@ -69,7 +75,7 @@ class Simulation:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-  """The prefix of a sequence: sinks, or the entries of a whole prompt."""
+  """The compact entries before the first block: sinks, or the entries of a global prompt."""
 
   origin: int
   focal: int
@@ -135,7 +141,7 @@ def test_every_token_of_a_sequence(layout, prefix, tokens):
 
 
 def check_contents(layout, prefix, rule):
-  """What each compact entry and each raw slot holds after the last token."""
+  """Compares the content of every compact entry and ring slot after the last token."""
   entries, focal = prefix.focal + prefix.groups, prefix.focal
   held = {
     number * layout.block_size + offset: position
@@ -156,8 +162,11 @@ def check_contents(layout, prefix, rule):
 
 @given(layout=layouts, prefix=st.one_of(sinks, prompts))
 @settings(max_examples=8)
-def test_arrays_give_the_numbers_of_ints(layout, prefix):
-  """numpy arrays, and JAX arrays under jit, where no division rounds down."""
+def test_arrays_give_the_same_numbers_as_ints(layout, prefix):
+  """Ints, NumPy arrays and JAX arrays under jit give equal indices.
+
+  The jaxpr contains no `sign`, which floor division of signed integers would add.
+  """
   entries, focal = prefix.focal + prefix.groups, prefix.focal
 
   def numbers(position):
@@ -199,8 +208,8 @@ def test_arrays_give_the_numbers_of_ints(layout, prefix):
   length=st.integers(1, 40),
 )
 @settings(max_examples=60)
-def test_visible_tokens_are_those_of_the_oracle(members, focal, window, sinks, length):
-  """By position: focal tokens and groups behind the compact entries, and raw tokens."""
+def test_visible_tokens_equal_those_of_the_oracle(members, focal, window, sinks, length):
+  """Compares the positions of visible focal tokens, groups and raw tokens."""
   config = DGAConfig(
     selection="streaming",
     group_size=members,
@@ -227,7 +236,7 @@ def test_visible_tokens_are_those_of_the_oracle(members, focal, window, sinks, l
 
 
 @pytest.mark.parametrize("max_length", [0, 3, 40])
-def test_a_prompt_longer_than_the_cache_is_refused(max_length):
+def test_a_prompt_longer_than_max_length_is_an_error(max_length):
   size = functools.partial(cache_size, config=DGAConfig(), max_length=max_length)
   assert size(prompt=max_length).compact == max_length
   with pytest.raises(ValueError, match=f"max_length={max_length} and prompt={max_length + 1}"):

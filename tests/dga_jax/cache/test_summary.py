@@ -1,4 +1,4 @@
-"""The compact entries of a block whose scores tie, or are NaN."""
+"""The compact entries of a block whose scores tie or are NaN."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,10 @@ SIZE, KEPT = CONFIG.block_size, CONFIG.focal_in_block
 
 
 def summary(key_s):
-  """Keys and values [F] of a block with D = 1; the value of a token is its offset."""
+  """Keys and values [F] of the compact entries of a block with D = 1.
+
+  The value of a token is its offset in the block.
+  """
   key, value = (
     jnp.asarray(x, jnp.float32)[None, None, :, None, None] for x in (key_s, np.arange(SIZE))
   )
@@ -20,7 +23,7 @@ def summary(key_s):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_of_equal_scores_the_first_are_kept(seed):
+def test_ties_keep_the_earlier_tokens(seed):
   assert KEPT == 2
   key_s = np.random.default_rng(seed).integers(0, 3, SIZE)
   focal = np.sort(np.argsort(-key_s, kind="stable")[:KEPT])
@@ -31,7 +34,7 @@ def test_of_equal_scores_the_first_are_kept(seed):
   np.testing.assert_allclose(value[KEPT], weights @ rest, rtol=1e-6)
 
 
-def test_not_a_number_is_passed_on():
+def test_nan_reaches_the_merged_entry():
   key_s = np.zeros(SIZE)
   key_s[SIZE - 1] = np.nan
   key, value = summary(key_s)

@@ -1,4 +1,4 @@
-"""Copies of the golden Hugging Face folders, changed and imported."""
+"""Copies of the golden Hugging Face folders that tests change and import."""
 
 import dataclasses
 import json
@@ -20,26 +20,26 @@ FAMILIES = ["llama2", "llama3", "mistral", "qwen2", "qwen3", "smollm"]
 
 
 def copy_of(family: str, parent: Path) -> Path:
-  """A copy of a golden folder, to damage."""
+  """Copies a golden folder; returns the copy."""
   return Path(shutil.copytree(GOLDEN / family, parent / family))
 
 
 def import_folder(
   folder: Path, workdir: Path, *, choices: TokenizerChoices = NO_CHOICES, **changes: Any
 ) -> str:
-  """Imports a folder with changes to its config."""
+  """Imports a folder with changed fields of the model's config."""
   source = HuggingFaceFolder(folder)
   config = dataclasses.replace(source.config(), **changes)
   return import_model(source, config, workdir, choices=choices)
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
-  """All tensors of a folder by name."""
+  """All tensors of a folder, by name."""
   return {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
 
 
 def change_json(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
-  """Changes the object in a JSON file in place; an absent file is an empty object."""
+  """Changes the object in a JSON file in place. A missing file counts as an empty object."""
   values = json.loads(path.read_text()) if path.exists() else {}
   change(values)
   path.write_text(json.dumps(values))

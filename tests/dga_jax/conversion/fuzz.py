@@ -1,10 +1,10 @@
-"""Damages files of other programs at random, and reads them.
+"""A fuzz test of the file readers: mutates files at random and reads the mutants.
 
   python -m tests.dga_jax.conversion.fuzz --mutants=5000 --seed=1
 
-Every reader accepts a damaged file or raises ConversionError with its path (FileNotFoundError for a
-file that is not there), within one second of CPU time and 1 GiB of memory. Mutants that do
-otherwise are kept in --keep, and the exit status is 1.
+A reader must accept a mutant or raise ConversionError with the path (FileNotFoundError for a
+missing file), within one second of CPU time and 1 GiB of memory. Mutants that violate this rule
+are stored in the folder --keep, and the exit status is 1.
 """
 
 import argparse
@@ -43,18 +43,18 @@ HANG_SECONDS = 20.0
 
 
 class TooSlow(BaseException):
-  """A reader did not end; no Exception, so that no reader takes it for a damaged file."""
+  """A reader exceeded the time limit. Not an Exception, so that readers do not catch it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-  """One kind of file.
+  """A reader, and a file that it reads.
 
   Attributes:
-    path: what is opened, a file or a folder.
-    file: what is damaged.
-    read: reads what is at a path.
-    header: bytes of a binary file that most damage falls into; None for JSON.
+    path: the file or folder that the reader opens.
+    file: the file that is mutated.
+    read: reads the file or folder at a path.
+    header: size in bytes of the header of a binary file, which most mutations hit; None for JSON.
   """
 
   path: Path
@@ -63,7 +63,10 @@ class Reader:
   header: int | None = None
 
   def outcome(self, content: bytes) -> str:
-    """ "accepted" or "refused"; raises what a reader must not raise."""
+    """Writes and reads a mutant; returns "accepted" or "refused".
+
+    Any exception is a violation of the rule in the docstring of the module.
+    """
     self.file.write_bytes(content)
     begin = time.process_time()
     try:
@@ -81,7 +84,7 @@ class Reader:
 
 
 def readers(folder: Path) -> dict[str, Reader]:
-  """Whole files of every kind in a folder, each with its reader."""
+  """Creates a valid file of each kind in a folder; returns a reader for each."""
   found = {}
   for name, file in {
     "config": "config.json",
@@ -109,7 +112,7 @@ def readers(folder: Path) -> dict[str, Reader]:
 
 
 def read_source(path: Path) -> None:
-  """Everything that an import reads, tensors included."""
+  """Reads all that an import reads, including the tensors."""
   source = open_source(path)
   config = source.config()
   tokenizer = source.tokenizer()
@@ -122,7 +125,7 @@ def read_source(path: Path) -> None:
 
 
 def read_checkpoint_tokenizer(path: Path) -> None:
-  """The tokenizer of this project's checkpoints, whose reader gets the text of the file."""
+  """Reads the tokenizer file of this project's checkpoints."""
   try:
     tokenizer = Tokenizer.from_json(path.read_text(errors="replace"))
   except ValueError as error:
@@ -131,7 +134,7 @@ def read_checkpoint_tokenizer(path: Path) -> None:
 
 
 def mutants(reader: Reader, count: int, seed: int) -> Iterator[tuple[int, bytes]]:
-  """Damaged copies with their numbers; each is drawn by `seed` and its number alone."""
+  """Mutants of the file with their numbers. A mutant depends only on `seed` and its number."""
   whole = reader.file.read_bytes()
   for number in range(count):
     rng = random.Random(f"{seed} {number}")
@@ -143,18 +146,20 @@ def mutants(reader: Reader, count: int, seed: int) -> Iterator[tuple[int, bytes]
 
 
 def peak_memory() -> int:
-  """The largest memory of this process so far, in bytes."""
+  """The peak memory of this process in bytes."""
   unit = 1 if sys.platform == "darwin" else 1024
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main() -> None:
-  """Damages as many files of each kind as the command line asks for."""
-  parser = argparse.ArgumentParser(description="Reads damaged files of other programs.")
+  """Fuzzes each reader with the number of mutants of the command line."""
+  parser = argparse.ArgumentParser(description="Reads mutated files with each reader.")
   parser.add_argument("--mutants", type=int, default=5000, help="Mutants of each kind of file.")
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--reader", default=None, help="One kind of file; default: all.")
-  parser.add_argument("--keep", type=Path, default=Path("fuzz_failures"))
+  parser.add_argument("--seed", type=int, default=0, help="Seed of the mutants.")
+  parser.add_argument("--reader", default=None, help="Only this kind of file; default: all.")
+  parser.add_argument(
+    "--keep", type=Path, default=Path("fuzz_failures"), help="Folder for mutants that fail."
+  )
   flags = parser.parse_args()
   os.environ["RUST_BACKTRACE"] = "0"
   failed = 0
@@ -166,8 +171,8 @@ def main() -> None:
 
 
 def _fuzz(name: str, reader: Reader, count: int, seed: int, keep: Path) -> int:
-  """Reads the mutants of one file, and returns how many did what they must not."""
-  reader.read(reader.path)  # A whole file is accepted.
+  """Reads the mutants of one file; returns the number of violations."""
+  reader.read(reader.path)  # The valid file must be accepted.
   counts: Counter[str] = Counter()
   before = peak_memory()
   for number, content in tqdm(mutants(reader, count, seed), name, count, unit="mutant"):
@@ -190,22 +195,22 @@ def _fuzz(name: str, reader: Reader, count: int, seed: int, keep: Path) -> int:
 
 @contextlib.contextmanager
 def _time_limit() -> Iterator[None]:
-  """Raises TooSlow after HANG_SECONDS of CPU time."""
+  """Raises TooSlow after HANG_SECONDS of user CPU time. SIGVTALRM, because libtpu uses SIGPROF."""
 
   def stop(*_: object) -> None:
     raise TooSlow(f"The reader did not end within {HANG_SECONDS:g} s.")
 
-  previous = signal.signal(signal.SIGPROF, stop)
-  signal.setitimer(signal.ITIMER_PROF, HANG_SECONDS)
+  previous = signal.signal(signal.SIGVTALRM, stop)
+  signal.setitimer(signal.ITIMER_VIRTUAL, HANG_SECONDS)
   try:
     yield
   finally:
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    signal.signal(signal.SIGPROF, previous)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    signal.signal(signal.SIGVTALRM, previous)
 
 
 def _complete(folder: Path) -> None:
-  """Adds what a published folder has and the golden ones lack."""
+  """Adds keys that published folders have and the golden folders lack."""
   set_keys(folder / "config.json", rope_theta=500.0, pretraining_tp=1, tie_word_embeddings=False)
   set_keys(folder / "generation_config.json", bos_token_id=0, eos_token_id=[2, 3], temperature=0.6)
   set_keys(
@@ -219,7 +224,7 @@ def _complete(folder: Path) -> None:
 
 
 def _sentencepiece() -> dict[str, object]:
-  """Metadata of a SentencePiece tokenizer, cut to the embedding of 64 rows."""
+  """Metadata of a SentencePiece tokenizer, truncated to 64 tokens, the rows of the embedding."""
   metadata, _ = sentencepiece_metadata()
   size = len(metadata["tokenizer.ggml.tokens"])
   cut = {k: v[:64] if hasattr(v, "__len__") and len(v) == size else v for k, v in metadata.items()}

@@ -1,4 +1,4 @@
-"""GGUF files of the golden models, and metadata of small tokenizers."""
+"""Writers of GGUF files of the golden models, and metadata of small tokenizers."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -20,14 +20,14 @@ Q8_0, F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
 
 
 def interleaved(weights: np.ndarray, heads: int) -> np.ndarray:
-  """Channels c and c + D/2 of each head become rows 2c and 2c + 1."""
+  """Moves channels c and c + D/2 of each head to rows 2c and 2c + 1, the layout of llama.cpp."""
   D = len(weights) // heads
   rows = [h * D + c + half for h in range(heads) for c in range(D // 2) for half in (0, D // 2)]
   return weights[rows]
 
 
 def stored_tensors(family: str, config: ModelConfig) -> dict[str, np.ndarray]:
-  """A golden model's tensors by their names in GGUF, float32, in the layout of llama.cpp."""
+  """The tensors of a golden model in float32, by GGUF name, in the layout of llama.cpp."""
   folder = GOLDEN / family
   ours = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
   found = {}
@@ -51,7 +51,7 @@ def write(
   big_endian: bool = False,
   changes: Mapping[str, Any] | None = None,
 ) -> Path:
-  """A GGUF file; `changes` are metadata, and None leaves a key out."""
+  """Writes a GGUF file. `changes` replaces metadata; the value None omits a key."""
   values: dict[str, Any] = {
     f"{architecture}.block_count": config.num_layers,
     f"{architecture}.context_length": 64,
@@ -81,7 +81,7 @@ def write(
 
 
 def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
-  """Adds a metadata entry of the type that llama.cpp's converter gives such a value."""
+  """Adds a metadata entry with the type that llama.cpp's converter uses for such a value."""
   if isinstance(value, bool):
     writer.add_bool(key, value)
   elif isinstance(value, str):
@@ -95,7 +95,7 @@ def add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def byte_level_metadata() -> dict[str, Any]:
-  """The byte-level tokenizer of the golden models."""
+  """Metadata of the byte-level tokenizer of the golden models."""
   model = json.loads((GOLDEN / "smollm" / "tokenizer.json").read_text())["model"]
   values = {
     "model": "gpt2",
@@ -111,7 +111,7 @@ def byte_level_metadata() -> dict[str, Any]:
 
 
 def letters_metadata(**changes: Any) -> dict[str, Any]:
-  """A tokenizer of single bytes and a few merges, as a reader of a file gives its metadata."""
+  """Metadata of a tokenizer of single bytes and a few merges, as GGUFFile returns it."""
   letters = pre_tokenizers.ByteLevel.alphabet()
   tokens = ["<end>", *sorted(letters), "12", "Ġx", "12x"]
   values = {
@@ -129,7 +129,7 @@ def letters_metadata(**changes: Any) -> dict[str, Any]:
 
 
 def sentencepiece_metadata(**changes: Any) -> tuple[dict[str, Any], dict[str, list[int]]]:
-  """Metadata of a tokenizer trained with SentencePiece, and its tokens of some texts."""
+  """Metadata of a tokenizer trained with SentencePiece, and the token ids of some texts."""
   values = json.loads(SENTENCEPIECE.read_text())
   texts = values.pop("texts")
   values |= {key: np.array(values[key]) for key in ("scores", "token_type")}

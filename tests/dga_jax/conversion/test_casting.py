@@ -1,4 +1,4 @@
-"""Casts of weights: what overflows is refused by name, what becomes 0 is counted."""
+"""Casts of weights: an overflow is an error with the tensor's name, and underflows are counted."""
 
 from pathlib import Path
 
@@ -24,7 +24,9 @@ from tests.dga_jax.conversion.folders import copy_of, import_folder, tensors
     (3.4e38, "float32", True),
   ],
 )
-def test_what_a_dtype_holds(value: float, dtype: str, holds: bool) -> None:
+def test_values_within_the_range_of_a_dtype_are_accepted(
+  value: float, dtype: str, holds: bool
+) -> None:
   array = np.array([0.5, value, -1.0], np.float32)
   for stored, computed in ((dtype, dtype), (dtype, "float32"), ("float32", dtype)):
     if holds:
@@ -37,7 +39,7 @@ def test_what_a_dtype_holds(value: float, dtype: str, holds: bool) -> None:
 
 
 def test_small_numbers_are_rounded_as_float16_rounds_them() -> None:
-  """2^-24 is the smallest subnormal number, and 2^-25 halfway between it and 0."""
+  """2^-24 is the smallest subnormal number, and 2^-25 is halfway between it and 0."""
   array = np.array([2.0**-24, 1.5 * 2.0**-25, 2.0**-25, 1e-9, -1e-9, 0.0, 2.0**-14], np.float32)
   report = CastReport()
   got = cast(array, "float16", "float16", what="w", report=report)
@@ -51,13 +53,13 @@ def test_small_numbers_are_rounded_as_float16_rounds_them() -> None:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_numbers_that_are_not_finite_are_refused(value: float, dtype: str) -> None:
+def test_non_finite_numbers_are_errors(value: float, dtype: str) -> None:
   array = np.array([1.0, value], jnp.dtype(dtype))
   with pytest.raises(ConversionError, match="w holds 1 numbers that are not finite"):
     cast(array, dtype, dtype, what="w", report=CastReport())
 
 
-def test_an_import_names_the_tensor(tmp_path: Path) -> None:
+def test_an_import_error_names_the_tensor(tmp_path: Path) -> None:
   folder = copy_of("smollm", tmp_path)
   content = tensors(folder)
   name = "model.layers.1.mlp.down_proj.weight"

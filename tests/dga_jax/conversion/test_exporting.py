@@ -1,4 +1,4 @@
-"""Exports: what an import stored comes back; a failed export leaves nothing and deletes nothing."""
+"""Exports restore what an import stored. A failed export leaves no files and deletes none."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def test_export_in_several_files(tmp_path: Path) -> None:
 
 
 def full_folder(tmp_path: Path) -> Path:
-  """A folder with everything that a round trip has to keep."""
+  """A folder with all keys and files that a round trip must keep."""
   folder = copy_of("llama3", tmp_path)
   set_keys(
     folder / "config.json",
@@ -84,14 +84,14 @@ def full_folder(tmp_path: Path) -> Path:
   return folder
 
 
-def test_a_round_trip_keeps_what_the_decoder_does_not_use(tmp_path: Path) -> None:
+def test_a_round_trip_keeps_keys_that_the_decoder_does_not_use(tmp_path: Path) -> None:
   folder = full_folder(tmp_path)
   import_folder(folder, tmp_path / "run")
   export_hugging_face(tmp_path / "run", tmp_path / "out")
   for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
     assert read(tmp_path / "out" / name) == read(folder / name), name
   was, now = read(folder / "config.json"), read(tmp_path / "out" / "config.json")
-  # RoPE and the dtype are written in the form that older programs read as well.
+  # RoPE and the dtype are written under both the older and the newer keys.
   renamed = {"rope_parameters", "rope_theta", "rope_scaling", "dtype", "torch_dtype"}
   assert {k: v for k, v in now.items() if k not in renamed} == {
     k: v for k, v in was.items() if k not in renamed
@@ -99,7 +99,7 @@ def test_a_round_trip_keeps_what_the_decoder_does_not_use(tmp_path: Path) -> Non
   assert now["torch_dtype"] == was["dtype"]
   for name in ("chat_template.jinja", "additional_chat_templates/tools.jinja"):
     assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
-  # Once more in, and out: nothing changes.
+  # A second import and export changes nothing.
   import_folder(tmp_path / "out", tmp_path / "again")
   assert load_tokenizer(tmp_path / "again").stop_ids == load_tokenizer(tmp_path / "run").stop_ids
   assert load_tokenizer(tmp_path / "run").stop_ids == (2, 3, 9)
@@ -110,7 +110,7 @@ def test_a_round_trip_keeps_what_the_decoder_does_not_use(tmp_path: Path) -> Non
     assert (tmp_path / "twice" / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
 
-def test_what_the_user_chose_prevails_in_an_export(tmp_path: Path) -> None:
+def test_the_users_choices_have_priority_in_an_export(tmp_path: Path) -> None:
   folder = full_folder(tmp_path)
   choices = TokenizerChoices(end_token="<turn>", add_bos_token=False)
   set_keys(folder / "config.json", eos_token_id=2)
@@ -155,7 +155,7 @@ def test_a_gguf_file_keeps_its_chat_template_and_tokens(tmp_path: Path) -> None:
   assert again.to_json() == load_tokenizer(tmp_path / "run").to_json()
 
 
-def test_a_model_trained_here_has_files_of_its_own() -> None:
+def test_a_model_trained_here_has_no_extra_files() -> None:
   config = ModelConfig(
     vocab_size=257, num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8
   )
@@ -171,14 +171,14 @@ def test_a_checkpoint_names_no_other_file_as_a_chat_template(name: str) -> None:
     chat_templates({"chat_templates": {name: "x"}})
 
 
-def test_export_leaves_what_is_there_alone(tmp_path: Path) -> None:
+def test_an_export_into_an_existing_folder_is_an_error(tmp_path: Path) -> None:
   import_folder(GOLDEN / "qwen3", tmp_path / "run")
   with pytest.raises(ValueError, match="run exists"):
     export_hugging_face(tmp_path / "run", tmp_path / "run")
 
 
-def test_an_export_leaves_other_folders_alone(tmp_path: Path) -> None:
-  """Also those with the names of unfinished exports."""
+def test_an_export_does_not_change_other_folders(tmp_path: Path) -> None:
+  """Includes folders that have the names of unfinished exports."""
   import_folder(GOLDEN / "qwen3", tmp_path / "run")
   kept = [tmp_path / name / "kept.txt" for name in ("out.partial", ".out.1.partial")]
   for path in kept:
@@ -197,7 +197,7 @@ def current_umask() -> int:
   return mask
 
 
-def test_a_folder_that_appears_meanwhile_is_left_alone(
+def test_a_folder_created_during_the_export_is_not_changed(
   tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
   import_folder(GOLDEN / "qwen3", tmp_path / "run")

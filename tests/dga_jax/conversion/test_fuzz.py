@@ -1,4 +1,4 @@
-"""Damaged files of every kind, with pinned seeds; `fuzz.py` makes thousands."""
+"""The fuzz test of the readers with few mutants and pinned seeds; see `fuzz.py`."""
 
 import random
 from collections import Counter
@@ -28,12 +28,12 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Reader]:
   return fuzz.readers(tmp_path_factory.mktemp("fuzz"))
 
 
-def test_every_reader_is_fuzzed(readers: dict[str, fuzz.Reader]) -> None:
+def test_every_reader_has_a_fuzz_case(readers: dict[str, fuzz.Reader]) -> None:
   assert sorted(readers) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_damaged_files_are_accepted_or_refused_in_time(
+def test_mutants_are_accepted_or_refused_in_time(
   name: str, readers: dict[str, fuzz.Reader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
   monkeypatch.setenv("RUST_BACKTRACE", "0")
@@ -54,8 +54,8 @@ def test_damaged_files_are_accepted_or_refused_in_time(
   assert fuzz.peak_memory() - before < fuzz.MEMORY_BYTES
 
 
-def test_a_fault_of_a_reader_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-  """The judge itself: another error, an error without the path, and an endless loop."""
+def test_faults_of_a_reader_are_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+  """Covers another exception, an error without the path, and an endless loop."""
   path = tmp_path / "file"
 
   def reader(error: BaseException) -> fuzz.Reader:
@@ -79,7 +79,7 @@ def test_a_fault_of_a_reader_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyP
     fuzz.Reader(path, path, never_ends).outcome(b"")
 
 
-def test_mutants_are_drawn_by_their_seed() -> None:
+def test_mutants_depend_only_on_their_seed() -> None:
   content = bytes(range(256)) * 4
   text = '{"a": [1, {"b": 2}], "c": "d"}'
   for mutate, whole in ((mutations.mutate_bytes, content), (mutations.mutate_json, text)):

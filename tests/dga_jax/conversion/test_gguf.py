@@ -1,4 +1,4 @@
-"""GGUF files written here: weights, quantized weights, RoPE's form and scaling, and refusals."""
+"""GGUF files that the tests write: weights, quantization, RoPE, and files that are refused."""
 
 import dataclasses
 from pathlib import Path
@@ -49,7 +49,7 @@ def rope_factors(config: ModelConfig) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
-def test_logits_and_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+def test_logits_and_tokens_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
   config = HuggingFaceFolder(GOLDEN / family).config()
   tensors = stored_tensors(family, config)
   path = write(tmp_path / "model.gguf", config, tensors, architecture=ARCHITECTURES[family])
@@ -66,8 +66,8 @@ def test_logits_and_tokens_are_those_of_transformers(family: str, tmp_path: Path
   assert tokenizer.end_token == "<end>"
 
 
-def test_llama3_scaling_is_read_off_its_factors(tmp_path: Path) -> None:
-  """Files do not have the context before stretching; LLaMA 3.1's is the one that is known."""
+def test_llama3_scaling_is_derived_from_its_factors(tmp_path: Path) -> None:
+  """A file lacks the original context length, so the reader assumes that of LLaMA 3.1."""
   config = dataclasses.replace(
     HuggingFaceFolder(GOLDEN / "llama3").config(),
     rope_base=500000.0,
@@ -103,10 +103,10 @@ def test_llama3_scaling_is_read_off_its_factors(tmp_path: Path) -> None:
     ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, 1.0),
   ],
 )
-def test_linear_scaling_of_rope_is_that_of_llama_cpp(
+def test_linear_rope_scaling_equals_that_of_llama_cpp(
   changes: dict, factor: float, whole: Any, tmp_path: Path
 ) -> None:
-  """A factor without a type is linear, the newer key prevails, and 0 is no scaling."""
+  """A factor without a type is linear, the newer key has priority, and 0 means no scaling."""
   config, tensors, _ = whole
   path = write(tmp_path / "model.gguf", config, tensors, changes=changes)
   got = GGUFFile(path).config()
@@ -119,7 +119,7 @@ def test_linear_scaling_of_rope_is_that_of_llama_cpp(
 def test_quantized_weights_are_dequantized(tmp_path: Path) -> None:
   config = HuggingFaceFolder(GOLDEN / "mistral").config()
   tensors = stored_tensors("mistral", config)
-  # Q8_0 takes rows of whole blocks of 32; the MLP's width is 40.
+  # Q8_0 needs rows of complete blocks of 32 values. The width of the MLP is 40.
   chosen = {name for name, tensor in tensors.items() if tensor.ndim == 2 and tensor.shape[1] == 32}
   assert len(chosen) == 2 + 2 * 6
   path = write(tmp_path / "model.gguf", config, tensors, quantized=chosen.__contains__)
@@ -137,20 +137,20 @@ def test_quantized_weights_are_dequantized(tmp_path: Path) -> None:
       if name not in chosen:
         np.testing.assert_array_equal(got, tensors[name])
         continue
-      # 32 values are whole steps of 1/127 of the largest; the step itself is stored in 16 bit.
+      # Each of 32 values is an integer times a float16 step, 1/127 of the largest absolute value.
       got, want = got.reshape(-1, 32), tensors[name].reshape(-1, 32)
       step = np.float16(np.abs(want).max(1, keepdims=True) / 127).astype(np.float32)
       np.testing.assert_allclose(got / step, np.round(got / step), atol=1e-4)
       assert (np.abs(got - want) <= 0.6 * step).all(), name
 
 
-def test_half_split_undoes_interleaving() -> None:
+def test_half_split_is_the_inverse_of_interleaving() -> None:
   weights = np.arange(24 * 3).reshape(24, 3)
   assert interleaved(weights, 3)[:4, 0].tolist() == [0, 12, 3, 15]
   np.testing.assert_array_equal(half_split(interleaved(weights, 3), 3), weights)
 
 
-def test_truncated_files(whole: Any, tmp_path: Path) -> None:
+def test_truncated_files_are_refused(whole: Any, tmp_path: Path) -> None:
   *_, path = whole
   content = path.read_bytes()
   copy = tmp_path / "cut.gguf"
@@ -228,8 +228,8 @@ def test_another_architecture_is_refused(whole: Any, tmp_path: Path) -> None:
     GGUFFile(path)
 
 
-def test_keys_that_change_nothing(whole: Any, tmp_path: Path) -> None:
-  """Those of other programs, of the file itself, and features that are switched off."""
+def test_keys_without_effect_are_accepted(whole: Any, tmp_path: Path) -> None:
+  """Covers keys of other programs, of the file format, and of features that are switched off."""
   config, tensors, plain = whole
   changes = {
     "general.sampling.temp": 0.7,

@@ -1,4 +1,4 @@
-"""GGUF files written byte by byte: what is read, and what is refused."""
+"""The GGUF reader on files written byte by byte: valid files, and files that are refused."""
 
 import struct
 import time
@@ -61,7 +61,7 @@ def read(content: bytes, tmp_path: Path) -> GGUFContent:
   return GGUFContent(path)
 
 
-def test_what_the_package_writes_is_read(tmp_path: Path) -> None:
+def test_files_of_the_gguf_package_are_read(tmp_path: Path) -> None:
   path = tmp_path / "model.gguf"
   writer = gguf.GGUFWriter(path, "llama")
   values: dict[str, Any] = {
@@ -110,7 +110,7 @@ def test_what_the_package_writes_is_read(tmp_path: Path) -> None:
     )
 
 
-def test_the_parts_of_these_tests_make_a_whole_file(tmp_path: Path) -> None:
+def test_a_valid_file_of_these_parts_is_read(tmp_path: Path) -> None:
   entries = [
     entry("general.alignment", 4, struct.pack("<I", 8)),
     entry("s", ARRAY, array(STRING, 1, text("x"))),
@@ -180,7 +180,7 @@ def test_files_that_are_refused(content: bytes, message: str, tmp_path: Path) ->
   assert peak_memory() - before < 100 << 20
 
 
-def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_an_error_with_the_remedy(tmp_path: Path) -> None:
   pointer = "version https://localhost/git-lfs/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
   with pytest.raises(ConversionError, match=r"model\.gguf is a Git LFS pointer"):
     read(pointer.encode(), tmp_path)

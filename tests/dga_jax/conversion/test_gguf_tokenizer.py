@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF metadata: splits, begin and stop tokens, SentencePiece, and refusals."""
+"""Tokenizers in GGUF metadata: pre-tokenizers, begin and stop tokens, SentencePiece, errors."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def rebuild(metadata: dict[str, Any], choices: TokenizerChoices = NO_CHOICES) ->
     ("gpt-2", "0012", ["0", "0", "12"]),
   ],
 )
-def test_words_before_merges(pre: str, text: str, words: list[str]) -> None:
+def test_pre_tokenizers_split_words(pre: str, text: str, words: list[str]) -> None:
   metadata = letters_metadata(pre=pre)
   tokenizer = rebuild(metadata)
   tokens = metadata["tokenizer.ggml.tokens"]
@@ -39,14 +39,14 @@ def test_words_before_merges(pre: str, text: str, words: list[str]) -> None:
   assert tokenizer.encode("<end>")[0] != tokenizer.end_id
 
 
-def test_a_missing_rule_for_words_has_to_be_chosen() -> None:
+def test_a_missing_pre_tokenizer_needs_a_choice() -> None:
   metadata = letters_metadata(pre=None, add_bos_token=None)
   with pytest.raises(ConversionError, match=r"model\.gguf lacks tokenizer\.ggml\.pre.*llama-bpe"):
     rebuild(metadata)
   chosen = rebuild(metadata, TokenizerChoices(pre="llama-bpe"))
   stated = rebuild(letters_metadata(pre="llama-bpe", add_bos_token=None))
   assert chosen.to_json() == stated.to_json()
-  # LLaMA 3 begins a text with its begin token where the file is silent; GPT-2 does not.
+  # Without add_bos_token, LLaMA 3 adds its begin token and GPT-2 does not.
   assert chosen.start_ids == (0,)
   assert rebuild(metadata, TokenizerChoices(pre="gpt-2")).start_ids == ()
 
@@ -70,7 +70,7 @@ def test_the_begin_token(
   assert tokenizer.start_ids == start_ids
 
 
-def test_an_end_token_behind_every_text_is_refused() -> None:
+def test_an_end_token_after_every_text_is_refused() -> None:
   metadata = letters_metadata(add_eos_token=True)
   with pytest.raises(ConversionError, match=r"add_eos_token=True.*--noadd_eos_token"):
     rebuild(metadata)
@@ -81,7 +81,7 @@ def test_an_end_token_behind_every_text_is_refused() -> None:
     TokenizerChoices(add_eos_token=True)
 
 
-def test_ends_of_a_text_a_turn_and_a_message_stop_a_generation() -> None:
+def test_end_of_text_turn_and_message_tokens_stop_a_generation() -> None:
   tokenizer = rebuild(letters_metadata(eot_token_id=5, eom_token_id=7))
   assert (tokenizer.end_id, tokenizer.stop_ids) == (0, (0, 5, 7))
   assert Tokenizer.from_json(tokenizer.to_json()).stop_ids == (0, 5, 7)
@@ -89,7 +89,7 @@ def test_ends_of_a_text_a_turn_and_a_message_stop_a_generation() -> None:
   assert (other.end_token, other.stop_ids) == ("x", (other.end_id, 0, 5))
 
 
-def test_what_an_export_needs() -> None:
+def test_metadata_for_an_export_is_stored() -> None:
   metadata = letters_metadata(eot_token_id=5, padding_token_id=3) | {
     "tokenizer.chat_template": "A",
     "tokenizer.chat_template.tool": "B",
@@ -156,7 +156,7 @@ def test_sentencepiece_vocabularies_that_are_refused(changes: dict, message: str
 
 
 def test_a_sentencepiece_vocabulary() -> None:
-  """Trained with SentencePiece, whose tokens of some texts are stored beside it."""
+  """The token ids equal those that SentencePiece computes for the stored texts."""
   metadata, texts = sentencepiece_metadata()
   tokenizer = rebuild(metadata)
   assert (tokenizer.start_ids, tokenizer.end_id) == ((1,), 2)

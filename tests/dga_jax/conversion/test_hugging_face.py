@@ -1,4 +1,4 @@
-"""Hugging Face folders: transformers' logits, exact round trips, imports and damaged tensors."""
+"""Hugging Face folders: logits of transformers, exact round trips, imports, damaged tensors."""
 
 import dataclasses
 import json
@@ -35,12 +35,12 @@ forward = nnx.jit(Decoder.__call__)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-  """A copy of a fixture to damage: one file, no tied tensors."""
+  """A copy of a golden folder with one file and no tied tensors."""
   return copy_of("llama2", tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+def test_logits_equal_those_of_transformers(family: str, tmp_path: Path) -> None:
   import_folder(GOLDEN / family, tmp_path, dtype="float32")
   model, config, tokenizer = load_model(tmp_path)
   assert config.param_dtype == "bfloat16"
@@ -61,7 +61,7 @@ def test_a_round_trip_is_exact(family: str, tmp_path: Path) -> None:
   for name, tensor in before.items():
     assert tensor.dtype == after[name].dtype
     np.testing.assert_array_equal(tensor.view(np.uint16), after[name].view(np.uint16), name)
-  # What comes out can go in again, as the same model.
+  # An import of the exported folder gives the same model.
   assert HuggingFaceFolder(tmp_path / "out").config() == HuggingFaceFolder(GOLDEN / family).config()
   was, now = (
     json.loads((f / "config.json").read_text()) for f in (GOLDEN / family, tmp_path / "out")
@@ -109,8 +109,8 @@ def test_other_dtypes_and_attention(tmp_path: Path) -> None:
   assert (origin["model_type"], origin["max_position_embeddings"]) == ("llama", 64)
 
 
-def test_straight_into_shards() -> None:
-  """In a process of its own, which has four devices."""
+def test_an_import_onto_a_mesh_equals_one_onto_one_device() -> None:
+  """Runs in a subprocess with four simulated devices."""
   flags = "--xla_force_host_platform_device_count=4"
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   module = "tests.dga_jax.conversion.check_shards"
@@ -119,7 +119,7 @@ def test_straight_into_shards() -> None:
   )
 
 
-def test_an_axis_that_the_mesh_does_not_divide_stays_whole() -> None:
+def test_an_axis_that_the_mesh_does_not_divide_is_replicated() -> None:
   config = dataclasses.replace(HuggingFaceFolder(GOLDEN / "qwen2").config(), num_kv_heads=1)
   mesh = AbstractMesh((2, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
   attention = shardings(config, mesh)["layers"]["attention"]
@@ -136,7 +136,7 @@ def test_an_axis_that_the_mesh_does_not_divide_stays_whole() -> None:
     ("tensor=1,tensor=1", "'tensor=1'"),
   ],
 )
-def test_a_mesh_that_makes_no_sense(text: str, message: str) -> None:
+def test_an_invalid_mesh_is_an_error(text: str, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     parse_mesh(text)
 
@@ -164,7 +164,7 @@ def test_tensors_that_are_refused(change: Any, message: str, folder: Path, tmp_p
     import_folder(folder, tmp_path / "run")
 
 
-def test_buffers_and_a_stored_copy_of_tied_weights_do_no_harm(tmp_path: Path) -> None:
+def test_buffers_and_a_copy_of_tied_weights_are_ignored(tmp_path: Path) -> None:
   folder = copy_of("smollm", tmp_path)
   content = tensors(folder)
   content["lm_head.weight"] = content["model.embed_tokens.weight"]
@@ -213,8 +213,8 @@ def test_a_damaged_index(tmp_path: Path) -> None:
     HuggingFaceFolder(folder)
 
 
-def test_the_index_says_which_file_holds_a_tensor(tmp_path: Path) -> None:
-  """Another file may hold a tensor of the same name, or one that the index does not name."""
+def test_the_index_determines_the_file_of_a_tensor(tmp_path: Path) -> None:
+  """Another file may contain a tensor of the same name, or one that the index lacks."""
   folder = copy_of("llama3", tmp_path)
   expected = tensors(folder)
   first, second = sorted(folder.glob("*.safetensors"))
@@ -226,7 +226,7 @@ def test_the_index_says_which_file_holds_a_tensor(tmp_path: Path) -> None:
   np.testing.assert_array_equal(source.read(name), in_first[name])
 
 
-def test_a_single_file_prevails_over_an_index(tmp_path: Path) -> None:
+def test_a_single_file_has_priority_over_an_index(tmp_path: Path) -> None:
   folder = copy_of("llama2", tmp_path)
   (folder / "model.safetensors.index.json").write_text("{}")
   assert HuggingFaceFolder(folder).names == tensors(folder).keys()
@@ -246,7 +246,7 @@ def test_a_single_file_prevails_over_an_index(tmp_path: Path) -> None:
     3,
   ],
 )
-def test_an_index_names_files_of_its_folder_alone(name: object, tmp_path: Path) -> None:
+def test_an_index_may_name_only_files_of_its_folder(name: object, tmp_path: Path) -> None:
   folder = copy_of("llama3", tmp_path)
   copy_of("llama2", tmp_path)
   path = folder / "model.safetensors.index.json"
@@ -258,7 +258,7 @@ def test_an_index_names_files_of_its_folder_alone(name: object, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
-def test_a_git_lfs_pointer_is_named(name: str, folder: Path) -> None:
+def test_a_git_lfs_pointer_is_an_error_with_the_remedy(name: str, folder: Path) -> None:
   pointer = "version https://localhost/git-lfs/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
   (folder / name).write_text(pointer)
   with pytest.raises(ConversionError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
@@ -297,7 +297,7 @@ def test_headers_that_are_refused(header: bytes, message: str, folder: Path) -> 
   assert "model.safetensors" in str(error.value)
 
 
-def test_a_header_length_beyond_the_file(folder: Path) -> None:
+def test_a_header_length_beyond_the_file_is_an_error(folder: Path) -> None:
   path = folder / "model.safetensors"
   path.write_bytes((2**60).to_bytes(8, "little") + path.read_bytes()[8:])
   with pytest.raises(ConversionError, match="ends within its header"):

@@ -1,4 +1,4 @@
-"""config.json: every key is implemented, without effect, or refused; RoPE in all its forms."""
+"""config.json: every key is implemented, has no effect, or is refused; all forms of RoPE."""
 
 import json
 import math
@@ -26,7 +26,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def stored(family: str, **changes: Any) -> dict[str, Any]:
-  """A golden config.json with changes; RoPE is left to them."""
+  """A golden config.json with changes. Its keys of RoPE are removed first."""
   values = json.loads((GOLDEN / family / "config.json").read_text())
   values.pop("rope_parameters")
   return values | changes
@@ -128,7 +128,7 @@ def test_configs_that_are_refused(
     {"embedding_multiplier": 1.0, "logits_scaling": 1, "partial_rotary_factor": 1.0},
   ],
 )
-def test_keys_that_change_nothing(changes: dict) -> None:
+def test_keys_without_effect_are_accepted(changes: dict) -> None:
   expected = read()
   if "rms_norm_eps" in changes:
     expected = read(rms_norm_eps=1e-6)  # The default of transformers.
@@ -220,14 +220,14 @@ def test_frequencies_of_rope(changes: dict, base: float, factor: float) -> None:
 @pytest.mark.parametrize("form", ["rope_scaling", "rope_parameters", "nested"])
 @pytest.mark.parametrize("original", ["inside", "beside", "context"])
 def test_frequencies_of_llama3(form: str, original: str) -> None:
-  """Wavelengths below 32/4 are kept, those above 32/1 stretched by 8, and those between blended."""
+  """Wavelengths below 32/4 are kept, those above 32/1 stretched by 8, the others interpolated."""
   scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
   changes: dict[str, Any] = {"rope_theta": 500.0}
   if original == "inside":
     scaling["original_max_position_embeddings"] = 32
   elif original == "beside":
     changes["original_max_position_embeddings"] = 32
-    scaling["original_max_position_embeddings"] = 64  # transformers prefers the other.
+    scaling["original_max_position_embeddings"] = 64  # transformers prefers the top-level key.
   else:
     changes["max_position_embeddings"] = 32
   if form == "rope_scaling":
@@ -362,7 +362,7 @@ def test_windows_that_are_refused(family: str, changes: dict, message: str) -> N
     read(family, **changes)
 
 
-def test_defaults_of_absent_keys_are_those_of_transformers() -> None:
+def test_defaults_of_missing_keys_equal_those_of_transformers() -> None:
   values = stored("qwen3", num_attention_heads=32, hidden_size=4096)
   for key in ("head_dim", "num_key_value_heads", "rms_norm_eps"):
     values.pop(key)
@@ -376,7 +376,7 @@ def test_defaults_of_absent_keys_are_those_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_older_and_newer_files_say_the_same_of_rope(family: str) -> None:
+def test_older_and_newer_forms_of_rope_are_equivalent(family: str) -> None:
   values = json.loads((GOLDEN / family / "config.json").read_text())
   new = config_from_values(values, "float32")
   scaling = values.pop("rope_parameters")

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder: fixed padding, begin and end tokens, stop ids, contradictions."""
+"""The tokenizer of a Hugging Face folder: padding, begin and end tokens, stop ids, conflicts."""
 
 import json
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_the_begin_token(
     set_keys(folder / "tokenizer_config.json", add_bos_token=stated)
   tokenizer = read(folder, TokenizerChoices(add_bos_token=choice))
   assert tokenizer.start_ids == start_ids
-  # Other programs put the same tokens around a text.
+  # The exported tokenizer adds the same tokens in other programs.
   plain = json.loads(tokenizer.to_plain_json())["post_processor"]["single"]
   assert [list(piece) for piece in plain] == [["SpecialToken"]] * len(start_ids) + [["Sequence"]]
 
@@ -115,7 +115,7 @@ def test_the_begin_token(
     ("begin", {"added_tokens_decoder": "x"}, "added_tokens_decoder='x'; it must be an object"),
   ],
 )
-def test_what_the_other_file_says(
+def test_tokenizer_config_must_agree_with_the_tokenizer(
   template: str, keys: dict[str, Any], message: str | None, folder: Path
 ) -> None:
   set_template(folder, template)
@@ -129,7 +129,7 @@ def test_what_the_other_file_says(
 
 
 @pytest.mark.parametrize("template", ["end", "both"])
-def test_an_end_token_behind_every_text_can_be_left_out(template: str, folder: Path) -> None:
+def test_an_end_token_after_every_text_can_be_switched_off(template: str, folder: Path) -> None:
   set_template(folder, template)
   tokenizer = read(folder, TokenizerChoices(add_eos_token=False))
   assert tokenizer.start_ids == ((0,) if template == "both" else ())
@@ -172,10 +172,10 @@ def test_tokenizers_that_are_refused(
     (2, None, (2,)),
     ([2, 3], None, (2, 3)),
     (3, [2, 9], (2, 3, 9)),
-    (None, 50, (2, 50)),  # A row of the embedding without a token.
+    (None, 50, (2, 50)),  # The embedding has a row 50, but the tokenizer has no such token.
   ],
 )
-def test_every_end_in_the_files_stops_a_generation(
+def test_every_end_token_of_the_files_becomes_a_stop_id(
   config: Any, generation: Any, stop_ids: tuple, folder: Path, tmp_path: Path
 ) -> None:
   set_keys(folder / "config.json", eos_token_id=config)
@@ -185,8 +185,8 @@ def test_every_end_in_the_files_stops_a_generation(
   assert load_tokenizer(tmp_path / "run").stop_ids == stop_ids
 
 
-def test_a_generation_stops_on_each(folder: Path, tmp_path: Path) -> None:
-  """The third token of a continuation becomes an end: what is left are two tokens."""
+def test_a_generation_stops_at_each_stop_id(folder: Path, tmp_path: Path) -> None:
+  """With the third token of a continuation as a stop id, the continuation has two tokens."""
   import_folder(folder, tmp_path / "plain", dtype="float32")
   model, _, tokenizer = load_model(tmp_path / "plain")
   greedy = Sampling(temperature=0.0)
@@ -205,13 +205,13 @@ def test_a_generation_stops_on_each(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ids", [64, -1, "2", [2, None], [2.0], True, {}])
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-def test_ends_that_are_no_tokens(ids: Any, name: str, folder: Path) -> None:
+def test_invalid_end_token_ids_are_errors(ids: Any, name: str, folder: Path) -> None:
   set_keys(folder / name, eos_token_id=ids)
   with pytest.raises(ConversionError, match=f"{name} has eos_token_id=.*from 0 to 63"):
     read(folder)
 
 
-def test_a_tokenizer_that_is_missing_damaged_or_too_large(folder: Path, tmp_path: Path) -> None:
+def test_a_missing_damaged_or_too_large_tokenizer_is_an_error(folder: Path, tmp_path: Path) -> None:
   path = folder / "tokenizer.json"
   whole = path.read_text()
   path.write_text(whole[:100])
@@ -239,7 +239,7 @@ def test_a_tokenizer_that_is_missing_damaged_or_too_large(folder: Path, tmp_path
     import_folder(folder, tmp_path / "other")
 
 
-def test_ids_with_gaps_count_up_to_the_largest(folder: Path) -> None:
+def test_the_vocabulary_size_of_ids_with_gaps_is_the_largest_plus_one(folder: Path) -> None:
   change_json(folder / "tokenizer.json", lambda v: v["model"]["vocab"].update({"zz": 60}))
   tokenizer = read(folder)
   assert tokenizer.vocab_size == 61

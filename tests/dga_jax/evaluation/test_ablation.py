@@ -1,4 +1,4 @@
-"""Swapped parts against masks written out, and layers run one by one."""
+"""Ablations: replaced parts of DGA equal dense masks, and layers run one by one equal the model."""
 
 import dataclasses
 import math
@@ -32,7 +32,7 @@ def attend(kind: object) -> np.ndarray:
 
 
 def masked(seen: np.ndarray) -> np.ndarray:
-  """Dense attention under a mask [L, L]."""
+  """Attention in NumPy under a mask [L, L]."""
   q, k, v = (np.asarray(x, np.float64) for x in QKV)
   k, v = (np.repeat(x, H // N, axis=2) for x in (k, v))
   logits = np.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(D)
@@ -42,42 +42,42 @@ def masked(seen: np.ndarray) -> np.ndarray:
 
 
 def raw(i: int, j: int) -> bool:
-  """Whether query i sees token j as it is, in a block of 4 after 2 sinks and one block before."""
+  """Whether query i sees token j unmerged, with blocks of 4, 2 sinks and a window of one block."""
   return j <= i and (j < 2 or i < 2 or (j - 2) // 4 >= (i - 2) // 4 - 1)
 
 
-def test_as_configured_is_the_kind_itself() -> None:
+def test_the_unchanged_ablation_equals_the_kind() -> None:
   np.testing.assert_allclose(attend(AblatedDGA(DGA)), attend(DynamicGroupAttention(DGA)), atol=1e-6)
 
 
-def test_the_window_alone_is_a_mask() -> None:
+def test_hidden_summaries_leave_sinks_and_window() -> None:
   seen = np.array([[raw(i, j) for j in range(L)] for i in range(L)])
   alone = attend(AblatedDGA(DGA, merging="hidden", focal=False))
   np.testing.assert_allclose(alone, masked(seen), atol=2e-5)
 
 
-def test_with_all_tokens_focal_the_oracle_is_dense() -> None:
-  """A group of one token is that token."""
+def test_groups_of_one_token_give_dense_attention() -> None:
+  """The mean of a group of one token is that token, for every selection."""
   single = dataclasses.replace(DGA, group_size=1)
   for selection in ("oracle", "random"):
     o = attend(AblatedDGA(single, selection=selection, merging="mean"))
     np.testing.assert_allclose(o, masked(np.tril(np.ones((L, L), bool))), atol=2e-5)
 
 
-def test_the_oracle_counts_what_later_queries_pay() -> None:
+def test_the_oracle_sums_the_attention_of_later_queries() -> None:
   q, k, _ = (np.asarray(x, np.float64) for x in QKV)
   expected = np.zeros((B, N, L))
   for b, i, h in np.ndindex(B, L, H):
     paid = np.exp(k[b, : i + 1, h // 2] @ q[b, i, h] / math.sqrt(D))
     for j, weight in enumerate(paid / paid.sum()):
-      # Sinks lie in the blocks before the first, and are never asked for.
+      # Sinks precede the first block, so their scores are not used.
       if j >= 2 and not raw(i, j):
         expected[b, h // 2, j] += weight
   received = np.asarray(received_later(QKV[0], QKV[1], DGA))
   np.testing.assert_allclose(received[..., 2:], expected[..., 2:], atol=1e-5)
 
 
-def test_focal_tokens_of_scores() -> None:
+def test_focal_tokens_have_the_highest_score_of_their_block() -> None:
   scores = np.random.default_rng(1).random((1, 1, 12))
   focal = np.asarray(focal_by_score(jnp.asarray(scores), DGA))[0, 0]
   assert focal[:2].all()
@@ -87,7 +87,7 @@ def test_focal_tokens_of_scores() -> None:
   assert not focal[10:].any()
 
 
-def test_every_swap_changes_the_result() -> None:
+def test_every_replaced_part_changes_the_result() -> None:
   results = {name: attend(kind) for name, kind in swaps(DGA).items()}
   own = results.pop("as configured")
   assert len(results) == 9
@@ -96,14 +96,14 @@ def test_every_swap_changes_the_result() -> None:
     assert np.abs(o - own).max() > 1e-3, name
 
 
-def test_ablations_want_streaming_and_whole_rows() -> None:
+def test_ablations_need_streaming_selection_and_unpadded_rows() -> None:
   with pytest.raises(ValueError, match=r"config\.selection is 'global'"):
     AblatedDGA(DGAConfig())
   with pytest.raises(ValueError, match="whole rows"):
     AblatedDGA(DGA)(*QKV, lengths=jnp.array([3, 4]))
 
 
-def test_layers_one_by_one_are_the_model() -> None:
+def test_layers_run_one_by_one_equal_the_model() -> None:
   models = family()
   rows = np.random.default_rng(2).integers(0, 257, (2, 33), dtype=np.int32)
   dense, own = DenseAttention(), AblatedDGA(CONFIG.dga)

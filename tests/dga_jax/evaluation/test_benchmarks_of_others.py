@@ -1,4 +1,4 @@
-"""LongBench-E and the questions of Liu et al., on small files in their formats."""
+"""LongBench-E and the multi-document questions of Liu et al., on small files in their formats."""
 
 import gzip
 import json
@@ -24,7 +24,7 @@ def write(folder: Path, sets: dict[str, list[dict]]) -> Path:
   return folder
 
 
-def test_sets_are_read_with_their_prompts(tmp_path: Path) -> None:
+def test_data_sets_are_read_with_their_prompts(tmp_path: Path) -> None:
   folder = write(tmp_path, {"trec": [example()], "qasper": [example(), example(input="what?")]})
   first, second = longbench.read_sets(folder)
   assert (first.name, second.name, first.new_tokens) == ("qasper", "trec", 12)
@@ -55,7 +55,7 @@ def test_a_bucket_without_examples_has_no_score(tmp_path: Path) -> None:
   ("name", "changes", "prediction", "score"),
   [
     ("trec", {"answers": ["City"], "all_classes": ["City", "Date"]}, "\nCity\nDate", 100.0),
-    ("qasper", {"answers": ["city"]}, "city\ndate", 66.67),  # the whole answer counts
+    ("qasper", {"answers": ["city"]}, "city\ndate", 66.67),  # All lines of the answer count.
     ("samsum", {"answers": ["he left"]}, "he left\nand more", 100.0),
     ("passage_count", {"answers": ["5"]}, "5 of 6", 50.0),
     ("passage_retrieval_en", {"answers": ["Paragraph 5"]}, "Paragraph 5", 100.0),
@@ -63,18 +63,18 @@ def test_a_bucket_without_examples_has_no_score(tmp_path: Path) -> None:
     ("gov_report", {"answers": ["a b c."]}, "a c.", 80.0),
   ],
 )
-def test_every_kind_of_task(
+def test_scores_of_each_kind_of_task(
   name: str, changes: dict, prediction: str, score: float, tmp_path: Path
 ) -> None:
   (one,) = longbench.read_sets(write(tmp_path, {name: [example(**changes)]}))
   assert longbench.score(one, [prediction])["score"]["all"] == score
 
 
-def test_the_thirteen_data_sets() -> None:
+def test_all_thirteen_data_sets_are_known() -> None:
   assert len(longbench.DATASETS) == 13
 
 
-def test_long_prompts_lose_their_middle() -> None:
+def test_long_prompts_are_truncated_in_the_middle() -> None:
   tokens = longbench.fit(TOKENIZER, "abcdefghij", 7)
   assert TOKENIZER.decode(tokens) == "abchij"
   assert tokens[0] == TOKENIZER.end_id
@@ -83,7 +83,7 @@ def test_long_prompts_lose_their_middle() -> None:
     longbench.fit(TOKENIZER, "abcdef", 2)
 
 
-def test_broken_longbench(tmp_path: Path) -> None:
+def test_invalid_longbench_files_are_errors(tmp_path: Path) -> None:
   with pytest.raises(ValueError, match=r"must have files such as qasper_e\.jsonl"):
     longbench.read_sets(tmp_path)
   folder = write(tmp_path, {"qasper": [example()]})
@@ -103,7 +103,7 @@ def question(gold: int | None, answers: list[str]) -> dict:
   return {"question": "who won?", "answers": answers, "ctxs": documents}
 
 
-def test_questions_over_documents(tmp_path: Path) -> None:
+def test_multi_document_questions(tmp_path: Path) -> None:
   lines = [question(0, ["Ann"]), question(2, ["Bob", "Robert"]), question(2, ["Carl"])]
   with gzip.open(tmp_path / "q.jsonl.gz", "wt") as file:
     file.write("\n".join(map(json.dumps, lines)))
@@ -133,7 +133,7 @@ def test_questions_without_a_marked_document(tmp_path: Path) -> None:
     ("", "has no question"),
   ],
 )
-def test_broken_questions(content: str, message: str, tmp_path: Path) -> None:
+def test_invalid_question_files_are_errors(content: str, message: str, tmp_path: Path) -> None:
   (tmp_path / "q.jsonl").write_text(content)
   with pytest.raises(ValueError, match=message):
     lost_in_the_middle.read_questions(tmp_path / "q.jsonl")

@@ -1,4 +1,4 @@
-"""Losses over whole sequences, by decoding and after a restart."""
+"""Losses over whole sequences, by decoding, and with a shorter context."""
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ def test_teacher_forced_loss_is_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("targets", [1, 20])
-def test_decoding_is_the_same_where_it_is_causal(targets: int) -> None:
+def test_decoding_gives_the_same_loss_for_causal_kinds(targets: int) -> None:
   models = family()
   graphdef = models.graphdef(Variant("v"), 48)
   loss = teacher_forced(graphdef, models.params, ROWS)
@@ -35,7 +35,7 @@ def test_decoding_is_the_same_where_it_is_causal(targets: int) -> None:
   )
 
 
-def test_global_selection_is_reported_with_what_decoding_finds() -> None:
+def test_global_selection_is_reported_with_the_loss_of_decoding() -> None:
   models = family()
   settings = PerplexitySettings(batch_size=2, targets=20, contexts=(8,), always_decode=False)
   ticks = []
@@ -64,7 +64,7 @@ def test_restart_keeps_the_targets_and_cuts_the_context() -> None:
 
 
 def test_the_restart_control_measures_the_last_tokens() -> None:
-  """A window that sees no farther than the short context gives both the same loss."""
+  """A window within the short context gives equal losses with and without the restart."""
   models = family()
   variant = Variant("v", {"attention": "sliding_window", "sliding_window": {"window": 1}})
   settings = PerplexitySettings(batch_size=3, targets=16, contexts=(8,))
@@ -75,7 +75,7 @@ def test_the_restart_control_measures_the_last_tokens() -> None:
 
 
 def test_a_restart_keeps_the_budget_of_whole_rows() -> None:
-  """Half of 48 keys see all of 8 + 4 tokens, so the loss there is that of dense attention."""
+  """Half of 48 keys cover the 8 + 4 tokens, so the loss equals that of dense attention."""
   models, settings = family(), PerplexitySettings(batch_size=3, targets=4, contexts=(8,))
   half = Variant("half", {"attention": "streaming_llm"}, keys=0.5)
   dense = Variant("dense", {"attention": "dense"})
@@ -89,7 +89,7 @@ def test_summary() -> None:
   result = summarise(loss, buckets=2)
   assert result["loss"] == 2.5
   assert result["perplexity"] == pytest.approx(np.exp(2.5))
-  assert result["standard_error"] == pytest.approx(0.5)  # rows have 3 and 2
+  assert result["standard_error"] == pytest.approx(0.5)  # The means of the rows are 3 and 2.
   assert result["by_position"] == [
     {"from": 0, "to": 2, "loss": 2.5},
     {"from": 2, "to": 4, "loss": 2.5},
@@ -97,6 +97,6 @@ def test_summary() -> None:
   assert summarise(loss[:1], buckets=9)["standard_error"] is None
 
 
-def test_the_last_batch_is_filled() -> None:
+def test_the_last_batch_is_padded() -> None:
   parts_of = [fill(batch, 2).tolist() for batch in batches(np.arange(6).reshape(3, 2), 2)]
   assert parts_of == [[[0, 1], [2, 3]], [[4, 5], [4, 5]]]

@@ -1,4 +1,4 @@
-"""The plot of a plan shows every way in which a query sees a token."""
+"""The plot of a plan has a colour for each kind of visibility."""
 
 from pathlib import Path
 
@@ -19,11 +19,11 @@ def test_every_kind_of_visibility_has_its_colour(tmp_path: Path) -> None:
   pixels = matplotlib.image.imread(tmp_path / "mask.png")[..., :3]
   seen = visibility(plan)
   assert set(np.unique(seen)) == {code.value for code in Seen}
-  drawn = {}
+  counts = {}
   for code in Seen:
-    drawn[code] = int((np.abs(pixels - to_rgb(_COLOURS[code])) < 0.01).all(axis=-1).sum())
-  # The mask's pixels are shared out as its entries are; the legend adds little.
+    counts[code] = int((np.abs(pixels - to_rgb(_COLOURS[code])) < 0.01).all(axis=-1).sum())
+  # The share of pixels of a colour equals the share of entries, up to the pixels of the legend.
   shares = {code: (seen == code).mean() for code in Seen}
-  total = sum(drawn.values())
+  total = sum(counts.values())
   for code in Seen:
-    assert abs(drawn[code] / total - shares[code]) < 0.05
+    assert abs(counts[code] / total - shares[code]) < 0.05

@@ -1,4 +1,4 @@
-"""Jobs whose results are kept and not measured again, tables and plots, and the command."""
+"""Evaluation jobs and their stored results, tables, plots, and the command `dga evaluate`."""
 
 import json
 import subprocess
@@ -62,7 +62,7 @@ def test_results_are_measured_once(tmp_path: Path) -> None:
   assert "jax" in first["environment"]["versions"]
 
 
-def test_a_run_ends_in_time(tmp_path: Path) -> None:
+def test_no_job_starts_after_the_time_limit(tmp_path: Path) -> None:
   measured: list[str] = []
   left = run_jobs(
     [job(name, measured) for name in "abc"], Results(tmp_path / "r"), origin="o", minutes=0
@@ -92,7 +92,7 @@ def test_other_errors_end_the_run(tmp_path: Path) -> None:
     run_jobs([Job({"task": "t"}, 1, 1, mistake)], Results(tmp_path / "r"), origin="o")
 
 
-def test_a_line_cut_off_is_dropped_and_done_again(tmp_path: Path) -> None:
+def test_a_truncated_result_is_removed_and_measured_again(tmp_path: Path) -> None:
   path = tmp_path / "r.jsonl"
   results = Results(path)
   results.add("a", {"value": 1})
@@ -108,7 +108,7 @@ def test_a_line_cut_off_is_dropped_and_done_again(tmp_path: Path) -> None:
     Results(path)
 
 
-def test_nothing_is_written_of_nothing(tmp_path: Path) -> None:
+def test_no_results_write_no_report(tmp_path: Path) -> None:
   assert report.write("perplexity", [], tmp_path) == []
 
 
@@ -155,7 +155,7 @@ def test_retrieval_and_its_plots(tmp_path: Path) -> None:
   assert all(map(is_png, drawn))
 
 
-def test_files_of_others(tmp_path: Path) -> None:
+def test_reports_of_longbench_and_lost_in_the_middle(tmp_path: Path) -> None:
   models, variant = family(), VARIANTS[0]
   example = {"answers": ["a"], "length": 1, "all_classes": None}
   one = LongBenchSet("qasper", [example], ["text"], new_tokens=4)

@@ -1,4 +1,4 @@
-"""Retrieval prompts: exact length, depth, answers that follow from the text, repeatability."""
+"""Retrieval prompts: exact length, depth, answers that the text determines, repeatability."""
 
 import random
 import re
@@ -27,7 +27,7 @@ def test_prompts_have_their_length_and_repeat(task: str) -> None:
 
 
 def solve(task: str, text: str) -> str:
-  """The answer, worked out from the text as a reader would."""
+  """Derives the answer from the text of the prompt."""
   body, _, question = text.rpartition("\n\n")
   if task == "key_value":
     name = question.rpartition("[")[2].rstrip(":")
@@ -43,14 +43,14 @@ def solve(task: str, text: str) -> str:
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
-def test_the_answer_follows_from_the_text(task: str, depth: float) -> None:
+def test_the_text_determines_the_answer(task: str, depth: float) -> None:
   for index in range(5):
     sample = HAY.sample(task, 2000, depth, seed=0, index=index)
     assert solve(task, TOKENIZER.decode(sample.tokens)) == sample.answer
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.25, 0.5, 0.75, 1.0])
-def test_the_needle_stands_behind_a_sentence_at_its_depth(depth: float) -> None:
+def test_the_needle_follows_a_sentence_at_its_depth(depth: float) -> None:
   for index in range(5):
     text = TOKENIZER.decode(HAY.sample("passkey", 2000, depth, seed=0, index=index).tokens)
     body = text.rpartition("\n\n")[0]
@@ -83,12 +83,12 @@ def test_the_other_variables_are_not_the_answer() -> None:
     ("passkey", 100, "length leaves -.* tokens"),
   ],
 )
-def test_prompts_that_cannot_be_made(task: str, length: int, message: str) -> None:
+def test_impossible_prompts_are_errors(task: str, length: int, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     HAY.sample(task, length, 0.5, seed=0, index=0)
 
 
-def test_no_text() -> None:
+def test_an_empty_haystack_is_an_error() -> None:
   with pytest.raises(ValueError, match="texts is empty"):
     Haystack([], TOKENIZER)
 
@@ -100,7 +100,7 @@ def test_exact_match() -> None:
   assert result["low"] < result["share"] == 2 / 3 < result["high"]
 
 
-def test_answers_are_those_of_single_prompts_in_their_order() -> None:
+def test_batched_answers_equal_those_of_single_prompts() -> None:
   model = family().model(Variant("v"), 64)
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 256, size).tolist() for size in (40, 7, 23)]

@@ -1,4 +1,4 @@
-"""Scores on worked examples, and against the packages that LongBench uses."""
+"""Scores equal hand-computed examples and the packages that LongBench uses."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ CLASSES = ["Color", "Color name", "City", "Other city"]
 
 @pytest.mark.parametrize(
   ("hits", "trials", "low", "high"),
-  # By hand: for 0 of n the upper bound is z²/(n + z²); half of 10 is symmetric.
+  # Computed by hand: the upper bound of 0 of n is z²/(n + z²); 5 of 10 is symmetric.
   [(0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (5, 10, 0.236593, 0.763407)],
 )
 def test_wilson_interval(hits: int, trials: int, low: float, high: float) -> None:
@@ -21,7 +21,7 @@ def test_wilson_interval(hits: int, trials: int, low: float, high: float) -> Non
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 0), (3, 2), (-1, 2)])
-def test_wilson_interval_refuses_no_shares(hits: int, trials: int) -> None:
+def test_wilson_interval_of_invalid_counts_is_an_error(hits: int, trials: int) -> None:
   with pytest.raises(ValueError, match=f"hits is {hits} of trials={trials}"):
     scores.wilson_interval(hits, trials)
 
@@ -96,7 +96,7 @@ def test_code_is_the_first_line_without_comment_or_fence() -> None:
   [
     ("Type: City", "City", 1.0),
     ("City or Color", "City", 1 / 2),
-    ("Color name", "Color name", 1.0),  # "Color" is part of the reference
+    ("Color name", "Color name", 1.0),  # The label "Color" is part of the reference.
     ("Color name", "Color", 1 / 2),
     ("nothing", "City", 0.0),
     ("Color", "City", 0.0),

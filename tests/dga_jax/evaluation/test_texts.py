@@ -1,4 +1,4 @@
-"""Reading documents and cutting them into rows."""
+"""Documents are read from files and cut into rows."""
 
 import bz2
 import gzip
@@ -14,7 +14,7 @@ from dga_jax.evaluation.texts import Document, read_documents, token_rows
 from tests.dga_jax.evaluation.tiny import TOKENIZER
 
 
-def test_documents_of_all_kinds_of_files(tmp_path: Path) -> None:
+def test_documents_of_each_file_format(tmp_path: Path) -> None:
   line = json.dumps({"id": 7, "text": "Größe"}) + "\n\n"
   (tmp_path / "a.jsonl").write_text(line)
   for name, library in (("b.jsonl.xz", lzma), ("c.jsonl.gz", gzip)):
@@ -37,14 +37,14 @@ def test_documents_of_all_kinds_of_files(tmp_path: Path) -> None:
     ("", "have no document"),
   ],
 )
-def test_broken_files(content: str, message: str, tmp_path: Path) -> None:
+def test_invalid_files_are_errors(content: str, message: str, tmp_path: Path) -> None:
   (tmp_path / "a.jsonl").write_text(content)
   with pytest.raises(ValueError, match=message):
     read_documents([tmp_path / "a.jsonl"])
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
-def test_bytes_that_are_not_utf8(name: str, tmp_path: Path) -> None:
+def test_bytes_that_are_not_utf8_are_an_error(name: str, tmp_path: Path) -> None:
   (tmp_path / name).write_bytes(b'{"id": 1, "text": "a"}\n{"id": 1, "text": "\xff"}\n')
   with pytest.raises(ValueError, match=r"line 2"):
     read_documents([tmp_path / name])
@@ -60,13 +60,13 @@ def test_damaged_compression(suffix: str, library: Any, tmp_path: Path) -> None:
       read_documents([path])
 
 
-def test_lines_end_with_newlines_alone(tmp_path: Path) -> None:
+def test_only_newlines_end_a_line(tmp_path: Path) -> None:
   text = "a\u2028b\u0085c\x0cd"
   (tmp_path / "a.jsonl").write_text(json.dumps({"id": 1, "text": text}, ensure_ascii=False))
   assert read_documents([tmp_path / "a.jsonl"]) == [Document("1", text)]
 
 
-def test_rows_begin_like_documents_and_do_not_overlap() -> None:
+def test_rows_start_with_the_start_tokens_and_do_not_overlap() -> None:
   documents = [Document("a", "abcdefgh"), Document("b", "xyz"), Document("c", "12345678901")]
   rows = token_rows(documents, TOKENIZER, 4, rows_per_document=2)
   assert rows.dtype == np.int32
@@ -76,6 +76,6 @@ def test_rows_begin_like_documents_and_do_not_overlap() -> None:
   assert len(token_rows(documents, TOKENIZER, 4)) == 2
 
 
-def test_documents_too_short_for_a_row() -> None:
+def test_documents_too_short_for_a_row_are_an_error() -> None:
   with pytest.raises(ValueError, match="length is 99"):
     token_rows([Document("a", "short")], TOKENIZER, 99)

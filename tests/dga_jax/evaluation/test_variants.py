@@ -1,4 +1,4 @@
-"""Variants: what they may change, budgets, and how keys are counted."""
+"""Variants of a model: allowed overrides, cache budgets, and the count of keys."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from dga_jax.evaluation.variants import read_variants, Variant
 from tests.dga_jax.evaluation.tiny import CONFIG, family
 
 
-def test_settings_replace_those_of_the_model() -> None:
+def test_settings_of_a_variant_replace_those_of_the_model() -> None:
   config = Variant("v", {"dga": {"selection": "global", "sink_tokens": 3}}).config(CONFIG, 64)
   assert config.dga == DGAConfig(selection="global", sink_tokens=3)
   assert Variant("v").config(CONFIG, 64) == CONFIG
@@ -36,7 +36,7 @@ def test_keys_set_a_budget() -> None:
     (Variant("v", {"attention": "dense"}, keys=0.5), "attention='dense' has no budget"),
   ],
 )
-def test_variants_that_make_no_sense(variant: Variant, message: str) -> None:
+def test_invalid_variants_are_errors(variant: Variant, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     variant.config(CONFIG, 64)
 
@@ -58,7 +58,7 @@ def test_variants_from_json_and_from_a_file(tmp_path: Path) -> None:
     ('[{"name": "a", "keys": "half"}]', "keys of variant 'a' is 'half'"),
   ],
 )
-def test_broken_variants(text: str, message: str) -> None:
+def test_invalid_json_of_variants_is_an_error(text: str, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     read_variants(text)
 
@@ -92,5 +92,5 @@ def test_keys_are_counted_in_the_cache(overrides: dict, keys: int) -> None:
 def test_eviction_counts_its_scores() -> None:
   settings = {"heavy": 10, "recent": 6, "interval": 4}
   variant = Variant("v", {"attention": "top_k_eviction", "top_k_eviction": settings})
-  # 20 entries of a key and a value of 8 channels, and one score.
+  # 20 entries, each with a key and a value of 8 channels and one score.
   assert family().budget(variant, 96).keys == 20 * (16 + 1) / 16

@@ -1,4 +1,4 @@
-"""A small byte-level model with random weights, its checkpoint, and documents."""
+"""A small byte-level model with random weights, its checkpoint, and documents for tests."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def family(**changes: object) -> Family:
 
 
 def write_checkpoint(workdir: Path, *, dtype: DtypeName = "float32", scale: float = 1.0) -> Path:
-  """A checkpoint of the model, its weights multiplied by `scale`."""
+  """Saves a checkpoint of the model with its weights multiplied by `scale`; returns the workdir."""
   config = dataclasses.replace(CONFIG, dtype=dtype)
   params = nnx.to_pure_dict(nnx.state(random_decoder(config), nnx.Param))
   params = jax.tree.map(lambda weight: weight * scale, params)

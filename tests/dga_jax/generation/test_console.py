@@ -1,5 +1,6 @@
 """The generate command on a small checkpoint: texts, warnings, and failures."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dga_jax.generation import console, Sampling
+from dga_jax.loading import load_with_facts, Loaded, trained_length
 from dga_jax.tokenizer import Tokenizer
 from tests.dga_jax.evaluation.tiny import CONFIG, TOKENIZER, write_checkpoint
 
@@ -21,32 +23,44 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> str:
   return str(write_checkpoint(tmp_path_factory.mktemp("model") / "run"))
 
 
-def texts(workdir: str, prompts: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-  loaded = console.load(workdir)
-  batch = console.make_batch(loaded, prompts, SAMPLING, max_new_tokens=8, slots=2)
-  console.print_all(batch, loaded.tokenizer, prompts)
-  return capsys.readouterr().out.split(f"\n{'-' * 72}\n")
+@pytest.fixture(scope="module")
+def loaded(workdir: str) -> Loaded:
+  return load_with_facts(workdir)
 
 
-def test_a_file_of_prompts_and_a_single_prompt_give_the_same_text(
-  workdir: str, capsys: pytest.CaptureFixture[str]
+def test_a_file_of_prompts_json_lines_and_a_single_prompt_give_the_same_text(
+  loaded: Loaded, capsys: pytest.CaptureFixture[str]
 ) -> None:
   prompts = ["The carrier", "Rain", "He"]
-  *together, statistics = texts(workdir, prompts, capsys)
+  batch = console.make_batch(loaded, prompts, SAMPLING, max_new_tokens=8, slots=2)
+  console.print_all(batch, loaded.tokenizer, prompts)
+  printed = capsys.readouterr()
+  *together, rest = printed.out.split(f"\n{'-' * 72}\n")
+  assert rest == ""
   assert [text.startswith(prompt) for text, prompt in zip(together, prompts, strict=True)] == [
     True
   ] * 3
-  assert statistics.startswith("prefill ")
-  loaded = console.load(workdir)
+  assert printed.err.startswith("prefill ")  # No progress bar without a terminal.
+
+  records = [{"id": i, "prompt": prompt} for i, prompt in enumerate(prompts)]
+  console.print_json_lines(batch, loaded.tokenizer, records, max_new_tokens=8)
+  printed = capsys.readouterr()
+  results = [json.loads(line) for line in printed.out.splitlines()]
+  assert [result["prompt"] + result["text"] for result in results] == together
+  assert [(r["id"], r["new_tokens"], r["finish"]) for r in results] == [
+    (i, 8, "length") for i in range(3)
+  ]
+  assert printed.err.startswith("prefill ")
+
   batch = console.make_batch(loaded, prompts[:1], SAMPLING, max_new_tokens=8, stream=True)
   console.print_stream(batch, loaded.tokenizer, prompts[0])
-  assert capsys.readouterr().out.startswith(f"{together[0]}\n")
+  assert capsys.readouterr().out == f"{together[0]}\n"
 
 
 def test_attention_and_dtype_of_the_flags(workdir: str) -> None:
-  loaded = console.load(workdir, attention="dense", dtype="bfloat16")
+  loaded = load_with_facts(workdir, attention="dense", dtype="bfloat16")
   assert (loaded.model.config.attention, loaded.model.config.dtype) == ("dense", "bfloat16")
-  assert console.load(workdir, 0).model.config == CONFIG
+  assert load_with_facts(workdir, step=0).model.config == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -61,7 +75,7 @@ def test_attention_and_dtype_of_the_flags(workdir: str) -> None:
   ],
 )
 def test_the_trained_context(saved: dict, length: int | None) -> None:
-  assert console.trained_length(saved) == length
+  assert trained_length(saved) == length
 
 
 @pytest.fixture
@@ -72,9 +86,9 @@ def arguments(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("arguments")
 def test_prompts_beyond_the_trained_context_are_warned_about(
-  workdir: str, capsys: pytest.CaptureFixture[str]
+  loaded: Loaded, capsys: pytest.CaptureFixture[str]
 ) -> None:
-  loaded = console.load(workdir)._replace(trained_length=4)
+  loaded = loaded._replace(trained_length=4)
   console.make_batch(loaded, ["abc", "abcd"], SAMPLING, max_new_tokens=1)
   warned = capsys.readouterr().err
   assert "prompt 1 has 5 tokens; the model was trained on contexts of at most 4 tokens" in warned
@@ -82,8 +96,7 @@ def test_prompts_beyond_the_trained_context_are_warned_about(
 
 
 @pytest.mark.usefixtures("arguments")
-def test_every_stop_id_of_the_tokenizer_ends_a_text(workdir: str) -> None:
-  loaded = console.load(workdir)
+def test_every_stop_id_of_the_tokenizer_ends_a_text(loaded: Loaded) -> None:
   several = Tokenizer(TOKENIZER._backend, stop_ids=[7, 11])
   options: Any = console.make_batch(
     loaded._replace(tokenizer=several), ["a"], SAMPLING, max_new_tokens=1

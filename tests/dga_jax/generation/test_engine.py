@@ -1,33 +1,325 @@
-"""The compiler options of decoding, by the device that it is for."""
+"""The engine: requests that come and go, kept caches, cancellation, bytes, and no compilation."""
+
+import threading
+import time
 
 import jax
+import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from flax import nnx
 
-from dga_jax.generation.engine import decode_options
-
-
-def options_for(kind: str, platform: str) -> dict[str, bool | int]:
-  device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
-  mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh):
-    return decode_options()
-
-
-@pytest.mark.parametrize(
-  ("kind", "platform", "merged"),
-  [
-    ("NVIDIA H100 80GB HBM3", "gpu", True),
-    ("NVIDIA A100-SXM4-40GB", "gpu", True),
-    ("Tesla V100-SXM2-16GB", "gpu", False),  # XLA has no Triton products for it
-    ("TPU v5", "tpu", False),
-  ],
+from dga_jax import DGAConfig
+from dga_jax.generation import (
+  Engine,
+  EngineStoppedError,
+  QueueFullError,
+  Request,
+  Sampling,
 )
-def test_products_are_merged_on_gpus_from_ampere_on(kind: str, platform: str, merged: bool):
-  assert bool(options_for(kind, platform)) is merged
+from dga_jax.generation.cache_shapes import all_bytes, CacheShapes
+from dga_jax.model import Decoder, ModelConfig
+
+CONFIG = ModelConfig(
+  vocab_size=61,
+  num_layers=2,
+  embed_dim=32,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  mlp_dim=48,
+  attention="dga",
+  dga=DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1),
+  dtype="float32",
+)
+GREEDY = Sampling(temperature=0.0)
+MAX_LENGTH = 400
+MANY = 1 << 30  # A budget of bytes that nothing here reaches.
 
 
-def test_xla_knows_the_options():
-  options = options_for("NVIDIA H100 80GB HBM3", "gpu")
-  compiled = jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options)
-  assert compiled(1.0) == 2.0
+@pytest.fixture(scope="module")
+def model():
+  return Decoder(CONFIG, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def shared_engine(model):
+  """Compiled once; every test begins with an empty one."""
+  return Engine(
+    model,
+    slots=3,
+    max_length=MAX_LENGTH,
+    prompt_chunk=64,
+    cache_bytes=MANY,
+    max_waiting=4,
+    logprobs=True,
+  )
+
+
+@pytest.fixture
+def engine(shared_engine):
+  shared_engine.reset()
+  return shared_engine
+
+
+def prompt_of(length, seed=0):
+  return np.random.default_rng(seed).integers(0, 61, length).tolist()
+
+
+def run(engine, requests=()):
+  """Submits requests and runs the engine until it is idle: {number: (tokens, last Emitted)}."""
+  for request in requests:
+    engine.submit(request)
+  results = {}
+  while engine.busy:
+    for emitted in engine.step():
+      tokens, _ = results.get(emitted.request, ([], None))
+      results[emitted.request] = (tokens + emitted.tokens, emitted)
+  return results
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+  """The most likely continuation, by a pass over the whole sequence for each token."""
+  forward = nnx.jit(lambda model, tokens, lengths: model(tokens, lengths=lengths))
+
+  def continue_prompt(prompt, new):
+    tokens = np.zeros((1, MAX_LENGTH), np.int32)
+    tokens[0, : len(prompt)] = prompt
+    for length in range(len(prompt), len(prompt) + new):
+      logits = forward(model, tokens, np.array([length]))
+      tokens[0, length] = np.argmax(logits[0, length - 1])
+    return tokens[0, len(prompt) : len(prompt) + new].tolist()
+
+  return continue_prompt
+
+
+def test_requests_that_arrive_at_any_time_get_the_tokens_of_a_request_alone(engine, greedy):
+  jobs = [
+    (150, 9, GREEDY),
+    (3, 30, Sampling(temperature=1.0, seed=5)),
+    (70, 12, GREEDY),
+    (8, 1, GREEDY),
+    (64, 17, Sampling(temperature=0.9, top_k=7, seed=2)),
+  ]
+  results, arrived = {}, 0
+  while engine.busy or arrived < len(jobs):
+    if arrived < len(jobs):
+      length, new, sampling = jobs[arrived]
+      engine.submit(Request(prompt_of(length, seed=arrived), new, sampling))
+      arrived += 1
+    for emitted in engine.step():
+      results.setdefault(emitted.request, []).extend(emitted.tokens)
+  for i, (length, new, sampling) in enumerate(jobs):
+    prompt = prompt_of(length, seed=i)
+    engine.reset()
+    ((tokens, _),) = run(engine, [Request(prompt, new, sampling)]).values()
+    assert results[i] == tokens
+    if sampling == GREEDY:
+      assert tokens == greedy(prompt, new)
+
+
+def test_a_running_request_waits_for_one_piece_of_another_prompt(engine):
+  engine.submit(Request(prompt_of(5), 80, GREEDY))
+  engine.step()
+  long = engine.submit(Request(prompt_of(300, seed=1), 2, GREEDY))
+  steps = 0
+  while True:
+    emitted = {one.request: one.tokens for one in engine.step()}
+    if long in emitted:
+      break
+    steps += 1
+    assert len(emitted[0]) == 4  # The decode chunk of this step.
+  assert steps >= 300 // 64
+
+
+def test_a_cancelled_request_ends_before_the_next_chunk_and_frees_its_slot(engine):
+  numbers = [engine.submit(Request(prompt_of(40, seed=i), 200, GREEDY)) for i in range(4)]
+  while engine.status().running < 3:
+    engine.step()
+  engine.cancel(numbers[0])
+  engine.cancel(numbers[3])  # It waits.
+  ended = [one for one in engine.step() if one.done]
+  assert [(one.request, one.finish) for one in ended] == [(0, "cancelled"), (3, "cancelled")]
+  assert (engine.status().running, engine.status().waiting) == (2, 0)
+  engine.cancel(numbers[0])  # It has ended: nothing happens.
+  reading = engine.submit(Request(prompt_of(300), 5, GREEDY))
+  engine.step()
+  engine.cancel(reading)
+  assert [one.request for one in engine.step() if one.done] == [reading]
+  for number in numbers[1:3]:
+    engine.cancel(number)
+  engine.step()
+  assert not engine.busy
+  assert engine.status().running == 0
+
+
+def test_nothing_compiles_after_the_constructor(engine):
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None
+  )
+  first = prompt_of(130)
+  how = Sampling(temperature=0.7, seed=3, logit_bias=((4, 2.0),), top_logprobs=2)
+  run(engine, [Request(first, 6, GREEDY), Request(prompt_of(9), 3, how)])
+  run(engine, [Request([*first, *prompt_of(20, seed=4)], 6, GREEDY), Request(first, 3, how)])
+  engine.status()
+  assert compiled == []
+
+
+def test_the_next_turn_reads_only_what_is_new(engine, greedy):
+  first = prompt_of(150)
+  ((answer, emitted),) = run(engine, [Request(first, 12, GREEDY)]).values()
+  assert emitted.cached_tokens == 0
+  second = [*first, *answer, *prompt_of(10, seed=1)]
+  (_, (tokens, emitted)) = run(engine, [Request(second, 12, GREEDY)]).popitem()
+  assert emitted.cached_tokens == 150
+  assert tokens == greedy(second, 12)
+  ((again, emitted),) = [v for k, v in run(engine, [Request(second, 12, GREEDY)]).items()]
+  assert (again, emitted.cached_tokens) == (tokens, len(second))
+
+
+def test_a_shared_system_prompt_is_read_once(engine, greedy, monkeypatch):
+  read = []
+  extend = engine.programs.extend
+
+  def counted(row, piece, count):
+    read.append(count)
+    return extend(row, piece, count)
+
+  monkeypatch.setattr(engine.programs, "extend", counted)
+  system = prompt_of(128)
+  prompts = [[*system, *prompt_of(20, seed=i)] for i in range(1, 4)]
+  results = run(engine, [Request(prompt, 5, GREEDY, keep_at=[128, 5]) for prompt in prompts])
+  assert sum(read) == 128 + 3 * 20
+  assert [emitted.cached_tokens for _, emitted in results.values()] == [0, 128, 128]
+  assert [tokens for tokens, _ in results.values()] == [greedy(p, 5) for p in prompts]
+
+
+def test_a_beginning_that_prompts_happen_to_share_is_found(engine):
+  system = prompt_of(100)
+  requests = [Request([*system, i, *prompt_of(30, seed=i)], 2, GREEDY) for i in range(1, 4)]
+  results = run(engine, requests)
+  assert [emitted.cached_tokens for _, emitted in results.values()] == [0, 0, 100]
+
+
+def test_kept_caches_move_to_the_host_and_back(model, greedy):
+  shapes = CacheShapes(model, MAX_LENGTH)
+  row = shapes.row_bytes
+  engine = Engine(
+    model,
+    slots=1,
+    max_length=MAX_LENGTH,
+    prompt_chunk=64,
+    cache_bytes=4 * row,  # One slot, two prompts being read, and one kept.
+    host_bytes=row // 2,
+  )
+  prompts = [prompt_of(90, seed=i) for i in range(4)]
+  for prompt in prompts[:2]:
+    run(engine, [Request(prompt, 2, GREEDY)])
+  status = engine.status()
+  assert status.kept_device_bytes == row
+  assert status.kept_host_bytes == all_bytes(shapes.rows(1, 128)) < row // 2  # 90 tokens of 400.
+  turn = [*prompts[0], *prompt_of(8, seed=9)]
+  (_, (tokens, emitted)) = run(engine, [Request(turn, 6, GREEDY)]).popitem()
+  assert emitted.cached_tokens == 90
+  assert tokens == greedy(turn, 6)
+  for prompt in prompts[2:]:
+    run(engine, [Request(prompt, 2, GREEDY)])
+  assert engine.status().kept_host_bytes <= row // 2
+  (_, (_, emitted)) = run(engine, [Request([*prompts[1], 5], 2, GREEDY)]).popitem()
+  assert emitted.cached_tokens == 0  # The least recently used is gone.
+
+
+def test_slots_that_exceed_the_bytes_are_refused(model):
+  budget = 3 * CacheShapes(model, MAX_LENGTH).row_bytes
+  with pytest.raises(ValueError, match=r"3 slots and two prompts.*Use at most 1 slots"):
+    Engine(model, slots=3, max_length=MAX_LENGTH, prompt_chunk=64, cache_bytes=budget)
+
+
+def test_a_full_queue_and_a_bad_request(engine):
+  for _ in range(7):
+    engine.submit(Request([1], 5))
+  with pytest.raises(QueueFullError, match="3 requests run and 4 wait"):
+    engine.submit(Request([1], 5))
+  with pytest.raises(ValueError, match="399 tokens; with max_new_tokens=2 it exceeds"):
+    engine.submit(Request([1] * 399, 2))
+
+
+def test_stop_ids_and_log_probabilities(model, engine, greedy):
+  tokens = greedy(prompt_of(20), 9)
+  stop = tokens[4]
+  how = Sampling(temperature=0.0, top_logprobs=3)
+  request = Request(prompt_of(20), 9, how, stop_ids=[stop])
+  ((got, emitted),) = run(engine, [request]).values()
+  assert got == tokens[: tokens.index(stop)]
+  assert emitted.finish == "stop"
+
+  engine.reset()
+  engine.submit(Request(prompt_of(20), 9, how))
+  logprobs = []
+  while engine.busy:
+    logprobs += [row for one in engine.step() for row in one.logprobs]
+  sequence = np.array([prompt_of(20) + tokens])
+  logits = nnx.jit(lambda m, t: m(t))(model, sequence)[0, 19:-1]
+  want = np.asarray(jax.nn.log_softmax(logits, axis=-1))
+  assert [row.top[0][0] for row in logprobs] == tokens
+  for t, row in enumerate(logprobs):
+    np.testing.assert_allclose(row.logprob, want[t, tokens[t]], atol=1e-4)
+    np.testing.assert_allclose([v for _, v in row.top], np.sort(want[t])[:-4:-1], atol=1e-4)
+
+
+def test_a_bias_forces_and_forbids_tokens(engine, greedy):
+  forced = Sampling(temperature=0.0, logit_bias=((17, 100.0),))
+  first = greedy(prompt_of(9), 1)[0]
+  forbidden = Sampling(temperature=0.0, logit_bias=((first, -100.0),))
+  results = run(engine, [Request(prompt_of(9), 4, forced), Request(prompt_of(9), 4, forbidden)])
+  assert results[0][0] == [17] * 4
+  assert first not in results[1][0][:1]
+
+
+def test_the_thread_serves_requests_of_other_threads_and_stops(engine, greedy):
+  engine.start()
+  want = {i: greedy(prompt_of(10 + i, seed=i), 6) for i in range(4)}
+  got, ended = {i: [] for i in want}, [threading.Event() for _ in want]
+
+  def client(i):
+    def deliver(emitted):
+      got[i].extend(emitted.tokens)
+      if emitted.done:
+        ended[i].set()
+
+    engine.submit(Request(prompt_of(10 + i, seed=i), 6, GREEDY), deliver)
+
+  threads = [threading.Thread(target=client, args=(i,)) for i in want]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert all(event.wait(60) for event in ended)
+  assert got == want
+
+  finishes = []
+  engine.submit(Request([1], 390, GREEDY), lambda one: finishes.append(one.finish))
+  engine.close()
+  assert finishes[-1] == "cancelled"
+  with pytest.raises(EngineStoppedError):
+    engine.submit(Request([1], 2))
+
+
+def test_a_failing_engine_ends_its_requests(engine, monkeypatch, caplog):
+
+  def broken(*_):
+    raise RuntimeError("the device is gone")
+
+  monkeypatch.setattr(engine.programs, "decode", broken)
+  finishes = []
+  engine.start()
+  engine.submit(Request([1], 5, GREEDY), lambda one: finishes.append(one.finish))
+  deadline = time.monotonic() + 30
+  while not finishes or finishes[-1] is None:
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  assert finishes[-1] == "failed"
+  assert "the device is gone" in str(engine.error)
+  assert "the engine has failed" in caplog.text
+  engine.close()

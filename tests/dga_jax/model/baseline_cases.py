@@ -1,4 +1,4 @@
-"""A small model of every baseline kind, for the tests of their rules and of their caches."""
+"""A small model for each baseline attention kind, shared by the tests of rules and caches."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The decoder on four devices; run by test_decoder_on_mesh.py in a process that has four."""
+"""Checks of the decoder on four devices; test_decoder_on_mesh.py runs this module."""
 
 import contextlib
 import sys
@@ -22,13 +22,16 @@ def equal(got, want, message=""):
 
 
 def run_on(mesh, config, params, rules, *, stored=None, in_force=True, tokens=None):
-  """The compiled program, and its results.
+  """Compiles and runs logits and gradient on a mesh; returns the program and its results.
 
   Args:
-    rules: of the computation, on Auto axes.
-    stored: rules by which parameters and the batch are put on the mesh, if others.
-    in_force: whether jax.set_mesh is used.
-    tokens: how tokens are split, if not like the batch.
+    mesh: a mesh of four devices.
+    config: the model's config.
+    params: the parameters, on one device.
+    rules: sharding rules of the computation, which only Auto axes need.
+    stored: sharding rules of the stored parameters and of the batch; None takes `rules`.
+    in_force: whether to set the mesh with jax.set_mesh.
+    tokens: PartitionSpec of the tokens; None takes that of the batch.
   """
   run = cases.logits_and_gradient(config)
   arguments = jax.device_put(
@@ -46,26 +49,26 @@ def run_on(mesh, config, params, rules, *, stored=None, in_force=True, tokens=No
 
 
 def one_device(config):
-  """Parameters, and the results of one device."""
+  """The parameters, and the logits and gradient on one device."""
   params = nnx.to_pure_dict(nnx.state(random_decoder(config)))
   return params, jax.jit(cases.logits_and_gradient(config))(params, cases.draw_batch())
 
 
 def gathered(program):
-  """Shapes of what is gathered, without axes of size 1."""
+  """Shapes of the arrays that the program gathers, without axes of size 1."""
   collectives = read_collectives(program.as_text())
-  assert not any(one.kind in ("all-to-all", "collective-permute") for one in collectives)
-  gathers = [one for one in collectives if one.kind == "all-gather"]
-  return {tuple(n for n in dims if n > 1) for one in gathers for _, dims in one.shapes}
+  assert not any(op.kind in ("all-to-all", "collective-permute") for op in collectives)
+  gathers = [op for op in collectives if op.kind == "all-gather"]
+  return {tuple(n for n in dims if n > 1) for op in gathers for _, dims in op.shapes}
 
 
 def check_matrix(selection, meshes):
-  """Weights and the residual stream are gathered, queries, keys and values are not."""
+  """Results equal one device's; the program gathers only weights and the residual stream."""
   config = cases.model_config(selection)
   params, want = one_device(config)
-  # Weights are stored in parts along embed, and stay split along heads, MLP and vocabulary.
+  # Weights are stored split along embed. Gathered weights stay split along heads, MLP, vocabulary.
   weights = {(16,), (16, 4, 4), (4, 4, 16), (16, 2, 4), (16, 16), (16, 24), (24, 16)}
-  # The residual stream between layers, by the rules of the own mesh, and the table to look up in.
+  # The residual stream between layers under the default rules, and the embedding table.
   residual = {(2, 24, 16), (48, 16), (16, 48)}
   for names, axis_type in meshes:
     mesh, rules = mesh_cases.make_mesh(names, axis_type), cases.RULES[names]
@@ -78,7 +81,7 @@ def check_matrix(selection, meshes):
 
 
 def check_without_rules():
-  """The compiler splits what no rule splits; attention computes on whole arrays."""
+  """Without rules XLA partitions the computation, and the results are unchanged."""
   config = cases.model_config()
   params, want = one_device(config)
   mesh = mesh_cases.make_mesh("foreign", AxisType.Auto)
@@ -88,7 +91,7 @@ def check_without_rules():
 
 
 def check_context_parallel():
-  """Sequences are split over a mesh axis of any name."""
+  """Context parallelism works on a mesh axis with a foreign name."""
   config = cases.model_config("global")
   params, want = one_device(config)
   rules = ShardingRules(batch=("x",), length=("y",), residual_length=("y",), stored_embed=("x",))
@@ -99,7 +102,7 @@ def check_context_parallel():
 
 
 def check_other_kinds():
-  """Kinds of attention without a mesh of their own."""
+  """Attention kinds without a partitioning of their own give one device's results."""
   for attention in ("dense", "streaming_llm"):
     config = cases.model_config(attention=attention)
     params, want = one_device(config)

@@ -1,4 +1,4 @@
-"""The decoder's output and gradient on meshes of four devices, with any axis names."""
+"""Inputs for tests of the decoder on meshes of four devices, with our or foreign axis names."""
 
 import dataclasses
 
@@ -41,7 +41,7 @@ def model_config(selection="streaming", **changes):
 
 
 def draw_batch(B=4, L=24):
-  """Tokens of two documents a row, and the weights of a sum of logits."""
+  """Tokens with two documents per row, and weights for a weighted sum of the logits."""
   rng = np.random.default_rng(0)
   segments_BxL = (np.arange(L)[None] >= 7 + np.arange(B)[:, None]).astype(np.int32)
   segments_BxL[:, -3:] = -1
@@ -53,7 +53,7 @@ def draw_batch(B=4, L=24):
 
 
 def logits_and_gradient(config):
-  """A function of parameters (a nested dict) and a batch."""
+  """A function of parameters (a nested dict) and a batch: logits and the parameters' gradient."""
   structure, _ = nnx.split(abstract_decoder(config))
 
   def run(params, batch):
@@ -68,14 +68,14 @@ def logits_and_gradient(config):
 
 
 def shardings(config, mesh, rules):
-  """Of parameters and batch."""
+  """Shardings of the parameters and of the batch."""
   with use_rules(rules):
     params = parameter_shardings(nnx.state(abstract_decoder(config)), mesh)
   return params, {name: NamedSharding(mesh, P(rules.batch)) for name in draw_batch()}
 
 
 def shapes_on(config, mesh, rules, B, L):
-  """Shapes of parameters and batch, with their shardings."""
+  """Shapes of the parameters and of the batch, with their shardings."""
   params = nnx.to_pure_dict(nnx.state(abstract_decoder(config)))
   return jax.tree.map(
     lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

@@ -1,4 +1,4 @@
-"""Decoders with random weights, made without compiling their initialisation."""
+"""Decoders with random weights, without compiling the decoder's own initialisation."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +8,12 @@ from dga_jax.model import Decoder, ModelConfig
 
 
 def abstract_decoder(config: ModelConfig) -> Decoder:
-  """A decoder whose parameters are shapes."""
+  """A decoder whose parameters are `jax.ShapeDtypeStruct`s."""
   return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
-  """A decoder with normal weights; norm scales are not all one, so that a lost one shows."""
+  """A decoder with normal weights. Norm scales differ from 1, so that a missing one is noticed."""
   rng = np.random.default_rng(seed)
   structure, state = nnx.split(abstract_decoder(config))
   filled = []

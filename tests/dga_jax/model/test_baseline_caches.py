@@ -1,4 +1,4 @@
-"""The baselines' caches: sizes, memory, gradients, budgets, and what their settings refuse."""
+"""Caches of the baselines: sizes, memory, gradients, budgets and invalid settings."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_caches_hold_what_they_say(name: str) -> None:
+def test_caches_have_the_number_of_entries_of_their_settings(name: str) -> None:
   model = random_decoder(dataclasses.replace(CONFIG, attention=name))
   cache = model.init_cache(B, 40)
   _, prompt = prefill(model, tokens_of(2)[:, :PROMPT], np.array([13, 2, 8]))
@@ -73,12 +73,12 @@ def test_decoding_updates_the_cache_in_place(name: str) -> None:
   memory = donated.lower(cache).compile().memory_analysis()
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.ndim == 5)
   assert memory.alias_size_in_bytes >= size
-  # Room for a few layers' work, but not for a copy of all layers.
+  # Temporary memory fits the arrays of a few layers, but not a copy of all layers.
   assert memory.temp_size_in_bytes < size / 2
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_no_buffer_of_length_squared(name: str) -> None:
+def test_whole_sequences_need_no_array_of_length_squared(name: str) -> None:
   length = 4096
   small = dataclasses.replace(
     CONFIG,
@@ -112,13 +112,13 @@ def test_gradients_are_finite_and_padding_is_not_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["minference", "top_k_eviction", "kv_merger"])
-def test_packed_documents_are_refused_where_they_make_no_sense(name: str) -> None:
+def test_kinds_without_packed_documents_raise(name: str) -> None:
   with pytest.raises(ValueError, match=f"segment_ids are given, but attention='{name}'"):
     kind_of(name)(*QKV, segment_ids=jnp.zeros((B, L), int))
 
 
 @pytest.mark.parametrize("name", CAUSAL)
-def test_mean_keys_counts_what_is_attended(name: str) -> None:
+def test_mean_keys_equals_a_count_over_queries(name: str) -> None:
   settings = getattr(CONFIG, name)
   seen = []
   for i in range(50):
@@ -134,7 +134,7 @@ def test_mean_keys_counts_what_is_attended(name: str) -> None:
 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("keys", [40, 701])
-def test_budgets(name: str, keys: int) -> None:
+def test_with_budget_gives_a_cache_of_that_many_keys(name: str, keys: int) -> None:
   settings = type(getattr(CONFIG, name))().with_budget(keys)
   if name == "minference":
     assert settings.vertical + settings.slash == keys
@@ -158,6 +158,6 @@ def test_budgets(name: str, keys: int) -> None:
     (lambda: TopKEvictionConfig().with_budget(1), r"keys is 1.*at least 2"),
   ],
 )
-def test_settings_are_checked(make, message: str) -> None:
+def test_invalid_settings_are_errors(make, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     make()

@@ -1,4 +1,4 @@
-"""The baselines against their papers' rules written out token by token, and through the decoder."""
+"""The baselines equal their papers' rules, computed token by token in NumPy, alone and decoding."""
 
 import dataclasses
 import itertools
@@ -36,8 +36,8 @@ def attend(name: str, qkv: tuple, **rows) -> np.ndarray:
   return np.asarray(jax.jit(kind_of(name))(*qkv, **rows))
 
 
-def turn(x_D: np.ndarray, positions: int) -> np.ndarray:
-  """RoPE by complex numbers: channel c is the real part of a number, c + D/2 its imaginary."""
+def rotate(x_D: np.ndarray, positions: int) -> np.ndarray:
+  """RoPE in complex numbers: channel c is the real part, channel c + D/2 the imaginary part."""
   half = len(x_D) // 2
   angle = positions * CONFIG.rope_base ** (-np.arange(half) / half)
   z = (x_D[:half] + 1j * x_D[half:]) * np.exp(1j * angle)
@@ -46,7 +46,7 @@ def turn(x_D: np.ndarray, positions: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def plain() -> tuple[np.ndarray, ...]:
-  """Queries, keys and values without RoPE."""
+  """Random queries, keys and values before RoPE."""
   rng = np.random.default_rng(0)
   return tuple(rng.normal(size=(B, L, heads, D)) for heads in (H, N, N))
 
@@ -55,7 +55,8 @@ def plain() -> tuple[np.ndarray, ...]:
 def rotated(plain: tuple[np.ndarray, ...]) -> tuple[jax.Array, ...]:
   q, k, v = plain
   q, k = (
-    np.stack([[[turn(x, i) for x in row[i]] for i in range(L)] for row in rows]) for rows in (q, k)
+    np.stack([[[rotate(x, i) for x in row[i]] for i in range(L)] for row in rows])
+    for rows in (q, k)
   )
   return tuple(jnp.asarray(x, jnp.float32) for x in (q, k, v))
 
@@ -68,10 +69,10 @@ def softmax(x: np.ndarray) -> np.ndarray:
 def by_distance(
   plain: tuple[np.ndarray, ...], b: int, h: int, i: int, distances: dict
 ) -> np.ndarray:
-  """Attention of query i to the keys of `distances`, each at the distance that stands there."""
+  """Attention of query i to the keys of `distances`, with RoPE at the given distance of each."""
   q, k, v = plain
   keys = sorted(distances)
-  logits = [turn(q[b, i, h], distances[j]) @ k[b, j, h // R] / math.sqrt(D) for j in keys]
+  logits = [rotate(q[b, i, h], distances[j]) @ k[b, j, h // R] / math.sqrt(D) for j in keys]
   return softmax(np.array(logits)) @ v[b, keys, h // R]
 
 
@@ -81,7 +82,7 @@ def sliding_window(i: int) -> dict[int, int]:
 
 def streaming_llm(i: int) -> dict[int, int]:
   cache = [j for j in range(i + 1) if j < 3 or i - j < 4]
-  return {j: len(cache) - 1 - place for place, j in enumerate(cache)}
+  return {j: len(cache) - 1 - index for index, j in enumerate(cache)}
 
 
 def lm_infinite(i: int) -> dict[int, int]:
@@ -89,7 +90,7 @@ def lm_infinite(i: int) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("rule", [sliding_window, streaming_llm, lm_infinite])
-def test_windows_follow_their_papers(rule, plain, rotated) -> None:
+def test_window_kinds_follow_the_rules_of_their_papers(rule, plain, rotated) -> None:
   o = attend(rule.__name__, rotated)
   for b, i, h in np.ndindex(B, L, H):
     expected = by_distance(plain, b, h, i, rule(i))
@@ -97,8 +98,8 @@ def test_windows_follow_their_papers(rule, plain, rotated) -> None:
 
 
 @pytest.mark.parametrize("name", ["sliding_window", "streaming_llm", "lm_infinite"])
-def test_windows_of_packed_documents(name: str, plain, rotated) -> None:
-  """Each document gives what it gives alone, with RoPE counted from its own start."""
+def test_window_kinds_compute_packed_documents_separately(name: str, plain, rotated) -> None:
+  """A packed document gives the output of the document alone, with RoPE from its first token."""
   ids = np.zeros((B, L), int)
   ids[0, 9:] = 1
   ids[1, :] = np.repeat([4, 7, -1], [11, 9, 3])
@@ -132,14 +133,14 @@ def test_vertical_slash_mask(plain, rotated) -> None:
 
 
 def evict(entries: list) -> list:
-  """H2O: the two most recent entries stay, and of the others the three with most attention."""
+  """H2O: keeps the two most recent entries and the three others with the most attention."""
   old, recent = entries[:-2], entries[-2:]
   heavy = sorted(range(len(old)), key=lambda s: -old[s][2])[:3]
   return [old[s] for s in sorted(heavy)] + recent
 
 
 def merge(entries: list) -> list:
-  """Links the most similar neighbours that are neither heavy nor recent, until 7 are left."""
+  """KVMerger: merges the most similar neighbours, neither heavy nor recent, down to 7 entries."""
   heaviest = max(range(len(entries) - 3), key=lambda s: entries[s][2])
   free = [s < len(entries) - 3 and s != heaviest for s in range(len(entries))]
 
@@ -170,11 +171,11 @@ def merge_run(run: list) -> list:
   ("name", "reduce", "interval", "budget"),
   [("top_k_eviction", evict, 2, 5), ("kv_merger", merge, 3, 7)],
 )
-def test_bounded_caches_follow_their_rule(name, reduce, interval, budget, rotated) -> None:
+def test_budgeted_caches_follow_their_rule(name, reduce, interval, budget, rotated) -> None:
   q, k, v = (np.asarray(x, np.float64) for x in rotated)
   o = attend(name, rotated)
   for b, n in np.ndindex(B, N):
-    entries: list[list] = []  # of key, value, attention received
+    entries: list[list] = []  # [key, value, accumulated attention] of each entry.
     for i in range(L):
       entries.append([k[b, i, n], v[b, i, n], 0.0])
       keys, values, _ = (np.array(x) for x in zip(*entries, strict=True))
@@ -190,7 +191,7 @@ def test_bounded_caches_follow_their_rule(name, reduce, interval, budget, rotate
 
 @pytest.mark.parametrize("name", ["top_k_eviction", "kv_merger"])
 def test_a_dense_prompt_is_compressed_once(name: str, rotated) -> None:
-  """All queries vote, then whole intervals are reduced by the rule; the rest stays raw."""
+  """All queries of the prompt score the keys. Only complete intervals are compressed."""
   reduce, interval = (evict, 2) if name == "top_k_eviction" else (merge, 3)
   settings = dataclasses.replace(getattr(CONFIG, name), dense_prompt=True)
   kind = dataclasses.replace(CONFIG, attention=name, **{name: settings}).make_attention()
@@ -208,15 +209,15 @@ def test_a_dense_prompt_is_compressed_once(name: str, rotated) -> None:
     whole = size // interval * interval
     kept = reduce(entries[:whole]) if whole > settings.entries else entries[:whole]
     kept += entries[whole:]
-    for place, array in enumerate((cache.key, cache.value, cache.accumulated_attention)):
-      expected = np.array([entry[place] for entry in kept])
+    for field, array in enumerate((cache.key, cache.value, cache.accumulated_attention)):
+      expected = np.array([entry[field] for entry in kept])
       np.testing.assert_allclose(array[b, n, : len(kept)], expected, atol=3e-5)
   assert cache.key.shape[2] == settings.entries + interval
 
 
 @pytest.mark.parametrize("name", ["top_k_eviction", "kv_merger"])
 def test_decoding_after_a_dense_prompt(name: str) -> None:
-  """While nothing is compressed it is dense attention; afterwards every step stays finite."""
+  """Logits equal dense attention's before the first compression, and stay finite after it."""
   settings = dataclasses.replace(getattr(CONFIG, name), dense_prompt=True)
   config = dataclasses.replace(CONFIG, attention=name, **{name: settings})
   model, tokens, rows = random_decoder(config), tokens_of(0), np.arange(B)
@@ -232,8 +233,8 @@ def test_decoding_after_a_dense_prompt(name: str) -> None:
   assert np.isfinite(logits).all()
 
 
-def test_eviction_after_every_token_is_the_paper_s(rotated) -> None:
-  """With interval 1 and the whole sequence in view, nothing is evicted and attention is dense."""
+def test_eviction_with_a_budget_of_all_tokens_is_dense_attention(rotated) -> None:
+  """With interval 1 and a budget of all tokens, no token is evicted."""
   wide = TopKEvictionConfig(heavy=L, recent=1, interval=1)
   config = dataclasses.replace(CONFIG, attention="top_k_eviction", top_k_eviction=wide)
   dense = attend("dense", rotated)
@@ -258,7 +259,7 @@ def test_decoding_equals_the_whole_sequence(name: str) -> None:
 
 
 def test_minference_decodes_densely() -> None:
-  """Over a prompt so short that its mask hides nothing, it is dense attention throughout."""
+  """After a prompt that is too short for its mask to hide keys, logits equal dense attention's."""
   open_mask = MInferenceConfig(vertical=20, slash=20, first_tokens=1, recent_distances=1)
   model = random_decoder(dataclasses.replace(CONFIG, attention="minference", minference=open_mask))
   dense = random_decoder(dataclasses.replace(CONFIG, attention="dense"))

@@ -1,4 +1,4 @@
-"""ModelConfig and RopeScaling: what they refuse, and their way through JSON."""
+"""ModelConfig and RopeScaling: invalid values, and the round trip through JSON."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ CONFIG = ModelConfig(
     ({"mlp_dim": 24.0}, r"mlp_dim is 24\.0"),
   ],
 )
-def test_refuses_what_makes_no_sense(changes: dict, message: str) -> None:
+def test_invalid_values_are_errors(changes: dict, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(CONFIG, **changes)
 
@@ -49,7 +49,7 @@ def test_refuses_what_makes_no_sense(changes: dict, message: str) -> None:
   ["vocab_size", "num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"],
 )
 @pytest.mark.parametrize("value", [0, -2])
-def test_sizes_are_positive(name: str, value: int) -> None:
+def test_sizes_must_be_positive(name: str, value: int) -> None:
   with pytest.raises(ValueError, match=rf"ModelConfig\.{name} is {value}.*at least 1"):
     dataclasses.replace(CONFIG, **{name: value})
 
@@ -63,7 +63,7 @@ def test_sizes_are_positive(name: str, value: int) -> None:
     ({"original_max_position": 0}, r"original_max_position is 0"),
   ],
 )
-def test_rope_scaling_refuses_what_makes_no_sense(changes: dict, message: str) -> None:
+def test_invalid_rope_scaling_is_an_error(changes: dict, message: str) -> None:
   with pytest.raises(ValueError, match=message):
     RopeScaling(**({"kind": "llama3", "factor": 8.0} | changes))
 

@@ -1,4 +1,4 @@
-"""The whole decoder against a LLaMA forward pass written out in numpy, in float64."""
+"""The decoder equals a LLaMA forward pass in NumPy, in float64."""
 
 import dataclasses
 import math
@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
   dtype="float32",
 )
 LINEAR = RopeScaling("linear", 4.0)
-# Wavelengths of the four channel pairs: 6.3 is kept, 63 blended, 628 and 6283 stretched.
+# The channel pairs have wavelengths 6.3 (kept), 63 (blended), 628 and 6283 (both stretched).
 LLAMA3 = RopeScaling("llama3", 8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                      original_max_position=128)  # fmt: skip
 forward = nnx.jit(Decoder.__call__)
@@ -117,10 +117,10 @@ def test_logits_equal_numpy(changes: dict) -> None:
     np.testing.assert_allclose(logits_LxV, numpy_logits(model, tokens_L), atol=3e-5)
 
 
-def test_packed_documents_equal_each_alone() -> None:
+def test_packed_documents_equal_separate_documents() -> None:
   model = random_decoder(CONFIG)
   tokens_BxL = np.random.default_rng(1).integers(0, CONFIG.vocab_size, (1, 14))
-  # The id 7 comes back: a new document all the same. The last two tokens are padding.
+  # The second run of id 7 is a new document. The last two tokens are padding.
   segment_ids_BxL = np.array([[7] * 5 + [3] * 3 + [7] * 4 + [-1] * 2])
   logits_LxV = forward(model, tokens_BxL, segment_ids=segment_ids_BxL)[0]
   for start, stop in [(0, 5), (5, 8), (8, 12)]:
@@ -129,7 +129,7 @@ def test_packed_documents_equal_each_alone() -> None:
   assert np.isfinite(logits_LxV).all()
 
 
-def test_ragged_rows_equal_each_alone() -> None:
+def test_padded_rows_equal_separate_rows() -> None:
   model = random_decoder(CONFIG)
   tokens_BxL = np.random.default_rng(2).integers(0, CONFIG.vocab_size, (3, 9))
   lengths_B = np.array([9, 1, 4])
@@ -149,6 +149,7 @@ def test_logits_are_the_unembedding_of_hidden_states() -> None:
   np.testing.assert_allclose(jnp.concatenate(chunks, axis=1), forward(model, tokens_BxL), atol=1e-6)
 
 
+@pytest.mark.invalid_arguments
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
@@ -162,14 +163,14 @@ def test_logits_are_the_unembedding_of_hidden_states() -> None:
     ({"segment_ids": np.zeros((2, 5))}, r"segment_ids is float64"),
   ],
 )
-def test_bad_input_is_named(arguments: dict, message: str) -> None:
+def test_invalid_arguments_are_errors_with_the_name(arguments: dict, message: str) -> None:
   model = abstract_decoder(CONFIG)
   with pytest.raises(ValueError, match=message):
     model(**({"tokens_BxL": np.zeros((2, 5), int)} | arguments))
 
 
-def test_layers_apart_compute_the_same():
-  """A prompt, a token, and a second turn."""
+def test_unstacked_layers_compute_the_same():
+  """Covers prefill, a decode step, and extend."""
   dga = DGAConfig(selection="streaming", group_size=3, sink_tokens=1)
   model = random_decoder(dataclasses.replace(CONFIG, attention="dga", dga=dga))
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, CONFIG.vocab_size, (2, 16)))

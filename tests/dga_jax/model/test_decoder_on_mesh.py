@@ -1,4 +1,4 @@
-"""The decoder on meshes with any axis names: run on four devices, lowered for H100s and TPUs."""
+"""The decoder on meshes: values on four devices, H100 lowering, TPU programs, invalid rules."""
 
 import os
 import re
@@ -29,8 +29,8 @@ H100 = _aot_gpu.abstract_mesh().abstract_device
 
 
 @pytest.mark.parametrize("check", ["matrix", "others"])
-def test_logits_and_gradients_are_those_of_one_device(check: str) -> None:
-  """Devices are counted when jax starts, so this takes a process of its own."""
+def test_logits_and_gradients_equal_those_of_one_device(check: str) -> None:
+  """Runs in a subprocess, because JAX fixes the number of devices when it starts."""
   flags = "--xla_force_host_platform_device_count=4"
   environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "tests.dga_jax.model.check_decoder_on_mesh", check]
@@ -41,36 +41,37 @@ def test_logits_and_gradients_are_those_of_one_device(check: str) -> None:
 
 
 def traced(mesh):
-  """Logits and gradient of a model whose kernels run on accelerators."""
+  """Traces logits and gradient of a model whose shapes the accelerators' kernels support."""
   rules = cases.RULES["foreign"]
   config = cases.model_config(head_dim=64, embed_dim=128, mlp_dim=128, dtype="bfloat16")
   run = cases.logits_and_gradient(config)
   shapes = cases.shapes_on(config, mesh, rules, B=4, L=256)
-  with use_rules(rules):  # which Explicit axes do not need
+  with use_rules(rules):  # Only Auto axes need rules.
     return jax.jit(run).trace(*shapes)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("axis_type", mesh_cases.AXIS_TYPES, ids=str)
-def test_kernels_for_h100_get_the_heads_of_one_device(axis_type) -> None:
+def test_h100_kernels_receive_one_devices_rows_and_heads(axis_type) -> None:
   mesh = mesh_cases.abstract_mesh("foreign", axis_type, H100)
   text = traced(mesh).lower(lowering_platforms=("cuda",)).as_text()
   kernels = re.findall(r"custom_call @mosaic_gpu_v2\(.*", text)
   found = {array for line in kernels for array in re.findall(r"tensor<([\dx]+)xbf16>", line)}
-  assert "2x256x4x64" in found  # 2 of 4 rows, 4 of 8 heads
+  assert "2x256x4x64" in found  # 2 of 4 rows and 4 of 8 heads.
   assert "4x256x8x64" not in found
 
 
 @pytest.mark.aot
-def test_a_program_for_tpus_gathers_weights_alone() -> None:
+def test_a_tpu_program_gathers_only_weights() -> None:
   mesh = mesh_cases.make_mesh("foreign", AxisType.Explicit, _aot_tpu.topology_devices())
   program = traced(mesh).lower(lowering_platforms=("tpu",)).compile()
   gathers = [x for x in read_collectives(program.as_text()) if x.kind == "all-gather"]
-  # No axis of a weight has 256 entries, the tokens of a sequence.
-  assert not any(256 in dims for one in gathers for _, dims in one.shapes)
+  # Sequences have 256 tokens, and no axis of a weight has 256 entries.
+  assert gathers
+  assert not any(256 in dims for op in gathers for _, dims in op.shapes)
 
 
-def test_heads_that_a_mesh_does_not_divide() -> None:
+def test_heads_that_the_mesh_does_not_divide_are_an_error() -> None:
   mesh = mesh_cases.abstract_mesh("foreign", AxisType.Auto)
   config = cases.model_config(num_kv_heads=2)
   shapes = cases.shapes_on(config, mesh, ShardingRules(batch=()), B=4, L=24)
@@ -87,12 +88,12 @@ def test_heads_that_a_mesh_does_not_divide() -> None:
     ({"length": ("x", "y")}, "may name one mesh axis at most"),
   ],
 )
-def test_rules_that_make_no_sense(rules, message) -> None:
+def test_invalid_rules_are_errors(rules, message) -> None:
   with pytest.raises(ValueError, match=message):
     ShardingRules(**rules)
 
 
-def test_a_jitted_function_is_traced_again_for_other_rules() -> None:
+def test_other_rules_retrace_a_jitted_function() -> None:
   mesh = mesh_cases.abstract_mesh("foreign", AxisType.Auto)
   traces = []
 
@@ -108,7 +109,7 @@ def test_a_jitted_function_is_traced_again_for_other_rules() -> None:
   assert traces == [ShardingRules(), ShardingRules(vocab=("x",))]
 
 
-def test_mesh_axes_without_rules_are_left_to_the_compiler() -> None:
+def test_array_axes_without_rules_are_unconstrained() -> None:
   names, shape = ("batch", "heads", None), (4, 8, 16)
   mesh = mesh_cases.abstract_mesh("foreign", AxisType.Auto)
   for rules, expected in (

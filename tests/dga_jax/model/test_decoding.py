@@ -1,4 +1,4 @@
-"""Prefill and decode with the dense cache against the teacher-forced decoder."""
+"""Prefill and decode give the logits of the teacher-forced decoder, for each kind of cache."""
 
 import dataclasses
 import functools
@@ -78,7 +78,7 @@ def test_decoding_from_an_empty_cache(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_prompts_without_lengths_are_whole(kind: str) -> None:
+def test_prompts_without_lengths_have_no_padding(kind: str) -> None:
   tokens_BxL = random_tokens(3)[:, :PROMPT]
   logits_BxV, cache = prefill(MODELS[kind], tokens_BxL)
   expected_BxLxV = full(MODELS[kind], tokens_BxL)
@@ -117,7 +117,7 @@ def test_padding_of_prompts_is_not_read() -> None:
   )
 
 
-def test_cache_holds_what_it_says() -> None:
+def test_shape_and_dtype_of_the_dense_cache() -> None:
   cache = MODEL.init_cache(B, TOTAL)
   shape = (CONFIG.num_layers, B, CONFIG.num_kv_heads, TOTAL, CONFIG.head_dim)
   assert cache.layers.key.shape == cache.layers.value.shape == shape
@@ -133,22 +133,23 @@ def test_decoding_updates_the_cache_in_place(kind: str) -> None:
   floats = [x for x in jax.tree.leaves(cache.layers) if x.dtype == jnp.float32]
   cache_bytes = sum(math.prod(x.shape) * 4 for x in floats)
   assert memory.alias_size_in_bytes >= cache_bytes
-  # Room for the keys and values of a layer or two, but not for those of all eight.
+  # Temporary memory fits the keys and values of a few layers, but not of all eight.
   assert memory.temp_size_in_bytes < cache_bytes / 2
 
 
-def test_prompt_longer_than_the_cache() -> None:
+def test_a_prompt_longer_than_the_cache_is_an_error() -> None:
   tokens_BxL = random_tokens(0)
   with pytest.raises(ValueError, match=r"max_length is 15, but tokens hold prompts of up to 16"):
     nnx.eval_shape(lambda: MODEL.prefill(tokens_BxL, np.full(B, 2), max_length=15))
 
 
 @pytest.mark.parametrize(("batch_size", "max_length"), [(0, 4), (2, 0)])
-def test_empty_caches_are_refused(batch_size: int, max_length: int) -> None:
+def test_empty_caches_are_errors(batch_size: int, max_length: int) -> None:
   with pytest.raises(ValueError, match=f"batch_size={batch_size}, max_length={max_length}"):
     MODEL.init_cache(batch_size, max_length)
 
 
-def test_one_token_for_each_sequence() -> None:
+@pytest.mark.invalid_arguments
+def test_decode_takes_one_token_per_sequence() -> None:
   with pytest.raises(ValueError, match=r"tokens is \[3, 1\]; the cache wants \[3\]"):
     MODEL.decode(jnp.zeros((3, 1), int), MODEL.init_cache(3, 4))

@@ -1,4 +1,4 @@
-"""The dense attention kind on its own: padding, a full cache, cuDNN, splash attention."""
+"""The dense attention kind: padding, a full cache, cuDNN, splash attention."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from dga_jax.attention.splash import splash_causal
 from dga_jax.model.attention_kinds.dense import DenseAttention
-from dga_jax.model.attention_kinds.splash import splash_causal
 from tests.dga_jax.attention.cases import arrays
 
 
@@ -47,7 +47,7 @@ def test_padded_queries_give_zero_in_value_and_gradient() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [512, 301])
-def test_cudnn_is_taken_and_as_exact_as_xla(length: int) -> None:
+def test_cudnn_is_used_and_as_exact_as_xla(length: int) -> None:
   shapes = ((2, length, 8, 64), (2, length, 2, 64), (2, length, 2, 64))
   keys = jax.random.split(jax.random.key(0), 3)
   qkv = [jax.random.normal(*pair, jnp.bfloat16) for pair in zip(keys, shapes, strict=True)]
@@ -71,8 +71,8 @@ def test_cudnn_is_taken_and_as_exact_as_xla(length: int) -> None:
     assert error <= bound * np.abs(plain.astype(jnp.float32) - want).max()
 
 
-def test_splash_attention_is_dense_attention() -> None:
-  """Values and gradients, with two query heads a KV head and two documents a row."""
+def test_splash_attention_equals_dense_attention() -> None:
+  """Compares values and gradients with two query heads per KV head and two documents per row."""
   q, k, v, t = arrays(0, 1, 256, 2, 1, 128)
   ids = jnp.asarray(np.repeat([[1, 2]], [100, 156], axis=1).astype(np.int32))
 
@@ -89,13 +89,15 @@ def test_splash_attention_is_dense_attention() -> None:
 @pytest.mark.parametrize(
   ("length", "head_dim", "wants"), [(256, 64, "head_dim"), (200, 128, "200")]
 )
-def test_what_splash_attention_cannot_compute(length: int, head_dim: int, wants: str) -> None:
+def test_calls_that_splash_attention_does_not_support(
+  length: int, head_dim: int, wants: str
+) -> None:
   q, k, v, _ = arrays(0, 1, length, 1, 1, head_dim)
   with pytest.raises(NotImplementedError, match=wants):
     DenseAttention("splash")(q, k, v)
 
 
-def test_a_mesh_of_tpus_takes_splash_attention() -> None:
+def test_a_mesh_of_tpus_uses_splash_attention() -> None:
   device = AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
   axes = {"axis_types": (AxisType.Auto,), "abstract_device": device}
   q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)

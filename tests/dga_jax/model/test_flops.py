@@ -1,4 +1,4 @@
-"""Parameter and operation counts against counting by hand."""
+"""Counts of parameters, operations and visible keys equal counts by hand."""
 
 import dataclasses
 
@@ -29,8 +29,8 @@ def test_flops_of_dense_attention(tie_embeddings: bool) -> None:
   norms = (2 * 3 + 1) * 16
   lookup = 0 if tie_embeddings else 50 * 16
   products = parameter_count(config) - norms - lookup
-  # Queries of a sequence of 5 see 1, 2, 3, 4, 5 keys. Each takes two products of 8 channels in
-  # 4 heads of 3 layers, 2 operations a multiply-add, and the backward pass as much again twice.
+  # The queries of a sequence of 5 see 3 keys on average. A key costs two products of 8 channels in
+  # 4 heads of 3 layers, at 2 operations per multiply-add. The backward pass costs twice as much.
   assert flops_per_token(config, 5) == 6 * products + 3 * 3 * 4 * (2 * 2 * 8) * 3
 
 
@@ -71,7 +71,7 @@ def test_keys_of_global_selection(complementary: bool) -> None:
   L, keys = 32, []
   pending, groups, focal = 0, 0, 0
   for i in range(L):
-    if i % 4 == 0:  # every fourth token is focal: a quarter of them, spread evenly
+    if i % 4 == 0:  # Every fourth token is focal.
       focal += 1
     else:
       pending += 1
@@ -90,10 +90,10 @@ def test_keys_of_global_selection(complementary: bool) -> None:
     {"min_focal_tokens": 1024},
   ],
 )
-def test_dga_counts_as_dense_where_it_is_dense(changes: dict) -> None:
+def test_settings_that_make_dga_dense_count_as_dense(changes: dict) -> None:
   assert mean_keys(with_dga(**changes), 200) == pytest.approx(100.5)
 
 
-def test_context_length_is_checked() -> None:
+def test_an_empty_context_is_an_error() -> None:
   with pytest.raises(ValueError, match="context_length is 0"):
     mean_keys(CONFIG, 0)

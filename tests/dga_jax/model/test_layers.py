@@ -1,4 +1,4 @@
-"""RMSNorm, RoPE, SwiGLU and initialisation against their formulas in numpy."""
+"""RMSNorm, RoPE, SwiGLU and initialisation equal their formulas in NumPy."""
 
 import dataclasses
 import math
@@ -37,14 +37,14 @@ def test_rms_norm() -> None:
 
 
 def test_rms_norm_statistics_are_float32() -> None:
-  # 300² overflows float16, and its mean over 64 channels is lost in bfloat16.
+  # 300² overflows float16, and a bfloat16 mean over 64 channels loses precision.
   norm = rms_norm(CONFIG, rngs=nnx.Rngs(0))
   x_BxLxE = jnp.full((1, 1, 64), 300.0, jnp.float16)
   np.testing.assert_allclose(norm(x_BxLxE), np.ones((1, 1, 64)), rtol=1e-6)
   assert norm(x_BxLxE).dtype == jnp.float32
 
 
-def test_rope_turns_pairs_as_complex_numbers() -> None:
+def test_rope_rotates_channel_pairs_as_complex_numbers() -> None:
   rng = np.random.default_rng(0)
   x_BxLxHxD = rng.normal(size=(2, 5, 3, 16))
   positions_BxL = np.array([[0, 1, 2, 3, 4], [7, 0, 1000, 5, 5]])
@@ -62,7 +62,7 @@ def test_rope_keeps_the_dtype_and_computes_in_float32() -> None:
   table = rope_table(jnp.array([[4095]]), inverse_frequencies(16, base=10000.0))
   assert apply_rope(jnp.ones((1, 1, 1, 16), jnp.bfloat16), table).dtype == jnp.bfloat16
   assert table.cos.dtype == jnp.float32
-  # In bfloat16 the angle 4095 itself would already be off by a radian.
+  # In bfloat16 the angle 4095 has an error above a radian.
   np.testing.assert_allclose(table.cos[0, 0, 0], math.cos(4095.0), atol=1e-4)
 
 
@@ -93,7 +93,9 @@ def test_llama3_scaling_by_wavelength() -> None:
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
 @pytest.mark.parametrize("qk_norm", [False, True])
-def test_what_attention_is_given(qkv_bias: bool, qk_norm: bool) -> None:
+def test_queries_and_keys_get_bias_norm_and_rope_before_attention(
+  qkv_bias: bool, qk_norm: bool
+) -> None:
   config = dataclasses.replace(CONFIG, qkv_bias=qkv_bias, qk_norm=qk_norm)
   layer = SelfAttention(config, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(0)
@@ -135,7 +137,7 @@ def test_logits_and_their_gradient(dtype: str, tolerance: float) -> None:
     jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 8), (8, 5), (2, 3, 5))
   )
   operands = states_BxLxE.astype(dtype), table_ExV.astype(dtype)
-  # Products of 16-bit numbers are exact in float32, so the result is nearly so.
+  # Products of 16-bit numbers are exact in float32, so only the sums round.
   states, table = (np.float64(x) for x in operands)
   assert logits(*operands).dtype == jnp.float32
   np.testing.assert_allclose(logits(*operands), states @ table, atol=1e-5)
@@ -173,12 +175,12 @@ def test_initial_weights() -> None:
     deviation = math.sqrt(variance / fan_in)
     value = np.asarray(weight[...])
     assert value.std() == pytest.approx(deviation, rel=0.05)
-    # Truncated at two deviations of the normal, whose own deviation is then 0.88 of it.
+    # Truncation at two standard deviations reduces the standard deviation to 0.88.
     assert np.abs(value).max() <= 2 * deviation / 0.8796
   np.testing.assert_array_equal(layer.attention_norm.scale[...], np.ones(64))
 
 
-def test_layers_differ_and_repeat() -> None:
+def test_initial_layers_differ_and_repeat_for_a_seed() -> None:
   first, again, other = (
     jax.tree.leaves(nnx.state(DecoderLayer(CONFIG, rngs=nnx.Rngs(seed)))) for seed in (0, 0, 1)
   )

@@ -1,4 +1,4 @@
-"""What no layer changes is computed once a forward, outside the scan over layers."""
+"""Attention metadata is computed once per forward pass, outside the scan over layers."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ CONFIG = ModelConfig(
 )
 STREAMING = DGAConfig(selection="streaming", group_size=3, max_documents=4)
 GLOBAL = DGAConfig(group_size=3, min_focal_tokens=0, max_documents=4)
-# Document boundaries, blocks and visibility are cumulative; sampled queries are drawn.
+# Primitives of document boundaries, blocks and visibility, and of sampled queries.
 CUMULATIVE = {"cumsum", "cummax", "cummin"}
 RANDOM = {"random_fold_in", "random_bits", "threefry2x32"}
 
@@ -43,7 +43,7 @@ def primitives(jaxpr) -> Iterator[str]:
 
 
 def layer_scans(jaxpr) -> Iterator[set[str]]:
-  """The primitives of each scan over layers."""
+  """The names of the primitives in each scan over layers."""
   for equation in jaxpr.eqns:
     if equation.primitive.name == "scan" and equation.params["length"] == LAYERS:
       body = equation.params["jaxpr"]
@@ -56,7 +56,7 @@ def layer_scans(jaxpr) -> Iterator[set[str]]:
 @pytest.mark.parametrize(
   ("dga", "once"), [(STREAMING, CUMULATIVE), (GLOBAL, RANDOM)], ids=["streaming", "global"]
 )
-def test_layers_do_not_prepare(dga: DGAConfig, once: set[str], remat: str) -> None:
+def test_layers_do_not_compute_metadata(dga: DGAConfig, once: set[str], remat: str) -> None:
   config = dataclasses.replace(CONFIG, dga=dga, remat=remat)
   graphdef, params = nnx.split(abstract_decoder(config))
   tokens = jax.ShapeDtypeStruct((2, 48), jnp.int32)
@@ -74,14 +74,14 @@ def test_layers_do_not_prepare(dga: DGAConfig, once: set[str], remat: str) -> No
 
 
 @pytest.mark.parametrize("name", get_args(AttentionName))
-def test_every_name_makes_a_kind_of_that_name(name: str) -> None:
+def test_make_attention_returns_the_kind_of_each_name(name: str) -> None:
   kind = dataclasses.replace(CONFIG, attention=name).make_attention()
   assert isinstance(kind, AttentionKind)
   assert kind.name == name
   assert isinstance(hash(kind), int)
 
 
-def test_a_kind_without_a_cache_says_so() -> None:
+def test_a_kind_without_a_cache_raises() -> None:
   class Identity(AttentionKind):
     name = "identity"
 

@@ -139,7 +139,8 @@ def test_remat_recomputes_and_keeps_gradients() -> None:
       gradients["none"],
       gradients[remat],
     )
-  # In a layer, 7 products with weights (the last is needed by nobody) and 2 of attention.
+  # A layer has 7 products with weights, of which the backward pass does not need the last one's
+  # result, and 2 products in attention.
   assert products["dots"] == products["none"] + 2
   assert products["full"] == products["none"] + 8
 
@@ -157,7 +158,7 @@ def test_llama2_7b_shapes() -> None:
 
   logits, cache = nnx.eval_shape(generate, model)
   assert logits.shape == (2, 32000)
-  # Two sequences of 4096 tokens, keys and values, 32 layers of 4096 channels in 16 bit: 4 GiB.
+  # Keys and values of 2 sequences of 4096 tokens, 32 layers and 4096 channels in 16 bit take 4 GiB.
   bytes_ = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache.layers))
   assert bytes_ == 4 * 2**30 + 32 * 2 * 4
 

@@ -1,10 +1,10 @@
-"""Makes the fixtures of this folder: tiny random models of each family, with transformers' logits.
+"""Creates the fixtures of this folder: tiny random models and their logits in transformers.
 
   python -m venv made && made/bin/pip install "torch==2.13.0" "transformers==5.23.0"
   made/bin/python tests/golden/hugging_face/make.py
 
-The weights are stored in bfloat16 and the logits computed from them in float32. Weights are large,
-and scales and biases random, so that whatever is lost on the way shows in the logits.
+Weights are stored in bfloat16. Logits are computed from these weights in float32. Weights are
+large, and scales and biases are random, so that an error in any parameter changes the logits.
 """
 
 import json
@@ -108,7 +108,7 @@ def make(name: str, config: transformers.PretrainedConfig, seed: int) -> None:
       scale = path.endswith("norm.weight")
       weight.copy_(torch.randn(weight.shape) * (0.2 if scale else 0.3) + scale)
   model.to(torch.bfloat16)
-  # Several files, and an index, where a file may hold half of the model.
+  # A shard size of 20 KB gives several files and an index.
   model.save_pretrained(folder, max_shard_size="20KB" if name == "llama3" else "1GB")
   make_tokenizer = (
     sentencepiece_tokenizer if name in ("llama2", "mistral") else byte_level_tokenizer
@@ -119,7 +119,7 @@ def make(name: str, config: transformers.PretrainedConfig, seed: int) -> None:
   tokenizer.save_pretrained(folder)
   (folder / "generation_config.json").unlink()
 
-  # Loaded anew: in the model above, RoPE's frequencies have been rounded to bfloat16 as well.
+  # Reload the model, because the conversion to bfloat16 also rounded its RoPE frequencies.
   model = transformers.AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, attn_implementation="eager"
   )

@@ -1,9 +1,9 @@
-"""Makes expected.json: a small SentencePiece vocabulary, as GGUF keeps it, and its tokens of texts.
+"""Creates expected.json: a small SentencePiece vocabulary in GGUF's form, and token ids of texts.
 
   python -m venv made && made/bin/pip install sentencepiece
   made/bin/python tests/golden/sentencepiece/make.py
 
-The vocabulary is trained, with LLaMA 2's settings, on the licence of this project.
+The vocabulary is trained with LLaMA 2's settings on the licence of this project.
 """
 
 import io

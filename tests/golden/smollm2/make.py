@@ -1,10 +1,10 @@
-"""Makes expected.npz: what transformers computes with SmolLM2-135M, read from its GGUF file.
+"""Creates expected.npz: token ids and logits of SmolLM2-135M in transformers, from its GGUF file.
 
   python -m venv made
   made/bin/pip install "torch==2.13.0" "transformers==5.23.0" "gguf==0.19.0" accelerate
   made/bin/python tests/golden/smollm2/make.py SmolLM2-135M-Instruct.Q4_1.gguf
 
-`./workspace smollm2` leaves the file in its cache folder.
+`./workspace smollm2` downloads the file to its cache folder.
 """
 
 import pathlib
@@ -40,7 +40,7 @@ def main(path: pathlib.Path) -> None:
     paragraph=PARAGRAPH,
     tokens=np.array(tokens, np.int32),
     log_p=log_p.numpy(),
-    last_logits=logits[-1, ::64].numpy(),  # every 64th
+    last_logits=logits[-1, ::64].numpy(),  # Every 64th logit.
     odd_text=ODD_TEXT,
     odd_tokens=np.array(tokenizer(ODD_TEXT).input_ids, np.int32),
   )

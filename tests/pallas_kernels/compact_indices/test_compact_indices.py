@@ -1,4 +1,4 @@
-"""Positions placed by the TPU kernel, interpreted with checks, and by the scatter."""
+"""The TPU kernel of `compact_indices`, interpreted with checks, equals the XLA scatter."""
 
 import functools
 
@@ -13,7 +13,7 @@ from pallas_kernels.compact_indices.xla import compact_indices_xla
 from pallas_kernels.mosaic_tpu_common import CHECKED
 from tests.pallas_kernels.tpu import abstract_mesh, compile_for_tpu, lower_for_tpu, TOPOLOGIES
 
-# Share of positions chosen, slots skipped now and then, positions.
+# Share of positions that are selected, probability of skipped slots, number of positions.
 CASES = {
   "few": (0.1, 0.0, 1500),
   "many": (0.9, 0.0, 1500),
@@ -35,7 +35,7 @@ def slots(share: float, gaps: float, length: int) -> tuple[np.ndarray, np.ndarra
 @pytest.mark.parametrize("name", CASES)
 def test_tpu_kernel_equals_the_scatter(name: str):
   slot, chosen = slots(*CASES[name])
-  size = max(1, int(slot.max()) - 5)  # some lie behind the list
+  size = max(1, int(slot.max()) - 5)  # Some slots exceed the list.
   kernel = functools.partial(compact_indices_mosaic_tpu, size=size, interpret=CHECKED)
   want = compact_indices_xla(jnp.asarray(slot), jnp.asarray(chosen), size)
   np.testing.assert_array_equal(jax.jit(kernel)(slot, chosen), want)
@@ -45,10 +45,10 @@ def structs(length: int) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct((1, 8, length), dtype) for dtype in (jnp.int32, jnp.bool)]
 
 
-def test_the_target_decides():
-  place = functools.partial(compact_indices, size=100)
-  assert "tpu_custom_call" in lower_for_tpu(place, *structs(200))
-  assert "scatter" in jax.jit(place).lower(*structs(200)).as_text()
+def test_the_target_device_selects_the_backend():
+  call = functools.partial(compact_indices, size=100)
+  assert "tpu_custom_call" in lower_for_tpu(call, *structs(200))
+  assert "scatter" in jax.jit(call).lower(*structs(200)).as_text()
   named = functools.partial(compact_indices, implementation="mosaic_tpu")
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
     with pytest.raises(NotImplementedError, match="size is 0; neither may be empty"):
@@ -62,5 +62,5 @@ def test_the_target_decides():
 @pytest.mark.parametrize("length", [2**13, 2**15, 2**17, 2**19])
 def test_compiles(chip: str, length: int):
   for size in (length // 10, length // 16 * 15):
-    place = functools.partial(compact_indices, size=size, implementation="mosaic_tpu")
-    compile_for_tpu(place, *structs(length), chip=chip)
+    call = functools.partial(compact_indices, size=size, implementation="mosaic_tpu")
+    compile_for_tpu(call, *structs(length), chip=chip)

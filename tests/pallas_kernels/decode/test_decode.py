@@ -1,4 +1,4 @@
-"""The decode kernel against jax.numpy: interpreted with checks, and lowered for a TPU."""
+"""The TPU decode kernel equals jax.numpy, interpreted with checks; it lowers for a TPU."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from tests.pallas_kernels.tpu import abstract_mesh, lower_for_tpu
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One call."""
+  """Sizes of one call of `decode_attention`."""
 
   compact: int = 50
   raw: int = 9
@@ -38,7 +38,7 @@ class Case:
   layers: int = 2
 
   def arrays(self) -> tuple[Any, ...]:
-    """The positional arguments; one sequence sees all, one nothing, one no compact entry."""
+    """The positional arguments. One sequence sees all entries, one none, one only raw tokens."""
     rng = np.random.default_rng(0)
     B, C, W = self.batch, self.compact, self.raw
     shapes = [(B, self.query_heads, self.head_dim)]
@@ -71,7 +71,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernel_equals_plain(name: str):
-  """Error at most twice that of jax.numpy in the same dtype."""
+  """The error is at most twice that of jax.numpy in the same dtype."""
   case = CASES[name]
   arrays, options = case.arrays(), case.options()
   wide = jax.tree.map(lambda x: x.astype(jnp.float32), arrays[:2])
@@ -83,7 +83,7 @@ def test_interpreted_kernel_equals_plain(name: str):
   norm = np.linalg.norm(exact)
   allowed = 2 * np.linalg.norm(plain - exact) / norm
   assert np.linalg.norm(got - exact) / norm <= max(allowed, 2e-6)
-  np.testing.assert_array_equal(got[1], 0)  # a sequence that sees nothing
+  np.testing.assert_array_equal(got[1], 0)  # This sequence sees no entries.
 
 
 def test_entries_beyond_the_visible_ones_have_no_effect():
@@ -106,7 +106,7 @@ def structs(case: Case) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_absent_tpu_gets_the_kernel(name: str):
+def test_tpu_targets_use_the_kernel(name: str):
   call = functools.partial(decode_attention, **CASES[name].options())
   assert "tpu_custom_call" in lower_for_tpu(call, *structs(CASES[name]))
 
@@ -122,7 +122,7 @@ def test_lowers_inside_a_shard_map_over_heads():
   assert "tpu_custom_call" in lower_for_tpu(sharded, *structs(CASES["one_entry"]), devices=2)
 
 
-def test_a_cpu_gets_xla_and_refusals_name_the_reason():
+def test_a_cpu_uses_xla_and_reports_name_the_reason():
   case = Case(dtype="float16")
   call = functools.partial(decode_attention, **case.options())
   assert "custom_call" not in jax.jit(call).lower(*structs(CASES["plain"])).as_text()
@@ -139,7 +139,7 @@ def test_a_cpu_gets_xla_and_refusals_name_the_reason():
     jax.eval_shape(functools.partial(call, implementation="fast"), *CASES["plain"].arrays())
 
 
-def test_a_cache_in_8_bits_has_to_be_unpacked_first():
+def test_the_decode_kernel_refuses_an_8_bit_cache():
   query, cache, *rest = CASES["plain"].arrays()
   packed = cache._replace(key_scale=jnp.ones(cache.compact_key.shape[:-1]))
   with pytest.raises(ValueError, match="with scales; decode_attention wants entries in the query"):

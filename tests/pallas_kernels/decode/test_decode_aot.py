@@ -1,4 +1,4 @@
-"""Decoding compiled for absent TPUs: it fits, and the cache is updated in place."""
+"""Decoding compiled for TPUs without the hardware: it fits VMEM and updates the cache in place."""
 
 import functools
 from typing import Any
@@ -41,7 +41,7 @@ def structs(
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize("length", [2**13, 2**15, 2**17])
-def test_fits_and_copies_no_cache(chip: str, length: int):
+def test_it_fits_vmem_and_does_not_copy_the_cache(chip: str, length: int):
   config = DGAConfig(min_focal_tokens=0)
   args = structs(config, length)
   program = compile_for_tpu(decode_all_layers(config), *args, chip=chip, donate_argnums=3)

@@ -1,4 +1,4 @@
-"""The kernel of a whole decoding step against the same step in jax.numpy, token by token."""
+"""The Triton kernel of a whole decode step equals the step in jax.numpy, token by token."""
 
 import dataclasses
 import functools
@@ -20,6 +20,7 @@ from tests.pallas_kernels.h100 import (
   lower_for_h100,
   needs_cuda_compiler,
 )
+from tests.rounding import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
@@ -29,7 +30,7 @@ STREAMING = DGAConfig(selection="streaming", group_size=5, focal_per_block=2)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A cache and the tokens that go into it."""
+  """A cache, and the number of tokens that are decoded into it."""
 
   config: DGAConfig = STREAMING
   batch: int = 2
@@ -40,7 +41,7 @@ class Case:
   dtype: str = "float32"
 
   def cache(self) -> CompactCache:
-    """A cache of three layers; the first is NaN throughout."""
+    """A cache of three layers. The first contains only NaN."""
     one = empty_cache(
       config=self.config,
       batch=self.batch,
@@ -53,13 +54,13 @@ class Case:
     return jax.tree.map(lambda b, x: jnp.stack([b, x, x]), bad, one)
 
   def token(self, rng: np.random.Generator) -> list[jax.Array]:
-    """Query, key and value."""
+    """Random query, key and value of one token."""
     heads = (self.heads, self.kv_heads, self.kv_heads)
     shapes = [(self.batch, n, self.head_dim) for n in heads]
     return [jnp.asarray(rng.normal(size=shape), self.dtype) for shape in shapes]
 
   def step(self, interpret: bool = True, tile: Tile | None = None):
-    """The kernel on a cache, as `decode_step` calls it."""
+    """A jitted function that runs the kernel on a cache, as `decode_step` does."""
     c, D = self.config, self.head_dim
     merge_scale = D**-0.5 if c.aggregation_scale == "head_dim" else 1.0
     rule = BlockRule(cache_layout(c), D**-0.5, merge_scale)
@@ -102,8 +103,12 @@ CASES = {
 }
 
 
-def run(case: Case, step, cache: CompactCache, plain_dtype: str | None = None):
-  """Outputs [tokens, B, H, D] of both steps, and their caches."""
+def run(case: Case, step, cache: CompactCache):
+  """Decodes with `step` and with jax.numpy.
+
+  Returns:
+    The outputs of both, [tokens, B, H, D] each, and the caches of both.
+  """
   plain = jax.jit(
     functools.partial(decode_step, layer=LAYER, config=case.config, implementation="xla")
   )
@@ -119,34 +124,35 @@ def run(case: Case, step, cache: CompactCache, plain_dtype: str | None = None):
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_step_equals_plain(name: str):
-  """Outputs, cache and lengths, over whole blocks; splits have different numbers of tiles."""
+  """Compares outputs, cache and lengths over whole blocks. The splits have unequal tile counts."""
   case = CASES[name]
   out, want, cache, other = run(case, case.step(tile=Tile(entries=16, programs=12)), case.cache())
-  # The kernel sees a sink before it is rounded to 8 bits, jax.numpy after it.
+  # The kernel reads a sink before it is rounded to 8 bits, jax.numpy reads it afterwards.
   first = case.config.sink_tokens if case.config.cache_dtype else 0
-  np.testing.assert_allclose(out[first:], want[first:], atol=2e-6)
+  terms = max(case.head_dim, case.tokens)
+  assert_same(out[first:], want[first:], terms=terms, sums=4, name="out")
   assert jax.tree.structure(cache) == jax.tree.structure(other)
   leaves = jax.tree_util.tree_leaves_with_path(cache)
   for (path, got), wanted in zip(leaves, jax.tree.leaves(other), strict=True):
     field = jax.tree_util.keystr(path)
-    # A product that was summed in another order may round to the next number of 8 bits.
+    # Another order of a sum may round to the next 8-bit number.
     of_8_bits = got.dtype.itemsize == 1
     got, wanted = np.asarray(got[LAYER], np.float32), np.asarray(wanted[LAYER], np.float32)
     if of_8_bits:
       assert (got != wanted).mean() < 1e-3, field
     else:
-      np.testing.assert_allclose(got, wanted, atol=2e-6, err_msg=field)
+      assert_same(got, wanted, terms=terms, sums=4, name=field)
 
 
-def test_sequences_complete_blocks_at_their_own_time():
-  """A sequence in a batch of other lengths gets the bits that it gets alone."""
+def test_sequences_complete_blocks_independently():
+  """A sequence gets equal bits alone and in a batch of other lengths."""
   case = Case(_config(sink_tokens=2), batch=3, tokens=60)
   cache, rng = case.cache(), np.random.default_rng(1)
   step = case.step()
   for n in range(24):
     token = case.token(rng)
     _, after = step(*token, cache)
-    # The others wait: their rows are put back.
+    # Some sequences skip this token: their rows are restored.
     waits = jnp.array([n % 2, n % 3, 1]) == 0
     cache = jax.tree.map(functools.partial(_where, waits), after, cache)
   lengths = np.asarray(cache.length[LAYER])
@@ -193,7 +199,7 @@ def test_compiles_for_an_h100(name: str):
   compile_for_h100(GPU_CASES[name].step(interpret=False), *structs(GPU_CASES[name]))
 
 
-def test_an_absent_gpu_gets_the_kernel_and_refusals_name_the_reason():
+def test_gpu_targets_use_the_kernel_and_reports_name_the_reason():
   case = GPU_CASES["7b"]
   step = functools.partial(decode_step, layer=LAYER, config=case.config)
   assert "decode_combine" in lower_for_h100(step, *structs(case))
@@ -212,7 +218,7 @@ def test_an_absent_gpu_gets_the_kernel_and_refusals_name_the_reason():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_on_a_gpu(name: str):
-  """Errors at most twice those of jax.numpy in the same dtype, both against float32."""
+  """The error against float32 is at most twice that of jax.numpy in the same dtype."""
   case = GPU_CASES[name]
   out, want, cache, other = run(case, case.step(interpret=False), case.cache())
   wide = dataclasses.replace(case, dtype="float32")
@@ -226,7 +232,7 @@ def test_on_a_gpu(name: str):
 
 
 def wide_outputs(case: Case, wide: Case) -> np.ndarray:
-  """The outputs in float32 for the same tokens, which are rounded to the case's dtype."""
+  """The outputs of the step in float32 for the tokens of `case`, rounded to its dtype."""
   config = dataclasses.replace(case.config, cache_dtype=None)
   wide = dataclasses.replace(wide, config=config)
   plain = jax.jit(functools.partial(decode_step, layer=LAYER, config=config, implementation="xla"))

@@ -1,6 +1,6 @@
-"""Group merging written out in float64: the oracle of its backends, which shares no code with them.
+"""Group merging in plain jax.numpy: the oracle of the backends, which shares no code with them.
 
-Call it under `jax.enable_x64(True)`.
+Call it under `jax.enable_x64(True)` on float64 arrays.
 """
 
 import jax
@@ -10,7 +10,7 @@ from jax import Array
 
 
 def merge_reference(query: Array, key: Array, value: Array, scale: float) -> tuple[Array, Array]:
-  """Eq. 14 of the paper for queries [*k, R, D] and members [*k, m, D] of each group."""
+  """Merges groups by Eq. 14 of the paper; queries are [*k, R, D], members [*k, m, D]."""
   logits = scale * (query[..., :, None, :] * key[..., None, :, :]).sum(axis=-1)
   weights = jax.nn.softmax(logits, axis=-1).mean(axis=-2)[..., None]
   return (weights * key).sum(axis=-2), (weights * value).sum(axis=-2)
@@ -27,13 +27,13 @@ def groups_reference(
   scale: float,
   reorder_window: bool,
 ) -> tuple[Array, ...]:
-  """The query and the six arrays of `merge_groups`."""
+  """The query and the six arrays that `merge_groups` returns."""
   B, L, N, D = key.shape
   query_BxLxNxRxD = query.reshape(B, L, N, -1, D)
   row, head = np.arange(B)[:, None, None], np.arange(N)[None, :, None]
 
   def take(x: Array, index_BxNxS: np.ndarray) -> Array:
-    """[B, N, S, ...]: rows by index, and zeros for the index L."""
+    """Gathers rows [B, N, S, ...] by index. The index L gives zeros."""
     padded = jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1)
     return padded[row, index_BxNxS, head]
 
@@ -50,7 +50,7 @@ def groups_reference(
 def indices_of_blocks(
   start: np.ndarray, chosen: np.ndarray, members: int, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """The index arrays of `merge_groups` for blocks and the offsets of their focal tokens."""
+  """The index arrays of `merge_groups` from block starts and offsets of focal tokens."""
   B, N, k, f = chosen.shape
   focal = np.full((B, N, k, f), length)
   member = np.full((B, N, k, members), length)

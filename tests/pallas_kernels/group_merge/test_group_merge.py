@@ -1,4 +1,4 @@
-"""The backends of group merging against the oracle: interpreted, lowered, and on a GPU."""
+"""The backends of group merging equal the oracle, interpreted and on a GPU; they lower."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One call: by index arrays where `focal_per_block` is 0, else by blocks."""
+  """Sizes of one call: of `merge_groups` if `focal_per_block` is 0, else of `merge_blocks`."""
 
   length: int = 90
   query_heads: int = 4
@@ -37,17 +37,17 @@ class Case:
   reorder: bool = True
   dtype: str = "float32"
   batch: int = 2
-  contiguous: bool = False  # blocks lie one behind the other
+  contiguous: bool = False  # Blocks follow one another without gaps.
 
   def arrays(self) -> list[jax.Array]:
-    """Query, key and value."""
+    """Random query, key and value."""
     rng = np.random.default_rng(0)
     heads = (self.query_heads, self.kv_heads, self.kv_heads)
     shapes = [(self.batch, self.length, h, self.head_dim) for h in heads]
     return [jnp.asarray(rng.normal(size=shape), self.dtype) for shape in shapes]
 
   def index_arrays(self) -> tuple[jax.Array, ...]:
-    """Focal tokens, members and group queries, or the starts of blocks. Some do not exist."""
+    """Indices of focal tokens, members and group queries, or block starts. Some are the index L."""
     rng = np.random.default_rng(1)
     L, m = self.length, self.members
     if self.focal_per_block:
@@ -62,16 +62,16 @@ class Case:
     order = np.stack([rng.permutation(L) for _ in range(self.batch * self.kv_heads)])
     focal = np.sort(order[:, groups * m :]).reshape(*shape, -1)
     member = np.sort(order[:, : groups * m]).reshape(*shape, groups, m)
-    focal[0, :, -1:], member[0, :, -1:] = L, L  # a shorter row
-    member[1:, 0, -1:, -1] = L  # an unfinished group
+    focal[0, :, -1:], member[0, :, -1:] = L, L  # A shorter row.
+    member[1:, 0, -1:, -1] = L  # An incomplete group.
     return tuple(jnp.asarray(x, jnp.int32) for x in (focal, member, member[..., -1]))
 
   def kernels(self, **options: Any) -> Any:
-    """The function of query, key and value that the kernels compute."""
+    """The Triton kernels as a function of query, key and value."""
     return self._bind(merge_blocks_triton, merge_groups_triton, **options)
 
   def tpu_kernels(self, **options: Any) -> Any:
-    """Likewise, on a TPU."""
+    """The TPU kernels as a function of query, key and value."""
     kernels = self._bind(merge_blocks_mosaic_tpu, merge_groups_mosaic_tpu, **options)
     if not self.contiguous:
       return kernels
@@ -79,7 +79,7 @@ class Case:
     return lambda q, k, v: merge_blocks_mosaic_tpu(q, k, v, None, **options)
 
   def plain(self) -> Any:
-    """The same in jax.numpy."""
+    """The jax.numpy implementation as a function of query, key and value."""
     return self._bind(merge_blocks_xla, merge_groups_xla)
 
   def _bind(self, blocks: Any, by_index: Any, **options: Any) -> Any:
@@ -129,7 +129,7 @@ NAMES = ("query", *Entries._fields)
 
 
 def results(function: Any, arrays: Any, rows: list[int]) -> dict[str, np.ndarray]:
-  """All outputs, cut to so many rows each, and the gradients of their product with noise."""
+  """The first `rows` rows of each output, and gradients for random cotangents, by name."""
 
   def run(arrays: list[jax.Array]) -> Any:
     def cut(*arrays: jax.Array) -> Any:
@@ -149,7 +149,7 @@ def results(function: Any, arrays: Any, rows: list[int]) -> dict[str, np.ndarray
 
 
 def exact_results(case: Case, rows: list[int], chosen: np.ndarray | None) -> dict[str, np.ndarray]:
-  """Those of the oracle, in float64."""
+  """The results of the oracle in float64."""
   indices = [np.asarray(x) for x in case.index_arrays()]
   if chosen is not None:
     indices = indices_of_blocks(*indices, chosen, case.members, case.length)
@@ -164,7 +164,7 @@ def exact_results(case: Case, rows: list[int], chosen: np.ndarray | None) -> dic
 
 
 def check(case: Case, kernels: Any) -> None:
-  """Holds values and gradients to the rule of `tests.rounding`; moved rows are exact."""
+  """Checks values and gradients by the rule of `tests.rounding`, and copied rows for equality."""
   arrays = case.arrays()
   query, entries, *_ = jax.eval_shape(case.plain(), *arrays)
   rows = [x.shape[1] for x in (query, *entries)]
@@ -180,11 +180,11 @@ def check(case: Case, kernels: Any) -> None:
     plain = results(flat(case.plain()), arrays, rows)
   exact = exact_results(case, rows, plain.get("chosen"))
   actual = results(flat(kernels), arrays, rows)
-  # A gradient reads the sums of logits, weights and cotangents, and is one over query heads.
+  # A gradient sums over query heads what depends on sums of logits, weights and cotangents.
   terms = max(case.head_dim, case.members, case.query_heads // case.kv_heads)
   for name, value in actual.items():
     if name == "chosen" or not name.startswith(("d", "group")):
-      np.testing.assert_array_equal(value, plain[name], err_msg=name)  # rows are only moved
+      np.testing.assert_array_equal(value, plain[name], err_msg=name)  # Copied rows are exact.
       continue
     factor, sums = (3, 4) if name.startswith("d") else (2, 2)
     assert_close(
@@ -199,11 +199,11 @@ def test_interpreted_kernels_equal_the_oracle(name: str):
 
 @pytest.mark.parametrize("name", TPU_CASES)
 def test_interpreted_tpu_kernels_equal_the_oracle(name: str):
-  """All together; `test_mosaic_tpu.py` has the parts in more variety."""
+  """Runs all kernels together. `test_mosaic_tpu.py` tests each kernel on more inputs."""
   check(TPU_CASES[name], TPU_CASES[name].tpu_kernels(interpret=CHECKED))
 
 
-def test_no_focal_tokens_leave_rows_of_zeros():
+def test_without_focal_tokens_the_focal_rows_are_zero():
   case = Case(length=12, batch=1)
   member = jnp.broadcast_to(jnp.arange(12, dtype=jnp.int32).reshape(3, 4), (1, 2, 3, 4))
   indices = (jnp.zeros((1, 2, 0), jnp.int32), member, member[..., -1])
@@ -217,7 +217,7 @@ def test_no_focal_tokens_leave_rows_of_zeros():
   assert_close(entries.group_key[:, :3], exact, terms=case.head_dim)
 
 
-def test_rows_that_are_not_finite_stay_among_themselves():
+def test_non_finite_tokens_change_only_their_block():
   case = Case(focal_per_block=1, members=4, length=60, kv_heads=1)
   query, key, value = case.arrays()
   key = key.at[0, 11].set(jnp.nan)
@@ -226,15 +226,15 @@ def test_rows_that_are_not_finite_stay_among_themselves():
   odd = case.kernels(interpret=True)(query, key, value)[1]
   first = case.index_arrays()[0]
   for x, y in zip(clean[:4], odd[:4], strict=True):
-    for row, place in ((0, 11), (1, 22)):
-      block = int(np.searchsorted(np.asarray(first[row]), place, side="right")) - 1
+    for row, position in ((0, 11), (1, 22)):
+      block = int(np.searchsorted(np.asarray(first[row]), position, side="right")) - 1
       others = np.delete(np.arange(first.shape[1]), block)
       np.testing.assert_array_equal(x[row, others], y[row, others])
   assert np.isnan(odd.group_key[0]).any()
   assert not np.isfinite(odd.group_value[1]).all()
 
 
-def test_ties_go_to_the_earlier_token():
+def test_ties_select_the_earlier_token():
   arrays = [jnp.ones((1, 40, heads, 16)) for heads in (2, 1, 1)]
   start = jnp.arange(0, 40, 10, dtype=jnp.int32)[None]
   *_, chosen = merge_blocks_triton(*arrays, start, members=7, focal=3, scale=0.25, interpret=True)
@@ -255,7 +255,7 @@ def test_compiles_for_h100(name: str):
 
 
 def gradients(case: Case) -> Any:
-  """A program with all kernels, forward and backward."""
+  """A function that runs all kernels, forward and backward."""
 
   def run(*arrays: jax.Array) -> Any:
     outputs, pull, _ = jax.vjp(
@@ -270,14 +270,14 @@ def structs(case: Case) -> list[jax.ShapeDtypeStruct]:
   return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.arrays()]
 
 
-def test_says_why_kernels_cannot():
+def test_unsupported_calls_name_the_reason():
   case = Case(head_dim=24)
   call = functools.partial(merge_groups, scale=1.0, reorder_window=True)
   with pytest.raises(NotImplementedError, match="Ampere or newer"):
     call(*CASES["reordered"].arrays(), *case.index_arrays(), implementation="triton")
   with pytest.raises(ValueError, match="implementation is 'fast'"):
     call(*case.arrays(), *case.index_arrays(), implementation="fast")
-  # Left to itself it takes what any device has.
+  # Without a name the call uses the backend that runs on any device.
   start = jnp.zeros((2, 1), jnp.int32)
   merge_blocks(*case.arrays(), start, members=4, focal=1, scale=1.0)
 

@@ -1,4 +1,4 @@
-"""Summarise compiled for TPUs that are not there, forward and backward in one program."""
+"""Group merging compiled for TPUs without the hardware, both passes in one program."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ M, FOCAL, KV_HEADS = 16, 2, 8
 
 
 def program(selection: str) -> Any:
-  """Gradients of all entries, so that every kernel is in it."""
+  """A function that computes gradients of all entries, so that it calls every kernel."""
   options = {"scale": 0.1, "implementation": "mosaic_tpu"}
 
   def entries(*arrays: Any) -> Any:
@@ -50,7 +50,7 @@ def structs(
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 @pytest.mark.parametrize("length", [2**13, 2**15, 2**17])
 def test_compiles(chip: str, length: int):
-  """Global selection; `test_tpu_programs.py` has streaming in the whole op."""
+  """Compiles global selection. `test_tpu_programs.py` compiles streaming selection."""
   compiled = compile_for_tpu(program("global"), *structs("global", length), chip=chip)
   assert "group_merge_grad" in compiled.as_text()
 

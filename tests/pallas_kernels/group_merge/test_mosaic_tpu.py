@@ -1,4 +1,4 @@
-"""The parts of merge_groups on a TPU, each against numpy or jax.numpy, interpreted with checks."""
+"""Each TPU kernel of group merging equals NumPy or jax.numpy, interpreted with checks."""
 
 import functools
 from typing import Any
@@ -18,11 +18,11 @@ from tests.pallas_kernels.group_merge.reference import merge_reference
 from tests.pallas_kernels.tpu import abstract_mesh, lower_for_tpu
 from tests.rounding import assert_close, assert_same
 
-LENGTH, CHUNK = 2300, 512  # positions; several chunks
+LENGTH, CHUNK = 2300, 512  # The positions of a row fill several chunks.
 
 
 def indices(kind: str) -> np.ndarray:
-  """[B, N, S], ascending, with gaps that point nowhere."""
+  """Ascending indices [B, N, S]. The index LENGTH marks an empty slot."""
   rng = np.random.default_rng(0)
   shape, L = (1, 2), LENGTH
 
@@ -31,9 +31,9 @@ def indices(kind: str) -> np.ndarray:
 
   if kind == "few":
     index = np.stack([of_head(300, 0, L), of_head(300, 0, L)])
-    index[0, 40:60] = L  # between documents
-    index[1, 200:] = L  # a shorter row
-  elif kind == "crowded":  # all in one chunk; chunks before and behind stay empty
+    index[0, 40:60] = L  # Empty slots between documents.
+    index[1, 200:] = L  # A shorter row.
+  elif kind == "crowded":  # All indices are in one chunk; the other chunks are empty.
     index = np.stack([of_head(200, 700, 1000), of_head(200, L - 200, L)])
   else:
     index = np.stack([of_head(2000, 0, L), of_head(2000, 0, L)])
@@ -42,7 +42,7 @@ def indices(kind: str) -> np.ndarray:
 
 
 def move(arrays: tuple[np.ndarray, ...], index: np.ndarray, length: int | None) -> Any:
-  """Rows by index, or (with a length) back onto their positions; plain numpy."""
+  """Gathers rows by index in NumPy or, with a length, scatters rows to their positions."""
   out = []
   for x in arrays:
     heads = x.shape[1] // index.shape[1]
@@ -75,7 +75,7 @@ def test_rows_are_moved_exactly(kind: str, dtype: str, odd: bool, monkeypatch: p
 
   def arrays(rows: int) -> tuple[jax.Array, ...]:
     made = [rng.normal(size=(1, heads, rows, 16)) for heads in (2, 4)]
-    if odd:  # stays in its own row
+    if odd:  # A non-finite value must stay in its row.
       made[0][0, 0, 3 % rows, 1], made[0][0, 1, rows - 1, 2], made[1][0, 2, 40 % rows] = (
         np.nan,
         np.inf,
@@ -104,7 +104,7 @@ CASES = {
 def operands(groups: Groups) -> list[jax.Array]:
   rng = np.random.default_rng(0)
   k, dtype = groups.count, "bfloat16" if groups.itemsize == 2 else "float32"
-  rows = k * groups.rows + 5  # tokens behind the last group
+  rows = k * groups.rows + 5  # Tokens after the last group.
   shapes = [(1, 2 * groups.heads, k), (1, 2, rows), (1, 2, rows)]
   return [jnp.asarray(rng.normal(size=(*s, groups.head_dim)) * 0.7, dtype) for s in shapes]
 
@@ -112,7 +112,7 @@ def operands(groups: Groups) -> list[jax.Array]:
 def plain(
   groups: Groups, slot: jax.Array | None, query: Any, key: Any, value: Any, merge: Any = merge
 ) -> list[Any]:
-  """Merged and focal rows in jax.numpy, given which rows are focal."""
+  """Merged and focal rows in jax.numpy, from the slots of the focal rows."""
   k, P, f, D = groups.count, groups.rows, groups.focal, groups.head_dim
   q = query.reshape(1, 2, groups.heads, k, D).transpose(0, 3, 1, 2, 4)
   rows = [x[:, :, : k * P].reshape(1, 2, k, P, D) for x in (key, value)]
@@ -125,8 +125,8 @@ def plain(
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_groups_are_merged_and_their_gradients(name: str):
-  """By the rule of `tests.rounding`."""
+def test_merged_groups_and_gradients_equal_the_oracle(name: str):
+  """Checks values and gradients by the rule of `tests.rounding`."""
   groups = CASES[name]
   arrays = operands(groups)
 
@@ -166,7 +166,7 @@ def _wide_merge(query: Any, key: Any, value: Any, *, scale: float) -> Any:
   return merge_reference(query, key, value, scale)
 
 
-def test_what_is_not_finite_stays_in_its_group():
+def test_non_finite_tokens_change_only_their_group():
   groups = CASES["blocks"]
   query, key, value = operands(groups)
   run = jax.jit(functools.partial(merge_rows, groups=groups, interpret=CHECKED))
@@ -180,14 +180,14 @@ def test_what_is_not_finite_stays_in_its_group():
   hit[0, [3, 30]], hit[1, 1] = True, True
   for x, y, rows in zip(clean[:4], odd[:4], (1, 1, 2, 2), strict=True):
     others = ~np.repeat(hit, rows, axis=1)
-    # The two branches of the kernel are two programs: a CPU may contract their products otherwise.
+    # The kernel has a branch for non-finite inputs, which a CPU may compile to other roundings.
     terms = max(groups.head_dim, groups.rows)
     assert_same(np.asarray(x)[0][others], np.asarray(y)[0][others], terms=terms)
   assert np.isnan(odd[0][0, 0, [3, 30]]).all()
   assert not np.isfinite(odd[1][0, 1, 1]).all()
 
 
-def test_ties_go_to_the_earlier_token():
+def test_ties_select_the_earlier_token():
   groups = Groups(9, 12, 4, 1, 16, 4, 0.3)
   *_, slot = merge_rows(*(jnp.ones_like(x) for x in operands(groups)), groups, interpret=True)
   slot = np.asarray(slot).reshape(2, -1, 12)[:, : groups.count]
@@ -195,7 +195,7 @@ def test_ties_go_to_the_earlier_token():
 
 
 def gradients(*arrays: Any) -> Any:
-  """Of all entries, through the entries of the op."""
+  """Gradients of `merge_groups` and `merge_blocks`, computed through the public functions."""
   query, key, value, focal, member, weighing, start = arrays
 
   def entries(*tokens: Any) -> Any:
@@ -226,7 +226,7 @@ def test_lowers_inside_a_shard_map_over_heads():
   assert "group_merge_grad" in lower_for_tpu(sharded, *structs("bfloat16"), devices=2)
 
 
-def test_an_absent_tpu_gets_the_kernels():
+def test_tpu_targets_use_the_kernels():
   program = lower_for_tpu(gradients, *structs("bfloat16"))
   for name in ("gather_rows", "group_merge", "group_merge_grad", "scatter_rows"):
     assert f'kernel_name = "{name}"' in program

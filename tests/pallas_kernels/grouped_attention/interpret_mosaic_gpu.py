@@ -1,7 +1,8 @@
-"""A command: the Mosaic GPU kernels, interpreted on a CPU, against the oracle on named cases.
+"""A command that compares the Mosaic GPU kernels, interpreted on a CPU, with the oracle.
 
-A process of its own, because the interpreter blocks a CPU thread of XLA for every warpgroup that
-waits: on a small machine NPROC has to be raised before JAX starts.
+Its arguments are names of `kernel_cases.CASES`. It is a separate process, because the interpreter
+blocks one CPU thread of XLA for each waiting warpgroup. A small machine must therefore raise NPROC
+before JAX starts.
 """
 
 import dataclasses
@@ -18,8 +19,8 @@ from pallas_kernels.grouped_attention.block_sizes import (
 from pallas_kernels.grouped_attention.mosaic_gpu_attention import grouped_attention_mosaic_gpu
 from tests.pallas_kernels.grouped_attention.kernel_cases import CASES, check_against_reference
 
-# One program is enough to see it go from one tile of work to the next, and its warpgroups wait
-# for each other.
+# Blocks for one program (`programs=1`), which processes several work tiles and whose warpgroups
+# wait for one another.
 _BLOCKS = MosaicBlocks(
   forward=MosaicQueryTile(block_k=64, stages=2),
   dq=MosaicQueryTile(block_k=64, stages=2),

@@ -1,4 +1,4 @@
-"""Inputs for the tests of attention kernels: ranges of every kind; and the comparison."""
+"""Inputs of the attention kernel tests, with all kinds of ranges, and the comparison."""
 
 import dataclasses
 from collections.abc import Callable
@@ -17,7 +17,21 @@ from tests.rounding import assert_close
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One call. `documents` holds per row the documents' lengths; what they leave is padding."""
+  """Sizes of one call of `grouped_attention`.
+
+  Attributes:
+    documents: lengths of the documents of each row. The rest of the row is padding.
+    length: tokens of a row.
+    query_heads: H.
+    kv_heads: N.
+    head_dim: D.
+    group_size: m.
+    focal_rate: probability that a token is focal, under global selection.
+    streaming: whether the ranges are those of streaming selection.
+    shared_bounds: whether all KV heads share one array of bounds.
+    group_bias: bias of the logits of groups.
+    dtype: dtype of query, keys and values.
+  """
 
   documents: tuple[tuple[int, ...], ...]
   length: int
@@ -48,7 +62,7 @@ class Case:
     ranges = jnp.asarray(np.moveaxis(fields_BxnxFxL, 2, 0), jnp.int32)
     sources = []
     for start, end in zip(ranges[::2], ranges[1::2], strict=True):
-      # Static sizes leave a few tokens that no query sees.
+      # Each source has three more entries than any query sees.
       shape = (B, int(end.max()) + 3, self.kv_heads, D)
       sources.append(KVSource(draw(*shape), draw(*shape), start, end))
     block = self.group_size + 1 if self.streaming else self.group_size
@@ -56,7 +70,7 @@ class Case:
     return query, KVSources(*sources), options
 
   def _sorted_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
-    """Global selection: prefixes of focal tokens and groups, a window of the other tokens."""
+    """Ranges of global selection: prefixes of focal tokens and groups, a window of raw tokens."""
     m = self.group_size
     base = np.zeros(3, int)
     columns = []
@@ -72,7 +86,7 @@ class Case:
     return self._pad(columns, base)
 
   def _streaming_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
-    """Streaming: one focal token and one group a finished block, the window is the original."""
+    """Ranges of streaming selection with one focal token and one group per complete block."""
     del rng
     block = self.group_size + 1
     base = np.zeros(3, int)
@@ -86,7 +100,7 @@ class Case:
     return self._pad(columns, base)
 
   def _pad(self, columns: list[np.ndarray], base: np.ndarray) -> np.ndarray:
-    """Padded queries see the empty range at each source's end."""
+    """Adds the ranges of padding, which are empty and at the end of each source."""
     used = sum(c.shape[1] for c in columns)
     empty = np.repeat(np.repeat(base, 2)[:, None], self.length - used, axis=1)
     return np.concatenate([*columns, empty], axis=1)
@@ -112,7 +126,7 @@ CASES = {
   "widest_head": Case(documents=((70,),), length=70, head_dim=256),
 }
 
-# Larger than the tiles that a GPU runs, in its own dtypes.
+# Cases that are larger than a GPU tile, in half precision.
 GPU_CASES = {
   "plain": Case(documents=((1000,),), length=1000, head_dim=128, dtype="bfloat16"),
   "long": Case(
@@ -173,7 +187,7 @@ GPU_CASES = {
 
 
 def structs_and_options(*, head_dim: int, dtype: str) -> tuple[tuple, dict[str, Any]]:
-  """Shapes of a call and its cotangent, for lowering without data; and its keywords."""
+  """Shapes of the arguments and the cotangent, for lowering without data, and the keywords."""
   B, L, H, N = 2, 1000, 4, 2
   query = jax.ShapeDtypeStruct((B, L, H, head_dim), dtype)
   visible: Any = jax.ShapeDtypeStruct((B, N, L), jnp.int32)
@@ -186,7 +200,7 @@ def structs_and_options(*, head_dim: int, dtype: str) -> tuple[tuple, dict[str, 
 
 
 def output_and_gradients(attention: Callable[..., jax.Array], options: dict[str, Any]) -> Any:
-  """A function of query, sources and dout: the output, and dq and (dk, dv) of each source."""
+  """A function of (query, sources, dout) that returns out, dq and (dk, dv) of each source."""
 
   def run(query: jax.Array, sources: KVSources, dout: jax.Array) -> Any:
     def attend(query: jax.Array, kv: Any) -> jax.Array:
@@ -199,7 +213,7 @@ def output_and_gradients(attention: Callable[..., jax.Array], options: dict[str,
 
 
 def lower_over_heads(attention: Callable[..., jax.Array], mesh: Any) -> tuple[Any, tuple]:
-  """Output and gradients inside a shard_map that splits the axis "heads", and their arguments."""
+  """A function that computes output and gradients in a shard_map over heads, and its arguments."""
   args, options = structs_and_options(head_dim=64, dtype="bfloat16")
   heads = PartitionSpec(None, None, "heads")
   source = KVSource(heads, heads, *[PartitionSpec(None, "heads")] * 2)
@@ -218,7 +232,7 @@ def values_and_gradients(
   sources: KVSources,
   options: dict[str, Any],
 ) -> dict[str, np.ndarray]:
-  """The output and the gradients of Σ out · random, by name, as float64."""
+  """The output and the gradients for a random cotangent, by name, converted to float64."""
   dout = np.random.default_rng(1).normal(size=query.shape).astype(np.float32)
   run = jax.jit(output_and_gradients(attention, options))
   out, (dq, dkv) = run(query, sources, dout)
@@ -231,7 +245,7 @@ def values_and_gradients(
 def exact_values_and_gradients(
   query: jax.Array, sources: KVSources, options: dict[str, Any]
 ) -> dict[str, np.ndarray]:
-  """Those of the oracle, in float64."""
+  """The output and the gradients of the oracle, computed in float64."""
   query, kv = jax.tree.map(np.asarray, (query, sources.kv))
   with jax.enable_x64(True):
     wide_query, wide_kv = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (query, kv))
@@ -241,14 +255,14 @@ def exact_values_and_gradients(
 
 
 def check_against_reference(attention: Callable[..., jax.Array], case: Case, seed: int = 0) -> None:
-  """Holds values and gradients to the rule of `tests.rounding`."""
+  """Checks the output and the gradients by the rule of `tests.rounding`."""
   query, sources, options = case.inputs(seed)
   exact = exact_values_and_gradients(query, sources, options)
   with jax.default_matmul_precision("highest"):
     plain = values_and_gradients(grouped_attention_xla, query, sources, options)
   terms = _longest_sums(case, sources)
   for name, value in values_and_gradients(attention, query, sources, options).items():
-    # A gradient reads the sums of the logits, of the weights and of dout vᵀ, and is one itself.
+    # A gradient is a sum that depends on the sums of logits, of weights and of dout vᵀ.
     factor, sums = (2, 2) if name == "out" else (3, 4)
     assert_close(
       value,
@@ -262,7 +276,7 @@ def check_against_reference(attention: Callable[..., jax.Array], case: Case, see
 
 
 def _longest_sums(case: Case, sources: KVSources) -> dict[str, int]:
-  """Terms of the longest sum of each result: channels, keys of a query, or queries of a key."""
+  """The length of the longest sum in each result, over channels, visible keys or queries."""
   visible = int(sum(np.asarray(source.end - source.start).max() for source in sources))
   terms = dict.fromkeys(("out", "query"), max(case.head_dim, visible))
   for name, source in zip(sources._fields, sources, strict=True):

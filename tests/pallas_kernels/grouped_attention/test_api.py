@@ -1,4 +1,4 @@
-"""The choice of an implementation, and the one that runs anywhere."""
+"""The selection of an implementation, and the XLA implementation."""
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ def test_xla_equals_reference(name):
   check_against_reference(grouped_attention_xla, CASES[name])
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="states what a CPU is told")
-def test_a_cpu_takes_xla_and_hears_why_not_the_others():
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="expects the reasons of a CPU")
+def test_a_cpu_uses_xla_and_reports_why_not_the_others():
   choice = explain(ARRAY, ARRAY, ARRAY, config=CONFIG)["grouped_attention"]
   assert choice.runs == "xla"
   assert "Hopper" in choice.reason("mosaic_gpu")
@@ -31,8 +31,8 @@ def test_a_cpu_takes_xla_and_hears_why_not_the_others():
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-def test_an_absent_gpu_gets_its_own_kernels():
-  """The mesh decides, not the backend that happens to run here."""
+def test_gpu_targets_use_their_kernels():
+  """The mesh determines the target device, not the default backend."""
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
     choice = explain(SHAPE, SHAPE, SHAPE, config=CONFIG)["grouped_attention"]
     assert choice.runs == "mosaic_gpu"
@@ -45,7 +45,7 @@ def test_an_absent_gpu_gets_its_own_kernels():
   assert "mosaic_gpu" in text
 
 
-def test_reasons_name_what_does_not_fit():
+def test_reasons_name_the_unsupported_value():
   odd = jax.ShapeDtypeStruct((1, 256, 4, 48), jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
     choice = explain(odd, odd, odd, config=CONFIG)["grouped_attention"]

@@ -1,4 +1,4 @@
-"""The table of tiles: every entry is one that the kernels take, and comes before the rule."""
+"""The table of measured tiles: every entry is valid, and has priority over the rule."""
 
 import json
 
@@ -16,7 +16,7 @@ from pallas_kernels.grouped_attention.block_sizes import (
 )
 
 
-def test_every_entry_of_the_table_is_read():
+def test_every_entry_of_the_table_is_used():
   for device_kind, entries in json.loads(TABLE.read_text()).items():
     for key in entries:
       backend, head_dim, itemsize = key.split(", ")
@@ -28,7 +28,7 @@ def test_every_entry_of_the_table_is_read():
         assert isinstance(triton_blocks(device_kind, dim, size), TritonBlocks)
 
 
-def test_a_measured_tile_comes_before_the_rule(monkeypatch: pytest.MonkeyPatch):
+def test_a_measured_tile_has_priority_over_the_rule(monkeypatch: pytest.MonkeyPatch):
   tiles = {
     "forward": {"block_k": 64, "stages": 4},
     "dq": {"block_k": 64, "stages": 2},

@@ -1,4 +1,4 @@
-"""The proof of the exit from Pallas-Triton: a kernel in Triton itself, through jax_triton."""
+"""The forward kernel in Triton through jax_triton, a replacement for Pallas-Triton."""
 
 import functools
 import importlib.util
@@ -21,7 +21,7 @@ _INSTALLED = importlib.util.find_spec("jax_triton") is not None
 
 
 @pytest.mark.skipif(_INSTALLED, reason="jax_triton is installed")
-def test_says_that_it_is_not_installed():
+def test_missing_packages_are_named():
   (query, sources, _), options = structs_and_options(head_dim=64, dtype="bfloat16")
   run = functools.partial(grouped_attention, implementation="jax_triton", **options)
 

@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernels against the oracle, in interpret mode and, with a Hopper GPU, for real."""
+"""The Mosaic GPU kernels equal the oracle, interpreted and on a Hopper GPU."""
 
 import functools
 import os
@@ -29,7 +29,7 @@ _COMMAND = "tests.pallas_kernels.grouped_attention.interpret_mosaic_gpu"
 _gradients = functools.partial(output_and_gradients, grouped_attention_mosaic_gpu)
 
 
-# Two heads a tile of work and packing; one head a tile, shared bounds and the original keys.
+# Packed rows with two heads per work tile; shared bounds with one head per work tile.
 @pytest.mark.parametrize("name", ["packed", "streaming_packed"])
 def test_interpreted_kernels_equal_reference_without_races(name: str):
   result = subprocess.run(
@@ -49,7 +49,7 @@ def test_interpreted_kernels_equal_reference_without_races(name: str):
 def test_lowers_for_h100(head_dim: int, dtype: str):
   args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
   program = lower_for_h100(_gradients(options), *args)
-  assert program.count("mosaic_gpu_v2") >= 5  # forward, dq and a dk/dv kernel for each source
+  assert program.count("mosaic_gpu_v2") >= 5  # Forward, dq, and one dk/dv kernel for each source.
 
 
 def test_lowers_inside_a_shard_map_over_heads():
@@ -72,7 +72,7 @@ def test_compiles_for_h100(head_dim: int):
     (64, "bfloat16", {"scale": -1.0}, "scale is -1.0"),
   ],
 )
-def test_refuses_what_it_cannot_do(
+def test_unsupported_calls_name_the_reason(
   head_dim: int, dtype: str, changes: dict[str, float], message: str
 ):
   args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
@@ -87,7 +87,7 @@ def test_gpu_equals_reference(name: str):
 
 
 @pytest.mark.gpu
-def test_gpu_runs_repeat_bit_for_bit():
+def test_gpu_results_repeat_bit_for_bit():
   query, sources, options = GPU_CASES["packed"].inputs()
   first, second = (
     values_and_gradients(grouped_attention_mosaic_gpu, query, sources, options) for _ in range(2)

@@ -1,4 +1,4 @@
-"""The TPU kernels against the oracle, interpreted with checks, and lowered for a TPU."""
+"""The TPU kernels equal the oracle, interpreted with checks; they lower for a TPU."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from tests.pallas_kernels.grouped_attention.kernel_cases import (
 )
 from tests.pallas_kernels.tpu import abstract_mesh, lower_for_tpu
 
-# Small enough for short rows to have several of everything; one tile of summaries a block.
+# Small blocks, so that short rows have several of each kind, with one summary tile per block.
 _BLOCKS = TpuBlocks(
   rows=256,
   edge_rows=128,
@@ -39,7 +39,7 @@ _gradients = functools.partial(output_and_gradients, grouped_attention_mosaic_tp
 
 @dataclasses.dataclass(frozen=True)
 class SpacedCase(Case):
-  """Documents that leave room behind them in the window's list, as whole groups of them do."""
+  """Documents with `gap` unused window entries after each of them."""
 
   gap: int = 0
 
@@ -50,10 +50,10 @@ class SpacedCase(Case):
     return super()._pad(moved, base + np.array([0, 0, self.gap * max(len(columns) - 1, 0)]))
 
 
-# They hold among them several blocks of summaries, tiles that all queries see, tiles with the ends
-# of two documents, more window than a piece takes, padded queries, every head dim, both dtypes,
-# heads in one stack and in two.
-_EVERY_CHANGE = {
+# Together the cases contain several blocks of summaries, tiles that all queries see, tiles with the
+# ends of two documents, a window longer than one piece, padded queries, every head dim, both
+# dtypes, and heads in one stack and in two.
+_COVERING_CASES = {
   "documents": Case(
     documents=((260, 1, 60),), length=330, head_dim=128, group_size=2, focal_rate=0.6
   ),
@@ -73,11 +73,11 @@ _EVERY_CHANGE = {
 }
 
 
-@pytest.mark.parametrize("name", _EVERY_CHANGE)
+@pytest.mark.parametrize("name", _COVERING_CASES)
 def test_interpreted_kernels_equal_reference_without_races(
   name: str, capfd: pytest.CaptureFixture[str]
 ):
-  check_against_reference(_interpreted, _EVERY_CHANGE[name])
+  check_against_reference(_interpreted, _COVERING_CASES[name])
   assert "RACE DETECTED" not in capfd.readouterr().out
 
 
@@ -93,8 +93,8 @@ def test_interpreted_kernels_equal_reference_in_further_cases(
   assert "RACE DETECTED" not in capfd.readouterr().out
 
 
-def test_a_tile_reads_nothing_that_its_queries_do_not_see():
-  """Entries that only later queries see may hold anything."""
+def test_nan_in_invisible_entries_does_not_reach_a_tile():
+  """The output of the first tile ignores entries that only later queries see."""
   case = Case(documents=((400,),), length=400, group_size=2, focal_rate=0.7, head_dim=64)
   query, sources, options = case.inputs()
   first_tile = slice(0, 128)
@@ -151,7 +151,7 @@ def test_exports_for_a_tpu():
   assert "grouped_attention_forward" in exported.mlir_module()
 
 
-def test_an_absent_tpu_gets_its_own_kernels():
+def test_tpu_targets_use_their_kernels():
   shape = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(abstract_mesh()):
     choice = explain(shape, shape, shape, config=DGAConfig(min_focal_tokens=0))["grouped_attention"]
@@ -164,13 +164,13 @@ def test_an_absent_tpu_gets_its_own_kernels():
   ("head_dim", "dtype", "message"),
   [(96, "bfloat16", "head_dim is 96"), (64, "float16", "dtype is float16")],
 )
-def test_refuses_what_it_cannot_do(head_dim: int, dtype: str, message: str):
+def test_unsupported_calls_name_the_reason(head_dim: int, dtype: str, message: str):
   args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
   with pytest.raises(NotImplementedError, match=message):
     jax.eval_shape(_gradients(options), *args)
 
 
-def test_refuses_more_queries_than_scalar_memory_describes():
+def test_sequences_beyond_scalar_memory_are_unsupported():
   args, options = structs_and_options(head_dim=64, dtype="bfloat16")
   query, sources, _ = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((4000, *x.shape[1:]), x.dtype), args
@@ -179,7 +179,7 @@ def test_refuses_more_queries_than_scalar_memory_describes():
     jax.eval_shape(functools.partial(grouped_attention_mosaic_tpu, **options), query, sources)
 
 
-def test_is_named_or_refused_elsewhere():
+def test_other_devices_do_not_run_the_tpu_kernels():
   args, options = structs_and_options(head_dim=64, dtype="bfloat16")
   query, sources, _ = args
   run = functools.partial(grouped_attention, implementation="mosaic_tpu", **options)

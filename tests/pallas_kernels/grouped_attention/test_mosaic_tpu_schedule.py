@@ -1,4 +1,4 @@
-"""Which tiles the TPU kernels visit, against the masks written out."""
+"""The tiles that the TPU kernels visit, compared with the dense visibility masks."""
 
 import jax
 import jax.numpy as jnp
@@ -56,21 +56,21 @@ def _packed(case: Case) -> tuple[KVSources, TileSchedule, jax.Array]:
 
 
 def _seen(packed: jax.Array, b: int, source: int, entries: int) -> np.ndarray:
-  """[queries, entries] bool."""
+  """The visibility mask [queries, entries] of one source."""
   start, end = (np.asarray(packed[b, 0, source + i])[:, None] for i in (0, 1))
   entry = np.arange(entries)[None]
   return (start <= entry) & (entry < end)
 
 
 def _tiles(seen: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
-  """Of tiles: whether any query sees any entry, and whether all see all."""
+  """For each tile: whether any query sees any entry, and whether all queries see all entries."""
   L, S = seen.shape
   tiled = seen.reshape(L // rows, rows, S // columns, columns)
   return tiled.any(axis=(1, 3)), tiled.all(axis=(1, 3))
 
 
 @pytest.mark.parametrize("name", _CASES)
-def test_tiles_of_queries_visit_what_they_see_and_little_else(name: str):
+def test_query_tiles_visit_exactly_the_tiles_that_they_see(name: str):
   _, schedule, packed = _packed(_CASES[name])
   ranges = unpack_key_ranges(pack_key_ranges(packed, schedule, jnp.dtype("float32"))[0])
   for b in range(packed.shape[0]):
@@ -81,14 +81,14 @@ def test_tiles_of_queries_visit_what_they_see_and_little_else(name: str):
       for t in range(any_seen.shape[0]):
         first, whole_from, whole_to, edge = (int(x[b, 0, t]) for x in tile_range)
         assert set(np.flatnonzero(any_seen[t])) <= set(range(first, edge + 1))
-        assert edge - first <= max(any_seen[t].sum() - 1, 0)  # no further tile is computed
+        assert edge - first <= max(any_seen[t].sum() - 1, 0)  # No invisible tile is visited.
         assert all_seen[t, whole_from:whole_to].all()
-        # The edge is masked, though it may be seen whole.
+        # The edge tile is masked even if all queries see all of it.
         assert whole_to - whole_from >= all_seen[t].sum() - 1
 
 
 @pytest.mark.parametrize("name", _CASES)
-def test_every_visited_tile_lies_in_a_visited_block_once(name: str):
+def test_every_visited_tile_is_in_one_visited_block(name: str):
   _, schedule, packed = _packed(_CASES[name])
   numbers, steps = pack_key_ranges(packed, schedule, jnp.dtype("float32"))
   ranges = unpack_key_ranges(numbers)
@@ -104,7 +104,7 @@ def test_every_visited_tile_lies_in_a_visited_block_once(name: str):
 
 
 @pytest.mark.parametrize("name", _CASES)
-def test_pieces_of_the_window_hold_what_is_seen(name: str):
+def test_window_pieces_contain_the_visible_tokens(name: str):
   sources, schedule, packed = _packed(_CASES[name])
   ranges = unpack_key_ranges(pack_key_ranges(packed, schedule, jnp.dtype("float32"))[0])
   entries = -(-int(sources.window.end.max()) // _TILE) * _TILE
@@ -119,7 +119,7 @@ def test_pieces_of_the_window_hold_what_is_seen(name: str):
 
 
 @pytest.mark.parametrize("name", _CASES)
-def test_tiles_of_entries_visit_the_queries_that_see_them(name: str):
+def test_key_tiles_visit_the_queries_that_see_them(name: str):
   _, schedule, packed = _packed(_CASES[name])
   tile = schedule.window_grad
   entries = 1536
@@ -135,7 +135,7 @@ def test_tiles_of_entries_visit_the_queries_that_see_them(name: str):
 
 @pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "TPU v4"])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_tiles_fit_each_other(kind: str, itemsize: int):
+def test_tile_sizes_of_a_chip_are_compatible(kind: str, itemsize: int):
   blocks = tpu_blocks(kind, itemsize)
   numbers = [blocks.rows, blocks.edge_rows, blocks.block_k]
   numbers += [x for tile in (blocks.summary_grad, blocks.window_grad) for x in vars(tile).values()]

@@ -1,4 +1,4 @@
-"""The Triton-lowered kernels against the oracle, in interpret mode and, with a GPU, for real."""
+"""The Pallas-Triton kernels equal the oracle, interpreted and on a GPU."""
 
 import dataclasses
 import functools
@@ -41,11 +41,11 @@ def test_interpreted_kernels_equal_reference(name: str):
   check_against_reference(_interpreted, CASES[name])
 
 
-def test_low_precision_equals_plain_attention_within_twice_its_error():
+def test_bfloat16_error_is_at_most_twice_that_of_xla():
   check_against_reference(_interpreted, dataclasses.replace(CASES["ragged"], dtype="bfloat16"))
 
 
-def test_queries_that_see_nothing_have_zero_output_and_gradient():
+def test_queries_without_visible_keys_give_zeros():
   query, sources, options = CASES["fully_masked_row"].inputs()
   results = values_and_gradients(_interpreted, query, sources, options)
   for name, value in results.items():
@@ -53,7 +53,7 @@ def test_queries_that_see_nothing_have_zero_output_and_gradient():
     assert np.isfinite(value).all(), name
 
 
-def test_gradients_of_unseen_entries_are_zero():
+def test_gradients_of_invisible_entries_are_zero():
   query, sources, options = CASES["plain"].inputs()
   results = values_and_gradients(_interpreted, query, sources, options)
   for source in ("focal", "group", "window"):
@@ -89,7 +89,7 @@ def test_compiles_for_h100(head_dim: int):
   ("head_dim", "dtype", "message"),
   [(80, "bfloat16", "head_dim is 80"), (64, "float64", "dtype is float64")],
 )
-def test_refuses_what_it_cannot_do(head_dim: int, dtype: str, message: str):
+def test_unsupported_calls_name_the_reason(head_dim: int, dtype: str, message: str):
   with jax.enable_x64(dtype == "float64"):
     args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
     with pytest.raises(NotImplementedError, match=message):
@@ -109,7 +109,7 @@ def test_gpu_float32_equals_reference():
 
 
 @pytest.mark.gpu
-def test_gpu_runs_repeat_bit_for_bit():
+def test_gpu_results_repeat_bit_for_bit():
   query, sources, options = GPU_CASES["packed"].inputs()
   first, second = (
     values_and_gradients(grouped_attention_triton, query, sources, options) for _ in range(2)

@@ -1,4 +1,4 @@
-"""Importance of keys, against the equation in float64, in interpret mode and on a GPU."""
+"""The importance of keys equals Eq. 16 and 17 in float64, interpreted and on a GPU."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ _interpreted = functools.partial(
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """One call. `ranges` says how the sampled queries' ranges are drawn."""
+  """Sizes of one call. `ranges` names the kind of ranges that the sampled queries see."""
 
   length: int
   samples: int = 8
@@ -44,20 +44,20 @@ class Case:
   batch: int = 2
 
   def inputs(self, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Queries, keys, start and end."""
+    """Queries, keys, and the start and end of each query's range."""
     rng = np.random.default_rng(seed)
     B, L, S = self.batch, self.length, self.samples
     query = rng.normal(size=(B, S, self.query_heads, self.head_dim)) * 2
     key = rng.normal(size=(B, L, self.kv_heads, self.head_dim))
     recent = np.arange(max(L - S // 2, 0), L)
-    place = np.stack([np.append(recent, rng.integers(0, L, S - len(recent))) for _ in range(B)])
-    start, end = np.zeros((B, S), int), place + 1
-    if self.ranges == "any":  # among them empty ones, written in more than one way
+    position = np.stack([np.append(recent, rng.integers(0, L, S - len(recent))) for _ in range(B)])
+    start, end = np.zeros((B, S), int), position + 1
+    if self.ranges == "any":  # Includes empty ranges with end = start and with end < start.
       start, end = rng.integers(0, L + 1, (2, B, S))
     if self.ranges == "none":
       end = start
-    if self.ranges == "one_document":  # in the middle of a packed row
-      start, end = start + L // 4, np.minimum(L // 4 + 1 + place, L * 3 // 5)
+    if self.ranges == "one_document":  # A document in the middle of a packed row.
+      start, end = start + L // 4, np.minimum(L // 4 + 1 + position, L * 3 // 5)
     return (
       *(jnp.asarray(x, self.dtype) for x in (query, key)),
       *(jnp.asarray(x, jnp.int32) for x in (start, end)),
@@ -94,7 +94,7 @@ GPU_CASES = {
 
 
 def exact(query, key, start, end):
-  """The equation, query by query, in float64."""
+  """Eq. 16 and 17 of the paper in float64, one query at a time."""
   query, key = (np.asarray(x.astype(jnp.float32), np.float64) for x in (query, key))
   B, S, H, D = query.shape
   L, N = key.shape[1:3]
@@ -111,7 +111,7 @@ def exact(query, key, start, end):
 
 
 def check(kernel, case):
-  """Holds a kernel to the rule of `tests.rounding`."""
+  """Checks a kernel by the rule of `tests.rounding`."""
   inputs = case.inputs()
   want = exact(*inputs)
   got = np.asarray(jax.jit(kernel)(*inputs))
@@ -123,7 +123,7 @@ def check(kernel, case):
 
 
 def sums_of(case):
-  """The sums of logits, of weights and of scores; the longest is that over all keys."""
+  """Arguments of `assert_close`: logits, weights and scores are sums of at most `terms` terms."""
   return {"terms": max(case.head_dim, case.length), "sums": 3}
 
 
@@ -141,13 +141,13 @@ def test_interpreted_kernels_equal_the_equation(name):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_low_precision_is_as_exact_as_plain_xla(dtype):
+def test_half_precision_error_is_at_most_twice_that_of_xla(dtype):
   check(_interpreted, dataclasses.replace(CASES["ragged"], dtype=dtype))
 
 
 @pytest.mark.parametrize("implementation", ["triton", "xla"])
-def test_a_bad_key_touches_no_key_of_another_range(implementation):
-  """Queries see keys from 20 on; what lies before, in the same tile, is another document."""
+def test_a_non_finite_key_changes_no_key_of_another_range(implementation):
+  """Queries see keys from 20 on. Earlier keys, in the same tile, belong to another document."""
   run = jax.jit(_interpreted if implementation == "triton" else sampled_importance_xla)
   query, key, _, _ = CASES["plain"].inputs()
   start = jnp.full((2, 8), 20)
@@ -158,7 +158,7 @@ def test_a_bad_key_touches_no_key_of_another_range(implementation):
     np.testing.assert_array_equal(run(query, key.at[:, unseen].set(bad), start, end), clean)
 
 
-def test_a_bad_key_makes_the_same_scores_nan():
+def test_a_nan_key_gives_nan_in_the_same_scores_as_xla():
   query, key, start, end = CASES["plain"].inputs()
   key = key.at[0, 5, 0].set(np.nan)
   got, want = (jax.jit(f)(query, key, start, end) for f in (_interpreted, sampled_importance_xla))
@@ -167,7 +167,7 @@ def test_a_bad_key_makes_the_same_scores_nan():
   assert not jnp.isnan(got[0, 1]).any()
 
 
-def test_maps_over_a_batch_of_calls():
+def test_vmap_over_calls():
   inputs = [x[None] for x in CASES["plain"].inputs()]
   np.testing.assert_array_equal(
     jax.jit(jax.vmap(_interpreted))(*inputs)[0], jax.jit(_interpreted)(*(x[0] for x in inputs))
@@ -182,17 +182,17 @@ def structs(*, length=1000, head_dim=64, dtype="bfloat16", samples=50, heads=4, 
 
 @pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_an_absent_h100_gets_the_kernels(head_dim, dtype):
+def test_h100_targets_use_the_kernels(head_dim, dtype):
   program = lower_for_h100(sampled_importance, *structs(head_dim=head_dim, dtype=dtype))
   assert "importance_logsumexp" in program
   assert "importance_scores" in program
 
 
-def test_a_cpu_gets_xla():
+def test_a_cpu_uses_xla():
   assert "importance_scores" not in jax.jit(sampled_importance).lower(*structs()).as_text()
 
 
-def test_float64_goes_to_xla_and_is_refused_by_name():
+def test_float64_uses_xla_and_the_kernel_refuses_it():
   with jax.enable_x64():
     args = structs(dtype="float64")
     assert "importance_scores" not in lower_for_h100(sampled_importance, *args)
@@ -204,7 +204,7 @@ def test_float64_goes_to_xla_and_is_refused_by_name():
       jax.eval_shape(named, *args)
 
 
-def test_an_unknown_implementation_is_named():
+def test_an_unknown_implementation_is_an_error():
   with pytest.raises(ValueError, match="'cuda'; for sampled_importance it must be None"):
     sampled_importance(*CASES["one_key"].inputs(), implementation="cuda")
 
@@ -238,7 +238,7 @@ def test_gpu_equals_the_equation(name):
 
 
 @pytest.mark.gpu
-def test_gpu_runs_repeat_bit_for_bit():
+def test_gpu_results_repeat_bit_for_bit():
   inputs = GPU_CASES["long"].inputs()
   first, second = (jax.jit(sampled_importance_triton)(*inputs) for _ in range(2))
   np.testing.assert_array_equal(first, second)

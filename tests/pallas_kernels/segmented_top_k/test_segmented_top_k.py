@@ -1,4 +1,4 @@
-"""Selection by score: against plain Python, and both implementations against each other."""
+"""`segmented_top_k` equals a sort in plain Python, for each implementation."""
 
 import functools
 
@@ -29,7 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is dep
 
 B, N, L, C = 2, 2, 41, 4
 
-# 64 holds a segment at once and settles a bit a pass; 8 goes through memory, two bits a pass.
+# With chunk=64 the kernel keeps a segment in registers and decides one bit per pass. With chunk=8
+# it reads the segment from memory and decides two bits per pass.
 IMPLEMENTATIONS = {
   "xla": jax.jit(segmented_top_k_xla),
   "registers": jax.jit(functools.partial(segmented_top_k_triton, chunk=64, interpret=True)),
@@ -39,7 +40,7 @@ IMPLEMENTATIONS = {
 
 
 def plain(scores, segments):
-  """Sorts each segment on its own, in Python."""
+  """Sorts each segment in plain Python."""
   mask = np.zeros(scores.shape, bool)
   for b, n, c in np.ndindex(*scores.shape[:2], segments.start.shape[1]):
     start, length, quota = (int(x[b, c]) for x in segments)
@@ -59,7 +60,7 @@ def check(scores, segments):
 
 @st.composite
 def packed_segments(draw):
-  """Up to C segments in each row, some empty, with gaps, and quotas from none to too many."""
+  """Draws up to C segments per row with gaps. Segments may be empty or shorter than the quota."""
   cuts = np.sort(draw(hnp.arrays(np.int32, (B, C + 1), elements=st.integers(0, L))), axis=1)
   present = draw(hnp.arrays(bool, (B, C)))
   quota = draw(hnp.arrays(np.int32, (B, C), elements=st.integers(0, L)))
@@ -70,7 +71,7 @@ def scores_of(elements):
   return hnp.arrays(np.float32, (B, N, L), elements=elements)
 
 
-# XLA takes subnormals for zeros on a CPU and for themselves on a GPU.
+# XLA flushes subnormals to zero on a CPU, but not on a GPU.
 any_float = st.floats(width=32, allow_subnormal=False)
 few_values = st.sampled_from([0.0, -0.0, 1.0, 1.5, -2.0, np.inf, -np.inf, np.nan, -np.nan])
 
@@ -82,7 +83,7 @@ def test_equals_a_sort_of_each_segment(scores, segments):
 
 
 @pytest.mark.parametrize("quota", [0, 1, 7, L - 1, L, L + 5])
-def test_equal_scores_are_taken_from_the_left(quota):
+def test_ties_select_the_earlier_position(quota):
   whole = Segments(*(np.full((B, C), x, np.int32) for x in (0, 0, quota)))
   whole.length[:, 0] = L
   check(np.full((B, N, L), 0.25, np.float32), whole)
@@ -91,7 +92,7 @@ def test_equal_scores_are_taken_from_the_left(quota):
     np.testing.assert_array_equal(mask, np.broadcast_to(np.arange(L) < quota, (B, N, L)))
 
 
-def test_takes_exactly_the_quota_of_scores_that_differ_in_the_last_bit():
+def test_scores_that_differ_in_the_last_bit_are_ordered():
   row = np.nextafter(np.float32(0.5), np.float32(1)) * np.ones(L, np.float32)
   row[::3] = 0.5
   segments = Segments(*(np.zeros((B, C), np.int32) for _ in range(3)))
@@ -100,8 +101,8 @@ def test_takes_exactly_the_quota_of_scores_that_differ_in_the_last_bit():
 
 
 @pytest.mark.parametrize("values", ["distinct", "few", "equal"])
-def test_tpu_kernel_goes_through_tiles(values):
-  """Segments that begin and end within tiles and reach over several; interpreted with checks."""
+def test_tpu_kernel_with_segments_over_several_tiles(values):
+  """Segments begin and end inside tiles and span several; interpreted with checks."""
   rng = np.random.default_rng(1)
   scores = rng.normal(size=(B, N, 9001)).astype(np.float32)
   scores = {"distinct": scores, "few": np.round(scores), "equal": 0 * scores}[values]
@@ -114,7 +115,7 @@ def test_tpu_kernel_goes_through_tiles(values):
   np.testing.assert_array_equal(kernel(scores, segments), want)
 
 
-def test_maps_over_a_batch_of_calls():
+def test_vmap_over_calls():
   scores = jax.random.normal(jax.random.key(0), (3, B, N, L))
   segments = Segments(*(jnp.full((3, B, C), x, jnp.int32) for x in (0, 0, 9)))
   segments = segments._replace(length=segments.length.at[..., 1].set(L))
@@ -131,21 +132,21 @@ def structs(length=1000, segments=3):
   )
 
 
-def test_the_target_decides():
+def test_the_target_device_selects_the_backend():
   assert "xla.gpu.triton" in lower_for_h100(segmented_top_k, *structs())
   assert "tpu_custom_call" in lower_for_tpu(segmented_top_k, *structs())
   assert "tpu_custom_call" not in lower_for_tpu(segmented_top_k, *structs(length=2**19 + 1))
   assert "stablehlo.sort" in jax.jit(segmented_top_k).lower(*structs()).as_text()
 
 
-def test_an_unknown_implementation_is_named():
+def test_an_unknown_implementation_is_an_error():
   with pytest.raises(ValueError, match="'sort'; for segmented_top_k it must be None"):
     segmented_top_k(
       jnp.zeros((1, 1, 4)), Segments(*[np.zeros((1, 1), int)] * 3), implementation="sort"
     )
 
 
-def test_scores_of_another_dtype_are_refused():
+def test_scores_of_another_dtype_are_an_error():
   scores, segments = structs()
   half = jax.ShapeDtypeStruct(scores.shape, jnp.float16)
   with pytest.raises(NotImplementedError, match="dtype is float16"):

@@ -1,4 +1,4 @@
-"""Selection compiled for TPUs that are not there."""
+"""`segmented_top_k` compiled for TPUs without the hardware."""
 
 import functools
 

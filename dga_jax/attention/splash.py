@@ -23,6 +23,7 @@ def splash_causal(
   v_BxLxNxD: Float[Array, "B L N D"],
   documents_BxL: Int[Array, "B L"],
   *,
+  scale: float | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B L H D"]:
   """Causal attention inside each document.
@@ -32,6 +33,7 @@ def splash_causal(
     k_BxLxNxD: keys.
     v_BxLxNxD: values.
     documents_BxL: a number for the document of each token; a query sees keys of its own document.
+    scale: of the logits, default 1/√D.
     interpret: runs the kernel in Pallas's interpreter, on any device.
 
   Raises:
@@ -64,8 +66,6 @@ def splash_causal(
   def of_row(q: Array, k: Array, v: Array, documents_L: Array) -> Array:
     return attend(q, k, v, segment_ids=SegmentIds(documents_L, documents_L))
 
-  q, k, v = (
-    x.swapaxes(1, 2)
-    for x in (q_BxLxHxD * jnp.asarray(D**-0.5, q_BxLxHxD.dtype), k_BxLxNxD, v_BxLxNxD)
-  )
+  scaled_BxLxHxD = q_BxLxHxD * jnp.asarray(D**-0.5 if scale is None else scale, q_BxLxHxD.dtype)
+  q, k, v = (x.swapaxes(1, 2) for x in (scaled_BxLxHxD, k_BxLxNxD, v_BxLxNxD))
   return jax.vmap(of_row)(q, k, v, documents_BxL).swapaxes(1, 2)

@@ -1,0 +1,186 @@
+"""How often each part of a TPU attention kernel runs for one sequence length."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import subjaxprs
+
+from benchmarks._aot_tpu import abstract_mesh, CHIPS
+from benchmarks._bundles import Schedule
+from benchmarks._inputs import merge
+from dga_jax import DGAConfig
+from dga_jax.attention.attend import attention_kwargs
+from dga_jax.attention.metadata import prepare, StreamingMetadata
+from dga_jax.attention.segments import find_documents
+from pallas_kernels.group_merge import Entries
+from pallas_kernels.grouped_attention.mosaic_tpu_attention import schedule_of, summary_query_ranges
+from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks
+from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
+  GradTile,
+  pack_bounds,
+  pack_key_ranges,
+  pack_query_ranges,
+  TileSchedule,
+  unpack_key_ranges,
+  WINDOW,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCount:
+  """Computes the bundles that one kernel issues, from its schedule.
+
+  Attributes:
+    kernel: a substring of the kernel's name.
+    direction: "forward" or "backward".
+    bundles: maps the kernel's schedule to the number of issued bundles.
+    is_merge: whether the kernel merges groups (`group_merge`), rather than computing attention.
+  """
+
+  kernel: str
+  direction: str
+  bundles: Callable[[Schedule], float]
+  is_merge: bool = False
+
+
+def splash_counts(
+  L: int, heads: int, kv_heads: int, tiles: tuple[int, int, int]
+) -> list[KernelCount]:
+  """The kernels of causal splash attention.
+
+  Every pair of a query tile and a key tile is a grid step. The causal mask skips the attention of a
+  hidden pair, not its grid step.
+
+  Args:
+    L: sequence length.
+    heads: query heads.
+    kv_heads: KV heads.
+    tiles: queries of a tile, keys of a tile, keys of an inner step.
+  """
+  block_q, block_k, _ = tiles
+  first_q, first_k = np.arange(0, L, block_q), np.arange(0, L, block_k)
+  visible_pairs = int((first_k[None] < first_q[:, None] + block_q).sum())
+  steps = len(first_q) * len(first_k)
+
+  def bundles(schedule: Schedule, outer_tiles: float) -> float:
+    parts = schedule.prologue + schedule.epilogue
+    body = parts.index(max(parts))
+    init_and_store = parts[body - 1] + parts[body + 1]
+    each_step = sum(parts) + schedule.small - parts[body] - init_and_store
+    return heads * (visible_pairs * parts[body] + outer_tiles * init_and_store + steps * each_step)
+
+  def count(kernel: str, direction: str, outer_tiles: float) -> KernelCount:
+    return KernelCount(kernel, direction, lambda schedule: bundles(schedule, outer_tiles))
+
+  # The dkv kernel initializes and stores its accumulators once for each KV head and key tile.
+  return [
+    count("splash_mha_fwd", "forward", len(first_q)),
+    count("splash_mha_dq", "backward", len(first_q)),
+    count("splash_mha_dkv", "backward", len(first_k) * kv_heads / heads),
+  ]
+
+
+def dga_counts(
+  chip: str, L: int, heads: tuple[int, int, int], D: int, config: DGAConfig
+) -> list[KernelCount]:
+  """The kernels of DGA under streaming selection, whose key ranges depend only on the length.
+
+  Args:
+    chip: a name in CHIPS.
+    L: sequence length.
+    heads: heads of the query, key and value.
+    D: head dim.
+    config: DGA's settings, with selection "streaming".
+  """
+  shapes = [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
+  with jax.sharding.use_abstract_mesh(abstract_mesh(CHIPS[chip].kind)):
+    query, sources = jax.eval_shape(functools.partial(merge, config), *shapes)
+    grids = _grids(lambda *arrays: merge(config, *arrays).sources.kv, shapes)
+  options = attention_kwargs(query, config, None)
+  blocks = tpu_blocks(CHIPS[chip].kind, 2)
+  schedule = schedule_of(blocks, query, sources, **options)
+  streaming = prepare(find_documents(1, L, None, None), config).by_selection
+  assert isinstance(streaming, StreamingMetadata)
+  entries = Entries(*(x for pair in sources.kv for x in pair))
+  bounds = pack_bounds(streaming.visibility.sources(entries), schedule.group_offset, L)
+
+  queries = _query_side(bounds, schedule, heads[1])
+  summary_tile, window_tile = schedule.summary_grad, schedule.window_grad
+  window_ranges = pack_query_ranges(bounds, WINDOW, 0, entries.window_key.shape[1], window_tile)
+  summaries = _key_side(summary_query_ranges(bounds, schedule), summary_tile, schedule, heads[1])
+  window = _key_side(window_ranges, window_tile, schedule, heads[1])
+
+  def merge_bundles(schedule: Schedule) -> float:
+    # The loop of this kernel runs only for inputs that are not finite.
+    return grids["group_merge"] * schedule.outside_loops
+
+  return [
+    KernelCount("grouped_attention_forward", "forward", queries),
+    KernelCount("grouped_attention_dq", "backward", queries),
+    KernelCount("grouped_attention_dkdv_summaries", "backward", summaries),
+    KernelCount("grouped_attention_dkdv_window", "backward", window),
+    KernelCount("group_merge_grad", "backward", merge_bundles, is_merge=True),
+    KernelCount("group_merge", "forward", merge_bundles, is_merge=True),
+  ]
+
+
+def _query_side(
+  bounds: jax.Array, tiling: TileSchedule, kv_heads: int
+) -> Callable[[Schedule], float]:
+  """Bundles of a kernel that loops over keys for each query tile (forward, dq)."""
+  packed, max_steps = pack_key_ranges(bounds, tiling, jnp.bfloat16)
+  ranges = unpack_key_ranges(packed)
+  summary_tiles = (ranges.focal, ranges.group)
+  whole = sum(int((tiles.whole_to - tiles.whole_from).sum()) for tiles in summary_tiles)
+  masked = sum(int((tiles.edge - tiles.first).sum()) for tiles in summary_tiles) - whole
+  pieces = int(jnp.maximum(ranges.pieces - 1, 0).sum())
+  query_tiles = ranges.pieces.size
+  head_tiles = kv_heads * tiling.splits
+
+  def bundles(schedule: Schedule) -> float:
+    *each_step, edges = schedule.prologue
+    piece, *finish = schedule.epilogue
+    per_tile = edges + sum(finish) + int(max_steps) * (sum(each_step) + schedule.small)
+    loops = whole * schedule.loops[0] + masked * schedule.loops[1]
+    return head_tiles * (query_tiles * per_tile + loops + pieces * piece)
+
+  return bundles
+
+
+def _key_side(
+  ranges: jax.Array, tile: GradTile, tiling: TileSchedule, kv_heads: int
+) -> Callable[[Schedule], float]:
+  """Bundles of a kernel that loops over queries for each key tile (dk and dv)."""
+  first, whole_from, whole_to, edge = (ranges[:, :, i] for i in range(4))
+  whole = int((whole_to - whole_from).sum())
+  masked = int((edge - first).sum()) - whole
+  max_steps = max(-(-int((edge - first).max()) * tile.block_q // tile.piece), 1)
+  steps = first.size * max_steps
+  head_tiles = kv_heads * tiling.splits
+
+  def bundles(schedule: Schedule) -> float:
+    loops = whole * schedule.loops[0] + masked * schedule.loops[1]
+    return head_tiles * (steps * schedule.outside_loops + loops)
+
+  return bundles
+
+
+def _grids(function: Callable[..., Any], shapes: list[Any]) -> dict[str, int]:
+  """The number of grid steps of each Pallas kernel that a function calls, by kernel name."""
+  grids: dict[str, int] = {}
+
+  def visit(jaxpr: Any) -> None:
+    for equation in jaxpr.eqns:
+      if equation.primitive.name == "pallas_call":
+        name = equation.params["name"]
+        grids[name] = int(np.prod(equation.params["grid_mapping"].grid))
+    for inner in subjaxprs(jaxpr):
+      visit(inner)
+
+  visit(jax.make_jaxpr(function)(*shapes).jaxpr)
+  return grids

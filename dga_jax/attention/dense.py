@@ -1,0 +1,133 @@
+"""Causal dense attention with the fastest kernel of the device: splash, cuDNN or XLA."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dga_jax.attention.segments import Documents, is_traced
+from dga_jax.attention.splash import splash_causal, splash_refusal
+from pallas_kernels import dispatch
+
+DenseImplementation = Literal["splash", "cudnn", "xla"]
+
+
+def dense_attention(
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  value: Float[Array, "B L N D"],
+  documents: Documents,
+  *,
+  scale: float | None = None,
+  implementation: DenseImplementation | None = None,
+) -> Float[Array, "B L H D"]:
+  """Softmax attention of every query to the tokens up to itself in its own document.
+
+  Right padding needs no mask of its own: causal queries before it do not see it. Padding outputs 0.
+
+  Args:
+    query: any float dtype, which all arrays share.
+    key: N KV heads, where N divides H.
+    value: as key.
+    documents: the rows.
+    scale: of the logits, default 1/√D.
+    implementation: "splash" of JAX's Pallas kernels for TPUs, "cudnn" or "xla" of
+      `jax.nn.dot_product_attention`, or None for the first of them that can run the call. cuDNN
+      does not support packed documents, for which it is replaced by "xla".
+
+  Raises:
+    NotImplementedError: splash attention is named and cannot run the call.
+  """
+  scale = query.shape[-1] ** -0.5 if scale is None else scale
+  if is_traced(scale):  # The fused kernels take a static scale.
+    query, scale = (query * scale).astype(query.dtype), 1.0
+  if implementation is None:
+    implementation = _choose(query, documents)
+  if implementation == "splash":
+    out_BxLxHxD = splash_causal(query, key, value, documents.index, scale=scale)
+  elif documents.rows == "packed":
+    same_BxLxL = documents.index[:, :, None] == documents.index[:, None, :]
+    out_BxLxHxD = xla_attention(
+      query, key, value, scale=scale, mask=same_BxLxL[:, None], is_causal=True
+    )
+  elif implementation == "cudnn":
+    out_BxLxHxD = _cudnn_causal(query, key, value, scale)
+  else:
+    out_BxLxHxD = xla_attention(query, key, value, scale=scale, is_causal=True)
+  return jnp.where(documents.is_token[:, :, None, None], out_BxLxHxD, 0)
+
+
+def xla_attention(
+  query: Float[Array, "B T H D"],
+  key: Float[Array, "B S N D"],
+  value: Float[Array, "B S N D"],
+  *,
+  scale: float | None = None,
+  **masks: Any,
+) -> Float[Array, "B T H D"]:
+  """`jax.nn.dot_product_attention` in XLA, in the query's dtype on every device.
+
+  Args:
+    query: any float dtype, which all arrays share.
+    key: N KV heads, where N divides H.
+    value: as key.
+    scale: of the logits, default 1/√D.
+    masks: `mask` and `is_causal` of `jax.nn.dot_product_attention`.
+  """
+  dtype = query.dtype
+  if dtype == jnp.float16 and jax.devices()[0].platform != "gpu":
+    # The op needs a float16 product with float32 sums, which XLA supports on GPUs alone.
+    query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
+  out: Array = jax.nn.dot_product_attention(
+    query, key, value, scale=scale, implementation="xla", **masks
+  )
+  return out.astype(dtype)
+
+
+def _cudnn_causal(q: Array, k: Array, v: Array, scale: float) -> Array:
+  L = q.shape[1]
+  # cuDNN's gradient needs an even length. Causal queries do not see the added token.
+  q, k, v = (jnp.pad(x, ((0, 0), (0, L % 2), (0, 0), (0, 0))) for x in (q, k, v))
+  out: Array = jax.nn.dot_product_attention(
+    q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+  )
+  return out[:, :L]
+
+
+def _choose(query: Array, documents: Documents) -> DenseImplementation:
+  """The first implementation that can run a call; `dispatch.collect_reports` lists the reasons."""
+  reasons = {"splash": _splash_reason(query), "cudnn": _cudnn_reason(query, documents), "xla": None}
+  order: tuple[DenseImplementation, ...] = ("splash", "cudnn", "xla")
+  chosen = next(name for name in order if reasons[name] is None)
+  target = dispatch.find_target(query)
+  dispatch.record(dispatch.Report("dense_attention", target, reasons, chosen))
+  return chosen
+
+
+def _splash_reason(query: Array) -> str | None:
+  """Why splash attention cannot run a call; None if it can."""
+  target = dispatch.find_target(query)
+  if target.platform != "tpu":
+    return f"runs on a TPU, and this call is for {target}"
+  return splash_refusal(query)
+
+
+def _cudnn_reason(query: Array, documents: Documents) -> str | None:
+  """Why cuDNN cannot run a call; None if it can."""
+  D = query.shape[-1]
+  target = dispatch.find_target(query)
+  if target.platform == "tpu":
+    return f"runs on an Ampere or newer GPU, and this call is for {target}"
+  # cuDNN's lowering reads the default backend, so the choice reads the same one.
+  device = jax.devices()[0]
+  is_cuda = "cuda" in device.client.platform_version
+  if not is_cuda or float(device.compute_capability) < 8.0:
+    return f"runs on an Ampere or newer GPU, and the default device is {device.device_kind}"
+  if query.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"query is {query.dtype}; cuDNN needs bfloat16 or float16"
+  if D % 8 or D > 128:
+    return f"head_dim is {D}; cuDNN needs a multiple of 8, at most 128"
+  if documents.rows == "packed":
+    return "segment_ids are given; cuDNN's attention has no packed documents"
+  return None

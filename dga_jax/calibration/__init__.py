@@ -1,0 +1,1 @@
+"""Calibration: chooses the setting of each KV head of a given model under a budget."""

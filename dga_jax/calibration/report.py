@@ -1,0 +1,92 @@
+"""The result of a calibration as JSON and as a table."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dga_jax.calibration.candidates import label
+from dga_jax.calibration.measuring import SetLoss
+from dga_jax.calibration.run import Calibration, TableRow
+from dga_jax.head_budgets import FULL
+
+_HEADER = (
+  "| share | cost | full heads | | predicted | budgets | one DGA setting | sinks and window |\n"
+  "| --- | --- | --- | --- | --- | --- | --- | --- |"
+)
+
+
+def write_json(result: Calibration, provenance: Mapping[str, Any], path: Path) -> None:
+  """Writes the budgets, and under "calibration" what they were calibrated with and the losses.
+
+  The file appears when it is complete. `dga_jax.head_budgets.read_head_budgets` reads it.
+
+  Args:
+    result: of the calibration.
+    provenance: JSON values: model, length, share, objective, seed and others.
+    path: of the file.
+  """
+  settings = [one if one == FULL else dataclasses.asdict(one) for one in result.candidates]
+  values = result.budgets.to_dict() | {
+    "calibration": {
+      **provenance,
+      "cost": result.share,
+      "candidates": [
+        {"label": label(candidate), "setting": setting, "cost_of_a_head": float(cost)}
+        for candidate, setting, cost in zip(result.candidates, settings, result.costs, strict=True)
+      ],
+      "swaps": {"tried": result.corrected.tried, "accepted": result.corrected.accepted},
+      "dense": result.dense._asdict(),
+      "chosen": _row_as_json(result.chosen),
+      "table": [_row_as_json(row) for row in result.table],
+      "rise_of_text_loss": result.rises.text.tolist(),
+      "rise_of_retrieval_loss": result.rises.retrieval.tolist(),
+    }
+  }
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f"{path.name}.partial")
+  partial.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
+  partial.replace(path)
+
+
+def table(result: Calibration) -> str:
+  """Losses over the share of the cost, in Markdown.
+
+  Text is the perplexity over dense attention's, retrieval the loss of the answers' tokens in nats
+  and the number of answers found. The last row is the chosen set after its correction.
+  """
+  dense = result.dense
+  lines = [
+    f"Dense: perplexity {math.exp(dense.text):.3f}, retrieval {_retrieval(dense)}.",
+    "",
+    _HEADER,
+  ]
+  for row in result.table:
+    lines += _lines(row, dense, f"{row.share:.2f}")
+  lines += _lines(result.chosen, dense, f"**{result.chosen.share:.2f}, corrected**")
+  return "\n".join(lines)
+
+
+def _lines(row: TableRow, dense: SetLoss, share: str) -> list[str]:
+  sets = (row.budgets, row.one_setting, row.sinks_and_window)
+  text = [f"{math.exp(row.predicted[0] - dense.text):.4f}"]
+  text += ["-" if one is None else f"{math.exp(one.text - dense.text):.4f}" for one in sets]
+  retrieval = [f"{row.predicted[1]:.3f}"]
+  retrieval += ["-" if one is None else _retrieval(one) for one in sets]
+  return [
+    f"| {share} | {row.cost:.3f} | {row.full_heads} | text | {' | '.join(text)} |",
+    f"| | | | retrieval | {' | '.join(retrieval)} |",
+  ]
+
+
+def _retrieval(loss: SetLoss) -> str:
+  return f"{loss.retrieval:.3f} ({loss.found} of {loss.prompts})"
+
+
+def _row_as_json(row: TableRow) -> dict[str, Any]:
+  return {
+    name: value._asdict() if isinstance(value, SetLoss) else value
+    for name, value in row._asdict().items()
+  }

@@ -1,0 +1,236 @@
+"""Continues prompts, answers messages and talks, with a trained or imported model.
+
+  dga generate --workdir=runs/quickstart --prompt="def main("
+  dga generate --workdir=runs/llama --chat --prompt="What is the capital of France?"
+  dga generate --workdir=runs/llama --interactive
+  dga generate --workdir=runs/llama --chat --context=report.txt --question="Who wrote it?"
+
+Prompts: --prompt prints the text as it is generated. --prompt_from reads one prompt from a whole
+file, or from standard input (-). --prompt_file reads one prompt a line, or from a .jsonl file one
+object a line with "prompt" or "messages"; --slots prompts run at once, and a finished prompt frees
+its slot for the next one. With --chat a prompt is a message, which the chat template of the model
+turns into a text. --interactive reads messages from the terminal.
+
+Documents: --context reads a document once, and each --question is answered from its cache.
+--save_cache stores the cache in a file, and --load_cache reads it in place of the document.
+
+Texts are printed to stdout; with --jsonl as one JSON object a line. Figures and notes are printed
+to stderr.
+"""
+
+from pathlib import Path
+from typing import Any, cast, get_args, TYPE_CHECKING
+
+from absl import app, flags
+
+from dga_jax import command_line
+from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.hub_names import check_exists
+from dga_jax.path_flags import define_path
+from dga_jax.prompts import check_text, read_json_lines, read_prompts, read_text
+
+if TYPE_CHECKING:
+  from dga_jax.generation import Sampling
+  from dga_jax.loading import Loaded
+
+_WORKDIR = define_path(
+  "workdir", None, "Folder of a checkpoint, a Hugging Face folder, or a GGUF file.", required=True
+)
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; with --chat, message to answer.")
+_PROMPT_FILE = define_path(
+  "prompt_file",
+  None,
+  'UTF-8 file with one prompt a line, or .jsonl file with an object a line that has "prompt" or'
+  ' "messages".',
+)
+_PROMPT_FROM = define_path(
+  "prompt_from", None, "UTF-8 file that is one prompt as a whole; - for standard input."
+)
+_CHAT = flags.DEFINE_bool("chat", False, "Use the chat template of the model.")
+_SYSTEM = flags.DEFINE_string(
+  "system", None, "With --chat or --interactive: system message; default: the template's own."
+)
+_INTERACTIVE = flags.DEFINE_bool(
+  "interactive", False, "Conversation in the terminal; the cache continues from turn to turn."
+)
+_CONTEXT = define_path(
+  "context", None, "UTF-8 file with a document that the questions are about; - for standard input."
+)
+_QUESTION = flags.DEFINE_multi_string(
+  "question", [], "Question about the document; give the flag once for each question."
+)
+_SAVE_CACHE = define_path("save_cache", None, "File for the cache of --context.")
+_LOAD_CACHE = define_path("load_cache", None, "File of --save_cache to read, not --context.")
+_JSONL = flags.DEFINE_bool("jsonl", False, "Print one JSON object a line for each prompt.")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 128, "Largest number of tokens to generate for a prompt.", lower_bound=1
+)
+_MAX_LENGTH = flags.DEFINE_integer(
+  "max_length", None, "Bound on the tokens of a prompt and its continuation; default: no bound."
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k most likely tokens; 0: from all.")
+_TOP_P = flags.DEFINE_float(
+  "top_p", 0.95, "Sample from the smallest set of tokens whose probability is at least p."
+)
+_MIN_P = flags.DEFINE_float(
+  "min_p", 0.0, "Sample from tokens with at least this share of the highest probability."
+)
+_SLOTS = flags.DEFINE_integer(
+  "slots", 8, "Prompts that run at once; sets the size of the cache.", lower_bound=1
+)
+_PROMPT_CHUNK = flags.DEFINE_integer(
+  "prompt_chunk",
+  None,
+  "Prefill in chunks of this many tokens, to save memory on long prompts; default: no chunks.",
+  lower_bound=1,
+)
+_ATTENTION = flags.DEFINE_enum(
+  "attention",
+  None,
+  get_args(AttentionName),
+  "Attention kind, with the checkpoint's settings for it; default: the checkpoint's kind, or dense"
+  " attention where the cache of DGA would be larger.",
+)
+_BUDGETS = command_line.define_budgets()
+_DTYPE = flags.DEFINE_enum(
+  "dtype", None, get_args(DtypeName), "Dtype of the activations; default: the checkpoint's."
+)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of sampling, 0 to 4294967295; the same seed repeats the text."
+)
+
+
+def main() -> None:
+  """Generates by the flags."""
+  _check_flags()
+  document = None if _CONTEXT.value is None else read_text(_CONTEXT.value)
+  records = [] if _is_about_a_document() or _INTERACTIVE.value else _read_records()
+  check_exists(Path(str(_WORKDIR.value)), "checkpoint, Hugging Face folder or GGUF file")
+
+  from dga_jax.generation import Sampling
+  from dga_jax.head_budgets import read_head_budgets
+  from dga_jax.loading import load_with_facts
+
+  sampling = Sampling(
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    min_p=_MIN_P.value,
+    seed=_SEED.value,
+  )
+  loaded = load_with_facts(
+    str(_WORKDIR.value),
+    step=_STEP.value,
+    attention=cast(AttentionName | None, _ATTENTION.value),
+    dtype=cast(DtypeName | None, _DTYPE.value),
+    budgets=None if _BUDGETS.value is None else read_head_budgets(_BUDGETS.value),
+  )
+  if _INTERACTIVE.value:
+    from dga_jax.conversation_console import converse
+
+    converse(loaded, sampling, max_new_tokens=_MAX_NEW_TOKENS.value, system=_SYSTEM.value)
+  elif _is_about_a_document():
+    _answer(loaded, sampling, document)
+  else:
+    _continue(loaded, sampling, records)
+
+
+def _answer(loaded: "Loaded", sampling: "Sampling", document: str | None) -> None:
+  from dga_jax.conversation_console import answer_questions
+
+  answer_questions(
+    loaded,
+    [check_text(question, "--question") for question in _QUESTION.value],
+    sampling,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    chat=_CHAT.value,
+    system=_SYSTEM.value,
+    document=document,
+    save_path=_SAVE_CACHE.value,
+    load_path=_LOAD_CACHE.value,
+    attention_is_chosen=_attention_is_chosen(),
+    json_lines=_JSONL.value,
+  )
+
+
+def _continue(loaded: "Loaded", sampling: "Sampling", records: list[dict[str, Any]]) -> None:
+  from dga_jax.generation import console
+
+  prompts = [_prompt_of(record) for record in records]
+  stream = _PROMPT_FILE.value is None and not _JSONL.value
+  batch = console.make_batch(
+    loaded,
+    prompts,
+    sampling,
+    max_new_tokens=_MAX_NEW_TOKENS.value,
+    max_length=_MAX_LENGTH.value,
+    slots=_SLOTS.value,
+    prompt_chunk=_PROMPT_CHUNK.value,
+    stream=stream,
+    attention_is_chosen=_attention_is_chosen(),
+  )
+  if _JSONL.value:
+    console.print_json_lines(batch, loaded.tokenizer, records, max_new_tokens=_MAX_NEW_TOKENS.value)
+  elif stream:
+    console.print_stream(batch, loaded.tokenizer, prompts[0])
+  else:
+    console.print_all(batch, loaded.tokenizer, prompts)
+
+
+def _attention_is_chosen() -> bool:
+  return _ATTENTION.value is not None or _BUDGETS.value is not None
+
+
+def _is_about_a_document() -> bool:
+  return _CONTEXT.value is not None or _LOAD_CACHE.value is not None
+
+
+def _check_flags() -> None:
+  """Raises UsageError for flags that do not go together."""
+  sources = (_PROMPT, _PROMPT_FILE, _PROMPT_FROM, _CONTEXT, _LOAD_CACHE)
+  given = [f"--{flag.name}" for flag in sources if flag.value is not None]
+  given += ["--interactive"] * _INTERACTIVE.value
+  if len(given) != 1:
+    raise app.UsageError(
+      "Give one of --prompt, --prompt_file, --prompt_from, --interactive, --context and"
+      f" --load_cache; {' and '.join(given) or 'none'} given."
+    )
+  if _BUDGETS.value is not None and _ATTENTION.value is not None:
+    raise app.UsageError("Give one of --attention and --budgets.")
+  asks = bool(_QUESTION.value)
+  if asks != _is_about_a_document() and not (_CONTEXT.value and _SAVE_CACHE.value):
+    raise app.UsageError("--question needs --context or --load_cache, and these need --question.")
+  if _SAVE_CACHE.value is not None and _CONTEXT.value is None:
+    raise app.UsageError("--save_cache stores the cache of --context; give --context.")
+  if _SYSTEM.value is not None and not (_CHAT.value or _INTERACTIVE.value):
+    raise app.UsageError("--system is a message of a chat; give --chat or --interactive as well.")
+  if _SYSTEM.value is not None and _LOAD_CACHE.value is not None:
+    raise app.UsageError("--system is stored with the cache; give it with --save_cache.")
+
+
+def _read_records() -> list[dict[str, Any]]:
+  """The prompts, each as an object with "prompt" or "messages"."""
+  if _PROMPT.value is not None:
+    return [{"prompt": check_text(_PROMPT.value, "--prompt")}]
+  if _PROMPT_FROM.value is not None:
+    return [{"prompt": read_text(_PROMPT_FROM.value)}]
+  path = Path(str(_PROMPT_FILE.value))
+  if path.suffix == ".jsonl":
+    return read_json_lines(path)
+  return [{"prompt": text} for text in read_prompts(path)]
+
+
+def _prompt_of(record: dict[str, Any]) -> Any:
+  """A text, or messages: those of the record, or its prompt as a message with --chat."""
+  if "messages" in record:
+    return record["messages"]
+  if not _CHAT.value:
+    return record["prompt"]
+  system = [] if _SYSTEM.value is None else [{"role": "system", "content": _SYSTEM.value}]
+  return [*system, {"role": "user", "content": record["prompt"]}]
+
+
+if __name__ == "__main__":
+  command_line.run(main)

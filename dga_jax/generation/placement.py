@@ -1,0 +1,102 @@
+"""Where the weights and caches of generation are: one device, or a mesh that splits heads."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from dga_jax.sharding import current_rules, partition_spec
+
+
+class Placement:
+  """The sharding of every array of a cache, and of what all devices hold whole.
+
+  Args:
+    mesh: with the axis "tensor"; None for one device.
+    batch_axes: the batch axis of every array of a cache, see `CacheShapes`.
+    num_kv_heads: of the model.
+  """
+
+  def __init__(self, mesh: Mesh | None, batch_axes: list[int | None], num_kv_heads: int) -> None:
+    self._mesh, self._batch_axes, self._num_kv_heads = mesh, batch_axes, num_kv_heads
+
+  def cache_shapes(self, cache: Any) -> Any:
+    """The shapes of a cache with their shardings."""
+    leaves, structure = jax.tree.flatten(cache)
+    placed = [
+      jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+      for leaf, sharding in zip(leaves, self._cache_shardings(leaves), strict=True)
+    ]
+    return jax.tree.unflatten(structure, placed)
+
+  def cache(self, cache: Any) -> Any:
+    """A traced cache, split over the mesh."""
+    if self._mesh is None:
+      return cache
+    leaves, structure = jax.tree.flatten(cache)
+    pairs = zip(leaves, self._cache_shardings(leaves), strict=True)
+    placed = [jax.lax.with_sharding_constraint(leaf, sharding) for leaf, sharding in pairs]
+    return jax.tree.unflatten(structure, placed)
+
+  def whole(self, tree: Any) -> Any:
+    """Traced arrays, whole on every device of the mesh."""
+    if self._mesh is None:
+      return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(self._mesh, PartitionSpec()))
+
+  def _cache_shardings(self, leaves: list[Any]) -> list[NamedSharding | None]:
+    """KV heads are split over the mesh axis "tensor" if it divides them."""
+    if self._mesh is None:
+      return [None] * len(leaves)
+    shardings: list[NamedSharding | None] = []
+    for leaf, axis in zip(leaves, self._batch_axes, strict=True):
+      spec = PartitionSpec()
+      has_heads = axis is not None and leaf.shape[axis + 1 : axis + 2] == (self._num_kv_heads,)
+      if axis is not None and has_heads and self._num_kv_heads % self._mesh.shape["tensor"] == 0:
+        spec = PartitionSpec(*[None] * (axis + 1), "tensor")
+      shardings.append(NamedSharding(self._mesh, spec))
+    return shardings
+
+
+def put_weights(params: nnx.State, mesh: Mesh) -> nnx.State:
+  """The weights of a decoder with unstacked layers on a mesh, by the rules for parameters."""
+  rules = current_rules().parameters
+
+  def put(names: PartitionSpec, x: Array) -> Array:
+    # A weight that was unstacked still names the axis of layers, which is gone.
+    spec = partition_spec(tuple(names)[len(names) - x.ndim :], x.shape, mesh, rules)
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+  placed = jax.tree.map(
+    put,
+    nnx.to_pure_dict(nnx.get_partition_spec(params)),
+    nnx.to_pure_dict(params),
+    is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+  )
+  nnx.replace_by_pure_dict(params, placed)
+  return params
+
+
+def in_compute_dtype(params: Any, dtype: str) -> Any:
+  """Casts the weights to the dtype of the products, once; norms compute in float32.
+
+  Raises:
+    ValueError: a weight that is too large for the dtype, which only float16 can cause.
+  """
+
+  def cast(path: tuple[Any, ...], x: Array) -> Float[Array, "..."]:
+    name = jax.tree_util.keystr(path)
+    if "scale" in name:
+      return x
+    narrow = x.astype(dtype)
+    if dtype == "float16" and bool((jnp.isinf(narrow) & jnp.isfinite(x)).any()):
+      raise ValueError(
+        f"dtype is 'float16', whose largest number is 65504, but the parameter {name} contains"
+        f" {float(jnp.abs(x).max()):g}; use dtype 'bfloat16' or 'float32'."
+      )
+    return narrow
+
+  return jax.tree_util.tree_map_with_path(cast, params)

@@ -1,0 +1,355 @@
+"""The compiled programs of generation: read prompts, insert them into slots, decode all slots."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from dga_jax.generation.cache_shapes import CacheShapes, content_bytes
+from dga_jax.generation.placement import in_compute_dtype, Placement, put_weights
+from dga_jax.generation.sampling import sample_with_logprobs, Sampled, Sampling, SamplingParams
+from dga_jax.model import Decoder
+from dga_jax.model.decoder import DecoderCache
+from pallas_kernels.dispatch import find_target
+
+Progress = Callable[[Sequence["Job"]], Iterable["Job"]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BatchState:
+  """The state of all slots, on the device. The entries of a free slot have no meaning.
+
+  Attributes:
+    cache: one row a slot.
+    token: the last token of each slot; the cache does not contain it yet.
+    sampled: tokens sampled so far in each slot.
+    sampling: the sampling settings of each slot.
+  """
+
+  cache: DecoderCache
+  token: Int[Array, "B"]
+  sampled: Int[Array, "B"]
+  sampling: SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A program to compile.
+
+  Attributes:
+    name: of the program.
+    function: to trace.
+    shapes: of its arguments.
+    donate: positions of the arguments whose buffers the program takes over.
+    options: of XLA.
+  """
+
+  name: str
+  function: Callable[..., Any]
+  shapes: tuple[Any, ...]
+  donate: tuple[int, ...] = ()
+  options: dict[str, bool | int] | None = None
+
+
+def decode_options() -> dict[str, bool | int]:
+  """XLA options for a decoding program; empty except for GPUs from Ampere on.
+
+  The options merge the products of query, key and value into one kernel, and those of gate and up
+  into another. XLA's Triton products read merged weights in place; other products would copy the
+  weights side by side first, for every token.
+  """
+  if not find_target().runs_triton:
+    return {}
+  return {"xla_gpu_dot_merger_threshold_mb": 512, "xla_gpu_enable_triton_gemm": True}
+
+
+class Programs:
+  """The programs of a batch of slots, compiled by the constructor; they update slots in place.
+
+  A prompt is read whole by `admit`, or piece by piece: `empty_row` or `copy_row`, `extend`, then
+  `insert`.
+
+  Args:
+    model: a decoder. The programs keep its weights in the dtype of the products.
+    shapes: of the model's cache.
+    slots: sequences that run at once.
+    whole_lengths: the array lengths of prompts that `admit` reads.
+    piece_lengths: the array lengths of pieces that `extend` reads.
+    decode_chunk: tokens that one call of `decode` samples for every slot.
+    logprobs: whether sampled tokens have log probabilities.
+    mesh: devices that share the weights and the cache by `ShardingRules`; None for one device.
+    progress: iterates over the programs to compile, for example with a progress bar.
+
+  Raises:
+    ValueError: a weight that overflows the dtype of the products, or pieces for an attention kind
+      that reads whole prompts.
+
+  Attributes:
+    shapes: of caches.
+    state_bytes: bytes of keys and values of all slots.
+  """
+
+  def __init__(
+    self,
+    model: Decoder,
+    *,
+    shapes: CacheShapes,
+    slots: int,
+    whole_lengths: Collection[int] = (),
+    piece_lengths: Collection[int] = (),
+    decode_chunk: int,
+    logprobs: bool = False,
+    mesh: Mesh | None = None,
+    progress: Progress = iter,
+  ) -> None:
+    self.shapes, self._decode_chunk = shapes, decode_chunk
+    self._sample = functools.partial(sample_with_logprobs, logprobs=logprobs)
+    # Cast before the layers are unstacked, since unstacking copies the weights.
+    graphdef, params = nnx.split(model)
+    model = nnx.merge(graphdef, in_compute_dtype(params, model.config.dtype)).unstack_layers()
+    self._graphdef, params = nnx.split(model)
+    self._params = params if mesh is None else put_weights(params, mesh)
+    model = self._model(self._params)
+    self._axes = shapes.batch_axes()
+    self._placement = Placement(mesh, self._axes, model.config.num_kv_heads)
+    self._compiled: dict[str, Any] = {}
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+      for job in progress(self._jobs(model, slots, whole_lengths, piece_lengths)):
+        lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.shapes)
+        self._compiled[job.name] = lowered.compile(compiler_options=job.options)
+
+  def _jobs(
+    self, model: Decoder, slots: int, whole_lengths: Collection[int], pieces: Collection[int]
+  ) -> list[Job]:
+    one, slot = _shape(1), _shape()
+    sampling = SamplingParams.from_samplings([Sampling()])
+    prompts = {length: (self._params, _shape(1, length), one) for length in whole_lengths}
+    row = self._placement.cache_shapes(self.shapes.rows(1))
+    rows = [row] if pieces else []
+    rows += [jax.eval_shape(self._prefill, *prompt)[1] for prompt in prompts.values()]
+    empty, state = self._empty_slots(slots, rows)
+    self.state_bytes = content_bytes(state.cache)
+    jobs = [Job("empty", empty, ())]
+    jobs += [
+      Job(f"admit {length}", self._admit, (state, *prompt, slot, sampling), (0,))
+      for length, prompt in prompts.items()
+    ]
+    if pieces:
+      logits = _shape(1, model.config.vocab_size, dtype=jnp.float32)
+      jobs += [
+        Job("empty row", self._empty_row, ()),
+        Job("copy row", _copy, (row,)),
+        Job("insert", self._insert, (state, logits, row, slot, sampling), (0,)),
+      ]
+    for length in pieces:
+      shapes = (row, self._params, _shape(1, length), one)
+      jobs.append(Job(f"extend {length}", self._extend, shapes, (0,)))
+    return [*jobs, Job("decode", self._decode, (state, self._params), (0,), decode_options())]
+
+  @property
+  def count(self) -> int:
+    """Programs compiled. No program is compiled later: each refuses arrays of other shapes."""
+    return len(self._compiled)
+
+  def empty(self) -> BatchState:
+    """Slots without a sequence."""
+    state: BatchState = self._compiled["empty"]()
+    return state
+
+  def empty_row(self) -> DecoderCache:
+    """The cache of one sequence without tokens."""
+    row: DecoderCache = self._compiled["empty row"]()
+    return row
+
+  def copy_row(self, row: DecoderCache) -> DecoderCache:
+    """A copy that can be donated."""
+    copied: DecoderCache = self._compiled["copy row"](row)
+    return copied
+
+  def load_row(self, leaves: list[np.ndarray]) -> DecoderCache:
+    """A row on the device, from the host's arrays in the order of `jax.tree.leaves`."""
+    structure = jax.tree.structure(self.shapes.rows(1))
+    # The program takes NumPy arrays; its output has buffers of its own.
+    return self.copy_row(jax.tree.unflatten(structure, leaves))
+
+  def extend(
+    self, row: DecoderCache, piece_1xT: Int[np.ndarray, "1 T"], count: int
+  ) -> tuple[Float[Array, "1 V"], DecoderCache]:
+    """Appends the first `count` tokens of a piece to a row, whose buffers are donated.
+
+    Returns:
+      (the logits of the token after them, the new row).
+    """
+    run = self._compiled[f"extend {piece_1xT.shape[1]}"]
+    extended: tuple[Array, DecoderCache] = run(
+      row, self._params, piece_1xT, np.array([count], np.int32)
+    )
+    return extended
+
+  def insert(
+    self,
+    state: BatchState,
+    logits_1xV: Float[Array | np.ndarray, "1 V"],
+    row: DecoderCache,
+    slot: int,
+    sampling: Sampling,
+  ) -> tuple[Sampled, BatchState]:
+    """Samples a prompt's first token and writes its cache into a free slot; donates the state."""
+    params = SamplingParams.from_samplings([sampling])
+    run = self._compiled["insert"]
+    inserted: tuple[Sampled, BatchState] = run(state, logits_1xV, row, np.int32(slot), params)
+    return inserted
+
+  def admit(
+    self,
+    state: BatchState,
+    prompt_1xL: Int[np.ndarray, "1 L"],
+    length: int,
+    slot: int,
+    sampling: Sampling,
+  ) -> tuple[Sampled, BatchState]:
+    """Prefills a right-padded prompt into a free slot and samples its first token.
+
+    Args:
+      state: of all slots; its buffers are donated.
+      prompt_1xL: int32, with L one of `whole_lengths`.
+      length: tokens of the prompt without the padding.
+      slot: a free slot.
+      sampling: how the sequence's tokens are sampled.
+    """
+    where = (np.int32(slot), SamplingParams.from_samplings([sampling]))
+    run = self._compiled[f"admit {prompt_1xL.shape[1]}"]
+    count = np.array([length], np.int32)
+    admitted: tuple[Sampled, BatchState] = run(state, self._params, prompt_1xL, count, *where)
+    return admitted
+
+  def decode(self, state: BatchState) -> tuple[Sampled, BatchState]:
+    """Samples the next T = `decode_chunk` tokens of every slot; the state's buffers are donated."""
+    decoded: tuple[Sampled, BatchState] = self._compiled["decode"](state, self._params)
+    return decoded
+
+  def _model(self, params: Any) -> Decoder:
+    model: Decoder = nnx.merge(self._graphdef, params)
+    return model
+
+  def _prefill(self, params: Any, prompt_1xL: Array, length_1: Array) -> tuple[Array, DecoderCache]:
+    return self._model(params).prefill(prompt_1xL, length_1, max_length=self.shapes.max_length)
+
+  def _admit(
+    self,
+    state: BatchState,
+    params: Any,
+    prompt_1xL: Array,
+    length_1: Array,
+    slot: Array,
+    sampling: SamplingParams,
+  ) -> tuple[Sampled, BatchState]:
+    return self._insert(state, *self._prefill(params, prompt_1xL, length_1), slot, sampling)
+
+  def _empty_row(self) -> DecoderCache:
+    return self._placement.cache(self._model(self._params).init_cache(1, self.shapes.max_length))
+
+  def _extend(
+    self, row: DecoderCache, params: Any, piece_1xT: Array, count_1: Array
+  ) -> tuple[Array, DecoderCache]:
+    logits_1xV, row = self._model(params).extend(piece_1xT, row, count_1)
+    return self._placement.whole(logits_1xV), self._placement.cache(row)
+
+  def _empty_slots(
+    self, count: int, rows: list[DecoderCache]
+  ) -> tuple[Callable[[], BatchState], BatchState]:
+    """A function that makes empty slots into which any of the rows fits, and their shapes."""
+    leaves = [
+      self._widest(shapes, axis, count)
+      for axis, *shapes in zip(self._axes, *map(jax.tree.leaves, rows), strict=True)
+    ]
+    cache = jax.tree.unflatten(jax.tree.structure(rows[0]), leaves)
+
+    def empty() -> BatchState:
+      zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
+      zero_B = jnp.zeros(count, jnp.int32)
+      sampling = SamplingParams.from_samplings([Sampling()] * count)
+      return self._place(BatchState(zeros, zero_B, zero_B, jax.tree.map(jnp.asarray, sampling)))
+
+    state = jax.eval_shape(empty)
+    return empty, dataclasses.replace(state, cache=self._placement.cache_shapes(state.cache))
+
+  def _widest(
+    self, shapes: list[jax.ShapeDtypeStruct], axis: int | None, count: int
+  ) -> jax.ShapeDtypeStruct:
+    shape = np.max([shape.shape for shape in shapes], axis=0).tolist()
+    if axis is not None:
+      shape[axis] = count
+    return jax.ShapeDtypeStruct(tuple(shape), shapes[0].dtype)
+
+  def _decode(self, state: BatchState, params: Any) -> tuple[Sampled, BatchState]:
+    model, whole = self._model(params), self._placement.whole
+
+    def step(state: BatchState, _: None) -> tuple[BatchState, Sampled]:
+      logits_BxV, cache = model.decode(state.token, state.cache)
+      new = self._sample(whole(logits_BxV), state.sampling, state.sampled)
+      cache = self._placement.cache(cache)
+      return BatchState(cache, new.token, state.sampled + 1, state.sampling), new
+
+    state, new = jax.lax.scan(step, state, None, length=self._decode_chunk)
+    return whole(new), self._place(state)
+
+  def _insert(
+    self,
+    state: BatchState,
+    logits_1xV: Array,
+    row: DecoderCache,
+    slot: Array,
+    sampling: SamplingParams,
+  ) -> tuple[Sampled, BatchState]:
+    first = self._sample(logits_1xV, sampling, jnp.zeros(1, jnp.int32))
+    leaves, structure = jax.tree.flatten(state.cache)
+    cache = jax.tree.unflatten(
+      structure,
+      [
+        _write_row(every, one, slot, axis)
+        for every, one, axis in zip(leaves, jax.tree.leaves(row), self._axes, strict=True)
+      ],
+    )
+
+    def write(all_rows: Array, one_row: Array) -> Array:
+      return all_rows.at[slot].set(one_row[0])
+
+    new = BatchState(
+      cache=cache,
+      token=write(state.token, first.token),
+      sampled=write(state.sampled, jnp.ones(1, jnp.int32)),
+      sampling=jax.tree.map(write, state.sampling, sampling),
+    )
+    return self._placement.whole(jax.tree.map(lambda x: x[None], first)), self._place(new)
+
+  def _place(self, state: BatchState) -> BatchState:
+    rest = self._placement.whole((state.token, state.sampled, state.sampling))
+    return BatchState(self._placement.cache(state.cache), *rest)
+
+
+def _write_row(all_rows: Array, one_row: Array, slot: Array, axis: int | None) -> Array:
+  """Writes the cache of a sequence, padded with zeros, into a slot."""
+  if axis is None:
+    return all_rows
+  missing = [(0, whole - own) for whole, own in zip(all_rows.shape, one_row.shape, strict=True)]
+  missing[axis] = (0, 0)
+  padded = jnp.pad(one_row, missing)
+  return jax.lax.dynamic_update_slice_in_dim(all_rows, padded, slot, axis)
+
+
+def _copy(row: DecoderCache) -> DecoderCache:
+  return jax.tree.map(jnp.copy, row)
+
+
+def _shape(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype)

@@ -1,0 +1,82 @@
+"""The engine's record of a request, and of tokens that the device computes."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from dga_jax.generation.requests import Emitted, FinishReason, Request, TokenLogprobs
+from dga_jax.generation.sampling import NOT_FINITE, Sampled
+
+Deliver = Callable[[Emitted], None]
+
+
+@dataclasses.dataclass(eq=False)
+class Task:
+  """A request and its progress.
+
+  Attributes:
+    number: of the request.
+    request: the request.
+    deliver: takes what the request emits, on the engine's thread.
+    scheduled: tokens of the continuation that are sampled or dispatched.
+    emitted: tokens of the continuation that are delivered.
+    cached_tokens: tokens of the prompt whose cache was kept.
+    finish: why the request has ended.
+  """
+
+  number: int
+  request: Request
+  deliver: Deliver | None
+  scheduled: int = 0
+  emitted: int = 0
+  cached_tokens: int = 0
+  finish: FinishReason | None = None
+
+  def until_end(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
+    """The tokens before the end of the request, and why it ends; None if it continues."""
+    for count, token in enumerate(tokens):
+      if token == NOT_FINITE:
+        return tokens[:count], "not_finite"
+      if token in self.request.stop_ids:
+        return tokens[:count], "stop"
+    is_full = self.emitted + len(tokens) == self.request.max_new_tokens
+    return tokens, "length" if is_full else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+  """Tokens that the device computes, [T, B], and the request that owns each column."""
+
+  owner: dict[int, Task]
+  new: Sampled
+
+  def read(self) -> list[tuple[Task, list[int], FinishReason | None, list[TokenLogprobs]]]:
+    """Waits for the tokens.
+
+    Returns:
+      For every request that has not ended: its new tokens without a stop token, why it ends with
+      them, and their log probabilities.
+    """
+    owner = {column: task for column, task in self.owner.items() if task.finish is None}
+    token_TxB = np.asarray(self.new.token)
+    wants = any(task.request.sampling.top_logprobs is not None for task in owner.values())
+    logprobs = [np.asarray(x) for x in self.new[1:]] if wants else []
+    results = []
+    for column, task in owner.items():
+      left = task.request.max_new_tokens - task.emitted
+      tokens, finish = task.until_end(token_TxB[:left, column].tolist())
+      arrays = [x[: len(tokens), column] for x in logprobs]
+      results.append((task, tokens, finish, _logprobs(task.request.sampling.top_logprobs, arrays)))
+    return results
+
+
+def _logprobs(count_top: int | None, arrays: list[np.ndarray]) -> list[TokenLogprobs]:
+  """Of some tokens; `arrays` are the log probabilities of `Sampled`, cut to these tokens."""
+  if count_top is None:
+    return []
+  rows = zip(*(x.tolist() for x in arrays), strict=True)
+  return [
+    TokenLogprobs(own, list(zip(ids[:count_top], values[:count_top], strict=True)))
+    for own, ids, values in rows
+  ]

@@ -1,0 +1,128 @@
+"""Loads a model for use: from a checkpoint, a Hugging Face folder or a GGUF file."""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from dga_jax.chat_template import chat_template_of, template_sources
+from dga_jax.checkpoint import abstract_decoder, list_steps, load_config, load_model
+from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.config import RETROFIT
+from dga_jax.head_budgets import HeadBudgets
+from dga_jax.hub_names import check_exists
+from dga_jax.model import apply_budgets, Decoder, ModelConfig
+from dga_jax.tokenizer import Tokenizer
+
+
+class Loaded(NamedTuple):
+  """A model.
+
+  Attributes:
+    model: the decoder.
+    tokenizer: of the model, with its chat template.
+    trained_length: tokens of the longest context that the model was trained on, None if unknown.
+    is_imported: whether the weights come from another program, which attended densely.
+  """
+
+  model: Decoder
+  tokenizer: Tokenizer
+  trained_length: int | None
+  is_imported: bool
+
+
+def load(
+  source: str | os.PathLike[str],
+  *,
+  step: int | None = None,
+  attention: AttentionName | None = None,
+  dtype: DtypeName | None = None,
+  budgets: HeadBudgets | None = None,
+) -> tuple[Decoder, Tokenizer]:
+  """A model and its tokenizer, for `dga_jax.generate`.
+
+      model, tokenizer = dga_jax.load("Llama-3.2-1B-Instruct", attention="dga")
+
+  Args:
+    source: the folder of a checkpoint (a workdir of training or of `dga convert`), a folder of
+      Hugging Face's transformers, or a GGUF file. Reading the last two needs the extra "convert".
+    step: of a checkpoint; None for the newest.
+    attention: the attention kind; None for the model's own. "dga" has the settings of the
+      checkpoint, or `dga_jax.config.RETROFIT` for the files of other programs.
+    dtype: of the activations; None for the model's own.
+    budgets: the setting of each KV head, for example `read_head_budgets` of the file that
+      `dga calibrate` writes; None for the model's own attention.
+
+  Raises:
+    FileNotFoundError: there is no model at `source`; the message names the remedy.
+    CheckpointError: the checkpoint is damaged.
+    ValueError: the files of another program are damaged, or of an unsupported model; budgets of
+      another model; or both `attention` and `budgets`.
+  """
+  return load_with_facts(source, step=step, attention=attention, dtype=dtype, budgets=budgets)[:2]
+
+
+def load_with_facts(
+  source: str | os.PathLike[str],
+  *,
+  step: int | None = None,
+  attention: AttentionName | None = None,
+  dtype: DtypeName | None = None,
+  budgets: HeadBudgets | None = None,
+) -> Loaded:
+  """As `load`, with what is known of the model's training."""
+  if attention is not None and budgets is not None:
+    raise ValueError(f"attention is {attention!r} and budgets are given; give one of them.")
+  changes = {"attention": attention, "dtype": dtype}
+  given: dict[str, Any] = {name: value for name, value in changes.items() if value is not None}
+  path = Path(source)
+  is_file = path.suffix == ".gguf" or (path / "config.json").is_file()
+  if not list_steps(path) and is_file:
+    model, tokenizer, saved = _read_files(path, given)
+  else:
+    check_exists(path, "checkpoint, Hugging Face folder or GGUF file")
+    saved = load_config(path, step)
+    config = dataclasses.replace(ModelConfig.from_dict(saved["model"]), **given)
+    model, _, tokenizer = load_model(path, step, config=config)
+  if budgets is not None:
+    model = apply_budgets(model, budgets)
+  origin = saved.get("origin") or {}
+  if template_sources(origin):
+    tokenizer.chat_template = chat_template_of(origin, tokenizer)
+  return Loaded(model, tokenizer, trained_length(saved), bool(origin))
+
+
+def trained_length(saved: Mapping[str, Any]) -> int | None:
+  """The longest context, in tokens, of the training of a model; None if it is unknown.
+
+  Args:
+    saved: the config of a checkpoint. A model trained here has the sequence length of its data; an
+      imported model has what its files state.
+  """
+  lengths = [
+    (saved.get("data") or {}).get("sequence_length"),
+    (saved.get("origin") or {}).get("max_position_embeddings"),
+  ]
+  return max((length for length in lengths if length is not None), default=None)
+
+
+def with_attention(model: Decoder, attention: AttentionName) -> Decoder:
+  """The model with the same weights and another attention kind."""
+  config = dataclasses.replace(model.config, attention=attention)
+  changed: Decoder = nnx.merge(abstract_decoder(config)[0], nnx.state(model, nnx.Param))
+  return changed
+
+
+def _read_files(path: Path, changes: Mapping[str, Any]) -> tuple[Decoder, Tokenizer, dict]:
+  """The model of another program's files, its tokenizer, and a config as a checkpoint has it."""
+  from dga_jax.conversion.importing import check_vocabulary, import_params, open_source
+
+  source = open_source(path)
+  config = dataclasses.replace(source.config(), **{"dga": RETROFIT, **changes})
+  tokenizer = source.tokenizer()
+  check_vocabulary(source, config, tokenizer)
+  model: Decoder = nnx.merge(abstract_decoder(config)[0], import_params(source, config))
+  return model, tokenizer, {"model": config.to_dict(), "origin": dict(source.origin())}

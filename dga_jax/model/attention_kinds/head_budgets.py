@@ -1,0 +1,271 @@
+"""Attention whose KV heads have settings of their own: dense and DGA heads in one layer.
+
+Layers with the same settings of heads share a row. A scan over layers has one branch for each
+distinct row, and the caches of the layers of a row are stacked. So a layer costs what its own heads
+cost, and the cache holds the sum of the heads' caches.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Int
+
+from dga_jax.attention.head_classes import HeadClasses, switch_rows
+from dga_jax.attention.segments import Documents
+from dga_jax.head_budgets import FULL, HeadBudgets, HeadRow, split_row
+from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.attention_kinds.dense import DenseAttention
+from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
+from dga_jax.sharding import head_part
+
+# For each distinct row, and each class of its heads: the cache of that class, stacked over the
+# layers of the row.
+type HeadCaches = tuple[tuple[Any, ...], ...]
+type _QKV = tuple[Array, Array, Array]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["rank"], meta_fields=["row"])
+@dataclasses.dataclass(frozen=True)
+class LayerPlace:
+  """A layer whose settings are known while tracing.
+
+  Attributes:
+    row: the setting of each KV head. Static.
+    rank: how many earlier layers have the same row.
+  """
+
+  row: HeadRow
+  rank: Int[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadBudgetsAttention(AttentionKind):
+  """Every KV head, with its query heads, attends under its own setting of `HeadBudgets`."""
+
+  name = "head_budgets"
+  layers_differ = True
+
+  budgets: HeadBudgets
+
+  @functools.cached_property
+  def kinds(self) -> tuple[DenseAttention | DynamicGroupAttention, ...]:
+    """The attention kind of each setting."""
+    return tuple(
+      DenseAttention() if setting == FULL else DynamicGroupAttention(setting)
+      for setting in self.budgets.settings
+    )
+
+  @functools.cached_property
+  def rows(self) -> tuple[HeadRow, ...]:
+    """The distinct rows of the assignment, in the order of their first layers."""
+    return tuple(dict.fromkeys(self.budgets.assignment))
+
+  @property
+  def branches(self) -> int:
+    """One for each distinct row."""
+    return len(self.rows)
+
+  def layer_index(self, index: int) -> LayerPlace:
+    """The row of a layer, and its rank among the layers of that row."""
+    row = self.budgets.assignment[index]
+    return LayerPlace(row, jnp.int32(self.budgets.assignment[:index].count(row)))
+
+  def prepare(self, documents: Documents) -> tuple[Any, ...]:
+    """The metadata of every setting."""
+    return tuple(kind.prepare(documents) for kind in self.kinds)
+
+  def at_layer(self, layer: Int[Array, ""] | int | LayerPlace) -> "LayerHeads":
+    """The heads of one layer."""
+    return LayerHeads(self, layer)
+
+  def init_caches(
+    self,
+    num_layers: int,
+    batch: int,
+    max_length: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: DTypeLike,
+  ) -> HeadCaches:
+    """Empty caches of all layers: arrays [layers of a row, B, heads of a class, ...]."""
+    return tuple(
+      tuple(
+        self.kinds[setting].init_caches(
+          self.budgets.assignment.count(row),
+          batch,
+          max_length,
+          HeadClasses(row).count(setting),
+          head_dim,
+          dtype,
+        )
+        for setting in HeadClasses(row).settings
+      )
+      for row in self.rows
+    )
+
+  def decode(
+    self,
+    q_BxHxD: Float[Array, "B H D"],
+    k_BxNxD: Float[Array, "B N D"],
+    v_BxNxD: Float[Array, "B N D"],
+    cache: HeadCaches,
+    layer: Int[Array, ""] | LayerPlace,
+  ) -> tuple[Float[Array, "B H D"], HeadCaches]:
+    """Appends one token to the cache of every class of heads and attends."""
+
+    def decode(kind: AttentionKind, setting: int, qkv: _QKV, cache: Any, rank: Array) -> Any:
+      q, k, v = qkv
+      return kind.decode(q, k, v, cache, rank)
+
+    return self.at_layer(layer).update(cache, decode, q_BxHxD, k_BxNxD, v_BxNxD)
+
+  def extend(
+    self,
+    q_BxTxHxD: Float[Array, "B T H D"],
+    k_BxTxNxD: Float[Array, "B T N D"],
+    v_BxTxNxD: Float[Array, "B T N D"],
+    cache: HeadCaches,
+    layer: Int[Array, ""] | LayerPlace,
+    *,
+    lengths: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B T H D"], HeadCaches]:
+    """Appends several tokens to the cache of every class of heads and attends."""
+
+    def extend(kind: AttentionKind, setting: int, qkv: _QKV, cache: Any, rank: Array) -> Any:
+      q, k, v = qkv
+      return kind.extend(q, k, v, cache, rank, lengths=lengths)
+
+    return self.at_layer(layer).update(cache, extend, q_BxTxHxD, k_BxTxNxD, v_BxTxNxD)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerHeads(AttentionKind):
+  """The heads of one layer.
+
+  Attributes:
+    kind: of all layers.
+    layer: its index, traced or not, or a `LayerPlace`.
+  """
+
+  name = "head_budgets"
+
+  kind: HeadBudgetsAttention
+  layer: Int[Array, ""] | int | LayerPlace
+
+  def attend(
+    self,
+    q_BxLxHxD: Float[Array, "B L H D"],
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    metadata: tuple[Any, ...],
+  ) -> Float[Array, "B L H D"]:
+    """Attention over whole sequences; inside a `jax.shard_map`, of the device's heads."""
+
+    def attend(setting: int, q: Array, k: Array, v: Array) -> Array:
+      return self.kind.kinds[setting].attend(q, k, v, metadata[setting])
+
+    return self._switch(
+      lambda row, *heads: HeadClasses(row).map(attend, *heads), q_BxLxHxD, k_BxLxNxD, v_BxLxNxD
+    )
+
+  def attend_sharded(
+    self,
+    q_BxPxHxD: Float[Array, "B P H D"],
+    k_BxPxNxD: Float[Array, "B P N D"],
+    v_BxPxNxD: Float[Array, "B P N D"],
+    metadata: tuple[Any, ...],
+    *,
+    axis_name: str,
+  ) -> Float[Array, "B P H D"]:
+    """Attention on this device's part of the sequences; "full" heads alone move whole keys.
+
+    Raises:
+      ValueError: the devices that split heads have different settings of them. Each device would
+        wait for collectives that the others do not run.
+    """
+    _, parts = head_part()
+    for row in self.kind.rows:
+      if len(set(split_row(row, parts))) > 1:
+        raise ValueError(
+          f"head_budgets has a layer with the settings {row}, and {parts} devices split its heads "
+          "while others split sequences; every device must have the same settings. Order the heads "
+          f"with apply_budgets(model, budgets, parts={parts}), choose for each setting a number of "
+          f"heads that {parts} divides, or split heads over fewer devices."
+        )
+
+    def attend(setting: int, q: Array, k: Array, v: Array) -> Array:
+      kind: Any = self.kind.kinds[setting]
+      return kind.attend_sharded(q, k, v, metadata[setting], axis_name=axis_name)
+
+    return self._switch(
+      lambda row, *heads: HeadClasses(row).map(attend, *heads), q_BxPxHxD, k_BxPxNxD, v_BxPxNxD
+    )
+
+  def prefill_into(
+    self,
+    caches: HeadCaches,
+    q_BxLxHxD: Float[Array, "B L H D"],
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    metadata: tuple[Any, ...],
+    *,
+    max_length: int,
+  ) -> tuple[Float[Array, "B L H D"], HeadCaches]:
+    """Attends over right-padded prompts and writes them to this layer's part of empty caches."""
+
+    def prefill(kind: AttentionKind, setting: int, qkv: _QKV, cache: Any, rank: Array) -> Any:
+      q, k, v = qkv
+      out, prompt = kind.prefill(q, k, v, metadata[setting], max_length=max_length)
+      written = jax.tree.map(lambda all_layers, one: all_layers.at[rank].set(one), cache, prompt)
+      return out, written
+
+    return self.update(caches, prefill, q_BxLxHxD, k_BxLxNxD, v_BxLxNxD)
+
+  def update(
+    self,
+    caches: HeadCaches,
+    function: Callable[..., tuple[Array, Any]],
+    q: Array,
+    k: Array,
+    v: Array,
+  ) -> tuple[Array, HeadCaches]:
+    """Attends and updates this layer's part of the caches.
+
+    Args:
+      caches: of all layers.
+      function: (kind, setting, (q, k, v) of a class, its stacked cache, rank of the layer) to the
+        output and the updated cache.
+      q: queries.
+      k: keys.
+      v: values.
+    """
+
+    def run(row: HeadRow, caches: HeadCaches, rank: Array, *qkv: Array) -> Any:
+      place, classes = self.kind.rows.index(row), HeadClasses(row)
+      outs, updated = [], []
+      for setting, cache in zip(classes.settings, caches[place], strict=True):
+        own = tuple(classes.take(x, setting) for x in qkv)
+        out, cache = function(self.kind.kinds[setting], setting, own, cache, rank)
+        outs.append(out)
+        updated.append(cache)
+      return classes.join(outs), (*caches[:place], tuple(updated), *caches[place + 1 :])
+
+    if isinstance(self.layer, LayerPlace):
+      rank: Array = self.layer.rank
+    else:
+      layers = range(self.kind.budgets.num_layers)
+      rank = jnp.stack([self.kind.layer_index(layer).rank for layer in layers])[self.layer]
+    result: tuple[Array, HeadCaches] = self._switch(run, caches, rank, q, k, v)
+    return result
+
+  def _switch(self, function: Callable[..., Any], *args: Any) -> Any:
+    """function(row, *args) with the row of this layer, or of the device's part of it."""
+    (part, parts), assignment = head_part(), self.kind.budgets.assignment
+    if isinstance(self.layer, LayerPlace):
+      return switch_rows(split_row(self.layer.row, parts), part, function, *args)
+    rows = [piece for row in assignment for piece in split_row(row, parts)]
+    return switch_rows(rows, self.layer * parts + part, function, *args)

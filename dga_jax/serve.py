@@ -1,0 +1,138 @@
+"""Serves a model over HTTP with OpenAI's interface, and a page to chat with it.
+
+  dga serve --workdir=runs/llama --port=8000 --slots=16 --max_length=32768
+
+Without --workdir it serves SmolLM2-135M-Instruct (Q4_1), which the first run downloads (93 MB).
+Serving needs the extra "serve".
+"""
+
+import functools
+import os
+from typing import cast, get_args
+
+from absl import flags
+from tqdm import tqdm
+
+from dga_jax import command_line
+from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.path_flags import define_path
+
+_WORKDIR = define_path(
+  "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M-Instruct (Q4_1), downloaded."
+)
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
+_NAME = flags.DEFINE_string("name", None, "Name of the model; default: the workdir's name.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen at; 0.0.0.0 for every network.")
+_PORT = flags.DEFINE_integer("port", 8000, "Port to listen at.", lower_bound=0, upper_bound=65535)
+_API_KEY = flags.DEFINE_string(
+  "api_key", None, "Key that clients must send; default: $DGA_API_KEY, or no key."
+)
+_SLOTS = flags.DEFINE_integer("slots", 8, "Requests that run at once.", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer(
+  "max_length",
+  None,
+  "Bound on the tokens of a prompt and its answer; default: the context that the model was trained"
+  " on, or 4096.",
+  lower_bound=2,
+)
+_MAX_WAITING = flags.DEFINE_integer(
+  "max_waiting", 256, "Requests that may wait for a slot; further ones get 429.", lower_bound=0
+)
+_ATTENTION = flags.DEFINE_list(
+  "attention",
+  None,
+  "Attention kinds, each served as a model of its own; default: the checkpoint's kind, and DGA for"
+  " SmolLM2.",
+)
+_BUDGETS = command_line.define_budgets()
+_DTYPE = flags.DEFINE_enum(
+  "dtype",
+  None,
+  get_args(DtypeName),
+  "Dtype of the activations; default: the checkpoint's.",
+)
+_PROMPT_CHUNK = flags.DEFINE_integer(
+  "prompt_chunk",
+  256,
+  "Tokens of a prompt that are read between two decode chunks. A running request waits for at most"
+  " one such piece.",
+  lower_bound=1,
+)
+_DECODE_CHUNK = flags.DEFINE_integer(
+  "decode_chunk", 4, "Tokens that are decoded, and delivered, at once.", lower_bound=1
+)
+_CACHE_GB = flags.DEFINE_float(
+  "cache_gb",
+  None,
+  "GB of all caches on the device; kept conversations get what the slots leave. Default: as many"
+  " kept conversations as slots.",
+  lower_bound=0.0,
+)
+_HOST_CACHE_GB = flags.DEFINE_float(
+  "host_cache_gb", 4.0, "GB of kept conversations in the host's memory.", lower_bound=0.0
+)
+_MESH = flags.DEFINE_string(
+  "mesh", None, "tensor=N splits the model over N devices of this host; default: one device."
+)
+_MAX_BODY_MB = flags.DEFINE_float("max_body_mb", 16.0, "Largest body of a request.")
+_STOP_SECONDS = flags.DEFINE_integer(
+  "stop_seconds", 30, "Seconds that running requests get after SIGTERM.", lower_bound=0
+)
+
+
+def main() -> None:
+  """Loads the model, compiles, and serves until SIGTERM or Ctrl-C."""
+  from dga_jax.head_budgets import read_head_budgets
+  from dga_jax.serving import launch, server
+  from dga_jax.serving.app import AppSettings, make_app
+
+  settings = launch.LaunchSettings(
+    slots=_SLOTS.value,
+    max_length=_MAX_LENGTH.value,
+    max_waiting=_MAX_WAITING.value,
+    prompt_chunk=_PROMPT_CHUNK.value,
+    decode_chunk=_DECODE_CHUNK.value,
+    cache_bytes=None if _CACHE_GB.value is None else int(_CACHE_GB.value * 1e9),
+    host_bytes=int(_HOST_CACHE_GB.value * 1e9),
+    mesh=launch.parse_mesh(_MESH.value),
+  )
+  workdir, name, attentions = _source()
+  models = launch.load_models(
+    workdir,
+    _STEP.value,
+    name=name,
+    attentions=attentions,
+    dtype=cast(DtypeName | None, _DTYPE.value),
+    budgets=None if _BUDGETS.value is None else read_head_budgets(_BUDGETS.value),
+    settings=settings,
+    progress=functools.partial(tqdm, desc="compiling", unit="program"),
+  )
+  for model in models:
+    print(launch.describe(model, settings), flush=True)
+  app = make_app(
+    models,
+    AppSettings(
+      api_key=_API_KEY.value or os.environ.get("DGA_API_KEY"),
+      max_body_bytes=int(_MAX_BODY_MB.value * 1e6),
+    ),
+  )
+  server.run(app, host=_HOST.value, port=_PORT.value, stop_seconds=_STOP_SECONDS.value)
+
+
+def _source() -> tuple[str, str | None, list[AttentionName | None]]:
+  """The workdir, the name of the model, and the attention kinds."""
+  attentions = cast(list[AttentionName | None], _ATTENTION.value or [None])
+  if _WORKDIR.value is not None:
+    return str(_WORKDIR.value), _NAME.value, attentions
+  from dga_jax import smollm2_demo
+
+  workdir = smollm2_demo.prepare(smollm2_demo.cache_folder())
+  return (
+    str(workdir),
+    _NAME.value or "smollm2-135m",
+    (attentions if _ATTENTION.value or _BUDGETS.value else ["dga"]),
+  )
+
+
+if __name__ == "__main__":
+  command_line.run(main)

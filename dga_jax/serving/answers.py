@@ -1,0 +1,204 @@
+"""Answers of the engine on asyncio's loop: text, log probabilities and usage of every choice."""
+
+import asyncio
+import dataclasses
+import functools
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from dga_jax.generation import (
+  Emitted,
+  Engine,
+  EngineStoppedError,
+  QueueFullError,
+  Request,
+  TokenLogprobs,
+)
+from dga_jax.generation.cache_shapes import dense_bytes
+from dga_jax.serving.errors import APIError
+from dga_jax.serving.metrics import Metrics
+from dga_jax.serving.served_model import ServedModel
+from dga_jax.serving.text_stream import TextStream
+
+_RETRY_SECONDS = "1"
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+  """New text of a choice.
+
+  Attributes:
+    index: of the choice.
+    text: new text, of whole characters.
+    tokens: the tokens whose log probabilities are given.
+    logprobs: one entry a token, if the request wants them.
+    finish: "stop" or "length" with the last text, else None.
+  """
+
+  index: int
+  text: str
+  tokens: list[int]
+  logprobs: list[TokenLogprobs]
+  finish: str | None
+
+
+@dataclasses.dataclass
+class _Choice:
+  number: int
+  request: Request
+  stream: TextStream
+  new_tokens: int = 0
+  cached_tokens: int = 0
+  first_time: float = 0.0
+  ended: bool = False
+
+
+class Answers:
+  """The choices of one HTTP request, in the engine together; iterate over `deltas`.
+
+  Args:
+    served: the model.
+    requests: one for each choice; the choices of a prompt are neighbours.
+    choices: choices of each prompt.
+    stops: texts that end an answer.
+    metrics: of the server.
+
+  Raises:
+    APIError: the engine is full, or does not run.
+  """
+
+  def __init__(
+    self,
+    served: ServedModel,
+    requests: Sequence[Request],
+    choices: int,
+    stops: Sequence[str],
+    metrics: Metrics,
+  ) -> None:
+    self._served, self._per_prompt, self._metrics = served, choices, metrics
+    self._begin = time.perf_counter()
+    self._loop = asyncio.get_running_loop()
+    self._queue: asyncio.Queue[tuple[int, Emitted]] = asyncio.Queue()
+    self._choices: list[_Choice] = []
+    for index, request in enumerate(requests):
+      try:
+        number = served.engine.submit(request, functools.partial(self._deliver, index))
+      except (QueueFullError, EngineStoppedError) as error:
+        self.cancel()
+        raise _refusal(error) from error
+      stream = TextStream(served.tokenizer, stops)
+      self._choices.append(_Choice(number, request, stream))
+
+  async def deltas(self) -> AsyncIterator[Delta]:
+    """New text of the choices in the order of its arrival, until all have ended.
+
+    Raises:
+      APIError: the engine has failed, or logits are not finite.
+    """
+    while not all(choice.ended for choice in self._choices):
+      index, emitted = await self._queue.get()
+      choice = self._choices[index]
+      if choice.ended:
+        continue
+      if emitted.finish in ("not_finite", "failed", "cancelled"):
+        raise _failure(emitted)
+      yield self._delta(index, choice, emitted)
+    self._observe()
+
+  def cancel(self) -> None:
+    """Ends the choices that have not ended."""
+    for choice in self._choices:
+      if not choice.ended:
+        choice.ended = True
+        self._served.engine.cancel(choice.number)
+
+  def usage(self) -> dict[str, Any]:
+    """The numbers of tokens so far, and the bytes of the caches of all choices."""
+    engine, firsts = self._served.engine, self._choices[:: self._per_prompt]
+    prompt = sum(len(choice.request.prompt) for choice in firsts)
+    new = sum(choice.new_tokens for choice in self._choices)
+    lengths = [len(choice.request.prompt) + choice.new_tokens for choice in self._choices]
+    return {
+      "prompt_tokens": prompt,
+      "completion_tokens": new,
+      "total_tokens": prompt + new,
+      "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in firsts)},
+      "cache_bytes": {
+        "live": sum(map(engine.cache_bytes, lengths)),
+        "dense": sum(dense_bytes(engine.config, length) for length in lengths),
+      },
+    }
+
+  def _deliver(self, index: int, emitted: Emitted) -> None:
+    """On the engine's thread."""
+    if not self._loop.is_closed():
+      self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, emitted))
+
+  def _delta(self, index: int, choice: _Choice, emitted: Emitted) -> Delta:
+    choice.cached_tokens = emitted.cached_tokens
+    if emitted.tokens and not choice.new_tokens:
+      choice.first_time = time.perf_counter()
+    text, count = "", 0
+    for token in emitted.tokens:
+      text += choice.stream.add(token)
+      count += 1
+      if choice.stream.stopped:
+        break
+    choice.new_tokens += count
+    finish = "stop" if choice.stream.stopped else emitted.finish
+    if finish is not None:
+      text += choice.stream.finish()
+      finish = "stop" if choice.stream.stopped else finish
+      choice.ended = True
+      if emitted.finish is None:
+        self._served.engine.cancel(choice.number)
+    return Delta(index, text, emitted.tokens[:count], emitted.logprobs[:count], finish)
+
+  def _observe(self) -> None:
+    name, end = self._served.name, time.perf_counter()
+    for i, choice in enumerate(self._choices):
+      self._metrics.new_tokens.labels(name).inc(choice.new_tokens)
+      if i % self._per_prompt == 0:
+        self._metrics.prompt_tokens.labels(name).inc(len(choice.request.prompt))
+        self._metrics.cached_tokens.labels(name).inc(choice.cached_tokens)
+      if choice.new_tokens:
+        self._metrics.first_token.labels(name).observe(choice.first_time - self._begin)
+      if choice.new_tokens > 1:
+        seconds = (end - choice.first_time) / (choice.new_tokens - 1)
+        self._metrics.between_tokens.labels(name).observe(seconds)
+
+
+def check_length(engine: Engine, prompt_tokens: int, max_tokens: int | None) -> int:
+  """The bound on the new tokens of a prompt.
+
+  Raises:
+    APIError: prompt and new tokens exceed the context.
+  """
+  most = engine.max_length - prompt_tokens
+  if most < 1 or (max_tokens is not None and max_tokens > most):
+    new = 1 if max_tokens is None else max_tokens
+    raise APIError(
+      400,
+      f"The context has at most {engine.max_length} tokens. The prompt has {prompt_tokens} tokens"
+      f" and the answer may have {new}, together {prompt_tokens + new}. Shorten the prompt, or"
+      " lower max_tokens.",
+      param="max_tokens" if most >= 1 else None,
+      code="context_length_exceeded",
+    )
+  return most if max_tokens is None else max_tokens
+
+
+def _refusal(error: Exception) -> APIError:
+  if isinstance(error, QueueFullError):
+    headers = {"Retry-After": _RETRY_SECONDS}
+    return APIError(429, f"The server is full: {error}", code="queue_full", headers=headers)
+  return APIError(503, str(error), code="engine_stopped", headers={"Retry-After": _RETRY_SECONDS})
+
+
+def _failure(emitted: Emitted) -> APIError:
+  if emitted.finish == "not_finite":
+    return APIError(500, "The model's logits are NaN or infinite.", code="not_finite")
+  if emitted.finish == "cancelled":
+    return APIError(503, "The server is stopping.", code="engine_stopped")
+  return APIError(500, "The engine has failed.", code="engine_failed")

@@ -1,0 +1,107 @@
+"""The JSON objects of completions and chat completions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dga_jax.serving.answers import Delta
+from dga_jax.serving.logprobs import chat_logprobs, CompletionLogprobs
+from dga_jax.tokenizer import Tokenizer
+
+
+class ChatFormat:
+  """Of /v1/chat/completions.
+
+  Args:
+    tokenizer: of the model.
+    choices: answers.
+    logprobs: whether the request wants log probabilities.
+  """
+
+  object_name, chunk_name = "chat.completion", "chat.completion.chunk"
+  id_prefix = "chatcmpl"
+
+  def __init__(self, tokenizer: Tokenizer, choices: int, logprobs: bool) -> None:
+    self._tokenizer, self._choices, self._logprobs = tokenizer, choices, logprobs
+
+  def first_choices(self) -> list[dict[str, Any]]:
+    """The role, before any text."""
+    delta = {"role": "assistant", "content": ""}
+    return [
+      {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
+      for i in range(self._choices)
+    ]
+
+  def chunk_choice(self, delta: Delta) -> dict[str, Any]:
+    """New text."""
+    return {
+      "index": delta.index,
+      "delta": {"content": delta.text} if delta.text else {},
+      "logprobs": self._logprobs_of([delta]),
+      "finish_reason": delta.finish,
+    }
+
+  def whole_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    """The message."""
+    content = "".join(delta.text for delta in deltas)
+    return {
+      "index": index,
+      "message": {"role": "assistant", "content": content, "refusal": None},
+      "logprobs": self._logprobs_of(deltas),
+      "finish_reason": deltas[-1].finish,
+    }
+
+  def _logprobs_of(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
+    if not self._logprobs:
+      return None
+    tokens = [token for delta in deltas for token in delta.tokens]
+    return chat_logprobs(self._tokenizer, tokens, [row for d in deltas for row in d.logprobs])
+
+
+class CompletionFormat:
+  """Of /v1/completions.
+
+  Args:
+    tokenizer: of the model.
+    echoes: the text before each choice's answer.
+    logprobs: whether the request wants log probabilities.
+  """
+
+  object_name = chunk_name = "text_completion"
+  id_prefix = "cmpl"
+
+  def __init__(self, tokenizer: Tokenizer, echoes: Sequence[str], logprobs: bool) -> None:
+    self._echoes = echoes
+    self._logprobs = [CompletionLogprobs(tokenizer) if logprobs else None for _ in echoes]
+
+  def first_choices(self) -> list[dict[str, Any]]:
+    """The prompts, if they are echoed."""
+    return [
+      {"index": i, "text": echo, "logprobs": None, "finish_reason": None}
+      for i, echo in enumerate(self._echoes)
+      if echo
+    ]
+
+  def chunk_choice(self, delta: Delta) -> dict[str, Any]:
+    """New text."""
+    return {
+      "index": delta.index,
+      "text": delta.text,
+      "logprobs": self._logprobs_of(delta.index, [delta]),
+      "finish_reason": delta.finish,
+    }
+
+  def whole_choice(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any]:
+    """The text."""
+    return {
+      "index": index,
+      "text": self._echoes[index] + "".join(delta.text for delta in deltas),
+      "logprobs": self._logprobs_of(index, deltas),
+      "finish_reason": deltas[-1].finish,
+    }
+
+  def _logprobs_of(self, index: int, deltas: Sequence[Delta]) -> dict[str, Any] | None:
+    logprobs = self._logprobs[index]
+    if logprobs is None:
+      return None
+    tokens = [token for delta in deltas for token in delta.tokens]
+    return logprobs.take(tokens, [row for delta in deltas for row in delta.logprobs])

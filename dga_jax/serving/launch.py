@@ -1,0 +1,146 @@
+"""The `serve` command without its flags: loads models and makes their engines."""
+
+import dataclasses
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import get_args
+
+import jax
+from jax.sharding import Mesh
+
+from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.generation import Engine
+from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
+from dga_jax.generation.programs import Progress
+from dga_jax.head_budgets import HeadBudgets
+from dga_jax.loading import load_with_facts, Loaded
+from dga_jax.serving.served_model import ServedModel
+from dga_jax.sharding import make_mesh, MeshConfig
+
+_MAX_LENGTH = 4096  # Where the context of the training is unknown.
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchSettings:
+  """Settings of the engines; see `Engine` for their meaning.
+
+  Attributes:
+    slots: requests that run at once.
+    max_length: None for the context that the model was trained on.
+    max_waiting: requests that may wait.
+    prompt_chunk: tokens of a prompt that are read between two decode chunks.
+    decode_chunk: tokens that are decoded at once.
+    cache_bytes: of all caches on the device; None for as many kept caches as slots.
+    host_bytes: of kept caches on the host.
+    mesh: devices; None for one.
+  """
+
+  slots: int
+  max_length: int | None
+  max_waiting: int
+  prompt_chunk: int
+  decode_chunk: int
+  cache_bytes: int | None
+  host_bytes: int
+  mesh: Mesh | None
+
+
+def load_models(
+  workdir: str,
+  step: int | None,
+  *,
+  name: str | None,
+  attentions: Sequence[AttentionName | None],
+  dtype: DtypeName | None,
+  budgets: HeadBudgets | None = None,
+  settings: LaunchSettings,
+  progress: Progress,
+) -> list[ServedModel]:
+  """The models of a checkpoint, one for each attention kind.
+
+  Args:
+    workdir: the folder with the checkpoint.
+    step: of the checkpoint; None for the newest.
+    name: of the model; None for the name of the workdir. Of several attention kinds, each adds
+      its own name to it.
+    attentions: attention kinds; None for the checkpoint's.
+    dtype: of the activations; None for the checkpoint's.
+    budgets: the setting of each KV head, in place of an attention kind.
+    settings: of the engines.
+    progress: shows the compilation.
+
+  Raises:
+    CheckpointError: the checkpoint is missing or damaged.
+    ValueError: an attention kind is unknown or reads prompts whole, or the caches do not fit.
+  """
+  for attention in attentions:
+    if attention is not None and attention not in get_args(AttentionName):
+      raise ValueError(f"attention is {attention!r}; it must be one of {get_args(AttentionName)}.")
+  base = name or Path(workdir).resolve().name
+  models = []
+  for attention in attentions:
+    loaded = load_with_facts(workdir, step=step, attention=attention, dtype=dtype, budgets=budgets)
+    engine = _make_engine(loaded, settings, progress)
+    models.append(
+      ServedModel(
+        name=base if len(attentions) == 1 else f"{base}-{attention}",
+        engine=engine,
+        tokenizer=loaded.tokenizer,
+        template=loaded.tokenizer.chat_template,
+        created=int(time.time()),
+      )
+    )
+  return models
+
+
+def parse_mesh(text: str | None) -> Mesh | None:
+  """The mesh of "tensor=N", over the first N devices; None for None.
+
+  Raises:
+    ValueError: the text has another form, or there are fewer devices.
+  """
+  if text is None:
+    return None
+  match = re.fullmatch(r"tensor=([1-9][0-9]*)", text)
+  if match is None:
+    raise ValueError(f"mesh is {text!r}; it must be tensor=N with a number of devices N.")
+  count, devices = int(match[1]), jax.devices()
+  if count > len(devices):
+    raise ValueError(f"mesh is {text!r}, but there are {len(devices)} devices.")
+  return make_mesh(MeshConfig(data=1, tensor=count), devices[:count])
+
+
+def describe(model: ServedModel, settings: LaunchSettings) -> str:
+  """One line: the model, its slots and the bytes of their caches."""
+  engine = model.engine
+  slot, dense = (
+    engine.cache_bytes(engine.max_length),
+    dense_bytes(engine.config, engine.max_length),
+  )
+  chat = "" if model.template else "; without a chat template: /v1/completions only"
+  return (
+    f"{model.name}: {settings.slots} slots of {engine.max_length} tokens,"
+    f" {slot / 1e6:.1f} MB of cache each, dense would be {dense / 1e6:.1f} MB{chat}"
+  )
+
+
+def _make_engine(loaded: Loaded, settings: LaunchSettings, progress: Progress) -> Engine:
+  max_length = settings.max_length or loaded.trained_length or _MAX_LENGTH
+  cache_bytes = settings.cache_bytes
+  if cache_bytes is None:
+    cache_bytes = CacheShapes(loaded.model, max_length).row_bytes * 2 * (settings.slots + 1)
+  return Engine(
+    loaded.model,
+    slots=settings.slots,
+    max_length=max_length,
+    prompt_chunk=settings.prompt_chunk,
+    decode_chunk=settings.decode_chunk,
+    cache_bytes=cache_bytes,
+    host_bytes=settings.host_bytes,
+    max_waiting=settings.max_waiting,
+    logprobs=True,
+    mesh=settings.mesh,
+    progress=progress,
+  )

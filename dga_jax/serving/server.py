@@ -1,0 +1,45 @@
+"""Runs the application with uvicorn; SIGTERM and Ctrl-C end it in order."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+import uvicorn
+from starlette.applications import Starlette
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Server(uvicorn.Server):
+  """A server that a signal stops with exit status 0; uvicorn's own raises the signal again."""
+
+  @contextlib.contextmanager
+  def capture_signals(self) -> Iterator[None]:
+    """Handles signals until the server has stopped."""
+    before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(app: Starlette, *, host: str, port: int, stop_seconds: int) -> None:
+  """Serves until a signal: then no request is accepted, and running ones may finish.
+
+  Args:
+    app: the application.
+    host: address to listen at.
+    port: to listen at; 0 for a free one, which the log names.
+    stop_seconds: how long running requests may take after the signal.
+  """
+  config = uvicorn.Config(
+    app,
+    host=host,
+    port=port,
+    timeout_graceful_shutdown=stop_seconds,
+    log_level="info",
+    access_log=False,
+    server_header=False,
+  )
+  _Server(config).run()

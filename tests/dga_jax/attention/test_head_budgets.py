@@ -1,0 +1,166 @@
+"""The op with a setting for each head equals, head by head, the op with that head's setting."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dga_jax import DGAConfig, dynamic_group_attention, explain, HeadBudgets, plan_groups
+from dga_jax.attention.head_classes import HeadClasses
+from tests.dga_jax.attention.cases import arrays
+from tests.pallas_kernels import h100
+
+B, L, N, R, D = 2, 23, 4, 2, 8
+SETTINGS = (
+  "full",
+  DGAConfig(selection="streaming", group_size=3, focal_per_block=1, max_documents=4),
+  DGAConfig(
+    selection="streaming",
+    group_size=2,
+    focal_per_block=2,
+    sink_tokens=2,
+    local_window=1,
+    max_documents=4,
+  ),
+)
+ROWS = ((0, 1, 1, 2), (2, 0, 1, 0))
+
+
+def budgets_of(row):
+  return HeadBudgets(SETTINGS, (row,))
+
+
+def causal(q, k, v, *, lengths, segment_ids):
+  """Causal softmax attention inside each document; padding gives 0."""
+  i = jnp.arange(L)
+  ids = jnp.where(i[None] < lengths[:, None], segment_ids, -1)
+  new_run = jnp.concatenate([jnp.ones((B, 1), bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+  run = jnp.where(ids < 0, -1, jnp.cumsum(new_run, axis=1))
+  sees = (run[:, :, None] == run[:, None, :]) & (i[:, None] >= i[None])[None]
+  sees = sees & (run >= 0)[:, :, None]
+  k, v = (jnp.repeat(x, R, axis=2) for x in (k, v))
+  logits = jnp.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(D)
+  weights = jax.nn.softmax(jnp.where(sees[:, None], logits, -1e30))
+  return jnp.einsum("bhij,bjhd->bihd", jnp.where(sees[:, None], weights, 0), v)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run(q, k, v, t, lengths, segment_ids, *, config):
+  """Output, and gradients of its inner product with t."""
+  rows = {"lengths": lengths, "segment_ids": segment_ids}
+
+  def op(q, k, v):
+    if config == "full":
+      return causal(q, k, v, **rows)
+    return dynamic_group_attention(q, k, v, config=config, **rows)
+
+  out, pull = jax.vjp(op, q, k, v)
+  return out, *pull(t)
+
+
+@st.composite
+def documents(draw):
+  """Lengths and segment ids of packed, right-padded rows with at most four documents."""
+  lengths = draw(st.lists(st.integers(0, L), min_size=B, max_size=B))
+  cuts = draw(st.lists(st.lists(st.integers(1, L - 1), max_size=3), min_size=B, max_size=B))
+  ids = [[sum(cut <= i for cut in row) for i in range(L)] for row in cuts]
+  return np.array(lengths, np.int32), np.array(ids, np.int32)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@settings(max_examples=10, deadline=None)
+@given(documents(), st.integers(0, 2**16))
+def test_every_head_follows_its_setting(row, rows, seed):
+  inputs = (*arrays(seed, B, L, N * R, N, D), *rows)
+  got = run(*inputs, config=budgets_of(row))
+  for setting in set(row):
+    want = run(*inputs, config=SETTINGS[setting])
+    kv_heads = np.flatnonzero(np.array(row) == setting)
+    heads = (kv_heads[:, None] * R + np.arange(R)).ravel()
+    for ours, theirs, index in zip(got, want, (heads, heads, kv_heads, kv_heads), strict=True):
+      np.testing.assert_allclose(ours[:, :, index], theirs[:, :, index], atol=3e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, L - 1), st.integers(0, 2**16))
+def test_a_token_changes_no_earlier_output(token, seed):
+  q, k, v, t = arrays(seed, B, L, N * R, N, D)
+  rows = np.full(B, L, np.int32), np.zeros((B, L), np.int32)
+  other = [x.at[:, token].add(1.0) for x in (q, k, v)]
+  before = run(q, k, v, t, *rows, config=budgets_of(ROWS[1]))[0]
+  after = run(*other, t, *rows, config=budgets_of(ROWS[1]))[0]
+  np.testing.assert_array_equal(before[:, :token], after[:, :token])
+  assert np.abs(before[:, token] - after[:, token]).min(axis=-1).max() > 0
+
+
+def test_padding_reaches_no_token():
+  q, k, v, t = arrays(0, B, L, N * R, N, D)
+  rows = np.array([9, 0], np.int32), np.zeros((B, L), np.int32)
+  want = run(q, k, v, t, *rows, config=budgets_of(ROWS[0]))
+  is_token = (np.arange(L)[None] < rows[0][:, None])[..., None, None]
+  q, k, v = (jnp.where(is_token, x, jnp.nan) for x in (q, k, v))
+  for got, expected in zip(run(q, k, v, t, *rows, config=budgets_of(ROWS[0])), want, strict=True):
+    np.testing.assert_array_equal(np.where(is_token, got, 0), np.where(is_token, expected, 0))
+    assert np.isfinite(expected).all()
+
+
+@pytest.mark.parametrize("scale", [0.3, jnp.float32(0.3)])
+def test_the_scale_holds_for_all_heads(scale):
+  q, k, v, _ = arrays(0, B, L, N * R, N, D)
+  config = budgets_of(ROWS[0])
+  got = jax.jit(lambda s: dynamic_group_attention(q, k, v, config=config, scale=s))(scale)
+  # The merge weights do not follow the scale, so each class is compared with its own op.
+  full = causal(
+    q * 0.3 * np.sqrt(D), k, v, lengths=jnp.full(B, L), segment_ids=jnp.zeros((B, L), int)
+  )
+  dga = jax.jit(lambda: dynamic_group_attention(q, k, v, config=SETTINGS[2], scale=0.3))()
+  np.testing.assert_allclose(got[:, :, :2], full[:, :, :2], atol=2e-5)
+  np.testing.assert_allclose(got[:, :, 6:], dga[:, :, 6:], atol=2e-5)
+
+
+def test_adjacent_heads_are_slices():
+  """No gather, and as many concatenations as results are joined: one."""
+  q, k, _, _ = arrays(0, B, L, N * R, N, D)
+  x, classes = q, HeadClasses((1, 1, 0, 2))
+  program = str(jax.make_jaxpr(lambda x: classes.map(lambda setting, x: x * 2, x))(x))
+  assert "gather" not in program
+  assert program.count("concatenate") == 1
+  np.testing.assert_array_equal(HeadClasses((2, 0, 1, 0)).map(lambda _, x: x, q), q)
+  np.testing.assert_array_equal(HeadClasses((2, 0, 1, 0)).take(k, 0), k[:, :, [1, 3]])
+
+
+def test_explain_lists_the_ops_of_all_classes():
+  query = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
+  key = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
+  budgets = HeadBudgets(("full", DGAConfig(selection="streaming")), ((0, 1),))
+  with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
+    found = explain(query, key, key, config=budgets)
+  runs = {choice.op: choice.runs for choice in found.ops}
+  assert runs.keys() == {"dense_attention", "merge_blocks", "grouped_attention", "decode_step"}
+  assert runs["grouped_attention"] == "mosaic_gpu"
+  assert "runs on a TPU" in found["dense_attention"].reason("splash")
+
+
+def test_wrong_budgets_are_refused():
+  q, k, v, _ = arrays(0, B, L, N * R, N, D)
+  with pytest.raises(ValueError, match=r"one layer with 4 KV heads. Pass budgets.layer"):
+    dynamic_group_attention(q, k, v, config=HeadBudgets(SETTINGS, (ROWS[0], ROWS[1])))
+  with pytest.raises(ValueError, match="config is HeadBudgets of 1 layers with 3 KV heads"):
+    dynamic_group_attention(q, k, v, config=budgets_of((0, 1, 2)))
+  plan = plan_groups(q, k, config=SETTINGS[1])
+  with pytest.raises(ValueError, match="Leave the plan out"):
+    dynamic_group_attention(q, k, v, config=budgets_of(ROWS[0]), plan=plan)
+
+
+def test_contiguous_order_deals_every_class_to_all_parts():
+  budgets = HeadBudgets(SETTINGS, ((1, 0, 1, 0), (2, 1, 0, 0)))
+  order = budgets.contiguous_order()
+  assert budgets.permute_kv_heads(order).assignment == ((0, 0, 1, 1), (0, 0, 1, 2))
+  dealt = budgets.permute_kv_heads(budgets.contiguous_order(2))
+  assert dealt.assignment == ((0, 1, 0, 1), (0, 1, 0, 2))
+  with pytest.raises(ValueError, match="parts is 3; it must divide the 4 KV heads"):
+    budgets.contiguous_order(3)

@@ -1,0 +1,59 @@
+"""The engine on four simulated devices gives the tokens of one; run by test_engine_on_mesh.py."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from dga_jax import DGAConfig
+from dga_jax.generation import Engine, Request, Sampling
+from dga_jax.model import Decoder, ModelConfig
+from dga_jax.serving.launch import parse_mesh
+
+
+def main() -> None:
+  mesh = parse_mesh("tensor=4")
+  for attention in ("dga", "dense"):
+    config = ModelConfig(
+      vocab_size=64,
+      num_layers=2,
+      embed_dim=32,
+      num_heads=8,
+      num_kv_heads=4,
+      head_dim=8,
+      mlp_dim=48,
+      attention=attention,
+      dga=DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1),
+      dtype="float32",
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    one, four = (_tokens(model, where) for where in (None, mesh))
+    assert one[0] == four[0], (attention, one[0], four[0])
+    # Keys and values of each device: a quarter.
+    assert 4 * four[1] == one[1], (attention, one[1], four[1])
+
+
+def _tokens(model, mesh):
+  """The tokens of some requests, and the bytes of the slots' cache on the first device."""
+  engine = Engine(
+    model,
+    slots=2,
+    max_length=160,
+    prompt_chunk=32,
+    cache_bytes=1 << 30,
+    logprobs=True,
+    mesh=mesh,
+  )
+  rng, results = np.random.default_rng(0), {}
+  first = rng.integers(0, 64, 70).tolist()
+  for prompt in (first, [3], first[:50], [*first, 5, 6]):
+    engine.submit(Request(prompt, 9, Sampling(temperature=0.0)))
+  engine.submit(Request(first, 9, Sampling(temperature=1.0, seed=4)))
+  while engine.busy:
+    for emitted in engine.step():
+      results.setdefault(emitted.request, []).extend(emitted.tokens)
+  arrays = [x for x in jax.tree.leaves(engine._state.cache) if x.dtype != np.int32]
+  return results, sum(x.addressable_shards[0].data.nbytes for x in arrays)
+
+
+if __name__ == "__main__":
+  main()

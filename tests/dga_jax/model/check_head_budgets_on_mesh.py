@@ -1,0 +1,65 @@
+"""Heads with settings of their own on four devices; run by test_head_budgets.py."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from dga_jax import DGAConfig, HeadBudgets
+from dga_jax.sharding import make_mesh, MeshConfig
+from tests.dga_jax.attention import cases, mesh_cases
+from tests.dga_jax.model import decoder_on_mesh
+from tests.dga_jax.model.check_decoder_on_mesh import equal, one_device, run_on
+
+WINDOW = DGAConfig(
+  selection="streaming", group_size=2, sink_tokens=2, local_window=1, max_documents=2
+)
+# Two devices that split heads have different settings.
+BUDGETS = HeadBudgets(("full", WINDOW), ((0, 1, 1, 1), (1, 1, 0, 1)))
+
+
+def config_of(budgets):
+  return decoder_on_mesh.model_config(attention="head_budgets", head_budgets=budgets)
+
+
+def check_decoder():
+  """Rows, heads and sequences split: the logits and gradients of one device."""
+  config = config_of(BUDGETS)
+  params, want = one_device(config)
+  for sizes in ({"data": 2, "tensor": 2}, {"data": 2, "context": 2}):
+    _, got = run_on(make_mesh(MeshConfig(**sizes)), config, params, decoder_on_mesh.RULES["own"])
+    equal(got, want, str(sizes))
+
+
+def check_refusal():
+  """Sequences are not split where devices of one sequence have different settings."""
+  config = config_of(BUDGETS)
+  params = nnx.to_pure_dict(nnx.state(decoder_on_mesh.abstract_decoder(config)))
+  run = decoder_on_mesh.logits_and_gradient(config)
+  with (
+    jax.set_mesh(make_mesh(MeshConfig(data=1, context=2, tensor=2))),
+    pytest.raises(ValueError, match=r"apply_budgets\(model, budgets, parts=2\)"),
+  ):
+    jax.eval_shape(run, params, decoder_on_mesh.draw_batch())
+
+
+def check_op():
+  """The op with rows and heads split over Explicit axes."""
+  q, k, v, t = cases.arrays(0, B=4, L=24, H=8, N=4, D=4)
+  ids = np.arange(24, dtype=np.int32)[None] // np.array([[12], [13], [24], [15]])
+  budgets = BUDGETS.layer(0)
+  want = cases.run(q, k, v, t, config=budgets, implementation=None, segment_ids=ids)
+  mesh = mesh_cases.make_mesh("foreign", AxisType.Explicit)
+  sharding = NamedSharding(mesh, P("x", None, "y"))
+  run = mesh_cases.op(budgets, sharding, segment_ids=ids)
+  equal(jax.jit(run)(*jax.device_put((q, k, v, t), sharding)), want)
+
+
+if __name__ == "__main__":
+  jax.config.update("jax_numpy_rank_promotion", "raise")
+  jax.config.update("jax_disable_most_optimizations", True)
+  check_op()
+  check_decoder()
+  check_refusal()
