@@ -1,14 +1,14 @@
-"""Ways to run layers with different numbers of full heads: compilation and memory of a train step.
+"""Compile time and memory of a train step whose layers have different numbers of full heads.
 
   ./workspace bench layer_scan --way=switch --remat=full
 
-The gradient of 30 layers of SmolLM2-135M's shapes (9 query heads, 3 KV heads) on one sequence, of
-which 15 of 90 KV heads, drawn at random, stay full and the others follow blocks of 30 + 2 with 4
-sinks and 4 raw blocks. Nothing runs: the program is traced, lowered and compiled for this device.
-CPU seconds are those of all threads, so that other processes do not change them.
+The program is the gradient of 30 layers with SmolLM2-135M's shapes (9 query heads, 3 KV heads) on
+one sequence. 15 of the 90 KV heads, chosen at random, use full attention. The others use DGA with
+blocks of 30 + 2, 4 sinks and 4 raw blocks. The program is traced, lowered and compiled for this
+device, but not run. Times are CPU seconds of all threads of this process, so that they do not
+depend on the load of the machine.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,19 +25,18 @@ from dga_jax.attention.segments import find_documents
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.model.attention_kinds.head_budgets import HeadBudgetsAttention
 from dga_jax.model.rope import rope_table
-from dga_jax.model.run_layers import run_stacked, run_unstacked
+from dga_jax.model.run_layers import run_stacked
 
-_WAYS = ("dga", "dense", "switch", "stored_switch", "padding", "runs", "unrolled")
+_WAYS = ("dga", "dense", "switch", "stored_switch", "padding")
 _WAY = flags.DEFINE_enum(
   "way",
   "switch",
   _WAYS,
   "dga, dense: all heads alike; switch: as the decoder does; stored_switch: without its "
-  "recomputation of attention; padding: every layer computes every head both ways; runs: one scan "
-  "for each run of equal layers; unrolled: no scan.",
+  "recomputation of attention; padding: every layer computes every head both ways.",
 )
-_REMAT = flags.DEFINE_enum("remat", "none", ["none", "full"], "See ModelConfig.remat.")
-_LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of the sequence.", lower_bound=1)
+_REMAT = flags.DEFINE_enum("remat", "none", ["none", "full"], "value of ModelConfig.remat")
+_LENGTH = flags.DEFINE_integer("length", 1024, "sequence length", lower_bound=1)
 
 LAYERS, HEADS, KV_HEADS = 30, 9, 3
 WINDOW = DGAConfig(
@@ -46,7 +45,7 @@ WINDOW = DGAConfig(
 
 
 def assignment(way: str) -> tuple[tuple[int, ...], ...]:
-  """0 for a full head, 1 for another; the classes of a layer are adjacent."""
+  """For each layer and KV head, 0 for full attention and 1 for DGA, sorted within a layer."""
   if way in ("dga", "dense"):
     return ((int(way == "dga"),) * KV_HEADS,) * LAYERS
   other = np.ones(LAYERS * KV_HEADS, int)
@@ -56,8 +55,7 @@ def assignment(way: str) -> tuple[tuple[int, ...], ...]:
 
 def layer_stack(config: ModelConfig, way: str) -> tuple[Any, Callable[..., jax.Array]]:
   """The abstract parameters of the layers, and a function of them and of the residual stream."""
-  abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-  model = abstract if way != "unrolled" else nnx.eval_shape(abstract.unstack_layers)
+  model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
   structure, params = nnx.split(model.layers)
   kind = config.make_attention()
   assert isinstance(kind, HeadBudgetsAttention)
@@ -78,31 +76,10 @@ def layer_stack(config: ModelConfig, way: str) -> tuple[Any, Callable[..., jax.A
 
     if way == "switch" and config.remat == "none":
       attend = jax.checkpoint(attend, prevent_cse=False)
-    if way == "unrolled":
-      layers = nnx.merge(structure, params)
-      return run_unstacked(layers, x_BxLxE, rope, attend, None, kind.layer_index)[0]
-    start = 0
-    lengths = [LAYERS]
-    if way == "runs":
-      lengths = [len(list(run)) for _, run in itertools.groupby(kind.budgets.assignment)]
-    for count in lengths:
-      part = jax.tree.map(lambda x, a=start, b=start + count: x[a:b], params)
-      place = kind.layer_index(start)
-
-      def attend_run(*qkv: Any, place: Any = place) -> tuple[jax.Array, None]:
-        return attend(*qkv[:-1], place if way == "runs" else qkv[-1])
-
-      x_BxLxE, _ = run_stacked(
-        nnx.merge(structure, part),
-        x_BxLxE,
-        rope,
-        attend_run,
-        None,
-        num_layers=count,
-        remat=config.remat,
-      )
-      start += count
-    return x_BxLxE
+    layers = nnx.merge(structure, params)
+    return run_stacked(layers, x_BxLxE, rope, attend, None, num_layers=LAYERS, remat=config.remat)[
+      0
+    ]
 
   return params, run
 
@@ -126,7 +103,7 @@ def main(argv: Sequence[str]) -> None:
   params, run = layer_stack(config, way)
   x = jax.ShapeDtypeStruct((1, _LENGTH.value, config.embed_dim), config.dtype)
   gradient = jax.jit(jax.grad(lambda params, x: run(params, x).astype(jnp.float32).sum()))
-  jax.jit(lambda: jnp.zeros(3)).lower().compile()  # starts the compiler
+  jax.jit(lambda: jnp.zeros(3)).lower().compile()  # Starts the compiler before the measurement.
   begin = time.process_time()
   lowered = gradient.lower(params, x)
   middle = time.process_time()

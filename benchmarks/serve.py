@@ -42,6 +42,7 @@ from dga_jax.serving.served_model import ServedModel
 from dga_jax.tokenizer import Tokenizer
 
 _MODEL = flags.DEFINE_enum("model", "smollm2", ["smollm2", "llama2-7b"], "model to serve")
+_WORKDIR = flags.DEFINE_string("workdir", None, "checkpoint to serve in place of SmolLM2")
 _KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds that the server serves")
 _CLIENTS = flags.DEFINE_list("clients", ["1", "8", "32", "64"], "numbers of concurrent clients")
 _PROMPTS = flags.DEFINE_list("prompts", ["4096", "16384"], "prompt lengths in tokens")
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> None:
 
 def _serve_kind(kind: str, max_length: int) -> ServedModel:
   if _MODEL.value == "smollm2":
-    workdir = smollm2_demo.prepare(smollm2_demo.cache_folder())
+    workdir = _WORKDIR.value or smollm2_demo.prepare(smollm2_demo.cache_folder())
     loaded = load_with_facts(workdir, attention=kind)
     model, tokenizer = loaded.model, loaded.tokenizer
   else:

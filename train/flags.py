@@ -55,7 +55,7 @@ def parse_flags(argv: list[str]) -> list[str]:
       _check_keys(overrides)
     return command_line.parse_flags(argv)
   except SystemExit as end:
-    if end.code == 0:  # --help has printed the flags.
+    if end.code == 0 and "--helpshort" not in argv:  # --help has printed the flags.
       sys.stdout.flush()
       print(f"\n{config_help()}")
     raise

@@ -110,6 +110,11 @@ def train(
 def _check_storage(config: TrainConfig, workdir: AnyPath) -> None:
   """Refuses a folder that a run cannot write to, before anything is created."""
   check_path("workdir", workdir, allow_gcs=True)
+  if is_gcs(workdir) and jax.process_count() > 1:
+    raise ValueError(
+      f"The workdir is {str(workdir)!r}, and the run has {jax.process_count()} processes; an "
+      "object store is supported for one process. Give a folder on a disk that all processes share."
+    )
   if is_gcs(workdir) and config.data.kind == "text" and config.data.cache_dir is None:
     raise ValueError(
       f"config.data.cache_dir is None, and the workdir is {str(workdir)!r}; the prepared text and "

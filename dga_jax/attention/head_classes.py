@@ -72,7 +72,7 @@ class HeadClasses:
     ]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2)
 
-  def join(self, parts: Sequence[Shaped[Array, "... some D"]]) -> Shaped[Array, "... heads D"]:
+  def join(self, parts: Sequence[Shaped[Array, "... _ D"]]) -> Shaped[Array, "... heads D"]:
     """The inverse of `take`.
 
     Args:
@@ -86,9 +86,14 @@ class HeadClasses:
     return ordered[0] if len(ordered) == 1 else jnp.concatenate(ordered, axis=-2)
 
   def map(
-    self, function: Callable[..., Array], *arrays: Shaped[Array, "... heads D"]
-  ) -> Shaped[Array, "... heads D"]:
-    """Calls function(setting, *heads of that setting) for every setting; joins the results."""
+    self, function: Callable[..., Array], *arrays: Shaped[Array, "..."]
+  ) -> Shaped[Array, "..."]:
+    """Calls function(setting, *heads of that setting) for every setting; joins the results.
+
+    Args:
+      function: takes and returns [..., heads, D].
+      arrays: [..., heads, D], query heads or KV heads.
+    """
     return self.join(
       [function(setting, *(self.take(x, setting) for x in arrays)) for setting in self.settings]
     )

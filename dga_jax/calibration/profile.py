@@ -64,5 +64,5 @@ def _fill(rise_KxNxC: Float[np.ndarray, "K N C"]) -> Float[np.ndarray, "K N C"]:
 def _measure(
   measurer: Measurer, rows: RowSet, wanted: Bool[np.ndarray, "K N C"], title: str
 ) -> HeadRises:
-  with tqdm(total=measurer.missing(rows, wanted), desc=title, unit="pass") as bar:
+  with tqdm(total=measurer.missing(rows, wanted), desc=title, unit="pass", disable=None) as bar:
     return measurer.measure_heads(rows, wanted, bar.update)

@@ -125,7 +125,7 @@ def calibrate(
   allocations = _allocations(damage_HxC, costs, goal.table_shares, dense_cost)
   lines = [
     table.row(share, choice_H.reshape(shape))
-    for share, choice_H in tqdm(allocations, desc="table", unit="share")
+    for share, choice_H in tqdm(allocations, desc="table", unit="share", disable=None)
   ]
   return Calibration(
     make_budgets(measurer.candidates, corrected.choice.reshape(shape)),
@@ -153,7 +153,7 @@ def _correct(
   shape, candidates = measurer.shape, measurer.candidates
   dense = measurer.measure_set(rows, candidates, np.zeros(shape, int))
   budget = goal.share * len(damage_HxC) * costs[0]
-  with tqdm(total=goal.rounds + 1, desc="swaps", unit="set") as bar:
+  with tqdm(total=goal.rounds + 1, desc="swaps", unit="set", disable=None) as bar:
 
     def score(choice_H: Int[np.ndarray, "H"]) -> float:
       measured = measurer.measure_set(rows, candidates, choice_H.reshape(shape))

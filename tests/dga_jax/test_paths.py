@@ -54,8 +54,8 @@ def test_paths_of_the_file_system_are_taken(path: str) -> None:
 
 
 def test_the_library_refuses_it_as_well() -> None:
-  with pytest.raises(ValueError, match=r"^workdir is 'gs://bucket/run'"):
-    load_model("gs://bucket/run")
+  with pytest.raises(ValueError, match=r"^workdir is 's3://bucket/run'"):
+    load_model("s3://bucket/run")
   with pytest.raises(ValueError, match=r"^workdir is 'gs:/bucket/run'"):
     load_model(Path("gs://bucket/run"))
 
@@ -64,19 +64,22 @@ def test_the_library_refuses_it_as_well() -> None:
   "key", ["init_from", "data.train_files", "data.validation_files", "data.cache_dir"]
 )
 def test_config_keys(key: str) -> None:
-  value = ["a.txt", "gs://bucket/*.txt"] if key.endswith("_files") else "gs://bucket/a"
   section, _, name = key.rpartition(".")
-  values = {section: {name: value}} if section else {name: value}
   model = dict.fromkeys(REQUIRED, 8)
-  with pytest.raises(ValueError, match=rf"^config\.{key} is 'gs://bucket/.*'; gs:// is not supp"):
-    make_config({"model": model, **values})
+  # config.init_from may be in Google Cloud Storage.
+  for scheme in ("s3", "file", *(["gs"] if section else [])):
+    path = f"{scheme}://bucket/a"
+    value = ["a.txt", path] if key.endswith("_files") else path
+    values = {section: {name: value}} if section else {name: value}
+    with pytest.raises(ValueError, match=rf"^config\.{key} is '{path}'; {scheme}:// is not supp"):
+      make_config({"model": model, **values})
 
 
 @pytest.mark.parametrize("module", COMMANDS)
 def test_no_command_creates_anything(module: str, tmp_path: Path) -> None:
   required, names = COMMANDS[module]
   for name in names:
-    given = required | {name: "gs://bucket/a"}
+    given = required | {name: "s3://bucket/a"}
     done = subprocess.run(
       [sys.executable, "-m", module, *(f"--{key}={value}" for key, value in given.items())],
       cwd=tmp_path,
@@ -86,7 +89,7 @@ def test_no_command_creates_anything(module: str, tmp_path: Path) -> None:
       check=False,
     )
     assert done.returncode == 1, name
-    (line,) = (line for line in done.stderr.splitlines() if "gs:// is not supported" in line)
+    (line,) = (line for line in done.stderr.splitlines() if "s3:// is not supported" in line)
     assert name.removeprefix("config.") in line
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

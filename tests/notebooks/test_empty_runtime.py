@@ -46,13 +46,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
   """
   environment, empty = tmp_path / "environment", tmp_path / "empty"
   empty.mkdir()
-  subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
+  subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
   python = environment / "bin" / "python"
   ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
   target = Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
-  there = {path.name for path in target.iterdir()}
   for path in Path(sysconfig.get_path("purelib")).iterdir():
-    if path.name not in there and "dga_jax" not in path.name and path.suffix != ".pth":
+    if "dga_jax" not in path.name and path.suffix != ".pth":
       (target / path.name).symlink_to(path)
 
   specs = tmp_path / "data" / "kernels" / "empty"

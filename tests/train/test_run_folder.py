@@ -82,6 +82,18 @@ def test_text_needs_a_folder_for_the_prepared_data(config: TrainConfig) -> None:
 
 
 @pytest.mark.usefixtures("with_gcsfs")
+def test_several_processes_need_a_shared_disk(
+  config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+  monkeypatch.setattr(setup.jax, "process_count", lambda: 2)
+  setup._check_storage(config, tmp_path)
+  with pytest.raises(
+    ValueError, match=r"'gs://bucket/run', and the run has 2 processes; .* share\."
+  ):
+    setup._check_storage(config, to_path("gs://bucket/run"))
+
+
+@pytest.mark.usefixtures("with_gcsfs")
 @pytest.mark.parametrize("path", ["s3://bucket/run", "gs:/bucket/run", "gs://", "az://a/b"])
 def test_other_stores_are_refused(path: str) -> None:
   check_path("--workdir", "gs://bucket/run", allow_gcs=True)

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dga_jax import DGAConfig, HeadBudgets
 from dga_jax.checkpoint import load_tokenizer
 from dga_jax.conversion.checkpoint_reader import TokenizerChoices
+from dga_jax.conversion.errors import ConversionError
 from dga_jax.conversion.exporting import export_hugging_face
 from dga_jax.conversion.gguf_file import GGUFFile
-from dga_jax.conversion.hugging_face import HuggingFaceFolder
+from dga_jax.conversion.hugging_face import HEAD_BUDGETS, HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
 from dga_jax.conversion.origin import chat_templates, json_files
 from dga_jax.model import ModelConfig
@@ -44,6 +46,17 @@ def test_export_in_several_files(tmp_path: Path) -> None:
   for name, tensor in tensors(GOLDEN / "qwen3").items():
     np.testing.assert_array_equal(tensor, tensors(tmp_path / "out")[name])
   assert HuggingFaceFolder(tmp_path / "out").names == HuggingFaceFolder(GOLDEN / "qwen3").names
+
+
+def test_head_budgets_travel_beside_the_model(tmp_path: Path) -> None:
+  budgets = HeadBudgets(("full", DGAConfig(selection="streaming")), ((0, 1), (1, 1)))
+  import_folder(GOLDEN / "qwen3", tmp_path / "run", attention="head_budgets", head_budgets=budgets)
+  export_hugging_face(tmp_path / "run", tmp_path / "out")
+  config = HuggingFaceFolder(tmp_path / "out").config()
+  assert (config.attention, config.head_budgets) == ("head_budgets", budgets)
+  set_keys(tmp_path / "out" / HEAD_BUDGETS, assignment=[[0, 1]])
+  with pytest.raises(ConversionError, match=r"head_budgets.json: .*has 1 layers of 2 KV heads"):
+    HuggingFaceFolder(tmp_path / "out").config()
 
 
 def full_folder(tmp_path: Path) -> Path:

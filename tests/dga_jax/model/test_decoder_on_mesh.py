@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[3]
 H100 = _aot_gpu.abstract_mesh().abstract_device
 
 
-@pytest.mark.parametrize("check", ["matrix", "others"])
+@pytest.mark.parametrize("check", ["matrix", pytest.param("others", marks=pytest.mark.nightly)])
 def test_logits_and_gradients_equal_those_of_one_device(check: str) -> None:
   """Runs in a subprocess, because JAX fixes the number of devices when it starts."""
   flags = "--xla_force_host_platform_device_count=4"

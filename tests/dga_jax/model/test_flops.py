@@ -5,8 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from dga_jax.cache import cache_size
 from dga_jax.config import DGAConfig
-from dga_jax.model import flops_per_token, mean_keys, ModelConfig, parameter_count
+from dga_jax.head_budgets import HeadBudgets
+from dga_jax.model import cache_keys, flops_per_token, mean_keys, ModelConfig, parameter_count
 
 CONFIG = ModelConfig(
   vocab_size=50,
@@ -97,3 +99,18 @@ def test_settings_that_make_dga_dense_count_as_dense(changes: dict) -> None:
 def test_an_empty_context_is_an_error() -> None:
   with pytest.raises(ValueError, match="context_length is 0"):
     mean_keys(CONFIG, 0)
+
+
+def test_head_budgets_are_averages_over_heads() -> None:
+  dga = DGAConfig(selection="streaming", group_size=6, sink_tokens=2, local_window=1)
+  budgets = HeadBudgets(("full", dga, DGAConfig(selection="streaming")), ((0, 1), (1, 1), (0, 1)))
+  config = dataclasses.replace(CONFIG, attention="head_budgets", head_budgets=budgets)
+  dense = dataclasses.replace(CONFIG, attention="dense")
+  other = dataclasses.replace(CONFIG, attention="dga", dga=dga)
+  want = (2 * mean_keys(dense, 300) + 4 * mean_keys(other, 300)) / 6
+  assert mean_keys(config, 300) == pytest.approx(want)
+  assert cache_keys(dense, 300) == 300
+  assert cache_keys(other, 300) == cache_size(config=dga, max_length=300).total
+  assert cache_keys(config, 300) == pytest.approx((600 + 4 * cache_keys(other, 300)) / 6)
+  with pytest.raises(ValueError, match="cache_keys counts 'dense'"):
+    cache_keys(CONFIG, 300)

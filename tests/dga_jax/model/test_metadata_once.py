@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.extend.core import subjaxprs
 
-from dga_jax import DGAConfig
+from dga_jax import DGAConfig, HeadBudgets
 from dga_jax.choices import AttentionName
 from dga_jax.model import ModelConfig
 from dga_jax.model.attention_kinds.base import AttentionKind
@@ -75,7 +75,8 @@ def test_layers_do_not_compute_metadata(dga: DGAConfig, once: set[str], remat: s
 
 @pytest.mark.parametrize("name", get_args(AttentionName))
 def test_make_attention_returns_the_kind_of_each_name(name: str) -> None:
-  kind = dataclasses.replace(CONFIG, attention=name).make_attention()
+  budgets = HeadBudgets(("full", STREAMING), ((0,),) + ((1,),) * (LAYERS - 1))
+  kind = dataclasses.replace(CONFIG, attention=name, head_budgets=budgets).make_attention()
   assert isinstance(kind, AttentionKind)
   assert kind.name == name
   assert isinstance(hash(kind), int)
