@@ -41,7 +41,7 @@ def dynamic_group_attention(
   plan: GroupPlan | None = None,
   lengths: Lengths | None = None,
   segment_ids: SegmentIds | SequenceIds | None = None,
-  scale: float | None = None,
+  scale: float | Float[Array, ""] | None = None,
   sharding: NamedSharding | None = None,
   implementation: Implementation = None,
 ) -> Float[Array, "*B L H D"]:
@@ -298,7 +298,7 @@ def _attend_on_mesh(
   *,
   partition: AttentionPartition,
   config: DGAConfig | HeadBudgets,
-  scale: float | None,
+  scale: float | Float[Array, ""] | None,
   implementation: Implementation,
 ) -> Array:
   def attend_part(operands: dict[str, Any]) -> Array:

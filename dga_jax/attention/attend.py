@@ -29,7 +29,7 @@ def attend(
   value: Float[Array, "B L N D"],
   metadata: AttentionMetadata,
   *,
-  scale: float | None = None,
+  scale: float | Float[Array, ""] | None = None,
   implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """Selects, merges and attends; see `dynamic_group_attention`, which checks the arguments.
@@ -54,7 +54,7 @@ def attend_with_plan(
   value: Float[Array, "B L N D"],
   plan: GroupPlan,
   *,
-  scale: float | None = None,
+  scale: float | Float[Array, ""] | None = None,
   implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """As `attend`, under the selection, layout and visibility of a plan."""
@@ -161,7 +161,7 @@ def attend_merged(
   invalid: Array | None,
   config: DGAConfig,
   *,
-  scale: float | None = None,
+  scale: float | Float[Array, ""] | None = None,
   implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """Attention of every query to the ranges that it sees of the sources."""
@@ -174,7 +174,9 @@ def attend_merged(
   return nan_where_invalid(out_BxLxHxD, invalid)
 
 
-def attention_kwargs(query: Array, config: DGAConfig, scale: float | None) -> dict[str, Any]:
+def attention_kwargs(
+  query: Array, config: DGAConfig, scale: float | Float[Array, ""] | None
+) -> dict[str, Any]:
   """Keyword arguments of `grouped_attention`, but for `implementation`."""
   streaming = config.selection == "streaming"
   return {

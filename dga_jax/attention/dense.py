@@ -19,7 +19,7 @@ def dense_attention(
   value: Float[Array, "B L N D"],
   documents: Documents,
   *,
-  scale: float | None = None,
+  scale: float | Float[Array, ""] | None = None,
   implementation: DenseImplementation | None = None,
 ) -> Float[Array, "B L H D"]:
   """Softmax attention of every query to the tokens up to itself in its own document.
@@ -42,6 +42,7 @@ def dense_attention(
   scale = query.shape[-1] ** -0.5 if scale is None else scale
   if is_traced(scale):  # The fused kernels take a static scale.
     query, scale = (query * scale).astype(query.dtype), 1.0
+  scale = float(scale)
   if implementation is None:
     implementation = _choose(query, documents)
   if implementation == "splash":

@@ -23,7 +23,7 @@ def splash_causal(
   v_BxLxNxD: Float[Array, "B L N D"],
   documents_BxL: Int[Array, "B L"],
   *,
-  scale: float | None = None,
+  scale: float | Float[Array, ""] | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B L H D"]:
   """Causal attention inside each document.

@@ -104,6 +104,7 @@ class ModelConfig:
       "head_dim",
       "mlp_dim",
       least=1,
+      most=2**31 - 1,  # JAX's array sizes.
     )
     if self.num_heads % self.num_kv_heads:
       raise config_error(self, "num_heads", f"a multiple of num_kv_heads={self.num_kv_heads}")

@@ -91,8 +91,8 @@ def test_summary() -> None:
   assert result["perplexity"] == pytest.approx(np.exp(2.5))
   assert result["standard_error"] == pytest.approx(0.5)  # The means of the rows are 3 and 2.
   assert result["by_position"] == [
-    {"from": 0, "to": 2, "loss": 2.5},
-    {"from": 2, "to": 4, "loss": 2.5},
+    {"from": 0, "to": 2, "loss": 2.5, "standard_error": pytest.approx(1.0)},
+    {"from": 2, "to": 4, "loss": 2.5, "standard_error": pytest.approx(2.0)},
   ]
   assert summarise(loss[:1], buckets=9)["standard_error"] is None
 

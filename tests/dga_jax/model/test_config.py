@@ -50,7 +50,7 @@ def test_invalid_values_are_errors(changes: dict, message: str) -> None:
 )
 @pytest.mark.parametrize("value", [0, -2])
 def test_sizes_must_be_positive(name: str, value: int) -> None:
-  with pytest.raises(ValueError, match=rf"ModelConfig\.{name} is {value}.*at least 1"):
+  with pytest.raises(ValueError, match=rf"ModelConfig\.{name} is {value}.*from 1 to 2147483647"):
     dataclasses.replace(CONFIG, **{name: value})
 
 
