@@ -1,4 +1,4 @@
-"""One cache of compiled programs for all test processes, which persists in the checkout.
+"""One cache of compiled programs for all test processes of a user, which persists between runs.
 
 Most of a test's time is compilation. The key of a program contains its text, the version of the
 compiler and its options. The name of the folder identifies the processor, because a program may use
@@ -8,6 +8,7 @@ the processor's instructions.
 import hashlib
 import os
 import platform
+import shutil
 from pathlib import Path
 
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -21,7 +22,9 @@ def _processor() -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-FOLDER = Path(__file__).parents[1] / ".pytest_cache" / "compiled" / _processor()
+_CACHE_HOME = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+FOLDER = _CACHE_HOME / "dga-jax" / "compiled-tests" / _processor()
+_LARGEST_BYTES = 2 << 30
 
 ENVIRONMENT = {
   "JAX_COMPILATION_CACHE_DIR": str(FOLDER),
@@ -33,7 +36,9 @@ ENVIRONMENT = {
 def share() -> None:
   """Makes this process and its subprocesses use the cache. Call it before importing jax.
 
-  Existing environment variables have priority.
+  Existing environment variables have priority. A cache of more than 2 GiB is emptied.
   """
+  if FOLDER.is_dir() and sum(path.stat().st_size for path in FOLDER.iterdir()) > _LARGEST_BYTES:
+    shutil.rmtree(FOLDER, ignore_errors=True)
   for name, value in ENVIRONMENT.items():
     os.environ.setdefault(name, value)

@@ -22,14 +22,14 @@ def test_trains_generates_and_sums_up(
   config_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
   assert quickstart.quickstart(str(config_file), tmp_path / "run") == 0
-  shown = capfd.readouterr().out
+  shown, figures = capfd.readouterr()
   first, last = (
     float(line.split(":")[1].split()[0])
     for line in shown.splitlines()
     if line.startswith("Held-out loss at step")
   )
   assert last < first
-  assert "tokens/s" in shown
+  assert "tokens/s" in figures
   for line in shown.splitlines():
     if line.startswith(("Plots:", "Metrics:", "Checkpoints:")):
       paths = line.partition(":")[2].split(",")
