@@ -18,8 +18,8 @@ def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> De
 
   Attention is the same for any order of heads if query, key, value and output weights are permuted
   alike. So heads are permuted once, here, and no layer gathers them. The config of the result holds
-  the permuted assignment, which is the one for the result's own weights: save, export or train the
-  result as it is, and do not apply the same budgets to it again.
+  the permuted assignment, which is the one for the result's own weights. Therefore budgets are
+  applied once: a model that has budgets is refused.
 
   Args:
     model: with stacked layers, on one device or on a mesh. Its head order is that of `budgets`.
@@ -31,12 +31,17 @@ def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> De
     A new model. The parameters that do not depend on the order of heads are shared.
 
   Raises:
-    ValueError: the budgets do not fit the model, parts does not divide its KV heads, or its layers
-      are unstacked.
+    ValueError: the budgets do not fit the model, the model has budgets, parts does not divide its
+      KV heads, or its layers are unstacked.
   """
   if not isinstance(model.layers, DecoderLayer):
     raise ValueError(
       "model has unstacked layers; call apply_budgets before Decoder.unstack_layers."
+    )
+  if model.config.head_budgets is not None:
+    raise ValueError(
+      "model has head budgets already, and its heads are in the order of these. Apply budgets to the "
+      "model that they were made for, from before budgets were applied."
     )
   # The new config checks that the budgets fit the model.
   dataclasses.replace(model.config, head_budgets=budgets)

@@ -195,6 +195,8 @@ def test_budgets_that_do_not_fit_are_refused():
     apply_budgets(DENSE, BUDGETS, parts=2)
   with pytest.raises(ValueError, match=r"before Decoder\.unstack_layers"):
     apply_budgets(DENSE.unstack_layers(), BUDGETS)
+  with pytest.raises(ValueError, match="model has head budgets already"):
+    apply_budgets(MODEL, BUDGETS)
 
 
 def test_meshes_compute_what_one_device_computes():
