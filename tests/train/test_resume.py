@@ -43,7 +43,8 @@ def stop_after(
   return process.returncode, output
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", range(2))
 def test_signals_at_random_moments(
   seed: int,
   start_trainer: StartTrainer,

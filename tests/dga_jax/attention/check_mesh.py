@@ -27,13 +27,13 @@ def equal(got, want, message=""):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-6, err_msg=message)
 
 
-def check_matrix():
+def check_matrix(meshes):
   """Outputs and gradients equal one device's, without collectives, on every mesh and split."""
   want = {
     selection: cases.run(*ARRAYS, config=cases.CONFIGS[selection], implementation=None)
     for selection in mesh_cases.SELECTIONS
   }
-  for names, axis_type in mesh_cases.MESHES:
+  for names, axis_type in meshes:
     mesh = mesh_cases.make_mesh(names, axis_type)
     run, shardings = mesh_cases.make_run(names, mesh, mesh_cases.CASES)
     arrays = {split: jax.device_put(ARRAYS, sharding) for split, sharding in shardings.items()}
@@ -147,8 +147,8 @@ def check_unknown_and_mixed_axes():
 if __name__ == "__main__":
   jax.config.update("jax_numpy_rank_promotion", "raise")
   jax.config.update("jax_disable_most_optimizations", True)
-  if sys.argv[1] == "matrix":
-    check_matrix()
+  if sys.argv[1] in ("matrix", "diagonal"):
+    check_matrix(mesh_cases.MESHES if sys.argv[1] == "matrix" else mesh_cases.DIAGONAL)
   else:
     axis_type = AxisType[sys.argv[1]]
     check_outside_jit(axis_type)

@@ -19,6 +19,7 @@ AXES = {
   "foreign": (("x", "y"), (2, 2), ("x",), ("y",)),
 }
 MESHES = tuple(itertools.product(AXES, AXIS_TYPES))
+DIAGONAL = tuple(zip(AXES, AXIS_TYPES, strict=True))  # Both names and both types, once each.
 SPLITS = ("rows", "heads", "both")
 SELECTIONS = ("global", "streaming")
 CASES = tuple(itertools.product(SPLITS, SELECTIONS))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 
 from dga_jax import DGAConfig, dynamic_group_attention, plan_groups
 from tests.dga_jax.attention.cases import arrays, CONFIGS, rows, run
+from tests.nightly import nightly
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -43,7 +44,7 @@ def test_rows_shorter_than_a_group_or_block(selection, length):
 
 
 @pytest.mark.parametrize("selection", ["global", "streaming"])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, *nightly(jnp.float16)])
 def test_half_precision_error_is_close_to_that_of_dense_attention(selection, dtype):
   """The error against float32 is at most 2 times (gradients 3 times) that of dense attention."""
   config = DGAConfig(selection=selection, min_focal_tokens=0)

@@ -16,15 +16,14 @@ from benchmarks import _aot_gpu, _aot_tpu
 from dga_jax import dynamic_group_attention, plan_groups
 from tests.dga_jax.attention import mesh_cases
 from tests.dga_jax.attention.cases import CONFIGS
+from tests.nightly import nightly
 from train.hlo_collectives import read_collectives
 
 ROOT = Path(__file__).parents[3]
 H100 = _aot_gpu.abstract_mesh().abstract_device
 
 
-@pytest.mark.parametrize(
-  "check", ["matrix", "Explicit", pytest.param("Auto", marks=pytest.mark.nightly)]
-)
+@pytest.mark.parametrize("check", ["diagonal", "Explicit", *nightly("matrix", "Auto")])
 def test_values_equal_those_of_one_device(check: str) -> None:
   """Runs in a subprocess, because JAX fixes the number of devices when it starts."""
   flags = "--xla_force_host_platform_device_count=4"

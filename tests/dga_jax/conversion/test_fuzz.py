@@ -9,7 +9,7 @@ import pytest
 from tests.dga_jax import mutations
 from tests.dga_jax.conversion import fuzz
 
-MUTANTS = 500
+MUTANTS = 300
 NAMES = [
   "checkpoint_tokenizer",
   "config",

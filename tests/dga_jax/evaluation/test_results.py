@@ -116,6 +116,7 @@ def is_png(path: Path) -> bool:
   return path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
+@pytest.mark.nightly
 def test_perplexity_and_its_plots(tmp_path: Path) -> None:
   models, settings = family(), PerplexitySettings(batch_size=2, targets=8, contexts=(8, 16))
   documents = read_documents([write_documents(tmp_path)])

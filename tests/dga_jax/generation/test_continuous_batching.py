@@ -12,6 +12,7 @@ from flax import nnx
 from dga_jax import DGAConfig
 from dga_jax.generation import ContinuousBatching, generate, Request, Sampling
 from dga_jax.model import Decoder, ModelConfig
+from tests.nightly import nightly
 
 CONFIG = ModelConfig(
   vocab_size=61,
@@ -73,7 +74,7 @@ def test_teacher_forced_logits_equal_decoded_logits(model):
     logits, cache = decode(model, tokens[np.arange(2), at], cache)
 
 
-@pytest.mark.parametrize("kind", ["dga", "global", "dense", "streaming_llm", "kv_merger"])
+@pytest.mark.parametrize("kind", ["dga", "dense", *nightly("global", "streaming_llm", "kv_merger")])
 def test_greedy_tokens_do_not_depend_on_neighbours(model, prompts, kind):
   if kind == "global":
     other = with_attention(model, dga=DGAConfig(min_focal_tokens=4, group_size=5))

@@ -113,7 +113,10 @@ def check_other_kinds():
 if __name__ == "__main__":
   jax.config.update("jax_numpy_rank_promotion", "raise")
   jax.config.update("jax_disable_most_optimizations", True)
-  if sys.argv[1] == "matrix":
+  if sys.argv[1] == "diagonal":
+    check_matrix("streaming", mesh_cases.DIAGONAL[:1])
+    check_matrix("global", mesh_cases.DIAGONAL[1:])
+  elif sys.argv[1] == "matrix":
     check_matrix("streaming", mesh_cases.MESHES)
     check_matrix("global", [("foreign", AxisType.Explicit)])
   else:

@@ -22,13 +22,14 @@ from dga_jax.sharding import (
 )
 from tests.dga_jax.attention import mesh_cases
 from tests.dga_jax.model import decoder_on_mesh as cases
+from tests.nightly import nightly
 from train.hlo_collectives import read_collectives
 
 ROOT = Path(__file__).parents[3]
 H100 = _aot_gpu.abstract_mesh().abstract_device
 
 
-@pytest.mark.parametrize("check", ["matrix", pytest.param("others", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("check", ["diagonal", *nightly("matrix", "others")])
 def test_logits_and_gradients_equal_those_of_one_device(check: str) -> None:
   """Runs in a subprocess, because JAX fixes the number of devices when it starts."""
   flags = "--xla_force_host_platform_device_count=4"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.grouped_attention.mosaic_gpu_attention import grouped_attention_mosaic_gpu
+from tests.nightly import nightly
 from tests.pallas_kernels.grouped_attention.kernel_cases import (
   check_against_reference,
   GPU_CASES,
@@ -30,7 +31,7 @@ _gradients = functools.partial(output_and_gradients, grouped_attention_mosaic_gp
 
 
 # Packed rows with two heads per work tile; shared bounds with one head per work tile.
-@pytest.mark.parametrize("name", ["packed", "streaming_packed"])
+@pytest.mark.parametrize("name", [*nightly("packed"), "streaming_packed"])
 def test_interpreted_kernels_equal_reference_without_races(name: str):
   result = subprocess.run(
     [sys.executable, "-m", _COMMAND, name],
