@@ -42,7 +42,7 @@ def test_report(config: TrainConfig, config_file: Path) -> None:
 
 @pytest.mark.aot
 def test_a_step_that_exceeds_the_memory_is_reported(config: TrainConfig) -> None:
-  with pytest.raises(ValueError, match="--topology=v5e:3x7 is none"):
+  with pytest.raises(ValueError, match="--topology=v5e:3x7 is unknown to the compiler"):
     compile_step(config, "v5e:3x7")
   config = dataclasses.replace(config, batch_size=6)
   with pytest.raises(ValueError, match=r"config\.batch_size is 6"):
