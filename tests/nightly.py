@@ -7,8 +7,9 @@ import pytest
 
 
 def nightly(*values: Any) -> list[Any]:
-  """The values as parameters with the marker `nightly`."""
-  return [pytest.param(value, marks=pytest.mark.nightly) for value in values]
+  """The values, a tuple for several arguments, as parameters with the marker `nightly`."""
+  arguments = (value if isinstance(value, tuple) else (value,) for value in values)
+  return [pytest.param(*each, marks=pytest.mark.nightly) for each in arguments]
 
 
 def nightly_except(values: Iterable[Any], *kept: Any) -> list[Any]:

@@ -16,13 +16,17 @@ import jax.numpy as jnp
 import pytest
 
 from dga_jax import DGAConfig, dynamic_group_attention
+from tests.nightly import nightly
 from tests.pallas_kernels.tpu import compile_for_tpu, TOPOLOGIES
 
 pytestmark = pytest.mark.aot
 
 H, N, D = 32, 8, 128
 LENGTHS = {"8K": 2**13, "32K": 2**15, "128K": 2**17}
-CHIPS_AND_LENGTHS = [(chip, L) for L in LENGTHS for chip in TOPOLOGIES]
+CHIPS_AND_LENGTHS = [
+  *((chip, length) for length in ("8K", "128K") for chip in TOPOLOGIES),
+  *nightly(*((chip, "32K") for chip in TOPOLOGIES)),
+]
 KEPT_IN_VMEM = {"v5e": 2**26, "v6e": 2**26}
 STREAMING = DGAConfig(selection="streaming", min_focal_tokens=0)
 
