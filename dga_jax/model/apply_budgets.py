@@ -40,8 +40,8 @@ def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> De
     )
   if model.config.head_budgets is not None:
     raise ValueError(
-      "model has head budgets already, and its heads are in their order. Apply budgets to the model "
-      "from before any budgets were applied."
+      "model has head budgets already, and its heads are in their order. Apply budgets to the "
+      "model from before any budgets were applied."
     )
   # The new config checks that the budgets fit the model.
   dataclasses.replace(model.config, head_budgets=budgets)
