@@ -37,7 +37,7 @@ def shortest_saving(config: ModelConfig) -> int:
 
 
 def with_smaller_cache(loaded: Loaded, length: int, *, is_chosen: bool) -> Loaded:
-  """The model with dense attention, if DGA's cache would be larger; says so on stderr.
+  """The model with dense attention, if DGA's cache would be larger; prints a note on stderr.
 
   Dense attention replaces DGA if both compute the same, or if the model was pretrained with dense
   attention. A model that was trained here with DGA keeps it.

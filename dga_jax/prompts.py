@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 STDIN = "-"
-"""The path that stands for standard input."""
+"""The path that denotes standard input."""
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.wheel import build_wheel, PACKAGES
+
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "tests" / "golden" / "hugging_face" / "smollm"
-PACKAGES = ("dga_jax", "pallas_kernels")
 
 pytestmark = pytest.mark.wheel
 
@@ -62,16 +63,7 @@ class Installed:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """The wheel, built from a copy of the tree, so that it contains no old build files."""
-  folder = tmp_path_factory.mktemp("build")
-  for name in ("pyproject.toml", "README.md", "LICENSE"):
-    shutil.copy(ROOT / name, folder)
-  for name in PACKAGES:
-    shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-  command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
-  subprocess.run([*command, "--wheel-dir", str(folder / "dist"), str(folder)], check=True)
-  (path,) = (folder / "dist").glob("*.whl")
-  return path
+  return build_wheel(tmp_path_factory.mktemp("build"))
 
 
 @pytest.fixture(scope="module")

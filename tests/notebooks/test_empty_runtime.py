@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -14,25 +13,17 @@ import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
+from tests.wheel import build_wheel
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "dga_quickstart.ipynb"
-PACKAGES = ("dga_jax", "pallas_kernels")
 
 pytestmark = pytest.mark.nightly
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """The wheel, built from a copy of the tree."""
-  folder = tmp_path_factory.mktemp("build")
-  for name in ("pyproject.toml", "README.md", "LICENSE"):
-    shutil.copy(ROOT / name, folder)
-  for name in PACKAGES:
-    shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-  command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet"]
-  subprocess.run([*command, "--wheel-dir", str(folder / "dist"), str(folder)], check=True)
-  (path,) = (folder / "dist").glob("*.whl")
-  return path
+  return build_wheel(tmp_path_factory.mktemp("build"))
 
 
 type Run = Callable[[str], tuple[nbformat.NotebookNode, str]]

@@ -79,7 +79,7 @@ class ShardedPlan(NamedTuple):
 
     Returns:
       Focal tokens [B, N, f], members of groups [B, N, g, m] and the query of each group [B, N, g].
-      The number of rows stands for an absent entry.
+      The number of rows marks an absent entry.
     """
     shards, layout, m = self.shards, self.plan.layout, self.plan.config.group_size
     absent = 2 * self.halo + 2 * shards.chunk

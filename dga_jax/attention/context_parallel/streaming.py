@@ -121,7 +121,7 @@ class _ShardedBlocks:
     """First index of each block of this device in its two chunks, each of which follows its halo.
 
     A chunk has entries for the most blocks that can end in it. The length of the chunks and
-    halos stands for an absent block.
+    halos marks an absent block.
     """
     shards = self._shards
     first_Bx2 = jnp.take(self._first_Bx2C, shards.chunk_ids, axis=1)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dga_jax import DGAConfig
 from dga_jax.generation import (
   Engine,
   EngineStoppedError,
@@ -17,21 +16,9 @@ from dga_jax.generation import (
   Sampling,
 )
 from dga_jax.generation.cache_shapes import all_bytes, CacheShapes
-from dga_jax.model import Decoder, ModelConfig
+from dga_jax.model import Decoder
+from tests.dga_jax.generation.small_model import CONFIG, GREEDY
 
-CONFIG = ModelConfig(
-  vocab_size=61,
-  num_layers=2,
-  embed_dim=32,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_dim=48,
-  attention="dga",
-  dga=DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1),
-  dtype="float32",
-)
-GREEDY = Sampling(temperature=0.0)
 MAX_LENGTH = 400
 MANY = 1 << 30  # A budget of bytes that nothing here reaches.
 
