@@ -34,6 +34,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("dga_ci" if os.environ.get("CI") else "dga")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+  """Disables the cache of programs for `aot` tests: it cannot load those of an absent device.
+
+  JAX reads the setting once, when it compiles its first program; importing a test file may.
+  """
+  if "aot" in config.option.markexpr:
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
   """Skips tests marked `gpu` without a GPU, and `nightly`, `wheel` and `aot` unless selected."""
   if jax.default_backend() != "gpu":
@@ -44,12 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     _skip(items, "wheel", "installs packages: ./workspace test-wheel")
   if "aot" not in config.option.markexpr:
     _skip(items, "aot", "takes minutes: ./workspace test-aot")
-  else:
-    # A cached program of an absent device cannot be loaded.
-    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    jax.config.update("jax_enable_compilation_cache", False)
-    if importlib.util.find_spec("libtpu") is None:
-      _skip(items, "aot", "needs libtpu, which ./workspace test-aot installs")
+  elif importlib.util.find_spec("libtpu") is None:
+    _skip(items, "aot", "needs libtpu, which ./workspace test-aot installs")
 
 
 def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
