@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
   models = _models(max(lengths) + 2 * _NEW.value + 2 * _MESSAGE_TOKENS)
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool, run_server(models) as url:
+    for model in models:  # The first request of a process is slower.
+      pool.submit(run_load, _load(model, url, min(lengths))).result()
     if "load" in tables:
       _print_load(pool, models, url, lengths)
     if "second_turn" in tables:
