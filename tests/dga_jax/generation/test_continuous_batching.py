@@ -1,4 +1,4 @@
-"""Batches of requests: tokens depend neither on neighbours nor on padding nor on chunks."""
+"""Continuous batching: tokens do not depend on other requests, padding or chunking."""
 
 import dataclasses
 import gc
