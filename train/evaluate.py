@@ -130,7 +130,7 @@ def evaluate(
   """Evaluates on the first `eval_batches` held-out batches, the same ones every time."""
   first = itertools.islice(batches, config.eval_batches)
   # All batches are dispatched before the first result is waited for.
-  results = jax.device_get([eval_step(params, functions.place(batch)) for batch in first])
+  results = jax.device_get([eval_step(params, functions.shard_batch(batch)) for batch in first])
   totals = {
     name: np.sum([sums[name] for sums in results], axis=0, dtype=float) for name in results[0]
   }

@@ -52,11 +52,11 @@ class TextRows:
     begin = 0
     for segment, span in enumerate(self._rows[index], start=1):
       tokens = self._stream.read(span.start, span.start + span.length + 1)
-      place = slice(begin, begin + span.length)
-      row["inputs"][place] = tokens[:-1]
-      row["targets"][place] = tokens[1:]
-      row["segment_ids"][place] = segment
-      row["loss_mask"][place] = self._stream.learnt(span.start + 1, span.start + span.length + 1)
+      columns = slice(begin, begin + span.length)
+      row["inputs"][columns] = tokens[:-1]
+      row["targets"][columns] = tokens[1:]
+      row["segment_ids"][columns] = segment
+      row["loss_mask"][columns] = self._stream.learnt(span.start + 1, span.start + span.length + 1)
       begin += span.length
     return row
 

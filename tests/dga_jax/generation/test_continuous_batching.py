@@ -1,4 +1,4 @@
-"""Batches of requests: what comes out does not depend on neighbours, padding or the path taken."""
+"""Continuous batching: tokens do not depend on other requests, padding or chunking."""
 
 import dataclasses
 import gc

@@ -1,4 +1,4 @@
-"""Conversations: the loss is on answers alone, in the plain template and in a model's own."""
+"""Conversations: only answers have a loss, with the plain template and with a model's template."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ TEMPLATE = (
 
 
 def pieces(encoded: Encoded) -> list[tuple[bool, str]]:
-  """Runs of tokens with and without a loss; the end token is written as #."""
+  """Text with a loss and text without it, alternating; # is the end token."""
   found: list[tuple[bool, str]] = []
   for token, is_learnt in zip(encoded.tokens.tolist(), encoded.learnt.tolist(), strict=True):
     text = "#" if token == END else chr(token)

@@ -1,4 +1,4 @@
-"""Rows of text: every token of every document once, in order, none across documents."""
+"""Rows of text: each token of each document once, in order, without targets across documents."""
 
 import collections
 
@@ -13,7 +13,7 @@ from train.data.text import TextRows
 from train.data.token_stream import token_blocks, TokenStream
 
 TOKENIZER = Tokenizer.byte_level()
-# Documents of letters, of all lengths from 1 to more than a block of the stream.
+# Documents of letters with every length from 1 to more than one block of the stream.
 DOCUMENTS = st.lists(
   st.one_of(st.integers(1, 40), st.integers(1, 6000)).flatmap(
     lambda length: st.sampled_from("abc").map(lambda letter: (letter + "xyz" * length)[:length])
@@ -56,7 +56,7 @@ def test_rows_hold_every_document_once_and_in_order(
     count = segments.max()
     assert max_documents is None or count <= max_documents
     used = np.count_nonzero(segments > 0)
-    # Documents 1, 2, ... stand one after the other, then comes padding alone.
+    # Documents 1, 2, ... are adjacent; padding follows them.
     np.testing.assert_array_equal(np.diff(segments[:used]) >= 0, True)
     assert set(segments[:used]) == set(range(1, count + 1))
     assert set(segments[used:]) <= {-1}
@@ -64,7 +64,7 @@ def test_rows_hold_every_document_once_and_in_order(
     for segment in range(1, count + 1):
       inputs, targets = (row[name][segments == segment].tolist() for name in ("inputs", "targets"))
       assert inputs[1:] == targets[:-1]
-      # No target lies beyond the end of its document.
+      # No target is past the end of its document.
       assert TOKENIZER.end_id not in [*targets[:-1], *inputs[1:]]
       pieces.append((inputs, targets))
   assert sum(len(inputs) for inputs, _ in pieces) == sum(map(len, documents)) + len(documents)
