@@ -1,4 +1,4 @@
-"""How a token is drawn: filters, seeds, and sequences that do not disturb each other."""
+"""Sampling: filters, seeds, and the independence of the sequences of a batch."""
 
 import jax.numpy as jnp
 import numpy as np
