@@ -1,0 +1,33 @@
+"""The common form of the pictures of benchmarks/paper.py."""
+
+import textwrap
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+LINES = ("-", "--", "-.", ":")
+
+
+def make_figure(columns: int, title: str, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+  """A figure with a row of panels."""
+  figure = Figure(figsize=(5.2 * columns, height), dpi=90, layout="constrained")
+  figure.suptitle("\n".join(textwrap.wrap(title, 42 * columns)), fontsize=11)
+  panels = figure.subplots(1, columns, squeeze=False)[0]
+  for axes in panels:
+    axes.grid(alpha=0.3)
+    axes.tick_params(labelsize=8)
+  return figure, list(panels)
+
+
+def label(axes: Axes, title: str, x: str, y: str) -> None:
+  """Sets the texts of a panel."""
+  axes.set_title("\n".join(textwrap.wrap(title, 58)), fontsize=9)
+  axes.set_xlabel(x, fontsize=9)
+  axes.set_ylabel(y, fontsize=9)
+
+
+def save(figure: Figure, path: Path) -> None:
+  """Saves a PNG file without the version of the library in it."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, metadata={"Software": None})
