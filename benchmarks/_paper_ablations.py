@@ -33,12 +33,14 @@ _CHUNK = 256  # Positions whose logits are computed at a time.
 
 def variants() -> dict[str, DGAConfig | None]:
   """The settings by name; None is dense attention. m = 16 and γ = 0.1 where not stated."""
-  settings: dict[str, DGAConfig | None] = {"dense": None, "paper": _config()}
-  settings |= {f"m = {m}": _config(group_size=m) for m in GROUP_SIZE if m != 16}
-  settings |= {f"γ = {g}": _config(importance_rate=g) for g in IMPORTANCE_RATE if g != 0.1}
-  settings["random focal tokens"] = _config(selection="random")
-  settings["no complementary tokens"] = _config(complementary=False)
-  return settings
+  return {
+    "dense": None,
+    "paper": _config(),
+    "random focal tokens": _config(selection="random"),
+    "no complementary tokens": _config(complementary=False),
+    **{f"m = {m}": _config(group_size=m) for m in (4, 64, 8, 32)},
+    **{f"γ = {gamma}": _config(importance_rate=gamma) for gamma in (0.5, 0.9, 0.3, 0.7)},
+  }
 
 
 def _config(**changes: Any) -> DGAConfig:

@@ -16,6 +16,7 @@ from dga_jax.model import Decoder
 from dga_jax.tokenizer import Tokenizer
 
 _PYTHON_CHARACTERS = 300_000  # Of each of the two documents of Python source.
+_CHARACTERS_PER_TOKEN = 12  # More than a text of any corpus has on average.
 
 
 class Inputs:
@@ -51,8 +52,17 @@ class Inputs:
     return corpora | {"Python": python_source()}
 
   def rows(self, corpus: str, length: int, rows_per_document: int) -> Int[np.ndarray, "B T"]:
-    """Rows of `length` inputs and their next tokens, see `token_rows`."""
-    return token_rows(self.corpora[corpus], self._loaded[1], length, rows_per_document)
+    """Rows of `length` inputs and their next tokens from the beginnings of documents.
+
+    Args:
+      corpus: a key of `corpora`.
+      length: inputs of a row.
+      rows_per_document: see `token_rows`.
+    """
+    # Encoding a whole novel takes longer than some of the measurements.
+    most = _CHARACTERS_PER_TOKEN * (length + 1) * rows_per_document
+    documents = [Document(one.id, one.text[:most]) for one in self.corpora[corpus]]
+    return token_rows(documents, self._loaded[1], length, rows_per_document)
 
   @functools.cached_property
   def _loaded(self) -> tuple[Decoder, Tokenizer]:

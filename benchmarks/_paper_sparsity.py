@@ -35,7 +35,7 @@ _SEED = 0  # Of the random weights.
 
 
 def make_jobs(
-  inputs: Inputs, pieces: Sequence[tuple[int, int]] = ((2000, 2), (8000, 1))
+  inputs: Inputs, pieces: Sequence[tuple[int, int]] = ((2000, 2), (4000, 1), (8000, 1))
 ) -> Iterator[Job]:
   """One job for each corpus, for trained and random weights, and for each kind of piece.
 

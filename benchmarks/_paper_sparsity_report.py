@@ -60,7 +60,9 @@ def _mass_table(merged: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]
   }  # fmt: skip
   rows = []
   for (weights, corpus), by_length in merged.items():
-    for length in (1000, max(by_length)):
+    for length in dict.fromkeys((min(by_length), 1000, max(by_length))):
+      if length not in by_length:
+        continue
       mass = by_length[length]["mass"]
       rows.append([f"{weights}, {corpus}", str(length), *[f"{mass[name]:.1%}" for name in names]])
   return markdown(["attention mass", "L", *names.values()], rows)

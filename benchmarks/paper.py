@@ -12,6 +12,7 @@ pictures.
 Without --documents the text is the source of Python's library alone.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -62,6 +63,8 @@ _OUT = define_path("out", None, "Folder for results.", required=True)
 _SELECTED = flags.DEFINE_list("parts", list(PARTS), f"Parts to run: {', '.join(PARTS)}.")
 _WORKDIR = define_path("workdir", None, "Checkpoint of the model; SmolLM2 by default.")
 _DOCUMENTS = define_paths("documents", "Novels: .jsonl or .txt.")
+_MAX_DOCUMENTS = flags.DEFINE_integer("max_documents", 2, "Number of novels to use.", lower_bound=1)
+_JOBS = flags.DEFINE_string("jobs", "", "Run the jobs whose name matches this regular expression.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Start no job after this many minutes.")
 flags.register_validator(
   "parts",
@@ -77,9 +80,10 @@ def main(argv: Sequence[str]) -> None:
   print(environment())
   out = Path(_OUT.value)
   results = Results(out / "paper.jsonl")
-  inputs = Inputs(_WORKDIR.value, _DOCUMENTS.value)
+  inputs = Inputs(_WORKDIR.value, _DOCUMENTS.value, _MAX_DOCUMENTS.value)
   origin = Path(_WORKDIR.value).name if _WORKDIR.value else "SmolLM2-135M-Instruct Q4_1"
-  jobs = [job for name in _SELECTED.value for job in PARTS[name].make_jobs(inputs)]
+  every = [job for name in _SELECTED.value for job in PARTS[name].make_jobs(inputs)]
+  jobs = [job for job in every if re.search(_JOBS.value, job.label)]
   missing = run_jobs(jobs, results, origin=origin, minutes=_MINUTES.value)
   print(f"{len(jobs)} jobs are selected, {missing} of them are missing.")
   write_report(results.all(), out)
