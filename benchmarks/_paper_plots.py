@@ -11,8 +11,9 @@ LINES = ("-", "--", "-.", ":")
 
 def make_figure(columns: int, title: str, height: float = 4.2) -> tuple[Figure, list[Axes]]:
   """A figure with a row of panels."""
-  figure = Figure(figsize=(5.2 * columns, height), dpi=90, layout="constrained")
-  figure.suptitle("\n".join(textwrap.wrap(title, 42 * columns)), fontsize=11)
+  width = min(5.2 * columns, 15)
+  figure = Figure(figsize=(width, height), dpi=80, layout="constrained")
+  figure.suptitle("\n".join(textwrap.wrap(title, int(9 * width))), fontsize=11)
   panels = figure.subplots(1, columns, squeeze=False)[0]
   for axes in panels:
     axes.grid(alpha=0.3)
@@ -28,6 +29,6 @@ def label(axes: Axes, title: str, x: str, y: str) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-  """Saves a PNG file without the version of the library in it."""
+  """Saves a small PNG file without the version of the library in it."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, metadata={"Software": None})
+  figure.savefig(path, metadata={"Software": None}, pil_kwargs={"optimize": True})

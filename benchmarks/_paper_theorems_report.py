@@ -48,6 +48,7 @@ def _plot_1(axes: Axes, values: _Values) -> None:
   )
   axes.set_xscale("log")
   axes.set_ylim(-0.05, 1.7)  # Room for the legend.
+  axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
   label(axes, f"Theorem 1: normal logits of deviation σ, ρ = {RHO}", "L, keys", "P_sparse(L, ρ)")
 
 
