@@ -1,11 +1,11 @@
 """Robustness to noise (Figure 3b): change of the predictions under Gaussian noise.
 
-The paper adds Gaussian noise and reports the KL divergence of the predictions. Where the noise
-enters is not stated in published summaries of it. Two places are measured here: the embeddings of the
-tokens, and the keys and values of every layer, in both cases independent noise whose standard
-deviation is a multiple of the root mean square of the array. The KL divergence compares the
-next-token distribution with that of the same attention kind without noise, on the second half of
-each row.
+The paper adds Gaussian noise and reports the KL divergence of the predictions. Published summaries
+of it do not state where the noise enters. Two places are measured here: the embeddings of the
+tokens, and the keys and values of every layer. In both cases the noise is independent, with a
+standard deviation that is a multiple of the array's root mean square. The KL divergence compares
+the next-token distribution with that of the same attention kind without noise, on the second half
+of each row.
 
 A method that keeps fewer keys may change less for that reason alone. Sinks with a window of as many
 keys as DGA keeps (γ = 0.1, m = 16) is the control without groups.
