@@ -25,9 +25,10 @@ def write(results: _Results, out: Path) -> str:
     for group in groups
   }
   _plot_sparsity(merged, out / "sparsity.png")
-  for result in results:
-    if result["weights"] == "trained" and result["length"] == max(r["length"] for r in results):
-      _plot_sinks(result, out / f"sinks_{result['corpus'].lower()}.png")
+  for corpus in dict.fromkeys(corpus for weights, corpus in groups if weights == "trained"):
+    own = [r for r in results if (r["weights"], r["corpus"]) == ("trained", corpus)]
+    longest = max(own, key=lambda result: result["length"])
+    _plot_sinks(longest, out / f"sinks_{corpus.lower()}.png")
   return f"{_p_sparse_table(merged)}\n\n{_mass_table(merged)}"
 
 
