@@ -8,8 +8,8 @@ import pytest
 from hypothesis import strategies as st
 
 from dga_jax.tokenizer import Tokenizer
+from train.data.packed_rows import PackedRows
 from train.data.packing import cut, pack, Span
-from train.data.text import TextRows
 from train.data.token_stream import token_blocks, TokenStream
 
 TOKENIZER = Tokenizer.byte_level()
@@ -49,7 +49,7 @@ def test_the_stream_is_end_document_end_and_reads_anywhere(documents: list[str])
 def test_rows_hold_every_document_once_and_in_order(
   documents: list[str], length: int, max_documents: int | None
 ) -> None:
-  rows = TextRows(stream_of(documents), length, max_documents)
+  rows = PackedRows(stream_of(documents), length, max_documents)
   pieces: list[tuple[list[int], list[int]]] = []
   for row in (rows[index] for index in range(len(rows))):
     segments = row["segment_ids"]
@@ -103,7 +103,7 @@ def test_packing_fills_rows_of_short_documents() -> None:
 
 @pytest.mark.parametrize("length", [2, 7, 4096])
 def test_a_document_of_one_token_is_two_predictions(length: int) -> None:
-  rows = TextRows(stream_of(["a"]), length, None)
+  rows = PackedRows(stream_of(["a"]), length, None)
   assert len(rows) == 1
   assert rows[0]["inputs"][:2].tolist() == [TOKENIZER.end_id, ord("a")]
   assert rows[0]["targets"][:2].tolist() == [ord("a"), TOKENIZER.end_id]
