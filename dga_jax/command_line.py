@@ -15,6 +15,8 @@ from dga_jax.unused_gpu import warn_about_unused_gpu
 if TYPE_CHECKING:
   from dga_jax.head_budgets import HeadBudgets
 
+flags.disclaim_key_flags()  # --help lists --budgets with the flags of the command.
+
 
 def define_budgets() -> flags.FlagHolder[str | None]:
   """The flag --budgets of the commands that load a model."""

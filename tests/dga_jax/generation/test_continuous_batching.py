@@ -1,4 +1,4 @@
-"""Batches of requests: what comes out does not depend on neighbours, padding or the path taken."""
+"""Continuous batching: the tokens of a request do not depend on other slots, padding or chunks."""
 
 import dataclasses
 import gc
@@ -38,7 +38,7 @@ def with_attention(model, **changes):
 
 
 def run(batch):
-  """The tokens of every request, put together from what `steps` yields."""
+  """The tokens of every request, concatenated from the results of `steps`."""
   tokens = {}
   for step in batch.steps():
     for emitted in step:
@@ -84,13 +84,13 @@ def test_chunks_of_prompts_give_the_same_tokens(model, prompts, attention):
   assert run(ContinuousBatching(other, requests, slots=2, prompt_chunk=8)) == whole
 
 
-def test_kinds_that_read_whole_prompts_say_so(model, prompts):
+def test_chunks_are_refused_for_kinds_that_read_whole_prompts(model, prompts):
   other = with_attention(model, attention="minference")
   with pytest.raises(ValueError, match="'minference', which reads a prompt whole"):
     ContinuousBatching(other, [Request(prompts[0], 9)], slots=1, prompt_chunk=8)
 
 
-def test_global_selection_reads_whole_prompts(model, prompts):
+def test_chunks_are_refused_for_global_selection(model, prompts):
   other = with_attention(model, dga=DGAConfig(min_focal_tokens=4, group_size=5))
   with pytest.raises(ValueError, match=r"prompt_chunk is 8.*ranks a prompt's tokens together"):
     ContinuousBatching(other, [Request(prompts[0], 9)], slots=1, prompt_chunk=8)

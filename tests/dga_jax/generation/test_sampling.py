@@ -1,4 +1,4 @@
-"""How a token is drawn: filters, seeds, and sequences that do not disturb each other."""
+"""Sampling: filters, seeds, and independence between the sequences of a batch."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ PROBABILITIES = np.array([0.15, 0.5, 0.05, 0.3])
 
 
 def draw(how: Sampling, count: int = 2000) -> np.ndarray:
-  """Tokens of as many steps."""
+  """`count` sampled tokens."""
   logits = jnp.broadcast_to(jnp.log(jnp.array(PROBABILITIES, jnp.float32)), (count, 4))
   return np.asarray(sample(logits, SamplingParams.from_samplings([how] * count), jnp.arange(count)))
 
@@ -25,7 +25,7 @@ def draw(how: Sampling, count: int = 2000) -> np.ndarray:
     ({"top_p": 1.0, "top_k": 3}, [0, 1, 3]),
     ({"top_p": 1.0, "min_p": 0.2}, [0, 1, 3]),
     ({"top_p": 1.0, "min_p": 0.5}, [1, 3]),
-    # Of the two that top_k leaves the first holds 0.625.
+    # After top_k=2 the likelier of the two tokens has probability 0.625.
     ({"top_p": 0.62, "top_k": 2}, [1]),
   ],
 )
