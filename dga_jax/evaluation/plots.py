@@ -260,8 +260,8 @@ def _plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, title: str
       axes.set_ylabel("Depth", fontsize=8)
     if place + columns >= len(names):
       axes.set_xlabel("Length (tokens)", fontsize=8)
-  shares = PercentFormatter(xmax=1, symbol=" %")
-  figure.colorbar(image, ax=figure.axes, label="Answered right", format=shares, shrink=0.8)
+  percent = PercentFormatter(xmax=1, symbol=" %")
+  figure.colorbar(image, ax=figure.axes, label="Answered right", format=percent, shrink=0.8)
   figure.savefig(path)
 
 
