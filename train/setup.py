@@ -115,10 +115,10 @@ def _check_storage(config: TrainConfig, workdir: AnyPath) -> None:
       f"The workdir is {str(workdir)!r}, and the run has {jax.process_count()} processes; an "
       "object store is supported for one process. Give a folder on a disk that all processes share."
     )
-  if is_gcs(workdir) and config.data.kind == "text" and config.data.cache_dir is None:
+  if is_gcs(workdir) and config.data.kind != "recall" and config.data.cache_dir is None:
     raise ValueError(
-      f"config.data.cache_dir is None, and the workdir is {str(workdir)!r}; the prepared text and "
-      "tokens need a folder of the file system. Give one that every host has: "
+      f"config.data.cache_dir is None, and the workdir is {str(workdir)!r}; the prepared data "
+      "need a folder of the file system. Give one that every host has: "
       "--config.data.cache_dir=FOLDER."
     )
 

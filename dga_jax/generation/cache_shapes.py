@@ -6,12 +6,14 @@ many entries.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool
 
 from dga_jax.model import Decoder
 from dga_jax.model.config import ModelConfig
@@ -70,6 +72,29 @@ class CacheShapes:
 
 def _round_up(length: int) -> int:
   return max(64, -(-length // 64) * 64)
+
+
+def hold_lengths(
+  before: Any, after: Any, batch_axes: Sequence[int | None], held_B: Bool[Array, "B"]
+) -> Any:
+  """The cache `after` a decode step, with the counts of tokens of `before` in some rows.
+
+  Args:
+    before: a traced cache.
+    after: the cache with one more token in every row.
+    batch_axes: of every array, see `CacheShapes.batch_axes`.
+    held_B: the rows whose counts do not change. Counts are the int32 arrays of a cache.
+  """
+
+  def hold(old: Array, new: Array, axis: int | None) -> Array:
+    if axis is None or new.dtype != jnp.int32:
+      return new
+    shape = [-1 if i == axis else 1 for i in range(new.ndim)]
+    return jnp.where(held_B.reshape(shape), old, new)
+
+  leaves, structure = jax.tree.flatten(after)
+  held = map(hold, jax.tree.leaves(before), leaves, batch_axes)
+  return jax.tree.unflatten(structure, list(held))
 
 
 def content_bytes(cache: Any) -> int:

@@ -31,8 +31,8 @@ class Delta:
   Attributes:
     index: of the choice.
     text: new text, of whole characters.
-    tokens: the tokens whose log probabilities are given.
-    logprobs: one entry a token, if the request wants them.
+    tokens: the tokens of `logprobs`.
+    logprobs: one entry a token, if the request has `top_logprobs`.
     finish: "stop" or "length" with the last text, else None.
   """
 

@@ -1,4 +1,4 @@
-"""Continuous batching: the tokens of a request do not depend on other slots, padding or chunks."""
+"""Continuous batching: tokens do not depend on other requests, padding or chunking."""
 
 import dataclasses
 import gc
@@ -38,7 +38,7 @@ def with_attention(model, **changes):
 
 
 def run(batch):
-  """The tokens of every request, concatenated from the results of `steps`."""
+  """The tokens of every request, joined from the items of `steps`."""
   tokens = {}
   for step in batch.steps():
     for emitted in step:
@@ -84,13 +84,13 @@ def test_chunks_of_prompts_give_the_same_tokens(model, prompts, attention):
   assert run(ContinuousBatching(other, requests, slots=2, prompt_chunk=8)) == whole
 
 
-def test_chunks_are_refused_for_kinds_that_read_whole_prompts(model, prompts):
+def test_kinds_that_read_whole_prompts_are_refused(model, prompts):
   other = with_attention(model, attention="minference")
   with pytest.raises(ValueError, match="'minference', which reads a prompt whole"):
     ContinuousBatching(other, [Request(prompts[0], 9)], slots=1, prompt_chunk=8)
 
 
-def test_chunks_are_refused_for_global_selection(model, prompts):
+def test_global_selection_reads_whole_prompts(model, prompts):
   other = with_attention(model, dga=DGAConfig(min_focal_tokens=4, group_size=5))
   with pytest.raises(ValueError, match=r"prompt_chunk is 8.*ranks a prompt's tokens together"):
     ContinuousBatching(other, [Request(prompts[0], 9)], slots=1, prompt_chunk=8)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dga_jax import DGAConfig, HeadBudgets
+from dga_jax import DGAConfig, HeadBudgets, SinkWindow
 from dga_jax.generation import ContinuousBatching, Request, Sampling
 from dga_jax.model import apply_budgets, Decoder, ModelConfig
 
 GREEDY = Sampling(temperature=0.0)
 BLOCKS = DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1)
-BUDGETS = HeadBudgets(("full", BLOCKS), ((1, 0), (1, 1)))
+BUDGETS = HeadBudgets(("full", BLOCKS, SinkWindow(6, sinks=2)), ((1, 0), (1, 2)))
 
 
 @pytest.fixture(scope="module")

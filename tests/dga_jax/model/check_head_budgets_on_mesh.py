@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dga_jax import DGAConfig, HeadBudgets
+from dga_jax import DGAConfig, HeadBudgets, SinkWindow
 from dga_jax.sharding import make_mesh, MeshConfig
 from tests.dga_jax.attention import cases, mesh_cases
 from tests.dga_jax.model import decoder_on_mesh
@@ -17,7 +17,7 @@ WINDOW = DGAConfig(
   selection="streaming", group_size=2, sink_tokens=2, local_window=1, max_documents=2
 )
 # Two devices that split heads have different settings.
-BUDGETS = HeadBudgets(("full", WINDOW), ((0, 1, 1, 1), (1, 1, 0, 1)))
+BUDGETS = HeadBudgets(("full", WINDOW, SinkWindow(5, sinks=2)), ((0, 1, 2, 1), (1, 2, 0, 1)))
 
 
 def config_of(budgets):
