@@ -88,7 +88,7 @@ def _draw_shares(
     axes.figure.colorbar(image, ax=axes, label="%")
     return
   for (head, layer), share in np.ndenumerate(share_NxK):
-    colour = text_colour([float(part) for part in image.to_rgba(max(share, 0))[:3]])
+    colour = text_colour([float(part) for part in image.to_rgba(share)[:3]])
     axes.text(layer, head, _number(share), ha="center", va="center", color=colour, fontsize=7.5)
 
 
