@@ -130,7 +130,8 @@ def main() -> None:
     "environment": environment(),
   }
   report.write_json(result, provenance, output)
-  title = f"{name}: {_LENGTH.value} tokens, {result.share:.3f} of dense {_OBJECTIVE.value}"
+  share = f"{result.share:.3f} of dense {_OBJECTIVE.value}"
+  title = f"Settings of the KV heads · {name} · {_LENGTH.value} tokens · {share}"
   plot.plot_budgets(result, _LENGTH.value, title, output.with_suffix(".png"))
   print(report.table(result))
   print(f"\n{output}\n{output.with_suffix('.png')}")

@@ -123,7 +123,6 @@ def main() -> None:
   check_exists(Path(str(_WORKDIR.value)), "checkpoint, Hugging Face folder or GGUF file")
 
   from dga_jax.generation import Sampling
-  from dga_jax.head_budgets import read_head_budgets
   from dga_jax.loading import load_with_facts
 
   sampling = Sampling(
@@ -138,7 +137,7 @@ def main() -> None:
     step=_STEP.value,
     attention=cast(AttentionName | None, _ATTENTION.value),
     dtype=cast(DtypeName | None, _DTYPE.value),
-    budgets=None if _BUDGETS.value is None else read_head_budgets(_BUDGETS.value),
+    budgets=command_line.read_budgets(_BUDGETS),
   )
   if _PROMPT_AUDIO.value is not None:
     _continue_audio(loaded, sampling)

@@ -201,7 +201,8 @@ def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair:
   if data.tokenizer.vocab_size > config.model.vocab_size:
     raise ValueError(
       f"config.model.vocab_size is {config.model.vocab_size}; the tokenizer has "
-      f"{data.tokenizer.vocab_size} entries, so it must be at least that."
+      f"{data.tokenizer.vocab_size} entries. Raise config.model.vocab_size to at least that, or "
+      "lower config.data.vocab_size, the size of a tokenizer that the run trains."
     )
   if start.fingerprint not in (None, data.fingerprint):
     raise ValueError(

@@ -32,7 +32,7 @@ def model():
   return apply_budgets(Decoder(config, rngs=nnx.Rngs(0)), BUDGETS)
 
 
-def test_tokens_depend_neither_on_neighbours_nor_on_chunks(model):
+def test_tokens_do_not_depend_on_other_slots_or_chunks(model):
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 61, n).tolist() for n in (1, 13, 40)]
   requests = [Request(prompt, 9, GREEDY) for prompt in prompts]

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import soundfile
 
-from train.make_speech import HELD_OUT_VOICES, make_corpus, paragraphs, TRAIN_VOICES
+from train.data.speech import HELD_OUT_VOICES, make_corpus, paragraphs, TRAIN_VOICES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
 
 
