@@ -52,6 +52,9 @@ _PROMPTS = flags.DEFINE_list("prompts", ["4096", "16384"], "prompt lengths in to
 _NEW = flags.DEFINE_integer("new_tokens", 64, "tokens of an answer", lower_bound=2)
 _REQUESTS = flags.DEFINE_integer("requests", 2, "requests of each client", lower_bound=1)
 _SLOTS = flags.DEFINE_integer("slots", 16, "largest number of slots of a kind", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer(
+  "max_length", None, "tokens of a slot; default: as many as the prompts and answers need"
+)
 _CACHE_GB = flags.DEFINE_float("cache_gb", None, "GB of caches of each kind; default: all slots")
 _MEMORY_GB = flags.DEFINE_float("memory_gb", 64.0, "GB of caches in the table of sessions")
 _SESSION_LENGTH = flags.DEFINE_integer("session_length", 16384, "tokens of its sessions")
@@ -71,7 +74,7 @@ def main(argv: list[str]) -> None:
     _print_sessions()
   if tables <= {"sessions"}:
     return
-  models = _models(max(lengths) + 2 * _NEW.value + 2 * _MESSAGE_TOKENS)
+  models = _models(_MAX_LENGTH.value or max(lengths) + 2 * _NEW.value + 2 * _MESSAGE_TOKENS)
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool, run_server(models) as url:
     for model in models:  # The first request of a process is slower.
