@@ -9,7 +9,6 @@ from dga_jax.attention.attend import zero_padding
 from dga_jax.attention.dense import dense_attention
 from dga_jax.attention.head_classes import HeadClasses, switch_rows
 from dga_jax.attention.segments import Documents
-from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import FULL, HeadBudgets, split_row
 from dga_jax.sharding import head_part
 from pallas_kernels.dispatch import Implementation
@@ -21,8 +20,9 @@ def attend_heads(
   value: Float[Array, "B L N D"],
   budgets: HeadBudgets,
   documents: Documents,
-  attend: Callable[[DGAConfig, Array, Array, Array], Array],
+  attend: Callable[..., Array],
   *,
+  focal_scores: Float[Array, "B L N"] | None = None,
   scale: Any = None,
   implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
@@ -37,17 +37,19 @@ def attend_heads(
     value: likewise.
     budgets: of one layer and all of its KV heads.
     documents: the rows.
-    attend: Dynamic Group Attention under a config.
+    attend: Dynamic Group Attention: (config, query, key, value, focal_scores) to the output.
+    focal_scores: likewise, if a setting has the selector "fitted".
     scale: of the attention logits, default 1/√D.
     implementation: "xla" and "reference" run the heads with the setting "full" in XLA too.
   """
   part, parts = head_part()
   in_xla = implementation in ("xla", ("xla",), "reference", ("reference",))
 
-  def attend_class(setting: int, query: Array, key: Array, value: Array) -> Array:
+  def attend_class(setting: int, query: Array, key: Array, value: Array, *scores: Array) -> Array:
     config = budgets.settings[setting]
     if config != FULL:
-      return attend(config, query, key, value)
+      own = scores[0][..., 0] if scores and config.selector == "fitted" else None
+      return attend(config, query, key, value, own)
     query, key, value = zero_padding(documents, query, key, value)
     return dense_attention(
       query,
@@ -65,4 +67,5 @@ def attend_heads(
     query,
     key,
     value,
+    *(() if focal_scores is None else (focal_scores[..., None],)),
   )
