@@ -22,8 +22,8 @@ class SafetensorsFiles:
   """Tensors by name; the files are mapped into memory, and a tensor is read when asked for.
 
   As in transformers, model.safetensors prevails over an index beside it. With an index, each tensor
-  is read from the file that the index names, whatever else the files hold. focal_selector.safetensors
-  adds tensors to either.
+  is read from the file that the index names, whatever else the files hold. The tensors of
+  focal_selector.safetensors join them.
 
   Args:
     folder: holds model.safetensors, or model.safetensors.index.json and the files it names.
@@ -63,7 +63,7 @@ class SafetensorsFiles:
       added = dict.fromkeys(self._files[SELECTOR].keys(), SELECTOR)
       if twice := sorted(added.keys() & self._file_of.keys()):
         raise ConversionError(
-          f"{folder / SELECTOR} holds {shown(twice[0])}, which {self._file_of[twice[0]]} holds, too."
+          f"{folder / SELECTOR} and {self._file_of[twice[0]]} both hold {shown(twice[0])}."
         )
       self._file_of |= added
     self.names: Set[str] = self._file_of.keys()

@@ -43,7 +43,7 @@ def test_the_commands_are_listed(arguments: tuple[str, ...]) -> None:
   done = dga(*arguments)
   assert done.returncode == 0, done.stderr
   for name, command in commands.COMMANDS.items():
-    assert f"  {name:10}{command.help}\n" in done.stdout
+    assert f"  {name:14}{command.help}\n" in done.stdout
   assert done.stdout.endswith("imported:\n")
 
 
