@@ -190,8 +190,8 @@ def _append(
   )
   if scores_BxN is not None and arrays.block_score is not None:
     scores = arrays.block_score
-    offset_B = jnp.where(token.in_block, token.offset, scores.shape[-1])
-    scores = scores.at[layer, row_B, :, offset_B].set(scores_BxN, mode="drop")
+    # A token of the prefix has offset 0, where the first token of the block overwrites its score.
+    scores = scores.at[layer, row_B, :, token.offset].set(scores_BxN, mode="promise_in_bounds")
     arrays = arrays._replace(block_score=scores)
   lengths = cache.lengths._replace(length=cache.length.at[layer].add(1))
   return dataclasses.replace(cache, arrays=arrays, lengths=lengths)

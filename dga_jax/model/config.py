@@ -48,7 +48,8 @@ class ModelConfig:
     qk_norm: whether an RMSNorm over each head's channels follows the query and key projections,
       before RoPE (Qwen 3).
     focal_selector: whether each layer has the weights of the fitted selector, which the attention
-      settings with selector="fitted" need (dga_jax/model/focal_selector.py).
+      settings with selector="fitted" need (dga_jax/model/focal_selector.py). The weights of a new
+      model are 0, under which the first tokens of a block stay focal; `dga fit_selector` fits them.
     attention: the attention kind. Every kind but "dense" has settings in the field of its name;
       the other kinds' settings are ignored.
     dga: settings of Dynamic Group Attention.

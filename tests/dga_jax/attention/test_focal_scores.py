@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from dga_jax import DGAConfig, dynamic_group_attention, explain, HeadBudgets, plan_groups
 from dga_jax.attention.reference import number_documents, reference_attention
 from dga_jax.cache import attend_and_prefill, decode_step, empty_cache, extend, prefill
+from dga_jax.flax import attention_fn
 from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
 from tests.dga_jax.attention.cases import arrays, CONFIGS, documents_of, rows
 
@@ -46,14 +47,27 @@ def best_tokens(scores, config, **where):
   return jnp.asarray(mask)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
-def run(q, k, v, t, scores, *, config, implementation=None, **where):
-  def op(q, k, v, scores):
-    return dynamic_group_attention(
-      q, k, v, config=config, focal_scores=scores, implementation=implementation, **where
-    )
+# Jitted, because otherwise each operation is compiled on its own.
+op = jax.jit(dynamic_group_attention, static_argnames=("config", "implementation"))
 
-  out, pull = jax.vjp(op, q, k, v, scores)
+
+@functools.partial(jax.jit, static_argnames="config")
+def run(q, k, v, t, scores, *, config, **where):
+  """The focal mask of the plan, the output, and the gradients of q, k, v and the scores."""
+
+  def attend(q, k, v, scores):
+    return dynamic_group_attention(q, k, v, config=config, focal_scores=scores, **where)
+
+  out, pull = jax.vjp(attend, q, k, v, scores)
+  plan = plan_groups(q, k, config=config, focal_scores=scores, **where)
+  return plan.focal_mask, (out, *pull(t))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run_reference(q, k, v, t, mask, document, *, config):
+  """The output and the gradients of q, k and v under a focal mask."""
+  reference = functools.partial(reference_attention, config=config, scale=D**-0.5)
+  out, pull = jax.vjp(lambda q, k, v: reference(q, k, v, mask, document), q, k, v)
   return out, *pull(t)
 
 
@@ -67,22 +81,12 @@ def test_outputs_and_gradients_are_those_of_the_best_tokens(name, data):
   q, k, v, t = arrays(seed, B, L, H, N, D)
   scores = draw_scores(seed, B, L, N)
   mask, document = best_tokens(scores, config, **where), number_documents(B, L, *where.values())
-
-  def reference(q, k, v):
-    return reference_attention(q, k, v, mask, document, config=config, scale=D**-0.5)
-
-  want, pull = jax.vjp(reference, q, k, v)
-  out, *gradients, of_scores = run(q, k, v, t, scores, config=config, **where)
-  np.testing.assert_allclose(out, want, atol=2e-5)
-  for got, wanted in zip(gradients, pull(t), strict=True):
-    np.testing.assert_allclose(got, wanted, atol=2e-5)
+  want = run_reference(q, k, v, t, mask, document, config=config)
+  chosen, (*got, of_scores) = run(q, k, v, t, scores, config=config, **where)
+  np.testing.assert_array_equal(chosen & (document >= 0)[:, None], mask)
+  for x, y in zip(got, want, strict=True):
+    np.testing.assert_allclose(x, y, atol=2e-5)
   assert not np.asarray(of_scores).any()
-  plan = plan_groups(q, k, config=config, focal_scores=scores, **where)
-  inside = np.asarray(document >= 0)[:, None]
-  np.testing.assert_array_equal(plan.focal_mask & inside, mask)
-  np.testing.assert_allclose(
-    run(q, k, v, t, scores, config=config, implementation="reference", **where)[0], want, atol=1e-6
-  )
 
 
 def test_scores_of_the_last_query_give_the_choice_of_the_last_query():
@@ -90,18 +94,18 @@ def test_scores_of_the_last_query_give_the_choice_of_the_last_query():
   config = dataclasses.replace(SMALL, selector="last_query")
   mask = plan_groups(q, k, config=config).focal_mask
   scores = mask.swapaxes(1, 2).astype(jnp.float32)
-  out = dynamic_group_attention(q, k, v, config=SMALL, focal_scores=scores)
-  np.testing.assert_allclose(
-    out, dynamic_group_attention(q, k, v, config=config), atol=1e-6, rtol=1e-6
-  )
+  want = op(q, k, v, config=config)
+  for implementation in ("xla", "reference"):
+    out = op(q, k, v, config=SMALL, focal_scores=scores, implementation=implementation)
+    np.testing.assert_allclose(out, want, atol=1e-5)
 
 
 def test_a_later_token_and_its_score_change_no_earlier_output():
   q, k, v, _ = arrays(1, B, L, H, N, D)
   scores = draw_scores(3, B, L, N)
-  before = run(q, k, v, q, scores, config=SMALL)[0]
+  before = op(q, k, v, config=SMALL, focal_scores=scores)
   changed = [x.at[:, 23].add(3.0) for x in (q, k, v)]
-  after = run(*changed, q, scores.at[:, 23].set(jnp.nan), config=SMALL)[0]
+  after = op(*changed, config=SMALL, focal_scores=scores.at[:, 23].set(jnp.nan))
   np.testing.assert_array_equal(before[:, :23], after[:, :23])
   assert (np.asarray(before[:, 23]) != np.asarray(after[:, 23])).all()
 
@@ -109,11 +113,10 @@ def test_a_later_token_and_its_score_change_no_earlier_output():
 def test_vmap_unbatched_arrays_and_half_precision():
   q, k, v, _ = arrays(2, B, L, H, N, D)
   scores = draw_scores(4, B, L, N)
-  op = functools.partial(dynamic_group_attention, config=SMALL)
-  want = op(q, k, v, focal_scores=scores)
-  alone = jax.vmap(lambda q, k, v, s: op(q, k, v, focal_scores=s))(q, k, v, scores)
+  want = op(q, k, v, config=SMALL, focal_scores=scores)
+  alone = jax.vmap(lambda q, k, v, s: op(q, k, v, config=SMALL, focal_scores=s))(q, k, v, scores)
   np.testing.assert_allclose(alone, want, atol=1e-6)
-  half = op(*(x.astype(jnp.bfloat16) for x in (q, k, v)), focal_scores=scores)
+  half = op(*(x.astype(jnp.bfloat16) for x in (q, k, v)), config=SMALL, focal_scores=scores)
   np.testing.assert_allclose(half.astype(jnp.float32), want, atol=0.05)
 
 
@@ -123,18 +126,19 @@ def test_heads_with_and_without_a_selector_in_one_layer():
   budgets = HeadBudgets(("full", SMALL, last), ((1, 0, 2, 1),))
   q, k, v, _ = arrays(5, B, L, 8, 4, D)
   scores = draw_scores(6, B, L, 4)
-  out = dynamic_group_attention(q, k, v, config=budgets, focal_scores=scores)
+  out = op(q, k, v, config=budgets, focal_scores=scores)
   for n, setting in enumerate(budgets.assignment[0]):
     config = budgets.settings[setting]
     config = dataclasses.replace(last, local_window=L) if config == "full" else config
     own = scores[:, :, n : n + 1] if config.selector == "fitted" else None
     qkv = (q[:, :, 2 * n : 2 * n + 2], k[:, :, n : n + 1], v[:, :, n : n + 1])
-    want = dynamic_group_attention(*qkv, config=config, focal_scores=own)
+    want = op(*qkv, config=config, focal_scores=own)
     np.testing.assert_allclose(out[:, :, 2 * n : 2 * n + 2], want, atol=1e-5)
 
 
-@pytest.mark.parametrize("cache_dtype", [None, "int8"])
-@pytest.mark.parametrize(("sinks", "window"), [(0, 0), (3, 2)])
+@pytest.mark.parametrize(
+  ("sinks", "window", "cache_dtype"), [(0, 0, None), (3, 2, None), (3, 2, "int8")]
+)
 def test_prefill_chunks_and_decoding_choose_alike(sinks, window, cache_dtype):
   """The caches of the three ways are equal, and so is what they attend to."""
   config = dataclasses.replace(
@@ -143,13 +147,14 @@ def test_prefill_chunks_and_decoding_choose_alike(sinks, window, cache_dtype):
   q, k, v, _ = arrays(7, B, L, H, N, D)
   scores = draw_scores(8, B, L, N)
   lengths = jnp.array([L, 23])
-  want, whole = attend_and_prefill(
+  prefill_jit = jax.jit(attend_and_prefill, static_argnames=("config", "max_length"))
+  want, whole = prefill_jit(
     q, k, v, config=config, max_length=L, focal_scores=scores, lengths=lengths
   )
   rows = jnp.arange(L)[None] < lengths[:, None]
   shape = dict(batch=B, max_length=L, num_kv_heads=N, head_dim=D, dtype=jnp.float32)
   chunked = decoded = empty_cache(config=config, **shape)
-  for begin, end in ((0, 2), (2, 16), (16, 17), (17, L)):
+  for begin, end in ((0, 2), (2, 22), (22, L)):
     part = slice(begin, end)
     out, chunked = jax.jit(extend, static_argnames="config")(
       q[:, part], k[:, part], v[:, part], chunked, config=config, focal_scores=scores[:, part],
@@ -210,6 +215,8 @@ def test_errors_name_the_argument():
   plan = plan_groups(q, k, config=SMALL, focal_scores=scores)
   with pytest.raises(ValueError, match=r"plan fixes the focal tokens"):
     dynamic_group_attention(q, k, v, config=SMALL, plan=plan, focal_scores=scores)
+  with pytest.raises(ValueError, match=r"it must be .last_query., since nnx"):
+    attention_fn(SMALL)
   with pytest.raises(ValueError, match=r"DGAConfig.selector is 'fitted'; it must be 'last_query'"):
     DGAConfig(selector="fitted")
   cache = empty_cache(
