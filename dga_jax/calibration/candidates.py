@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from dga_jax.attention.segments import find_documents
 from dga_jax.cache import cache_size
+from dga_jax.cache.layout import score_bytes
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import FULL, HeadSetting
 from dga_jax.model import ModelConfig
@@ -44,7 +45,12 @@ type Candidate = HeadSetting | SinksAndWindow
 
 
 def make_grid(
-  blocks: Sequence[tuple[int, int]], windows: Sequence[int], sinks: int, length: int
+  blocks: Sequence[tuple[int, int]],
+  windows: Sequence[int],
+  sinks: int,
+  length: int,
+  *,
+  has_selector: bool = False,
 ) -> tuple[HeadSetting, ...]:
   """The candidates: "full", and streaming selection for each pair of a block and a window.
 
@@ -53,6 +59,7 @@ def make_grid(
     windows: raw tokens before a query's own block; each is rounded to whole blocks.
     sinks: first tokens that stay focal.
     length: L, tokens of the calibrated context.
+    has_selector: whether the model has a fitted selector, which then chooses in every config.
 
   Returns:
     "full" first, then distinct configs from the largest cache to the smallest.
@@ -65,6 +72,7 @@ def make_grid(
       group_size=m,
       focal_per_block=f,
       selection="streaming",
+      selector="fitted" if has_selector else "last_query",
       sink_tokens=sinks,
       local_window=round(window / (m + f)),
     )
@@ -96,6 +104,7 @@ def label(candidate: Candidate) -> str:
     return (
       f"{candidate.group_size}+{candidate.focal_in_block}, {candidate.sink_tokens} sinks,"
       f" {candidate.local_window} raw blocks"
+      + (", fitted selector" if candidate.selector == "fitted" else "")
     )
   if isinstance(candidate, SinksAndWindow):
     return f"{candidate.sinks} sinks, window of {candidate.window}"
@@ -128,7 +137,10 @@ def head_costs(
   costs: list[float]
   if objective == "bytes":
     entry = 2 * config.head_dim * jnp.dtype(config.dtype).itemsize
-    costs = [entry * entries(candidate, length) for candidate in candidates]
+    costs = [
+      entry * entries(one, length) + (score_bytes(one) if isinstance(one, DGAConfig) else 0)
+      for one in candidates
+    ]
   elif objective == "flops":
     queries = length * config.num_heads // config.num_kv_heads
     costs = [

@@ -29,6 +29,9 @@ def test_the_grid_is_every_block_with_every_window() -> None:
   sizes = [entries(one, 1024) for one in grid]
   assert sizes == sorted(sizes, reverse=True)
   assert label(grid[1]) == "14+2, 4 sinks, 8 raw blocks"
+  fitted = make_grid([(14, 2), (30, 2)], [32, 128], 4, 1024, has_selector=True)
+  assert fitted[1] == dataclasses.replace(grid[1], selector="fitted")
+  assert label(fitted[1]) == "14+2, 4 sinks, 8 raw blocks, fitted selector"
   # Windows that round to the same number of blocks are one candidate.
   assert len(make_grid([(30, 2)], [32, 33], 4, 1024)) == 2
 
@@ -48,7 +51,8 @@ def test_bytes_are_those_of_the_arrays_of_the_cache(candidate: object) -> None:
   )
   arrays = [x for x in jax.tree.leaves(cache) if jax.numpy.issubdtype(x.dtype, np.floating)]
   size = sum(x.size * x.dtype.itemsize for x in arrays)
-  assert size == entries(candidate, 301) * 2 * config.head_dim * 2
+  scores = 4 * candidate.block_size if candidate == small.SHORT else 0
+  assert size == entries(candidate, 301) * 2 * config.head_dim * 2 + scores
   if not isinstance(candidate, SinksAndWindow):
     assert head_costs("bytes", [candidate], config, 301).tolist() == [size]
 
