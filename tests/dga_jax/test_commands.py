@@ -114,6 +114,7 @@ def test_an_argument_that_is_not_a_flag_is_an_error() -> None:
     ("calibrate", ["--output=b", "--documents=a", "--blocks=30"], "--blocks has '30'; write m+f"),
     ("calibrate", ["--output=b", "--documents=a", "--shares=2"], "--shares is 2"),
     ("calibrate", ["--output=b", "--documents=a", "--puzzles=pas"], "--puzzles has 'pas'"),
+    ("fit_selector", ["--output=b"], "dga fit_selector needs --documents"),
     ("generate", ["--prompt_file=nowhere.txt"], "error: [Errno 2] No such file"),
     ("generate", ["--prompt=a"], "There is no checkpoint, Hugging Face folder or GGUF file at x."),
     ("generate", ["--prompt=a", "--workdir=a/b"], "hf download a/b --local-dir b"),

@@ -1,7 +1,11 @@
 """The fit of the selector: the rating of tokens, weights known by construction, errors."""
 
 import dataclasses
+import functools
 import operator
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +23,12 @@ from dga_jax.calibration.selector_fit import (
   solve_ridge,
   with_selector,
 )
-from dga_jax.model import ModelConfig
+from dga_jax.checkpoint import load_model
+from dga_jax.evaluation.texts import read_documents, token_rows
+from dga_jax.model import Decoder, ModelConfig
 from dga_jax.model.rope import rope_table
 from tests.dga_jax.attention.cases import arrays, dense
+from tests.dga_jax.evaluation import tiny
 from tests.dga_jax.model.random_decoder import random_decoder
 
 BLOCKS = DGAConfig(
@@ -143,6 +150,36 @@ def test_ridge_is_a_share_of_the_mean_diagonal():
   gram, moment = np.diag([1.0, 3.0]), np.array([1.0, 6.0])
   np.testing.assert_allclose(solve_ridge(gram, moment, 0.5), [1 / 2, 6 / 4])
   assert not solve_ridge(0 * gram, moment, 0.5).any()
+
+
+def test_the_command(tmp_path):
+  """Its checkpoint has the weights of `fit_selector`, and decoding equals the whole sequence."""
+  tiny.write_checkpoint(tmp_path / "run")
+  documents = tiny.write_documents(tmp_path)
+  command = [
+    sys.executable, "-m", "dga_jax.fit_selector", f"--workdir={tmp_path / 'run'}", "--length=64",
+    f"--documents={documents}", f"--output={tmp_path / 'fitted'}", "--rows_per_document=2",
+  ]  # fmt: skip
+  root = Path(__file__).parents[3]
+  run = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=False)
+  done = run(command)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == f"{tmp_path}/fitted holds the model with its selector, fitted to 4 rows.\n"
+  model, config, tokenizer = load_model(tmp_path / "fitted")
+  assert config.dga == dataclasses.replace(tiny.CONFIG.dga, selector="fitted")
+  dense, _, _ = load_model(tmp_path / "run")
+  rows = token_rows(read_documents([documents]), tokenizer, 64, 2)[:, :-1]
+  weights = fit_selector(dense, tiny.CONFIG.dga, rows)
+  np.testing.assert_allclose(model.layers.attention.selector[...], weights, atol=1e-3)
+  whole = model(rows[:1])
+  _, cache = nnx.jit(functools.partial(Decoder.prefill, max_length=64))(model, rows[:1, :50])
+  decode = nnx.jit(Decoder.decode)
+  for t in range(50, 64):
+    logits, cache = decode(model, rows[:1, t], cache)
+    np.testing.assert_allclose(logits, whole[:, t], atol=1e-4)
+  again = run(command)
+  assert again.returncode == 1
+  assert "has a checkpoint already; name another folder." in again.stderr
 
 
 def test_errors_name_the_remedy():
