@@ -1,1 +1,1 @@
-"""One module per section of docs/benchmarks.md; `./workspace bench NAME` runs it."""
+"""One module per section of docs/benchmarks.md, and `paper`; `./workspace bench NAME` runs it."""

@@ -25,6 +25,12 @@ _BASELINES: dict[str, dict[str, Any]] = {
     "attention": "top_k_eviction", "top_k_eviction": _DENSE_PROMPT,
   },
   "KV merging after a dense prompt": {"attention": "kv_merger", "kv_merger": _DENSE_PROMPT},
+  "SnapKV": {"attention": "snapkv"},
+  "expected attention": {"attention": "expected_attention"},
+  # These store all keys; the share is of the keys that a decoding step reads.
+  "Quest": {"attention": "quest"},
+  "ClusterKV": {"attention": "clusterkv"},
+  "PQCache": {"attention": "pqcache"},
 }  # fmt: skip
 
 

@@ -16,16 +16,18 @@ class Load(NamedTuple):
     url: base URL of the server.
     model: name of the served model.
     vocab_size: upper bound of the random token ids of prompts.
+    banned: token ids that are never sampled, so that no answer ends early.
     clients: number of concurrent clients.
     requests: number of requests of each client.
     prompt_tokens: length of each prompt.
-    new_tokens: maximum number of tokens of each answer.
+    new_tokens: number of tokens of each answer.
     seed: seed of the prompts.
   """
 
   url: str
   model: str
   vocab_size: int
+  banned: tuple[int, ...]
   clients: int
   requests: int
   prompt_tokens: int
@@ -33,21 +35,53 @@ class Load(NamedTuple):
   seed: int
 
 
+class Arrival(NamedTuple):
+  """Tokens that arrived together.
+
+  Attributes:
+    seconds: since the request was sent.
+    tokens: number of tokens.
+  """
+
+  seconds: float
+  tokens: int
+
+
 class Answer(NamedTuple):
   """The measured times of one answer.
 
   Attributes:
-    first: seconds to the first token.
-    events: for each event after the first one, the seconds since the previous event and the number
-      of tokens.
-    tokens: number of new tokens.
-    cached: number of prompt tokens that the server had cached.
+    sent: time of the request, in seconds of `time.perf_counter`.
+    arrivals: at least one; the first one has the first token.
+    cached: number of prompt tokens whose cache the server had kept.
   """
 
-  first: float
-  events: list[tuple[float, int]]
-  tokens: int
+  sent: float
+  arrivals: list[Arrival]
   cached: int
+
+  @property
+  def first(self) -> float:
+    """Seconds to the first token."""
+    return self.arrivals[0].seconds
+
+  @property
+  def tokens(self) -> int:
+    """Number of tokens of the answer."""
+    return sum(arrival.tokens for arrival in self.arrivals)
+
+  @property
+  def between(self) -> list[float]:
+    """Seconds before each token but those of the first arrival.
+
+    The tokens of an arrival share the time since the arrival before it.
+    """
+    pairs = zip(self.arrivals, self.arrivals[1:], strict=False)
+    return [
+      (later.seconds - earlier.seconds) / later.tokens
+      for earlier, later in pairs
+      for _ in range(later.tokens)
+    ]
 
 
 def run_load(load: Load) -> tuple[float, list[Answer]]:
@@ -55,9 +89,14 @@ def run_load(load: Load) -> tuple[float, list[Answer]]:
   return asyncio.run(_run(load))
 
 
-def ask_twice(load: Load, *, same: bool) -> tuple[Answer, Answer]:
-  """Sends two prompts one after the other. With `same` the second starts with the first."""
-  return asyncio.run(_ask_twice(load, same))
+def ask(load: Load, prompt: list[int]) -> Answer:
+  """Sends one prompt."""
+
+  async def run() -> Answer:
+    async with _client(load) as http:
+      return await _ask(http, load, prompt)
+
+  return asyncio.run(run())
 
 
 async def _run(load: Load) -> tuple[float, list[Answer]]:
@@ -69,18 +108,8 @@ async def _run(load: Load) -> tuple[float, list[Answer]]:
 
 async def _one_client(http: httpx.AsyncClient, load: Load, number: int) -> list[Answer]:
   rng = random.Random(f"{load.seed} {number}")
-  return [
-    await _ask(http, load, _prompt(rng, load, load.prompt_tokens)) for _ in range(load.requests)
-  ]
-
-
-async def _ask_twice(load: Load, same: bool) -> tuple[Answer, Answer]:
-  rng = random.Random(load.seed)
-  async with _client(load) as http:
-    first = _prompt(rng, load, load.prompt_tokens)
-    before = await _ask(http, load, first)
-    begin = first if same else _prompt(rng, load, load.prompt_tokens)
-    return before, await _ask(http, load, [*begin, *_prompt(rng, load, 32)])
+  prompts = (random_tokens(load.vocab_size, load.prompt_tokens, rng) for _ in range(load.requests))
+  return [await _ask(http, load, prompt) for prompt in prompts]
 
 
 def _client(load: Load) -> httpx.AsyncClient:
@@ -88,8 +117,9 @@ def _client(load: Load) -> httpx.AsyncClient:
   return httpx.AsyncClient(base_url=load.url, timeout=3600, limits=limits)
 
 
-def _prompt(rng: random.Random, load: Load, length: int) -> list[int]:
-  return [rng.randrange(load.vocab_size) for _ in range(length)]
+def random_tokens(vocab_size: int, length: int, rng: random.Random) -> list[int]:
+  """Token ids drawn uniformly."""
+  return [rng.randrange(vocab_size) for _ in range(length)]
 
 
 async def _ask(http: httpx.AsyncClient, load: Load, prompt: list[int]) -> Answer:
@@ -98,22 +128,25 @@ async def _ask(http: httpx.AsyncClient, load: Load, prompt: list[int]) -> Answer
     "prompt": prompt,
     "max_tokens": load.new_tokens,
     "temperature": 0,
+    "logit_bias": {str(token): -100 for token in load.banned},
     "stream": True,
     "stream_options": {"include_usage": True, "continuous_usage_stats": True},
   }
-  begin = last = time.perf_counter()
-  first, tokens, events, cached = 0.0, 0, [], 0
+  sent, tokens, cached = time.perf_counter(), 0, 0
+  arrivals: list[Arrival] = []
   async with http.stream("POST", "/v1/completions", json=body) as answer:
     answer.raise_for_status()
     async for line in answer.aiter_lines():
       if not line.startswith("data: {"):
         continue
-      usage, now = json.loads(line[6:])["usage"], time.perf_counter()
-      new = usage["completion_tokens"] - tokens
-      if new and not tokens:
-        first, cached = now - begin, usage["prompt_tokens_details"]["cached_tokens"]
-      elif new:
-        events.append((now - last, new))
+      event, now = json.loads(line[6:]), time.perf_counter()
+      if "error" in event:
+        raise RuntimeError(f"The server has failed: {event['error']['message']}")
+      new = event["usage"]["completion_tokens"] - tokens
       if new:
-        tokens, last = usage["completion_tokens"], now
-  return Answer(first, events, tokens, cached)
+        arrivals.append(Arrival(now - sent, new))
+        tokens += new
+        cached = event["usage"]["prompt_tokens_details"]["cached_tokens"]
+  if tokens != load.new_tokens:
+    raise RuntimeError(f"The answer has {tokens} tokens instead of {load.new_tokens}.")
+  return Answer(sent, arrivals, cached)

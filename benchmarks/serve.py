@@ -1,139 +1,261 @@
 """The HTTP server under load: tokens/s, time to first token, time between tokens, cached sessions.
 
     ./workspace bench serve
+    ./workspace bench serve --model=llama2-7b --cache_gb=60
     ./workspace bench serve --clients=1,8 --prompts=1024 --kinds=dga,dense --slots=8
 
-One server serves the model with each attention kind. The clients run in a separate process and send
-random prompts, so that the server has cached no prompt. The table of second turns is an exception.
-The kinds alternate. The model is SmolLM2-135M-Instruct (Q4_1, downloaded), or LLaMA2-7B's shape
-with random weights in bfloat16 (--model=llama2-7b).
+One server serves the model with each attention kind, and with --budgets if given. The clients run
+in a separate process. Prompts are random tokens, so that the server has kept no cache of them; the
+table of second turns is the exception. The kinds alternate. The model is SmolLM2-135M-Instruct
+(Q4_1, downloaded), a checkpoint (--workdir), or LLaMA2-7B's shape with random weights in bfloat16.
+--cache_gb gives every kind the same memory: each gets as many slots as fit, up to --slots.
 
 The time between tokens is the time between two events, divided by the number of tokens of the
-second event. The overhead compares the server with the engine alone, without HTTP, with all slots
-in use and prompts of equal length. It uses the mean of the shorter half of the times between
-tokens, which excludes steps that also prefill a prompt.
+second event. The overhead compares the server with its engine alone, without HTTP: as many requests
+as slots, with prompts of one short chunk, and the time between tokens while all of them run.
+
+--output appends each result to a file as one line of JSON, with the device and the versions.
 """
 
 import concurrent.futures
+import importlib.metadata
+import json
 import multiprocessing
 import random
-import socket
 import statistics
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
+from typing import cast, get_args
 
 import numpy as np
-import uvicorn
-from absl import app, flags
-from flax import nnx
+from absl import app, flags, logging
 from tqdm import tqdm
 
-from benchmarks._serve_clients import Answer, ask_twice, Load, run_load
+from benchmarks._resident_sessions import known_models, resident_sessions
+from benchmarks._serve_clients import Answer, ask, Load, random_tokens, run_load
+from benchmarks._serve_models import load_model, run_in_engine, run_server, serve_model
 from benchmarks.timing import environment
-from dga_jax import DGAConfig, smollm2_demo
-from dga_jax.generation import Emitted, Engine, Request, Sampling
-from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
-from dga_jax.loading import load_with_facts
-from dga_jax.model import Decoder, ModelConfig
-from dga_jax.serving.app import AppSettings, make_app
+from dga_jax.choices import AttentionName
+from dga_jax.head_budgets import HeadBudgets, read_head_budgets
+from dga_jax.path_flags import define_path
 from dga_jax.serving.served_model import ServedModel
-from dga_jax.tokenizer import Tokenizer
+
+_TABLES = ["load", "second_turn", "overhead", "sessions"]
+_MESSAGE_TOKENS = 32  # Of the second turn's message, and of the overhead's prompts.
 
 _MODEL = flags.DEFINE_enum("model", "smollm2", ["smollm2", "llama2-7b"], "model to serve")
-_WORKDIR = flags.DEFINE_string("workdir", None, "checkpoint to serve in place of SmolLM2")
+_WORKDIR = define_path("workdir", None, "checkpoint to serve in place of SmolLM2")
 _KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds that the server serves")
+_BUDGETS = define_path("budgets", None, "HeadBudgets of the model, served beside the kinds")
+_TABLES_FLAG = flags.DEFINE_multi_enum("table", _TABLES, _TABLES, "tables to measure; repeatable")
 _CLIENTS = flags.DEFINE_list("clients", ["1", "8", "32", "64"], "numbers of concurrent clients")
 _PROMPTS = flags.DEFINE_list("prompts", ["4096", "16384"], "prompt lengths in tokens")
-_NEW = flags.DEFINE_integer("new_tokens", 64, "maximum number of tokens of an answer")
-_REQUESTS = flags.DEFINE_integer("requests", 2, "requests of each client")
-_SLOTS = flags.DEFINE_integer("slots", 16, "slots of each kind's engine")
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds of the comparison with the engine alone")
+_NEW = flags.DEFINE_integer("new_tokens", 64, "tokens of an answer", lower_bound=2)
+_REQUESTS = flags.DEFINE_integer("requests", 2, "requests of each client", lower_bound=1)
+_SLOTS = flags.DEFINE_integer("slots", 16, "largest number of slots of a kind", lower_bound=1)
+_CACHE_GB = flags.DEFINE_float("cache_gb", None, "GB of caches of each kind; default: all slots")
+_MEMORY_GB = flags.DEFINE_float("memory_gb", 64.0, "GB of caches in the table of sessions")
+_SESSION_LENGTH = flags.DEFINE_integer("session_length", 16384, "tokens of its sessions")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "rounds of second turns and of the overhead")
 _PROMPT_CHUNK = flags.DEFINE_integer("prompt_chunk", 256, "tokens of a prefill chunk")
 _DECODE_CHUNK = flags.DEFINE_integer("decode_chunk", 4, "decode steps in one program")
+_OUTPUT = define_path("output", None, "file to which results are appended as JSON lines")
 
 
 def main(argv: list[str]) -> None:
   """Prints tables of load, second turns, HTTP overhead and cache sizes."""
   del argv
-  print(environment())
-  lengths = [int(length) for length in _PROMPTS.value]
-  max_length = max(lengths) + _NEW.value + 64
-  models = [_serve_kind(kind, max_length) for kind in _KINDS.value]
-  pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-  with pool, _server(models) as url:
-    _print_load(pool, models, url, lengths)
-    _print_second_turn(pool, models, url, lengths)
-    _print_overhead(pool, models, url, min(lengths))
-  _print_sessions(models, lengths)
+  logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every read.
+  print(f"{environment()}, {_versions()}", flush=True)
+  tables, lengths = set(_TABLES_FLAG.value), list(map(int, _PROMPTS.value))
+  if "sessions" in tables:
+    _print_sessions()
+  if tables <= {"sessions"}:
+    return
+  models = _models(max(lengths) + 2 * _NEW.value + 2 * _MESSAGE_TOKENS)
+  spawn = multiprocessing.get_context("spawn")
+  with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool, run_server(models) as url:
+    for model in models:  # The first request of a process is slower.
+      pool.submit(run_load, _load(model, url, min(lengths))).result()
+    if "load" in tables:
+      _print_load(pool, models, url, lengths)
+    if "second_turn" in tables:
+      _print_second_turn(pool, models, url, lengths)
+    if "overhead" in tables:
+      _print_overhead(pool, models, url)
 
 
-def _serve_kind(kind: str, max_length: int) -> ServedModel:
-  if _MODEL.value == "smollm2":
-    workdir = _WORKDIR.value or smollm2_demo.prepare(smollm2_demo.cache_folder())
-    loaded = load_with_facts(workdir, attention=kind)
-    model, tokenizer = loaded.model, loaded.tokenizer
-  else:
-    model, tokenizer = _llama2_7b(kind), Tokenizer.byte_level()
-  engine = Engine(
-    model,
-    slots=_SLOTS.value,
-    max_length=max_length,
-    prompt_chunk=_PROMPT_CHUNK.value,
-    decode_chunk=_DECODE_CHUNK.value,
-    cache_bytes=CacheShapes(model, max_length).row_bytes * (_SLOTS.value + 4),
-    host_bytes=8 * 10**9,
-    max_waiting=1024,
-    logprobs=True,
-    progress=lambda jobs: tqdm(jobs, desc=f"compiling {kind}", unit="program"),
+def _versions() -> str:
+  names = ("jaxlib", "flax", "starlette", "uvicorn", "httpx")
+  return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
+def _models(max_length: int) -> list[ServedModel]:
+  kinds: list[tuple[str, AttentionName | None, HeadBudgets | None]] = []
+  for kind in _KINDS.value:
+    if kind not in get_args(AttentionName):
+      raise app.UsageError(f"--kinds has {kind!r}; it takes {', '.join(get_args(AttentionName))}.")
+    kinds.append((kind, cast(AttentionName, kind), None))
+  if _BUDGETS.value is not None:
+    kinds.append(("budgets", None, read_head_budgets(_BUDGETS.value)))
+  models = []
+  for name, attention, budgets in kinds:
+    model, tokenizer = load_model(_MODEL.value, _WORKDIR.value, attention, budgets)
+    served = serve_model(
+      name,
+      model,
+      tokenizer,
+      slots=_SLOTS.value,
+      max_length=max_length,
+      cache_bytes=None if _CACHE_GB.value is None else int(_CACHE_GB.value * 1e9),
+      prompt_chunk=_PROMPT_CHUNK.value,
+      decode_chunk=_DECODE_CHUNK.value,
+    )
+    engine = served.engine
+    print(
+      f"{name}: {engine.slots} slots of {max_length} tokens,"
+      f" {engine.status().slot_bytes / 1e6:.1f} MB of caches",
+      flush=True,
+    )
+    models.append(served)
+  return models
+
+
+def _print_load(
+  pool: concurrent.futures.Executor, models: list[ServedModel], url: str, lengths: list[int]
+) -> None:
+  _print_head(
+    "prompt | clients | kind | new tokens/s | first token, s: p50, p99 | between tokens, ms: p50,"
+    " p99"
   )
-  return ServedModel(kind, engine, tokenizer, None, 0)
+  jobs = [
+    (length, int(clients), model)
+    for length in lengths
+    for clients in _CLIENTS.value
+    for model in models
+  ]
+  for length, clients, model in _progress(jobs, "loads"):
+    load = _load(model, url, length, clients=clients, requests=_REQUESTS.value)
+    seconds, answers = pool.submit(run_load, load).result()
+    first = np.percentile([answer.first for answer in answers], [50, 99]).tolist()
+    between = [1e3 * time for answer in answers for time in answer.between]
+    p50, p99 = np.percentile(between, [50, 99]).tolist()
+    rate = sum(answer.tokens for answer in answers) / seconds
+    _print_row(
+      f"{length} | {clients} | {model.name} | {rate:.1f} | {first[0]:.2f}, {first[1]:.2f} |"
+      f" {p50:.1f}, {p99:.1f}"
+    )
+    _record(
+      "load", model, prompt=length, clients=clients, requests=_REQUESTS.value, tokens_per_s=rate,
+      first_s_p50=first[0], first_s_p99=first[1], between_ms_p50=p50, between_ms_p99=p99,
+    )  # fmt: skip
 
 
-def _llama2_7b(kind: str) -> Decoder:
-  config = ModelConfig(
-    vocab_size=32000,
-    num_layers=32,
-    embed_dim=4096,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    mlp_dim=11008,
-    attention=kind,
-    dga=DGAConfig(selection="streaming", group_size=16, focal_per_block=2),
-    dtype="bfloat16",
-    param_dtype="bfloat16",
+def _print_second_turn(
+  pool: concurrent.futures.Executor, models: list[ServedModel], url: str, lengths: list[int]
+) -> None:
+  """A first turn in the engine, then a second turn over HTTP that continues it, or does not."""
+  _print_head(
+    "prompt | kind | second turn, s to first token: nothing kept, prompt kept, answer kept | times"
   )
-  return nnx.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+  jobs = [(length, model) for length in lengths for model in models]
+  for length, model in _progress(jobs, "second turns"):
+    rounds = [_second_turn(pool, model, url, length) for _ in range(_ROUNDS.value)]
+    none, prompt, answer = (statistics.median(column) for column in zip(*rounds, strict=True))
+    _print_row(
+      f"{length} + {_NEW.value} | {model.name} | {none:.3f}, {prompt:.3f}, {answer:.3f} |"
+      f" {none / prompt:.1f}, {none / answer:.1f}"
+    )
+    _record(
+      "second_turn", model, prompt=length, nothing_kept_s=none, prompt_kept_s=prompt,
+      answer_kept_s=answer, rounds=_ROUNDS.value,
+    )  # fmt: skip
 
 
-@contextmanager
-def _server(models: list[ServedModel]) -> Iterator[str]:
-  """Runs the server in a thread; yields its URL."""
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
-  config = uvicorn.Config(
-    make_app(models, AppSettings()), port=port, log_level="warning", access_log=False
+def _second_turn(
+  pool: concurrent.futures.Executor, model: ServedModel, url: str, length: int
+) -> tuple[float, float, float]:
+  """Seconds to the second turn's first token with nothing, the prompt, and the answer kept."""
+  rng, size = random.Random(), model.engine.config.vocab_size
+  load, seconds = _load(model, url, length), []
+  # The last token of an answer is not in its cache.
+  for cached in (0, length, length + _NEW.value - 1):
+    first = random_tokens(size, length, rng)
+    ((_, answer),) = run_in_engine(model, [first], _NEW.value)
+    if cached == 0:
+      first = random_tokens(size, length, rng)
+    if cached == length:
+      answer = [(answer[0] + 1) % size, *answer[1:]]
+    message = random_tokens(size, _MESSAGE_TOKENS, rng)
+    result = pool.submit(ask, load, [*first, *answer, *message]).result()
+    if result.cached != cached:
+      raise RuntimeError(f"{result.cached} tokens of a second turn were kept instead of {cached}.")
+    seconds.append(result.first)
+  return seconds[0], seconds[1], seconds[2]
+
+
+def _print_overhead(pool: concurrent.futures.Executor, models: list[ServedModel], url: str) -> None:
+  """Compares the server with its engine alone, with as many requests as slots."""
+  _print_head("kind | slots | between tokens, ms: server, engine alone | overhead")
+  for model in _progress(models, "overhead"):
+    slots, size, rng = model.engine.slots, model.engine.config.vocab_size, random.Random()
+    served, alone = [], []
+    for _ in range(_ROUNDS.value):  # Server and engine alternate.
+      load = _load(model, url, _MESSAGE_TOKENS, clients=slots)
+      _, answers = pool.submit(run_load, load).result()
+      served.append(_between_while_all_run(answers))
+      prompts = [random_tokens(size, _MESSAGE_TOKENS, rng) for _ in range(slots)]
+      results = run_in_engine(model, prompts, _NEW.value)
+      alone.append(_between_while_all_run([answer for answer, _ in results]))
+    server, engine = (1e3 * statistics.median(row) for row in (served, alone))
+    overhead = 100 * (server / engine - 1)
+    _print_row(f"{model.name} | {slots} | {server:.2f}, {engine:.2f} | {overhead:+.1f} %")
+    _record("overhead", model, server_ms=server, engine_ms=engine, percent=overhead)
+
+
+def _between_while_all_run(answers: list[Answer]) -> float:
+  """Mean seconds between tokens, from the last first token to the first last token of all answers.
+
+  Raises:
+    RuntimeError: the answers did not run at the same time.
+  """
+  begin = max(answer.sent + answer.first for answer in answers)
+  end = min(answer.sent + answer.arrivals[-1].seconds for answer in answers)
+  means = []
+  for answer in answers:
+    times = [(answer.sent + seconds, tokens) for seconds, tokens in answer.arrivals]
+    inside = [(at, tokens) for at, tokens in times if begin <= at <= end]
+    tokens = sum(tokens for _, tokens in inside[1:])
+    if tokens:
+      means.append((inside[-1][0] - inside[0][0]) / tokens)
+  if not means:
+    raise RuntimeError("No decode step had all requests in it; raise --new_tokens.")
+  return statistics.mean(means)
+
+
+def _print_sessions() -> None:
+  """Sessions whose caches fit into the same memory: arithmetic on the shapes of caches."""
+  memory, length = int(_MEMORY_GB.value * 1e9), _SESSION_LENGTH.value
+  _print_head(
+    f"model, bfloat16 | kind | MB of a session of {length} tokens | sessions in"
+    f" {_MEMORY_GB.value:g} GB | slots with cache_bytes of {_MEMORY_GB.value:g} GB | times dense"
   )
-  server = uvicorn.Server(config)
-  thread = threading.Thread(target=server.run)
-  thread.start()
-  try:
-    while not server.started:
-      time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
-  finally:
-    server.should_exit = True
-    thread.join()
+  for name, kinds in known_models().items():
+    for one in resident_sessions(name, kinds, length, memory):
+      _print_row(
+        f"{one.model} | {one.kind} | {one.session_bytes / 1e6:.1f} | {one.sessions} |"
+        f" {one.slots} | {one.times_dense:.2f}"
+      )
+      _record("sessions", None, memory_bytes=memory, **one._asdict())
 
 
-def _load(model: ServedModel, url: str, clients: int, length: int, requests: int = 1) -> Load:
+def _load(
+  model: ServedModel, url: str, length: int, *, clients: int = 1, requests: int = 1
+) -> Load:
   return Load(
     url=url,
     model=model.name,
     vocab_size=model.engine.config.vocab_size,
+    banned=tuple(model.tokenizer.stop_ids),
     clients=clients,
     requests=requests,
     prompt_tokens=length,
@@ -142,105 +264,30 @@ def _load(model: ServedModel, url: str, clients: int, length: int, requests: int
   )
 
 
-def _print_load(
-  pool: concurrent.futures.Executor, models: list[ServedModel], url: str, lengths: list[int]
-) -> None:
-  print("\n| prompt | clients | kind | new tokens/s | first token, s: p50, p99 |", end="")
-  print(" between tokens, ms: p50, p99 |\n| --- | --- | --- | --- | --- | --- |")
-  for length in lengths:
-    for clients in map(int, _CLIENTS.value):
-      for model in models:
-        load = _load(model, url, clients, length, _REQUESTS.value)
-        seconds, answers = pool.submit(run_load, load).result()
-        first = np.percentile([answer.first for answer in answers], [50, 99])
-        between = 1e3 * np.percentile(_between(answers), [50, 99])
-        rate = sum(answer.tokens for answer in answers) / seconds
-        print(
-          f"| {length} | {clients} | {model.name} | {rate:.1f} | {first[0]:.2f}, {first[1]:.2f} |"
-          f" {between[0]:.1f}, {between[1]:.1f} |",
-          flush=True,
-        )
+def _progress[Job](jobs: list[Job], label: str) -> "tqdm[Job]":
+  """A progress bar on a terminal."""
+  return tqdm(jobs, desc=label, leave=False, disable=None)
 
 
-def _between(answers: list[Answer]) -> list[float]:
-  """Seconds before each token of the answers, without their first tokens."""
-  events = [event for answer in answers for event in answer.events]
-  return [seconds / count for seconds, count in events for _ in range(count)]
+def _print_head(columns: str) -> None:
+  print(f"\n| {columns} |")
+  print("|" + " --- |" * (columns.count(" | ") + 1), flush=True)
 
 
-def _print_second_turn(
-  pool: concurrent.futures.Executor, models: list[ServedModel], url: str, lengths: list[int]
-) -> None:
-  print("\n| prompt | kind | second turn, s to first token: cached, not cached | times |")
-  print("| --- | --- | --- | --- |")
-  for length in lengths:
-    for model in models:
-      times = []
-      for same in (True, False):
-        load = _load(model, url, 1, length)
-        _, second = pool.submit(ask_twice, load, same=same).result()
-        assert (second.cached >= length) is same
-        times.append(second.first)
-      print(
-        f"| {length} | {model.name} | {times[0]:.3f}, {times[1]:.3f} | {times[1] / times[0]:.1f} |",
-        flush=True,
-      )
+def _print_row(cells: str) -> None:
+  tqdm.write(f"| {cells} |")
 
 
-def _print_overhead(
-  pool: concurrent.futures.Executor, models: list[ServedModel], url: str, length: int
-) -> None:
-  """Compares the server with the engine alone, with as many requests as slots."""
-  print("\n| kind | between tokens, ms: server, engine alone | overhead |\n| --- | --- | --- |")
-  for model in models:
-    served, alone = [], []
-    for _ in range(_ROUNDS.value):  # Server and engine alternate.
-      _, answers = pool.submit(run_load, _load(model, url, _SLOTS.value, length)).result()
-      served.append(statistics.mean(_after_prompts(_between(answers))))
-      alone.append(statistics.mean(_after_prompts(_engine_alone(model, length))))
-    times = [1e3 * statistics.median(row) for row in (served, alone)]
-    print(
-      f"| {model.name} | {times[0]:.2f}, {times[1]:.2f} |"
-      f" {100 * (times[0] / times[1] - 1):+.1f} % |"
-    )
-
-
-def _after_prompts(seconds: list[float]) -> list[float]:
-  """The shorter half of the times. The other half contains the steps that prefill a prompt."""
-  return sorted(seconds)[: len(seconds) // 2]
-
-
-def _engine_alone(model: ServedModel, length: int) -> list[float]:
-  """Seconds before each token but the first, measured in the engine's thread."""
-  rng, last, seconds = np.random.default_rng(), {}, []
-  left, done = threading.Semaphore(0), _SLOTS.value
-
-  def deliver(emitted: Emitted) -> None:
-    now, number = time.perf_counter(), emitted.request
-    if number in last and emitted.tokens:
-      seconds.extend([(now - last[number]) / len(emitted.tokens)] * len(emitted.tokens))
-    last[number] = now
-    if emitted.done:
-      left.release()
-
-  for _ in range(done):
-    prompt = rng.integers(0, model.engine.config.vocab_size, length).tolist()
-    stop_ids = model.tokenizer.stop_ids
-    request = Request(prompt, _NEW.value, Sampling(temperature=0.0), stop_ids=stop_ids)
-    model.engine.submit(request, deliver)
-  for _ in range(done):
-    left.acquire()
-  return seconds
-
-
-def _print_sessions(models: list[ServedModel], lengths: list[int]) -> None:
-  print("\n| tokens | kind | MB per session's cache | sessions in the memory of a dense session |")
-  print("| --- | --- | --- | --- |")
-  for length in lengths:
-    for model in models:
-      own, config = model.engine.cache_bytes(length), model.engine.config
-      ratio = dense_bytes(config, length) / own
-      print(f"| {length} | {model.name} | {own / 1e6:.2f} | {ratio:.1f} |")
+def _record(table: str, served: ServedModel | None, /, **values: object) -> None:
+  """Appends a result to --output."""
+  if _OUTPUT.value is None:
+    return
+  given: dict[str, object] = {"table": table, "device": environment(), "versions": _versions()}
+  if served is not None:
+    given |= {"model": _WORKDIR.value or _MODEL.value, "kind": served.name}
+    given |= {"new_tokens": _NEW.value, "slots": served.engine.slots}
+  with Path(_OUTPUT.value).open("a", encoding="utf-8") as file:
+    file.write(json.dumps(given | values) + "\n")
 
 
 if __name__ == "__main__":

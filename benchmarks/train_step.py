@@ -278,7 +278,7 @@ def _batch(program: _Program, step: int) -> Batch:
   shape = (config.batch_size, config.data.sequence_length + 1)
   rng = np.random.default_rng((config.seed, step))
   tokens = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
-  batch: Batch = program.functions.place(
+  batch: Batch = program.functions.shard_batch(
     {
       "inputs": tokens[:, :-1],
       "targets": tokens[:, 1:],

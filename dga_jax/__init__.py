@@ -8,7 +8,7 @@ if TYPE_CHECKING:
   from dga_jax.attention.plan import GroupPlan
   from dga_jax.config import DGAConfig
   from dga_jax.explanation import explain
-  from dga_jax.head_budgets import HeadBudgets
+  from dga_jax.head_budgets import HeadBudgets, SinkWindow
   from dga_jax.loading import load
   from dga_jax.text_generation import generate
 
@@ -18,6 +18,7 @@ __all__ = [
   "DGAConfig",
   "GroupPlan",
   "HeadBudgets",
+  "SinkWindow",
   "__version__",
   "dynamic_group_attention",
   "explain",
@@ -31,6 +32,7 @@ _MODULES = {
   "DGAConfig": "dga_jax.config",
   "GroupPlan": "dga_jax.attention.plan",
   "HeadBudgets": "dga_jax.head_budgets",
+  "SinkWindow": "dga_jax.head_budgets",
   "dynamic_group_attention": "dga_jax.api",
   "explain": "dga_jax.explanation",
   "generate": "dga_jax.text_generation",

@@ -20,7 +20,7 @@ from dga_jax.attention.segments import count_documents, find_documents, IntArray
 from dga_jax.attention.unbatched import accepts_unbatched
 from dga_jax.attention.validation import Lengths, SegmentIds, SequenceIds
 from dga_jax.config import DGAConfig
-from dga_jax.head_budgets import FULL, HeadBudgets
+from dga_jax.head_budgets import HeadBudgets
 from pallas_kernels.dispatch import Implementation
 
 __all__ = ["dynamic_group_attention", "plan_groups"]
@@ -59,8 +59,8 @@ def dynamic_group_attention(
     value: as key.
     config: every switch of the mechanism; or `HeadBudgets` of one layer, which give each KV head
       and its query heads a setting of their own. Heads with the setting "full" run causal dense
-      attention. Adjacent heads of one setting are one slice of the arrays; see
-      `HeadBudgets.contiguous_order`.
+      attention, heads with a `SinkWindow` attend to sinks and a sliding window. Adjacent heads of
+      one setting are one slice of the arrays; see `HeadBudgets.contiguous_order`.
     plan: fixes the split into focal tokens and groups. Default:
       `plan_groups(query, key, config=config, ...)`. Not with `HeadBudgets`.
     lengths: tokens of each row, an int array or a list; later tokens are padding. Default: L.
@@ -222,15 +222,15 @@ def _attend_on_device(
         implementation=implementation,
       )
 
-    documents = find_documents(B, L, lengths, segment_ids)
     return attend_heads(
       query,
       key,
       value,
       config,
-      documents,
       attend_class,
       focal_scores=focal_scores,
+      lengths=lengths,
+      segment_ids=segment_ids,
       scale=scale,
       implementation=implementation,
     )
@@ -361,11 +361,11 @@ def _with_document_bound(
   if segment_ids is None or count is None:
     return config
 
-  def bounded(config: DGAConfig) -> DGAConfig:
-    is_bounded = config.max_documents is not None
-    return config if is_bounded else dataclasses.replace(config, max_documents=max(1, count))
+  def bounded[Setting](config: Setting) -> Setting:
+    if not isinstance(config, DGAConfig) or config.max_documents is not None:
+      return config
+    return dataclasses.replace(config, max_documents=max(1, count))
 
   if isinstance(config, DGAConfig):
     return bounded(config)
-  settings = tuple(setting if setting == FULL else bounded(setting) for setting in config.settings)
-  return dataclasses.replace(config, settings=settings)
+  return dataclasses.replace(config, settings=tuple(map(bounded, config.settings)))

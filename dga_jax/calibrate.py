@@ -3,19 +3,24 @@
   dga calibrate --workdir=runs/smollm2 --documents=dev.jsonl --keys=0.25 --length=8192 \
     --output=budgets.json
 
-Each KV head alone is given each candidate setting while all other heads stay dense. Two losses are
-measured: of the second half of long texts, and of answers in retrieval prompts made by code. A MILP
-solver (HiGHS, in SciPy) allocates the candidates under the budget. The chosen set is measured, and
-swaps of heads are kept if they measure better.
+The candidates of a head are "full", streaming selection, and sinks with a sliding window. Each KV
+head alone is given each candidate while all other heads stay dense. Two losses are measured: of the
+second half of long texts, and of answers in retrieval prompts made by code. A MILP solver (HiGHS,
+in SciPy) allocates the candidates under the budget. The result is the best of this set, of full
+heads with sinks and a window in all others (DuoAttention's form), and of one setting in all heads,
+after measured changes: each head is measured again beside this set, and swaps of heads are kept if
+they measure better.
 
 Measurements are appended to OUTPUT's sibling with the suffix .measured.jsonl; the same command
-continues after an interruption, and another --keys or --objective uses the same measurements.
+continues after an interruption, and other --keys, --objective, --blocks or --windows use the same
+measurements.
 OUTPUT holds the budgets, and a table of losses over the share of the cost; the plot has OUTPUT's
 name and the suffix .png. Needs the extra "calibrate" (matplotlib and scipy).
 
 One measurement of a head takes half of a forward pass: a head of a layer needs only this layer and
 later ones. All heads are measured under the smallest candidate, and the heads outside --tail under
-the others. At most KV heads x candidates x rows / 2 forward passes.
+the others. At most KV heads x candidates x rows / 2 forward passes; --refine adds as many as the
+settings of the best set need.
 """
 
 import re
@@ -55,7 +60,10 @@ _BLOCKS = flags.DEFINE_list(
   "blocks", ["30+2", "62+2"], "Candidates: blocks of m merged and f focal tokens, as m+f."
 )
 _WINDOWS = flags.DEFINE_list(
-  "windows", ["128", "1024"], "Candidates: raw tokens before the block, rounded to whole blocks."
+  "windows",
+  ["128", "1024"],
+  "Candidates: raw tokens before the block, rounded to whole blocks. Each block and window has a "
+  "sliding window of equal bytes beside it.",
 )
 _SINKS = flags.DEFINE_integer("sinks", 4, "Candidates: first tokens that stay.", lower_bound=0)
 _PUZZLES = flags.DEFINE_list("puzzles", ["passkey"], f"Retrieval tasks: {', '.join(TASKS)}.")
@@ -69,6 +77,9 @@ _TAIL = flags.DEFINE_float(
   "smallest candidate alone, and estimated under the others. 0 measures all.", 0.0, 1.0
 )  # fmt: skip
 _ROUNDS = flags.DEFINE_integer("rounds", 16, "Largest number of measured swaps.", lower_bound=0)
+_REFINE = flags.DEFINE_bool(
+  "refine", True, "Measure each head again beside the best of the first sets."
+)
 _SHARES = flags.DEFINE_list(
   "shares", [f"{tenth / 10:g}" for tenth in range(1, 11)], "Shares of the table."
 )
@@ -80,7 +91,7 @@ def main() -> None:
   output = Path(_OUTPUT.value)
 
   from dga_jax.calibration import plot, report
-  from dga_jax.calibration.candidates import label, make_grid, Objective
+  from dga_jax.calibration.candidates import make_grid, Objective
   from dga_jax.calibration.fingerprint import describe_model
   from dga_jax.calibration.measuring import Measurer, open_results
   from dga_jax.calibration.run import calibrate, Goal
@@ -88,7 +99,9 @@ def main() -> None:
   from dga_jax.evaluation.results import environment
 
   objective = cast(Objective, _OBJECTIVE.value)
-  goal = Goal(_KEYS.value, objective, _LENGTH.value, _TAIL.value, _ROUNDS.value, shares)
+  goal = Goal(
+    _KEYS.value, objective, _LENGTH.value, _TAIL.value, _ROUNDS.value, _REFINE.value, shares
+  )
   model, config, tokenizer = load_model(_WORKDIR.value, _STEP.value)
   candidates = make_grid(
     blocks, windows, _SINKS.value, _LENGTH.value, has_selector=config.focal_selector
@@ -100,7 +113,6 @@ def main() -> None:
   measured_with = {
     "model": describe_model(model),
     "length": _LENGTH.value,
-    "candidates": [label(candidate) for candidate in candidates],
     "text_rows": rows.text.digest,
     "retrieval_rows": rows.retrieval.digest,
     "puzzles": _PUZZLES.value,
@@ -120,7 +132,8 @@ def main() -> None:
     "environment": environment(),
   }
   report.write_json(result, provenance, output)
-  title = f"{name}: {_LENGTH.value} tokens, {result.share:.3f} of dense {_OBJECTIVE.value}"
+  share = f"{result.share:.3f} of dense {_OBJECTIVE.value}"
+  title = f"Settings of the KV heads · {name} · {_LENGTH.value} tokens · {share}"
   plot.plot_budgets(result, _LENGTH.value, title, output.with_suffix(".png"))
   print(report.table(result))
   print(f"\n{output}\n{output.with_suffix('.png')}")

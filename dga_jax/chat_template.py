@@ -153,83 +153,55 @@ def template_sources(origin: Mapping[str, Any]) -> dict[str, str]:
   return sources
 
 
-def render_chat(
-  template: ChatTemplate,
-  messages: Sequence[Mapping[str, Any]],
-  *,
-  tools: Sequence[Mapping[str, Any]] | None = None,
-  add_generation_prompt: bool = True,
-  variables: Mapping[str, Any] | None = None,
-) -> str:
-  """The text of a conversation.
+def encode_chat(
+  template: ChatTemplate, messages: Sequence[Mapping[str, Any]], **variables: Any
+) -> list[int]:
+  """The tokens of a conversation. The tokenizer adds no start tokens; the template writes them.
+
+  Special tokens that the template wrote become those tokens. The same characters in a message or
+  another variable become ordinary tokens.
 
   Args:
     template: of the model.
     messages: each with a "role" and "content", as far as the template knows it.
-    tools: JSON schemas of functions, for templates that list them.
-    add_generation_prompt: whether the text ends with the beginning of the assistant's turn.
-    variables: further values by name, for example {"enable_thinking": False}.
+    **variables: as for `render_marked`.
 
   Raises:
     ValueError: the messages are not a conversation, or the template is damaged, refuses them or
       fails.
   """
-  marked = render_marked(
-    template,
-    messages,
-    tools=tools,
-    add_generation_prompt=add_generation_prompt,
-    variables=variables,
-  )
-  return marked.replace(_BREAK, "")
-
-
-def encode_chat(
-  template: ChatTemplate,
-  messages: Sequence[Mapping[str, Any]],
-  *,
-  tools: Sequence[Mapping[str, Any]] | None = None,
-  add_generation_prompt: bool = True,
-  variables: Mapping[str, Any] | None = None,
-) -> list[int]:
-  """The tokens of `render_chat`. The tokenizer adds no start tokens; the template writes them.
-
-  Special tokens that the template wrote become those tokens; the same characters in a message, a
-  tool or a variable become ordinary tokens.
-
-  Args and errors as for `render_chat`.
-  """
-  marked = render_marked(
-    template,
-    messages,
-    tools=tools,
-    add_generation_prompt=add_generation_prompt,
-    variables=variables,
-  )
-  return template.encoder.encode(marked)
+  return template.encoder.encode(render_marked(template, messages, **variables))
 
 
 def render_marked(
   template: ChatTemplate,
   messages: Sequence[Mapping[str, Any]],
   *,
-  tools: Sequence[Mapping[str, Any]] | None = None,
   add_generation_prompt: bool = True,
-  variables: Mapping[str, Any] | None = None,
+  **variables: Any,
 ) -> str:
   """The text of a conversation for `ChatTemplate.encoder`, which encodes it in parts or as a whole.
 
-  A noncharacter breaks up each special token that a message spells out. Args and errors as for
-  `render_chat`.
+  A noncharacter breaks up each special token that a message or another variable spells out.
+
+  Args:
+    template: of the model.
+    messages: each with a "role" and "content", as far as the template knows it.
+    add_generation_prompt: whether the text ends with the beginning of the assistant's turn.
+    **variables: other variables of the template, such as tools=[...] (JSON schemas of functions) or
+      enable_thinking=False.
+
+  Raises:
+    ValueError: as for `encode_chat`.
   """
   _check_messages(messages)
   mark = template.encoder.break_up
   given = {
-    "messages": mark(list(messages)),
-    "tools": mark(None if tools is None else list(tools)),
+    "tools": None,
     "documents": None,
+    **{name: mark(value) for name, value in variables.items()},
+    "messages": mark(list(messages)),
     "add_generation_prompt": add_generation_prompt,
-    **{name: mark(value) for name, value in (variables or {}).items()},
   }
   try:
     return template.sandbox.render(template.special_tokens | given)

@@ -209,13 +209,16 @@ class Checkpoints:
     step, self._saving = self._saving, None
     steps = list_steps(self._workdir)
     intact = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier one"
-    is_alone = jax.process_count() == 1
-    others = "" if is_alone else " If another process has failed, its log has the cause."
+    remedy = "Make room or repair the disk, and start"
+    if jax.process_count() > 1:
+      remedy = f"If another process has failed, its log has the cause. {remedy}"
+    if isinstance(error, jax.errors.JaxRuntimeError):  # Raised by the barrier of all processes.
+      remedy = "Most likely another process is gone, and its log has the cause. Start"
     directory = checkpoint_directory(self._workdir)
     return CheckpointError(
       f"Saving the checkpoint of step {step} in {directory} failed: {first_line(error)} Nothing "
-      f"of it counts as a checkpoint; {intact}.{others} Make room or repair the disk, and "
-      "start the same command again: it continues from that checkpoint."
+      f"of it counts as a checkpoint; {intact}. {remedy} the same command again: it continues from "
+      "that checkpoint."
     )
 
 

@@ -12,6 +12,11 @@ AttentionName = Literal[
   "minference",
   "top_k_eviction",
   "kv_merger",
+  "snapkv",
+  "quest",
+  "expected_attention",
+  "clusterkv",
+  "pqcache",
 ]
 DtypeName = Literal["bfloat16", "float16", "float32"]
 RematName = Literal["none", "full", "dots"]

@@ -14,7 +14,7 @@ from dga_jax.attention import validation
 from dga_jax.attention.validation import Lengths, SegmentIds
 from dga_jax.cache import decode_step, empty_cache
 from dga_jax.config import DGAConfig
-from dga_jax.head_budgets import FULL, HeadBudgets
+from dga_jax.head_budgets import HeadBudgets
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation, Report
 
@@ -164,6 +164,6 @@ def explain(
   with dispatch.collect_reports(target) as reports:
     jax.eval_shape(call, query, key, value, focal_scores=focal_scores)
     for each in configs:
-      if each != FULL:
+      if isinstance(each, DGAConfig):
         jax.eval_shape(functools.partial(decode, config=each), *unsplit)
   return Explanation.from_reports(str(target), reports)

@@ -4,6 +4,7 @@
   dga generate --workdir=runs/llama --chat --prompt="What is the capital of France?"
   dga generate --workdir=runs/llama --interactive
   dga generate --workdir=runs/llama --chat --context=report.txt --question="Who wrote it?"
+  dga generate --workdir=runs/audio --prompt_audio=in.wav --output_audio=out.wav --seconds=2
 
 Prompts: --prompt prints the text as it is generated. --prompt_from reads one prompt from a whole
 file, or from standard input (-). --prompt_file reads one prompt a line, or from a .jsonl file one
@@ -14,10 +15,13 @@ turns into a text. --interactive reads messages from the terminal.
 Documents: --context reads a document once, and each --question is answered from its cache.
 --save_cache stores the cache in a file, and --load_cache reads it in place of the document.
 
+Sound: --prompt_audio continues an audio file with a model that was trained on sound.
+
 Texts are printed to stdout; with --jsonl as one JSON object a line. Figures and notes are printed
 to stderr.
 """
 
+import sys
 from pathlib import Path
 from typing import Any, cast, get_args, TYPE_CHECKING
 
@@ -62,6 +66,14 @@ _QUESTION = flags.DEFINE_multi_string(
 )
 _SAVE_CACHE = define_path("save_cache", None, "File for the cache of --context.")
 _LOAD_CACHE = define_path("load_cache", None, "File of --save_cache to read, not --context.")
+_PROMPT_AUDIO = define_path("prompt_audio", None, "Audio file to continue (WAV, FLAC).")
+_OUTPUT_AUDIO = define_path("output_audio", None, "WAV file for the continuation.")
+_SECONDS = flags.DEFINE_float(
+  "seconds", 2.0, "Length of the continuation of --prompt_audio.", lower_bound=0.01
+)
+_SPECTROGRAM = define_path(
+  "spectrogram", None, "File for a plot of --prompt_audio and its continuation, .png or .svg."
+)
 _JSONL = flags.DEFINE_bool("jsonl", False, "Print one JSON object a line for each prompt.")
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
   "max_new_tokens", 128, "Largest number of tokens to generate for a prompt.", lower_bound=1
@@ -106,11 +118,11 @@ def main() -> None:
   """Generates by the flags."""
   _check_flags()
   document = None if _CONTEXT.value is None else read_text(_CONTEXT.value)
-  records = [] if _is_about_a_document() or _INTERACTIVE.value else _read_records()
+  is_other = _is_about_a_document() or _INTERACTIVE.value or _PROMPT_AUDIO.value is not None
+  records = [] if is_other else _read_records()
   check_exists(Path(str(_WORKDIR.value)), "checkpoint, Hugging Face folder or GGUF file")
 
   from dga_jax.generation import Sampling
-  from dga_jax.head_budgets import read_head_budgets
   from dga_jax.loading import load_with_facts
 
   sampling = Sampling(
@@ -125,9 +137,11 @@ def main() -> None:
     step=_STEP.value,
     attention=cast(AttentionName | None, _ATTENTION.value),
     dtype=cast(DtypeName | None, _DTYPE.value),
-    budgets=None if _BUDGETS.value is None else read_head_budgets(_BUDGETS.value),
+    budgets=command_line.read_budgets(_BUDGETS),
   )
-  if _INTERACTIVE.value:
+  if _PROMPT_AUDIO.value is not None:
+    _continue_audio(loaded, sampling)
+  elif _INTERACTIVE.value:
     from dga_jax.conversation_console import converse
 
     converse(loaded, sampling, max_new_tokens=_MAX_NEW_TOKENS.value, system=_SYSTEM.value)
@@ -179,6 +193,34 @@ def _continue(loaded: "Loaded", sampling: "Sampling", records: list[dict[str, An
     console.print_all(batch, loaded.tokenizer, prompts)
 
 
+def _continue_audio(loaded: "Loaded", sampling: "Sampling") -> None:
+  from dga_jax.audio.continuation import continue_sound, sample_rate_of
+  from dga_jax.audio.files import read_audio, write_wav
+  from dga_jax.checkpoint import load_config
+
+  workdir = str(_WORKDIR.value)
+  rate = sample_rate_of(load_config(workdir, _STEP.value), workdir)
+  prompt = read_audio(str(_PROMPT_AUDIO.value), rate)
+  wanted = round(_SECONDS.value * rate)
+  result = continue_sound(loaded.model, loaded.tokenizer, prompt, wanted, sampling)
+  if not len(result.samples):
+    sys.exit("The model ends the sound after the prompt, so there is no continuation.")
+  write_wav(str(_OUTPUT_AUDIO.value), result.samples, rate)
+  seconds = len(result.samples) / rate
+  note = "" if len(result.samples) == wanted else ", where the model ended the sound"
+  print(f"wrote {seconds:.2f} s at {rate} Hz to {_OUTPUT_AUDIO.value}{note}", file=sys.stderr)
+  print(result.generation.summary(), file=sys.stderr)
+  if _SPECTROGRAM.value is not None:
+    from dga_jax.audio.spectrogram import plot_continuation
+
+    kind = loaded.model.config.attention
+    title = (
+      f"{Path(workdir).name} · {kind} · {len(prompt) / rate:.2f} s continued by {seconds:.2f} s"
+    )
+    plot_continuation(str(_SPECTROGRAM.value), prompt, result.samples, rate, title=title)
+    print(f"wrote {_SPECTROGRAM.value}", file=sys.stderr)
+
+
 def _attention_is_chosen() -> bool:
   return _ATTENTION.value is not None or _BUDGETS.value is not None
 
@@ -189,14 +231,18 @@ def _is_about_a_document() -> bool:
 
 def _check_flags() -> None:
   """Raises UsageError for flags that do not go together."""
-  sources = (_PROMPT, _PROMPT_FILE, _PROMPT_FROM, _CONTEXT, _LOAD_CACHE)
+  sources = (_PROMPT, _PROMPT_FILE, _PROMPT_FROM, _PROMPT_AUDIO, _CONTEXT, _LOAD_CACHE)
   given = [f"--{flag.name}" for flag in sources if flag.value is not None]
   given += ["--interactive"] * _INTERACTIVE.value
   if len(given) != 1:
     raise app.UsageError(
-      "Give one of --prompt, --prompt_file, --prompt_from, --interactive, --context and"
-      f" --load_cache; {' and '.join(given) or 'none'} given."
+      "Give one of --prompt, --prompt_file, --prompt_from, --prompt_audio, --interactive,"
+      f" --context and --load_cache; {' and '.join(given) or 'none'} given."
     )
+  if (_PROMPT_AUDIO.value is None) != (_OUTPUT_AUDIO.value is None):
+    raise app.UsageError("--prompt_audio and --output_audio need each other.")
+  if _SPECTROGRAM.value is not None and _PROMPT_AUDIO.value is None:
+    raise app.UsageError("--spectrogram plots a continued sound; give --prompt_audio.")
   if _BUDGETS.value is not None and _ATTENTION.value is not None:
     raise app.UsageError("Give one of --attention and --budgets.")
   asks = bool(_QUESTION.value)

@@ -7,14 +7,47 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from dga_jax.config import DGAConfig
-from dga_jax.config_dataclasses import config_error, from_dict
+from dga_jax.config_dataclasses import config_error, from_dict, require_int
 
-__all__ = ["FULL", "HeadBudgets", "HeadRow", "HeadSetting", "read_head_budgets", "split_row"]
+__all__ = [
+  "FULL",
+  "HeadBudgets",
+  "HeadRow",
+  "HeadSetting",
+  "SinkWindow",
+  "read_head_budgets",
+  "split_row",
+]
 
 FULL: Literal["full"] = "full"  # Causal dense attention, with a cache of every token.
 MAX_SETTINGS = 4
 
-type HeadSetting = Literal["full"] | DGAConfig
+
+@dataclasses.dataclass(frozen=True)
+class SinkWindow:
+  """Attention sinks and a sliding window, without merged groups or focal tokens.
+
+  A query sees the first `sinks` tokens of its document and the last `window` of the other tokens.
+  Keys keep their RoPE positions. The cache holds sinks + window tokens in the model's dtype. This
+  is the rule of the heads of DuoAttention that are not full (Xiao et al., arXiv 2410.10819).
+
+  Attributes:
+    window: last tokens that a query sees, its own token included; at least 1.
+    sinks: first tokens that every query sees.
+
+  Raises:
+    ValueError: names the field, its value and the values it takes.
+  """
+
+  window: int
+  sinks: int = 4
+
+  def __post_init__(self) -> None:
+    require_int(self, "window", least=1)
+    require_int(self, "sinks", least=0)
+
+
+type HeadSetting = Literal["full"] | DGAConfig | SinkWindow
 type HeadRow = tuple[int, ...]  # The setting of each KV head of a layer, as an index.
 
 
@@ -26,8 +59,8 @@ class HeadBudgets:
   attention call. So there are at most four.
 
   Attributes:
-    settings: distinct settings: "full" for causal dense attention, or a `DGAConfig` with streaming
-      selection.
+    settings: distinct settings: "full" for causal dense attention, a `DGAConfig` with streaming
+      selection, or a `SinkWindow`.
     assignment: [layers][kv_heads], an index into `settings`.
 
   Raises:
@@ -41,21 +74,21 @@ class HeadBudgets:
     if not isinstance(self.settings, list | tuple):
       raise config_error(self, "settings", "a list of settings")
     settings = tuple(
-      from_dict(DGAConfig, setting, path=f"HeadBudgets.settings[{index}]")
-      if isinstance(setting, Mapping)
-      else setting
+      _read_setting(setting, path=f"HeadBudgets.settings[{index}]")
       for index, setting in enumerate(self.settings)
     )
     object.__setattr__(self, "settings", settings)
     valid = all(
-      setting == FULL or (isinstance(setting, DGAConfig) and setting.selection == "streaming")
+      setting == FULL
+      or isinstance(setting, SinkWindow)
+      or (isinstance(setting, DGAConfig) and setting.selection == "streaming")
       for setting in settings
     )
     if not valid or not 1 <= len(settings) <= MAX_SETTINGS or len(set(settings)) != len(settings):
       raise config_error(
         self,
         "settings",
-        f"1 to {MAX_SETTINGS} distinct settings, each 'full' or a DGAConfig with "
+        f"1 to {MAX_SETTINGS} distinct settings, each 'full', a SinkWindow, or a DGAConfig with "
         "selection='streaming'",
       )
     try:
@@ -145,7 +178,8 @@ class HeadBudgets:
     """The inverse of `to_dict`.
 
     Args:
-      values: "settings" and "assignment"; a setting is "full" or a mapping of DGAConfig's fields.
+      values: "settings" and "assignment"; a setting is "full" or a mapping of the fields of
+        DGAConfig or of SinkWindow, which alone has the field "window".
       path: the name of `values` in messages.
 
     Raises:
@@ -183,6 +217,14 @@ def split_row(row: HeadRow, parts: int) -> tuple[HeadRow, ...]:
   """A row in `parts` parts of equally many adjacent KV heads."""
   size = len(row) // parts
   return tuple(row[start : start + size] for start in range(0, len(row), size))
+
+
+def _read_setting(setting: Any, path: str) -> Any:
+  """A setting whose fields may be a mapping, as JSON has them."""
+  if not isinstance(setting, Mapping):
+    return setting
+  cls: type[DGAConfig] | type[SinkWindow] = SinkWindow if "window" in setting else DGAConfig
+  return from_dict(cls, setting, path=path)
 
 
 def _index(value: Any) -> int:

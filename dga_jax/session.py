@@ -51,9 +51,12 @@ class Session:
         f"dga.selection is {config.dga.selection!r}, which ranks all tokens of a prompt together; a"
         " cache that continues from turn to turn needs selection='streaming' or attention='dense'."
       )
-    self.model = _in_compute_dtype(model).unstack_layers()
+    self.model = _in_compute_dtype(model)
     self.tokens: list[int] = []
-    self._graphdef, self._params = nnx.split(self.model)
+    # Reading scans stacked layers, since XLA compiles a scan once and unstacked layers one by one.
+    # Decoding uses unstacked layers, since a step of the scan copies a layer's weights.
+    self._reader, self._reader_params = nnx.split(self.model)
+    self._decoder, self._decoder_params = nnx.split(self.model.unstack_layers())
     self._cache: DecoderCache | None = None
     self._logits_1xV: Float[Array, "1 V"] | None = None
     self._extend = jax.jit(self._extend_program, donate_argnums=1)
@@ -79,6 +82,7 @@ class Session:
     V = self.model.config.vocab_size
     if not tokens or min(tokens) < 0 or max(tokens) >= V:
       raise ValueError(f"tokens must have at least one token id, and ids from 0 to {V - 1}.")
+    self._make_room(len(tokens))  # Once, since each capacity has a program of its own.
     at = 0
     while at < len(tokens):
       size = _LONG if len(tokens) - at > 4 * _SHORT else _SHORT
@@ -117,7 +121,11 @@ class Session:
       yield token
       self._make_room(1)
       next_1, self._cache = self._step(
-        self._params, self._cache, np.array([token], np.int32), params, np.array([count], np.int32)
+        self._decoder_params,
+        self._cache,
+        np.array([token], np.int32),
+        params,
+        np.array([count], np.int32),
       )
       self.tokens.append(token)
       token = int(next_1[0])
@@ -152,9 +160,8 @@ class Session:
   def _read_chunk(self, tokens: Sequence[int], size: int) -> None:
     chunk_1xT = np.zeros((1, size), np.int32)
     chunk_1xT[0, : len(tokens)] = tokens
-    self._make_room(len(tokens))
     self._logits_1xV, self._cache = self._extend(
-      self._params, self._cache, chunk_1xT, np.array([len(tokens)], np.int32)
+      self._reader_params, self._cache, chunk_1xT, np.array([len(tokens)], np.int32)
     )
     self.tokens.extend(tokens)
 
@@ -169,7 +176,7 @@ class Session:
   def _extend_program(
     self, params: Any, cache: DecoderCache, chunk_1xT: Array, length_1: Array
   ) -> tuple[Array, DecoderCache]:
-    return nnx.merge(self._graphdef, params).extend(chunk_1xT, cache, length_1)
+    return nnx.merge(self._reader, params).extend(chunk_1xT, cache, length_1)
 
   def _step_program(
     self,
@@ -179,7 +186,7 @@ class Session:
     sampling: SamplingParams,
     sampled_1: Array,
   ) -> tuple[Array, DecoderCache]:
-    logits_1xV, cache = nnx.merge(self._graphdef, params).decode(token_1, cache)
+    logits_1xV, cache = nnx.merge(self._decoder, params).decode(token_1, cache)
     return sample(logits_1xV, sampling, sampled_1), cache
 
 

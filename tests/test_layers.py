@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = {"absl", "etils", "jinja2", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
+  "audio": {"matplotlib", "soundfile", "soxr"},
   "calibration": {"matplotlib", "scipy", "tqdm"},
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
   "evaluation": {"matplotlib", "tqdm"},

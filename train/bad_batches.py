@@ -23,8 +23,8 @@ def record_batch(workdir: Path, step: int, taken: Taken, values: Mapping[str, fl
   """
   folder = workdir / FOLDER
   folder.mkdir(exist_ok=True)
-  place = f"process_{jax.process_index()}_of_{jax.process_count()}"
-  path = folder / f"step_{step:08d}_{place}.npz"
+  process = f"process_{jax.process_index()}_of_{jax.process_count()}"
+  path = folder / f"step_{step:08d}_{process}.npz"
   partial = path.with_suffix(".partial")
   arrays: dict[str, Any] = {"batch_index": taken.index, **taken.rows, **values}
   with partial.open("wb") as file:

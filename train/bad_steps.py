@@ -58,8 +58,8 @@ def is_good(
 
 def seen(guard: Guard, loss: Float[Array, ""], good: Bool[Array, ""]) -> Guard:
   """The guard after a step."""
-  place = guard.count % guard.losses.size
-  losses = guard.losses.at[place].set(jnp.where(good, loss, guard.losses[place]))
+  slot = guard.count % guard.losses.size
+  losses = guard.losses.at[slot].set(jnp.where(good, loss, guard.losses[slot]))
   return Guard(losses, guard.count + good)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Int, PyTree
 from dga_jax.attention.segments import find_documents
 from dga_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
+from train.data.config import DataKind
 from train.sharding import batch_sharding, replicated
 from train.step import Batch, batch_losses, Functions, micro_batches
 
@@ -28,7 +29,7 @@ class Evaluation:
   Attributes:
     loss: nats per token.
     accuracy: share of the targets that the model finds most likely.
-    bits_per_byte: loss per byte of text, comparable between tokenizers.
+    bits_per_byte: loss per byte of text, comparable between tokenizers; of sound per sample.
     loss_by_position: nats per token by position in the document: a key is the first position of
       its bucket, which ends before the next key. Buckets without a token are missing.
     loss_by_corpus: nats per token of each corpus; empty for a single corpus.
@@ -73,7 +74,7 @@ type EvalStep = Callable[[PyTree[Array], Batch], dict[str, Array]]
 
 def make_eval_step(config: TrainConfig, functions: Functions, tokenizer: Tokenizer) -> EvalStep:
   """A jitted function (params, batch) -> sums: by bucket of positions, and of bytes."""
-  bytes_V = token_lengths(tokenizer, config.model.vocab_size)
+  bytes_V = token_lengths(tokenizer, config.model.vocab_size, config.data.kind)
   starts_K = bucket_starts(config.data.sequence_length)
 
   def sums(params: PyTree[Array], batch: Batch) -> dict[str, Array]:
@@ -130,7 +131,7 @@ def evaluate(
   """Evaluates on the first `eval_batches` held-out batches, the same ones every time."""
   first = itertools.islice(batches, config.eval_batches)
   # All batches are dispatched before the first result is waited for.
-  results = jax.device_get([eval_step(params, functions.place(batch)) for batch in first])
+  results = jax.device_get([eval_step(params, functions.shard_batch(batch)) for batch in first])
   totals = {
     name: np.sum([sums[name] for sums in results], axis=0, dtype=float) for name in results[0]
   }
@@ -156,9 +157,16 @@ def bucket_starts(length: int) -> Int[np.ndarray, "K"]:
   return np.array([0, *(_FIRST_BUCKET << i for i in range(doublings))], np.int32)
 
 
-def token_lengths(tokenizer: Tokenizer, vocab_size: int) -> Int[np.ndarray, "V"]:
-  """Bytes of text that each token stands for; 0 for ids that the tokenizer lacks."""
+def token_lengths(
+  tokenizer: Tokenizer, vocab_size: int, kind: DataKind = "text"
+) -> Int[np.ndarray, "V"]:
+  """Bytes of data per token: 0 for the end token and for ids that the tokenizer lacks.
+
+  A token of sound is one byte, a μ-law sample.
+  """
   lengths_V = np.zeros(vocab_size, np.int32)
   known = [len(tokenizer.token_bytes(token)) for token in range(tokenizer.vocab_size)]
+  if kind == "audio":
+    known = [min(1, length) for length in known]
   lengths_V[: len(known)] = known
   return lengths_V

@@ -40,9 +40,9 @@ class Profiler:
 
   def __init__(self, files: RunFolder, steps: ProfiledSteps | None) -> None:
     several = jax.process_count() > 1
-    place = f"process_{jax.process_index()}" if several else ""
+    subfolder = f"process_{jax.process_index()}" if several else ""
     self._files = files
-    self._folder = files.local / "profile" / place
+    self._folder = files.local / "profile" / subfolder
     self._steps = steps
     self._is_running = False
 

@@ -115,10 +115,10 @@ def _check_storage(config: TrainConfig, workdir: AnyPath) -> None:
       f"The workdir is {str(workdir)!r}, and the run has {jax.process_count()} processes; an "
       "object store is supported for one process. Give a folder on a disk that all processes share."
     )
-  if is_gcs(workdir) and config.data.kind == "text" and config.data.cache_dir is None:
+  if is_gcs(workdir) and config.data.kind != "recall" and config.data.cache_dir is None:
     raise ValueError(
-      f"config.data.cache_dir is None, and the workdir is {str(workdir)!r}; the prepared text and "
-      "tokens need a folder of the file system. Give one that every host has: "
+      f"config.data.cache_dir is None, and the workdir is {str(workdir)!r}; the prepared data "
+      "need a folder of the file system. Give one that every host has: "
       "--config.data.cache_dir=FOLDER."
     )
 
@@ -201,7 +201,8 @@ def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair:
   if data.tokenizer.vocab_size > config.model.vocab_size:
     raise ValueError(
       f"config.model.vocab_size is {config.model.vocab_size}; the tokenizer has "
-      f"{data.tokenizer.vocab_size} entries, so it must be at least that."
+      f"{data.tokenizer.vocab_size} entries. Raise config.model.vocab_size to at least that, or "
+      "lower config.data.vocab_size, the size of a tokenizer that the run trains."
     )
   if start.fingerprint not in (None, data.fingerprint):
     raise ValueError(

@@ -77,7 +77,7 @@ def process_share(mesh: Mesh) -> tuple[int, int]:
   return mine[0] // len(mine), parts // len(mine)
 
 
-def place_batch(batch: HostBatch, mesh: Mesh, *, micro_batches: int) -> dict[str, Array]:
+def shard_batch(batch: HostBatch, mesh: Mesh, *, micro_batches: int) -> dict[str, Array]:
   """Puts this process's rows of a batch on its devices, as a part of global arrays on the mesh.
 
   Padding rows, which have no loss, fill the batch up to a multiple of devices and micro-batches.
@@ -91,13 +91,13 @@ def place_batch(batch: HostBatch, mesh: Mesh, *, micro_batches: int) -> dict[str
   _, shares = process_share(mesh)
   divisor = _row_parts(mesh) // shares * micro_batches
 
-  def place(name: str, rows_BxL: np.ndarray) -> Array:
+  def shard(name: str, rows_BxL: np.ndarray) -> Array:
     padding = ((0, -len(rows_BxL) % divisor), (0, 0))
     padded_BxL = np.pad(rows_BxL, padding, constant_values=_PADDING.get(name, 0))
     global_shape = (len(padded_BxL) * shares, padded_BxL.shape[1])
     return jax.make_array_from_process_local_data(sharding, padded_BxL, global_shape)
 
-  return {name: place(name, np.asarray(rows_BxL)) for name, rows_BxL in batch.items()}
+  return {name: shard(name, np.asarray(rows_BxL)) for name, rows_BxL in batch.items()}
 
 
 def _row_parts(mesh: Mesh) -> int:

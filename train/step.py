@@ -25,9 +25,9 @@ from train.sharding import (
   batch_sharding,
   HostBatch,
   optimizer_shardings,
-  place_batch,
   replicated,
   shapes_on,
+  shard_batch,
 )
 
 type Batch = dict[str, Array]
@@ -60,9 +60,9 @@ class Functions:
     graphdef: the decoder's structure; `nnx.merge` with the parameters makes the decoder.
     mesh: the devices of the run.
     shardings: of each array of the state on the mesh.
-    place: transfers this process's rows of a batch (see `train.sharding`) to the mesh.
+    shard_batch: transfers this process's rows of a batch (see `train.sharding`) to the mesh.
     init: makes the state before the first step.
-    begin: makes it from given parameters, which are donated.
+    from_params: makes that state from given parameters, which are donated.
     step: one step; the state given to it is donated. Its scalars are the loss (nats per token),
       accuracy, grad_norm before clipping, param_norm after the update, learning_rate, tokens
       (those with a loss), and skipped: 1 if the step was bad and changed nothing, else 0.
@@ -71,9 +71,9 @@ class Functions:
   graphdef: nnx.GraphDef
   mesh: Mesh
   shardings: TrainState
-  place: Callable[[HostBatch], Batch]
+  shard_batch: Callable[[HostBatch], Batch]
   init: Callable[[], TrainState]
-  begin: Callable[[PyTree[Array]], TrainState]
+  from_params: Callable[[PyTree[Array]], TrainState]
   step: Wrapped  # (TrainState, Batch) -> (TrainState, Scalars)
 
 
@@ -94,9 +94,9 @@ def make_functions(config: TrainConfig, mesh: Mesh | None = None) -> Functions:
   # and never a whole array.
   def init() -> TrainState:
     model = Decoder(config.model, rngs=nnx.Rngs(config.seed))
-    return begin(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    return from_params(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
-  def begin(params: PyTree[Array]) -> TrainState:
+  def from_params(params: PyTree[Array]) -> TrainState:
     return TrainState(params, optimizer.init(params), jnp.int32(0), new_guard(config.guard))
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
@@ -124,9 +124,9 @@ def make_functions(config: TrainConfig, mesh: Mesh | None = None) -> Functions:
     graphdef,
     mesh,
     shardings,
-    place=functools.partial(place_batch, mesh=mesh, micro_batches=config.grad_accumulation),
+    shard_batch=functools.partial(shard_batch, mesh=mesh, micro_batches=config.grad_accumulation),
     init=jax.jit(init, out_shardings=shardings),
-    begin=jax.jit(begin, donate_argnums=0, out_shardings=shardings),
+    from_params=jax.jit(from_params, donate_argnums=0, out_shardings=shardings),
     step=jax.jit(
       step,
       donate_argnums=0,

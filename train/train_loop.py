@@ -101,7 +101,7 @@ class Run:
     while step < config.num_steps and not stopping:
       step += 1
       taken = batches.take()
-      batch = self._functions.place(taken.rows)
+      batch = self._functions.shard_batch(taken.rows)
       profiler.before(step)
       # A Python number or numpy array that slipped into the step would be copied to the device at
       # every step; here it raises. The copies that are meant are explicit.
@@ -126,7 +126,7 @@ class Run:
       if self._config.init_from is None:
         return functions.init()
       logging.info("Beginning with the model in %s.", self._config.init_from)
-      return functions.begin(load_params(self._config, functions.mesh))
+      return functions.from_params(load_params(self._config, functions.mesh))
     target = shapes_on(jax.eval_shape(functions.init), functions.shardings)
     params, training = self._checkpoints.restore(
       step, params=target.params, training=_training_items(target)

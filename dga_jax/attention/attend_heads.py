@@ -8,8 +8,11 @@ from jaxtyping import Array, Float
 from dga_jax.attention.attend import zero_padding
 from dga_jax.attention.dense import dense_attention
 from dga_jax.attention.head_classes import HeadClasses, switch_rows
-from dga_jax.attention.segments import Documents
-from dga_jax.head_budgets import FULL, HeadBudgets, split_row
+from dga_jax.attention.reference import number_documents, reference_sink_window
+from dga_jax.attention.segments import find_documents, IntArray
+from dga_jax.attention.sink_window import attend_sink_window, prepare_sink_window
+from dga_jax.config import DGAConfig
+from dga_jax.head_budgets import HeadBudgets, SinkWindow, split_row
 from dga_jax.sharding import head_part
 from pallas_kernels.dispatch import Implementation
 
@@ -19,10 +22,11 @@ def attend_heads(
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
   budgets: HeadBudgets,
-  documents: Documents,
   attend: Callable[..., Array],
   *,
   focal_scores: Float[Array, "B L N"] | None = None,
+  lengths: IntArray | None = None,
+  segment_ids: IntArray | None = None,
   scale: Any = None,
   implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
@@ -36,28 +40,41 @@ def attend_heads(
     key: likewise.
     value: likewise.
     budgets: of one layer and all of its KV heads.
-    documents: the rows.
-    attend: Dynamic Group Attention: (config, query, key, value, focal_scores) to the output.
+    attend: Dynamic Group Attention of the same rows, (config, query, key, value, focal_scores) to
+      the output.
     focal_scores: likewise, if a setting has the selector "fitted".
+    lengths: tokens of each row; None for L.
+    segment_ids: of packed documents; None for one document in each row.
     scale: of the attention logits, default 1/√D.
-    implementation: "xla" and "reference" run the heads with the setting "full" in XLA too.
+    implementation: of the heads with a `DGAConfig` or a `SinkWindow`. "xla" and "reference" run the
+      heads with the setting "full" in XLA too.
   """
+  B, L = query.shape[:2]
   part, parts = head_part()
-  in_xla = implementation in ("xla", ("xla",), "reference", ("reference",))
+  documents = find_documents(B, L, lengths, segment_ids)
+  is_reference = implementation in ("reference", ("reference",))
+  in_xla = is_reference or implementation in ("xla", ("xla",))
 
-  def attend_class(setting: int, query: Array, key: Array, value: Array, *scores: Array) -> Array:
-    config = budgets.settings[setting]
-    if config != FULL:
-      own = scores[0][..., 0] if scores and config.selector == "fitted" else None
-      return attend(config, query, key, value, own)
+  def attend_class(index: int, query: Array, key: Array, value: Array, *scores: Array) -> Array:
+    setting = budgets.settings[index]
+    if isinstance(setting, DGAConfig):
+      own = scores[0][..., 0] if scores and setting.selector == "fitted" else None
+      return attend(setting, query, key, value, own)
+    if isinstance(setting, SinkWindow):
+      return attend_window(setting, query, key, value)
     query, key, value = zero_padding(documents, query, key, value)
     return dense_attention(
-      query,
-      key,
-      value,
-      documents,
-      scale=scale,
-      implementation="xla" if in_xla else None,
+      query, key, value, documents, scale=scale, implementation="xla" if in_xla else None
+    )
+
+  def attend_window(setting: SinkWindow, query: Array, key: Array, value: Array) -> Array:
+    sizes = {"sinks": setting.sinks, "window": setting.window}
+    if is_reference:
+      document_BxL = number_documents(B, L, lengths, segment_ids)
+      return reference_sink_window(query, key, value, document_BxL, scale=scale, **sizes)
+    metadata = prepare_sink_window(documents, **sizes)
+    return attend_sink_window(
+      query, key, value, metadata, scale=scale, implementation=implementation
     )
 
   return switch_rows(

@@ -65,6 +65,53 @@ def reference_attention(
   return out_BxLxNxRxD.reshape(B, L, H, D)
 
 
+def reference_sink_window(
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  value: Float[Array, "B L N D"],
+  document: Int[Array, "B L"],
+  *,
+  sinks: int,
+  window: int,
+  scale: float | Float[Array, ""] | None = None,
+) -> Float[Array, "B L H D"]:
+  """Attention to sinks and a sliding window with L×L masks. Differentiable.
+
+  Args:
+    query: any float dtype, which all arrays share.
+    key: N KV heads, N dividing H.
+    value: as key.
+    document: from `number_documents`.
+    sinks: first tokens of its document that a query sees.
+    window: last tokens that a query sees, of those that are no sinks.
+    scale: multiplies the attention logits, default 1/√D.
+
+  Returns:
+    The query's shape and dtype, computed in float32; 0 for padding.
+  """
+  L, H, D = query.shape[1:]
+  N = key.shape[2]
+  is_token_BxLx1x1 = (document >= 0)[..., None, None]
+  query, key, value = (jnp.where(is_token_BxLx1x1, x, 0) for x in (query, key, value))
+  i_L = jnp.arange(L)
+  causal_LxL = i_L[:, None] >= i_L[None]
+
+  def of_row(q_LxHxD: Array, k_LxNxD: Array, v_LxNxD: Array, document_L: Array) -> Array:
+    same_LxL = _same_document(document_L)
+    is_sink_L = (same_LxL & causal_LxL).sum(axis=1) <= sinks
+    near_LxL = i_L[:, None] - i_L[None] < window
+    sees_LxL = same_LxL & causal_LxL & (is_sink_L[None] | near_LxL)
+    q_LxNxRxD, k, v = (
+      x.astype(jnp.float32) for x in (q_LxHxD.reshape(L, N, H // N, D), k_LxNxD, v_LxNxD)
+    )
+    logits_NxRxLxL = jnp.einsum("inrd,jnd->nrij", q_LxNxRxD, k, precision="highest")
+    weights = _softmax((D**-0.5 if scale is None else scale) * logits_NxRxLxL, sees_LxL[None, None])
+    out = jnp.einsum("nrij,jnd->inrd", weights, v, precision="highest")
+    return out.reshape(L, H, D).astype(q_LxHxD.dtype)
+
+  return jax.vmap(of_row)(query, key, value, document)
+
+
 def number_documents(
   batch: int,
   length: int,

@@ -17,6 +17,18 @@ _ROUNDING = 1e-12  # Of the sum of costs that are not integers.
 _TIGHTER = 1e-5
 
 
+class Near(NamedTuple):
+  """A bound on the difference of two allocations.
+
+  Attributes:
+    choice: the candidate of each head.
+    heads: the most heads that may follow another candidate.
+  """
+
+  choice: Int[np.ndarray, "H"]
+  heads: int
+
+
 class Scale(NamedTuple):
   """Sums of the rises over all heads, which make text and retrieval comparable.
 
@@ -73,6 +85,7 @@ def allocate(
   budget: float,
   *,
   max_settings: int = MAX_SETTINGS,
+  near: Near | None = None,
 ) -> Int[np.ndarray, "H"]:
   """The candidate of each head that minimises the sum of damages within a budget.
 
@@ -80,10 +93,11 @@ def allocate(
   x[h, c] ≤ y[c] and Σ y ≤ max_settings; x and y are 0 or 1.
 
   Args:
-    damage_HxC: of each of H heads under each of C candidates, at least 0.
+    damage_HxC: of each of H heads under each of C candidates.
     cost_C: of one head under each candidate, greater than 0.
     budget: bound on the sum of costs.
     max_settings: largest number of distinct candidates.
+    near: bounds the heads that differ from another allocation within the budget.
 
   Raises:
     ValueError: the cheapest candidate in all heads exceeds the budget.
@@ -97,33 +111,43 @@ def allocate(
       " raise --keys, or give smaller --windows or larger --blocks."
     )
   for bound in (1.0, 1.0 - _TIGHTER):
-    choice_H = _solve(damage_HxC, cost_C / budget, bound, min(max_settings, C))
+    choice_H = _solve(damage_HxC, cost_C / budget, bound, min(max_settings, C), near)
+    if choice_H is None:
+      break
     if cost_C[choice_H].sum() <= most:
       return choice_H
-  return np.full(H, int(cost_C.argmin()))
+  return np.full(H, int(cost_C.argmin())) if near is None else near.choice
 
 
 def _solve(
-  damage_HxC: np.ndarray, cost_C: np.ndarray, bound: float, max_settings: int
-) -> Int[np.ndarray, "H"]:
+  damage_HxC: np.ndarray, cost_C: np.ndarray, bound: float, max_settings: int, near: Near | None
+) -> Int[np.ndarray, "H"] | None:
+  """The best allocation; None if none is within the bound and near the other one."""
   H, C = damage_HxC.shape
   one_each = sparse.hstack([sparse.kron(sparse.eye(H), np.ones((1, C))), sparse.csr_array((H, C))])
   total = np.concatenate([np.tile(cost_C, H), np.zeros(C)])[None]
   used = sparse.hstack([sparse.eye(H * C), sparse.kron(np.ones((H, 1)), -sparse.eye(C))])
   settings = np.concatenate([np.zeros(H * C), np.ones(C)])[None]
+  constraints = [
+    optimize.LinearConstraint(one_each, 1, 1),
+    optimize.LinearConstraint(total, -np.inf, bound),
+    optimize.LinearConstraint(used, -np.inf, 0),
+    optimize.LinearConstraint(settings, -np.inf, max_settings),
+  ]
+  if near is not None:
+    is_same = np.zeros(H * C + C)
+    is_same[np.arange(H) * C + near.choice] = 1
+    constraints.append(optimize.LinearConstraint(is_same[None], H - near.heads, np.inf))
   solution = optimize.milp(
     np.concatenate([damage_HxC.ravel(), np.zeros(C)]),
     integrality=np.ones(H * C + C),
     bounds=optimize.Bounds(0, 1),
-    constraints=[
-      optimize.LinearConstraint(one_each, 1, 1),
-      optimize.LinearConstraint(total, -np.inf, bound),
-      optimize.LinearConstraint(used, -np.inf, 0),
-      optimize.LinearConstraint(settings, -np.inf, max_settings),
-    ],
+    constraints=constraints,
     options={"time_limit": _SECONDS, "mip_rel_gap": 1e-6},
   )
   if solution.x is None:
+    if near is not None:
+      return None
     raise RuntimeError(f"the allocation has no solution: {solution.message}")
   is_chosen_HxC: Bool[np.ndarray, "H C"] = solution.x[: H * C].reshape(H, C) > 0.5
   return is_chosen_HxC.argmax(axis=1)

@@ -1,4 +1,4 @@
-"""The settings that a KV head may follow: their attention kinds, names and costs."""
+"""The settings that a KV head may follow: their names and costs."""
 
 import dataclasses
 import time
@@ -11,37 +11,15 @@ import numpy as np
 from jaxtyping import Float
 
 from dga_jax.attention.segments import find_documents
-from dga_jax.cache import cache_size
 from dga_jax.cache.layout import score_bytes
 from dga_jax.config import DGAConfig
-from dga_jax.head_budgets import FULL, HeadSetting
+from dga_jax.head_budgets import FULL, HeadBudgets, HeadSetting, SinkWindow
 from dga_jax.model import ModelConfig
-from dga_jax.model.attention_kinds.base import AttentionKind
-from dga_jax.model.attention_kinds.dense import DenseAttention
-from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
-from dga_jax.model.attention_kinds.sink_window import SinkWindowAttention
-from dga_jax.model.flops import mean_keys
+from dga_jax.model.attention_kinds.head_budgets import kind_of_setting
+from dga_jax.model.flops import mean_keys, setting_keys
 
 Objective = Literal["bytes", "flops", "latency"]
 _TIMED_CALLS = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class SinksAndWindow:
-  """Sinks and a window of raw tokens: the rule of DuoAttention's streaming heads, a baseline.
-
-  Keys keep their true positions (Xiao et al., arXiv 2410.10819).
-
-  Attributes:
-    sinks: first tokens that every query sees.
-    window: last tokens that a query sees, its own token included.
-  """
-
-  sinks: int
-  window: int
-
-
-type Candidate = HeadSetting | SinksAndWindow
 
 
 def make_grid(
@@ -52,7 +30,7 @@ def make_grid(
   *,
   has_selector: bool = False,
 ) -> tuple[HeadSetting, ...]:
-  """The candidates: "full", and streaming selection for each pair of a block and a window.
+  """The candidates: "full", streaming selection, and sinks with a window at equal bytes.
 
   Args:
     blocks: pairs (m, f): tokens that are merged and tokens that stay focal in each block.
@@ -62,7 +40,8 @@ def make_grid(
     has_selector: whether the model has a fitted selector, which then chooses in every config.
 
   Returns:
-    "full" first, then distinct configs from the largest cache to the smallest.
+    "full" first. Then, from the largest cache to the smallest, a `DGAConfig` for each pair of a
+    block and a window, and before those of a size the `SinkWindow` of this size.
 
   Raises:
     ValueError: a config's cache does not have fewer entries than a full head's.
@@ -79,45 +58,31 @@ def make_grid(
     for m, f in blocks
     for window in windows
   }
-  ordered = sorted(configs, key=lambda config: (-entries(config, length), repr(config)))
-  for config in ordered:
-    if entries(config, length) >= length:
+  for config in configs:
+    if setting_keys(config, length) >= length:
       raise ValueError(
-        f"the candidate {label(config)!r} keeps {entries(config, length)} cache entries of"
+        f"the candidate {label(config)!r} keeps {setting_keys(config, length)} cache entries of"
         f" {length} tokens, no fewer than a full head: lower --windows or raise --length."
       )
+  windows_alone = {SinkWindow(setting_keys(config, length) - sinks, sinks) for config in configs}
+  ordered = sorted(
+    configs | windows_alone,
+    key=lambda one: (-setting_keys(one, length), isinstance(one, DGAConfig), repr(one)),
+  )
   return (FULL, *ordered)
 
 
-def entries(candidate: Candidate, length: int) -> int:
-  """Keys in the cache of one KV head after `length` tokens."""
-  if isinstance(candidate, DGAConfig):
-    return cache_size(config=candidate, max_length=length).total
-  if isinstance(candidate, SinksAndWindow):
-    return min(candidate.sinks + candidate.window, length)
-  return length
-
-
-def label(candidate: Candidate) -> str:
-  """A short name, such as "30+2, 4 sinks, 16 raw blocks"."""
-  if isinstance(candidate, DGAConfig):
+def label(setting: HeadSetting) -> str:
+  """A short name, such as "30+2, 4 sinks, 16 raw blocks" or "4 sinks, window of 124"."""
+  if isinstance(setting, DGAConfig):
     return (
-      f"{candidate.group_size}+{candidate.focal_in_block}, {candidate.sink_tokens} sinks,"
-      f" {candidate.local_window} raw blocks"
-      + (", fitted selector" if candidate.selector == "fitted" else "")
+      f"{setting.group_size}+{setting.focal_in_block}, {setting.sink_tokens} sinks,"
+      f" {setting.local_window} raw blocks"
+      + (", fitted selector" if setting.selector == "fitted" else "")
     )
-  if isinstance(candidate, SinksAndWindow):
-    return f"{candidate.sinks} sinks, window of {candidate.window}"
-  return candidate
-
-
-def attention_kind(candidate: Candidate) -> AttentionKind:
-  """The attention kind of a KV head that follows a candidate."""
-  if isinstance(candidate, DGAConfig):
-    return DynamicGroupAttention(candidate)
-  if isinstance(candidate, SinksAndWindow):
-    return SinkWindowAttention("sinks_and_window", candidate.window, candidate.sinks)
-  return DenseAttention()
+  if isinstance(setting, SinkWindow):
+    return f"{setting.sinks} sinks, window of {setting.window}"
+  return FULL
 
 
 def head_costs(
@@ -138,7 +103,7 @@ def head_costs(
   if objective == "bytes":
     entry = 2 * config.head_dim * jnp.dtype(config.dtype).itemsize
     costs = [
-      entry * entries(one, length) + (score_bytes(one) if isinstance(one, DGAConfig) else 0)
+      entry * setting_keys(one, length) + (score_bytes(one) if isinstance(one, DGAConfig) else 0)
       for one in candidates
     ]
   elif objective == "flops":
@@ -152,15 +117,15 @@ def head_costs(
   return np.array(costs, np.float64)
 
 
-def _mean_keys(candidate: HeadSetting, config: ModelConfig, length: int) -> float:
-  if isinstance(candidate, DGAConfig):
-    return mean_keys(dataclasses.replace(config, attention="dga", dga=candidate), length)
-  return mean_keys(dataclasses.replace(config, attention="dense"), length)
+def _mean_keys(setting: HeadSetting, config: ModelConfig, length: int) -> float:
+  budgets = HeadBudgets((setting,), ((0,) * config.num_kv_heads,) * config.num_layers)
+  config = dataclasses.replace(config, attention="head_budgets", head_budgets=budgets)
+  return mean_keys(config, length)
 
 
 def _seconds(candidate: HeadSetting, config: ModelConfig, length: int) -> float:
   """The median time of attention of one layer over one sequence of random vectors."""
-  kind = attention_kind(candidate)
+  kind = kind_of_setting(candidate)
 
   @jax.jit
   def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -1,14 +1,18 @@
-"""Local correction of an allocation: swaps of heads that measuring accepts or rejects.
+"""Local correction of an allocation: changes that measuring accepts or rejects.
 
 The damage of a set is not the sum of its heads' damages, so the solver's set need not be the best.
+The correction starts from the best of several sets. It measures heads again beside this set, moves
+many heads at once, then swaps pairs of heads.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from dga_jax.calibration.allocation import allocate, Near
 
 _CONSIDERED = 64  # Heads of each direction that are combined into swaps.
 
@@ -19,54 +23,101 @@ class Corrected(NamedTuple):
   Attributes:
     choice: the candidate of each head.
     score: its measured score.
-    tried: swaps that were measured.
-    accepted: swaps that lowered the score.
+    start: the index of the start with the lowest score.
+    starts: the measured score of each start.
+    tried: changes of this start that were measured.
+    accepted: changes that lowered the score.
   """
 
   choice: Int[np.ndarray, "H"]
   score: float
+  start: int
+  starts: tuple[float, ...]
   tried: int
   accepted: int
 
 
 def correct(
-  choice_H: Int[np.ndarray, "H"],
+  starts: Sequence[Int[np.ndarray, "H"]],
   damage_HxC: Float[np.ndarray, "H C"],
   cost_C: Float[np.ndarray, "C"],
   budget: float,
   *,
   measure: Callable[[Int[np.ndarray, "H"]], float],
   rounds: int,
+  measure_beside: Callable[[Int[np.ndarray, "H"]], Float[np.ndarray, "H C"]] | None = None,
 ) -> Corrected:
-  """Measures up to `rounds` swaps and keeps each one that lowers the measured score.
+  """Measures changes of the best start and keeps each one that lowers the measured score.
+
+  With `measure_beside`, the damages are measured again beside the best start. The solver then moves
+  at most H, H/2, H/4, ... 2 heads of it, and each of these sets is measured.
 
   A swap gives one head a candidate of less damage and another head one of more, within the budget
   and among the candidates in use. Swaps are measured in the order of the damage that they add by
   prediction; after an accepted swap the order is made anew.
 
   Args:
-    choice_H: the allocation to correct.
+    starts: allocations within the budget.
     damage_HxC: predicted damage of each head under each candidate.
     cost_C: of one head under each candidate.
     budget: bound on the sum of costs.
     measure: the score of a set; lower is better.
     rounds: largest number of measured swaps.
+    measure_beside: the damages beside a set; infinite for candidates that were not measured.
   """
-  score, accepted = measure(choice_H), 0
-  seen = {choice_H.tobytes()}
+  search = _Search(measure)
+  scores = tuple(search.score(start_H) for start_H in starts)
+  best = int(np.argmin(scores))
+  choice_H, score = starts[best], scores[best]
+  first = len(search.scores)
+  accepted = 0
+  if measure_beside is not None:
+    damage_HxC = measure_beside(choice_H)
+    base_H, moved = choice_H, len(choice_H)
+    while moved >= 2:
+      moved_H = allocate_finite(damage_HxC, cost_C, budget, Near(base_H, moved))
+      if search.is_new(moved_H) and (measured := search.score(moved_H)) < score:
+        choice_H, score, accepted = moved_H, measured, accepted + 1
+      moved //= 2
   used = np.unique(choice_H)
   proposals = _swaps(choice_H, damage_HxC, cost_C, budget, used)
-  tried = 0
-  while tried < rounds:
-    proposal_H = next((one for one in proposals if one.tobytes() not in seen), None)
+  for _ in range(rounds):
+    proposal_H = next(filter(search.is_new, proposals), None)
     if proposal_H is None:
       break
-    seen.add(proposal_H.tobytes())
-    tried += 1
-    if (measured := measure(proposal_H)) < score:
+    if (measured := search.score(proposal_H)) < score:
       choice_H, score, accepted = proposal_H, measured, accepted + 1
       proposals = _swaps(choice_H, damage_HxC, cost_C, budget, used)
-  return Corrected(choice_H, score, tried, accepted)
+  return Corrected(choice_H, score, best, scores, len(search.scores) - first, accepted)
+
+
+def allocate_finite(
+  damage_HxC: Float[np.ndarray, "H C"],
+  cost_C: Float[np.ndarray, "C"],
+  budget: float,
+  near: Near | None = None,
+) -> Int[np.ndarray, "H"]:
+  """`allocate` among the candidates whose damages are finite for all heads."""
+  finite = np.flatnonzero(np.isfinite(damage_HxC).all(axis=0))
+  if near is not None:
+    near = Near(np.searchsorted(finite, near.choice), near.heads)
+  return finite[allocate(damage_HxC[:, finite], cost_C[finite], budget, near=near)]
+
+
+class _Search:
+  """Measured scores of sets; a set is measured once."""
+
+  def __init__(self, measure: Callable[[Int[np.ndarray, "H"]], float]) -> None:
+    self._measure = measure
+    self.scores: dict[bytes, float] = {}
+
+  def is_new(self, choice_H: Int[np.ndarray, "H"]) -> bool:
+    return choice_H.tobytes() not in self.scores
+
+  def score(self, choice_H: Int[np.ndarray, "H"]) -> float:
+    if self.is_new(choice_H):
+      self.scores[choice_H.tobytes()] = self._measure(choice_H)
+    return self.scores[choice_H.tobytes()]
 
 
 def _swaps(

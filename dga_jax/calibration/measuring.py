@@ -3,14 +3,14 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from dga_jax.calibration.candidates import Candidate
+from dga_jax.calibration.candidates import label
 from dga_jax.calibration.program import AssignedDecoder, Measured
 from dga_jax.calibration.rows import Batch, Rows
 from dga_jax.evaluation.results import Results
@@ -51,10 +51,12 @@ class SetLoss(NamedTuple):
 
 
 class HeadRises(NamedTuple):
-  """The rise of the loss when one KV head alone follows a candidate and all others are full.
+  """The rise of the loss when one KV head alone leaves a base set and follows a candidate.
+
+  The base of the profile is the set of full heads.
 
   Attributes:
-    text: nats per token, [layers, KV heads, candidates]; 0 for "full".
+    text: nats per token, [layers, KV heads, candidates]; 0 for the candidate of the base.
     retrieval: likewise.
   """
 
@@ -99,6 +101,7 @@ class Measurer:
     batch_size: rows that run together.
 
   Attributes:
+    candidates: settings that the compiled program has.
     shape: layers and KV heads.
 
   Raises:
@@ -115,77 +118,97 @@ class Measurer:
     self._decoder = AssignedDecoder(model, candidates)
     self.shape = (model.config.num_layers, model.config.num_kv_heads)
 
-  def missing(self, rows: RowSet, wanted: Bool[np.ndarray, "K N C"]) -> int:
+  def add_candidates(self, settings: Iterable[HeadSetting]) -> None:
+    """Adds settings to the candidates; later measurements compile one program with all of them."""
+    candidates = tuple(dict.fromkeys((*self.candidates, *settings)))
+    if candidates != self.candidates:
+      self.candidates = candidates
+      self._decoder = AssignedDecoder(self._model, candidates)
+
+  def missing(
+    self, rows: RowSet, wanted: Bool[np.ndarray, "K N C"], base: Int[np.ndarray, "K N"]
+  ) -> int:
     """How often `measure_heads` calls `tick`."""
     return sum(
       key not in self._results
       for name, one in rows._asdict().items()
       for batch, _ in enumerate(one.batches(self._batch_size))
-      for key, _ in self._jobs(name, batch, wanted)
+      for key, _ in self._jobs(name, batch, wanted, base)
     )
 
   def measure_heads(
-    self, rows: RowSet, wanted: Bool[np.ndarray, "K N C"], tick: Tick = lambda: None
+    self,
+    rows: RowSet,
+    wanted: Bool[np.ndarray, "K N C"],
+    base: Int[np.ndarray, "K N"],
+    tick: Tick = lambda: None,
   ) -> HeadRises:
-    """One KV head at a time under a candidate, while all other heads are full.
+    """One KV head at a time under a candidate, while all other heads follow the base set.
 
-    A head of layer l needs the layers from l on alone: the dense state before layer l is kept
-    while the heads of this layer are measured. So a measurement takes half of a forward pass on
-    average.
+    A head of layer l needs the layers from l on alone: the state of the base set before layer l is
+    kept while the heads of this layer are measured. So a measurement takes half of a forward pass
+    on average.
 
     Args:
       rows: of the calibration.
       wanted: which candidates of which heads are measured; the rises of the others are NaN.
+      base: the candidate of every head of the base set.
       tick: called after every measurement that the file lacked.
 
     Raises:
       FloatingPointError: a loss is NaN or infinite.
     """
-    dense = self.measure_set(rows, self.candidates, np.zeros(self.shape, int))
+    whole = self.measure_set(rows, self.candidates, base)
+    is_base = np.arange(wanted.shape[-1]) == base[..., None]
     rises = []
     for name, one in rows._asdict().items():
       total = np.where(wanted, 0.0, np.nan)
-      total[..., 0] = 0
       for index, (count, batch) in enumerate(one.batches(self._batch_size)):
-        jobs = self._jobs(name, index, wanted)
-        self._measure_batch(jobs, count, batch, tick)
+        jobs = self._jobs(name, index, wanted, base)
+        self._measure_batch(jobs, base, count, batch, tick)
         for key, at in jobs:
           total[at] += sum(self._results[key]["loss"])
-      rise = total / len(one) - getattr(dense, name)
-      rise[..., 0] = 0
-      rises.append(rise)
+      rises.append(np.where(is_base, 0, total / len(one) - getattr(whole, name)))
     return HeadRises(*rises)
 
   def measure_set(
-    self, rows: RowSet, candidates: Sequence[Candidate], assignment: Int[np.ndarray, "K N"]
+    self, rows: RowSet, candidates: Sequence[HeadSetting], assignment: Int[np.ndarray, "K N"]
   ) -> SetLoss:
     """The losses of one assignment.
 
     Args:
       rows: any rows.
-      candidates: what `assignment` counts; a tuple other than the calibration's own candidates
-        compiles a program of its own.
-      assignment: the candidate of each KV head.
+      candidates: the settings that `assignment` counts, all among the candidates of the measurer.
+      assignment: the setting of each KV head.
 
     Raises:
       FloatingPointError: a loss is NaN or infinite.
     """
     losses, found = {}, 0
-    decoder = None
+    own = np.array([self.candidates.index(one) for one in candidates])[assignment]
     for name, one in rows._asdict().items():
-      described = [list(map(repr, candidates)), np.asarray(assignment).tolist(), one.digest]
-      key = f"set {name} {hashlib.sha256(json.dumps(described).encode()).hexdigest()[:16]}"
+      key = f"set {name} {self._describe(own)} {one.digest}"
       if key not in self._results:
-        own = tuple(candidates) == self.candidates
-        decoder = decoder or (self._decoder if own else AssignedDecoder(self._model, candidates))
-        self._results.add(key, self._run_set(decoder, one, assignment))
+        self._results.add(key, self._run_set(one, own))
       losses[name] = float(np.mean(self._results[key]["loss"]))
       found = sum(self._results[key]["found"])
     return SetLoss(losses["text"], losses["retrieval"], found, len(rows.retrieval))
 
-  def _measure_batch(self, jobs: Sequence[_Job], count: int, batch: Batch, tick: Tick) -> None:
+  def _describe(self, assignment: Int[np.ndarray, "K N"]) -> str:
+    """A hash of the settings of all heads."""
+    settings = [[repr(self.candidates[index]) for index in row] for row in assignment]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+  def _measure_batch(
+    self,
+    jobs: Sequence[_Job],
+    base: Int[np.ndarray, "K N"],
+    count: int,
+    batch: Batch,
+    tick: Tick,
+  ) -> None:
     """Measures what the file lacks of one batch; the jobs are in the order of their layers."""
-    layers, full = self.shape[0], np.zeros(self.shape, int)
+    layers = self.shape[0]
     state: Array | None = None
     reached = 0
     for key, (layer, head, candidate) in jobs:
@@ -193,30 +216,33 @@ class Measurer:
         continue
       if state is None:
         state = self._decoder.embed(batch.tokens)
-      state, reached = self._decoder.run_layers(state, full, reached, layer), layer
-      assignment = full.copy()
+      state, reached = self._decoder.run_layers(state, base, reached, layer), layer
+      assignment = base.copy()
       assignment[layer, head] = candidate
       end = self._decoder.run_layers(state, assignment, layer, layers)
       self._results.add(key, as_json(self._decoder.measure(end, batch), count))
       tick()
 
-  def _jobs(self, name: str, batch: int, wanted: Bool[np.ndarray, "K N C"]) -> list[_Job]:
+  def _jobs(
+    self, name: str, batch: int, wanted: Bool[np.ndarray, "K N C"], base: Int[np.ndarray, "K N"]
+  ) -> list[_Job]:
     """The key, and layer, head and candidate of each wanted measurement of a batch."""
+    beside = f" beside {self._describe(base)}" if base.any() else ""
     jobs = []
     for at in zip(*np.nonzero(wanted), strict=True):
       layer, head, candidate = map(int, at)
-      if candidate:
-        key = f"head {name} batch {batch} layer {layer} head {head} candidate {candidate}"
+      if candidate != base[layer, head]:
+        setting = label(self.candidates[candidate])
+        key = f"head {name} batch {batch} layer {layer} head {head} {setting}{beside}"
         jobs.append((key, (layer, head, candidate)))
     return jobs
 
-  def _run_set(
-    self, decoder: AssignedDecoder, rows: Rows, assignment: Int[np.ndarray, "K N"]
-  ) -> dict[str, list[Any]]:
+  def _run_set(self, rows: Rows, assignment: Int[np.ndarray, "K N"]) -> dict[str, list[Any]]:
     total: dict[str, list[Any]] = {"loss": [], "found": []}
     for count, batch in rows.batches(self._batch_size):
-      end = decoder.run_layers(decoder.embed(batch.tokens), assignment, 0, self.shape[0])
-      for field, values in as_json(decoder.measure(end, batch), count).items():
+      embedded = self._decoder.embed(batch.tokens)
+      end = self._decoder.run_layers(embedded, assignment, 0, self.shape[0])
+      for field, values in as_json(self._decoder.measure(end, batch), count).items():
         total[field] += values
     return total
 

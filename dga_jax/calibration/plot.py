@@ -10,9 +10,11 @@ from matplotlib.colors import ListedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dga_jax.calibration.candidates import entries, label
+from dga_jax.calibration.candidates import label
 from dga_jax.calibration.run import Calibration
+from dga_jax.evaluation.plots import text_colour
 from dga_jax.head_budgets import FULL
+from dga_jax.model.flops import setting_keys
 
 # "full" is dark; the fewer keys a setting keeps, the lighter its colour. Distinct in greyscale.
 _COLOURS = ("#08306b", "#2b7bba", "#6baed6", "#bdd7e7", "#eff3ff")
@@ -64,7 +66,7 @@ def _draw_settings(axes: Axes, result: Calibration, length: int) -> None:
   patches = []
   for index, (setting, colour) in enumerate(zip(budgets.settings, colours, strict=True)):
     count = int((assignment_NxK == index).sum())
-    keys = 100 * entries(setting, length) / length
+    keys = 100 * setting_keys(setting, length) / length
     name = f"{label(setting)}: {count} heads, {keys:.0f} % of the keys"
     patches.append(Patch(facecolor=colour, edgecolor="#888888", label=name))
   axes.legend(
@@ -86,7 +88,7 @@ def _draw_shares(
     axes.figure.colorbar(image, ax=axes, label="%")
     return
   for (head, layer), share in np.ndenumerate(share_NxK):
-    colour = "white" if share > 0.4 * most else "black"
+    colour = text_colour([float(part) for part in image.to_rgba(share)[:3]])
     axes.text(layer, head, _number(share), ha="center", va="center", color=colour, fontsize=7.5)
 
 

@@ -4,11 +4,15 @@ Few heads carry most of the loss. So all heads are measured under the cheapest c
 other candidates only in the heads that carry the bulk; the rest is estimated.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from tqdm import tqdm
 
 from dga_jax.calibration.measuring import HeadRises, Measurer, RowSet
+from dga_jax.head_budgets import HeadSetting
+from dga_jax.model.flops import setting_keys
 
 
 def measure_profile(measurer: Measurer, rows: RowSet, tail: float) -> HeadRises:
@@ -24,11 +28,12 @@ def measure_profile(measurer: Measurer, rows: RowSet, tail: float) -> HeadRises:
     FloatingPointError: a loss is NaN or infinite.
   """
   shape = (*measurer.shape, len(measurer.candidates))
+  full = np.zeros(measurer.shape, int)
   wanted = np.zeros(shape, bool)
   wanted[..., -1] = True
-  rises = _measure(measurer, rows, wanted, "all heads, smallest cache")
+  rises = measure_beside(measurer, rows, wanted, full, "all heads, smallest cache")
   wanted |= find_bulk(rises, tail)[..., None]
-  return fill_tail(_measure(measurer, rows, wanted, "costly heads, other candidates"))
+  return fill_tail(measure_beside(measurer, rows, wanted, full, "costly heads, other candidates"))
 
 
 def find_bulk(rises: HeadRises, tail: float) -> Bool[np.ndarray, "K N"]:
@@ -50,6 +55,37 @@ def fill_tail(rises: HeadRises) -> HeadRises:
   return HeadRises(*map(_fill, rises))
 
 
+def rise_of(
+  setting: HeadSetting,
+  candidates: Sequence[HeadSetting],
+  rise_KxNxC: Float[np.ndarray, "K N C"],
+  length: int,
+) -> Float[np.ndarray, "K N"]:
+  """The rise of each head under a setting, interpolated unless it is a candidate.
+
+  The interpolation is linear in the keys of the cache, between the candidates of the setting's own
+  kind and "full". A setting with fewer keys than these has the rise of the one with the fewest.
+
+  Args:
+    setting: any; a candidate of its kind must have been measured.
+    candidates: of the calibration; "full" is the first.
+    rise_KxNxC: text or retrieval of `HeadRises`.
+    length: L, tokens of the context.
+  """
+  if setting in candidates:
+    return rise_KxNxC[..., candidates.index(setting)]
+  known = [0, *(i for i, one in enumerate(candidates) if type(one) is type(setting))]
+  known.sort(key=lambda index: setting_keys(candidates[index], length))
+  keys = [setting_keys(candidates[index], length) for index in known]
+  own = setting_keys(setting, length)
+  above = min(int(np.searchsorted(keys, own)), len(keys) - 1)
+  below = max(above - 1, 0)
+  gap = keys[above] - keys[below]
+  weight = min(max((own - keys[below]) / gap, 0.0), 1.0) if gap else 1.0
+  low, high = rise_KxNxC[..., known[below]], rise_KxNxC[..., known[above]]
+  return (1 - weight) * low + weight * high
+
+
 def _fill(rise_KxNxC: Float[np.ndarray, "K N C"]) -> Float[np.ndarray, "K N C"]:
   filled, last = rise_KxNxC.copy(), rise_KxNxC[..., -1]
   for candidate in range(1, rise_KxNxC.shape[-1] - 1):
@@ -61,8 +97,14 @@ def _fill(rise_KxNxC: Float[np.ndarray, "K N C"]) -> Float[np.ndarray, "K N C"]:
   return filled
 
 
-def _measure(
-  measurer: Measurer, rows: RowSet, wanted: Bool[np.ndarray, "K N C"], title: str
+def measure_beside(
+  measurer: Measurer,
+  rows: RowSet,
+  wanted: Bool[np.ndarray, "K N C"],
+  base: Int[np.ndarray, "K N"],
+  title: str,
 ) -> HeadRises:
-  with tqdm(total=measurer.missing(rows, wanted), desc=title, unit="pass", disable=None) as bar:
-    return measurer.measure_heads(rows, wanted, bar.update)
+  """`Measurer.measure_heads` with a progress bar of this title."""
+  missing = measurer.missing(rows, wanted, base)
+  with tqdm(total=missing, desc=title, unit="pass", disable=None) as bar:
+    return measurer.measure_heads(rows, wanted, base, bar.update)

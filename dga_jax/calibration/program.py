@@ -15,10 +15,11 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.segments import find_documents
-from dga_jax.calibration.candidates import attention_kind, Candidate
 from dga_jax.calibration.rows import Batch
+from dga_jax.head_budgets import HeadSetting
 from dga_jax.model import Decoder
 from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.attention_kinds.head_budgets import kind_of_setting
 from dga_jax.model.rope import rope_table
 
 _CHUNK = 256  # Targets of a row whose logits are computed at a time.
@@ -45,10 +46,10 @@ class AssignedDecoder:
     candidates: the settings to choose from.
   """
 
-  def __init__(self, model: Decoder, candidates: Sequence[Candidate]) -> None:
+  def __init__(self, model: Decoder, candidates: Sequence[HeadSetting]) -> None:
     self.config = model.config
     self._graphdef, self._params = nnx.split(model)
-    self._kinds = tuple(map(attention_kind, candidates))
+    self._kinds = tuple(map(kind_of_setting, candidates))
 
   def embed(self, tokens_BxL: Int[Array | np.ndarray, "B L"]) -> Float[Array, "B L E"]:
     """The input of layer 0."""

@@ -37,7 +37,12 @@ def write_json(result: Calibration, provenance: Mapping[str, Any], path: Path) -
         {"label": label(candidate), "setting": setting, "cost_of_a_head": float(cost)}
         for candidate, setting, cost in zip(result.candidates, settings, result.costs, strict=True)
       ],
-      "swaps": {"tried": result.corrected.tried, "accepted": result.corrected.accepted},
+      "starts": [
+        {"name": start.name, "score": score}
+        for start, score in zip(result.starts, result.corrected.starts, strict=True)
+      ],
+      "score": result.corrected.score,
+      "changes": {"tried": result.corrected.tried, "accepted": result.corrected.accepted},
       "dense": result.dense._asdict(),
       "chosen": _row_as_json(result.chosen),
       "table": [_row_as_json(row) for row in result.table],
@@ -55,9 +60,10 @@ def table(result: Calibration) -> str:
   """Losses over the share of the cost, in Markdown.
 
   Text is the perplexity over dense attention's, retrieval the loss of the answers' tokens in nats
-  and the number of answers found. The last row is the chosen set after its correction.
+  and the number of answers found. The last row is the chosen set after its correction. Scores are
+  the measured damages on the calibration rows; see `Scale.score`.
   """
-  dense = result.dense
+  dense, corrected = result.dense, result.corrected
   lines = [
     f"Dense: perplexity {math.exp(dense.text):.3f}, retrieval {_retrieval(dense)}.",
     "",
@@ -66,6 +72,12 @@ def table(result: Calibration) -> str:
   for row in result.table:
     lines += _lines(row, dense, f"{row.share:.2f}")
   lines += _lines(result.chosen, dense, f"**{result.chosen.share:.2f}, corrected**")
+  lines += ["", "Scores of the first sets, lower is better:"]
+  for start, score in zip(result.starts, corrected.starts, strict=True):
+    lines.append(f"- {start.name}: {score:.4f}")
+  lines.append(
+    f"- after {corrected.accepted} of {corrected.tried} measured changes: {corrected.score:.4f}"
+  )
   return "\n".join(lines)
 
 

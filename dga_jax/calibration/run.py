@@ -14,7 +14,8 @@ from dga_jax.calibration.candidates import head_costs, Objective
 from dga_jax.calibration.comparison import Baseline, one_setting, sinks_and_window
 from dga_jax.calibration.correction import correct, Corrected
 from dga_jax.calibration.measuring import HeadRises, Measurer, RowSet, SetLoss
-from dga_jax.calibration.profile import measure_profile
+from dga_jax.calibration.profile import measure_beside, measure_profile, rise_of
+from dga_jax.calibration.starts import make_starts, Start
 from dga_jax.head_budgets import HeadBudgets, HeadSetting
 from dga_jax.model import ModelConfig
 
@@ -29,6 +30,7 @@ class Goal:
     length: L, tokens of the context.
     tail: see `profile.measure_profile`.
     rounds: largest number of measured swaps.
+    refine: whether heads are measured again beside the best start.
     table_shares: shares of the table of predicted and measured losses.
   """
 
@@ -37,6 +39,7 @@ class Goal:
   length: int
   tail: float
   rounds: int
+  refine: bool
   table_shares: tuple[float, ...]
 
   def __post_init__(self) -> None:
@@ -72,11 +75,12 @@ class Calibration(NamedTuple):
 
   Attributes:
     budgets: the chosen setting of each KV head.
-    candidates: the settings that were measured.
+    candidates: the settings that every head was measured or estimated under.
     rises: of each head and candidate, on the calibration rows.
     scale: of the rises.
     costs: of one head under each candidate, in the unit of the objective.
     share: the cost of the budgets over dense attention's.
+    starts: the allocations from which the correction chose its start.
     corrected: the local correction.
     dense: losses of dense attention on the rows of the table.
     chosen: the budgets and their baselines, on the rows of the table.
@@ -89,6 +93,7 @@ class Calibration(NamedTuple):
   scale: Scale
   costs: Float[np.ndarray, "C"]
   share: float
+  starts: tuple[Start, ...]
   corrected: Corrected
   dense: SetLoss
   chosen: TableRow
@@ -111,57 +116,156 @@ def calibrate(
     ValueError: no candidate is cheap enough for the share.
     FloatingPointError: a loss is NaN or infinite.
   """
-  costs = head_costs(goal.objective, measurer.candidates, config, goal.length)
-  shape = measurer.shape
+  grid, shape = measurer.candidates, measurer.shape
+  costs = head_costs(goal.objective, grid, config, goal.length)
   dense_cost = math.prod(shape) * costs[0]
   # An impossible share fails before the measurements.
   allocate(np.zeros((math.prod(shape), len(costs))), costs, goal.share * dense_cost)
   rises = measure_profile(measurer, rows, goal.tail)
   scale = Scale.from_rises(rises)
   damage_HxC = with_prior(scale.damage(rises).reshape(-1, len(costs)), costs)
-  corrected = _correct(measurer, goal, scale, damage_HxC, costs, rows)
-  table = _Table(measurer, goal, rises, costs, check_rows)
-  chosen = table.row(goal.share, corrected.choice.reshape(shape))
+  starts = make_starts(
+    grid,
+    damage_HxC,
+    costs,
+    goal.share * dense_cost,
+    shape,
+    length=goal.length,
+    equal_bytes=goal.objective == "bytes",
+  )
   allocations = _allocations(damage_HxC, costs, goal.table_shares, dense_cost)
+  sets = [Baseline(grid, choice_H.reshape(shape)) for _, choice_H in allocations]
+  rivals = [rival for one in sets for rival in _rivals(one, goal.length)]
+  known = [start.set for start in starts] + rivals
+  measurer.add_candidates(setting for one in known for setting in one.candidates)
+  estimates = _Estimates(config, goal, grid, rises, costs)
+  estimates.extend(measurer.candidates)
+  corrected = _correct(measurer, goal, scale, estimates, starts, rows)
+  chosen, score = _best_of_rivals(measurer, goal, scale, corrected, rows)
+  measurer.add_candidates(one for rival in _rivals(chosen, goal.length) for one in rival.candidates)
+  estimates.extend(measurer.candidates)
+  corrected = corrected._replace(choice=chosen.indices(measurer.candidates).ravel(), score=score)
+  table = _Table(measurer, goal, estimates, check_rows)
+  chosen_row = table.row(goal.share, chosen)
   lines = [
-    table.row(share, choice_H.reshape(shape))
-    for share, choice_H in tqdm(allocations, desc="table", unit="share", disable=None)
+    table.row(share, one)
+    for (share, _), one in tqdm(
+      list(zip(allocations, sets, strict=True)), desc="table", unit="share", disable=None
+    )
   ]
   return Calibration(
-    make_budgets(measurer.candidates, corrected.choice.reshape(shape)),
-    measurer.candidates,
+    make_budgets(*chosen),
+    grid,
     rises,
     scale,
     costs,
-    chosen.cost,
+    chosen_row.cost,
+    tuple(starts),
     corrected,
     table.dense,
-    chosen,
+    chosen_row,
     lines,
   )
+
+
+def _rivals(one: Baseline, length: int) -> list[Baseline]:
+  """The baselines of a set: one setting in all heads; the same full heads, sinks and a window."""
+  both = (one_setting(*one, length), sinks_and_window(*one, length))
+  return [rival for rival in both if rival is not None]
+
+
+class _Estimates:
+  """Costs, and rises of single heads, of the grid and of further settings.
+
+  Attributes:
+    costs: of one head under each setting.
+    rises: of each head; interpolated for settings outside the grid.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    goal: Goal,
+    grid: tuple[HeadSetting, ...],
+    rises: HeadRises,
+    costs: Float[np.ndarray, "C"],
+  ) -> None:
+    self._config, self._goal, self._grid, self._grid_rises = config, goal, grid, rises
+    self.costs, self.rises = costs, rises
+
+  def extend(self, settings: Sequence[HeadSetting]) -> None:
+    """Estimates settings, of which the first are those that have estimates."""
+    new = settings[len(self.costs) :]
+    if new:
+      added = head_costs(self._goal.objective, new, self._config, self._goal.length)
+      self.costs = np.concatenate([self.costs, added])
+    length = self._goal.length
+    self.rises = HeadRises(
+      *(
+        np.stack([rise_of(one, self._grid, rise, length) for one in settings], axis=-1)
+        for rise in self._grid_rises
+      )
+    )
 
 
 def _correct(
   measurer: Measurer,
   goal: Goal,
   scale: Scale,
-  damage_HxC: Float[np.ndarray, "H C"],
-  costs: Float[np.ndarray, "C"],
+  estimates: _Estimates,
+  starts: Sequence[Start],
   rows: RowSet,
 ) -> Corrected:
-  """The allocation at the goal's share, corrected on the calibration rows."""
-  shape, candidates = measurer.shape, measurer.candidates
-  dense = measurer.measure_set(rows, candidates, np.zeros(shape, int))
-  budget = goal.share * len(damage_HxC) * costs[0]
-  with tqdm(total=goal.rounds + 1, desc="swaps", unit="set", disable=None) as bar:
+  """The best start, corrected on the calibration rows."""
+  shape, settings, costs = measurer.shape, measurer.candidates, estimates.costs
+  damage_HxS = with_prior(scale.damage(estimates.rises).reshape(-1, len(settings)), costs)
+
+  def damage_beside(choice_H: Int[np.ndarray, "H"]) -> Float[np.ndarray, "H S"]:
+    wanted = np.zeros((*shape, len(settings)), bool)
+    wanted[..., np.unique(choice_H)] = True
+    base = choice_H.reshape(shape)
+    rises = measure_beside(measurer, rows, wanted, base, "all heads, beside the best set")
+    damage_KxNxS = rises.text / scale.text + rises.retrieval / scale.retrieval
+    return np.where(np.isnan(damage_KxNxS), np.inf, damage_KxNxS).reshape(damage_HxS.shape)
+
+  with tqdm(desc="sets", unit="set", disable=None) as bar:
 
     def score(choice_H: Int[np.ndarray, "H"]) -> float:
-      measured = measurer.measure_set(rows, candidates, choice_H.reshape(shape))
+      measured = _score(measurer, scale, Baseline(settings, choice_H.reshape(shape)), rows)
       bar.update()
-      return scale.score(measured, dense)
+      return measured
 
-    first_H = allocate(damage_HxC, costs, budget)
-    return correct(first_H, damage_HxC, costs, budget, measure=score, rounds=goal.rounds)
+    return correct(
+      [start.set.indices(settings).ravel() for start in starts],
+      damage_HxS,
+      costs,
+      goal.share * len(damage_HxS) * float(costs[0]),
+      measure=score,
+      rounds=goal.rounds,
+      measure_beside=damage_beside if goal.refine else None,
+    )
+
+
+def _best_of_rivals(
+  measurer: Measurer, goal: Goal, scale: Scale, corrected: Corrected, rows: RowSet
+) -> tuple[Baseline, float]:
+  """The corrected set or a baseline of equal bytes, whichever measures better, and its score."""
+  own = Baseline(measurer.candidates, corrected.choice.reshape(measurer.shape))
+  best, score = own, corrected.score
+  if goal.objective != "bytes":
+    return best, score
+  for rival in _rivals(own, goal.length):
+    measurer.add_candidates(rival.candidates)
+    measured = _score(measurer, scale, rival, rows)
+    if measured < score:
+      best, score = rival, measured
+  return best, score
+
+
+def _score(measurer: Measurer, scale: Scale, one: Baseline, rows: RowSet) -> float:
+  """The measured damage of a set."""
+  dense = measurer.measure_set(rows, measurer.candidates, np.zeros(measurer.shape, int))
+  return scale.score(measurer.measure_set(rows, *one), dense)
 
 
 def make_budgets(
@@ -186,36 +290,28 @@ def _allocations(
 
 
 class _Table:
-  """Measures the rows of the table."""
+  """Measures the rows of the table; the measurer's candidates are those of all sets."""
 
-  def __init__(
-    self,
-    measurer: Measurer,
-    goal: Goal,
-    rises: HeadRises,
-    costs: Float[np.ndarray, "C"],
-    rows: RowSet,
-  ) -> None:
-    self._measurer, self._goal, self._rises = measurer, goal, rises
-    self._costs, self._rows = costs, rows
-    shape = rises.text.shape[:2]
-    self.dense = measurer.measure_set(rows, measurer.candidates, np.zeros(shape, int))
+  def __init__(self, measurer: Measurer, goal: Goal, estimates: _Estimates, rows: RowSet) -> None:
+    self._measurer, self._goal = measurer, goal
+    self._estimates, self._rows = estimates, rows
+    self.dense = measurer.measure_set(rows, measurer.candidates, np.zeros(measurer.shape, int))
 
-  def row(self, share: float, assignment: Int[np.ndarray, "K N"]) -> TableRow:
-    candidates, length = self._measurer.candidates, self._goal.length
-    layer, head = np.indices(assignment.shape)
-    text, retrieval = (rise[layer, head, assignment].sum() for rise in self._rises)
+  def row(self, share: float, one: Baseline) -> TableRow:
+    """The losses of a set and of its baselines."""
+    own = one.indices(self._measurer.candidates)
+    layer, head = np.indices(own.shape)
+    text, retrieval = (rise[layer, head, own].sum() for rise in self._estimates.rises)
+    costs, length = self._estimates.costs, self._goal.length
     return TableRow(
       share=share,
-      cost=float(self._costs[assignment].sum() / (self._costs[0] * assignment.size)),
-      full_heads=int((assignment == 0).sum()),
+      cost=float(costs[own].sum() / (costs[0] * own.size)),
+      full_heads=int((own == 0).sum()),
       predicted=(self.dense.text + float(text), self.dense.retrieval + float(retrieval)),
-      budgets=self._measurer.measure_set(self._rows, candidates, assignment),
-      one_setting=self._measure(one_setting(candidates, assignment, length)),
-      sinks_and_window=self._measure(sinks_and_window(candidates, assignment, length)),
+      budgets=self._measurer.measure_set(self._rows, *one),
+      one_setting=self._measure(one_setting(*one, length)),
+      sinks_and_window=self._measure(sinks_and_window(*one, length)),
     )
 
   def _measure(self, baseline: Baseline | None) -> SetLoss | None:
-    if baseline is None:
-      return None
-    return self._measurer.measure_set(self._rows, baseline.candidates, baseline.assignment)
+    return None if baseline is None else self._measurer.measure_set(self._rows, *baseline)

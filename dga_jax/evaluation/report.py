@@ -57,7 +57,7 @@ def perplexity_table(results: _Results) -> str:
       [
         result["variant"],
         str(result["length"]),
-        f"{result['budget']['keys']:.0f} ({result['budget']['share']:.1%})",
+        _kept(result["budget"]),
         f"{result['perplexity']:.3f}",
         "" if result["standard_error"] is None else f"{result['standard_error']:.3f}",
         f"{math.exp(last['teacher_forced_loss']):.3f}",
@@ -68,6 +68,13 @@ def perplexity_table(results: _Results) -> str:
   return markdown(header, rows)
 
 
+def _kept(budget: Mapping[str, Any]) -> str:
+  """Keys that are stored; and the share that a decoding step reads, where it is another one."""
+  stored, read = budget["share"], budget.get("read_share", budget["share"])
+  suffix = "" if read == stored else f", {read:.1%} read"
+  return f"{budget['keys']:.0f} ({stored:.1%}{suffix})"
+
+
 def retrieval_table(results: _Results) -> str:
   """One row a result: right answers, their share, and its 95 % interval."""
   header = ["puzzle", "variant", "length", "keys kept", "right", "share (95 %)"]
@@ -76,7 +83,7 @@ def retrieval_table(results: _Results) -> str:
       result["puzzle"],
       result["variant"],
       str(result["length"]),
-      f"{result['budget']['keys']:.0f} ({result['budget']['share']:.1%})",
+      _kept(result["budget"]),
       f"{result['hits']} of {result['samples']}",
       f"{result['share']:.0%} ({result['low']:.0%}–{result['high']:.0%})",
     ]
@@ -174,7 +181,7 @@ def _ruler(results: _Results, shown: _Results, out: Path) -> list[Any]:
         result["part"],
         result["variant"],
         str(result["length"]),
-        f"{result['budget']['keys']:.0f} ({result['budget']['share']:.1%})",
+        _kept(result["budget"]),
         f"{100 * result['score']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}"),
         str(result["samples"]),
       ]

@@ -12,6 +12,7 @@ from flax import nnx
 
 from dga_jax.checkpoint import abstract_decoder
 from dga_jax.model import Decoder, ModelConfig
+from dga_jax.model.attention_kinds.token_selection import HeadShape, TokenSelectionAttention
 from dga_jax.model.config import ATTENTION_SETTINGS
 
 _OVERRIDES = {"attention", *ATTENTION_SETTINGS, "rope_base", "rope_scaling", "dtype"}
@@ -123,7 +124,9 @@ class Family:
     if config.attention == "dga":
       return config.dga.selection == "streaming"
     settings = getattr(config, config.attention, None)
-    return config.attention != "minference" and not getattr(settings, "dense_prompt", False)
+    if config.attention == "minference" or getattr(settings, "dense_prompt", False):
+      return False
+    return not isinstance(config.make_attention(), TokenSelectionAttention)
 
   def budget(self, variant: Variant, length: int) -> "Budget":
     """The size of the variant's cache after a prompt of `length` tokens."""
@@ -132,22 +135,40 @@ class Family:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-  """The memory of a cache after a prompt, counted in its floating-point arrays.
+  """The memory of a cache after a prompt.
+
+  It is counted in the floating-point arrays of the cache. For kinds that select tokens of a cache
+  that holds all of them, it is what the method stores.
 
   Attributes:
     keys: the memory in tokens: bytes of a sequence, layer and head, over the bytes of one key and
       value. Other arrays of the attention kind, such as scores, are included.
     share: `keys` over the tokens of the prompt.
     bytes: of all layers and heads, for one sequence.
+    read_share: as `share`, of what a decoding step reads of the prompt's cache, at most.
   """
 
   keys: float
   share: float
   bytes: int
+  read_share: float
 
 
 def measure_budget(graphdef: nnx.GraphDef, params: Any, length: int) -> Budget:
   """The budget after a prefill of one prompt of `length` tokens, from shapes alone."""
+  config: ModelConfig = nnx.merge(graphdef, params).config
+  entry = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+  entry *= jnp.dtype(config.dtype).itemsize
+  kind = config.make_attention()
+  if isinstance(kind, TokenSelectionAttention):
+    shape = HeadShape(
+      query_heads=config.num_heads // config.num_kv_heads,
+      head_dim=config.head_dim,
+      bits=8 * jnp.dtype(config.dtype).itemsize,
+    )
+    layers = [kind.prompt_memory(length, layer, shape) for layer in range(config.num_layers)]
+    stored, read = (sum(each) / config.num_layers for each in zip(*layers, strict=True))
+    return Budget(stored, stored / length, round(stored * entry), read / length)
 
   def prefill(params: Any) -> Any:
     tokens = jnp.zeros((1, length), jnp.int32)
@@ -155,7 +176,5 @@ def measure_budget(graphdef: nnx.GraphDef, params: Any, length: int) -> Budget:
 
   arrays = jax.tree.leaves(jax.eval_shape(prefill, params))
   size = sum(x.size * x.dtype.itemsize for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
-  config: ModelConfig = nnx.merge(graphdef, params).config
-  entry = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-  keys = size / (entry * jnp.dtype(config.dtype).itemsize)
-  return Budget(keys=keys, share=keys / length, bytes=size)
+  keys = size / entry
+  return Budget(keys=keys, share=keys / length, bytes=size, read_share=keys / length)

@@ -1,9 +1,10 @@
 """Generation: the engine, continuous batching on it, and sampling."""
 
 from dga_jax.generation.continuous_batching import ContinuousBatching, generate, Generation
-from dga_jax.generation.engine import Engine, EngineStatus
+from dga_jax.generation.engine import Engine
 from dga_jax.generation.requests import (
   Emitted,
+  EngineStatus,
   EngineStoppedError,
   QueueFullError,
   Request,

@@ -5,13 +5,14 @@ number of sequences. In every cache the axis after the batch axis is the KV head
 many entries.
 """
 
-import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool
 
 from dga_jax.model import Decoder
 from dga_jax.model.config import ModelConfig
@@ -32,7 +33,6 @@ class CacheShapes:
     self._model: Decoder = nnx.merge(structure, abstract)
     self.max_length = max_length
     self.row_bytes = all_bytes(self.rows(1))
-    self.bytes = functools.lru_cache(maxsize=4096)(self._bytes)
 
   def rows(self, batch: int, max_length: int | None = None) -> Any:
     """Shapes of `model.init_cache`."""
@@ -63,13 +63,32 @@ class CacheShapes:
       padded.append(whole)
     return padded
 
-  def _bytes(self, length: int) -> int:
-    """Bytes of keys and values of one sequence of `length` tokens, rounded up to 16 tokens."""
-    return content_bytes(self.rows(1, min(-(-length // 16) * 16, self.max_length)))
-
 
 def _round_up(length: int) -> int:
   return max(64, -(-length // 64) * 64)
+
+
+def hold_lengths(
+  before: Any, after: Any, batch_axes: Sequence[int | None], held_B: Bool[Array, "B"]
+) -> Any:
+  """The cache `after` a decode step, with the counts of tokens of `before` in some rows.
+
+  Args:
+    before: a traced cache.
+    after: the cache with one more token in every row.
+    batch_axes: of every array, see `CacheShapes.batch_axes`.
+    held_B: the rows whose counts do not change. Counts are the int32 arrays of a cache.
+  """
+
+  def hold(old: Array, new: Array, axis: int | None) -> Array:
+    if axis is None or new.dtype != jnp.int32:
+      return new
+    shape = [-1 if i == axis else 1 for i in range(new.ndim)]
+    return jnp.where(held_B.reshape(shape), old, new)
+
+  leaves, structure = jax.tree.flatten(after)
+  held = map(hold, jax.tree.leaves(before), leaves, batch_axes)
+  return jax.tree.unflatten(structure, list(held))
 
 
 def content_bytes(cache: Any) -> int:

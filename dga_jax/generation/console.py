@@ -110,7 +110,7 @@ def print_json_lines(
   Args:
     batch: of the records' prompts.
     tokenizer: of the model.
-    records: what the prompts came from.
+    records: the JSON objects that contain the prompts.
     max_new_tokens: as for `make_batch`.
 
   Raises:

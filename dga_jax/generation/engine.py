@@ -5,7 +5,6 @@ decode chunk of all slots. Therefore the next token of a running request waits f
 of another request's prompt.
 """
 
-import dataclasses
 import itertools
 import logging
 import sys
@@ -17,41 +16,21 @@ from jax.sharding import Mesh
 
 from dga_jax.generation.cache_shapes import CacheShapes
 from dga_jax.generation.kept_caches import KeptCaches
-from dga_jax.generation.programs import BatchState, Programs, Progress
-from dga_jax.generation.prompt_reader import piece_lengths, PromptReader
+from dga_jax.generation.programs import Programs, Progress
+from dga_jax.generation.prompt_reader import LEAST_KEPT, piece_lengths, PromptReader
 from dga_jax.generation.requests import (
   Emitted,
+  EngineStatus,
   EngineStoppedError,
   FinishReason,
-  pad_prompt,
   QueueFullError,
   Request,
   TokenLogprobs,
 )
 from dga_jax.generation.sampling import Sampled
+from dga_jax.generation.slot_state import BatchState
 from dga_jax.generation.tasks import Deliver, Dispatched, Task
 from dga_jax.model import Decoder
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineStatus:
-  """The engine's load.
-
-  Attributes:
-    running: requests in slots.
-    waiting: requests that wait for a slot, or whose prompt is being read.
-    kept: caches kept for later requests.
-    slot_bytes: bytes of the caches of all slots.
-    kept_device_bytes: bytes of the kept caches on the device.
-    kept_host_bytes: bytes of the kept caches on the host.
-  """
-
-  running: int
-  waiting: int
-  kept: int
-  slot_bytes: int
-  kept_device_bytes: int
-  kept_host_bytes: int
 
 
 class Engine:
@@ -182,10 +161,6 @@ class Engine:
     """Requests that can be in the engine at a time."""
     return sys.maxsize if self._max_waiting is None else self.slots + self._max_waiting
 
-  def cache_bytes(self, length: int) -> int:
-    """Bytes of keys and values in the cache of a sequence of so many tokens."""
-    return self.programs.shapes.bytes(length)
-
   def status(self) -> EngineStatus:
     """The load of this moment."""
     with self._changed:
@@ -217,7 +192,7 @@ class Engine:
   # ---- On the thread that calls `step`
 
   def reset(self) -> None:
-    """Forgets every request without a word to it, frees the slots, and numbers requests from 0."""
+    """Drops every request without a call of `deliver`, and numbers new requests from 0."""
     self._numbers = itertools.count()
     self._tasks: dict[int, Task] = {}  # Requests that have not ended.
     self._cancelled: set[int] = set()
@@ -284,18 +259,14 @@ class Engine:
       task, self._reading = self._reading, None
       slot = self._free_slot()
       logits, row = self._reader.take()
-      new, self._state = self.programs.insert(
-        self._take_state(), logits, row, slot, task.request.sampling
-      )
+      new, self._state = self.programs.insert(self._take_state(), logits, row, slot, task.request)
       self._occupy(slot, task, new)
     return True
 
   def _admit_whole(self, task: Task) -> None:
-    prompt, slot = task.request.prompt, self._free_slot()
-    length = next(length for length in self._whole_lengths if length >= len(prompt))
-    new, self._state = self.programs.admit(
-      self._take_state(), pad_prompt(prompt, length), len(prompt), slot, task.request.sampling
-    )
+    count, slot = len(task.request.prompt), self._free_slot()
+    length = next(length for length in self._whole_lengths if length >= count)
+    new, self._state = self.programs.admit(self._take_state(), task.request, length, slot)
     self._occupy(slot, task, new)
 
   def _take_state(self) -> BatchState:
@@ -307,7 +278,7 @@ class Engine:
     return next(slot for slot in range(self.slots) if slot not in self._owner)
 
   def _occupy(self, slot: int, task: Task, first: Sampled) -> None:
-    """Gives a slot to a request whose first token is being computed."""
+    """Assigns a slot to a request. The device computes its first token."""
     task.scheduled = 1
     self._dispatched.append(Dispatched({0: task}, first))
     if task.request.max_new_tokens > 1:
@@ -322,6 +293,7 @@ class Engine:
     for slot, task in list(self._owner.items()):
       task.scheduled += self._decode_chunk
       if task.scheduled >= task.request.max_new_tokens:
+        self._copy_row(slot, task)  # Another request may get the slot before the tokens arrive.
         del self._owner[slot]
 
   def _collect(self, dispatched: Dispatched) -> list[Emitted]:
@@ -335,18 +307,39 @@ class Engine:
     finish: FinishReason | None,
     logprobs: list[TokenLogprobs],
   ) -> Emitted:
-    task.emitted += len(tokens)
+    task.tokens += tokens
     task.finish = finish
     if finish is not None:
+      slots = [slot for slot, owner in self._owner.items() if owner is task]
+      if finish == "stop" and slots:
+        self._copy_row(slots[0], task)
+      self._keep_answer(task)
       with self._changed:
         self._tasks.pop(task.number, None)
         self._cancelled.discard(task.number)
-        for slot in [slot for slot, owner in self._owner.items() if owner is task]:
+        for slot in slots:
           del self._owner[slot]
     emitted = Emitted(task.number, tokens, finish, logprobs, task.cached_tokens)
     if task.deliver is not None:
       task.deliver(emitted)
     return emitted
+
+  def _copy_row(self, slot: int, task: Task) -> None:
+    """Copies the cache of a slot at the end of its request, if kept caches have room."""
+    if self._reader is not None and self._kept.reserve():
+      assert self._state is not None
+      task.row = self.programs.take_row(self._state, slot)
+
+  def _keep_answer(self, task: Task) -> None:
+    """Keeps the cache of a prompt and its answer for the next turn."""
+    row, task.row = task.row, None
+    if row is None:
+      return
+    tokens = task.tokens_in_cache()
+    if task.finish in ("stop", "length") and len(tokens) >= LEAST_KEPT:
+      self._kept.keep_answer(tokens, task.request.last_kept, row)
+    else:
+      self._kept.release()
 
   def _end_cancelled(self) -> list[Emitted]:
     with self._changed:

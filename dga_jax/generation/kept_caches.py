@@ -1,4 +1,4 @@
-"""Caches of read prompts, kept for later requests that begin with the same tokens."""
+"""Caches of prompts and answers, kept for later requests that begin with the same tokens."""
 
 import collections
 import dataclasses
@@ -13,17 +13,17 @@ from dga_jax.model.decoder import DecoderCache
 
 @dataclasses.dataclass
 class KeptCache:
-  """The cache of a prompt. It is on the device or on the host.
+  """The cache of a sequence of tokens. It is on the device or on the host.
 
   Attributes:
-    tokens: int32, of the prompt.
-    logits: of the token after the prompt, float32 [1, V].
+    tokens: int32, the tokens in the cache.
+    logits: of the next token, float32 [1, V]; None where they are unknown, after an answer.
     row: the cache on the device; None while it is on the host.
     on_host: the arrays on the host, cut to the entries in use; None while it is on the device.
   """
 
   tokens: np.ndarray
-  logits: Float[Array, "1 V"] | np.ndarray
+  logits: Float[Array, "1 V"] | np.ndarray | None
   row: DecoderCache | None
   on_host: list[np.ndarray] | None = None
 
@@ -53,6 +53,7 @@ class KeptCaches:
     self._row_bytes = programs.shapes.row_bytes
     self._most_on_device = max(0, device_bytes) // self._row_bytes
     self._host_budget = host_bytes
+    self._reserved = 0  # Rows on the device that `keep` or `release` will account for.
     self._kept: collections.OrderedDict[bytes, KeptCache] = collections.OrderedDict()
     self.device_bytes = self.host_bytes = 0
 
@@ -65,11 +66,15 @@ class KeptCaches:
     return len(self._kept)
 
   def find(self, prompt: np.ndarray) -> KeptCache | None:
-    """The longest kept cache whose tokens are the beginning of a prompt, now the last used."""
+    """The longest kept cache from which a prompt can be read, now the last used.
+
+    Its tokens are the beginning of the prompt. With all tokens of the prompt, it has the logits.
+    """
     fits = [
       (len(kept.tokens), key)
       for key, kept in self._kept.items()
       if common_prefix(kept.tokens, prompt) == len(kept.tokens)
+      and (kept.logits is not None or len(kept.tokens) < len(prompt))
     ]
     if not fits:
       return None
@@ -100,14 +105,51 @@ class KeptCaches:
     self._kept[key] = KeptCache(tokens_L, logits_1xV, row)
     self._evict()
 
+  def reserve(self) -> bool:
+    """Makes room on the device for a row that `keep_answer` or `release` gets later.
+
+    Returns:
+      False if all kept rows on the device are reserved already.
+    """
+    if self._reserved >= self._most_on_device:
+      return False
+    self._reserved += 1
+    self._evict()
+    return True
+
+  def release(self) -> None:
+    """Ends a reservation without a row."""
+    self._reserved -= 1
+
+  def keep_answer(self, tokens: np.ndarray, prompt_length: int, row: DecoderCache) -> None:
+    """Keeps the cache of a prompt and an answer; `reserve` has made room for it.
+
+    The next turn continues after the answer if its tokens begin with these tokens, or else after
+    the prompt. Therefore the cache of the prompt alone becomes the next to leave the device.
+
+    Args:
+      tokens: int32, of the prompt and of the answer.
+      prompt_length: tokens of the longest kept beginning of the prompt.
+      row: the cache; the caller does not donate it afterwards.
+    """
+    self.release()
+    key, prompt_key = tokens.tobytes(), tokens[:prompt_length].tobytes()
+    if key not in self._kept:
+      self._kept[key] = KeptCache(tokens, None, row)
+    self._kept.move_to_end(key)
+    if prompt_key in self._kept and prompt_key != key:
+      self._kept.move_to_end(prompt_key, last=False)
+    self._evict()
+
   def clear(self) -> None:
-    """Drops every kept cache."""
+    """Drops every kept cache and every reservation."""
     self._kept.clear()
+    self._reserved = 0
     self.device_bytes = self.host_bytes = 0
 
   def _evict(self) -> None:
     on_device = [kept for kept in self._kept.values() if kept.row is not None]
-    extra = max(0, len(on_device) - self._most_on_device)
+    extra = max(0, len(on_device) + self._reserved - self._most_on_device)
     for kept in on_device[:extra]:
       self._move_to_host(kept)
     host_bytes = sum(kept.host_bytes for kept in self._kept.values())
@@ -120,7 +162,9 @@ class KeptCaches:
   def _move_to_host(self, kept: KeptCache) -> None:
     leaves: list[np.ndarray] = jax.device_get(jax.tree.leaves(kept.row))
     kept.on_host = self._programs.shapes.trim(leaves, len(kept.tokens))
-    kept.row, kept.logits = None, np.asarray(kept.logits)
+    kept.row = None
+    if kept.logits is not None:
+      kept.logits = np.asarray(kept.logits)
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -66,7 +66,7 @@ def put_weights(params: nnx.State, mesh: Mesh) -> nnx.State:
   rules = current_rules().parameters
 
   def put(names: PartitionSpec, x: Array) -> Array:
-    # A weight that was unstacked still names the axis of layers, which is gone.
+    # An unstacked weight has no axis of layers, but its metadata still names one.
     spec = partition_spec(tuple(names)[len(names) - x.ndim :], x.shape, mesh, rules)
     return jax.device_put(x, NamedSharding(mesh, spec))
 

@@ -13,32 +13,16 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from dga_jax.generation.cache_shapes import CacheShapes, content_bytes
+from dga_jax.generation.cache_shapes import CacheShapes, content_bytes, hold_lengths
 from dga_jax.generation.placement import in_compute_dtype, Placement, put_weights
-from dga_jax.generation.sampling import sample_with_logprobs, Sampled, Sampling, SamplingParams
+from dga_jax.generation.requests import pad_prompt, Request
+from dga_jax.generation.sampling import sample_with_logprobs, Sampled
+from dga_jax.generation.slot_state import BatchState, SlotSettings
 from dga_jax.model import Decoder
 from dga_jax.model.decoder import DecoderCache
 from pallas_kernels.dispatch import find_target
 
 Progress = Callable[[Sequence["Job"]], Iterable["Job"]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BatchState:
-  """The state of all slots, on the device. The entries of a free slot have no meaning.
-
-  Attributes:
-    cache: one row a slot.
-    token: the last token of each slot; the cache does not contain it yet.
-    sampled: tokens sampled so far in each slot.
-    sampling: the sampling settings of each slot.
-  """
-
-  cache: DecoderCache
-  token: Int[Array, "B"]
-  sampled: Int[Array, "B"]
-  sampling: SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +60,7 @@ class Programs:
   """The programs of a batch of slots, compiled by the constructor; they update slots in place.
 
   A prompt is read whole by `admit`, or piece by piece: `empty_row` or `copy_row`, `extend`, then
-  `insert`.
+  `insert`. `take_row` copies the cache of a slot, for programs that read pieces.
 
   Args:
     model: a decoder. The programs keep its weights in the dtype of the products.
@@ -131,7 +115,7 @@ class Programs:
     self, model: Decoder, slots: int, whole_lengths: Collection[int], pieces: Collection[int]
   ) -> list[Job]:
     one, slot = _shape(1), _shape()
-    sampling = SamplingParams.from_samplings([Sampling()])
+    settings = jax.eval_shape(lambda: SlotSettings.empty(1))
     prompts = {length: (self._params, _shape(1, length), one) for length in whole_lengths}
     row = self._placement.cache_shapes(self.shapes.rows(1))
     rows = [row] if pieces else []
@@ -140,7 +124,7 @@ class Programs:
     self.state_bytes = content_bytes(state.cache)
     jobs = [Job("empty", empty, ())]
     jobs += [
-      Job(f"admit {length}", self._admit, (state, *prompt, slot, sampling), (0,))
+      Job(f"admit {length}", self._admit, (state, *prompt, slot, settings), (0,))
       for length, prompt in prompts.items()
     ]
     if pieces:
@@ -148,7 +132,8 @@ class Programs:
       jobs += [
         Job("empty row", self._empty_row, ()),
         Job("copy row", _copy, (row,)),
-        Job("insert", self._insert, (state, logits, row, slot, sampling), (0,)),
+        Job("insert", self._insert, (state, logits, row, slot, settings), (0,)),
+        Job("take row", self._take_row, (state.cache, slot)),
       ]
     for length in pieces:
       shapes = (row, self._params, _shape(1, length), one)
@@ -201,35 +186,33 @@ class Programs:
     logits_1xV: Float[Array | np.ndarray, "1 V"],
     row: DecoderCache,
     slot: int,
-    sampling: Sampling,
+    request: Request,
   ) -> tuple[Sampled, BatchState]:
     """Samples a prompt's first token and writes its cache into a free slot; donates the state."""
-    params = SamplingParams.from_samplings([sampling])
-    run = self._compiled["insert"]
-    inserted: tuple[Sampled, BatchState] = run(state, logits_1xV, row, np.int32(slot), params)
+    run, settings = self._compiled["insert"], SlotSettings.from_request(request)
+    inserted: tuple[Sampled, BatchState] = run(state, logits_1xV, row, np.int32(slot), settings)
     return inserted
 
+  def take_row(self, state: BatchState, slot: int) -> DecoderCache:
+    """A copy of the cache of a slot."""
+    row: DecoderCache = self._compiled["take row"](state.cache, np.int32(slot))
+    return row
+
   def admit(
-    self,
-    state: BatchState,
-    prompt_1xL: Int[np.ndarray, "1 L"],
-    length: int,
-    slot: int,
-    sampling: Sampling,
+    self, state: BatchState, request: Request, length: int, slot: int
   ) -> tuple[Sampled, BatchState]:
     """Prefills a right-padded prompt into a free slot and samples its first token.
 
     Args:
       state: of all slots; its buffers are donated.
-      prompt_1xL: int32, with L one of `whole_lengths`.
-      length: tokens of the prompt without the padding.
+      request: with the prompt.
+      length: one of `whole_lengths`, to which the prompt is padded.
       slot: a free slot.
-      sampling: how the sequence's tokens are sampled.
     """
-    where = (np.int32(slot), SamplingParams.from_samplings([sampling]))
-    run = self._compiled[f"admit {prompt_1xL.shape[1]}"]
-    count = np.array([length], np.int32)
-    admitted: tuple[Sampled, BatchState] = run(state, self._params, prompt_1xL, count, *where)
+    count = np.array([len(request.prompt)], np.int32)
+    where = (np.int32(slot), SlotSettings.from_request(request))
+    run, prompt = self._compiled[f"admit {length}"], pad_prompt(request.prompt, length)
+    admitted: tuple[Sampled, BatchState] = run(state, self._params, prompt, count, *where)
     return admitted
 
   def decode(self, state: BatchState) -> tuple[Sampled, BatchState]:
@@ -251,9 +234,9 @@ class Programs:
     prompt_1xL: Array,
     length_1: Array,
     slot: Array,
-    sampling: SamplingParams,
+    settings: SlotSettings,
   ) -> tuple[Sampled, BatchState]:
-    return self._insert(state, *self._prefill(params, prompt_1xL, length_1), slot, sampling)
+    return self._insert(state, *self._prefill(params, prompt_1xL, length_1), slot, settings)
 
   def _empty_row(self) -> DecoderCache:
     return self._placement.cache(self._model(self._params).init_cache(1, self.shapes.max_length))
@@ -277,8 +260,7 @@ class Programs:
     def empty() -> BatchState:
       zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), cache)
       zero_B = jnp.zeros(count, jnp.int32)
-      sampling = SamplingParams.from_samplings([Sampling()] * count)
-      return self._place(BatchState(zeros, zero_B, zero_B, jax.tree.map(jnp.asarray, sampling)))
+      return self._place(BatchState(zeros, zero_B, zero_B, SlotSettings.empty(count)))
 
     state = jax.eval_shape(empty)
     return empty, dataclasses.replace(state, cache=self._placement.cache_shapes(state.cache))
@@ -295,10 +277,15 @@ class Programs:
     model, whole = self._model(params), self._placement.whole
 
     def step(state: BatchState, _: None) -> tuple[BatchState, Sampled]:
+      ended_B = state.ended()
       logits_BxV, cache = model.decode(state.token, state.cache)
-      new = self._sample(whole(logits_BxV), state.sampling, state.sampled)
-      cache = self._placement.cache(cache)
-      return BatchState(cache, new.token, state.sampled + 1, state.sampling), new
+      new = self._sample(whole(logits_BxV), state.settings.sampling, state.sampled)
+      # Decoding wrote one token after the cache's last one. With the earlier length, no query
+      # sees the written entries, and the next tokens of the sequence overwrite them.
+      cache = hold_lengths(state.cache, cache, self._axes, ended_B)
+      token_B = jnp.where(ended_B, state.token, new.token)
+      sampled_B = state.sampled + ~ended_B
+      return BatchState(self._placement.cache(cache), token_B, sampled_B, state.settings), new
 
     state, new = jax.lax.scan(step, state, None, length=self._decode_chunk)
     return whole(new), self._place(state)
@@ -309,9 +296,9 @@ class Programs:
     logits_1xV: Array,
     row: DecoderCache,
     slot: Array,
-    sampling: SamplingParams,
+    settings: SlotSettings,
   ) -> tuple[Sampled, BatchState]:
-    first = self._sample(logits_1xV, sampling, jnp.zeros(1, jnp.int32))
+    first = self._sample(logits_1xV, settings.sampling, jnp.zeros(1, jnp.int32))
     leaves, structure = jax.tree.flatten(state.cache)
     cache = jax.tree.unflatten(
       structure,
@@ -328,12 +315,20 @@ class Programs:
       cache=cache,
       token=write(state.token, first.token),
       sampled=write(state.sampled, jnp.ones(1, jnp.int32)),
-      sampling=jax.tree.map(write, state.sampling, sampling),
+      settings=jax.tree.map(write, state.settings, settings),
     )
     return self._placement.whole(jax.tree.map(lambda x: x[None], first)), self._place(new)
 
+  def _take_row(self, cache: DecoderCache, slot: Array) -> DecoderCache:
+    leaves, structure = jax.tree.flatten(cache)
+    row = [
+      leaf if axis is None else jax.lax.dynamic_slice_in_dim(leaf, slot, 1, axis)
+      for leaf, axis in zip(leaves, self._axes, strict=True)
+    ]
+    return self._placement.cache(jax.tree.unflatten(structure, row))
+
   def _place(self, state: BatchState) -> BatchState:
-    rest = self._placement.whole((state.token, state.sampled, state.sampling))
+    rest = self._placement.whole((state.token, state.sampled, state.settings))
     return BatchState(self._placement.cache(state.cache), *rest)
 
 

@@ -11,7 +11,8 @@ from dga_jax.generation.programs import Programs
 from dga_jax.generation.requests import pad_prompt, Request
 from dga_jax.model.decoder import DecoderCache
 
-_LEAST_SHARED = 64  # Tokens of a shared beginning that are worth a kept cache.
+LEAST_KEPT = 64
+"""Tokens of a shared beginning, or of a conversation, that are worth a kept cache."""
 
 
 def piece_lengths(prompt_chunk: int) -> tuple[int, ...]:
@@ -47,13 +48,13 @@ class PromptReader:
     self._position, self._logits, self._keep_at = 0, None, set()
     if self._kept.enabled:
       wanted = [len(prompt)] if request.keep_at is None else request.keep_at
-      self._keep_at = {at for at in wanted if at >= _LEAST_SHARED or at == len(prompt)}
+      self._keep_at = {at for at in wanted if at >= LEAST_KEPT or at == len(prompt)}
       found = self._kept.find(prompt)
       if found is not None:
         self._position, self._logits = len(found.tokens), found.logits
         self._row = self._kept.load(found)
       shared = self._kept.longest_shared(prompt)
-      if shared >= self._position + _LEAST_SHARED:
+      if shared >= self._position + LEAST_KEPT:
         self._keep_at.add(shared)
     if self._position == 0:
       self._row = self._programs.empty_row()

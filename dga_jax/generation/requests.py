@@ -1,4 +1,4 @@
-"""What a client asks of the engine, and what the engine answers."""
+"""Requests to the engine, the tokens that it emits, and its errors."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
@@ -8,6 +8,8 @@ import numpy as np
 
 from dga_jax.generation.sampling import Sampling
 
+MAX_STOP_IDS = 128
+"""The largest number of entries of `Request.stop_ids`."""
 FinishReason = Literal["stop", "length", "cancelled", "not_finite", "failed"]
 
 
@@ -19,7 +21,7 @@ class Request:
     prompt: token ids, at least one.
     max_new_tokens: bound on the tokens of the continuation.
     sampling: how its tokens are sampled.
-    stop_ids: tokens that end the continuation and are not part of it.
+    stop_ids: at most `MAX_STOP_IDS` tokens that end the continuation and are not part of it.
     keep_at: numbers of tokens of the prompt after which the engine keeps the cache for later
       requests, such as the ends of a system prompt and of the last message; None for the end of
       the prompt.
@@ -31,6 +33,11 @@ class Request:
   stop_ids: Collection[int] = ()
   keep_at: Sequence[int] | None = None
 
+  @property
+  def last_kept(self) -> int:
+    """The largest number of tokens of the prompt after which the engine keeps the cache."""
+    return len(self.prompt) if self.keep_at is None else max(self.keep_at, default=0)
+
   def check(self, name: str, vocab_size: int, max_length: int | None) -> None:
     """Checks the request against a model and a cache.
 
@@ -40,7 +47,8 @@ class Request:
       max_length: tokens that the cache holds, prompt and continuation; None for no bound.
 
     Raises:
-      ValueError: an empty prompt, an id that is not a token, or a prompt that is too long.
+      ValueError: an empty prompt, an id that is not a token, a prompt that is too long, or too
+        many stop ids.
     """
     new = self.max_new_tokens
     if new < 1:
@@ -49,6 +57,10 @@ class Request:
       raise ValueError(f"{_capital(name)} has no tokens; give at least one.")
     if not (min(self.prompt) >= 0 and max(self.prompt) < vocab_size):
       raise ValueError(f"{_capital(name)} has token ids outside 0..{vocab_size - 1}.")
+    if len(self.stop_ids) > MAX_STOP_IDS:
+      raise ValueError(
+        f"stop_ids of {name} has {len(self.stop_ids)} entries; it may have at most {MAX_STOP_IDS}."
+      )
     if any(token >= vocab_size for token, _ in self.sampling.logit_bias):
       raise ValueError(f"logit_bias of {name} has token ids outside 0..{vocab_size - 1}.")
     if max_length is not None and len(self.prompt) + new > max_length:
@@ -79,7 +91,7 @@ class Emitted(NamedTuple):
     finish: why the request has ended: "stop" at a stop token, "length" at `max_new_tokens`,
       "not_finite" at logits that are NaN or infinite, "cancelled", "failed" with the
       engine; None if it continues.
-    logprobs: one entry a token if the request wants them.
+    logprobs: one entry a token if the request has `top_logprobs`.
     cached_tokens: tokens of the prompt whose cache was kept from an earlier request.
   """
 
@@ -93,6 +105,27 @@ class Emitted(NamedTuple):
   def done(self) -> bool:
     """Whether the request has ended."""
     return self.finish is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineStatus:
+  """The engine's load.
+
+  Attributes:
+    running: requests in slots.
+    waiting: requests that wait for a slot, or whose prompt is being read.
+    kept: caches kept for later requests.
+    slot_bytes: bytes of the caches of all slots.
+    kept_device_bytes: bytes of the kept caches on the device.
+    kept_host_bytes: bytes of the kept caches on the host.
+  """
+
+  running: int
+  waiting: int
+  kept: int
+  slot_bytes: int
+  kept_device_bytes: int
+  kept_host_bytes: int
 
 
 class QueueFullError(RuntimeError):

@@ -7,6 +7,7 @@ import numpy as np
 
 from dga_jax.generation.requests import Emitted, FinishReason, Request, TokenLogprobs
 from dga_jax.generation.sampling import NOT_FINITE, Sampled
+from dga_jax.model.decoder import DecoderCache
 
 Deliver = Callable[[Emitted], None]
 
@@ -20,8 +21,10 @@ class Task:
     request: the request.
     deliver: takes what the request emits, on the engine's thread.
     scheduled: tokens of the continuation that are sampled or dispatched.
-    emitted: tokens of the continuation that are delivered.
+    tokens: the tokens of the continuation that are delivered.
     cached_tokens: tokens of the prompt whose cache was kept.
+    row: a copy of the slot's cache after the last token, for which `KeptCaches.reserve` has
+      reserved memory; None without one.
     finish: why the request has ended.
   """
 
@@ -29,9 +32,18 @@ class Task:
   request: Request
   deliver: Deliver | None
   scheduled: int = 0
-  emitted: int = 0
+  tokens: list[int] = dataclasses.field(default_factory=list)
   cached_tokens: int = 0
+  row: DecoderCache | None = None
   finish: FinishReason | None = None
+
+  def tokens_in_cache(self) -> np.ndarray:
+    """int32, the prompt and the answer without its last sampled token, which ended it.
+
+    A stop token is the last sampled token and not part of `tokens`.
+    """
+    answer = self.tokens if self.finish == "stop" else self.tokens[:-1]
+    return np.asarray([*self.request.prompt, *answer], np.int32)
 
   def until_end(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
     """The tokens before the end of the request, and why it ends; None if it continues."""
@@ -40,7 +52,7 @@ class Task:
         return tokens[:count], "not_finite"
       if token in self.request.stop_ids:
         return tokens[:count], "stop"
-    is_full = self.emitted + len(tokens) == self.request.max_new_tokens
+    is_full = len(self.tokens) + len(tokens) == self.request.max_new_tokens
     return tokens, "length" if is_full else None
 
 
@@ -64,7 +76,7 @@ class Dispatched:
     logprobs = [np.asarray(x) for x in self.new[1:]] if wants else []
     results = []
     for column, task in owner.items():
-      left = task.request.max_new_tokens - task.emitted
+      left = task.request.max_new_tokens - len(task.tokens)
       tokens, finish = task.until_end(token_TxB[:left, column].tolist())
       arrays = [x[: len(tokens), column] for x in logprobs]
       results.append((task, tokens, finish, _logprobs(task.request.sampling.top_logprobs, arrays)))

@@ -18,11 +18,16 @@ from dga_jax.config_dataclasses import (
 )
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.attention_kinds.clusterkv import ClusterKVConfig
+from dga_jax.model.attention_kinds.expected_attention import ExpectedAttentionConfig
 from dga_jax.model.attention_kinds.kv_merger import KVMergerConfig
 from dga_jax.model.attention_kinds.lm_infinite import LMInfiniteConfig
 from dga_jax.model.attention_kinds.minference import MInferenceConfig
+from dga_jax.model.attention_kinds.pqcache import PQCacheConfig
+from dga_jax.model.attention_kinds.quest import QuestConfig
 from dga_jax.model.attention_kinds.registry import ATTENTION_SETTINGS, make_kind
 from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
+from dga_jax.model.attention_kinds.snapkv import SnapKVConfig
 from dga_jax.model.attention_kinds.streaming_llm import StreamingLLMConfig
 from dga_jax.model.attention_kinds.top_k_eviction import TopKEvictionConfig
 from dga_jax.model.rope import inverse_frequencies, RopeScaling
@@ -53,14 +58,19 @@ class ModelConfig:
     attention: the attention kind. Every kind but "dense" has settings in the field of its name;
       the other kinds' settings are ignored.
     dga: settings of Dynamic Group Attention.
-    head_budgets: the setting of each KV head of each layer, "full" or one of Dynamic Group
-      Attention; required for attention="head_budgets".
+    head_budgets: the setting of each KV head of each layer: "full", one of Dynamic Group
+      Attention, or sinks and a window; required for attention="head_budgets".
     sliding_window: settings of sliding-window attention.
     streaming_llm: settings of attention sinks and a window.
     lm_infinite: settings of global tokens and a window, with a bound on distances.
     minference: settings of the sparse prefill with a dense cache.
     top_k_eviction: settings of heavy hitters and recent tokens.
     kv_merger: settings of merging adjacent similar keys.
+    snapkv: settings of keeping the tokens of a prompt for which its last queries vote.
+    quest: settings of reading the pages with the highest bounds.
+    expected_attention: settings of keeping the tokens that future queries are expected to read.
+    clusterkv: settings of reading clusters of similar keys.
+    pqcache: settings of reading the tokens that product-quantised keys choose.
     dtype: of activations, and of weights while they are used.
     param_dtype: of the stored (master) weights.
     remat: what the backward pass recomputes in each layer: "none"; "full", everything from the
@@ -93,6 +103,13 @@ class ModelConfig:
   minference: MInferenceConfig = dataclasses.field(default_factory=MInferenceConfig)
   top_k_eviction: TopKEvictionConfig = dataclasses.field(default_factory=TopKEvictionConfig)
   kv_merger: KVMergerConfig = dataclasses.field(default_factory=KVMergerConfig)
+  snapkv: SnapKVConfig = dataclasses.field(default_factory=SnapKVConfig)
+  quest: QuestConfig = dataclasses.field(default_factory=QuestConfig)
+  expected_attention: ExpectedAttentionConfig = dataclasses.field(
+    default_factory=ExpectedAttentionConfig
+  )
+  clusterkv: ClusterKVConfig = dataclasses.field(default_factory=ClusterKVConfig)
+  pqcache: PQCacheConfig = dataclasses.field(default_factory=PQCacheConfig)
   dtype: DtypeName = "bfloat16"
   param_dtype: DtypeName = "float32"
   remat: RematName = "none"

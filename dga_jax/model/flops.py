@@ -8,7 +8,7 @@ from flax import nnx
 
 from dga_jax.cache.layout import cache_layout, cache_size
 from dga_jax.config import DGAConfig
-from dga_jax.head_budgets import FULL, HeadSetting
+from dga_jax.head_budgets import FULL, HeadSetting, SinkWindow
 from dga_jax.model.attention_kinds.kv_merger import KVMergerConfig
 from dga_jax.model.attention_kinds.top_k_eviction import TopKEvictionConfig
 from dga_jax.model.config import ModelConfig
@@ -91,20 +91,23 @@ def cache_keys(config: ModelConfig, max_length: int) -> float:
         f"attention is {config.attention!r}; cache_keys counts 'dense', 'head_budgets', and 'dga' "
         "with streaming selection. Measure other caches with dga_jax.evaluation.variants.Family."
       )
-  sizes = {
-    setting: max_length
-    if setting == FULL
-    else cache_size(config=setting, max_length=max_length).total
-    for setting in settings
-  }
   heads = sum(settings.values())
-  return sum(sizes[setting] * count for setting, count in settings.items()) / heads
+  return sum(setting_keys(one, max_length) * count for one, count in settings.items()) / heads
+
+
+def setting_keys(setting: HeadSetting, max_length: int) -> int:
+  """Keys that the cache of one KV head holds for a sequence of at most `max_length` tokens."""
+  if isinstance(setting, DGAConfig):
+    return cache_size(config=setting, max_length=max_length).total
+  if isinstance(setting, SinkWindow):
+    return min(setting.sinks + setting.window, max_length)
+  return max_length
 
 
 def _seen_keys(config: ModelConfig, seen_L: np.ndarray) -> np.ndarray:
   if config.attention == "head_budgets" and config.head_budgets is not None:
     counts = config.head_budgets.counts()
-    keys = [seen_L if s == FULL else _streaming_keys(s, seen_L) for s in counts]
+    keys = [_setting_seen_keys(setting, seen_L) for setting in counts]
     return np.average(keys, axis=0, weights=list(counts.values()))
   if config.attention == "dga":
     streaming = config.dga.selection == "streaming"
@@ -114,13 +117,21 @@ def _seen_keys(config: ModelConfig, seen_L: np.ndarray) -> np.ndarray:
   if config.attention == "kv_merger":
     return _bounded_keys(config.kv_merger, seen_L)
   bounds = {
-    "dense": len(seen_L),
     "sliding_window": config.sliding_window.window,
     "streaming_llm": config.streaming_llm.sinks + config.streaming_llm.window,
     "lm_infinite": config.lm_infinite.global_tokens + config.lm_infinite.local_window,
     "minference": config.minference.vertical + config.minference.slash,
   }
-  return np.minimum(seen_L, bounds[config.attention])
+  # The other kinds read whole sequences with dense attention.
+  return np.minimum(seen_L, bounds.get(config.attention, len(seen_L)))
+
+
+def _setting_seen_keys(setting: HeadSetting, seen_L: np.ndarray) -> np.ndarray:
+  if isinstance(setting, DGAConfig):
+    return _streaming_keys(setting, seen_L)
+  if isinstance(setting, SinkWindow):
+    return np.minimum(seen_L, setting.sinks + setting.window)
+  return seen_L
 
 
 def _bounded_keys(settings: TopKEvictionConfig | KVMergerConfig, seen_L: np.ndarray) -> np.ndarray:

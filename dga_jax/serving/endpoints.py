@@ -116,7 +116,7 @@ async def _whole(answers: Answers, count: int, style: Format, head: Mapping[str,
 async def _events(
   answers: Answers, parameters: Parameters, style: Format, head: Mapping[str, Any]
 ) -> AsyncIterator[bytes]:
-  """Server-sent events: a chunk of new text each, then the usage if it is wanted, then [DONE]."""
+  """Server-sent events: chunks of new text, the usage if it is requested, and [DONE]."""
 
   def chunk(choices: list[dict[str, Any]], *, last: bool = False) -> bytes:
     value = {**head, "choices": choices}
@@ -144,7 +144,7 @@ def _event(data: bytes) -> bytes:
 
 
 class _Stream(StreamingResponse):
-  """A stream whose answers end when the client goes, even before the first event."""
+  """A stream. A client that disconnects ends its answers, even before the first event."""
 
   def __init__(self, answers: Answers, events: AsyncIterator[bytes]) -> None:
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -161,7 +161,7 @@ class _Stream(StreamingResponse):
 async def _unless_disconnected(
   http: HTTPRequest, answers: Answers, run: Callable[[], Coroutine[Any, Any, Response]]
 ) -> Response:
-  """The response, or an empty one as soon as the client is gone; cancels the rest in any case."""
+  """The response, or an empty one when the client disconnects; cancels all other work."""
   work, gone = asyncio.create_task(run()), asyncio.create_task(_disconnected(http))
   try:
     await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)

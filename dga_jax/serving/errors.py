@@ -13,9 +13,9 @@ class APIError(Exception):
 
   Args:
     status: of HTTP.
-    message: says what is wrong and how to mend it.
+    message: the fault and its remedy.
     param: the field of the request that is wrong.
-    code: a word for programs.
+    code: identifies the kind of error for programs.
     headers: further headers of the response.
   """
 

@@ -8,7 +8,7 @@ from dga_jax.serving.errors import APIError, invalid, unsupported
 
 
 class Fields:
-  """Takes fields out of a JSON object; `finish` refuses those that nobody took.
+  """Takes fields out of a JSON object; `finish` refuses the fields that are left.
 
   A field that is null counts as absent.
 
@@ -88,7 +88,7 @@ class Fields:
     """Refuses the fields that are left.
 
     Args:
-      neutral: fields that this server does not support, with the values that ask for nothing.
+      neutral: fields that this server does not support, with the values that have no effect.
       ignored: fields that do not change the answer.
 
     Raises:

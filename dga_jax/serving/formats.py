@@ -14,7 +14,7 @@ class ChatFormat:
   Args:
     tokenizer: of the model.
     choices: answers.
-    logprobs: whether the request wants log probabilities.
+    logprobs: whether the request has asked for log probabilities.
   """
 
   object_name, chunk_name = "chat.completion", "chat.completion.chunk"
@@ -63,7 +63,7 @@ class CompletionFormat:
   Args:
     tokenizer: of the model.
     echoes: the text before each choice's answer.
-    logprobs: whether the request wants log probabilities.
+    logprobs: whether the request has asked for log probabilities.
   """
 
   object_name = chunk_name = "text_completion"

@@ -50,7 +50,7 @@ async def _read_body(http: Request, max_bytes: int) -> bytes:
     if size <= max_bytes:
       raise APIError(408, f"The body did not arrive within {_BODY_SECONDS:g} seconds.") from error
   except ClientDisconnect as error:
-    raise APIError(499, "The client has gone.") from error
+    raise APIError(499, "The client has disconnected.") from error
   if size > max_bytes:
     raise APIError(
       413,

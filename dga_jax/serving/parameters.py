@@ -16,7 +16,7 @@ _MAX_TOKENS = 2**31 - 1
 _IGNORED = frozenset(
   ["user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"]
 )
-# Fields of OpenAI's interface that are not supported, with the values that ask for nothing.
+# Fields of OpenAI's interface that are not supported, with the values that have no effect.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
   "frequency_penalty": (0, 0.0),
   "presence_penalty": (0, 0.0),
@@ -48,7 +48,7 @@ class Parameters:
     sampling: of the first choice; choice i has seed + i.
     choices: answers to each prompt.
     stop: texts before which an answer ends.
-    stop_ids: tokens that end an answer, beside those of the model.
+    stop_ids: tokens that end an answer, in addition to those of the model.
     stream: whether the answer is streamed.
     include_usage: whether a stream ends with a chunk with the usage.
     continuous_usage: whether every chunk of a stream has the usage so far.
@@ -197,7 +197,7 @@ def _messages(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
-  """A message whose content is one string; parts of text are joined."""
+  """A message with a string as content; parts of text are joined."""
   if not isinstance(message, dict) or not isinstance(message.get("role"), str):
     raise invalid(where, f"{where} must be an object with the strings 'role' and 'content'.")
   content = message.get("content")

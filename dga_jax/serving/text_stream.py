@@ -7,7 +7,7 @@ from dga_jax.tokenizer import Tokenizer
 
 
 class TextStream:
-  """The text of an answer whose tokens come one by one.
+  """Decodes an answer token by token.
 
   The bytes of an unfinished character are held back. A text that may be the beginning of a stop
   text is held back until it is known.
@@ -17,7 +17,7 @@ class TextStream:
     stops: texts that end the answer and are not part of it.
 
   Attributes:
-    stopped: whether a stop text has come.
+    stopped: whether the answer contains a stop text.
   """
 
   def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:

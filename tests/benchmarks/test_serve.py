@@ -1,5 +1,6 @@
 """The serving benchmark on a tiny model prints every table."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks._resident_sessions import known_models, resident_sessions
 from tests.dga_jax.evaluation.tiny import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -16,8 +18,8 @@ ROOT = Path(__file__).parents[2]
 def test_every_table_is_printed(tmp_path: Path) -> None:
   command = [
     sys.executable, "-m", "benchmarks.serve", f"--workdir={write_checkpoint(tmp_path / 'run')}",
-    "--kinds=dga,dense", "--clients=1,3", "--prompts=96", "--new_tokens=8", "--requests=1",
-    "--slots=2", "--prompt_chunk=64", "--rounds=1",
+    "--kinds=dga,dense", "--clients=1,3", "--prompts=96", "--new_tokens=32", "--requests=1",
+    "--slots=2", "--prompt_chunk=64", "--rounds=1", f"--output={tmp_path / 'results.jsonl'}",
   ]  # fmt: skip
   done = subprocess.run(
     command,
@@ -28,6 +30,21 @@ def test_every_table_is_printed(tmp_path: Path) -> None:
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  rows = [line for line in done.stdout.splitlines() if line.startswith("| 96 |")]
-  assert len(rows) == 4 + 2 + 2  # Loads, second turns, sessions.
-  assert sum(line.startswith(("| dga |", "| dense |")) for line in done.stdout.splitlines()) == 2
+  rows = done.stdout.splitlines()
+  assert sum(line.startswith("| 96 |") for line in rows) == 4  # Loads.
+  assert sum(line.startswith("| 96 + 32 |") for line in rows) == 2  # Second turns.
+  assert sum(line.startswith(("| dga |", "| dense |")) for line in rows) == 2  # Overhead.
+  results = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
+  tables = [result["table"] for result in results]
+  assert tables == ["sessions"] * 6 + ["load"] * 4 + ["second_turn"] * 2 + ["overhead"] * 2
+  assert all("cpu" in result["device"] for result in results)
+
+
+def test_sessions_follow_the_shapes_of_caches() -> None:
+  model, kinds = next(iter(known_models().items()))
+  dense, dga, budgets = resident_sessions(model, kinds, 16384, 64 * 10**9)
+  # 32 layers of 32 KV heads: keys and values of 128 numbers in 16 bit, and counts of tokens.
+  assert dense.session_bytes - 2 * 32 * 32 * 128 * 2 * 16384 in range(1024)
+  assert (dense.sessions, dense.slots) == (7, 5)
+  assert 5.9 < dga.times_dense < 6.1
+  assert budgets.times_dense > 9

@@ -6,7 +6,7 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from dga_jax.chat_template import chat_template_of, ChatTemplate, encode_chat, render_chat
+from dga_jax.chat_template import chat_template_of, ChatTemplate, encode_chat, render_marked
 from dga_jax.template_sandbox import Sandbox, TemplateError
 from dga_jax.tokenizer import Tokenizer
 
@@ -52,6 +52,10 @@ def chat(source: str = TURNS, **special: str) -> ChatTemplate:
   return ChatTemplate(source, byte_tokenizer("<|start|>", "<|stop|>"), special)
 
 
+def render_chat(template: ChatTemplate, messages: list, **variables: object) -> str:
+  return render_marked(template, messages, **variables).replace("\ufdd0", "")
+
+
 def test_the_text_of_a_conversation() -> None:
   messages = [{"role": "system", "content": "Be brief."}, *USER]
   text = "<|start|>system\nBe brief.<|stop|>\n<|start|>user\nHello<|stop|>\n"
@@ -92,7 +96,7 @@ def test_tools_and_variables_cannot_write_a_special_token() -> None:
   tokenizer = byte_tokenizer("<|stop|>")
   template = ChatTemplate("{{ tools | tojson }}{{ name }}{{ eos_token }}", tokenizer)
   tools = [{"<|stop|>": ["<|stop|>"]}]
-  ids = encode_chat(template, USER, tools=tools, variables={"name": "<|stop|>"})
+  ids = encode_chat(template, USER, tools=tools, name="<|stop|>")
   assert ids == [*f"{json.dumps(tools)}<|stop|>".encode(), tokenizer.end_id]
 
 

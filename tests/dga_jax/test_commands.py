@@ -66,6 +66,7 @@ def test_help_imports_no_heavy_package(name: str, flag: str) -> None:
   assert "flags:" in done.stdout
   if name not in ("picture", "smollm2"):
     assert "--workdir" in done.stdout
+  assert ("--budgets" in done.stdout) == (name in ("generate", "serve", "evaluate"))
   lists_config_keys = (name, flag) == ("train", "--help")
   assert ("config.model.dga" in done.stdout) == lists_config_keys
   # Only the config's dataclasses, whose keys the trainer's --help lists, import jax.

@@ -85,6 +85,16 @@ def test_a_dense_cache_that_grows() -> None:
   assert new == whole(session, tokens, GREEDY, 4)
 
 
+def test_the_program_that_reads_has_one_layer_for_any_number_of_layers() -> None:
+  def equations(num_layers: int) -> int:
+    session = Session(chatty.model(num_layers=num_layers))
+    cache = jax.eval_shape(lambda: session.model.init_cache(1, 512))
+    arguments = (session._reader_params, cache, np.zeros((1, 64), np.int32), np.ones(1, np.int32))
+    return len(jax.make_jaxpr(session._extend_program)(*arguments).eqns)
+
+  assert equations(2) == equations(5)
+
+
 def test_a_stop_token_is_not_read(session: Session) -> None:
   session.read([5, 6, 7])
   (first, second, third) = session.fork().generate(SAMPLED, max_new_tokens=3, stop_ids=())
@@ -133,7 +143,7 @@ def test_kinds_that_cannot_continue_are_refused() -> None:
 
 def test_logits_that_are_not_finite_end_a_session(session: Session) -> None:
   broken = session.fork()
-  broken._params = jax.tree.map(lambda x: x * float("inf"), session._params)
+  broken._reader_params = jax.tree.map(lambda x: x * float("inf"), session._reader_params)
   broken.read([1, 2])
   with pytest.raises(FloatingPointError, match="NaN or infinite after 2 tokens"):
     next(broken.generate(GREEDY, max_new_tokens=1, stop_ids=()))

@@ -66,7 +66,7 @@ def gradient(config: TrainConfig, functions: Functions, params) -> tuple:
       loss, _, gradient = mean_gradient(config, functions.graphdef, params, batch)
     return loss, gradient
 
-  return jax.device_get(run(params, functions.place(make_batch())))
+  return jax.device_get(run(params, functions.shard_batch(make_batch())))
 
 
 def check(selection: str, shapes: list[tuple[int, ...]]) -> None:
@@ -101,11 +101,11 @@ def check_step(shape: tuple[int, ...]) -> None:
   _, fsdp, tensor, context = shape
   assert pieces == {(2, 24 // (fsdp * context), 40 // tensor)}
 
-  batch = functions.place(make_batch())
+  batch = functions.shard_batch(make_batch())
   step = functions.step.lower(state, batch).compile()
   check_gathers(read_collectives(step.as_text()))
   state, scalars = step(state, batch)
-  first, wanted = one.step(first, one.place(make_batch()))
+  first, wanted = one.step(first, one.shard_batch(make_batch()))
   np.testing.assert_allclose(scalars["loss"], wanted["loss"], rtol=1e-6)
   np.testing.assert_allclose(scalars["grad_norm"], wanted["grad_norm"], rtol=1e-5)
   # Adam's first step is the learning rate times the gradient's sign. The sign depends on the order

@@ -18,7 +18,7 @@ from dga_jax.sharding import (
   ShardingRules,
   zigzag_order,
 )
-from train.sharding import place_batch, process_share
+from train.sharding import process_share, shard_batch
 
 ROOT = Path(__file__).parents[2]
 
@@ -110,7 +110,7 @@ def test_a_batch_is_padded_with_rows_without_loss() -> None:
     "segment_ids": np.ones((3, 5), np.int32),
     "loss_mask": np.ones((3, 5), bool),
   }
-  placed = place_batch(batch, mesh, micro_batches=2)
-  assert {x.shape for x in placed.values()} == {(4, 5)}
-  np.testing.assert_array_equal(placed["segment_ids"][:, 0], [1, 1, 1, -1])
-  np.testing.assert_array_equal(placed["loss_mask"][:, 0], [True, True, True, False])
+  sharded = shard_batch(batch, mesh, micro_batches=2)
+  assert {x.shape for x in sharded.values()} == {(4, 5)}
+  np.testing.assert_array_equal(sharded["segment_ids"][:, 0], [1, 1, 1, -1])
+  np.testing.assert_array_equal(sharded["loss_mask"][:, 0], [True, True, True, False])

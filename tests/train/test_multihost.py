@@ -27,7 +27,10 @@ STEPS = 24
 # Parameters are sharded over all devices, so that every process saves some of them.
 SPLIT = "--config.mesh.fsdp=-1"
 # Messages of the remaining processes: from a step, from a save, or from JAX's heartbeats.
-LOST_PROCESS = "most likely because one of them is gone|another process has failed|does not answer"
+LOST_PROCESS = (
+  "most likely because one of them is gone|another process (has failed|is gone)|not answer"
+)
+NEWEST_CHECKPOINT = r"The newest checkpoint is of step \d+\.|the checkpoint of step \d+ is intact"
 SEED = 3
 
 
@@ -133,7 +136,7 @@ def test_a_lost_process_is_reported_within_seconds(
   trainers[victim].wait()
   output = other.output()
   assert re.search(LOST_PROCESS, output), output
-  assert re.search(r"The newest checkpoint is of step \d+\.", output), output
+  assert re.search(NEWEST_CHECKPOINT, output), output
   assert_no_cpp_stack(other)
   assert seconds < 10
 

@@ -1,4 +1,4 @@
-"""Where a run writes: in place, or to a temporary folder whose files are copied to the run's."""
+"""The folder of a run: local, or a temporary folder whose files are copied to the workdir."""
 
 import dataclasses
 from pathlib import Path

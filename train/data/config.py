@@ -1,4 +1,4 @@
-"""Configuration of the training data: text files or a synthetic task, and how rows are packed."""
+"""Configuration of the training data: text, sound or a synthetic task, and how rows are packed."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from dga_jax.config_dataclasses import (
 )
 from dga_jax.paths import check_path
 
-DataKind = Literal["text", "recall"]
+DataKind = Literal["text", "recall", "audio"]
 TokenizerKind = Literal["byte", "bpe"]
 
 PYTHON_STDLIB = "python-stdlib"
@@ -85,16 +85,30 @@ class RecallConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class AudioConfig:
+  """How sound becomes tokens (audio.py).
+
+  Attributes:
+    sample_rate: samples, and so tokens, a second. Files with another rate are resampled.
+  """
+
+  sample_rate: int = 8000
+
+  def __post_init__(self) -> None:
+    require_int(self, "sample_rate", least=1000, most=192_000)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
   """Where the training and the held-out batches come from.
 
   Attributes:
-    kind: "text" reads files; "recall" generates recall tasks.
+    kind: "text" and "audio" read files; "recall" generates recall tasks.
     sequence_length: L, tokens of a batch row.
-    train_files: for kind "text", files or glob patterns ("**" crosses folders); "python-stdlib"
-      is the library source of the running Python.
+    train_files: for kinds "text" and "audio", files or glob patterns ("**" crosses folders);
+      "python-stdlib" is the library source of the running Python.
     validation_files: held-out files, in the same notation. If empty, some training documents are
-      held out: every 8th of the long ones and every 16th of the others.
+      held out: every 8th of the long ones and every 16th of the others; of audio every 8th file.
     weights: makes each entry of `train_files` a corpus of its own. A corpus gives this share of the
       training rows (the weights are divided by their sum), and is shuffled and repeated by itself.
       `validation_files` then has one entry for each corpus or none. Empty: all files are one
@@ -111,6 +125,7 @@ class DataConfig:
     cache_dir: folder for the prepared text and tokens, shared by runs; None keeps them in the
       workdir.
     recall: the task of kind "recall".
+    audio: how kind "audio" reads files.
   """
 
   kind: DataKind = "text"
@@ -126,6 +141,7 @@ class DataConfig:
   stall_error_seconds: float = 1800.0
   cache_dir: str | None = None
   recall: RecallConfig = RecallConfig()
+  audio: AudioConfig = AudioConfig()
 
   def __post_init__(self) -> None:
     require_choice(self, "kind", DataKind)
@@ -147,6 +163,8 @@ class DataConfig:
       check_path("DataConfig.cache_dir", self.cache_dir)
     if self.kind == "text" and not self.train_files:
       raise config_error(self, "train_files", f"text files, or {PYTHON_STDLIB!r}")
+    if self.kind == "audio" and (not self.train_files or PYTHON_STDLIB in self.train_files):
+      raise config_error(self, "train_files", "WAV or FLAC files, since kind is 'audio'")
     self._check_weights()
     if self.kind == "recall":
       self.recall.check_row(self.sequence_length, self.max_documents)

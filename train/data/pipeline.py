@@ -19,9 +19,10 @@ from jaxtyping import Shaped
 from dga_jax.chat_template import ChatTemplate
 from dga_jax.paths import check_path
 from dga_jax.tokenizer import Tokenizer
+from train.data.audio import audio_source
 from train.data.config import DataConfig
 from train.data.recall import recall_source
-from train.data.rows import padding_row, Row
+from train.data.rows import padding_row, Row, Source
 from train.data.text import text_source
 
 type Batch = dict[str, Shaped[np.ndarray, "B L"]]
@@ -89,17 +90,7 @@ def load_data(
       f"batch_size is {batch_size}; it must be a positive multiple of the number of processes, "
       f"which is {process_count}."
     )
-  if config.kind == "text":
-    check_path("workdir", config.cache_dir or workdir)
-    cache = pathlib.Path(config.cache_dir or pathlib.Path(workdir) / "data").expanduser()
-    source = text_source(config, cache, seed, tokenizer, template, repair=repair)
-  else:
-    source = recall_source(config, seed)
-    if tokenizer is not None and tokenizer.to_json() != source.tokenizer.to_json():
-      raise ValueError(
-        "The model that training begins with has another vocabulary than this recall task; begin "
-        "with one that was trained on the task, or without config.init_from."
-      )
+  source = _open_source(config, workdir, seed, tokenizer, template, repair=repair)
 
   def batches(rows: grain.MapDataset[Row]) -> grain.IterDataset[Batch]:
     # Batches of one process's size, dealt in turn to the processes, keep a global batch's rows in
@@ -125,3 +116,28 @@ def load_data(
     validation={name: held_out(rows) for name, rows in source.validation.items()},
     close=source.close,
   )
+
+
+def _open_source(
+  config: DataConfig,
+  workdir: str | os.PathLike[str],
+  seed: int,
+  tokenizer: Tokenizer | None,
+  template: ChatTemplate | None,
+  *,
+  repair: bool,
+) -> Source:
+  if config.kind == "recall":
+    source = recall_source(config, seed)
+  else:
+    check_path("workdir", config.cache_dir or workdir)
+    cache = pathlib.Path(config.cache_dir or pathlib.Path(workdir) / "data").expanduser()
+    if config.kind == "text":
+      return text_source(config, cache, seed, tokenizer, template, repair=repair)
+    source = audio_source(config, cache, seed, repair=repair)
+  if tokenizer is not None and tokenizer.to_json() != source.tokenizer.to_json():
+    raise ValueError(
+      f"The model of config.init_from has another vocabulary than data of kind {config.kind!r}. "
+      "Start from a model that was trained on such data, or without config.init_from."
+    )
+  return source

@@ -23,42 +23,11 @@ from train.data.config import DataConfig
 from train.data.conversations import Encoder, to_text
 from train.data.files import Corpus
 from train.data.local_text import build_local_text, LocalText
-from train.data.packing import cut, pack, Span
+from train.data.packed_rows import PackedRows
 from train.data.prepared import prepare
-from train.data.rows import padding_row, Row, Source
+from train.data.rows import Source
 from train.data.tfds_builder import LocalBuilder
 from train.data.token_stream import build_conversation_stream, build_token_stream, TokenStream
-
-
-class TextRows:
-  """The packed rows of a token stream, with random access for grain.
-
-  Args:
-    stream: the documents' tokens.
-    length: L, tokens of a row.
-    max_documents: most documents of a row, None for no bound.
-  """
-
-  def __init__(self, stream: TokenStream, length: int, max_documents: int | None) -> None:
-    self._stream = stream
-    self._length = length
-    self._rows: list[list[Span]] = pack(cut(stream.ends_N, length), length, max_documents)
-
-  def __len__(self) -> int:
-    return len(self._rows)
-
-  def __getitem__(self, index: int) -> Row:
-    row = padding_row(self._length)
-    begin = 0
-    for segment, span in enumerate(self._rows[index], start=1):
-      tokens = self._stream.read(span.start, span.start + span.length + 1)
-      place = slice(begin, begin + span.length)
-      row["inputs"][place] = tokens[:-1]
-      row["targets"][place] = tokens[1:]
-      row["segment_ids"][place] = segment
-      row["loss_mask"][place] = self._stream.learnt(span.start + 1, span.start + span.length + 1)
-      begin += span.length
-    return row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +105,7 @@ def text_source(
     for split in ("train", "validation"):
       stream = TokenStream(tokens.as_data_source(split), tokenizer.end_id)
       files.enter_context(contextlib.closing(stream))
-      packed = TextRows(stream, config.sequence_length, config.max_documents)
+      packed = PackedRows(stream, config.sequence_length, config.max_documents)
       rows[split] = grain.MapDataset.source(packed)
     train.append(rows["train"].shuffle((seed + index) % 2**32).repeat())
     validation[one.name] = rows["validation"]

@@ -146,7 +146,7 @@ def conversation_blocks(
       yield np.stack([document.tokens, ends_T, document.learnt], axis=1).astype(np.int32)
       yield np.array([[end_id, 1, document.end_learnt]], np.int32)
 
-  for block_Tx3 in _blocks(pieces()):
+  for block_Tx3 in cut_blocks(pieces()):
     tokens_T, ends_T, learnt_T = block_Tx3.T
     yield {
       "tokens": np.ascontiguousarray(tokens_T),
@@ -179,10 +179,10 @@ def build_token_stream(
 
 def token_blocks(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Int[np.ndarray, "T"]]:
   """The int32 token stream of texts in blocks of one length; the last may be shorter."""
-  yield from _blocks(_stream(texts, tokenizer))
+  yield from cut_blocks(_stream(texts, tokenizer))
 
 
-def _blocks(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+def cut_blocks(pieces: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
   """Arrays [T, ...] of consecutive positions, cut anew into blocks of `_BLOCK` positions."""
   pending: list[np.ndarray] = []
   size = 0

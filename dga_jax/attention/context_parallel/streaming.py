@@ -59,19 +59,19 @@ def streaming_sources(
     )
   before = shards.halo_exchange(jnp.stack([key, value], axis=2), halo)
   window_key, window_value = (
-    _join_chunks(jnp.concatenate([before[:, :, :, i], shards.split_chunks(x)], axis=2))
+    join_chunks(jnp.concatenate([before[:, :, :, i], shards.split_chunks(x)], axis=2))
     for i, x in enumerate((key, value))
   )
   scores = None
   if focal_scores is not None:
     own = comparable_scores(focal_scores)
-    scores = _join_chunks(
+    scores = join_chunks(
       jnp.concatenate([shards.halo_exchange(own, halo), shards.split_chunks(own)], axis=2)
     )
   blocks = _ShardedBlocks(streaming.blocks.start, config, shards)
   query_chunks = shards.split_chunks(query)
   _, merged, _ = merge_blocks(
-    _join_chunks(jnp.pad(query_chunks, ((0, 0), (0, 0), (halo, 0), (0, 0), (0, 0)))),
+    join_chunks(jnp.pad(query_chunks, ((0, 0), (0, 0), (halo, 0), (0, 0), (0, 0)))),
     window_key,
     window_value,
     blocks.local_starts(halo),
@@ -87,7 +87,7 @@ def streaming_sources(
     sinks = _ShardedSinks(metadata, streaming.blocks, shards)
     focal_key, focal_value = sinks.insert(key, focal_key), sinks.insert(value, focal_value)
   entries = Entries(focal_key, focal_value, group_key, group_value, window_key, window_value)
-  return _local_visibility(streaming.visibility, halo, shards).sources(entries)
+  return local_visibility(streaming.visibility, halo, shards).sources(entries)
 
 
 def streaming_halo(config: DGAConfig) -> int:
@@ -95,7 +95,7 @@ def streaming_halo(config: DGAConfig) -> int:
   return cache_layout(config).raw_size - 1
 
 
-def _local_visibility(visibility: Visibility, halo: int, shards: ZigzagShards) -> Visibility:
+def local_visibility(visibility: Visibility, halo: int, shards: ZigzagShards) -> Visibility:
   """The ranges of this device's queries; windows are ranges of its chunks, each after its halo."""
   visibility = jax.tree.map(shards.local_part, visibility)
   chunk_start_P = jnp.repeat(shards.chunk_starts, shards.chunk)
@@ -141,7 +141,7 @@ class _ShardedBlocks:
     exists_Bx2xK = offset_Bx2xK + self._size <= shards.chunk
     padded = halo + shards.chunk
     index_Bx2xK = offset_Bx2xK + halo + padded * jnp.arange(2)[None, :, None]
-    return _join_chunks(jnp.where(exists_Bx2xK, index_Bx2xK, 2 * padded))
+    return join_chunks(jnp.where(exists_Bx2xK, index_Bx2xK, 2 * padded))
 
   def all_gather(
     self, focal: Float[Array, "B f N D"], group: Float[Array, "B g N D"]
@@ -202,5 +202,6 @@ class _ShardedSinks:
     return take_positions(jnp.concatenate([focal, sinks], axis=1), self._source_Bxr)
 
 
-def _join_chunks(x: Shaped[Array, "B 2 S *T"]) -> Shaped[Array, "B rows *T"]:
+def join_chunks(x: Shaped[Array, "B 2 S *T"]) -> Shaped[Array, "B rows *T"]:
+  """One list of the tokens of a device's two chunks."""
   return x.reshape(x.shape[0], -1, *x.shape[3:])

@@ -3,15 +3,16 @@
 import dataclasses
 from typing import Any, ClassVar, Self
 
-from dga_jax.config_dataclasses import require_int, require_type
+from dga_jax.config_dataclasses import require_int, require_number, require_type
 
 
 class BaselineSettings:
   """Settings of an attention kind that Dynamic Group Attention is compared with.
 
-  Subclasses are frozen dataclasses of ints and bools whose defaults are their paper's, with a
-  method `with_budget(keys)`: the same kind with a cache of `keys` tokens for each sequence, layer
-  and head, so that kinds are compared at equal memory.
+  Subclasses are frozen dataclasses of ints, bools and floats whose defaults are their paper's, with
+  a method `with_budget(keys)`: the same kind with a cache of `keys` tokens for each sequence, layer
+  and head, so that kinds are compared at equal memory. Kinds that store all tokens read `keys`
+  tokens in a decoding step instead.
   """
 
   # Least value of an int field; 0 where a field is absent.
@@ -21,6 +22,8 @@ class BaselineSettings:
     for field in dataclasses.fields(self):  # type: ignore[arg-type]
       if isinstance(field.default, bool):
         require_type(self, field.name, bool)
+      elif isinstance(field.default, float):
+        require_number(self, field.name, least=0)
       else:
         require_int(self, field.name, least=self._LEAST.get(field.name, 0))
 

@@ -1,4 +1,4 @@
-"""Attention whose KV heads have settings of their own: dense and DGA heads in one layer.
+"""Attention whose KV heads have settings of their own: full, DGA and window heads in one layer.
 
 Layers with the same settings of heads share a row. A scan over layers has one branch for each
 distinct row, and the caches of the layers of a row are stacked. So a layer costs what its own heads
@@ -16,10 +16,12 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention.head_classes import HeadClasses, switch_rows
 from dga_jax.attention.segments import Documents
-from dga_jax.head_budgets import FULL, HeadBudgets, HeadRow, split_row
+from dga_jax.config import DGAConfig
+from dga_jax.head_budgets import HeadBudgets, HeadRow, HeadSetting, SinkWindow, split_row
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
+from dga_jax.model.attention_kinds.sink_window import SinkWindowAttention
 from dga_jax.sharding import head_part
 
 # For each distinct row, and each class of its heads: the cache of that class, stacked over the
@@ -27,6 +29,15 @@ from dga_jax.sharding import head_part
 type HeadCaches = tuple[tuple[Any, ...], ...]
 type _QKV = tuple[Array, Array, Array]
 type _Options = dict[str, Any]  # From `AttentionKind.focal_options`.
+
+
+def kind_of_setting(setting: HeadSetting) -> AttentionKind:
+  """The attention kind of the KV heads that follow a setting."""
+  if isinstance(setting, DGAConfig):
+    return DynamicGroupAttention(setting)
+  if isinstance(setting, SinkWindow):
+    return SinkWindowAttention("sink_window", setting.window, setting.sinks)
+  return DenseAttention()
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["rank"], meta_fields=["row"])
@@ -53,12 +64,9 @@ class HeadBudgetsAttention(AttentionKind):
   budgets: HeadBudgets
 
   @functools.cached_property
-  def kinds(self) -> tuple[DenseAttention | DynamicGroupAttention, ...]:
+  def kinds(self) -> tuple[AttentionKind, ...]:
     """The attention kind of each setting."""
-    return tuple(
-      DenseAttention() if setting == FULL else DynamicGroupAttention(setting)
-      for setting in self.budgets.settings
-    )
+    return tuple(map(kind_of_setting, self.budgets.settings))
 
   @property
   def takes_focal_scores(self) -> bool:
@@ -202,7 +210,9 @@ class LayerHeads(AttentionKind):
     axis_name: str,
     focal_scores: Float[Array, "B P N"] | None = None,
   ) -> Float[Array, "B P H D"]:
-    """Attention on this device's part of the sequences; "full" heads alone move whole keys.
+    """Attention on this device's part of the sequences.
+
+    Only the heads with the setting "full" send all of their keys and values to all devices.
 
     Raises:
       ValueError: the devices that split heads have different settings of them. Each device would

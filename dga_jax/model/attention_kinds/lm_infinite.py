@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import numpy as np
 
 from dga_jax.model.attention_kinds.baseline_settings import BaselineSettings
-from dga_jax.model.attention_kinds.sink_window import SinkWindowAttention
+from dga_jax.model.attention_kinds.rotated_sinks import RotatedSinksAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,14 +30,16 @@ class LMInfiniteConfig(BaselineSettings):
     return self._with_budget(keys, self.global_tokens + 1, local_window=keys - self.global_tokens)
 
 
-def lm_infinite(settings: LMInfiniteConfig, inverse_frequencies: np.ndarray) -> SinkWindowAttention:
+def lm_infinite(
+  settings: LMInfiniteConfig, inverse_frequencies: np.ndarray
+) -> RotatedSinksAttention:
   """The attention kind of these settings.
 
   Args:
     settings: sizes.
     inverse_frequencies: ω [D/2] of the model's RoPE.
   """
-  return SinkWindowAttention(
+  return RotatedSinksAttention(
     "lm_infinite",
     settings.local_window,
     settings.global_tokens,

@@ -9,13 +9,21 @@ from dga_jax.choices import AttentionName
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.attention_kinds.clusterkv import ClusterKVAttention, ClusterKVConfig
 from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
+from dga_jax.model.attention_kinds.expected_attention import (
+  ExpectedAttention,
+  ExpectedAttentionConfig,
+)
 from dga_jax.model.attention_kinds.head_budgets import HeadBudgetsAttention
 from dga_jax.model.attention_kinds.kv_merger import kv_merger, KVMergerConfig
 from dga_jax.model.attention_kinds.lm_infinite import lm_infinite, LMInfiniteConfig
 from dga_jax.model.attention_kinds.minference import MInferenceAttention, MInferenceConfig
+from dga_jax.model.attention_kinds.pqcache import PQCacheAttention, PQCacheConfig
+from dga_jax.model.attention_kinds.quest import QuestAttention, QuestConfig
 from dga_jax.model.attention_kinds.sliding_window import sliding_window, SlidingWindowConfig
+from dga_jax.model.attention_kinds.snapkv import SnapKVAttention, SnapKVConfig
 from dga_jax.model.attention_kinds.streaming_llm import streaming_llm, StreamingLLMConfig
 from dga_jax.model.attention_kinds.top_k_eviction import top_k_eviction, TopKEvictionConfig
 
@@ -42,6 +50,14 @@ _KINDS: dict[AttentionName, _Kind] = {
   "minference": _Kind(MInferenceConfig, lambda settings, _: MInferenceAttention(settings)),
   "top_k_eviction": _Kind(TopKEvictionConfig, lambda settings, _: top_k_eviction(settings)),
   "kv_merger": _Kind(KVMergerConfig, lambda settings, _: kv_merger(settings)),
+  "snapkv": _Kind(SnapKVConfig, lambda settings, _: SnapKVAttention(settings)),
+  "quest": _Kind(QuestConfig, lambda settings, _: QuestAttention(settings)),
+  "expected_attention": _Kind(
+    ExpectedAttentionConfig,
+    lambda settings, frequencies: ExpectedAttention(settings, tuple(frequencies)),
+  ),
+  "clusterkv": _Kind(ClusterKVConfig, lambda settings, _: ClusterKVAttention(settings)),
+  "pqcache": _Kind(PQCacheConfig, lambda settings, _: PQCacheAttention(settings)),
 }
 
 # Settings by the name of the kind, for the kinds that have any.

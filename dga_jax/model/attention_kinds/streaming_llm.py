@@ -6,7 +6,7 @@ from typing import ClassVar, Self
 import numpy as np
 
 from dga_jax.model.attention_kinds.baseline_settings import BaselineSettings
-from dga_jax.model.attention_kinds.sink_window import SinkWindowAttention
+from dga_jax.model.attention_kinds.rotated_sinks import RotatedSinksAttention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,13 @@ class StreamingLLMConfig(BaselineSettings):
 
 def streaming_llm(
   settings: StreamingLLMConfig, inverse_frequencies: np.ndarray
-) -> SinkWindowAttention:
+) -> RotatedSinksAttention:
   """The attention kind of these settings.
 
   Args:
     settings: sizes.
     inverse_frequencies: ω [D/2] of the model's RoPE.
   """
-  return SinkWindowAttention(
+  return RotatedSinksAttention(
     "streaming_llm", settings.window, settings.sinks, "in_cache", tuple(inverse_frequencies)
   )

@@ -9,10 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dga_jax import DGAConfig, dynamic_group_attention, explain, HeadBudgets, plan_groups
+from dga_jax import (
+  DGAConfig,
+  dynamic_group_attention,
+  explain,
+  HeadBudgets,
+  plan_groups,
+  SinkWindow,
+)
 from dga_jax.attention.head_classes import HeadClasses
 from tests.dga_jax.attention.cases import arrays
-from tests.pallas_kernels import h100
+from tests.pallas_kernels import h100, tpu
 
 B, L, N, R, D = 2, 23, 4, 2, 8
 SETTINGS = (
@@ -26,37 +33,42 @@ SETTINGS = (
     local_window=1,
     max_documents=4,
   ),
+  SinkWindow(5, sinks=2),
 )
-ROWS = ((0, 1, 1, 2), (2, 0, 1, 0))
+ROWS = ((0, 1, 1, 2), (2, 0, 3, 0), (3, 3, 0, 3))
 
 
 def budgets_of(row):
   return HeadBudgets(SETTINGS, (row,))
 
 
-def causal(q, k, v, *, lengths, segment_ids):
-  """Causal softmax attention inside each document; padding gives 0."""
+def causal(q, k, v, *, lengths, segment_ids, sinks=0, window=L):
+  """Causal attention to sinks and a window inside each document; padding gives 0."""
   i = jnp.arange(L)
   ids = jnp.where(i[None] < lengths[:, None], segment_ids, -1)
   new_run = jnp.concatenate([jnp.ones((B, 1), bool), ids[:, 1:] != ids[:, :-1]], axis=1)
   run = jnp.where(ids < 0, -1, jnp.cumsum(new_run, axis=1))
   sees = (run[:, :, None] == run[:, None, :]) & (i[:, None] >= i[None])[None]
   sees = sees & (run >= 0)[:, :, None]
+  in_document = jnp.stack([(run[:, :j] == run[:, j, None]).sum(axis=1) for j in range(L)], axis=1)
+  sees = sees & ((in_document < sinks)[:, None] | (i[:, None] - i[None] < window)[None])
   k, v = (jnp.repeat(x, R, axis=2) for x in (k, v))
   logits = jnp.einsum("bihd,bjhd->bhij", q, k) / np.sqrt(D)
   weights = jax.nn.softmax(jnp.where(sees[:, None], logits, -1e30))
   return jnp.einsum("bhij,bjhd->bihd", jnp.where(sees[:, None], weights, 0), v)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def run(q, k, v, t, lengths, segment_ids, *, config):
+@functools.partial(jax.jit, static_argnames=("config", "implementation"))
+def run(q, k, v, t, lengths, segment_ids, *, config, implementation=None):
   """Output, and gradients of its inner product with t."""
   rows = {"lengths": lengths, "segment_ids": segment_ids}
 
   def op(q, k, v):
     if config == "full":
       return causal(q, k, v, **rows)
-    return dynamic_group_attention(q, k, v, config=config, **rows)
+    if isinstance(config, SinkWindow):
+      return causal(q, k, v, **rows, sinks=config.sinks, window=config.window)
+    return dynamic_group_attention(q, k, v, config=config, implementation=implementation, **rows)
 
   out, pull = jax.vjp(op, q, k, v)
   return out, *pull(t)
@@ -97,27 +109,42 @@ def test_a_token_changes_no_earlier_output(token, seed):
   assert np.abs(before[:, token] - after[:, token]).min(axis=-1).max() > 0
 
 
-def test_padding_reaches_no_token():
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[2]])
+def test_padding_reaches_no_token(row):
   q, k, v, t = arrays(0, B, L, N * R, N, D)
   rows = np.array([9, 0], np.int32), np.zeros((B, L), np.int32)
-  want = run(q, k, v, t, *rows, config=budgets_of(ROWS[0]))
+  want = run(q, k, v, t, *rows, config=budgets_of(row))
   is_token = (np.arange(L)[None] < rows[0][:, None])[..., None, None]
   q, k, v = (jnp.where(is_token, x, jnp.nan) for x in (q, k, v))
-  for got, expected in zip(run(q, k, v, t, *rows, config=budgets_of(ROWS[0])), want, strict=True):
+  for got, expected in zip(run(q, k, v, t, *rows, config=budgets_of(row)), want, strict=True):
     np.testing.assert_array_equal(np.where(is_token, got, 0), np.where(is_token, expected, 0))
     assert np.isfinite(expected).all()
 
 
+def test_the_reference_is_the_op():
+  ids = np.repeat([[0, 1], [5, 5]], [11, 12], axis=1).astype(np.int32)
+  inputs = (*arrays(3, B, L, N * R, N, D), np.array([L, 17], np.int32), ids)
+  config = budgets_of((0, 3, 1, 3))
+  got = run(*inputs, config=config)
+  for ours, theirs in zip(
+    got, run(*inputs, config=config, implementation="reference"), strict=True
+  ):
+    np.testing.assert_allclose(ours, theirs, atol=3e-5)
+
+
 def test_the_scale_holds_for_all_heads():
   q, k, v, _ = arrays(0, B, L, N * R, N, D)
-  config = budgets_of(ROWS[0])
+  config = budgets_of((0, 1, 3, 2))
   got = jax.jit(lambda: dynamic_group_attention(q, k, v, config=config, scale=0.3))()
   # The merge weights do not follow the scale, so each class is compared with its own op.
   full = causal(
     q * 0.3 * np.sqrt(D), k, v, lengths=jnp.full(B, L), segment_ids=jnp.zeros((B, L), int)
   )
   dga = jax.jit(lambda: dynamic_group_attention(q, k, v, config=SETTINGS[2], scale=0.3))()
+  rows = {"lengths": jnp.full(B, L), "segment_ids": jnp.zeros((B, L), int)}
+  window = causal(q * 0.3 * np.sqrt(D), k, v, **rows, sinks=2, window=5)
   np.testing.assert_allclose(got[:, :, :2], full[:, :, :2], atol=2e-5)
+  np.testing.assert_allclose(got[:, :, 4:6], window[:, :, 4:6], atol=2e-5)
   np.testing.assert_allclose(got[:, :, 6:], dga[:, :, 6:], atol=2e-5)
 
 
@@ -135,13 +162,34 @@ def test_adjacent_heads_are_slices():
 def test_explain_lists_the_ops_of_all_classes():
   query = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
   key = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
-  budgets = HeadBudgets(("full", DGAConfig(selection="streaming")), ((0, 1),))
+  settings = ("full", DGAConfig(selection="streaming"), SinkWindow(128))
+  budgets = HeadBudgets(settings, ((0, 1),))
+  windows = HeadBudgets(settings, ((2, 2),))
   with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
     found = explain(query, key, key, config=budgets)
+    of_windows = explain(query, key, key, config=windows)
   runs = {choice.op: choice.runs for choice in found.ops}
   assert runs.keys() == {"dense_attention", "merge_blocks", "grouped_attention", "decode_step"}
   assert runs["grouped_attention"] == "mosaic_gpu"
+  assert of_windows["grouped_attention"].runs == "mosaic_gpu"
   assert "runs on a TPU" in found["dense_attention"].reason("splash")
+
+
+def test_windows_run_in_the_kernels_of_grouped_attention():
+  """Values and gradients, whole and packed rows; kernels are lowered, not compiled."""
+  query = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
+  key = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
+  ids = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+  budgets = HeadBudgets((SinkWindow(100), SinkWindow(200, sinks=0)), ((0, 1),))
+
+  def loss(q, k, v, ids=None):
+    return dynamic_group_attention(q, k, v, config=budgets, segment_ids=ids).astype(float).sum()
+
+  gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
+  for rows in ((), (ids,)):
+    program = h100.lower_for_h100(gradient, query, key, key, *rows)
+    assert program.count("mosaic_gpu") >= 2 * 3  # Forward, dq and dk/dv of two settings.
+    assert tpu.lower_for_tpu(gradient, query, key, key, *rows).count("tpu_custom_call") >= 2 * 3
 
 
 def test_wrong_budgets_are_refused():

@@ -7,9 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dga_jax.calibration.allocation import allocate, Scale, with_prior
+from dga_jax.calibration.allocation import allocate, Near, Scale, with_prior
+from dga_jax.calibration.candidates import make_grid
 from dga_jax.calibration.correction import correct
 from dga_jax.calibration.measuring import HeadRises, SetLoss
+from dga_jax.calibration.starts import make_starts
+from dga_jax.head_budgets import SinkWindow
+from dga_jax.model.flops import setting_keys
 
 
 @st.composite
@@ -51,6 +55,23 @@ def test_a_large_budget_is_kept_exactly() -> None:
   assert len(set(choice.tolist())) <= 4
 
 
+@given(instances(), st.integers(0, 5), st.integers(0, 2**16))
+def test_an_allocation_near_another_changes_at_most_so_many_heads(instance, heads, seed) -> None:
+  damage, cost, budget, most = instance
+  other = allocate(
+    np.random.default_rng(seed).random(damage.shape), cost, budget, max_settings=most
+  )
+  near = Near(other, heads)
+  choice = allocate(damage, cost, budget, max_settings=most, near=near)
+  assert (choice != other).sum() <= heads
+  assert cost[choice].sum() <= budget
+  rows = np.arange(len(damage))
+  assert damage[rows, choice].sum() <= damage[rows, other].sum() + 1e-4 * damage.sum() + 1e-9
+  if heads >= len(damage):
+    best = best_by_force(damage, cost, budget, most)
+    assert damage[rows, choice].sum() == pytest.approx(best, rel=1e-5, abs=1e-9)
+
+
 def test_an_impossible_budget_names_the_remedy() -> None:
   with pytest.raises(ValueError, match=r"cheapest candidate in all heads costs 20: raise --keys"):
     allocate(np.zeros((4, 2)), np.array([10.0, 5.0]), 19)
@@ -86,11 +107,59 @@ def test_correction_finds_what_damages_alone_do_not_tell() -> None:
 
   first = allocate(damage, cost, 24)
   assert first.tolist() == [1, 1, 0, 0]
-  corrected = correct(first, damage, cost, 24, measure=measure, rounds=8)
+  corrected = correct([first], damage, cost, 24, measure=measure, rounds=8)
   assert corrected.choice.tolist() == [0, 1, 0, 1]
   assert corrected.score == measure(corrected.choice) == pytest.approx(0.3)
   assert corrected.accepted == 1
   assert 1 <= corrected.tried <= 8
+
+
+def test_damages_beside_a_set_move_many_heads_at_once() -> None:
+  # The first damages order the heads the wrong way round.
+  true = np.stack([np.zeros(8), np.arange(8.0), np.full(8, np.inf)], axis=1)
+  first_damage = np.stack([np.zeros(8), np.arange(8.0)[::-1], np.full(8, 9.0)], axis=1)
+  cost = np.array([10.0, 2, 1])
+  start = allocate(first_damage[:, :2], cost[:2], 4 * 10 + 4 * 2)
+  assert start.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+  bases = []
+
+  def beside(choice: np.ndarray) -> np.ndarray:
+    bases.append(choice.tolist())
+    return true - true[np.arange(8), choice][:, None]
+
+  corrected = correct(
+    [np.ones(8, int), start],
+    first_damage,
+    cost,
+    48,
+    measure=lambda choice: float(true[np.arange(8), choice].sum()),
+    rounds=0,
+    measure_beside=beside,
+  )
+  assert bases == [start.tolist()]
+  assert corrected.choice.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+  assert corrected.starts == (28, 22)
+  assert (corrected.start, corrected.score, corrected.accepted) == (1, 6, 1)
+
+
+def test_starts_are_within_the_budget() -> None:
+  length, shape = 512, (4, 3)
+  grid = make_grid([(30, 2)], [0, 96], 4, length)
+  cost = np.array([4.0 * setting_keys(one, length) for one in grid])
+  damage = np.random.default_rng(0).random((12, 1)) * (1 - cost / cost[0])[None]
+  budget = 0.4 * 12 * cost[0]
+  starts = make_starts(grid, damage, cost, budget, shape, length=length, equal_bytes=True)
+  names = [start.name for start in starts]
+  assert (names[0], names[-1]) == ("solver", "one DGA setting")
+  assert len(starts) == 5  # One for each of two windows, and one with the solver's full heads.
+  for _, one in starts:
+    assert one.share(length) <= 0.4
+    assert one.share(length) > 0.37 or len(one.candidates) == 1
+  for _, one in starts[1:-1]:
+    assert isinstance(one.candidates[1], SinkWindow)
+    assert one.candidates[1].sinks == 4
+  others = make_starts(grid, damage, cost, budget, shape, length=length, equal_bytes=False)
+  assert [one.candidates == grid for _, one in others] == [True] * len(others)
 
 
 @given(instances(), st.integers(0, 6), st.integers(0, 2**32 - 1))
@@ -107,7 +176,11 @@ def test_correction_keeps_the_budget_and_never_loses(
     rng = np.random.default_rng([seed, *choice.tolist()])
     return measured.setdefault(choice.tobytes(), rng.random())
 
-  corrected = correct(first, damage, cost, budget, measure=measure, rounds=rounds)
-  assert corrected.tried == len(measured) - 1 <= rounds
+  cheapest = np.full(len(damage), cost.argmin())
+  corrected = correct([first, cheapest], damage, cost, budget, measure=measure, rounds=rounds)
+  starts = {first.tobytes(), cheapest.tobytes()}
+  assert corrected.tried == len(measured) - len(starts) <= rounds
   assert corrected.score == min(measured.values()) == measured[corrected.choice.tobytes()]
-  assert set(corrected.choice.tolist()) <= set(first.tolist())
+  assert corrected.score <= min(corrected.starts)
+  start = (first, cheapest)[corrected.start]
+  assert set(corrected.choice.tolist()) <= set(start.tolist())

@@ -1,5 +1,6 @@
 """Measurements: what a rise is, continuing after a kill, files of other settings."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 
 from dga_jax.calibration.measuring import as_json, HeadRises, Measurer, open_results
-from dga_jax.calibration.profile import fill_tail, find_bulk, measure_profile
+from dga_jax.calibration.profile import fill_tail, find_bulk, measure_profile, rise_of
 from dga_jax.calibration.program import Measured
 from dga_jax.evaluation.results import Results
+from dga_jax.head_budgets import FULL, SinkWindow
 from tests.dga_jax.calibration import small
 
 ALL = np.ones((*small.SHAPE, len(small.CANDIDATES)), bool)
+FULL_HEADS = np.zeros(small.SHAPE, int)
 
 
 def measurer(path: Path, batch_size: int = 2) -> Measurer:
@@ -24,7 +27,7 @@ def measurer(path: Path, batch_size: int = 2) -> Measurer:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, HeadRises]:
   path = tmp_path_factory.mktemp("measured") / "heads.jsonl"
-  return path, measurer(path).measure_heads(small.rows(), ALL)
+  return path, measurer(path).measure_heads(small.rows(), ALL, FULL_HEADS)
 
 
 def test_a_rise_is_the_difference_of_two_sets(
@@ -43,6 +46,50 @@ def test_a_rise_is_the_difference_of_two_sets(
       assert abs(rise) > 1e-5
   assert not rises.text[..., 0].any()
   assert not rises.retrieval[..., 0].any()
+
+
+def test_a_rise_beside_a_set_is_the_difference_of_two_sets(tmp_path: Path) -> None:
+  rows, own = small.rows(), measurer(tmp_path / "sets.jsonl")
+  window = SinkWindow(20, sinks=2)
+  own.add_candidates([window, small.STREAMING])
+  assert own.candidates == (*small.CANDIDATES, window)
+  base = np.array([[3, 0], [2, 3], [0, 3]])
+  wanted = np.zeros((*small.SHAPE, 4), bool)
+  wanted[0, 0, 1] = wanted[2, 1, 0] = True
+  rises = own.measure_heads(rows, wanted, base)
+  whole = own.measure_set(rows, own.candidates, base)
+  for layer, head, candidate in [(0, 0, 1), (2, 1, 0)]:
+    assignment = base.copy()
+    assignment[layer, head] = candidate
+    changed = own.measure_set(rows, own.candidates, assignment)
+    for name in ("text", "retrieval"):
+      rise = getattr(changed, name) - getattr(whole, name)
+      assert getattr(rises, name)[layer, head, candidate] == pytest.approx(rise, abs=1e-6)
+  assert np.isfinite(rises.text).sum() == base.size + 2
+  assert not np.take_along_axis(rises.text, base[..., None], axis=-1).any()
+
+
+def test_equal_sets_are_measured_once(tmp_path: Path) -> None:
+  path = tmp_path / "sets.jsonl"
+  rows, own = small.rows(), measurer(path)
+  base = np.array([[1, 0], [1, 1], [0, 0]])
+  want = own.measure_set(rows, small.CANDIDATES, base)
+  lines = path.read_text()
+  assert own.measure_set(rows, (small.STREAMING, FULL), 1 - base) == want
+  own.add_candidates([SinkWindow(3)])
+  assert own.measure_set(rows, small.CANDIDATES, base) == want
+  assert path.read_text() == lines
+
+
+def test_rises_are_interpolated_by_keys_within_a_kind() -> None:
+  window = SinkWindow(28, sinks=2)
+  candidates = (*small.CANDIDATES, window)
+  rise = np.array([[[0.0, 5.0, 7.0, 4.0]]])
+  assert rise_of(window, candidates, rise, 100) == 4
+  assert rise_of(SinkWindow(63, sinks=2), candidates, rise, 100) == pytest.approx(2)
+  assert rise_of(SinkWindow(10), candidates, rise, 100) == 4
+  many = dataclasses.replace(small.STREAMING, local_window=2)
+  assert 0 < rise_of(many, candidates, rise, 100)[0, 0] < 5
 
 
 def test_the_loss_is_the_mean_over_all_rows(tmp_path: Path) -> None:
@@ -64,10 +111,10 @@ def test_a_killed_run_continues(measured: tuple[Path, HeadRises], tmp_path: Path
   stopped.write_text("\n".join([*lines[:20], lines[20][:30]]))  # The last line is half a line.
   own, ticks = measurer(stopped), []
   rows = small.rows()
-  missing = own.missing(rows, ALL)
-  again = own.measure_heads(rows, ALL, lambda: ticks.append(1))
+  missing = own.missing(rows, ALL, FULL_HEADS)
+  again = own.measure_heads(rows, ALL, FULL_HEADS, lambda: ticks.append(1))
   assert len(ticks) == missing == len(lines) - 20
-  assert own.missing(rows, ALL) == 0
+  assert own.missing(rows, ALL, FULL_HEADS) == 0
   for one, other in zip(rises, again, strict=True):
     np.testing.assert_array_equal(one, other)
   assert sorted(stopped.read_text().splitlines()) == sorted(lines)

@@ -11,10 +11,10 @@ from flax import nnx
 
 from dga_jax.attention.segments import find_documents
 from dga_jax.calibration import program
-from dga_jax.calibration.candidates import attention_kind, SinksAndWindow
 from dga_jax.calibration.program import AssignedDecoder
 from dga_jax.calibration.rows import Batch
-from dga_jax.head_budgets import FULL
+from dga_jax.head_budgets import FULL, SinkWindow
+from dga_jax.model.attention_kinds.head_budgets import kind_of_setting
 from dga_jax.model.rope import rope_table
 from tests.dga_jax.calibration import small
 
@@ -54,7 +54,7 @@ def test_all_heads_under_one_candidate_are_the_decoder_under_it(
 
 def test_a_mixed_assignment_takes_every_head_from_its_candidate() -> None:
   model = small.decoder()
-  candidates = (FULL, small.STREAMING, SinksAndWindow(sinks=2, window=9))
+  candidates = (FULL, small.STREAMING, SinkWindow(9, sinks=2))
   assignment = np.array([[2, 1], [0, 2]])
   model.config = dataclasses.replace(small.CONFIG, num_layers=2)
   expected = reference(model, candidates, assignment)
@@ -75,9 +75,9 @@ def reference(model: nnx.Module, candidates: tuple, assignment: np.ndarray) -> n
     return x_BxLxE
 
   def run_one(layer: int, x_BxLxE: jax.Array) -> jax.Array:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array):
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *_: jax.Array):
       heads = [
-        attention_kind(candidates[index])(
+        kind_of_setting(candidates[index])(
           q[:, :, 2 * n : 2 * n + 2], k[:, :, n : n + 1], v[:, :, n : n + 1]
         )
         for n, index in enumerate(assignment[layer])

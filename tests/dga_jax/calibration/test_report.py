@@ -10,23 +10,26 @@ import numpy as np
 import pytest
 
 from dga_jax.calibration.allocation import Scale
-from dga_jax.calibration.candidates import entries, make_grid
+from dga_jax.calibration.candidates import make_grid
+from dga_jax.calibration.comparison import Baseline
 from dga_jax.calibration.correction import Corrected
 from dga_jax.calibration.measuring import HeadRises, SetLoss
 from dga_jax.calibration.plot import plot_budgets
 from dga_jax.calibration.report import table, write_json
 from dga_jax.calibration.run import Calibration, Goal, make_budgets, TableRow
+from dga_jax.calibration.starts import Start
 from dga_jax.head_budgets import FULL, read_head_budgets
+from dga_jax.model.flops import setting_keys
 from tests.dga_jax.evaluation import tiny
 
 ROOT = Path(__file__).parents[3]
 GRID = make_grid([(30, 2)], [32, 192], 4, 1024)
-ASSIGNMENT = np.array([[2, 0, 2], [2, 2, 0]])
+ASSIGNMENT = np.array([[3, 0, 3], [3, 4, 0]])
 
 
 def calibration() -> Calibration:
   rng = np.random.default_rng(0)
-  rise = rng.exponential(size=(2, 3, 3)) * [0, 1, 2]
+  rise = rng.exponential(size=(2, 3, 5)) * [0, 1, 1, 2, 2]
   rises = HeadRises(rise, 10 * rise)
   dense = SetLoss(3.0, 0.5, 4, 4)
   row = TableRow(
@@ -43,9 +46,13 @@ def calibration() -> Calibration:
     GRID,
     rises,
     Scale.from_rises(rises),
-    np.array([3.0, 2, 1]),
+    np.array([3.0, 2, 2, 1, 1]),
     0.44,
-    Corrected(ASSIGNMENT.ravel(), 0.1, 5, 2),
+    (
+      Start("solver", Baseline(GRID, ASSIGNMENT)),
+      Start("one DGA setting", Baseline(GRID, 0 * ASSIGNMENT + 4)),
+    ),
+    Corrected(ASSIGNMENT.ravel(), 0.1, 0, (0.2, 0.7), 5, 2),
     dense,
     row,
     [row],
@@ -54,7 +61,7 @@ def calibration() -> Calibration:
 
 def test_budgets_keep_the_settings_in_use_alone() -> None:
   budgets = make_budgets(GRID, ASSIGNMENT)
-  assert budgets.settings == (FULL, GRID[2])
+  assert budgets.settings == (FULL, GRID[3], GRID[4])
   for (layer, head), index in np.ndenumerate(ASSIGNMENT):
     assert budgets.setting(layer, head) == GRID[index]
 
@@ -67,7 +74,8 @@ def test_the_file_is_read_back(tmp_path: Path) -> None:
   assert [one.name for one in path.parent.iterdir()] == ["budgets.json"]
   stored = json.loads(path.read_text())["calibration"]
   assert (stored["length"], stored["share"], stored["cost"]) == (1024, 0.5, 0.44)
-  assert stored["swaps"] == {"tried": 5, "accepted": 2}
+  assert stored["changes"] == {"tried": 5, "accepted": 2}
+  assert stored["starts"][1] == {"name": "one DGA setting", "score": 0.7}
   assert stored["candidates"][0] == {"label": "full", "setting": "full", "cost_of_a_head": 3.0}
   assert stored["table"][0]["budgets"]["found"] == 3
   np.testing.assert_array_equal(stored["rise_of_text_loss"], result.rises.text)
@@ -97,6 +105,11 @@ def test_the_table_shows_ratios_of_perplexity() -> None:
   assert lines[4] == "| 0.50 | 0.440 | 2 | text | 1.2500 | 1.5000 | - | 2.0000 |"
   assert lines[5] == "| | | | retrieval | 0.750 | 1.000 (3 of 4) | - | 1.500 (1 of 4) |"
   assert lines[6].startswith("| **0.50, corrected** | 0.440 | 2 | text |")
+  assert lines[-3:] == [
+    "- solver: 0.2000",
+    "- one DGA setting: 0.7000",
+    "- after 2 of 5 measured changes: 0.1000",
+  ]
 
 
 @pytest.mark.parametrize("copies", [1, 4])
@@ -114,7 +127,7 @@ def test_the_picture_is_a_png(copies: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 1.1, float("nan")])
 def test_a_share_is_above_0_and_at_most_1(share: float) -> None:
   with pytest.raises(ValueError, match=r"a share of the dense cost is"):
-    Goal(share, "bytes", 64, 0.05, 4, ())
+    Goal(share, "bytes", 64, 0.05, 4, True, ())
 
 
 def calibrate(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -143,14 +156,18 @@ def test_the_command(tmp_path: Path) -> None:
   assert done.stdout.split()[-2:] == [f"{tmp_path}/b.json", f"{tmp_path}/b.png"]
   budgets = read_head_budgets(tmp_path / "b.json")
   assert (budgets.num_layers, budgets.num_kv_heads) == (2, 2)
-  keys = [entries(budgets.setting(layer, head), 256) for layer in (0, 1) for head in (0, 1)]
+  keys = [setting_keys(budgets.setting(layer, head), 256) for layer in (0, 1) for head in (0, 1)]
   stored = json.loads((tmp_path / "b.json").read_text())["calibration"]
   assert stored["cost"] == pytest.approx(np.mean(keys) / 256)
   assert stored["cost"] <= 0.6
   assert stored["table"][0]["budgets"] == stored["dense"]
   measured = (tmp_path / "b.measured.jsonl").read_text()
-  # 4 heads under 2 candidates, on text and on retrieval.
-  assert measured.count('"head ') == 4 * 2 * 2
+  # 4 heads under 4 candidates, on text and on retrieval.
+  heads = [line for line in measured.splitlines() if '"head ' in line]
+  assert sum(" beside " not in line for line in heads) == 4 * 4 * 2
+  assert sum(" beside " in line for line in heads) % (4 * 2) == 0
+  # The result is no worse than any start on the calibration rows, which are the table's.
+  assert min(one["score"] for one in stored["starts"]) >= stored["score"] - 1e-12
   # The same command measures nothing again.
   content = (tmp_path / "b.json").read_bytes()
   again = calibrate(tmp_path, "--length=256", "--keys=0.6", "--shares=1")

@@ -1,4 +1,4 @@
-"""Batches of requests: what comes out does not depend on neighbours, padding or the path taken."""
+"""Continuous batching: tokens do not depend on other requests, padding or chunking."""
 
 import dataclasses
 import gc
@@ -38,7 +38,7 @@ def with_attention(model, **changes):
 
 
 def run(batch):
-  """The tokens of every request, put together from what `steps` yields."""
+  """The tokens of every request, joined from the items of `steps`."""
   tokens = {}
   for step in batch.steps():
     for emitted in step:
@@ -84,7 +84,7 @@ def test_chunks_of_prompts_give_the_same_tokens(model, prompts, attention):
   assert run(ContinuousBatching(other, requests, slots=2, prompt_chunk=8)) == whole
 
 
-def test_kinds_that_read_whole_prompts_say_so(model, prompts):
+def test_kinds_that_read_whole_prompts_are_refused(model, prompts):
   other = with_attention(model, attention="minference")
   with pytest.raises(ValueError, match="'minference', which reads a prompt whole"):
     ContinuousBatching(other, [Request(prompts[0], 9)], slots=1, prompt_chunk=8)

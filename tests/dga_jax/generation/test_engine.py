@@ -1,4 +1,4 @@
-"""The engine: requests that come and go, kept caches, cancellation, bytes, and no compilation."""
+"""The engine: requests at any time, kept caches, cancellation, bytes, and no compilation."""
 
 import threading
 import time
@@ -159,10 +159,71 @@ def test_the_next_turn_reads_only_what_is_new(engine, greedy):
   assert emitted.cached_tokens == 0
   second = [*first, *answer, *prompt_of(10, seed=1)]
   (_, (tokens, emitted)) = run(engine, [Request(second, 12, GREEDY)]).popitem()
-  assert emitted.cached_tokens == 150
+  assert emitted.cached_tokens == 150 + 11  # The cache never got the last token.
   assert tokens == greedy(second, 12)
-  ((again, emitted),) = [v for k, v in run(engine, [Request(second, 12, GREEDY)]).items()]
+  ((again, emitted),) = run(engine, [Request(second, 12, GREEDY)]).values()
   assert (again, emitted.cached_tokens) == (tokens, len(second))
+
+
+def test_a_conversation_continues_after_answers_of_every_length(engine, greedy):
+  # Answers end at every offset in a block of 6 tokens, and in a decode chunk of 4.
+  first, message = prompt_of(90), prompt_of(5, seed=1)
+  continuation = greedy(first, 14)
+  neighbour = Request(prompt_of(7, seed=3), 200, GREEDY)  # It keeps decode chunks coming.
+  for count in range(2, 14):
+    engine.reset()
+    engine.submit(neighbour)
+    engine.step()
+    (_, (answer, _)) = run(engine, [Request(first, count, GREEDY)]).popitem()
+    assert answer == continuation[:count]
+    second = [*first, *answer, *message]
+    (_, (tokens, emitted)) = run(engine, [Request(second, 3, GREEDY)]).popitem()
+    assert emitted.cached_tokens == 90 + count - 1
+    assert tokens == greedy(second, 3)
+
+
+def test_an_answer_that_a_stop_token_ends_is_kept_without_it(engine, greedy):
+  first, how = prompt_of(90), Sampling(temperature=1.0, seed=5)
+  ((continuation, _),) = run(engine, [Request(first, 14, how)]).values()
+  end = next(i for i in range(5, 14) if continuation[i] not in continuation[:i])
+  stop = continuation[end]
+  engine.reset()
+  engine.submit(Request(prompt_of(7, seed=3), 200, GREEDY))  # It keeps decode chunks coming.
+  engine.step()
+  (_, (answer, _)) = run(engine, [Request(first, 100, how, stop_ids=[stop])]).popitem()
+  assert answer == continuation[:end]
+  second = [*first, *answer, stop, *prompt_of(5, seed=1)]
+  (_, (tokens, emitted)) = run(engine, [Request(second, 6, GREEDY)]).popitem()
+  assert emitted.cached_tokens == 90 + end
+  assert tokens == greedy(second, 6)
+
+
+def test_a_turn_that_changes_the_answer_continues_after_the_prompt(engine, greedy):
+  first = prompt_of(90)
+  ((answer, _),) = run(engine, [Request(first, 12, GREEDY)]).values()
+  changed = [*first, *answer[:4], (answer[4] + 1) % 61, *answer[5:], 3]
+  (_, (tokens, emitted)) = run(engine, [Request(changed, 6, GREEDY)]).popitem()
+  assert emitted.cached_tokens == 90
+  assert tokens == greedy(changed, 6)
+
+
+def test_answers_that_end_together_stay_within_the_bytes(model):
+  row = CacheShapes(model, MAX_LENGTH).row_bytes
+  engine = Engine(
+    model, slots=3, max_length=MAX_LENGTH, prompt_chunk=64, pieces_per_step=None,
+    cache_bytes=6 * row, decode_chunk=8,
+  )  # fmt: skip  # Three slots, two prompts being read, and one kept.
+  for seed in range(2):  # The second round finds no reservation of the first one.
+    prompts = [prompt_of(70, seed=3 * seed + i) for i in range(3)]
+    numbers = [engine.submit(Request(prompt, 9, GREEDY)) for prompt in prompts]
+    engine.cancel(engine.submit(Request(prompt_of(70, seed=9), 9, GREEDY)))
+    first: list[int] = []
+    while engine.busy:
+      first += [token for new in engine.step() if new.request == numbers[0] for token in new.tokens]
+      assert engine.status().kept_device_bytes <= row
+    assert engine.status().kept == 1
+    (_, (_, emitted)) = run(engine, [Request([*prompts[0], *first], 1, GREEDY)]).popitem()
+    assert emitted.cached_tokens == 70 + 8
 
 
 def test_a_shared_system_prompt_is_read_once(engine, greedy, monkeypatch):
@@ -202,7 +263,7 @@ def test_kept_caches_move_to_the_host_and_back(model, greedy):
   )
   prompts = [prompt_of(90, seed=i) for i in range(4)]
   for prompt in prompts[:2]:
-    run(engine, [Request(prompt, 2, GREEDY)])
+    run(engine, [Request(prompt, 1, GREEDY)])
   status = engine.status()
   assert status.kept_device_bytes == row
   assert status.kept_host_bytes == all_bytes(shapes.rows(1, 128)) < row // 2  # 90 tokens of 400.
@@ -211,7 +272,7 @@ def test_kept_caches_move_to_the_host_and_back(model, greedy):
   assert emitted.cached_tokens == 90
   assert tokens == greedy(turn, 6)
   for prompt in prompts[2:]:
-    run(engine, [Request(prompt, 2, GREEDY)])
+    run(engine, [Request(prompt, 1, GREEDY)])
   assert engine.status().kept_host_bytes <= row // 2
   (_, (_, emitted)) = run(engine, [Request([*prompts[1], 5], 2, GREEDY)]).popitem()
   assert emitted.cached_tokens == 0  # The least recently used is gone.

@@ -1,16 +1,19 @@
 """Continuous batching of a model whose KV heads have settings of their own."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from flax import nnx
 
-from dga_jax import DGAConfig, HeadBudgets
+from dga_jax import DGAConfig, HeadBudgets, SinkWindow
 from dga_jax.generation import ContinuousBatching, Request, Sampling
+from dga_jax.generation.live_bytes import live_bytes
 from dga_jax.model import apply_budgets, Decoder, ModelConfig
 
 GREEDY = Sampling(temperature=0.0)
 BLOCKS = DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1)
-BUDGETS = HeadBudgets(("full", BLOCKS), ((1, 0), (1, 1)))
+BUDGETS = HeadBudgets(("full", BLOCKS, SinkWindow(6, sinks=2)), ((1, 0), (1, 2)))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,7 @@ def model():
   return apply_budgets(Decoder(config, rngs=nnx.Rngs(0)), BUDGETS)
 
 
-def test_tokens_depend_neither_on_neighbours_nor_on_chunks(model):
+def test_tokens_do_not_depend_on_other_slots_or_chunks(model):
   rng = np.random.default_rng(0)
   prompts = [rng.integers(0, 61, n).tolist() for n in (1, 13, 40)]
   requests = [Request(prompt, 9, GREEDY) for prompt in prompts]
@@ -36,3 +39,17 @@ def test_tokens_depend_neither_on_neighbours_nor_on_chunks(model):
   assert [len(tokens) for tokens in together] == [9, 9, 9]
   in_chunks = ContinuousBatching(model, requests[1:], slots=1, prompt_chunk=8).run().tokens
   assert in_chunks == together[1:]
+
+
+def test_live_bytes_count_the_entries_that_the_next_token_sees(model):
+  head = 2 * 8 * 4  # A key and a value of 8 float32 numbers.
+  assert live_bytes(model.config, 13) == head * (1 * 13 + 3 * 13)
+  # Blocks of 6 tokens after 2 sinks: 5 blocks are older than the window of one block, and the
+  # token at position 40 is the third of its block.
+  assert live_bytes(model.config, 40) == head * (1 * 40 + 3 * (2 + 5 * 2 + 6 + 2))
+  packed = dataclasses.replace(BLOCKS, cache_dtype="int8")
+  config = dataclasses.replace(model.config, attention="dga", head_budgets=None, dga=packed)
+  assert live_bytes(config, 40) == 4 * ((2 + 5 * 2) * 2 * (8 + 4) + (6 + 2) * head)
+  assert live_bytes(config, 1) == 4 * 2 * (8 + 4)  # A sink.
+  with pytest.raises(ValueError, match="attention is 'sliding_window'"):
+    live_bytes(dataclasses.replace(config, attention="sliding_window"), 3)

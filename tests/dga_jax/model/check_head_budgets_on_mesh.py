@@ -7,7 +7,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dga_jax import DGAConfig, HeadBudgets
+from dga_jax import DGAConfig, HeadBudgets, SinkWindow
 from dga_jax.sharding import make_mesh, MeshConfig
 from tests.dga_jax.attention import cases, mesh_cases
 from tests.dga_jax.model import decoder_on_mesh
@@ -22,7 +22,7 @@ WINDOW = DGAConfig(
   max_documents=2,
 )
 # Two devices that split heads have different settings.
-BUDGETS = HeadBudgets(("full", WINDOW), ((0, 1, 1, 1), (1, 1, 0, 1)))
+BUDGETS = HeadBudgets(("full", WINDOW, SinkWindow(5, sinks=2)), ((0, 1, 2, 1), (1, 2, 0, 1)))
 
 
 def config_of(budgets):

@@ -7,7 +7,7 @@ import pytest
 
 from dga_jax.cache import cache_size
 from dga_jax.config import DGAConfig
-from dga_jax.head_budgets import HeadBudgets
+from dga_jax.head_budgets import HeadBudgets, SinkWindow
 from dga_jax.model import cache_keys, flops_per_token, mean_keys, ModelConfig, parameter_count
 
 CONFIG = ModelConfig(
@@ -112,5 +112,10 @@ def test_head_budgets_are_averages_over_heads() -> None:
   assert cache_keys(dense, 300) == 300
   assert cache_keys(other, 300) == cache_size(config=dga, max_length=300).total
   assert cache_keys(config, 300) == pytest.approx((600 + 4 * cache_keys(other, 300)) / 6)
+  windows = HeadBudgets((SinkWindow(9, sinks=2), SinkWindow(400)), ((0, 0), (0, 1), (0, 1)))
+  config = dataclasses.replace(config, head_budgets=windows)
+  seen = [4 * min(i + 1, 11) + 2 * min(i + 1, 404) for i in range(300)]
+  assert mean_keys(config, 300) == pytest.approx(np.mean(seen) / 6)
+  assert cache_keys(config, 300) == pytest.approx((4 * 11 + 2 * 300) / 6)
   with pytest.raises(ValueError, match="cache_keys counts 'dense'"):
     cache_keys(CONFIG, 300)

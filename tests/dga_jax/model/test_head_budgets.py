@@ -17,7 +17,7 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dga_jax import DGAConfig, HeadBudgets
+from dga_jax import DGAConfig, HeadBudgets, SinkWindow
 from dga_jax.cache import cache_size
 from dga_jax.model import apply_budgets, Decoder, ModelConfig
 from tests.dga_jax.model.random_decoder import abstract_decoder, random_decoder
@@ -26,7 +26,8 @@ BLOCKS = DGAConfig(selection="streaming", group_size=3, selector="fitted")
 WINDOW = DGAConfig(
   selection="streaming", group_size=2, focal_per_block=1, sink_tokens=2, local_window=1
 )
-BUDGETS = HeadBudgets(("full", WINDOW, BLOCKS), ((1, 0, 2), (0, 0, 1), (2, 1, 0)))
+SINKS = SinkWindow(4, sinks=2)
+BUDGETS = HeadBudgets(("full", WINDOW, BLOCKS, SINKS), ((1, 0, 3), (0, 0, 1), (2, 1, 0)))
 CONFIG = ModelConfig(
   vocab_size=31,
   num_layers=3,
@@ -64,7 +65,7 @@ def with_config(model, **changes):
 
 def test_the_order_of_heads_changes_no_function():
   tokens = tokens_of(0)
-  assert MODEL.config.head_budgets.assignment == ((0, 1, 2), (0, 0, 1), (0, 1, 2))
+  assert MODEL.config.head_budgets.assignment == ((0, 1, 3), (0, 0, 1), (0, 1, 2))
   as_dense = with_config(MODEL, attention="dense")
   np.testing.assert_allclose(forward(as_dense, tokens), forward(DENSE, tokens), atol=2e-5)
   as_given = with_config(DENSE, attention="head_budgets", head_budgets=BUDGETS)
@@ -108,7 +109,7 @@ def bytes_of(cache):
 
 def test_the_cache_holds_the_sum_of_the_heads():
   packed = dataclasses.replace(WINDOW, cache_dtype="int8")
-  budgets = dataclasses.replace(BUDGETS, settings=("full", packed, BLOCKS))
+  budgets = dataclasses.replace(BUDGETS, settings=("full", packed, BLOCKS, SINKS))
   model = with_config(MODEL, head_budgets=budgets.permute_kv_heads(BUDGETS.contiguous_order()))
   D, length = CONFIG.head_dim, 100
   dense, blocks = length * D * 4, cache_size(config=BLOCKS, max_length=length).total * D * 4
@@ -116,7 +117,8 @@ def test_the_cache_holds_the_sum_of_the_heads():
   size = cache_size(config=packed, max_length=length)
   # 8-bit entries have a float32 scale each; raw tokens keep the dtype of the model.
   window = size.compact * (D + 4) + size.raw * D * 4
-  want = B * (2 * (4 * dense + 3 * window + 2 * blocks) + 2 * scores)
+  sinks = (4 + 2) * D * 4
+  want = B * (2 * (4 * dense + 3 * window + blocks + sinks) + scores)
   cache = jax.eval_shape(lambda: model.init_cache(B, length))
   assert bytes_of(cache) == want
   prompts = jax.eval_shape(lambda: model.prefill(tokens_of(0), max_length=length)[1])
@@ -125,7 +127,7 @@ def test_the_cache_holds_the_sum_of_the_heads():
 
 def test_entries_of_8_bits_round():
   packed = (dataclasses.replace(setting, cache_dtype="int8") for setting in (WINDOW, BLOCKS))
-  budgets = dataclasses.replace(BUDGETS, settings=("full", *packed))
+  budgets = dataclasses.replace(BUDGETS, settings=("full", *packed, SINKS))
   model = apply_budgets(DENSE, budgets).unstack_layers()
   tokens = tokens_of(1)
   _, cache = prefill(model, tokens[:, :PROMPT])
@@ -139,7 +141,7 @@ def test_decoding_updates_the_cache_in_place(name):
   config = dataclasses.replace(
     MODEL.config,
     num_layers=8,
-    head_budgets=HeadBudgets(BUDGETS.settings, ((0, 0, 1), (0, 1, 1), (2, 2, 2), (0, 0, 1)) * 2),
+    head_budgets=HeadBudgets(BUDGETS.settings, ((0, 0, 1), (0, 1, 3), (2, 2, 2), (0, 0, 1)) * 2),
   )
   model = random_decoder(config)
   model = model.unstack_layers() if name == "unstacked" else model
@@ -193,6 +195,10 @@ def test_budgets_that_do_not_fit_are_refused():
     dataclasses.replace(CONFIG, num_layers=2, head_budgets=BUDGETS)
   with pytest.raises(ValueError, match=r"HeadBudgets\.settings\[1\]\.group_size is 0"):
     HeadBudgets.from_dict({"settings": ["full", {"group_size": 0}], "assignment": [[0]]})
+  with pytest.raises(ValueError, match=r"HeadBudgets\.settings\[0\]\.window is 0.*at least 1"):
+    HeadBudgets.from_dict({"settings": [{"window": 0}], "assignment": [[0]]})
+  with pytest.raises(ValueError, match=r"SinkWindow\.sinks is -1"):
+    SinkWindow(4, sinks=-1)
   with pytest.raises(ValueError, match="parts is 2; it must divide the 3 KV heads"):
     apply_budgets(DENSE, BUDGETS, parts=2)
   with pytest.raises(ValueError, match=r"before Decoder\.unstack_layers"):

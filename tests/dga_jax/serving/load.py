@@ -24,7 +24,7 @@ _SHARED = STORY[:150]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A greedy request and the text that it gets alone."""
+  """A greedy request, and its answer in an engine without other requests."""
 
   prompt: str
   max_tokens: int
@@ -33,7 +33,7 @@ class Job:
 
 @dataclasses.dataclass
 class Tally:
-  """What the clients saw."""
+  """The clients' requests, and wrong answers."""
 
   counts: Counter[str] = dataclasses.field(default_factory=Counter)
   wrong: list[str] = dataclasses.field(default_factory=list)
@@ -45,7 +45,7 @@ def make_engine() -> Engine:
 
 
 def make_jobs(engine: Engine, count: int, seed: int) -> list[Job]:
-  """Random jobs; every second conversation has a next turn, which begins with the first."""
+  """Random jobs. Half of the conversations have a second turn, half of these with the answer."""
   rng = random.Random(seed)
   jobs: list[Job] = []
   while len(jobs) < count:
@@ -53,7 +53,9 @@ def make_jobs(engine: Engine, count: int, seed: int) -> list[Job]:
     prompt = rng.choice(["", _SHARED]) + (STORY * 3)[begin : begin + rng.randint(1, 150)]
     jobs.append(_job(engine, prompt, rng.randint(1, 60)))
     if rng.random() < 0.5:
-      jobs.append(_job(engine, f"{prompt} {rng.randint(0, 99)}", rng.randint(1, 40)))
+      answer = jobs[-1].answer if rng.random() < 0.5 else ""
+      turn = f"{prompt}{answer[:20]} {rng.randint(0, 99)}"
+      jobs.append(_job(engine, turn, rng.randint(1, 40)))
   return jobs[:count]
 
 
@@ -64,7 +66,7 @@ def _job(engine: Engine, prompt: str, max_tokens: int) -> Job:
 def continue_alone(
   engine: Engine, prompt: str, max_tokens: int, sampling: Sampling = GREEDY
 ) -> str:
-  """The continuation of a prompt that is alone in an engine without kept caches."""
+  """The continuation of a prompt in an engine without other requests or kept caches."""
   engine.reset()
   tokens = [*TOKENIZER.start_ids, *TOKENIZER.encode(prompt)]
   engine.submit(Request(tokens, max_tokens, sampling, stop_ids=TOKENIZER.stop_ids))
@@ -77,7 +79,7 @@ def continue_alone(
 async def run_clients(
   url: str, jobs: Sequence[Job], *, clients: int, seconds: float, seed: int
 ) -> Tally:
-  """Runs clients at the same time until the time is over."""
+  """Runs concurrent clients for some seconds."""
   tally, end = Tally(), time.monotonic() + seconds
   limits = httpx.Limits(max_connections=2 * clients)
   async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
@@ -124,7 +126,7 @@ async def _whole(http: httpx.AsyncClient, body: dict[str, object]) -> str:
 async def _stream(
   http: httpx.AsyncClient, body: dict[str, object], stop_after: int | None, pause: float
 ) -> str | None:
-  """The text; None if the client has left after some events."""
+  """The text; None if the client has disconnected."""
   text, events = "", 0
   async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
     if answer.status_code == 429:

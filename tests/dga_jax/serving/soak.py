@@ -3,8 +3,8 @@
   python -m tests.dga_jax.serving.soak --clients=64 --slots=16 --minutes=10
 
 Clients read whole answers and streams, read slowly, and disconnect. Every greedy float32 answer is
-compared with that of the same request alone. At the end no slot is in use, kept caches are within
-their bytes, and files, threads and memory are those of the first minute.
+compared with the answer of an engine without other requests. At the end no slot is in use, kept
+caches are within their bytes, and files, threads and memory equal those after the second round.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ _MEMORY_GROWTH = 1.05  # Of the resident memory after the first round.
 
 
 class Usage(NamedTuple):
-  """What the server's process holds."""
+  """Memory, open files and threads of the server's process."""
 
   memory_mb: float
   files: int
@@ -39,7 +39,7 @@ class Usage(NamedTuple):
 
   @classmethod
   def of(cls, server: Server) -> "Usage":
-    """At this moment."""
+    """Reads /proc."""
     folder = Path(f"/proc/{server.process.pid}")
     status = (folder / "status").read_text()
     memory = next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))
@@ -49,7 +49,7 @@ class Usage(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-  """Prints one line a round, and what is wrong at the end."""
+  """Prints two lines a round, and all faults at the end."""
   del argv
   logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every write.
   print("computing the answers of every request alone", flush=True)

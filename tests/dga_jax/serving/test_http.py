@@ -1,4 +1,4 @@
-"""The server below the client libraries: bytes, limits, keys, disconnects and signals."""
+"""The server without a client library: bytes, limits, keys, disconnects and signals."""
 
 import asyncio
 import json
@@ -127,7 +127,7 @@ def test_more_requests_than_fit_get_429(server):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_frees_its_slot(server, stream):
+def test_a_client_that_disconnects_frees_its_slot(server, stream):
   before = server.metric("dga_generated_tokens_total")
   body = json.dumps(LONG | {"stream": stream}).encode()
   with socket.create_connection(("127.0.0.1", server.port)) as connection:

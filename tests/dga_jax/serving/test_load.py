@@ -1,4 +1,4 @@
-"""Nine clients on three slots: right answers, and nothing left over. `soak.py` is the long form."""
+"""Nine clients on three slots: right answers, and every slot is freed; `soak.py` runs longer."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The server as OpenAI's own client sees it."""
+"""The server with OpenAI's Python client."""
 
 import openai
 import pytest
@@ -43,7 +43,7 @@ def test_a_sampled_completion_repeats_with_its_seed(client, continue_text):
   assert complete(client, **how).choices[0].text == expected
 
 
-def test_a_stream_says_the_same(client):
+def test_a_stream_equals_the_whole_answer(client):
   whole = chat(client, logprobs=True, top_logprobs=2)
   chunks = list(
     chat(client, logprobs=True, top_logprobs=2, stream=True, stream_options={"include_usage": True})
@@ -117,6 +117,18 @@ def test_prompts_as_lists_and_token_ids(client):
   assert several[1].text.startswith("He")
 
 
+def test_prompts_of_a_list_are_streamed_by_their_index(client):
+  prompts, texts = ["Rain began", "He"], {}
+  alone = [complete(client, prompt=prompt).choices[0].text for prompt in prompts]
+  finishes = []
+  for chunk in complete(client, prompt=prompts, echo=True, stream=True):
+    (choice,) = chunk.choices
+    texts[choice.index] = texts.get(choice.index, "") + choice.text
+    finishes += [choice.finish_reason] if choice.finish_reason else []
+  assert texts == {i: prompts[i] + alone[i] for i in range(2)}
+  assert len(finishes) == 2
+
+
 def test_a_bias_forces_a_token(client):
   assert complete(client, logit_bias={"65": 100}, max_tokens=3).choices[0].text == "AAA"
 
@@ -127,14 +139,20 @@ def test_filters(client, continue_text):
   assert answer.choices[0].text == continue_text("Rain began", 12, how)
 
 
-def test_the_next_turn_of_a_conversation_is_cached(client, server):
+def test_the_next_turn_continues_after_the_answer(client, server):
   long = [{"role": "user", "content": "He left the parcel under the porch. " * 4}]
-  first = chat(client, messages=long)
-  said = [*long, {"role": "assistant", "content": first.choices[0].message.content}]
-  second = chat(client, messages=[*said, {"role": "user", "content": "Why?"}])
-  assert first.usage.prompt_tokens_details.cached_tokens == 0
+  spelled = {"logit_bias": {"65": 100}}  # The text "AAAAAAAAAAAA" has the sampled tokens again.
+  first = chat(client, messages=long, **spelled)
+  answer = first.choices[0].message.content
+  assert (answer, first.usage.prompt_tokens_details.cached_tokens) == ("A" * 12, 0)
+
+  def next_turn(said: str) -> int:
+    messages = [*long, {"role": "assistant", "content": said}, {"role": "user", "content": "Why?"}]
+    return chat(client, messages=messages).usage.prompt_tokens_details.cached_tokens
+
   end_of_message = len("|user: ") + len(long[0]["content"]) + len("\n")
-  assert second.usage.prompt_tokens_details.cached_tokens == end_of_message
+  assert next_turn("AAAB") == end_of_message
+  assert next_turn(answer) == end_of_message + len("|assistant: ") + len(answer) - 1
   assert server.metric("dga_cached_tokens_total") >= end_of_message
 
 

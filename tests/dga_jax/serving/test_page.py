@@ -18,7 +18,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 def say(page: Page, text: str, answers: int) -> None:
-  """Types a message, sends it, and waits for the answer of that number."""
+  """Types a message, sends it, and waits until the page has so many answers."""
   page.run(f"$('text').value = {text!r}; $('form').requestSubmit()")
   page.wait_for(f"document.body.dataset.answers == {answers} && $('send').textContent == 'Send'")
 

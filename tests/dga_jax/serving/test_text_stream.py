@@ -1,4 +1,4 @@
-"""Text of tokens as they come: whole characters, stop texts, nothing lost."""
+"""Decoding token by token: whole characters, stop texts, no lost text."""
 
 import hypothesis
 import pytest

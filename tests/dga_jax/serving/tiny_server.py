@@ -56,7 +56,7 @@ class Server:
     return sum(float(line.rpartition(" ")[2]) for line in found)
 
   def wait_until_idle(self, seconds: float = 30) -> None:
-    """Until no request is in the engine."""
+    """Waits until no request is in the engine."""
     deadline = time.monotonic() + seconds
     while self.metric("dga_requests_running") + self.metric("dga_requests_waiting"):
       assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Data sets are built once and whole: cached, rebuilt on change, safe when a build is killed."""
+"""Builders of data sets: cached, complete, rebuilt after a change, safe when a build is killed."""
 
 import concurrent.futures
 import os
@@ -36,7 +36,7 @@ def config_of(path: pathlib.Path, **changes: Any) -> DataConfig:
 
 
 def modified(folder: pathlib.Path) -> dict[pathlib.Path, int]:
-  """Times of change by file, without the locks of builds."""
+  """Modification time of each file, without the lock files of builds."""
   files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
   return {path: path.stat().st_mtime_ns for path in files}
 
@@ -77,7 +77,7 @@ def test_a_changed_file_or_tokenizer_is_built_anew(
   text_file.write_bytes(text_file.read_bytes().replace(b"document 7", b"dokument 7"))
   fingerprints.add(build())
   assert len(fingerprints) == 3
-  # What was there is still there for the run that began with it.
+  # The old data set still exists for the run that started with it.
   assert files.items() <= modified(tmp_path / "cache").items()
 
 
@@ -131,8 +131,8 @@ def test_of_two_builds_at_once_one_waits_and_reads(
   assert built == ["train", "validation"]
 
 
-# Runs in a process of its own, which may break: builds with a bound on the size of files (what a
-# full disk does to a writer), without it, or killed by the last document that it reads.
+# Runs in a subprocess: a build with a limit on file sizes (as a full disk), without the limit, or
+# with a kill at the last document.
 _CHILD = """
 import os, pathlib, resource, signal, sys
 from train.data import files
@@ -159,7 +159,7 @@ def test_a_killed_or_failed_build_leaves_nothing_that_passes_as_whole(
   tmp_path: pathlib.Path,
 ) -> None:
   path = tmp_path / "text.txt"
-  # Text that compresses badly, so that it is larger than the bound on files.
+  # Random text compresses badly, so the data set exceeds the limit on file sizes.
   path.write_text("\0".join(str(hash((n, "text"))) * 20 for n in range(200)))
 
   def child(how: str) -> subprocess.CompletedProcess[str]:
@@ -180,7 +180,7 @@ def test_a_killed_or_failed_build_leaves_nothing_that_passes_as_whole(
   assert re.search(r"OSError: Could not write the data set to .*/text: .*Free some", full.stderr)
   assert modified(tmp_path / "workdir") == {}
   assert child("killed").returncode == -9
-  # The next build deletes what the killed one has left.
+  # The next build deletes the leftovers of the killed build.
   assert list((tmp_path / "workdir").rglob("incomplete.*")) != []
   whole = child("whole")
   assert whole.returncode == 0, whole.stderr
@@ -247,7 +247,7 @@ def test_a_missing_file_of_prepared_data(text_file: pathlib.Path, tmp_path: path
 def test_prepared_data_are_read_without_a_lock(
   text_file: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """They may be on a disk that is mounted for reading alone."""
+  """Data sets may be on a read-only file system."""
   config, cache = config_of(text_file), tmp_path / "cache"
   first = text_source(config, cache, seed=0)
 

@@ -1,4 +1,4 @@
-"""Conversations: the loss is on answers alone, in the plain template and in a model's own."""
+"""Conversations: only answers have a loss, with the plain template and with a model's template."""
 
 import json
 from pathlib import Path
@@ -12,8 +12,8 @@ from dga_jax.tokenizer import Tokenizer
 from train.data.config import DataConfig
 from train.data.conversations import Encoded, Encoder, to_document, to_text
 from train.data.files import read_documents
+from train.data.packed_rows import PackedRows
 from train.data.pipeline import load_data
-from train.data.text import TextRows
 from train.data.token_stream import conversation_blocks, TokenStream
 
 TOKENIZER = Tokenizer.byte_level()
@@ -28,7 +28,7 @@ TEMPLATE = (
 
 
 def pieces(encoded: Encoded) -> list[tuple[bool, str]]:
-  """Runs of tokens with and without a loss; the end token is written as #."""
+  """Text with a loss and text without it, alternating; # is the end token."""
   found: list[tuple[bool, str]] = []
   for token, is_learnt in zip(encoded.tokens.tolist(), encoded.learnt.tolist(), strict=True):
     text = "#" if token == END else chr(token)
@@ -125,7 +125,7 @@ def test_rows_have_every_token_and_the_loss_of_every_answer(length: int) -> None
   blocks = list(conversation_blocks(documents, END))
   stream = TokenStream(blocks, END)
   assert len(stream.ends_N) == 4  # Ends of answers inside a conversation end no document.
-  rows = TextRows(stream, length, None)
+  rows = PackedRows(stream, length, None)
   got = [rows[index] for index in range(len(rows))]
   learnt = sorted(int(t) for row in got for t in row["targets"][row["loss_mask"]])
   wanted = sorted([*b" Two. Two. Two. Two.", *b"text", *[END] * 5])

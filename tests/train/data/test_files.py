@@ -1,4 +1,4 @@
-"""Files of a corpus, their documents, and the documents that are held out."""
+"""Files of a corpus, their documents, and the held-out documents."""
 
 import gzip
 import json

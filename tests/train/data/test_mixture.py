@@ -1,4 +1,4 @@
-"""Mixtures of corpora: rows by weight, resumed exactly, a held-out set for each corpus."""
+"""Mixtures of corpora: row counts by weight, exact resume, a held-out set for each corpus."""
 
 import itertools
 from collections import Counter
@@ -15,7 +15,7 @@ from train.evaluate import Evaluation
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """Files a.txt, b.txt and c.txt with documents of their letter, of unequal number."""
+  """Files a.txt, b.txt and c.txt with different numbers of documents, each of one letter."""
   folder = tmp_path_factory.mktemp("mixture")
   for letter, count in (("a", 20), ("b", 60), ("c", 35)):
     (folder / f"{letter}.txt").write_text("\0".join([letter * 31] * count))
@@ -42,7 +42,7 @@ def test_rows_come_in_proportion_to_the_weights(folder: Path) -> None:
   assert {letter: count / 800 for letter, count in Counter(rows).items()} == pytest.approx(
     {"a": 3 / 8, "b": 1 / 8, "c": 4 / 8}, abs=0.005
   )
-  # In every stretch, too, and not one corpus after the other.
+  # The weights hold in every stretch of rows, because the corpora alternate.
   for start in range(0, 800, 80):
     assert Counter(rows[start : start + 80])["b"] == pytest.approx(10, abs=1)
 

@@ -1,4 +1,4 @@
-"""Batches: the same for any number of processes, resumed exactly, each held-out token once."""
+"""Batches: equal for any number of processes, exact resume, each held-out token once."""
 
 import itertools
 import pathlib
@@ -93,14 +93,14 @@ def test_a_restored_iterator_goes_on_exactly(
 
 
 def rows_of(batches: list[Batch]) -> list[bytes]:
-  """The inputs of every row; rows of a text are all different."""
+  """The inputs of each row. All rows of the text differ."""
   return [row.tobytes() for batch in batches for row in batch["inputs"]]
 
 
 def test_text_comes_once_an_epoch_in_a_new_order(workdir: pathlib.Path) -> None:
   config = DataConfig("text", 32, (str(workdir / "text.txt"),), tokenizer="byte", max_documents=3)
   rows = rows_of(list(itertools.islice(load(config, workdir, batch_size=1).train, 1000)))
-  # The first row to come again begins the second epoch.
+  # The first repeated row starts the second epoch.
   epoch = next(index for index, row in enumerate(rows) if row in rows[:index])
   first, second, third = (rows[epoch * n : epoch * (n + 1)] for n in range(3))
   assert sorted(first) == sorted(second) == sorted(third)

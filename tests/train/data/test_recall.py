@@ -1,4 +1,4 @@
-"""Recall tasks: made from (seed, index) alone, solvable, and harder along the curriculum."""
+"""Recall tasks: a function of (seed, index), solvable, harder later in the curriculum."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 @st.composite
 def tasks(draw: st.DrawFn) -> tuple[RecallConfig, int]:
-  """A config and a row length for it."""
+  """A config and its row length."""
   first_pairs = draw(st.integers(1, 5))
   first_length = 4 * first_pairs + draw(st.integers(0, 9))
   length = first_length << draw(st.integers(0, 4))
@@ -39,7 +39,7 @@ def tasks(draw: st.DrawFn) -> tuple[RecallConfig, int]:
 
 
 def answers(config: RecallConfig, row: Row) -> list[int]:
-  """What a reader of each task answers who looks the questions up among the pairs in its noise."""
+  """The answers of each task, found by looking up each question in the noise."""
   found = []
   for task in range(1, row["segment_ids"].max() + 1):
     inputs, asked = (row[name][row["segment_ids"] == task] for name in ("inputs", "loss_mask"))
@@ -102,10 +102,10 @@ def test_tasks_grow_stage_by_stage_to_full_difficulty() -> None:
 def test_places_and_answers_are_spread_evenly() -> None:
   config = RecallConfig(num_pairs=4, num_keys=8, num_values=4, num_noise=4)
   rows = [recall_row(config, 32, 0, "validation", index) for index in range(2000)]
-  # 33 tokens, of which the last 8 ask.
+  # 33 tokens; the last 8 are questions.
   is_key = np.array([row["inputs"][:25] <= 8 for row in rows])
   per_place = is_key.sum(axis=0)
-  # 8000 pairs over the 24 places where one can begin: some 333 each.
+  # 8000 pairs start at 24 positions: about 333 at each.
   assert per_place[24] == 0
   assert per_place[:24].min() > 230
   assert per_place[:24].max() < 450

@@ -1,4 +1,4 @@
-"""Rows of text: every token of every document once, in order, none across documents."""
+"""Rows of text: each token of each document once, in order, without targets across documents."""
 
 import collections
 
@@ -8,12 +8,12 @@ import pytest
 from hypothesis import strategies as st
 
 from dga_jax.tokenizer import Tokenizer
+from train.data.packed_rows import PackedRows
 from train.data.packing import cut, pack, Span
-from train.data.text import TextRows
 from train.data.token_stream import token_blocks, TokenStream
 
 TOKENIZER = Tokenizer.byte_level()
-# Documents of letters, of all lengths from 1 to more than a block of the stream.
+# Documents of letters with every length from 1 to more than one block of the stream.
 DOCUMENTS = st.lists(
   st.one_of(st.integers(1, 40), st.integers(1, 6000)).flatmap(
     lambda length: st.sampled_from("abc").map(lambda letter: (letter + "xyz" * length)[:length])
@@ -49,14 +49,14 @@ def test_the_stream_is_end_document_end_and_reads_anywhere(documents: list[str])
 def test_rows_hold_every_document_once_and_in_order(
   documents: list[str], length: int, max_documents: int | None
 ) -> None:
-  rows = TextRows(stream_of(documents), length, max_documents)
+  rows = PackedRows(stream_of(documents), length, max_documents)
   pieces: list[tuple[list[int], list[int]]] = []
   for row in (rows[index] for index in range(len(rows))):
     segments = row["segment_ids"]
     count = segments.max()
     assert max_documents is None or count <= max_documents
     used = np.count_nonzero(segments > 0)
-    # Documents 1, 2, ... stand one after the other, then comes padding alone.
+    # Documents 1, 2, ... are adjacent; padding follows them.
     np.testing.assert_array_equal(np.diff(segments[:used]) >= 0, True)
     assert set(segments[:used]) == set(range(1, count + 1))
     assert set(segments[used:]) <= {-1}
@@ -64,7 +64,7 @@ def test_rows_hold_every_document_once_and_in_order(
     for segment in range(1, count + 1):
       inputs, targets = (row[name][segments == segment].tolist() for name in ("inputs", "targets"))
       assert inputs[1:] == targets[:-1]
-      # No target lies beyond the end of its document.
+      # No target is past the end of its document.
       assert TOKENIZER.end_id not in [*targets[:-1], *inputs[1:]]
       pieces.append((inputs, targets))
   assert sum(len(inputs) for inputs, _ in pieces) == sum(map(len, documents)) + len(documents)
@@ -103,7 +103,7 @@ def test_packing_fills_rows_of_short_documents() -> None:
 
 @pytest.mark.parametrize("length", [2, 7, 4096])
 def test_a_document_of_one_token_is_two_predictions(length: int) -> None:
-  rows = TextRows(stream_of(["a"]), length, None)
+  rows = PackedRows(stream_of(["a"]), length, None)
   assert len(rows) == 1
   assert rows[0]["inputs"][:2].tolist() == [TOKENIZER.end_id, ord("a")]
   assert rows[0]["targets"][:2].tolist() == [ord("a"), TOKENIZER.end_id]

@@ -1,0 +1,63 @@
+"""Forward passes of benchmarks/paper.py whose attention the caller defines."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from dga_jax.attention.dense import xla_attention
+from dga_jax.model import Decoder
+from dga_jax.model.rope import rope_table
+from dga_jax.model.run_layers import LayerAttend, run_stacked
+
+
+def embed(model: Decoder, tokens_BxL: Int[Array, "B L"]) -> Float[Array, "B L E"]:
+  """The input of the first layer."""
+  return model.embedding[...][tokens_BxL].astype(model.config.dtype)
+
+
+def run_layers(
+  model: Decoder, x_BxLxE: Float[Array, "B L E"], attend: LayerAttend
+) -> tuple[Float[Array, "B L E"], Any]:
+  """The normalised output of the last layer, and the second results of `attend` by layer.
+
+  Args:
+    model: with stacked layers.
+    x_BxLxE: the input of the first layer.
+    attend: called with query, key, value, None and the layer's index.
+  """
+  config, (B, L) = model.config, x_BxLxE.shape[:2]
+  positions_BxL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
+  rope = rope_table(positions_BxL, config.rope_frequencies())
+  x_BxLxE, by_layer = run_stacked(
+    model.layers, x_BxLxE, rope, attend, None, num_layers=config.num_layers, remat="none"
+  )
+  return model.norm(x_BxLxE).astype(config.dtype), by_layer
+
+
+def chunked_causal_attention(
+  q_BxLxHxD: Float[Array, "B L H D"],
+  k_BxLxNxD: Float[Array, "B L N D"],
+  v_BxLxNxD: Float[Array, "B L N D"],
+  chunk: int = 512,
+) -> Float[Array, "B L H D"]:
+  """Causal attention with the weights of `chunk` queries in memory, over the keys before them."""
+  L = q_BxLxHxD.shape[1]
+  outputs = []
+  for start in range(0, L, chunk):
+    end = min(start + chunk, L)
+    seen_bxS = jnp.arange(end)[None, :] <= jnp.arange(start, end)[:, None]
+    outputs.append(
+      xla_attention(
+        q_BxLxHxD[:, start:end], k_BxLxNxD[:, :end], v_BxLxNxD[:, :end], mask=seen_bxS[None, None]
+      )
+    )
+  return jnp.concatenate(outputs, axis=1)
+
+
+def relative_noise(key: Array, x: Float[Array, "*S"], size: Array) -> Float[Array, "*S"]:
+  """Gaussian noise with a standard deviation of `size` times the root mean square of `x`."""
+  deviation = size * jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
+  return (deviation * jax.random.normal(key, x.shape)).astype(x.dtype)

@@ -1,0 +1,87 @@
+"""The model and the texts of benchmarks/paper.py."""
+
+import functools
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from dga_jax import smollm2_demo
+from dga_jax.checkpoint import load_model
+from dga_jax.evaluation.texts import Document, read_documents, token_rows
+from dga_jax.evaluation.variants import Family, Variant
+from dga_jax.model import Decoder
+from dga_jax.tokenizer import Tokenizer
+
+_PYTHON_CHARACTERS = 300_000  # Of each of the two documents of Python source.
+_CHARACTERS_PER_TOKEN = 12  # More than a text of any corpus has on average.
+
+
+class Inputs:
+  """Loads the model and the texts when a part first needs them.
+
+  Args:
+    workdir: checkpoint of the model; None for SmolLM2-135M-Instruct, which is downloaded.
+    documents: files of novels, see `read_documents`; may be empty.
+    max_documents: novels to use.
+  """
+
+  def __init__(self, workdir: str | None, documents: Sequence[str], max_documents: int = 2) -> None:
+    self._workdir, self._documents, self._max_documents = workdir, documents, max_documents
+
+  @functools.cached_property
+  def family(self) -> Family:
+    """The model in float32."""
+    model, tokenizer = self._loaded
+    float32 = Variant("dense", {"attention": "dense", "dtype": "float32"})
+    return Family(Family(model).model(float32, 1), tokenizer.start_ids)
+
+  @functools.cached_property
+  def model(self) -> Decoder:
+    """The model with dense attention, in float32."""
+    return self.family.model(Variant("dense", {"attention": "dense"}), 1)
+
+  @functools.cached_property
+  def corpora(self) -> dict[str, list[Document]]:
+    """Documents by corpus: "novels" where --documents is given, and "Python"."""
+    corpora = {}
+    if self._documents:
+      corpora["novels"] = read_documents(self._documents)[: self._max_documents]
+    return corpora | {"Python": python_source()}
+
+  def rows(self, corpus: str, length: int, rows_per_document: int) -> Int[np.ndarray, "B T"]:
+    """Rows of `length` inputs and their next tokens from the beginnings of documents.
+
+    Args:
+      corpus: a key of `corpora`.
+      length: inputs of a row.
+      rows_per_document: see `token_rows`.
+    """
+    # Encoding a whole novel takes longer than some of the measurements.
+    most = _CHARACTERS_PER_TOKEN * (length + 1) * rows_per_document
+    documents = [Document(one.id, one.text[:most]) for one in self.corpora[corpus]]
+    return token_rows(documents, self._loaded[1], length, rows_per_document)
+
+  @functools.cached_property
+  def _loaded(self) -> tuple[Decoder, Tokenizer]:
+    workdir = self._workdir or smollm2_demo.prepare(smollm2_demo.cache_folder())
+    model, _, tokenizer = load_model(workdir)
+    return model, tokenizer
+
+
+def python_source() -> list[Document]:
+  """Two documents of the running Python's library: its modules in alphabetical order, in turn."""
+  files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+  texts = [file.read_text(encoding="utf-8", errors="replace") for file in files]
+  return [
+    Document(f"Python library {start}", "\n".join(texts[start::2])[:_PYTHON_CHARACTERS])
+    for start in range(2)
+  ]
+
+
+def rounded(values: Float[np.ndarray, "*S"], digits: int = 5) -> list:
+  """The values as nested lists, rounded for a file of results."""
+  lists: list = np.round(np.asarray(values, np.float64), digits).tolist()
+  return lists

@@ -1,0 +1,105 @@
+"""What of the paper holds: sparsity, theorems, noise, convergence, cache size, m and γ.
+
+  ./workspace bench paper --out=runs/paper --parts=theorems,cache
+  ./workspace bench paper --out=runs/paper --documents=novels.jsonl
+
+The parts repeat the analyses of the paper (arXiv 2505.22107) that need no continued pretraining, at
+the size of SmolLM2-135M and on any device. Each result is appended to OUT/paper.jsonl as soon as it
+is measured, with its settings, seed, versions and device. The same command continues an interrupted
+run. OUT/paper.md contains the tables of all results, beside the figures of the paper, and OUT the
+pictures.
+
+Without --documents the text is the source of Python's library alone.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import app, flags, logging
+
+from benchmarks import (
+  _paper_ablations,
+  _paper_cache,
+  _paper_convergence,
+  _paper_noise,
+  _paper_sparsity,
+  _paper_sparsity_report,
+  _paper_theorems,
+  _paper_theorems_report,
+  _paper_training,
+)
+from benchmarks._paper_inputs import Inputs
+from benchmarks.timing import environment
+from dga_jax.evaluation.jobs import Job, run_jobs
+from dga_jax.evaluation.results import Results
+from dga_jax.path_flags import define_path, define_paths
+
+
+class _Part(NamedTuple):
+  """One analysis.
+
+  Attributes:
+    make_jobs: the jobs, whose field "task" is the name of the part.
+    write: writes the pictures of the part's results to a folder and returns Markdown.
+  """
+
+  make_jobs: Callable[[Inputs], Iterator[Job]]
+  write: Callable[[Sequence[Mapping[str, Any]], Path], str]
+
+
+PARTS = {
+  "theorems": _Part(_paper_theorems.make_jobs, _paper_theorems_report.write),
+  "convergence": _Part(_paper_convergence.make_jobs, _paper_convergence.write),
+  "training": _Part(_paper_training.make_jobs, _paper_training.write),
+  "cache": _Part(_paper_cache.make_jobs, _paper_cache.write),
+  "sparsity": _Part(_paper_sparsity.make_jobs, _paper_sparsity_report.write),
+  "ablations": _Part(_paper_ablations.make_jobs, _paper_ablations.write),
+  "noise": _Part(_paper_noise.make_jobs, _paper_noise.write),
+}
+
+_OUT = define_path("out", None, "Folder for results.", required=True)
+_SELECTED = flags.DEFINE_list("parts", list(PARTS), f"Parts to run: {', '.join(PARTS)}.")
+_WORKDIR = define_path("workdir", None, "Checkpoint of the model; SmolLM2 by default.")
+_DOCUMENTS = define_paths("documents", "Novels: .jsonl or .txt.")
+_MAX_DOCUMENTS = flags.DEFINE_integer("max_documents", 2, "Number of novels to use.", lower_bound=1)
+_JOBS = flags.DEFINE_string("jobs", "", "Run the jobs whose name matches this regular expression.")
+_MINUTES = flags.DEFINE_float("minutes", None, "Start no job after this many minutes.")
+flags.register_validator(
+  "parts",
+  lambda parts: set(parts) <= set(PARTS),
+  message=f"parts are names of {', '.join(PARTS)}, with commas between them.",
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the missing jobs of the parts, then writes tables and pictures of all results."""
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  print(environment())
+  out = Path(_OUT.value)
+  results = Results(out / "paper.jsonl")
+  inputs = Inputs(_WORKDIR.value, _DOCUMENTS.value, _MAX_DOCUMENTS.value)
+  origin = Path(_WORKDIR.value).name if _WORKDIR.value else "SmolLM2-135M-Instruct Q4_1"
+  every = [job for name in _SELECTED.value for job in PARTS[name].make_jobs(inputs)]
+  jobs = [job for job in every if re.search(_JOBS.value, job.label)]
+  missing = run_jobs(jobs, results, origin=origin, minutes=_MINUTES.value)
+  print(f"{len(jobs)} jobs are selected, {missing} of them are missing.")
+  write_report(results.all(), out)
+
+
+def write_report(results: Sequence[Mapping[str, Any]], out: Path) -> None:
+  """Writes OUT/paper.md and the pictures of every part that has results."""
+  sections = []
+  for name, part in PARTS.items():
+    own = [result for result in results if result["task"] == name]
+    if own:
+      sections.append(f"## {name.capitalize()}\n\n{part.write(own, out)}\n")
+  path = out / "paper.md"
+  path.write_text("\n".join(sections), encoding="utf-8")
+  print(path)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,1 @@
+"""Sound as tokens: μ-law samples, audio files, spectrograms, continuations."""

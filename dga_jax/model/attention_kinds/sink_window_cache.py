@@ -1,0 +1,232 @@
+"""A cache of the first tokens (sinks) and of a window of the last ones, and decoding over it.
+
+Sliding-window attention, StreamingLLM, LM-Infinite and the sink windows of head budgets share it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, DTypeLike, Float, Int
+
+from dga_jax.model.attention_kinds.base import AttentionKind
+from pallas_kernels.gather import take_positions
+from pallas_kernels.masks import masked_softmax
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SinkWindowCache:
+  """Keys and values of the sinks and the window. While decoding, arrays have an axis of layers.
+
+  Attributes:
+    sink_key: keys of the first S tokens.
+    sink_value: their values.
+    ring_key: keys of the last W of the other tokens; token p is in slot (p − S) mod W.
+    ring_value: their values.
+    length: tokens that each sequence has seen.
+  """
+
+  sink_key: Float[Array, "*layers B N S D"]
+  sink_value: Float[Array, "*layers B N S D"]
+  ring_key: Float[Array, "*layers B N W D"]
+  ring_value: Float[Array, "*layers B N W D"]
+  length: Int[Array, "*layers B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SinkWindowCacheAttention(AttentionKind):
+  """Each query sees the first `sinks` tokens of its document and the last `window` others.
+
+  Subclasses define `prepare`, whose metadata has the field `documents`, and `attend`.
+
+  Attributes:
+    name: the attention kind.
+    window: W, the query's own token included.
+    sinks: S.
+  """
+
+  name: str
+  window: int
+  sinks: int = 0
+
+  def init_cache(
+    self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
+  ) -> SinkWindowCache:
+    """An empty cache of one layer: sinks + window tokens, or `max_length` if that is less."""
+    sinks = min(self.sinks, max_length)
+    slots = min(self.window, max_length - sinks)
+    sink = jnp.zeros((batch, num_kv_heads, sinks, head_dim), dtype)
+    ring = jnp.zeros((batch, num_kv_heads, slots, head_dim), dtype)
+    return SinkWindowCache(sink, sink, ring, ring, jnp.zeros(batch, jnp.int32))
+
+  def prefill(
+    self,
+    q_BxLxHxD: Float[Array, "B L H D"],
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    metadata: Any,
+    *,
+    max_length: int,
+  ) -> tuple[Float[Array, "B L H D"], SinkWindowCache]:
+    """Attends over right-padded prompts and stores their first and last tokens."""
+    B, L, N, D = k_BxLxNxD.shape
+    o_BxLxHxD = self.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
+    empty = self.init_cache(B, max_length, N, D, k_BxLxNxD.dtype)
+    length_B = metadata.documents.row_length
+    S, W = empty.sink_key.shape[2], empty.ring_key.shape[2]
+    held_BxW = _last_in_slot(length_B - S, W)
+    ring_BxW = jnp.where(held_BxW >= 0, held_BxW + S, L)
+    sink_BxS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
+    return o_BxLxHxD, SinkWindowCache(
+      sink_key=take_positions(k_BxLxNxD, sink_BxS).swapaxes(1, 2),
+      sink_value=take_positions(v_BxLxNxD, sink_BxS).swapaxes(1, 2),
+      ring_key=take_positions(k_BxLxNxD, ring_BxW).swapaxes(1, 2),
+      ring_value=take_positions(v_BxLxNxD, ring_BxW).swapaxes(1, 2),
+      length=length_B,
+    )
+
+  def decode(
+    self,
+    q_BxHxD: Float[Array, "B H D"],
+    k_BxNxD: Float[Array, "B N D"],
+    v_BxNxD: Float[Array, "B N D"],
+    cache: SinkWindowCache,
+    layer: Int[Array, ""],
+  ) -> tuple[Float[Array, "B H D"], SinkWindowCache]:
+    """Replaces the token that leaves the window by the new one, and attends to the cache."""
+    (B, H, D), N = q_BxHxD.shape, k_BxNxD.shape[1]
+    S, W = cache.sink_key.shape[-2], cache.ring_key.shape[-2]
+    position_B = cache.length[layer]
+    # A slot beyond the array's end is not written.
+    sink_B = jnp.where(position_B < S, position_B, S)
+    ring_B = jnp.where(position_B < S, W, (position_B - S) % max(W, 1))
+    row_B = jnp.arange(B)
+
+    def put(array: Array, slot_B: Array, token_BxNxD: Array) -> Array:
+      return array.at[layer, row_B, :, slot_B].set(token_BxNxD, mode="drop")
+
+    cache = SinkWindowCache(
+      sink_key=put(cache.sink_key, sink_B, k_BxNxD),
+      sink_value=put(cache.sink_value, sink_B, v_BxNxD),
+      ring_key=put(cache.ring_key, ring_B, k_BxNxD),
+      ring_value=put(cache.ring_value, ring_B, v_BxNxD),
+      length=cache.length.at[layer].add(1),
+    )
+    sinks = self._cached_sinks(cache, layer, position_B[:, None])
+    slot_W = jnp.arange(W)
+    ring = KeySource(
+      cache.ring_key[layer].swapaxes(1, 2)[:, None],
+      cache.ring_value[layer].swapaxes(1, 2)[:, None],
+      (slot_W[None] <= position_B[:, None] - S)[:, None],
+    )
+    o_Bx1xNxRxD = attend_to_sources(q_BxHxD.reshape(B, 1, N, H // N, D), [ring, sinks])
+    return o_Bx1xNxRxD.reshape(B, H, D), cache
+
+  def extend(
+    self,
+    q_BxTxHxD: Float[Array, "B T H D"],
+    k_BxTxNxD: Float[Array, "B T N D"],
+    v_BxTxNxD: Float[Array, "B T N D"],
+    cache: SinkWindowCache,
+    layer: Int[Array, ""],
+    *,
+    lengths: Int[Array, "B"],
+  ) -> tuple[Float[Array, "B T H D"], SinkWindowCache]:
+    """Appends several tokens; computes the outputs of decoding them one by one."""
+    (B, T, H, D), N = q_BxTxHxD.shape, k_BxTxNxD.shape[2]
+    S, W = cache.sink_key.shape[-2], cache.ring_key.shape[-2]
+    before_B, new_T = cache.length[layer], jnp.arange(T)
+    position_BxT = before_B[:, None] + new_T[None]
+    held_BxW = _last_in_slot(before_B - S, W)
+    near_BxTxW = position_BxT[..., None] - (held_BxW + S)[:, None] < self.window
+    ring = KeySource(
+      cache.ring_key[layer].swapaxes(1, 2)[:, None],
+      cache.ring_value[layer].swapaxes(1, 2)[:, None],
+      near_BxTxW & (held_BxW >= 0)[:, None],
+    )
+    distance_TxT = new_T[:, None] - new_T[None]
+    near_TxT = (distance_TxT >= 0) & (distance_TxT < self.window)
+    chunk = KeySource(
+      k_BxTxNxD[:, None], v_BxTxNxD[:, None], near_TxT[None] & (position_BxT >= S)[:, None]
+    )
+    is_token_BxT = new_T[None] < lengths[:, None]
+    # A slot beyond the array's end is not written. The last W tokens alone stay in the ring.
+    sink_BxT = jnp.where(is_token_BxT & (position_BxT < S), position_BxT, S)
+    stays_BxT = is_token_BxT & (position_BxT >= S) & (new_T[None] >= lengths[:, None] - W)
+    ring_BxT = jnp.where(stays_BxT, (position_BxT - S) % max(W, 1), W)
+    row_Bx1 = jnp.arange(B)[:, None]
+
+    def put(array: Array, slot_BxT: Array, tokens_BxTxNxD: Array) -> Array:
+      return array.at[layer, row_Bx1, :, slot_BxT].set(tokens_BxTxNxD, mode="drop")
+
+    cache = SinkWindowCache(
+      sink_key=put(cache.sink_key, sink_BxT, k_BxTxNxD),
+      sink_value=put(cache.sink_value, sink_BxT, v_BxTxNxD),
+      ring_key=put(cache.ring_key, ring_BxT, k_BxTxNxD),
+      ring_value=put(cache.ring_value, ring_BxT, v_BxTxNxD),
+      length=cache.length.at[layer].add(lengths),
+    )
+    sources = [ring, chunk, self._cached_sinks(cache, layer, position_BxT)]
+    o_BxTxNxRxD = attend_to_sources(q_BxTxHxD.reshape(B, T, N, H // N, D), sources)
+    return o_BxTxNxRxD.reshape(B, T, H, D), cache
+
+  def _cached_sinks(
+    self, cache: SinkWindowCache, layer: Array, position_BxT: Int[Array, "B T"]
+  ) -> "KeySource":
+    """The sinks in a layer's cache, for queries at the given positions."""
+    key_BxSxNxD, value_BxSxNxD = (
+      x[layer].swapaxes(1, 2) for x in (cache.sink_key, cache.sink_value)
+    )
+    seen_BxTxS = jnp.arange(key_BxSxNxD.shape[1])[None, None] <= position_BxT[..., None]
+    key = self._place_sinks(key_BxSxNxD[:, None], position_BxT)
+    return KeySource(key, value_BxSxNxD[:, None], seen_BxTxS)
+
+  def _place_sinks(self, key: Array, position_BxT: Int[Array, "B T"]) -> Array:
+    """Keys of sinks [B, T or 1, S, N, D] at the distance at which each query sees them."""
+    del position_BxT
+    return key
+
+
+@dataclasses.dataclass(frozen=True)
+class KeySource:
+  """Keys that b queries may see; T is b where each query has keys of its own, else 1."""
+
+  key: Float[Array, "B T s N D"]
+  value: Float[Array, "B T s N D"]
+  visible: Bool[Array, "B b s"]
+
+
+def attend_to_sources(
+  q_BxbxNxRxD: Array, sources: Sequence[KeySource]
+) -> Float[Array, "B b N R D"]:
+  """One softmax over all sources, with float32 statistics."""
+  scale = q_BxbxNxRxD.shape[-1] ** -0.5
+  q = q_BxbxNxRxD
+
+  def product(equations: tuple[str, str], a: Array, b_BxTxsxNxD: Array) -> Array:
+    if b_BxTxsxNxD.shape[1] == 1:
+      return jnp.einsum(equations[0], a, b_BxTxsxNxD[:, 0], preferred_element_type=jnp.float32)
+    return jnp.einsum(equations[1], a, b_BxTxsxNxD, preferred_element_type=jnp.float32)
+
+  to_logits = ("btnrd,bsnd->btnrs", "btnrd,btsnd->btnrs")
+  logits = jnp.concatenate([product(to_logits, q, one.key) for one in sources], axis=-1)
+  visible_Bxbxs = jnp.concatenate([one.visible for one in sources], axis=-1)
+  weights = masked_softmax(scale * logits, visible_Bxbxs[:, :, None, None])
+  ends = np.cumsum([one.visible.shape[-1] for one in sources])[:-1]
+  to_output = ("btnrs,bsnd->btnrd", "btnrs,btsnd->btnrd")
+  out = sum(
+    product(to_output, part.astype(q.dtype), one.value)
+    for part, one in zip(jnp.split(weights, ends, axis=-1), sources, strict=True)
+  )
+  return jnp.asarray(out).astype(q.dtype)
+
+
+def _last_in_slot(count_B: Array, size: int) -> Int[Array, "B W"]:
+  """The last of items 0 … count − 1 that each slot of a ring of `size` slots holds; −1 for none."""
+  slot_W = jnp.arange(size)
+  turns_BxW = (count_B[:, None] - 1 - slot_W[None]) // max(size, 1)
+  return jnp.where(turns_BxW >= 0, slot_W[None] + size * turns_BxW, -1)
