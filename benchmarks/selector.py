@@ -131,7 +131,7 @@ def _loss(graphdef: nnx.GraphDef, params: Any, row_1xT: Array, attend: Any) -> A
 
 
 def _dense(
-  q: Array, k: Array, v: Array, scores: Array | None, caches: Any, layer: Array
+  q: Array, k: Array, v: Array, caches: Any, layer: Array, scores: Array | None = None
 ) -> tuple[Array, None]:
   return attend_and_rate(q, k, v, np.full(q.shape[1], q.shape[1]))[0], None
 
@@ -142,7 +142,7 @@ def _attend(choice: str, config: DGAConfig) -> Any:
     config = dataclasses.replace(config, selector="last_query")
 
   def attend(
-    q: Array, k: Array, v: Array, scores: Array | None, caches: Any, layer: Array
+    q: Array, k: Array, v: Array, caches: Any, layer: Array, scores: Array | None = None
   ) -> tuple[Array, None]:
     if choice == "random":
       key = jax.random.fold_in(jax.random.key(_SEED.value), layer)

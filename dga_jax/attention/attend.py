@@ -145,6 +145,7 @@ def select(
 ) -> Selection:
   """Chooses the focal tokens of every row, document and KV head."""
   documents, config, rule = metadata.documents, metadata.config, metadata.by_selection
+  validation.focal_scores(focal_scores, key, config)
   if isinstance(rule, StreamingMetadata):
     start_Bxk, sizes = (
       rule.blocks.start,

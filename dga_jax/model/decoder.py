@@ -105,7 +105,7 @@ class Decoder(nnx.Module):
     metadata = prepare_on_mesh(kind, documents)
 
     def attend(
-      q: Array, k: Array, v: Array, scores: Array | None, _: None, layer: Any
+      q: Array, k: Array, v: Array, _: None, layer: Any, scores: Array | None = None
     ) -> tuple[Array, None]:
       return attend_on_mesh(kind, q, k, v, metadata, layer, scores), None
 
@@ -188,7 +188,7 @@ class Decoder(nnx.Module):
     caches = self.init_cache(B, max_length).layers if kind.layers_differ else None
 
     def attend(
-      q: Array, k: Array, v: Array, scores: Array | None, caches: Any, layer: Any
+      q: Array, k: Array, v: Array, caches: Any, layer: Any, scores: Array | None = None
     ) -> tuple[Array, Any]:
       heads: Any = kind.at_layer(layer)
       options = {"max_length": max_length, **heads.focal_options(scores)}
@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
     kind = self.config.make_attention()
 
     def attend(
-      q: Array, k: Array, v: Array, scores: Array | None, caches: Any, layer: Any
+      q: Array, k: Array, v: Array, caches: Any, layer: Any, scores: Array | None = None
     ) -> tuple[Array, Any]:
       options = kind.focal_options(None if scores is None else scores[:, 0])
       o_BxHxD, caches = kind.decode(q[:, 0], k[:, 0], v[:, 0], caches, layer, **options)
@@ -266,7 +266,7 @@ class Decoder(nnx.Module):
     kind = self.config.make_attention()
 
     def attend(
-      q: Array, k: Array, v: Array, scores: Array | None, caches: Any, layer: Any
+      q: Array, k: Array, v: Array, caches: Any, layer: Any, scores: Array | None = None
     ) -> tuple[Array, Any]:
       options = kind.focal_options(scores)
       return kind.extend(q, k, v, caches, layer, lengths=lengths_B, **options)
