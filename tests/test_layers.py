@@ -39,6 +39,7 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "convert",
   "evaluate",
   "file_lock",
+  "fit_selector",
   "generate_command",
   "path_flags",
   "picture",

@@ -24,6 +24,10 @@ COMMANDS = {
     {"workdir": "run", "task": "perplexity"},
     ["workdir", "out", "documents", "longbench", "questions"],
   ),
+  "dga_jax.fit_selector": (
+    {"workdir": "run", "output": "fitted"},
+    ["workdir", "output", "documents"],
+  ),
   "dga_jax.picture": ({}, ["output"]),
   "train.quickstart": ({}, ["workdir"]),
   "train.compile_topology": ({"config": f"{ROOT}/configs/quickstart.py"}, ["program"]),
