@@ -44,10 +44,10 @@ from dga_jax.checkpoint import load_model
 from dga_jax.config import DGAConfig
 from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.texts import read_documents, token_rows
+from dga_jax.files.path_flags import define_path
 from dga_jax.model import Decoder
 from dga_jax.model.rope import rope_table
 from dga_jax.model.run_layers import run_stacked
-from dga_jax.path_flags import define_path
 
 _WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)
 _FIT = flags.DEFINE_list("fit_documents", None, "Texts of the fit: .jsonl or .txt.", required=True)

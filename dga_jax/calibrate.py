@@ -31,7 +31,7 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.evaluation.retrieval import TASKS
-from dga_jax.path_flags import define_path, define_paths
+from dga_jax.files.path_flags import define_path, define_paths
 
 _WORKDIR = define_path("workdir", None, "Folder with the checkpoint.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")

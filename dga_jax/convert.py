@@ -22,8 +22,8 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.files.path_flags import define_path
 from dga_jax.hub_names import check_exists
-from dga_jax.path_flags import define_path
 
 _SOURCE = define_path("source", None, "A Hugging Face folder or a GGUF file to import.")
 _WORKDIR = define_path(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from dga_jax.chat_template import chat_template_of, template_sources
+from dga_jax.chat.template import chat_template_of, template_sources
 from dga_jax.checkpoint import abstract_decoder, list_steps, load_config, load_model
 from dga_jax.choices import AttentionName, DtypeName
 from dga_jax.config import retrofit

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from dga_jax.attention.streaming_blocks import cache_layout
 from dga_jax.checkpoint import abstract_decoder, Checkpoints
 from dga_jax.config import DGAConfig
-from dga_jax.file_lock import hold_workdir
+from dga_jax.files.lock import hold_workdir
 from dga_jax.model import Decoder
 from dga_jax.model.focal_selector import features, selector_features
 from dga_jax.model.rope import apply_rope, rope_table, RopeTable

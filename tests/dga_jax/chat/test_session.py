@@ -7,14 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-import dga_jax.session
-from dga_jax.chat_template import encode_chat
-from dga_jax.conversation import Conversation, DocumentReader, split_prompt, tokens_after
+import dga_jax.chat.session
+from dga_jax.chat.conversation import Conversation, DocumentReader, split_prompt, tokens_after
+from dga_jax.chat.session import Session
+from dga_jax.chat.template import encode_chat
 from dga_jax.generation import Sampling
 from dga_jax.generation.sampling import sample, SamplingParams
-from dga_jax.session import Session
 from pallas_kernels.target import Target
-from tests.dga_jax import chatty
+from tests.dga_jax.chat import chatty
 from tests.dga_jax.evaluation.tiny import STORY
 
 GREEDY = Sampling(temperature=0.0)
@@ -31,7 +31,7 @@ def session() -> Iterator[Session]:
   """Its compiled programs serve all tests of the module; its capacities are small."""
   with pytest.MonkeyPatch.context() as patch:
     for name, value in (("_LEAST_CAPACITY", 256), ("_SHORT", 32), ("_LONG", 32)):
-      patch.setattr(dga_jax.session, name, value)
+      patch.setattr(dga_jax.chat.session, name, value)
     yield Session(MODELS["dga"])
 
 
@@ -79,7 +79,7 @@ def test_tokens_in_parts_are_those_of_a_whole_prompt(session: Session) -> None:
 def test_a_dense_cache_that_grows() -> None:
   session = Session(MODELS["dense"])
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(dga_jax.session, "_LEAST_CAPACITY", 64)
+    patch.setattr(dga_jax.chat.session, "_LEAST_CAPACITY", 64)
     tokens = TOKENIZER.encode(STORY)[:62]
     session.read(tokens)
     new = list(session.generate(GREEDY, max_new_tokens=4, stop_ids=()))
@@ -102,7 +102,7 @@ def test_programs_have_one_layer_for_any_number_of_layers() -> None:
 
 def test_accelerators_decode_with_unstacked_layers(monkeypatch: pytest.MonkeyPatch) -> None:
   gpu = Target("gpu", "NVIDIA H100", 9.0, 132)
-  monkeypatch.setattr(dga_jax.session, "find_target", lambda: gpu)
+  monkeypatch.setattr(dga_jax.chat.session, "find_target", lambda: gpu)
   session = Session(MODELS["dga"])
   monkeypatch.undo()
   tokens = TOKENIZER.encode(TEXT)[:20]
