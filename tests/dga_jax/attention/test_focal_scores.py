@@ -20,7 +20,7 @@ from tests.dga_jax.attention.cases import arrays, CONFIGS, documents_of, rows
 FITTED = {
   name: dataclasses.replace(config, selector="fitted")
   for name, config in CONFIGS.items()
-  if name.startswith("streaming")
+  if name in ("streaming", "streaming-sinks-window", "streaming-window2-bias")
 }
 SMALL = DGAConfig(selection="streaming", group_size=3, focal_per_block=2, selector="fitted")
 B, L, H, N, D = 2, 41, 4, 2, 4
@@ -72,7 +72,7 @@ def run_reference(q, k, v, t, mask, document, *, config):
 
 
 @pytest.mark.parametrize("name", FITTED)
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_outputs_and_gradients_are_those_of_the_best_tokens(name, data):
   """Padded and packed rows; the masks and the focal tokens come from code of the test alone."""
@@ -136,9 +136,7 @@ def test_heads_with_and_without_a_selector_in_one_layer():
     np.testing.assert_allclose(out[:, :, 2 * n : 2 * n + 2], want, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  ("sinks", "window", "cache_dtype"), [(0, 0, None), (3, 2, None), (3, 2, "int8")]
-)
+@pytest.mark.parametrize(("sinks", "window", "cache_dtype"), [(0, 0, "int8"), (3, 2, None)])
 def test_prefill_chunks_and_decoding_choose_alike(sinks, window, cache_dtype):
   """The caches of the three ways are equal, and so is what they attend to."""
   config = dataclasses.replace(

@@ -104,7 +104,6 @@ CASES = {
   "bias": Case(_config(group_logit_bias="log_size", sink_tokens=1)),
   "three_queries_a_head": Case(heads=3, kv_heads=1, batch=1),
   "odd_block": Case(DGAConfig(selection="streaming", group_size=16), head_dim=32, batch=1),
-  "fitted": Case(_config(selector="fitted")),
   "fitted_int8": Case(
     _config(selector="fitted", sink_tokens=2, local_window=1, cache_dtype="int8")
   ),
