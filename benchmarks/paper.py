@@ -34,7 +34,7 @@ from benchmarks._paper_inputs import Inputs
 from benchmarks.timing import environment
 from dga_jax.evaluation.jobs import Job, run_jobs
 from dga_jax.evaluation.results import Results
-from dga_jax.path_flags import define_path, define_paths
+from dga_jax.files.path_flags import define_path, define_paths
 
 
 class _Part(NamedTuple):

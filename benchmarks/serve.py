@@ -41,8 +41,8 @@ from benchmarks._serve_models import (
 )
 from benchmarks.timing import environment
 from dga_jax.choices import AttentionName
+from dga_jax.files.path_flags import define_path
 from dga_jax.head_budgets import HeadBudgets, read_head_budgets
-from dga_jax.path_flags import define_path
 from dga_jax.serving.served_model import ServedModel
 
 _TABLES = ["load", "second_turn", "overhead", "sessions"]

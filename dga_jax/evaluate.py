@@ -32,7 +32,7 @@ from absl import app, flags
 from dga_jax import command_line
 from dga_jax.evaluation.retrieval import TASKS
 from dga_jax.evaluation.ruler import RULER_TASKS
-from dga_jax.path_flags import define_path, define_paths
+from dga_jax.files.path_flags import define_path, define_paths
 
 _WORKDIR = define_path(
   "workdir", None, "Folder of a checkpoint, a Hugging Face folder, or a GGUF file.", required=True

@@ -29,8 +29,8 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.files.path_flags import define_path
 from dga_jax.hub_names import check_exists
-from dga_jax.path_flags import define_path
 from dga_jax.prompts import check_text, read_json_lines, read_prompts, read_text
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def main() -> None:
   if _PROMPT_AUDIO.value is not None:
     _continue_audio(loaded, sampling)
   elif _INTERACTIVE.value:
-    from dga_jax.conversation_console import converse
+    from dga_jax.chat.console import converse
 
     converse(loaded, sampling, max_new_tokens=_MAX_NEW_TOKENS.value, system=_SYSTEM.value)
   elif _is_about_a_document():
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def _answer(loaded: "Loaded", sampling: "Sampling", document: str | None) -> None:
-  from dga_jax.conversation_console import answer_questions
+  from dga_jax.chat.console import answer_questions
 
   answer_questions(
     loaded,

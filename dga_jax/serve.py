@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
-from dga_jax.path_flags import define_path
+from dga_jax.files.path_flags import define_path
 
 _WORKDIR = define_path(
   "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M-Instruct (Q4_1), downloaded."

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from absl import app, flags
 
-from dga_jax.path_flags import define_path
+from dga_jax.files.path_flags import define_path
 from train.data.files import find_files
 from train.data.speech import make_corpus
 from train.flags import parse_flags

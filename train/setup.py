@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from absl import logging
 
-from dga_jax.chat_template import chat_template_of, ChatTemplate, template_sources
+from dga_jax.chat.template import chat_template_of, ChatTemplate, template_sources
 from dga_jax.checkpoint import Checkpoints
-from dga_jax.file_lock import hold_workdir
-from dga_jax.paths import check_path, is_gcs
-from dga_jax.storage import AnyPath
+from dga_jax.files.lock import hold_workdir
+from dga_jax.files.paths import check_path, is_gcs
+from dga_jax.files.storage import AnyPath
 from dga_jax.tokenizer import Tokenizer
 from train import multihost
 from train.abort_filter import newest_checkpoint_note

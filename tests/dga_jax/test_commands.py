@@ -43,7 +43,7 @@ def test_the_commands_are_listed(arguments: tuple[str, ...]) -> None:
   done = dga(*arguments)
   assert done.returncode == 0, done.stderr
   for name, command in commands.COMMANDS.items():
-    assert f"  {name:10}{command.help}\n" in done.stdout
+    assert f"  {name:14}{command.help}\n" in done.stdout
   assert done.stdout.endswith("imported:\n")
 
 
@@ -115,6 +115,7 @@ def test_an_argument_that_is_not_a_flag_is_an_error() -> None:
     ("calibrate", ["--output=b", "--documents=a", "--blocks=30"], "--blocks has '30'; write m+f"),
     ("calibrate", ["--output=b", "--documents=a", "--shares=2"], "--shares is 2"),
     ("calibrate", ["--output=b", "--documents=a", "--puzzles=pas"], "--puzzles has 'pas'"),
+    ("fit_selector", ["--output=b"], "dga fit_selector needs --documents"),
     ("generate", ["--prompt_file=nowhere.txt"], "error: [Errno 2] No such file"),
     ("generate", ["--prompt=a"], "There is no checkpoint, Hugging Face folder or GGUF file at x."),
     ("generate", ["--prompt=a", "--workdir=a/b"], "hf download a/b --local-dir b"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from etils import epath
 
-from dga_jax.paths import is_gcs
+from dga_jax.files.paths import is_gcs
 
 # `epath.Path` has the methods of `pathlib.Path` for addresses gs://BUCKET/...
 type AnyPath = Path | epath.Path

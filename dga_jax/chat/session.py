@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from dga_jax.generation.sampling import NOT_FINITE, sample, Sampling, SamplingParams
 from dga_jax.model import Decoder
 from dga_jax.model.decoder import DecoderCache
+from pallas_kernels.dispatch import find_target
 
 _LEAST_CAPACITY = 512  # Tokens; capacities are this number times a power of two.
 _SHORT, _LONG = 64, 1024  # Tokens of a chunk that one program reads.
@@ -53,10 +54,11 @@ class Session:
       )
     self.model = _in_compute_dtype(model)
     self.tokens: list[int] = []
-    # Reading scans stacked layers, since XLA compiles a scan once and unstacked layers one by one.
-    # Decoding uses unstacked layers, since a step of the scan copies a layer's weights.
+    # XLA compiles a scan over stacked layers once, and unstacked layers one by one. A step of the
+    # scan copies a layer's weights, which slows down decoding on GPUs and TPUs.
+    decoder = self.model if find_target().platform == "cpu" else self.model.unstack_layers()
     self._reader, self._reader_params = nnx.split(self.model)
-    self._decoder, self._decoder_params = nnx.split(self.model.unstack_layers())
+    self._decoder, self._decoder_params = nnx.split(decoder)
     self._cache: DecoderCache | None = None
     self._logits_1xV: Float[Array, "1 V"] | None = None
     self._extend = jax.jit(self._extend_program, donate_argnums=1)

@@ -6,8 +6,8 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from dga_jax.chat_template import chat_template_of, ChatTemplate, encode_chat, render_marked
-from dga_jax.template_sandbox import Sandbox, TemplateError
+from dga_jax.chat.sandbox import Sandbox, TemplateError
+from dga_jax.chat.template import chat_template_of, ChatTemplate, encode_chat, render_marked
 from dga_jax.tokenizer import Tokenizer
 
 TURNS = """\

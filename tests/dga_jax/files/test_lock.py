@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from dga_jax.file_lock import hold_lock, LockedError
+from dga_jax.files.lock import hold_lock, LockedError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 _HOLD = """
 import sys, time
 from pathlib import Path
-from dga_jax.file_lock import hold_lock
+from dga_jax.files.lock import hold_lock
 with hold_lock(Path(sys.argv[1])):
   print("held", flush=True)
   time.sleep(60)

@@ -3,7 +3,7 @@
 A template comes with a checkpoint: as "chat_template" of tokenizer_config.json (a string, or a list
 of named ones), as chat_template.jinja or additional_chat_templates/NAME.jinja, or as
 tokenizer.chat_template of a GGUF file. The conversion stores all of them in the entry "origin" of
-the checkpoint's config. `template_sandbox` runs them.
+the checkpoint's config. `sandbox.py` runs them.
 
     template = load_chat_template("runs/llama")
     ids = encode_chat(template, [{"role": "user", "content": "What is the capital of France?"}])
@@ -21,7 +21,7 @@ from typing import Any
 
 import tokenizers
 
-from dga_jax.template_sandbox import Sandbox, TemplateError
+from dga_jax.chat.sandbox import Sandbox, TemplateError
 from dga_jax.tokenizer import Tokenizer
 
 _MAX_SOURCE = 1 << 20  # Characters of a template; the largest known ones have some 30 thousand.

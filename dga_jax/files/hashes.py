@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Self
 
-from dga_jax.storage import AnyPath
+from dga_jax.files.storage import AnyPath
 
 # hashlib releases Python's lock, so threads hash in parallel.
 _THREADS = 8

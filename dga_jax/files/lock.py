@@ -10,8 +10,8 @@ from pathlib import Path
 
 from absl import logging
 
-from dga_jax.paths import is_gcs
-from dga_jax.storage import AnyPath
+from dga_jax.files.paths import is_gcs
+from dga_jax.files.storage import AnyPath
 
 _WORKDIR_LOCK = ".lock"
 # File systems without locks answer with one of these.

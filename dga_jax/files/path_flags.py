@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from dga_jax.paths import check_path
+from dga_jax.files.paths import check_path
 
 flags.disclaim_key_flags()  # --help lists a flag with those of the module that defines it.
 

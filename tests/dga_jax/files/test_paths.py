@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from dga_jax.checkpoint import load_model
-from dga_jax.paths import check_path, is_address
+from dga_jax.files.paths import check_path, is_address
 from train.config import make_config
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 # Every command with its required flags, and the flags that take a path.
 COMMANDS = {
@@ -23,6 +23,10 @@ COMMANDS = {
   "dga_jax.evaluate": (
     {"workdir": "run", "task": "perplexity"},
     ["workdir", "out", "documents", "longbench", "questions"],
+  ),
+  "dga_jax.fit_selector": (
+    {"workdir": "run", "output": "fitted"},
+    ["workdir", "output", "documents"],
   ),
   "dga_jax.picture": ({}, ["output"]),
   "train.quickstart": ({}, ["workdir"]),

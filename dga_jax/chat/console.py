@@ -10,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from dga_jax.cache_choice import with_smaller_cache
-from dga_jax.cache_file import load_cache, save_cache, stored_attention
-from dga_jax.chat_template import ChatTemplate
+from dga_jax.chat.cache_file import load_cache, save_cache, stored_attention
+from dga_jax.chat.conversation import Conversation, DocumentReader
+from dga_jax.chat.session import Session
+from dga_jax.chat.template import ChatTemplate
 from dga_jax.choices import AttentionName
-from dga_jax.conversation import Conversation, DocumentReader
 from dga_jax.generation.console import warn_about_long
 from dga_jax.generation.sampling import Sampling
 from dga_jax.loading import Loaded, with_attention
 from dga_jax.model import Decoder
-from dga_jax.session import Session
 from dga_jax.tokenizer import Tokenizer
 
 _ROOM = 1024  # Tokens of questions and answers for which the choice of a cache leaves room.

@@ -2,7 +2,7 @@
 
 `pathlib` reads gs://bucket as the local folder "gs:" with the subfolder "bucket". A command that
 writes there would report success and put the files on the wrong disk. Commands and configs check
-their paths before they create anything. `dga_jax.storage` opens the addresses.
+their paths before they create anything. `dga_jax.files.storage` opens the addresses.
 """
 
 import importlib.util

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import tokenizers
 from flax import nnx
 
-from dga_jax.chat_template import ChatTemplate
+from dga_jax.chat.template import ChatTemplate
 from dga_jax.checkpoint import Checkpoints
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.tokenizer import Tokenizer

@@ -7,9 +7,9 @@ once and answers questions about it, each from a copy of the cache after the doc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Self
 
-from dga_jax.chat_template import ChatTemplate, render_marked
+from dga_jax.chat.session import Session
+from dga_jax.chat.template import ChatTemplate, render_marked
 from dga_jax.generation.sampling import Sampling
-from dga_jax.session import Session
 from dga_jax.tokenizer import Tokenizer
 
 _QUESTION = "\ufdd2"  # Stands for the question in a rendered chat template; no text contains it.

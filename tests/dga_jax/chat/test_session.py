@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-import dga_jax.session
-from dga_jax.chat_template import encode_chat
-from dga_jax.conversation import Conversation, DocumentReader, split_prompt, tokens_after
+import dga_jax.chat.session
+from dga_jax.chat.conversation import Conversation, DocumentReader, split_prompt, tokens_after
+from dga_jax.chat.session import Session
+from dga_jax.chat.template import encode_chat
 from dga_jax.generation import Sampling
 from dga_jax.generation.sampling import sample, SamplingParams
-from dga_jax.session import Session
-from tests.dga_jax import chatty
+from pallas_kernels.target import Target
+from tests.dga_jax.chat import chatty
 from tests.dga_jax.evaluation.tiny import STORY
 
 GREEDY = Sampling(temperature=0.0)
@@ -30,7 +31,7 @@ def session() -> Iterator[Session]:
   """Its compiled programs serve all tests of the module; its capacities are small."""
   with pytest.MonkeyPatch.context() as patch:
     for name, value in (("_LEAST_CAPACITY", 256), ("_SHORT", 32), ("_LONG", 32)):
-      patch.setattr(dga_jax.session, name, value)
+      patch.setattr(dga_jax.chat.session, name, value)
     yield Session(MODELS["dga"])
 
 
@@ -78,21 +79,38 @@ def test_tokens_in_parts_are_those_of_a_whole_prompt(session: Session) -> None:
 def test_a_dense_cache_that_grows() -> None:
   session = Session(MODELS["dense"])
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(dga_jax.session, "_LEAST_CAPACITY", 64)
+    patch.setattr(dga_jax.chat.session, "_LEAST_CAPACITY", 64)
     tokens = TOKENIZER.encode(STORY)[:62]
     session.read(tokens)
     new = list(session.generate(GREEDY, max_new_tokens=4, stop_ids=()))
   assert new == whole(session, tokens, GREEDY, 4)
 
 
-def test_the_program_that_reads_has_one_layer_for_any_number_of_layers() -> None:
-  def equations(num_layers: int) -> int:
+def test_programs_have_one_layer_for_any_number_of_layers() -> None:
+  def equations(num_layers: int) -> list[int]:
     session = Session(chatty.model(num_layers=num_layers))
     cache = jax.eval_shape(lambda: session.model.init_cache(1, 512))
-    arguments = (session._reader_params, cache, np.zeros((1, 64), np.int32), np.ones(1, np.int32))
-    return len(jax.make_jaxpr(session._extend_program)(*arguments).eqns)
+    one = np.ones(1, np.int32)
+    params = SamplingParams.from_samplings([GREEDY])
+    read = (session._reader_params, cache, np.zeros((1, 64), np.int32), one)
+    step = (session._decoder_params, cache, one, params, one)
+    programs = ((session._extend_program, read), (session._step_program, step))
+    return [len(jax.make_jaxpr(program)(*arguments).eqns) for program, arguments in programs]
 
   assert equations(2) == equations(5)
+
+
+def test_accelerators_decode_with_unstacked_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+  gpu = Target("gpu", "NVIDIA H100", 9.0, 132)
+  monkeypatch.setattr(dga_jax.chat.session, "find_target", lambda: gpu)
+  session = Session(MODELS["dga"])
+  monkeypatch.undo()
+  tokens = TOKENIZER.encode(TEXT)[:20]
+  session.read(tokens)
+  assert list(session.generate(GREEDY, max_new_tokens=4, stop_ids=())) == whole(
+    session, tokens, GREEDY, 4
+  )
+  assert jax.tree.structure(session._decoder_params) != jax.tree.structure(session._reader_params)
 
 
 def test_a_stop_token_is_not_read(session: Session) -> None:

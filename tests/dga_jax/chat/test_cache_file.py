@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from dga_jax.cache_file import load_cache, save_cache, stored_attention
-from dga_jax.conversation import DocumentReader
+from dga_jax.chat.cache_file import load_cache, save_cache, stored_attention
+from dga_jax.chat.conversation import DocumentReader
+from dga_jax.chat.session import Session
 from dga_jax.generation import Sampling
-from dga_jax.session import Session
-from tests.dga_jax import chatty
+from tests.dga_jax.chat import chatty
 from tests.dga_jax.evaluation.tiny import STORY
 
 GREEDY = Sampling(temperature=0.0)

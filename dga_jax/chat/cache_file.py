@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dga_jax.chat_template import ChatTemplate
-from dga_jax.conversation import DocumentReader
+from dga_jax.chat.conversation import DocumentReader
+from dga_jax.chat.session import Session
+from dga_jax.chat.template import ChatTemplate
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.model.config import ATTENTION_SETTINGS
-from dga_jax.session import Session
 from dga_jax.tokenizer import Tokenizer
 
 _FORMAT, _VERSION = "dga-jax cache", 1
