@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import uvicorn
 from starlette.applications import Starlette
 
+# Clients close idle connections after 5 s (httpx, openai) to 15 s (aiohttp). A server that closes
+# first can reset a connection on which a client has just sent a request.
+_KEEP_ALIVE_SECONDS = 75
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -38,6 +41,7 @@ def run(app: Starlette, *, host: str, port: int, stop_seconds: int) -> None:
     host=host,
     port=port,
     timeout_graceful_shutdown=stop_seconds,
+    timeout_keep_alive=_KEEP_ALIVE_SECONDS,
     log_level="info",
     access_log=False,
     server_header=False,

@@ -1,6 +1,8 @@
 """The server without a client library: bytes, limits, keys, disconnects and signals."""
 
 import asyncio
+import contextlib
+import http.client
 import json
 import re
 import socket
@@ -136,6 +138,18 @@ def test_a_client_that_disconnects_frees_its_slot(server, stream):
       time.sleep(0.001)
   server.wait_until_idle()
   assert server.metric("dga_generated_tokens_total") - before < 490
+
+
+def test_an_idle_connection_outlives_the_pools_of_clients(server):
+  connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+  with contextlib.closing(connection):
+    connection.request("GET", "/health")
+    connection.getresponse().read()
+    address = connection.sock.getsockname()
+    time.sleep(6)  # httpx and openai keep idle connections for 5 seconds.
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200
+    assert connection.sock.getsockname() == address
 
 
 def test_metrics_and_health(server):
