@@ -62,6 +62,26 @@ def test_a_row_is_sparse_if_a_weight_exceeds_the_level():
   assert _paper_sparsity.p_sparse(largest, np.array([100, 200]), 0.1) == 0.75
 
 
+def test_a_length_is_taken_from_the_shortest_pieces():
+  def result(piece: int, rows: int, value: float, lengths: tuple[int, ...]) -> dict:
+    by_length = [
+      {"length": n, "rows": rows, "mass": {"first": value}, "p_sparse": {"largest": {"0.1": value}}}
+      for n in lengths
+    ]
+    return {"length": piece, "by_length": by_length}
+
+  merged = _paper_sparsity.merge_lengths(
+    [
+      result(200, 10, 1.0, (100, 200)),
+      result(200, 30, 0.0, (100,)),
+      result(400, 10, 0.5, (100, 400)),
+    ]
+  )
+  assert {n: (one["rows"], one["mass"]["first"]) for n, one in merged.items()} == {
+    100: (40, 0.25), 200: (10, 1.0), 400: (10, 0.5),
+  }  # fmt: skip
+
+
 def test_chunked_attention_is_causal_attention():
   q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 37, 4, 8))
   got = chunked_causal_attention(q, k[:, :, :2], v[:, :, :2], chunk=10)
