@@ -20,8 +20,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from benchmarks._paper_forward import chunked_causal_attention, embed, run_layers
-from benchmarks._paper_inputs import Inputs, rounded
+from benchmarks.paper_parts.forward import chunked_causal_attention, embed, run_layers
+from benchmarks.paper_parts.inputs import Inputs, rounded
 from dga_jax.evaluation.jobs import Job
 from dga_jax.model import Decoder
 

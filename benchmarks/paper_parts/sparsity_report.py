@@ -1,4 +1,4 @@
-"""Tables and pictures of `_paper_sparsity`."""
+"""Tables and pictures of `sparsity`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._paper_plots import label, make_figure, save
-from benchmarks._paper_published import P_SPARSE
-from benchmarks._paper_sparsity import merge_lengths, SINKS, WINDOW
+from benchmarks.paper_parts.plots import label, make_figure, save
+from benchmarks.paper_parts.published import P_SPARSE
+from benchmarks.paper_parts.sparsity import merge_lengths, SINKS, WINDOW
 from dga_jax.evaluation.report import markdown
 
 type _Results = Sequence[Mapping[str, Any]]
