@@ -32,7 +32,13 @@ from tqdm import tqdm
 
 from benchmarks._resident_sessions import known_models, resident_sessions
 from benchmarks._serve_clients import Answer, ask, Load, random_tokens, run_load
-from benchmarks._serve_models import load_model, run_in_engine, run_server, serve_model
+from benchmarks._serve_models import (
+  first_layers,
+  load_model,
+  run_in_engine,
+  run_server,
+  serve_model,
+)
 from benchmarks.timing import environment
 from dga_jax.choices import AttentionName
 from dga_jax.files.path_flags import define_path
@@ -44,6 +50,9 @@ _MESSAGE_TOKENS = 32  # Of the second turn's message, and of the overhead's prom
 
 _MODEL = flags.DEFINE_enum("model", "smollm2", ["smollm2", "llama2-7b"], "model to serve")
 _WORKDIR = define_path("workdir", None, "checkpoint to serve in place of SmolLM2")
+_LAYERS = flags.DEFINE_integer(
+  "layers", None, "first layers of the model alone, for a quick run", lower_bound=1
+)
 _KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds that the server serves")
 _BUDGETS = define_path("budgets", None, "HeadBudgets of the model, served beside the kinds")
 _TABLES_FLAG = flags.DEFINE_multi_enum("table", _TABLES, _TABLES, "tables to measure; repeatable")
@@ -103,6 +112,8 @@ def _models(max_length: int) -> list[ServedModel]:
   models = []
   for name, attention, budgets in kinds:
     model, tokenizer = load_model(_MODEL.value, _WORKDIR.value, attention, budgets)
+    if _LAYERS.value is not None:
+      model = first_layers(model, _LAYERS.value)
     served = serve_model(
       name,
       model,
@@ -288,6 +299,7 @@ def _record(table: str, served: ServedModel | None, /, **values: object) -> None
   given: dict[str, object] = {"table": table, "device": environment(), "versions": _versions()}
   if served is not None:
     given |= {"model": _WORKDIR.value or _MODEL.value, "kind": served.name}
+    given |= {"layers": served.engine.config.num_layers}
     given |= {"new_tokens": _NEW.value, "slots": served.engine.slots}
   with Path(_OUTPUT.value).open("a", encoding="utf-8") as file:
     file.write(json.dumps(given | values) + "\n")

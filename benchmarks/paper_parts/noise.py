@@ -23,9 +23,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from benchmarks._paper_forward import embed, relative_noise, run_layers
-from benchmarks._paper_inputs import Inputs
-from benchmarks._paper_plots import label, LINES, make_figure, save
+from benchmarks.paper_parts.forward import embed, relative_noise, run_layers
+from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.plots import label, LINES, make_figure, save
 from dga_jax import DGAConfig
 from dga_jax.attention.segments import find_documents
 from dga_jax.cache import cache_size

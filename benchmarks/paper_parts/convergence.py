@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from benchmarks._paper_inputs import Inputs, rounded
-from benchmarks._paper_plots import label, make_figure, save
-from benchmarks._paper_theorems import merge
+from benchmarks.paper_parts.inputs import Inputs, rounded
+from benchmarks.paper_parts.plots import label, make_figure, save
+from benchmarks.paper_parts.theorems import merge
 from dga_jax.evaluation.jobs import Job
 from dga_jax.evaluation.report import markdown
 

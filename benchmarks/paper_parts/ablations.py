@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from benchmarks._paper_inputs import Inputs
-from benchmarks._paper_plots import label, make_figure, save
-from benchmarks._paper_published import GROUP_SIZE, IMPORTANCE_RATE, SELECTION
+from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.plots import label, make_figure, save
+from benchmarks.paper_parts.published import GROUP_SIZE, IMPORTANCE_RATE, SELECTION
 from dga_jax import DGAConfig
 from dga_jax.cache import cache_size
 from dga_jax.evaluation.jobs import Job

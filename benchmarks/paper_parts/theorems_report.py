@@ -1,4 +1,4 @@
-"""Tables and the picture of `_paper_theorems`."""
+"""Tables and the picture of `theorems`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from benchmarks._paper_plots import label, make_figure, save
-from benchmarks._paper_theorems import HEAD_DIM, RHO, SIGMAS
+from benchmarks.paper_parts.plots import label, make_figure, save
+from benchmarks.paper_parts.theorems import HEAD_DIM, RHO, SIGMAS
 from dga_jax.evaluation.report import markdown
 
 type _Values = Sequence[Mapping[str, Any]]
