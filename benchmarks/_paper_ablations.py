@@ -2,8 +2,8 @@
 
 The paper trains LLaMA2-7B for 1000 steps with DGA before it measures; here the weights are those
 of the dense model. Perplexity and accuracy of the next token are measured on the second half of
-whole sequences. Under global selection later queries choose what earlier queries see, as in the
-paper's tables, so the figures are lower bounds of what decoding loses.
+whole sequences. Under global selection later queries choose what earlier queries see, so decoding
+computes another function.
 """
 
 import functools
