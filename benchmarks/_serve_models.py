@@ -1,11 +1,13 @@
 """The models of the serving benchmark: their engines, the server, and requests without HTTP."""
 
 import contextlib
+import dataclasses
 import socket
 import threading
 import time
 from collections.abc import Iterator
 
+import jax
 import uvicorn
 from flax import nnx
 from tqdm import tqdm
@@ -64,6 +66,16 @@ def load_model(
   if budgets is not None:
     model = apply_budgets(model, budgets)
   return model, Tokenizer.byte_level()
+
+
+def first_layers(model: Decoder, count: int) -> Decoder:
+  """The decoder with its first layers alone, for a quick run."""
+  config = dataclasses.replace(model.config, num_layers=count)
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  params["layers"] = jax.tree.map(lambda x: x[:count], params["layers"])
+  shortened: Decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+  nnx.update(shortened, params)
+  return shortened
 
 
 def serve_model(

@@ -35,7 +35,7 @@ from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.retrieval import Haystack
 from dga_jax.evaluation.texts import read_documents, token_rows
 from dga_jax.evaluation.variants import Family, Variant
-from dga_jax.path_flags import define_path
+from dga_jax.files.path_flags import define_path
 from dga_jax.tokenizer import Tokenizer
 
 _WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)

@@ -32,11 +32,17 @@ from tqdm import tqdm
 
 from benchmarks._resident_sessions import known_models, resident_sessions
 from benchmarks._serve_clients import Answer, ask, Load, random_tokens, run_load
-from benchmarks._serve_models import load_model, run_in_engine, run_server, serve_model
+from benchmarks._serve_models import (
+  first_layers,
+  load_model,
+  run_in_engine,
+  run_server,
+  serve_model,
+)
 from benchmarks.timing import environment
 from dga_jax.choices import AttentionName
+from dga_jax.files.path_flags import define_path
 from dga_jax.head_budgets import HeadBudgets, read_head_budgets
-from dga_jax.path_flags import define_path
 from dga_jax.serving.served_model import ServedModel
 
 _TABLES = ["load", "second_turn", "overhead", "sessions"]
@@ -44,6 +50,9 @@ _MESSAGE_TOKENS = 32  # Of the second turn's message, and of the overhead's prom
 
 _MODEL = flags.DEFINE_enum("model", "smollm2", ["smollm2", "llama2-7b"], "model to serve")
 _WORKDIR = define_path("workdir", None, "checkpoint to serve in place of SmolLM2")
+_LAYERS = flags.DEFINE_integer(
+  "layers", None, "first layers of the model alone, for a quick run", lower_bound=1
+)
 _KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds that the server serves")
 _BUDGETS = define_path("budgets", None, "HeadBudgets of the model, served beside the kinds")
 _TABLES_FLAG = flags.DEFINE_multi_enum("table", _TABLES, _TABLES, "tables to measure; repeatable")
@@ -52,6 +61,9 @@ _PROMPTS = flags.DEFINE_list("prompts", ["4096", "16384"], "prompt lengths in to
 _NEW = flags.DEFINE_integer("new_tokens", 64, "tokens of an answer", lower_bound=2)
 _REQUESTS = flags.DEFINE_integer("requests", 2, "requests of each client", lower_bound=1)
 _SLOTS = flags.DEFINE_integer("slots", 16, "largest number of slots of a kind", lower_bound=1)
+_MAX_LENGTH = flags.DEFINE_integer(
+  "max_length", None, "tokens of a slot; default: as many as the prompts and answers need"
+)
 _CACHE_GB = flags.DEFINE_float("cache_gb", None, "GB of caches of each kind; default: all slots")
 _MEMORY_GB = flags.DEFINE_float("memory_gb", 64.0, "GB of caches in the table of sessions")
 _SESSION_LENGTH = flags.DEFINE_integer("session_length", 16384, "tokens of its sessions")
@@ -71,7 +83,7 @@ def main(argv: list[str]) -> None:
     _print_sessions()
   if tables <= {"sessions"}:
     return
-  models = _models(max(lengths) + 2 * _NEW.value + 2 * _MESSAGE_TOKENS)
+  models = _models(_MAX_LENGTH.value or max(lengths) + 2 * _NEW.value + 2 * _MESSAGE_TOKENS)
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool, run_server(models) as url:
     for model in models:  # The first request of a process is slower.
@@ -100,6 +112,8 @@ def _models(max_length: int) -> list[ServedModel]:
   models = []
   for name, attention, budgets in kinds:
     model, tokenizer = load_model(_MODEL.value, _WORKDIR.value, attention, budgets)
+    if _LAYERS.value is not None:
+      model = first_layers(model, _LAYERS.value)
     served = serve_model(
       name,
       model,
@@ -285,6 +299,7 @@ def _record(table: str, served: ServedModel | None, /, **values: object) -> None
   given: dict[str, object] = {"table": table, "device": environment(), "versions": _versions()}
   if served is not None:
     given |= {"model": _WORKDIR.value or _MODEL.value, "kind": served.name}
+    given |= {"layers": served.engine.config.num_layers}
     given |= {"new_tokens": _NEW.value, "slots": served.engine.slots}
   with Path(_OUTPUT.value).open("a", encoding="utf-8") as file:
     file.write(json.dumps(given | values) + "\n")

@@ -4,9 +4,10 @@ import importlib
 from typing import Any, TYPE_CHECKING
 
 if TYPE_CHECKING:
-  from dga_jax.api import dynamic_group_attention, explain, plan_groups
+  from dga_jax.api import dynamic_group_attention, plan_groups
   from dga_jax.attention.plan import GroupPlan
   from dga_jax.config import DGAConfig
+  from dga_jax.explanation import explain
   from dga_jax.head_budgets import HeadBudgets, SinkWindow
   from dga_jax.loading import load
   from dga_jax.text_generation import generate
@@ -33,7 +34,7 @@ _MODULES = {
   "HeadBudgets": "dga_jax.head_budgets",
   "SinkWindow": "dga_jax.head_budgets",
   "dynamic_group_attention": "dga_jax.api",
-  "explain": "dga_jax.api",
+  "explain": "dga_jax.explanation",
   "generate": "dga_jax.text_generation",
   "load": "dga_jax.loading",
   "plan_groups": "dga_jax.api",

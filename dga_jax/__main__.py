@@ -25,6 +25,7 @@ COMMANDS = {
   "convert": Command("dga_jax.convert", "Import a Hugging Face or GGUF model, or export a model."),
   "evaluate": Command("dga_jax.evaluate", "Measure perplexity and retrieval on long contexts."),
   "calibrate": Command("dga_jax.calibrate", "Choose a setting of attention for each KV head."),
+  "fit_selector": Command("dga_jax.fit_selector", "Fit the choice of focal tokens to a model."),
   "picture": Command("dga_jax.picture", "Draw what each query sees and how groups merge tokens."),
   "smollm2": Command("dga_jax.smollm2", "Download a small model; compare dense attention and DGA."),
   "train": Command("train.main", "Train a model (from a checkout of dga-jax)."),
@@ -65,7 +66,7 @@ def _dispatch(name: str, *arguments: str) -> None:
 
 def usage() -> str:
   """The commands with one line each."""
-  lines = [f"  {name:10}{command.help}" for name, command in COMMANDS.items()]
+  lines = [f"  {name:14}{command.help}" for name, command in COMMANDS.items()]
   return "\n".join(
     [
       "Usage: dga COMMAND [FLAG ...]",

@@ -19,16 +19,11 @@ from dga_jax.attention.reference import number_documents, reference_attention
 from dga_jax.attention.segments import count_documents, find_documents, IntArray
 from dga_jax.attention.unbatched import accepts_unbatched
 from dga_jax.attention.validation import Lengths, SegmentIds, SequenceIds
-from dga_jax.cache import decode_step, empty_cache
 from dga_jax.config import DGAConfig
-from dga_jax.explanation import Explanation
 from dga_jax.head_budgets import HeadBudgets
-from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 
-__all__ = ["dynamic_group_attention", "explain", "plan_groups"]
-
-ArrayOrShape = Array | jax.ShapeDtypeStruct
+__all__ = ["dynamic_group_attention", "plan_groups"]
 
 
 @accepts_unbatched
@@ -41,6 +36,7 @@ def dynamic_group_attention(
   plan: GroupPlan | None = None,
   lengths: Lengths | None = None,
   segment_ids: SegmentIds | SequenceIds | None = None,
+  focal_scores: Float[Array, "*B L N"] | None = None,
   scale: float | Float[Array, ""] | None = None,
   sharding: NamedSharding | None = None,
   implementation: Implementation = None,
@@ -71,6 +67,9 @@ def dynamic_group_attention(
     segment_ids: runs of equal ids are documents packed in a row; negative ids are padding. An int
       array or a list of lists. Each row and document is computed as if it were alone. Padded
       queries give 0.
+    focal_scores: float32, required with the selector "fitted": of each block and KV head, the
+      tokens with the highest scores stay focal. No gradient flows through the scores. The score of
+      a token must not depend on later tokens where the output must be causal.
     scale: of the attention logits, default 1/√D. The choice of focal tokens always uses 1/√D, and
       `config.aggregation_scale` sets the scale of merge weights.
     sharding: of the query, for a mesh whose axes are Auto: `NamedSharding(mesh,
@@ -96,6 +95,7 @@ def dynamic_group_attention(
     validation.head_budgets(config, key, plan)
   elif plan is not None:
     plan.check_fits(query, key, config, lengths=lengths, segment_ids=segment_ids)
+  validation.focal_scores(focal_scores, key, config, plan)
   query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
   partition = find_partition(query, key, value, sharding)
   if partition is None:
@@ -107,6 +107,7 @@ def dynamic_group_attention(
       plan=plan,
       lengths=lengths,
       segment_ids=segment_ids,
+      focal_scores=focal_scores,
       scale=scale,
       implementation=implementation,
     )
@@ -116,7 +117,13 @@ def dynamic_group_attention(
       "query": query,
       "key": key,
       "value": value,
-      **_present(lengths=lengths, segment_ids=segment_ids, plan=plan, scale=traced_scale),
+      **_present(
+        lengths=lengths,
+        segment_ids=segment_ids,
+        focal_scores=focal_scores,
+        plan=plan,
+        scale=traced_scale,
+      ),
     },
     partition=partition,
     config=config if plan is not None else _with_document_bound(config, lengths, segment_ids),
@@ -132,14 +139,15 @@ def plan_groups(
   config: DGAConfig,
   lengths: Lengths | None = None,
   segment_ids: SegmentIds | None = None,
+  focal_scores: Float[Array, "B L N"] | None = None,
   sharding: NamedSharding | None = None,
 ) -> GroupPlan:
   """Chooses focal tokens and groups for every row, document and KV head.
 
   Global selection ranks keys by the attention that sampled queries pay to them (Eq. 16 and 17 of
-  arXiv 2505.22107). Under streaming selection the last query of each block chooses the block's
-  focal tokens. Random selection draws them. Each row and document is planned as if it were alone.
-  No gradient flows through a plan.
+  arXiv 2505.22107). Under streaming selection the last query of each block, or the focal scores,
+  choose the block's focal tokens. Random selection draws them. Each row and document is planned
+  as if it were alone. No gradient flows through a plan.
 
   Args:
     query: any float dtype. Query head h belongs to KV head ⌊h / (H/N)⌋.
@@ -148,6 +156,7 @@ def plan_groups(
     lengths: tokens of each row, an int array or a list; later tokens are padding. Default: L.
     segment_ids: runs of equal ids are documents packed in a row; negative ids are padding. An int
       array or a list of lists.
+    focal_scores: as for `dynamic_group_attention`.
     sharding: of the query, as for `dynamic_group_attention`.
 
   Returns:
@@ -161,81 +170,24 @@ def plan_groups(
   validation.query_and_key(query, key)
   B, L = query.shape[:2]
   lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
+  validation.focal_scores(focal_scores, key, config)
   query, key = jnp.asarray(query), jnp.asarray(key)
   partition = find_partition(query, key, key, sharding)
   if partition is None:
-    return make_plan(query, key, prepare(find_documents(B, L, lengths, segment_ids), config))
+    metadata = prepare(find_documents(B, L, lengths, segment_ids), config)
+    return make_plan(query, key, metadata, focal_scores)
   bounded = _with_document_bound(config, lengths, segment_ids)
   assert isinstance(bounded, DGAConfig)
   plan = _plan_on_mesh(
-    {"query": query, "key": key, **_present(lengths=lengths, segment_ids=segment_ids)},
+    {
+      "query": query,
+      "key": key,
+      **_present(lengths=lengths, segment_ids=segment_ids, focal_scores=focal_scores),
+    },
     partition=partition,
     config=bounded,
   )
   return dataclasses.replace(plan, config=config)
-
-
-def explain(
-  query: Float[ArrayOrShape, "B L H D"],
-  key: Float[ArrayOrShape, "B L N D"],
-  value: Float[ArrayOrShape, "B L N D"],
-  *,
-  config: DGAConfig | HeadBudgets,
-  lengths: Lengths | None = None,
-  segment_ids: SegmentIds | None = None,
-  sharding: NamedSharding | None = None,
-  implementation: Implementation = None,
-) -> Explanation:
-  """Which implementation runs each op of a call, and why not the others. Computes nothing.
-
-      print(dga_jax.explain(query, key, value, config=config))
-
-  The ops are those of `dynamic_group_attention` with these arguments, and those of a decoding step
-  over the cache of such prompts.
-
-  Args:
-    query: of the call, or its `jax.ShapeDtypeStruct`.
-    key: likewise.
-    value: likewise.
-    config: as for `dynamic_group_attention`.
-    lengths: likewise.
-    segment_ids: likewise.
-    sharding: likewise.
-    implementation: likewise.
-
-  Raises:
-    ValueError: as for `dynamic_group_attention`.
-    NotImplementedError: likewise.
-  """
-  (B, L, _, D), N, dtype = query.shape, key.shape[2], key.dtype
-  own = None if validation.is_traced(query) else getattr(query, "sharding", None)
-  if sharding is None and isinstance(own, NamedSharding) and own.mesh.abstract_mesh.auto_axes:
-    sharding = own  # Tracing hides it.
-
-  def decode(query: Array, key: Array, value: Array, config: DGAConfig) -> Any:
-    cache = empty_cache(
-      config=config, batch=B, max_length=L + 1, num_kv_heads=N, head_dim=D, dtype=dtype
-    )
-    return decode_step(query[:, 0], key[:, 0], value[:, 0], cache, config=config)
-
-  call = functools.partial(
-    dynamic_group_attention,
-    config=config,
-    lengths=lengths,
-    segment_ids=segment_ids,
-    sharding=sharding,
-    implementation=implementation,
-  )
-  # A step of decoding is explained for one device: `cache` functions take no split arrays.
-  unsplit = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
-  configs = config.settings if isinstance(config, HeadBudgets) else (config,)
-  target = dispatch.find_target(query, key, value)
-  with dispatch.collect_reports(target) as reports:
-    jax.eval_shape(call, query, key, value)
-    for each in configs:
-      if isinstance(each, DGAConfig):
-        jax.eval_shape(functools.partial(decode, config=each), *unsplit)
-  return Explanation.from_reports(str(target), reports)
 
 
 def _attend_on_device(
@@ -247,6 +199,7 @@ def _attend_on_device(
   plan: GroupPlan | None = None,
   lengths: IntArray | None = None,
   segment_ids: IntArray | None = None,
+  focal_scores: Array | None = None,
   scale: Any = None,
   implementation: Implementation = None,
 ) -> Array:
@@ -254,10 +207,19 @@ def _attend_on_device(
   B, L, _, D = query.shape
   if isinstance(config, HeadBudgets):
 
-    def attend_class(config: DGAConfig, query: Array, key: Array, value: Array) -> Array:
-      options = {"lengths": lengths, "segment_ids": segment_ids, "scale": scale}
+    def attend_class(
+      config: DGAConfig, query: Array, key: Array, value: Array, focal_scores: Array | None
+    ) -> Array:
       return _attend_on_device(
-        query, key, value, config=config, implementation=implementation, **options
+        query,
+        key,
+        value,
+        config=config,
+        lengths=lengths,
+        segment_ids=segment_ids,
+        focal_scores=focal_scores,
+        scale=scale,
+        implementation=implementation,
       )
 
     return attend_heads(
@@ -266,6 +228,7 @@ def _attend_on_device(
       value,
       config,
       attend_class,
+      focal_scores=focal_scores,
       lengths=lengths,
       segment_ids=segment_ids,
       scale=scale,
@@ -275,7 +238,7 @@ def _attend_on_device(
   if implementation in ("reference", ("reference",)):
     if plan is None:
       documents = find_documents(B, L, lengths, segment_ids)
-      plan = make_plan(query, key, prepare(documents, config))
+      plan = make_plan(query, key, prepare(documents, config), focal_scores)
     out_BxLxHxD = reference_attention(
       query,
       key,
@@ -289,7 +252,15 @@ def _attend_on_device(
   if plan is not None:
     return attend_with_plan(query, key, value, plan, scale=scale, implementation=implementation)
   metadata = prepare(find_documents(B, L, lengths, segment_ids), config)
-  return attend(query, key, value, metadata, scale=scale, implementation=implementation)
+  return attend(
+    query,
+    key,
+    value,
+    metadata,
+    focal_scores=focal_scores,
+    scale=scale,
+    implementation=implementation,
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("partition", "config", "scale", "implementation"))
@@ -315,6 +286,7 @@ def _attend_on_mesh(
     "value": states,
     "lengths": rows,
     "segment_ids": rows,
+    "focal_scores": partition.scores,
     "scale": PartitionSpec(),
   }
   if "plan" in operands:
@@ -334,7 +306,7 @@ def _plan_on_mesh(
     query, key = operands["query"], operands["key"]
     B, L = query.shape[:2]
     documents = find_documents(B, L, operands.get("lengths"), operands.get("segment_ids"))
-    plan = make_plan(query, key, prepare(documents, config))
+    plan = make_plan(query, key, prepare(documents, config), operands.get("focal_scores"))
     leaves, structure = jax.tree.flatten(plan)
     specs_of_leaves = jax.tree.leaves(_plan_specs(plan, partition))
     return {
@@ -343,7 +315,13 @@ def _plan_on_mesh(
     }
 
   states, rows = partition.states, partition.rows
-  in_specs = {"query": states, "key": states, "lengths": rows, "segment_ids": rows}
+  in_specs = {
+    "query": states,
+    "key": states,
+    "lengths": rows,
+    "segment_ids": rows,
+    "focal_scores": partition.scores,
+  }
   # The structure of a plan is known after tracing: out_specs are a prefix of lists of any length.
   out_specs = {"rows": rows}
   if partition.heads:

@@ -31,7 +31,7 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.evaluation.retrieval import TASKS
-from dga_jax.path_flags import define_path, define_paths
+from dga_jax.files.path_flags import define_path, define_paths
 
 _WORKDIR = define_path("workdir", None, "Folder with the checkpoint.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
@@ -102,8 +102,10 @@ def main() -> None:
   goal = Goal(
     _KEYS.value, objective, _LENGTH.value, _TAIL.value, _ROUNDS.value, _REFINE.value, shares
   )
-  candidates = make_grid(blocks, windows, _SINKS.value, _LENGTH.value)
-  model, _, tokenizer = load_model(_WORKDIR.value, _STEP.value)
+  model, config, tokenizer = load_model(_WORKDIR.value, _STEP.value)
+  candidates = make_grid(
+    blocks, windows, _SINKS.value, _LENGTH.value, has_selector=config.focal_selector
+  )
   rows = _make_rows(_DOCUMENTS.value, tokenizer, _SEED.value)
   check_rows = rows
   if _CHECK_DOCUMENTS.value:
@@ -130,7 +132,8 @@ def main() -> None:
     "environment": environment(),
   }
   report.write_json(result, provenance, output)
-  title = f"{name}: {_LENGTH.value} tokens, {result.share:.3f} of dense {_OBJECTIVE.value}"
+  share = f"{result.share:.3f} of dense {_OBJECTIVE.value}"
+  title = f"Settings of the KV heads · {name} · {_LENGTH.value} tokens · {share}"
   plot.plot_budgets(result, _LENGTH.value, title, output.with_suffix(".png"))
   print(report.table(result))
   print(f"\n{output}\n{output.with_suffix('.png')}")

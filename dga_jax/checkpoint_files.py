@@ -16,8 +16,8 @@ from jaxtyping import Array, PyTree
 
 from dga_jax import checkpoint_manifest
 from dga_jax.checkpoint_manifest import Manifest
-from dga_jax.paths import check_path, is_gcs
-from dga_jax.storage import AnyPath, to_path
+from dga_jax.files.paths import check_path, is_gcs
+from dga_jax.files.storage import AnyPath, to_path
 
 # An item that only checkpoints from before the manifest have.
 _OLD_ITEM = "checksums"

@@ -21,9 +21,9 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
-from dga_jax.file_hashes import FileRecord, find_file_damage, hash_files
-from dga_jax.paths import is_gcs
-from dga_jax.storage import AnyPath, files_below, to_path
+from dga_jax.files.hashes import FileRecord, find_file_damage, hash_files
+from dga_jax.files.paths import is_gcs
+from dga_jax.files.storage import AnyPath, files_below, to_path
 
 # Orbax finalizes items in alphabetical order, and this one has to be the last.
 ITEM = "verification"

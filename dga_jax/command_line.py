@@ -6,11 +6,16 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, TYPE_CHECKING
 
 from absl import app, flags, logging
 
 from dga_jax.unused_gpu import warn_about_unused_gpu
+
+if TYPE_CHECKING:
+  from dga_jax.head_budgets import HeadBudgets
+
+flags.disclaim_key_flags()  # --help lists --budgets with the flags of the command.
 
 
 def define_budgets() -> flags.FlagHolder[str | None]:
@@ -22,6 +27,23 @@ def define_budgets() -> flags.FlagHolder[str | None]:
     "default: the checkpoint's attention.",
   )
   return holder
+
+
+def read_budgets(flag: flags.FlagHolder[str | None]) -> "HeadBudgets | None":
+  """The budgets in the file of the flag --budgets, or None without the flag.
+
+  Args:
+    flag: from `define_budgets`.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: the file has no budgets.
+  """
+  if flag.value is None:
+    return None
+  from dga_jax.head_budgets import read_head_budgets
+
+  return read_head_budgets(flag.value)
 
 
 def run(main: Callable[[], None]) -> NoReturn:

@@ -15,12 +15,13 @@ from dga_jax.config_dataclasses import (
   require_type,
 )
 
-__all__ = ["RETROFIT", "DGAConfig"]
+__all__ = ["RETROFIT", "DGAConfig", "retrofit"]
 
 Selection = Literal["global", "streaming", "random"]
 Visibility = Literal["inclusive", "exclusive"]
 AggregationScale = Literal["head_dim", "none"]
 GroupLogitBias = Literal["none", "log_size"]
+Selector = Literal["last_query", "fitted"]
 CacheDtype = Literal["int8", "float8_e4m3fn"]
 
 
@@ -36,6 +37,10 @@ class DGAConfig:
       the attention of sampled queries; later queries decide for earlier ones. "streaming" lets the
       last query of each block choose within the block; it is causal, and decoding computes the
       same function. "random" draws the focal tokens (Table 5 of the paper).
+    selector: which tokens of a streaming or decoding block stay focal: those that the block's last
+      query attends to most ("last_query"), or those with the highest focal scores ("fitted"). The
+      scores are an argument of the op and of the cache functions; a decoder with
+      `ModelConfig.focal_selector` computes them. "fitted" requires streaming selection.
     visibility: whether the query at a group's last position sees the group ("inclusive", the
       paper's) or only later queries do ("exclusive"). Streaming selection is always exclusive.
     aggregation_scale: scale of the merge logits: "head_dim" for 1/√D, "none" for 1.
@@ -63,6 +68,7 @@ class DGAConfig:
   importance_rate: float = 0.1
   min_focal_tokens: int = 1024
   selection: Selection = "global"
+  selector: Selector = "last_query"
   visibility: Visibility = "inclusive"
   aggregation_scale: AggregationScale = "head_dim"
   complementary: bool = True
@@ -78,6 +84,7 @@ class DGAConfig:
 
   def __post_init__(self) -> None:
     require_choice(self, "selection", Selection)
+    require_choice(self, "selector", Selector)
     require_choice(self, "visibility", Visibility)
     require_choice(self, "aggregation_scale", AggregationScale)
     require_choice(self, "group_logit_bias", GroupLogitBias)
@@ -99,6 +106,13 @@ class DGAConfig:
         self,
         "complementary",
         "True with selection='streaming', where a query sees its own block by its raw tokens alone",
+      )
+    if self.selection != "streaming" and self.selector != "last_query":
+      raise config_error(
+        self,
+        "selector",
+        f"'last_query' with selection={self.selection!r}, which ranks whole documents; use"
+        " selection='streaming'",
       )
     if self.selection != "streaming" and self.local_window:
       raise config_error(
@@ -153,3 +167,8 @@ class DGAConfig:
 RETROFIT = DGAConfig(
   group_size=30, focal_per_block=2, selection="streaming", sink_tokens=4, local_window=38
 )
+
+
+def retrofit(*, has_selector: bool) -> DGAConfig:
+  """`RETROFIT`, with the fitted selector for a model that has its weights."""
+  return dataclasses.replace(RETROFIT, selector="fitted" if has_selector else "last_query")

@@ -8,7 +8,7 @@ Supported are LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3 and SmolLM. The import in
 tokenizer, the ids that stop a generation, and chat templates. An imported model attends as in its
 own program (densely, or Mistral by its window) unless --attention says otherwise. The attention
 kind is no part of the weights: generation, training and evaluation may choose another. The settings
-of "dga" are those of `dga_jax.config.RETROFIT`.
+of "dga" are those of `dga_jax.config.retrofit`.
 
 Every key of config.json and of GGUF metadata is implemented, known to change nothing, or refused.
 A key that is unknown is refused by name; --ignore_keys accepts it.
@@ -22,8 +22,8 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.files.path_flags import define_path
 from dga_jax.hub_names import check_exists
-from dga_jax.path_flags import define_path
 
 _SOURCE = define_path("source", None, "A Hugging Face folder or a GGUF file to import.")
 _WORKDIR = define_path(
@@ -94,13 +94,13 @@ def main() -> None:
 def import_by_flags(path: Path) -> str:
   """Imports the model at `path` and returns a summary."""
   check_exists(path, "Hugging Face folder or GGUF file")
-  from dga_jax.config import RETROFIT
+  from dga_jax.config import retrofit
   from dga_jax.conversion.checkpoint_reader import TokenizerChoices
   from dga_jax.conversion.importing import import_model, open_source
 
   source = open_source(path, _IGNORE_KEYS.value)
   config = source.config()
-  changes: dict[str, Any] = {"dga": RETROFIT}
+  changes: dict[str, Any] = {"dga": retrofit(has_selector=config.focal_selector)}
   if _PARAM_DTYPE.value is not None:
     changes |= {"param_dtype": _PARAM_DTYPE.value, "dtype": _PARAM_DTYPE.value}
   for name, flag in (("dtype", _DTYPE), ("attention", _ATTENTION)):

@@ -32,9 +32,11 @@ from absl import app, flags
 from dga_jax import command_line
 from dga_jax.evaluation.retrieval import TASKS
 from dga_jax.evaluation.ruler import RULER_TASKS
-from dga_jax.path_flags import define_path, define_paths
+from dga_jax.files.path_flags import define_path, define_paths
 
-_WORKDIR = define_path("workdir", None, "Folder with the checkpoint.", required=True)
+_WORKDIR = define_path(
+  "workdir", None, "Folder of a checkpoint, a Hugging Face folder, or a GGUF file.", required=True
+)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
 _TASK = flags.DEFINE_enum(
   "task", None, ["perplexity", "retrieval", "ruler", "longbench", "lost_in_the_middle"],
@@ -109,6 +111,8 @@ def _check_flags() -> None:
     needed = _RULER_QUESTIONS
   if not needed.value:
     raise app.UsageError(f"--task={_TASK.value} needs --{needed.name}.")
+  if _OUT.value is None and Path(_WORKDIR.value).is_file():
+    raise app.UsageError(f"--workdir={_WORKDIR.value} is a file; give --out for the results.")
   _numbers(_LENGTHS, int)
   _numbers(_CONTEXTS, int)
   _numbers(_DEPTHS, float)
@@ -129,21 +133,19 @@ def _numbers[T: (int, float)](flag: flags.FlagHolder, convert: Callable[[str], T
 
 def _make_jobs() -> tuple[list[Any], str]:
   """The jobs of the task, and the name of the checkpoint that they measure."""
-  from dga_jax.checkpoint import list_steps, load_model
+  from dga_jax.checkpoint import list_steps
   from dga_jax.evaluation import task_jobs
   from dga_jax.evaluation.jobs import RetrievalSettings
   from dga_jax.evaluation.perplexity import PerplexitySettings
   from dga_jax.evaluation.texts import read_documents
   from dga_jax.evaluation.variants import Family, read_variants, Variant
-  from dga_jax.head_budgets import read_head_budgets
-  from dga_jax.model import apply_budgets
+  from dga_jax.loading import load_with_facts
 
   variants = read_variants(_VARIANTS.value) if _VARIANTS.value else [Variant("as trained")]
   lengths = _numbers(_LENGTHS, int)
-  model, _, tokenizer = load_model(_WORKDIR.value, _STEP.value)
-  if _BUDGETS.value is not None:
-    model = apply_budgets(model, read_head_budgets(_BUDGETS.value))
-  step = list_steps(_WORKDIR.value)[-1] if _STEP.value is None else _STEP.value
+  budgets = command_line.read_budgets(_BUDGETS)
+  model, tokenizer, *_ = load_with_facts(str(_WORKDIR.value), step=_STEP.value, budgets=budgets)
+  steps = list_steps(_WORKDIR.value) if _STEP.value is None else [_STEP.value]
   make = task_jobs.TaskJobs(Family(model, tokenizer.start_ids), tokenizer, variants, lengths)
   match _TASK.value:
     case "perplexity":
@@ -162,8 +164,8 @@ def _make_jobs() -> tuple[list[Any], str]:
       jobs = make.longbench(str(_LONGBENCH.value), _LIMIT.value, _BATCH_SIZE.value)
     case _:
       jobs = make.lost_in_the_middle(str(_QUESTIONS.value), _LIMIT.value, _BATCH_SIZE.value)
-  budgets = "" if _BUDGETS.value is None else f", budgets {_BUDGETS.value}"
-  return list(jobs), f"{_WORKDIR.value}, step {step}{budgets}"
+  origin = str(_WORKDIR.value) + "".join(f", step {step}" for step in steps[-1:])
+  return list(jobs), origin + ("" if budgets is None else f", budgets {_BUDGETS.value}")
 
 
 if __name__ == "__main__":

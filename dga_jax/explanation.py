@@ -1,8 +1,24 @@
-"""What `dga_jax.explain` returns: the implementation of every op that a call uses."""
+"""`dga_jax.explain`: the implementation of every op that a call uses, as a record that prints."""
 
 import dataclasses
+import functools
+from typing import Any
 
-from pallas_kernels.dispatch import Report
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Float
+
+from dga_jax.api import dynamic_group_attention
+from dga_jax.attention import validation
+from dga_jax.attention.validation import Lengths, SegmentIds
+from dga_jax.cache import decode_step, empty_cache
+from dga_jax.config import DGAConfig
+from dga_jax.head_budgets import HeadBudgets
+from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Implementation, Report
+
+ArrayOrShape = Array | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,3 +100,70 @@ class Explanation:
       for choice in self.ops
       for name, reason in choice.why_not
     )
+
+
+def explain(
+  query: Float[ArrayOrShape, "B L H D"],
+  key: Float[ArrayOrShape, "B L N D"],
+  value: Float[ArrayOrShape, "B L N D"],
+  *,
+  config: DGAConfig | HeadBudgets,
+  lengths: Lengths | None = None,
+  segment_ids: SegmentIds | None = None,
+  focal_scores: Float[ArrayOrShape, "B L N"] | None = None,
+  sharding: NamedSharding | None = None,
+  implementation: Implementation = None,
+) -> Explanation:
+  """Which implementation runs each op of a call, and why not the others. Computes nothing.
+
+      print(dga_jax.explain(query, key, value, config=config))
+
+  The ops are those of `dynamic_group_attention` with these arguments, and those of a decoding step
+  over the cache of such prompts.
+
+  Args:
+    query: of the call, or its `jax.ShapeDtypeStruct`.
+    key: likewise.
+    value: likewise.
+    config: as for `dynamic_group_attention`.
+    lengths: likewise.
+    segment_ids: likewise.
+    focal_scores: likewise.
+    sharding: likewise.
+    implementation: likewise.
+
+  Raises:
+    ValueError: as for `dynamic_group_attention`.
+    NotImplementedError: likewise.
+  """
+  (B, L, _, D), N, dtype = query.shape, key.shape[2], key.dtype
+  own = None if validation.is_traced(query) else getattr(query, "sharding", None)
+  if sharding is None and isinstance(own, NamedSharding) and own.mesh.abstract_mesh.auto_axes:
+    sharding = own  # Tracing hides it.
+
+  def decode(query: Array, key: Array, value: Array, config: DGAConfig) -> Any:
+    cache = empty_cache(
+      config=config, batch=B, max_length=L + 1, num_kv_heads=N, head_dim=D, dtype=dtype
+    )
+    scores = jnp.zeros((B, N)) if config.selector == "fitted" else None
+    token = (query[:, 0], key[:, 0], value[:, 0])
+    return decode_step(*token, cache, config=config, focal_scores=scores)
+
+  call = functools.partial(
+    dynamic_group_attention,
+    config=config,
+    lengths=lengths,
+    segment_ids=segment_ids,
+    sharding=sharding,
+    implementation=implementation,
+  )
+  # A step of decoding is explained for one device: `cache` functions take no split arrays.
+  unsplit = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
+  configs = config.settings if isinstance(config, HeadBudgets) else (config,)
+  target = dispatch.find_target(query, key, value)
+  with dispatch.collect_reports(target) as reports:
+    jax.eval_shape(call, query, key, value, focal_scores=focal_scores)
+    for each in configs:
+      if isinstance(each, DGAConfig):
+        jax.eval_shape(functools.partial(decode, config=each), *unsplit)
+  return Explanation.from_reports(str(target), reports)

@@ -62,6 +62,9 @@ def attention_fn(
     sharding: as for `dynamic_group_attention`: of the query [B, L, H, D] on a mesh with Auto axes,
       where all batch axes are one axis B.
     implementation: as for `dynamic_group_attention`.
+
+  Raises:
+    ValueError: the selector is "fitted", which needs focal scores.
   """
   return _AttentionFn(config, sharding, implementation)
 
@@ -73,6 +76,13 @@ class _AttentionFn:
   config: DGAConfig
   sharding: NamedSharding | None
   implementation: Implementation
+
+  def __post_init__(self) -> None:
+    if self.config.selector == "fitted":
+      raise ValueError(
+        "config.selector is 'fitted'; it must be 'last_query', since nnx.MultiHeadAttention passes"
+        " no focal scores. Call dynamic_group_attention(..., focal_scores=...) for them."
+      )
 
   def __call__(
     self,

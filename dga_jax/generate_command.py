@@ -29,8 +29,8 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.files.path_flags import define_path
 from dga_jax.hub_names import check_exists
-from dga_jax.path_flags import define_path
 from dga_jax.prompts import check_text, read_json_lines, read_prompts, read_text
 
 if TYPE_CHECKING:
@@ -123,7 +123,6 @@ def main() -> None:
   check_exists(Path(str(_WORKDIR.value)), "checkpoint, Hugging Face folder or GGUF file")
 
   from dga_jax.generation import Sampling
-  from dga_jax.head_budgets import read_head_budgets
   from dga_jax.loading import load_with_facts
 
   sampling = Sampling(
@@ -138,12 +137,12 @@ def main() -> None:
     step=_STEP.value,
     attention=cast(AttentionName | None, _ATTENTION.value),
     dtype=cast(DtypeName | None, _DTYPE.value),
-    budgets=None if _BUDGETS.value is None else read_head_budgets(_BUDGETS.value),
+    budgets=command_line.read_budgets(_BUDGETS),
   )
   if _PROMPT_AUDIO.value is not None:
     _continue_audio(loaded, sampling)
   elif _INTERACTIVE.value:
-    from dga_jax.conversation_console import converse
+    from dga_jax.chat.console import converse
 
     converse(loaded, sampling, max_new_tokens=_MAX_NEW_TOKENS.value, system=_SYSTEM.value)
   elif _is_about_a_document():
@@ -153,7 +152,7 @@ def main() -> None:
 
 
 def _answer(loaded: "Loaded", sampling: "Sampling", document: str | None) -> None:
-  from dga_jax.conversation_console import answer_questions
+  from dga_jax.chat.console import answer_questions
 
   answer_questions(
     loaded,

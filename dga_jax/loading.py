@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from dga_jax.chat_template import chat_template_of, template_sources
+from dga_jax.chat.template import chat_template_of, template_sources
 from dga_jax.checkpoint import abstract_decoder, list_steps, load_config, load_model
 from dga_jax.choices import AttentionName, DtypeName
-from dga_jax.config import RETROFIT
+from dga_jax.config import retrofit
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.hub_names import check_exists
 from dga_jax.model import apply_budgets, Decoder, ModelConfig
@@ -51,7 +51,7 @@ def load(
       Hugging Face's transformers, or a GGUF file. Reading the last two needs the extra "convert".
     step: of a checkpoint; None for the newest.
     attention: the attention kind; None for the model's own. "dga" has the settings of the
-      checkpoint, or `dga_jax.config.RETROFIT` for the files of other programs.
+      checkpoint, or those of `dga_jax.config.retrofit` for the files of other programs.
     dtype: of the activations; None for the model's own.
     budgets: the setting of each KV head, for example `read_head_budgets` of the file that
       `dga calibrate` writes; None for the model's own attention.
@@ -121,7 +121,9 @@ def _read_files(path: Path, changes: Mapping[str, Any]) -> tuple[Decoder, Tokeni
   from dga_jax.conversion.importing import check_vocabulary, import_params, open_source
 
   source = open_source(path)
-  config = dataclasses.replace(source.config(), **{"dga": RETROFIT, **changes})
+  config = source.config()
+  dga = retrofit(has_selector=config.focal_selector)
+  config = dataclasses.replace(config, **{"dga": dga, **changes})
   tokenizer = source.tokenizer()
   check_vocabulary(source, config, tokenizer)
   model: Decoder = nnx.merge(abstract_decoder(config)[0], import_params(source, config))

@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from dga_jax import command_line
-from dga_jax.path_flags import define_path
+from dga_jax.files.path_flags import define_path
 
 _OUTPUT = define_path("output", "mask.png", "File to write, .png or .svg.")
 _LENGTH = flags.DEFINE_integer("length", 48, "Tokens of the row.", lower_bound=8, upper_bound=256)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
-from dga_jax.path_flags import define_path
+from dga_jax.files.path_flags import define_path
 
 _WORKDIR = define_path(
   "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M-Instruct (Q4_1), downloaded."
@@ -82,7 +82,6 @@ _STOP_SECONDS = flags.DEFINE_integer(
 
 def main() -> None:
   """Loads the model, compiles, and serves until SIGTERM or Ctrl-C."""
-  from dga_jax.head_budgets import read_head_budgets
   from dga_jax.serving import launch, server
   from dga_jax.serving.app import AppSettings, make_app
 
@@ -103,7 +102,7 @@ def main() -> None:
     name=name,
     attentions=attentions,
     dtype=cast(DtypeName | None, _DTYPE.value),
-    budgets=None if _BUDGETS.value is None else read_head_budgets(_BUDGETS.value),
+    budgets=command_line.read_budgets(_BUDGETS),
     settings=settings,
     progress=functools.partial(tqdm, desc="compiling", unit="program"),
   )

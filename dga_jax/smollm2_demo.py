@@ -21,10 +21,10 @@ from dga_jax.choices import AttentionName
 from dga_jax.config import RETROFIT
 from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.importing import import_model
+from dga_jax.files.paths import check_path
 from dga_jax.generation import ContinuousBatching, Generation, Request, Sampling
 from dga_jax.loading import load
 from dga_jax.model import ModelConfig
-from dga_jax.paths import check_path
 from dga_jax.text_generation import generate
 from dga_jax.tokenizer import Tokenizer
 

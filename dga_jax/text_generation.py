@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dga_jax.chat_template import encode_chat
+from dga_jax.chat.template import encode_chat
 from dga_jax.generation.continuous_batching import ContinuousBatching, Request
 from dga_jax.generation.sampling import Sampling
 from dga_jax.model import Decoder
@@ -28,7 +28,7 @@ def generate(
       print(dga_jax.generate(model, tokenizer, messages, max_new_tokens=50))
 
   Each call compiles the programs for its length. For many prompts use
-  `dga_jax.generation.ContinuousBatching`, and for many turns `dga_jax.conversation.Conversation`.
+  `dga_jax.generation.ContinuousBatching`, for many turns `dga_jax.chat.conversation.Conversation`.
 
   Args:
     model: from `dga_jax.load`.

@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 if TYPE_CHECKING:
-  from dga_jax.chat_template import ChatTemplate
+  from dga_jax.chat.template import ChatTemplate
 
 FILE_NAME = "tokenizer.json"
 END_TOKEN = "<|end|>"

@@ -14,6 +14,8 @@ COMMANDS = {"absl", "etils", "jinja2", "orbax", "tokenizers", "tqdm"}
 # What folders of dga_jax that read and write files may import in addition.
 FILE_LIBRARIES = {
   "audio": {"matplotlib", "soundfile", "soxr"},
+  "chat": {"jinja2", "tokenizers"},
+  "files": {"absl", "etils"},
   "calibration": {"matplotlib", "scipy", "tqdm"},
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
   "evaluation": {"matplotlib", "tqdm"},
@@ -30,7 +32,6 @@ ABOVE = {  # Folders that may use any library, and the folders of ours that they
 }
 COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or write files.
   "calibrate",
-  "chat_template",
   "checkpoint",
   "checkpoint_files",
   "checkpoint_manifest",
@@ -38,15 +39,12 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "console",
   "convert",
   "evaluate",
-  "file_lock",
+  "fit_selector",
   "generate_command",
-  "path_flags",
   "picture",
   "serve",
   "smollm2",
   "smollm2_demo",
-  "storage",
-  "template_sandbox",
   "tokenizer",
 }
 FOLDERS = sorted(ALLOWED.keys() | ABOVE.keys())

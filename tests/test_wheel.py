@@ -129,7 +129,17 @@ def test_the_commands(installed: Installed) -> None:
   assert listed == installed.succeed("python", "-m", "dga_jax")
   version = installed.succeed("python", "-c", "import dga_jax; print(dga_jax.__version__)")
   assert installed.succeed("dga", "--version") == version
-  for name in ("generate", "serve", "convert", "evaluate", "calibrate", "smollm2", "train"):
+  names = (
+    "generate",
+    "serve",
+    "convert",
+    "evaluate",
+    "calibrate",
+    "fit_selector",
+    "smollm2",
+    "train",
+  )
+  for name in names:
     assert f"  {name}" in listed
     assert installed.succeed("dga", name, "--help")
   training = installed.run("dga", "train", "--config=configs/quickstart.py")

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from absl import app, flags
 
-from dga_jax.path_flags import define_path
+from dga_jax.files.path_flags import define_path
 from train.aot_compile import compile_step
 from train.config import make_config
 from train.flags import define_config_flag, parse_flags

@@ -13,8 +13,8 @@ from dga_jax.config_dataclasses import (
   require_int,
   require_number,
 )
+from dga_jax.files.paths import check_path
 from dga_jax.model.config import ModelConfig
-from dga_jax.paths import check_path
 from dga_jax.sharding import MESH_AXES, MeshConfig
 from train.data.config import DataConfig
 

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from dga_jax import command_line
-from dga_jax.paths import check_path
+from dga_jax.files.paths import check_path
 
 flags.disclaim_key_flags()  # --help lists the flag with those of the module that defines it.
 

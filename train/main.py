@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from absl import app, flags, logging
 
-from dga_jax.path_flags import define_path
+from dga_jax.files.path_flags import define_path
 
 # jax is imported after the flags are parsed, so that --help and wrong flags are answered at once.
 from train.abort_filter import newest_checkpoint_note
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
 
 
 def _train(workdir: str, signals: StopSignals) -> bool:
-  from dga_jax.storage import to_path
+  from dga_jax.files.storage import to_path
   from train import multihost
   from train.config import make_config
   from train.profile import ProfiledSteps

@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import app, flags
 
 from dga_jax.checkpoint import list_steps
-from dga_jax.path_flags import define_path
+from dga_jax.files.path_flags import define_path
 from train.metrics import FILE_NAME, read_metrics
 from train.stop_signals import EXIT_STATUS
 

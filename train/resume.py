@@ -15,7 +15,7 @@ from dga_jax.checkpoint_files import (
   list_steps,
   set_aside,
 )
-from dga_jax.storage import AnyPath
+from dga_jax.files.storage import AnyPath
 from train import multihost
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from absl import logging
 
-from dga_jax.paths import is_gcs
-from dga_jax.storage import AnyPath, files_below
+from dga_jax.files.paths import is_gcs
+from dga_jax.files.storage import AnyPath, files_below
 from train.errors import TrainingError
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from absl import logging
 
-from dga_jax.chat_template import chat_template_of, ChatTemplate, template_sources
+from dga_jax.chat.template import chat_template_of, ChatTemplate, template_sources
 from dga_jax.checkpoint import Checkpoints
-from dga_jax.file_lock import hold_workdir
-from dga_jax.paths import check_path, is_gcs
-from dga_jax.storage import AnyPath
+from dga_jax.files.lock import hold_workdir
+from dga_jax.files.paths import check_path, is_gcs
+from dga_jax.files.storage import AnyPath
 from dga_jax.tokenizer import Tokenizer
 from train import multihost
 from train.abort_filter import newest_checkpoint_note
@@ -201,7 +201,8 @@ def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair:
   if data.tokenizer.vocab_size > config.model.vocab_size:
     raise ValueError(
       f"config.model.vocab_size is {config.model.vocab_size}; the tokenizer has "
-      f"{data.tokenizer.vocab_size} entries, so it must be at least that."
+      f"{data.tokenizer.vocab_size} entries. Raise config.model.vocab_size to at least that, or "
+      "lower config.data.vocab_size, the size of a tokenizer that the run trains."
     )
   if start.fingerprint not in (None, data.fingerprint):
     raise ValueError(

@@ -11,15 +11,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dga_jax.attention import validation
 from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
 from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.scores import importance_scores, random_scores
 from dga_jax.attention.segments import Documents
-from dga_jax.attention.selection import select_by_score, select_in_blocks, Selection
+from dga_jax.attention.selection import (
+  comparable_scores,
+  select_by_score,
+  select_in_blocks,
+  Selection,
+)
 from dga_jax.attention.streaming_blocks import cache_layout
 from dga_jax.config import DGAConfig
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.group_merge import choose_in_blocks, merge_blocks, merge_groups
+from pallas_kernels.group_merge import (
+  choose_in_blocks,
+  highest_in_blocks,
+  merge_blocks,
+  merge_groups,
+)
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
 
 
@@ -29,6 +40,7 @@ def attend(
   value: Float[Array, "B L N D"],
   metadata: AttentionMetadata,
   *,
+  focal_scores: Float[Array, "B L N"] | None = None,
   scale: float | Float[Array, ""] | None = None,
   implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
@@ -39,10 +51,13 @@ def attend(
     key: N KV heads.
     value: as key.
     metadata: from `prepare`.
+    focal_scores: float32, with the selector "fitted"; else None.
     scale: multiplies the attention logits; default 1/√D.
     implementation: None for the first that applies, a name, or a tuple of names.
   """
-  merged = merge_tokens(query, key, value, metadata, implementation=implementation)
+  merged = merge_tokens(
+    query, key, value, metadata, focal_scores=focal_scores, implementation=implementation
+  )
   return attend_merged(
     merged, metadata.invalid, metadata.config, scale=scale, implementation=implementation
   )
@@ -81,6 +96,7 @@ def merge_tokens(
   value: Float[Array, "B L N D"],
   metadata: AttentionMetadata,
   *,
+  focal_scores: Float[Array, "B L N"] | None = None,
   implementation: Implementation = None,
 ) -> Merged:
   """Chooses focal tokens and merges the others into groups.
@@ -89,9 +105,10 @@ def merge_tokens(
   of the metadata, and one op chooses in the blocks and merges them.
   """
   config, streaming = metadata.config, metadata.by_selection
+  validation.focal_scores(focal_scores, key, config)
   # Sinks are focal tokens outside the blocks, so their positions come from a layout.
   if not isinstance(streaming, StreamingMetadata) or config.sink_tokens > 0:
-    plan = make_plan(query, key, metadata)
+    plan = make_plan(query, key, metadata, focal_scores)
     return merge_planned(query, key, value, plan, implementation=implementation)
   query, key, value = zero_padding(metadata.documents, query, key, value)
   query, entries, _ = merge_blocks(
@@ -99,6 +116,7 @@ def merge_tokens(
     key,
     value,
     None if metadata.documents.rows == "whole" else streaming.blocks.start,
+    None if focal_scores is None else comparable_scores(focal_scores),
     members=config.group_size,
     focal=config.focal_in_block,
     scale=merge_scale(config, query.shape[-1]),
@@ -108,23 +126,35 @@ def merge_tokens(
 
 
 def make_plan(
-  query: Float[Array, "B L H D"], key: Float[Array, "B L N D"], metadata: AttentionMetadata
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  metadata: AttentionMetadata,
+  focal_scores: Float[Array, "B L N"] | None = None,
 ) -> GroupPlan:
   """Scores, selection, layout and visibility. No gradient flows through the choice."""
   query, key = jax.lax.stop_gradient((query, key))
-  selection = select(query, key, metadata)
+  selection = select(query, key, metadata, focal_scores)
   return GroupPlan.from_selection(selection, metadata)
 
 
 def select(
-  query: Float[Array, "B L H D"], key: Float[Array, "B L N D"], metadata: AttentionMetadata
+  query: Float[Array, "B L H D"],
+  key: Float[Array, "B L N D"],
+  metadata: AttentionMetadata,
+  focal_scores: Float[Array, "B L N"] | None = None,
 ) -> Selection:
   """Chooses the focal tokens of every row, document and KV head."""
   documents, config, rule = metadata.documents, metadata.config, metadata.by_selection
+  validation.focal_scores(focal_scores, key, config)
   if isinstance(rule, StreamingMetadata):
-    chosen_BxNxkxf = choose_in_blocks(
-      query, key, rule.blocks.start, size=config.block_size, focal=config.focal_in_block
+    start_Bxk, sizes = (
+      rule.blocks.start,
+      {"size": config.block_size, "focal": config.focal_in_block},
     )
+    if focal_scores is None:
+      chosen_BxNxkxf = choose_in_blocks(query, key, start_Bxk, **sizes)
+    else:
+      chosen_BxNxkxf = highest_in_blocks(comparable_scores(focal_scores), start_Bxk, **sizes)
     return select_in_blocks(chosen_BxNxkxf, rule.blocks)
   if rule.samples is not None:
     scores_BxNxL = importance_scores(query, key, rule.samples)

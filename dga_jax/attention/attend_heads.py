@@ -22,8 +22,9 @@ def attend_heads(
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
   budgets: HeadBudgets,
-  attend: Callable[[DGAConfig, Array, Array, Array], Array],
+  attend: Callable[..., Array],
   *,
+  focal_scores: Float[Array, "B L N"] | None = None,
   lengths: IntArray | None = None,
   segment_ids: IntArray | None = None,
   scale: Any = None,
@@ -39,7 +40,9 @@ def attend_heads(
     key: likewise.
     value: likewise.
     budgets: of one layer and all of its KV heads.
-    attend: Dynamic Group Attention under a config, of the same rows.
+    attend: Dynamic Group Attention of the same rows, (config, query, key, value, focal_scores) to
+      the output.
+    focal_scores: likewise, if a setting has the selector "fitted".
     lengths: tokens of each row; None for L.
     segment_ids: of packed documents; None for one document in each row.
     scale: of the attention logits, default 1/√D.
@@ -52,10 +55,11 @@ def attend_heads(
   is_reference = implementation in ("reference", ("reference",))
   in_xla = is_reference or implementation in ("xla", ("xla",))
 
-  def attend_class(index: int, query: Array, key: Array, value: Array) -> Array:
+  def attend_class(index: int, query: Array, key: Array, value: Array, *scores: Array) -> Array:
     setting = budgets.settings[index]
     if isinstance(setting, DGAConfig):
-      return attend(setting, query, key, value)
+      own = scores[0][..., 0] if scores and setting.selector == "fitted" else None
+      return attend(setting, query, key, value, own)
     if isinstance(setting, SinkWindow):
       return attend_window(setting, query, key, value)
     query, key, value = zero_padding(documents, query, key, value)
@@ -80,4 +84,5 @@ def attend_heads(
     query,
     key,
     value,
+    *(() if focal_scores is None else (focal_scores[..., None],)),
   )

@@ -40,6 +40,11 @@ class AttentionPartition:
     return PartitionSpec(_entry(self.batch), self.length, _entry(self.heads), None)
 
   @property
+  def scores(self) -> PartitionSpec:
+    """How [B, L, heads] arrays are split."""
+    return PartitionSpec(_entry(self.batch), self.length, _entry(self.heads))
+
+  @property
   def rows(self) -> PartitionSpec:
     """How arrays [B, ...] that all heads share are split."""
     return PartitionSpec(_entry(self.batch))

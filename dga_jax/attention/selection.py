@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -36,6 +37,12 @@ def select_by_score(
     is_sink_BxL = documents.position < config.sink_tokens
     scores_BxNxL = jnp.where(is_sink_BxL[:, None], jnp.inf, scores_BxNxL)
   return Selection(segmented_top_k(scores_BxNxL, quotas))
+
+
+def comparable_scores(focal_scores: Float[Array, "*B N"]) -> Float[Array, "*B N"]:
+  """Focal scores that every backend orders alike: without gradient, NaN as +∞ and −0 as 0."""
+  scores = jax.lax.stop_gradient(focal_scores)
+  return jnp.where(jnp.isnan(scores), jnp.inf, jnp.where(scores == 0, 0.0, scores))
 
 
 def select_in_blocks(chosen_BxNxkxf: Int[Array, "B N k f"], blocks: StreamingBlocks) -> Selection:

@@ -44,6 +44,8 @@ def accepts_unbatched[Op: Callable[..., Any]](op: Op) -> Op:
           f"{name} is given, and query has no batch axis: {name} describes the rows of a batch. Add"
           " a batch axis, or leave it out."
         )
+    if options.get("focal_scores") is not None:
+      options["focal_scores"] = jnp.asarray(options["focal_scores"])[None]
     if options.get("segment_ids") is not None:
       options["segment_ids"] = jnp.asarray(options["segment_ids"])[None]
     return op(query[None], key[None], value[None], **options)[0]

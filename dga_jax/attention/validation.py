@@ -54,6 +54,40 @@ def value_like_key(value: Array, key: Array) -> None:
     raise ValueError(f"value is {value.dtype} and key {key.dtype}; cast them to one dtype.")
 
 
+def focal_scores(
+  scores: Array | None, key: Array, config: DGAConfig | HeadBudgets, plan: object = None
+) -> None:
+  """Focal scores are float32 with one number for each vector of the key, or absent.
+
+  Args:
+    scores: of the call.
+    key: [..., N, D], of the same tokens.
+    config: the scores are required if its selector, or that of one of the settings, is "fitted".
+    plan: of the call; a plan contains the choice.
+  """
+  settings = config.settings if isinstance(config, HeadBudgets) else (config,)
+  is_fitted = any(isinstance(one, DGAConfig) and one.selector == "fitted" for one in settings)
+  if scores is None:
+    if is_fitted and plan is None:
+      raise ValueError(
+        "focal_scores is None and config.selector is 'fitted'; pass a float32 score for every token"
+        f" and KV head, {list(key.shape[:-1])}, or use selector='last_query'."
+      )
+    return
+  if not is_fitted or plan is not None:
+    why = "config.selector is 'last_query'" if plan is None else "plan fixes the focal tokens"
+    raise ValueError(
+      f"focal_scores is given and {why}, so the scores would have no effect; leave them out, or use"
+      " DGAConfig(selection='streaming', selector='fitted') without a plan."
+    )
+  if np.shape(scores) != key.shape[:-1] or jnp.result_type(scores) != jnp.float32:
+    raise ValueError(
+      f"focal_scores is {jnp.result_type(scores)}{list(np.shape(scores))}; beside key"
+      f" {list(key.shape)} it must be float32{list(key.shape[:-1])}, one score for each token and"
+      " KV head."
+    )
+
+
 def head_budgets(budgets: HeadBudgets, key: Array, plan: object) -> None:
   """Budgets are of one layer with the key's KV heads, and there is no plan."""
   if budgets.num_layers != 1 or budgets.num_kv_heads != key.shape[2]:

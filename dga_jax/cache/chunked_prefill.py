@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.attend import attention_kwargs
+from dga_jax.attention.selection import comparable_scores
 from dga_jax.attention.validation import Lengths, rows, softmax_scale
 from dga_jax.cache import validation
 from dga_jax.cache.layout import cache_layout, CacheLayout, TokenCoords
@@ -32,6 +33,7 @@ def extend(
   cache: CompactCache,
   *,
   config: DGAConfig,
+  focal_scores: Float[Array, "B T N"] | None = None,
   lengths: Lengths | None = None,
   layer: Int[Array, ""] | int | None = None,
   scale: float | None = None,
@@ -49,6 +51,7 @@ def extend(
     value: as key.
     cache: from `prefill`, `empty_cache`, `decode_step` or this function.
     config: the config that the cache was made with.
+    focal_scores: of the new tokens, float32, with the selector "fitted"; else None.
     lengths: int [B], new tokens of each sequence, from 0 to T; a list works. None for T.
     layer: None for a cache of one layer; the layer to read and write of a cache with a leading axis
       of layers.
@@ -64,7 +67,16 @@ def extend(
       max_length. Under jit lengths are unknown: the compact entries of later blocks are dropped.
     NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  validation.new_tokens(query, key, value, cache, axes="B T H D", config=config, layer=layer)
+  validation.new_tokens(
+    query,
+    key,
+    value,
+    cache,
+    focal_scores=focal_scores,
+    axes="B T H D",
+    config=config,
+    layer=layer,
+  )
   B, T = query.shape[:2]
   lengths, _ = rows(B, T, np.full(B, T, np.int32) if lengths is None else lengths, None)
   validation.room(cache, lengths, layer=layer)
@@ -72,13 +84,16 @@ def extend(
   one = cache if layer is None else jax.tree.map(lambda x: x[layer], cache)
   chunk = _Chunk.after(one.lengths, jnp.asarray(lengths), T, config)
   raw = (chunk.raw_window(one.arrays.raw_key, key), chunk.raw_window(one.arrays.raw_value, value))
+  scores = None
+  if focal_scores is not None and one.arrays.block_score is not None:
+    scores = chunk.block_scores(one.arrays.block_score, comparable_scores(focal_scores))
   one = _store_sinks(one, key, value, chunk)
-  one = _store_blocks(one, query, *raw, chunk, config)
+  one = _store_blocks(one, query, *raw, scores, chunk, config)
   sources = _sources(one, raw, chunk, config)
   options = attention_kwargs(query, config, scale)
   options["max_window"] = chunk.layout.raw_size
   out_BxTxHxD = grouped_attention(query, sources, implementation=implementation, **options)
-  one = _store_raw(one, *raw, chunk, config)
+  one = _store_raw(one, *raw, scores, chunk, config)
   if layer is None:
     return out_BxTxHxD, one
   return out_BxTxHxD, jax.tree.map(lambda every, new: every.at[layer].set(new), cache, one)
@@ -130,6 +145,19 @@ class _Chunk(NamedTuple):
     both_BxWTxNxD = jnp.concatenate([ring_BxNxWxD.swapaxes(1, 2), new_BxTxNxD], axis=1)
     return take_positions(both_BxWTxNxD, jnp.where(exists_BxS, index_BxS, W + T))
 
+  def block_scores(
+    self, held_BxNxs: Float[Array, "B N s"], new_BxTxN: Float[Array, "B T N"]
+  ) -> Float[Array, "B Z N"]:
+    """Focal scores of the Z = s + T tokens from the first block on; 0 where there is no token."""
+    s, T = held_BxNxs.shape[2], new_BxTxN.shape[1]
+    start_Bx1 = self.layout.block_start(self.first_block, self.before.origin)[:, None]
+    offset_1xZ = jnp.arange(s + T)[None]
+    new_BxZ = start_Bx1 + offset_1xZ - self.before.length[:, None]
+    index_BxZ = jnp.where(new_BxZ < 0, offset_1xZ, s + new_BxZ)
+    is_token_BxZ = start_Bx1 + offset_1xZ < self.length[:, None]
+    both_BxsTxN = jnp.concatenate([held_BxNxs.swapaxes(1, 2), new_BxTxN], axis=1)
+    return take_positions(both_BxsTxN, jnp.where(is_token_BxZ, index_BxZ, s + T))
+
 
 def _store_sinks(
   cache: CompactCache, key_BxTxNxD: Array, value_BxTxNxD: Array, chunk: _Chunk
@@ -144,6 +172,7 @@ def _store_blocks(
   query_BxTxHxD: Array,
   key_BxSxNxD: Array,
   value_BxSxNxD: Array,
+  scores_BxZxN: Array | None,
   chunk: _Chunk,
   config: DGAConfig,
 ) -> CompactCache:
@@ -160,8 +189,11 @@ def _store_blocks(
   def in_blocks(x_BxSxNxD: Array) -> Array:
     return x_BxSxNxD[:, begin : begin + K * size].reshape(B, K, size, N, D)
 
+  scores_BxNxKxs = None
+  if scores_BxZxN is not None:
+    scores_BxNxKxs = scores_BxZxN[:, : K * size].swapaxes(1, 2).reshape(B, N, K, size)
   key_BxKxFxNxD, value_BxKxFxNxD = block_entries(
-    query_BxKxHxD, in_blocks(key_BxSxNxD), in_blocks(value_BxSxNxD), config
+    query_BxKxHxD, in_blocks(key_BxSxNxD), in_blocks(value_BxSxNxD), config, scores_BxNxKxs
   )
   first_BxK = layout.block_entry(block_BxK, chunk.before.prefix[:, None])
   entry_BxKxF = first_BxK[..., None] + jnp.arange(per_block)[None, None]
@@ -239,10 +271,14 @@ def _store_raw(
   cache: CompactCache,
   key_BxSxNxD: Array,
   value_BxSxNxD: Array,
+  scores_BxZxN: Array | None,
   chunk: _Chunk,
   config: DGAConfig,
 ) -> CompactCache:
-  """Fills the ring with the last w + 1 blocks, and counts the new tokens."""
+  """Fills the ring with the last w + 1 blocks, and counts the new tokens.
+
+  The scores of the unfinished block stay.
+  """
   lengths = cache.lengths._replace(length=chunk.length)
   none = jnp.iinfo(jnp.int32).max // 2
   index_BxW = ring_index(lengths, config, none=none) - chunk.base[:, None]
@@ -250,4 +286,9 @@ def _store_raw(
     raw_key=take_positions(key_BxSxNxD, index_BxW).swapaxes(1, 2),
     raw_value=take_positions(value_BxSxNxD, index_BxW).swapaxes(1, 2),
   )
+  if scores_BxZxN is not None:
+    size, block_B = chunk.layout.block_size, chunk.layout.locate(chunk.length, lengths.origin).block
+    begin_Bx1 = size * (block_B - chunk.first_block)[:, None]
+    scores_BxsxN = take_positions(scores_BxZxN, begin_Bx1 + jnp.arange(size)[None])
+    arrays = arrays._replace(block_score=scores_BxsxN.swapaxes(1, 2))
   return dataclasses.replace(cache, arrays=arrays, lengths=lengths)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention.attend import merge_scale
+from dga_jax.attention.selection import comparable_scores
 from dga_jax.attention.validation import softmax_scale
 from dga_jax.cache import validation
 from dga_jax.cache.layout import cache_layout, TokenCoords
@@ -32,6 +33,7 @@ def decode_step(
   cache: CompactCache,
   *,
   config: DGAConfig,
+  focal_scores: Float[Array, "B *one N"] | None = None,
   layer: Int[Array, ""] | int | None = None,
   scale: float | None = None,
   implementation: Implementation = None,
@@ -43,10 +45,11 @@ def decode_step(
 
       out_h = Σ_s softmax_s(scale · q_h·k_ns + bias_s) v_ns,   KV head n = ⌊h / (H/N)⌋
 
-  where bias is log m for groups under `config.group_logit_bias` "log_size", else 0. A token that
-  completes its block then chooses the block's f focal tokens, and the other m are merged by Eq. 14
-  of Zhang et al. (arXiv 2505.22107). The paper's cache flushes m + f pending tokens alike; it does
-  not say that f of them stay exact. Each sequence completes its blocks at its own time.
+  where bias is log m for groups under `config.group_logit_bias` "log_size", else 0. When a token
+  completes its block, f tokens of the block stay focal, chosen by the last query or by the focal
+  scores, and the other m are merged by Eq. 14 of Zhang et al. (arXiv 2505.22107). The paper's cache
+  flushes m + f pending tokens alike; it does not say that f of them stay exact. Each sequence
+  completes its blocks at its own time.
 
   Shapes are static: jit the call once, with the cache donated, and call it for every token.
 
@@ -57,6 +60,7 @@ def decode_step(
     value: as key.
     cache: from `prefill`, `empty_cache`, `extend` or this function.
     config: the config that the cache was made with.
+    focal_scores: of the new tokens, float32, with the selector "fitted"; else None.
     layer: None for a cache of one layer. For a cache with a leading axis of layers, the layer to
       read and write: the token is then written in place, without a copy of the layer.
     scale: of the attention logits, default 1/√D.
@@ -74,22 +78,37 @@ def decode_step(
   if jnp.ndim(query) == 4 and all(jnp.shape(x)[1:2] == (1,) for x in (query, key, value)):
     query, key, value = (jnp.squeeze(x, 1) for x in (query, key, value))
     options: dict[str, Any] = {"layer": layer, "scale": scale, "implementation": implementation}
-    out, cache = decode_step(query, key, value, cache, config=config, **options)
+    if focal_scores is not None and jnp.shape(focal_scores)[1:2] == (1,):
+      focal_scores = jnp.squeeze(focal_scores, 1)
+    out, cache = decode_step(
+      query, key, value, cache, config=config, focal_scores=focal_scores, **options
+    )
     return out[:, None], cache
-  validation.new_tokens(query, key, value, cache, axes="B H D", config=config, layer=layer)
+  validation.new_tokens(
+    query,
+    key,
+    value,
+    cache,
+    focal_scores=focal_scores,
+    axes="B H D",
+    config=config,
+    layer=layer,
+  )
   validation.room(cache, 1, layer=layer)
   softmax_scale(scale)
+  scores = None if focal_scores is None else comparable_scores(focal_scores)
   if layer is None:
     stacked = jax.tree.map(lambda x: x[None], cache)
-    out, stacked = _step(query, key, value, stacked, 0, config, scale, implementation)
+    out, stacked = _step(query, key, value, scores, stacked, 0, config, scale, implementation)
     return out, jax.tree.map(lambda x: x[0], stacked)
-  return _step(query, key, value, cache, layer, config, scale, implementation)
+  return _step(query, key, value, scores, cache, layer, config, scale, implementation)
 
 
 def _step(
   query_BxHxD: Array,
   key_BxNxD: Array,
   value_BxNxD: Array,
+  scores_BxN: Array | None,
   cache: CompactCache,
   layer: Array | int,
   config: DGAConfig,
@@ -108,6 +127,7 @@ def _step(
       cache.arrays,
       cache.lengths,
       layer,
+      scores_BxN,
       rule=rule,
       scale=scale,
       group_bias=_group_logit_bias(config),
@@ -116,7 +136,7 @@ def _step(
     return out_BxHxD, dataclasses.replace(cache, arrays=arrays, lengths=lengths)
   token = rule.layout.locate(cache.length[layer], cache.lengths.origin[layer])
   prefix_B = cache.lengths.prefix[layer]
-  cache = _append(key_BxNxD, value_BxNxD, cache, layer, token)
+  cache = _append(key_BxNxD, value_BxNxD, scores_BxN, cache, layer, token)
   # Attention reads no 8 bits: it gets a copy of this layer alone, unpacked.
   is_packed = cache.arrays.key_scale is not None
   out_BxHxD = decode_attention(
@@ -146,7 +166,12 @@ def _group_bias(cache: CompactCache, layer: Array | int, config: DGAConfig) -> G
 
 
 def _append(
-  key_BxNxD: Array, value_BxNxD: Array, cache: CompactCache, layer: Array | int, token: TokenCoords
+  key_BxNxD: Array,
+  value_BxNxD: Array,
+  scores_BxN: Array | None,
+  cache: CompactCache,
+  layer: Array | int,
+  token: TokenCoords,
 ) -> CompactCache:
   """Writes a token of the prefix to its compact entry, another one to its slot of the ring."""
   row_B = jnp.arange(key_BxNxD.shape[0])
@@ -163,6 +188,11 @@ def _append(
     raw_key=write(cache.arrays.raw_key, key_BxNxD),
     raw_value=write(cache.arrays.raw_value, value_BxNxD),
   )
+  if scores_BxN is not None and arrays.block_score is not None:
+    scores = arrays.block_score
+    # A token of the prefix has offset 0, where the first token of the block overwrites its score.
+    scores = scores.at[layer, row_B, :, token.offset].set(scores_BxN, mode="promise_in_bounds")
+    arrays = arrays._replace(block_score=scores)
   lengths = cache.lengths._replace(length=cache.length.at[layer].add(1))
   return dataclasses.replace(cache, arrays=arrays, lengths=lengths)
 
@@ -182,8 +212,13 @@ def _flush(
     block_of(ring[layer], token.block_slot)
     for ring in (cache.arrays.raw_key, cache.arrays.raw_value)
   )
+  scores = cache.arrays.block_score
   key_Bx1xFxNxD, value_Bx1xFxNxD = block_entries(
-    query_BxHxD[:, None], key_BxsxNxD[:, None], value_BxsxNxD[:, None], config
+    query_BxHxD[:, None],
+    key_BxsxNxD[:, None],
+    value_BxsxNxD[:, None],
+    config,
+    None if scores is None else scores[layer][:, :, None],
   )
   first_B = layout.block_entry(token.block, cache.lengths.prefix[layer])
   entry_BxF = first_B[:, None] + jnp.arange(layout.entries_per_block)[None]

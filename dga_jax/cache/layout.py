@@ -12,7 +12,15 @@ from dga_jax.attention.streaming_blocks import cache_layout
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask, TokenCoords
 
-__all__ = ["CacheLayout", "CacheMask", "CacheSize", "TokenCoords", "cache_layout", "cache_size"]
+__all__ = [
+  "CacheLayout",
+  "CacheMask",
+  "CacheSize",
+  "TokenCoords",
+  "cache_layout",
+  "cache_size",
+  "score_bytes",
+]
 
 
 class CacheSize(NamedTuple):
@@ -25,6 +33,11 @@ class CacheSize(NamedTuple):
   def total(self) -> int:
     """Compact entries and raw slots together."""
     return self.compact + self.raw
+
+
+def score_bytes(config: DGAConfig) -> int:
+  """Bytes of the focal scores that a cache holds for each sequence, layer and KV head."""
+  return 4 * config.block_size if config.selector == "fitted" else 0
 
 
 def cache_size(

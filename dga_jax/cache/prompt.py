@@ -11,6 +11,8 @@ from dga_jax.attention.metadata import (
   StreamingMetadata,
 )
 from dga_jax.attention.segments import find_documents
+from dga_jax.attention.selection import comparable_scores
+from dga_jax.attention.validation import focal_scores as validate_scores
 from dga_jax.attention.validation import (
   Lengths,
   query_and_key,
@@ -24,7 +26,7 @@ from dga_jax.cache.state import CompactCache, lengths_with_sinks
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheArrays, CacheLengths, pack_rows
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.gather import take_rows
+from pallas_kernels.gather import take_positions, take_rows
 from pallas_kernels.grouped_attention import KVSources
 
 
@@ -35,6 +37,7 @@ def prefill(
   *,
   config: DGAConfig,
   max_length: int,
+  focal_scores: Float[Array, "B L N"] | None = None,
   lengths: Lengths | None = None,
   implementation: Implementation = None,
 ) -> CompactCache:
@@ -52,6 +55,7 @@ def prefill(
     query: N KV heads divide its H heads; query head h belongs to KV head ⌊h / (H/N)⌋.
     config: the same config must be passed to every later call with this cache.
     max_length: tokens that the cache holds for a sequence, prompt included; at least L.
+    focal_scores: of the prompts' tokens, float32, with the selector "fitted"; else None.
     lengths: int [B], tokens of each prompt, the rest being right padding; a list works. None where
       every prompt has L tokens, and the cache then has its exact size, see `cache_size`.
     implementation: "xla" merges in XLA; None or another name takes the first backend that can.
@@ -62,9 +66,11 @@ def prefill(
   Raises:
     ValueError: names the argument that does not fit and what it must be.
   """
-  metadata = _prepared(query, key, value, config, max_length, lengths)
-  merged = merge_tokens(query, key, value, metadata, implementation=implementation)
-  return _cache_prompt(key, value, metadata, merged.sources, max_length)
+  metadata = _prepared(query, key, value, focal_scores, config, max_length, lengths)
+  merged = merge_tokens(
+    query, key, value, metadata, focal_scores=focal_scores, implementation=implementation
+  )
+  return _cache_prompt(key, value, focal_scores, metadata, merged.sources, max_length)
 
 
 def attend_and_prefill(
@@ -74,6 +80,7 @@ def attend_and_prefill(
   *,
   config: DGAConfig,
   max_length: int,
+  focal_scores: Float[Array, "B L N"] | None = None,
   lengths: Lengths | None = None,
   scale: float | None = None,
   implementation: Implementation = None,
@@ -83,7 +90,7 @@ def attend_and_prefill(
   Computes `dga_jax.dynamic_group_attention` and `prefill` from one plan.
 
   Args:
-    query: see `prefill`, as key, value, config, max_length and lengths.
+    query: see `prefill`, as key, value, config, max_length, focal_scores and lengths.
     scale: of the attention logits, default 1/√D.
     implementation: of attention; "xla" also merges in XLA.
 
@@ -94,7 +101,7 @@ def attend_and_prefill(
     ValueError: names the argument that does not fit and what it must be.
     NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  metadata = _prepared(query, key, value, config, max_length, lengths)
+  metadata = _prepared(query, key, value, focal_scores, config, max_length, lengths)
   softmax_scale(scale)
   return attend_and_prefill_prepared(
     query,
@@ -102,6 +109,7 @@ def attend_and_prefill(
     value,
     metadata,
     max_length=max_length,
+    focal_scores=focal_scores,
     scale=scale,
     implementation=implementation,
   )
@@ -114,6 +122,7 @@ def attend_and_prefill_prepared(
   metadata: AttentionMetadata,
   *,
   max_length: int,
+  focal_scores: Float[Array, "B L N"] | None = None,
   scale: float | None = None,
   implementation: Implementation = None,
 ) -> tuple[Float[Array, "B L H D"], CompactCache]:
@@ -123,17 +132,20 @@ def attend_and_prefill_prepared(
     query: see `attend_and_prefill`, as all but the metadata.
     metadata: from `dga_jax.attention.metadata.prepare`, of rows without segment ids.
   """
-  merged = merge_tokens(query, key, value, metadata, implementation=implementation)
+  merged = merge_tokens(
+    query, key, value, metadata, focal_scores=focal_scores, implementation=implementation
+  )
   out = attend_merged(
     merged, metadata.invalid, metadata.config, scale=scale, implementation=implementation
   )
-  return out, _cache_prompt(key, value, metadata, merged.sources, max_length)
+  return out, _cache_prompt(key, value, focal_scores, metadata, merged.sources, max_length)
 
 
 def _prepared(
   query: Array,
   key: Array,
   value: Array,
+  focal_scores: Array | None,
   config: DGAConfig,
   max_length: int,
   lengths: Lengths | None,
@@ -141,6 +153,7 @@ def _prepared(
   """The checked arguments' metadata."""
   query_and_key(query, key)
   value_like_key(value, key)
+  validate_scores(focal_scores, key, config)
   batch, length = key.shape[:2]
   validation.prompt_fits(length, max_length)
   lengths, _ = rows(batch, length, lengths, None)
@@ -150,6 +163,7 @@ def _prepared(
 def _cache_prompt(
   key_BxLxNxD: Array,
   value_BxLxNxD: Array,
+  scores_BxLxN: Array | None,
   metadata: AttentionMetadata,
   sources: KVSources,
   max_length: int,
@@ -185,8 +199,21 @@ def _cache_prompt(
     raw_value=_heads_first(take_rows(value_BxLxNxD, ring_BxNxW), size.raw),
     key_scale=key_scale,
     value_scale=value_scale,
+    block_score=None if scores_BxLxN is None else _unfinished(scores_BxLxN, lengths, config),
   )
   return CompactCache(arrays, lengths, max_length)
+
+
+def _unfinished(
+  scores_BxLxN: Array, lengths: CacheLengths, config: DGAConfig
+) -> Float[Array, "B N s"]:
+  """The scores of the tokens of each row's unfinished block; 0 for tokens that do not exist."""
+  layout, L = cache_layout(config), scores_BxLxN.shape[1]
+  block_B = layout.locate(lengths.length, lengths.origin).block
+  start_B = layout.block_start(block_B, lengths.origin)
+  position_Bxs = start_B[:, None] + jnp.arange(layout.block_size)[None]
+  index_Bxs = jnp.where(position_Bxs < lengths.length[:, None], position_Bxs, L)
+  return take_positions(comparable_scores(scores_BxLxN), index_Bxs).swapaxes(1, 2)
 
 
 def _prompt_lengths(metadata: AttentionMetadata, ranking: RankingMetadata) -> CacheLengths:

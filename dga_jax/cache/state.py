@@ -1,10 +1,10 @@
 """The compact cache: focal tokens, merged groups, and a ring of raw tokens.
 
 A sequence's compact part begins with a prefix: sink tokens, or the entries of a prompt under global
-selection. Blocks of m + f tokens follow. The tokens of a block wait in the ring of raw tokens. Its
-last query then chooses f focal tokens and merges the other m, and these f + 1 entries join the
-compact part. No entry ever moves, so every index follows from the number of tokens seen
-(`pallas_kernels.decode.cache_layout`).
+selection. Blocks of m + f tokens follow. The tokens of a block enter the ring of raw tokens. When
+the block is complete, f of its tokens stay focal and the other m are merged (see `summary`), and
+these f + 1 entries join the compact part. No entry ever moves, so every index follows from the
+number of tokens seen (`pallas_kernels.decode.cache_layout`).
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ class CompactCache:
 
   @property
   def bytes(self) -> int:
-    """Bytes of keys and values, scales included."""
+    """Bytes of all arrays."""
     return sum(array.size * array.dtype.itemsize for array in self.arrays.present())
 
   def write_compact(
@@ -106,9 +106,19 @@ def empty_cache(
   stored = config.cache_dtype or dtype
   compact_key, key_scale = pack_rows(zeros(size.compact), stored)
   compact_value, value_scale = pack_rows(zeros(size.compact), stored)
-  raw_key, raw_value = zeros(size.raw), zeros(size.raw)
+  arrays = CacheArrays(
+    compact_key=compact_key,
+    compact_value=compact_value,
+    raw_key=zeros(size.raw),
+    raw_value=zeros(size.raw),
+    key_scale=key_scale,
+    value_scale=value_scale,
+  )
+  if config.selector == "fitted":
+    score_shape = (batch, num_kv_heads, config.block_size)
+    arrays = arrays._replace(block_score=jnp.zeros(score_shape, jnp.float32))
   return CompactCache(
-    CacheArrays(compact_key, compact_value, raw_key, raw_value, key_scale, value_scale),
+    arrays,
     lengths_with_sinks(jnp.zeros(batch, jnp.int32), config.sink_tokens),
     max_length,
   )

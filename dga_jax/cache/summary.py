@@ -20,23 +20,26 @@ def block_entries(
   key_BxKxsxNxD: Float[Array, "B K s N D"],
   value_BxKxsxNxD: Float[Array, "B K s N D"],
   config: DGAConfig,
+  scores_BxNxKxs: Float[Array, "B N K s"] | None = None,
 ) -> tuple[Float[Array, "B K F N D"], Float[Array, "B K F N D"]]:
   """Keys and values of the F = f + 1 compact entries of K blocks.
 
-  The last query of a block keeps the f tokens with the largest softmax(q Kᵀ / √D) over the block,
-  summed over the query heads of a KV head (ties: the earlier token), and merges the other m by
-  Eq. 14 of the paper.
+  The f tokens of a block with the highest scores stay focal (ties: the earlier token). The last
+  query of the block merges the other m by Eq. 14 of the paper.
 
   Args:
     query_BxKxHxD: the last query of each block.
     key_BxKxsxNxD: the s = m + f tokens of each block.
     value_BxKxsxNxD: likewise.
     config: its m, f and scale of the merge logits.
+    scores_BxNxKxs: the focal scores of the tokens, from `comparable_scores`. None for the last
+      query's softmax(q Kᵀ / √D) over the block, summed over the query heads of a KV head.
   """
   B, K, H, D = query_BxKxHxD.shape
   s, N = key_BxKxsxNxD.shape[2:4]
   q_BxKxNxRxD = query_BxKxHxD.reshape(B, K, N, H // N, D)
-  scores_BxNxKxs = block_scores(q_BxKxNxRxD, key_BxKxsxNxD)
+  if scores_BxNxKxs is None:
+    scores_BxNxKxs = block_scores(q_BxKxNxRxD, key_BxKxsxNxD)
   chosen_BxNxKxf = highest(scores_BxNxKxs, config.focal_in_block)
   # Each block is a row of its own that begins at 0.
   chosen = chosen_BxNxKxf.swapaxes(1, 2).reshape(B * K, N, 1, -1)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from dga_jax.attention import validation as attention_validation
 from dga_jax.cache.layout import cache_layout
 from dga_jax.cache.state import CompactCache
 from dga_jax.config import DGAConfig
@@ -30,11 +31,12 @@ def new_tokens(
   value: Array,
   cache: CompactCache,
   *,
+  focal_scores: Array | None,
   axes: str,
   config: DGAConfig,
   layer: Any,
 ) -> None:
-  """Query, key and value fit each other, the cache and the config.
+  """Query, key, value and focal scores fit each other, the cache and the config.
 
   Args:
     axes: of the query, "B H D" or "B T H D".
@@ -65,6 +67,12 @@ def new_tokens(
       f"the cache holds {W} raw tokens and config wants {cache_layout(config).raw_size}; pass the"
       " config that the cache was made with."
     )
+  if (cache.arrays.block_score is None) == (config.selector == "fitted"):
+    raise ValueError(
+      f"config.selector is {config.selector!r}, and the cache was made with another selector; pass"
+      " the config that the cache was made with."
+    )
+  attention_validation.focal_scores(focal_scores, key, config)
 
 
 def room(cache: CompactCache, count: Any, *, layer: Any) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from dga_jax.attention.segments import find_documents
+from dga_jax.cache.layout import score_bytes
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import FULL, HeadBudgets, HeadSetting, SinkWindow
 from dga_jax.model import ModelConfig
@@ -22,7 +23,12 @@ _TIMED_CALLS = 5
 
 
 def make_grid(
-  blocks: Sequence[tuple[int, int]], windows: Sequence[int], sinks: int, length: int
+  blocks: Sequence[tuple[int, int]],
+  windows: Sequence[int],
+  sinks: int,
+  length: int,
+  *,
+  has_selector: bool = False,
 ) -> tuple[HeadSetting, ...]:
   """The candidates: "full", streaming selection, and sinks with a window at equal bytes.
 
@@ -31,6 +37,7 @@ def make_grid(
     windows: raw tokens before a query's own block; each is rounded to whole blocks.
     sinks: first tokens that stay focal.
     length: L, tokens of the calibrated context.
+    has_selector: whether the model has a fitted selector, which then chooses in every config.
 
   Returns:
     "full" first. Then, from the largest cache to the smallest, a `DGAConfig` for each pair of a
@@ -44,6 +51,7 @@ def make_grid(
       group_size=m,
       focal_per_block=f,
       selection="streaming",
+      selector="fitted" if has_selector else "last_query",
       sink_tokens=sinks,
       local_window=round(window / (m + f)),
     )
@@ -70,6 +78,7 @@ def label(setting: HeadSetting) -> str:
     return (
       f"{setting.group_size}+{setting.focal_in_block}, {setting.sink_tokens} sinks,"
       f" {setting.local_window} raw blocks"
+      + (", fitted selector" if setting.selector == "fitted" else "")
     )
   if isinstance(setting, SinkWindow):
     return f"{setting.sinks} sinks, window of {setting.window}"
@@ -93,7 +102,10 @@ def head_costs(
   costs: list[float]
   if objective == "bytes":
     entry = 2 * config.head_dim * jnp.dtype(config.dtype).itemsize
-    costs = [entry * setting_keys(candidate, length) for candidate in candidates]
+    costs = [
+      entry * setting_keys(one, length) + (score_bytes(one) if isinstance(one, DGAConfig) else 0)
+      for one in candidates
+    ]
   elif objective == "flops":
     queries = length * config.num_heads // config.num_kv_heads
     costs = [

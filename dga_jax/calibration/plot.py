@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 
 from dga_jax.calibration.candidates import label
 from dga_jax.calibration.run import Calibration
+from dga_jax.evaluation.plots import text_colour
 from dga_jax.head_budgets import FULL
 from dga_jax.model.flops import setting_keys
 
@@ -87,7 +88,7 @@ def _draw_shares(
     axes.figure.colorbar(image, ax=axes, label="%")
     return
   for (head, layer), share in np.ndenumerate(share_NxK):
-    colour = "white" if share > 0.4 * most else "black"
+    colour = text_colour([float(part) for part in image.to_rgba(share)[:3]])
     axes.text(layer, head, _number(share), ha="center", va="center", color=colour, fontsize=7.5)
 
 

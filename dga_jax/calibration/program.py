@@ -112,14 +112,14 @@ def _run_layers(
   rope = rope_table(documents.position, config.rope_frequencies())
   structure, stacked = nnx.split(model.layers)
 
-  def attend(setting_N: Array, q: Array, k: Array, v: Array) -> Array:
+  def attend(setting_N: Array, q: Array, k: Array, v: Array, scores: Array | None = None) -> Array:
     setting_H = jnp.repeat(setting_N, config.num_heads // config.num_kv_heads)
     out_BxLxHxD = jnp.zeros_like(q)
     for index, kind in enumerate(kinds):
       follows_H = setting_H == index
       own_BxLxHxD = jax.lax.cond(
         follows_H.any(),
-        functools.partial(kind.attend, metadata=metadata[index]),
+        functools.partial(kind.attend, metadata=metadata[index], **kind.focal_options(scores)),
         lambda q, k, v: jnp.zeros_like(q),
         q,
         k,
@@ -131,7 +131,7 @@ def _run_layers(
   def run_layer(layer: Array, x_BxLxE: Array) -> Array:
     one = nnx.merge(structure, jax.tree.map(lambda array: array[layer], stacked))
     setting_N = assignment_KxN[layer]
-    return one(x_BxLxE, rope, lambda q, k, v: (attend(setting_N, q, k, v), None))[0]
+    return one(x_BxLxE, rope, lambda *heads: (attend(setting_N, *heads), None))[0]
 
   return jax.lax.fori_loop(first, last, run_layer, x_BxLxE)
 

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from tqdm import tqdm
 from dga_jax.checkpoint import load_config, load_model
 from dga_jax.conversion.hugging_face import HEAD_BUDGETS
 from dga_jax.conversion.origin import chat_templates, json_files
-from dga_jax.conversion.param_map import tensor_specs
-from dga_jax.conversion.safetensors_files import INDEX, SINGLE
+from dga_jax.conversion.param_map import model_specs, selector_specs, TensorSpec
+from dga_jax.conversion.safetensors_files import INDEX, SELECTOR, SINGLE
 from dga_jax.model import ModelConfig
 from dga_jax.tokenizer import FILE_NAME
 
@@ -37,8 +37,9 @@ def export_hugging_face(
 ) -> None:
   """Writes safetensors in the stored dtype, the JSON files, the tokenizer and chat templates.
 
-  Head budgets of the model are written to `head_budgets.json`, which other programs ignore and an
-  import reads. They are for the order of heads in the safetensors.
+  Head budgets of the model are written to `head_budgets.json`, and the weights of its fitted
+  selector to `focal_selector.safetensors`. Other programs ignore these files and an import reads
+  them. Both are for the order of heads in the safetensors.
 
   The files are written to a new folder beside `folder`, which is renamed when all of them are on
   the disk. So an export that fails or is killed leaves no folder of that name; one that fails
@@ -63,6 +64,8 @@ def export_hugging_face(
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   with _new_folder(folder) as partial:
     _write_tensors(partial, config, params, shard_bytes)
+    if selector := dict(_stored_tensors(selector_specs(config), config, params)):
+      _save(partial / SELECTOR, selector)
     for name, values in files.items():
       _write_json(partial / name, values)
     _write_text(partial / FILE_NAME, tokenizer.to_plain_json())
@@ -121,22 +124,26 @@ def _write_tensors(
   folder: Path, config: ModelConfig, params: Mapping[str, Any], shard_bytes: int
 ) -> None:
   shards = _shards(config, shard_bytes)
-  tensors = _stored_tensors(config, params)
+  tensors = _stored_tensors(model_specs(config), config, params)
   file_of: dict[str, str] = {}
   with tqdm(total=sum(map(len, shards)), desc="writing", unit="tensor", disable=None) as progress:
     for number, names in enumerate(shards, start=1):
       file = f"model-{number:05}-of-{len(shards):05}.safetensors"
       file = SINGLE if len(shards) == 1 else file
       content = dict(next(tensors) for _ in names)
-      try:
-        save_file(content, folder / file, metadata={"format": "pt"})
-      except SafetensorError as error:  # What the library makes of a full disk.
-        raise OSError(f"{folder / file} could not be written: {error}") from error
+      _save(folder / file, content)
       file_of |= dict.fromkeys(content, file)
       progress.update(len(names))
   if len(shards) > 1:
     metadata = {"total_size": _total_bytes(config)}
     _write_json(folder / INDEX, {"metadata": metadata, "weight_map": file_of})
+
+
+def _save(path: Path, content: dict[str, np.ndarray]) -> None:
+  try:
+    save_file(content, path, metadata={"format": "pt"})
+  except SafetensorError as error:  # What the library makes of a full disk.
+    raise OSError(f"{path} could not be written: {error}") from error
 
 
 def _shards(config: ModelConfig, shard_bytes: int) -> list[list[str]]:
@@ -154,7 +161,7 @@ def _shards(config: ModelConfig, shard_bytes: int) -> list[list[str]]:
 
 def _tensor_bytes(config: ModelConfig) -> Iterator[tuple[str, int]]:
   itemsize = jnp.dtype(config.param_dtype).itemsize
-  for spec in tensor_specs(config):
+  for spec in model_specs(config):
     count = int(np.prod(spec.stored_shape(config))) * itemsize
     layers: Any = range(config.num_layers) if spec.in_layers else [None]
     yield from ((spec.name("hugging_face", layer), count) for layer in layers)
@@ -165,9 +172,9 @@ def _total_bytes(config: ModelConfig) -> int:
 
 
 def _stored_tensors(
-  config: ModelConfig, params: Mapping[str, Any]
+  specs: Sequence[TensorSpec], config: ModelConfig, params: Mapping[str, Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
-  for spec in tensor_specs(config):
+  for spec in specs:
     value: Any = params
     for key in spec.path:
       value = value[key]

@@ -48,7 +48,10 @@ class HuggingFaceFolder:
     return {name for name in self._tensors.names if not name.endswith(".rotary_emb.inv_freq")}
 
   def config(self) -> ModelConfig:
-    """See `Source`; with the head budgets that an export of this project wrote to the folder."""
+    """See `Source`.
+
+    An export of this project may have written head budgets and weights of the fitted selector.
+    """
     dtypes = {self._tensors.dtype(name) for name in self.names}
     config = config_from_values(
       self._files.config,
@@ -56,6 +59,7 @@ class HuggingFaceFolder:
       where=str(self._files.folder / CONFIG),
       ignored_keys=self._ignored_keys,
     )
+    config = dataclasses.replace(config, focal_selector=self._tensors.has_selector)
     path = self._files.folder / HEAD_BUDGETS
     if not path.is_file():
       return config

@@ -22,7 +22,7 @@ from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.param_map import tensor_specs, TensorSpec
 from dga_jax.conversion.sharding import parse_mesh, shardings
-from dga_jax.file_lock import hold_workdir
+from dga_jax.files.lock import hold_workdir
 from dga_jax.hub_names import check_exists
 from dga_jax.model import ModelConfig
 from dga_jax.tokenizer import Tokenizer

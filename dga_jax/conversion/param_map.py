@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 
 from dga_jax.model import ModelConfig
+from dga_jax.model.focal_selector import selector_features
 
 Naming = Literal["hugging_face", "gguf"]
 
@@ -71,11 +72,24 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     "N": config.num_kv_heads,
     "D": config.head_dim,
     "F": config.mlp_dim,
+    "S": selector_features(config.head_dim),
   }
 
 
 def tensor_specs(config: ModelConfig) -> list[TensorSpec]:
   """Every parameter of the decoder, each once."""
+  return [*model_specs(config), *selector_specs(config)]
+
+
+def selector_specs(config: ModelConfig) -> list[TensorSpec]:
+  """The weights of the fitted selector, which the LLaMA family lacks, in a file of their own."""
+  if not config.focal_selector:
+    return []
+  return [_layer("attention.selector", "self_attn.focal_selector", "focal_selector", "N S", "N S")]
+
+
+def model_specs(config: ModelConfig) -> list[TensorSpec]:
+  """The parameters that every model of the LLaMA family has."""
   specs = [
     TensorSpec(("embedding",), "model.embed_tokens.weight", "token_embd.weight", "V E", "V E"),
     TensorSpec(("norm", "scale"), "model.norm.weight", "output_norm.weight", "E", "E"),

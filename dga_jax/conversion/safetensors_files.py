@@ -12,6 +12,7 @@ from dga_jax.conversion.json_files import check_not_lfs_pointer, parse_json, rea
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SELECTOR = "focal_selector.safetensors"  # Weights of the fitted selector; transformers ignores it.
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Bytes. Each tensor takes about 100 of them.
 _MAX_HEADER_BYTES = 8 << 20
@@ -21,7 +22,8 @@ class SafetensorsFiles:
   """Tensors by name; the files are mapped into memory, and a tensor is read when asked for.
 
   As in transformers, model.safetensors prevails over an index beside it. With an index, each tensor
-  is read from the file that the index names, whatever else the files hold.
+  is read from the file that the index names, whatever else the files hold. The tensors of
+  focal_selector.safetensors join them.
 
   Args:
     folder: holds model.safetensors, or model.safetensors.index.json and the files it names.
@@ -31,8 +33,8 @@ class SafetensorsFiles:
 
   Raises:
     FileNotFoundError: a file is missing.
-    ConversionError: a file is damaged, does not hold what the index says, or the index names a file
-      outside the folder.
+    ConversionError: a file is damaged, does not hold what the index says, or holds a tensor of
+      another file, or the index names a file outside the folder.
   """
 
   def __init__(self, folder: Path) -> None:
@@ -56,7 +58,20 @@ class SafetensorsFiles:
           raise ConversionError(
             f"{folder / INDEX} says that {file} holds {shown(name)}; it does not."
           )
+    if self.has_selector:
+      self._files[SELECTOR] = _open(folder / SELECTOR)
+      added = dict.fromkeys(self._files[SELECTOR].keys(), SELECTOR)
+      if twice := sorted(added.keys() & self._file_of.keys()):
+        raise ConversionError(
+          f"{folder / SELECTOR} and {self._file_of[twice[0]]} both hold {shown(twice[0])}."
+        )
+      self._file_of |= added
     self.names: Set[str] = self._file_of.keys()
+
+  @property
+  def has_selector(self) -> bool:
+    """Whether the folder has weights of the fitted selector."""
+    return (self._folder / SELECTOR).is_file()
 
   def shape(self, name: str) -> tuple[int, ...]:
     """The shape of a tensor."""

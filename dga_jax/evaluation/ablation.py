@@ -54,6 +54,11 @@ class AblatedDGA(AttentionKind):
         f"config.selection is {self.config.selection!r}; ablations want 'streaming'."
       )
 
+  @property
+  def takes_focal_scores(self) -> bool:
+    """See `AttentionKind`."""
+    return self.config.selector == "fitted"
+
   def prepare(self, documents: Documents) -> AttentionMetadata:
     """The rows.
 
@@ -72,10 +77,11 @@ class AblatedDGA(AttentionKind):
     k_BxLxNxD: Float[Array, "B L N D"],
     v_BxLxNxD: Float[Array, "B L N D"],
     metadata: AttentionMetadata,
+    focal_scores: Float[Array, "B L N"] | None = None,
   ) -> Float[Array, "B L H D"]:
     """The op with the parts that the fields name."""
     if self.selection == "own":
-      plan = make_plan(q_BxLxHxD, k_BxLxNxD, metadata)
+      plan = make_plan(q_BxLxHxD, k_BxLxNxD, metadata, focal_scores)
     else:
       scores = _random_scores if self.selection == "random" else received_later
       focal_BxNxL = focal_by_score(scores(q_BxLxHxD, k_BxLxNxD, self.config), self.config)

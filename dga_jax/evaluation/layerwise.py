@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from dga_jax.attention.segments import find_documents
 from dga_jax.evaluation.losses import cross_entropy_from_states
 from dga_jax.model import Decoder
 from dga_jax.model.attention_kinds.base import AttentionKind
@@ -59,8 +60,9 @@ def _layer(
   structure, stacked = nnx.split(model.layers)
   one = jax.tree.map(lambda array: array[layer], stacked)
 
-  def attend(q: Array, k: Array, v: Array) -> tuple[Array, None]:
-    return kind(q, k, v), None
+  def attend(q: Array, k: Array, v: Array, scores: Array | None = None) -> tuple[Array, None]:
+    metadata = kind.prepare(find_documents(B, L, None, None))
+    return kind.attend(q, k, v, metadata, **kind.focal_options(scores)), None
 
   return nnx.merge(structure, one)(x_BxLxE, rope, attend)[0]
 

@@ -3,22 +3,26 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-_MARKERS = "osD^vP*X<>"
+_COLOURS = 10  # Of matplotlib's default cycle.
+_MARKERS = "osD^vP*X<>d"  # Eleven, so that 110 styles differ in colour or marker.
 
 
 # 1.96 standard errors of a mean on each side are a 95 % interval.
 _Z95 = 1.959964
 # A linear axis becomes logarithmic where its values differ by more than this factor.
 _LARGEST_LINEAR_RATIO = 3.0
+# Values of neighbouring variants are drawn this factor apart on a logarithmic x axis.
+_SHIFT = 1.015
+_MAX_TICKS = 14
 
 
 class Point(NamedTuple):
@@ -55,7 +59,8 @@ def plot_perplexity_by_position(
     title: of the plot.
   """
   figure, axes = _figure("Position in the context (tokens)", "Perplexity", title)
-  for style, result in zip(_styles(len(results)), results, strict=True):
+  for place, result in enumerate(results):
+    style = _style(place)
     pieces = result["by_position"]
     middles = [(piece["from"] + piece["to"]) / 2 for piece in pieces]
     axes.plot(
@@ -81,7 +86,8 @@ def plot_restart(results: Sequence[Mapping[str, Any]], path: Path, *, title: str
   figure, axes = _figure(
     "Context before the target tokens", "Loss on the targets (nats per token)", title
   )
-  for style, result in zip(_styles(len(results)), results, strict=True):
+  contexts: set[float] = set()
+  for place, result in enumerate(results):
     last = result["last"]
     whole = {
       "context": result["length"] - last["targets"],
@@ -89,16 +95,16 @@ def plot_restart(results: Sequence[Mapping[str, Any]], path: Path, *, title: str
       "standard_error": last.get("standard_error"),
     }
     points = sorted([*result["restart"], whole], key=lambda one: one["context"])
+    contexts.update(one["context"] for one in points)
     _draw_with_intervals(
       axes,
-      [one["context"] for one in points],
+      [one["context"] * _shift(place, len(results)) for one in points],
       [one["loss"] for one in points],
       [interval(one["loss"], one.get("standard_error")) for one in points],
       label=result["variant"],
-      style=style,
+      style=_style(place),
     )
-  axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter("{x:.0f}")
+  _use_log_axis(axes, contexts, "{:.0f}".format)
   _legend(axes)
   figure.savefig(path)
 
@@ -114,7 +120,8 @@ def plot_against_share(
   """A measure of quality against the share of the keys that a method keeps, one line a method.
 
   A method that keeps all keys is a horizontal line with a band. A method with several settings at
-  the same share has points without a line.
+  the same share has points without a line. The points of different methods at the same share are
+  drawn side by side.
 
   Args:
     methods: the points of each method.
@@ -124,7 +131,9 @@ def plot_against_share(
     from_0_to_1: whether the y values are shares; the y axis then covers 0 to 1.
   """
   figure, axes = _figure("Share of the keys kept", y_label, title)
-  for style, (name, points) in zip(_styles(len(methods)), methods.items(), strict=True):
+  every_share: set[float] = set()
+  for place, (name, points) in enumerate(methods.items()):
+    style = _style(place)
     points = sorted(points, key=lambda point: point.share)
     shares = [point.share for point in points]
     if shares[0] > 0.99:
@@ -134,18 +143,16 @@ def plot_against_share(
       continue
     if any(b < 1.02 * a for a, b in itertools.pairwise(shares)):
       style["linestyle"] = ""
+    every_share.update(shares)
     _draw_with_intervals(
       axes,
-      shares,
+      [share * _shift(place, len(methods)) for share in shares],
       [point.value for point in points],
       [(point.low, point.high) for point in points],
       label=name,
       style=style,
     )
-  axes.set_xscale("log")
-  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-  axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.3g} %")
-  axes.xaxis.set_minor_locator(NullLocator())
+  _use_log_axis(axes, every_share or {1.0}, lambda share: f"{100 * share:.3g} %")
   if from_0_to_1:
     _cover_shares(axes)
   else:
@@ -163,14 +170,9 @@ def plot_retrieval(results: Sequence[Mapping[str, Any]], path: Path, *, title: s
     title: of the plot.
   """
   figure, axes = _figure("Length of the prompt (tokens)", "Answered right", title)
-  lengths = sorted({result["length"] for result in results})
   # The intervals of different variants are drawn side by side.
-  _draw_shares(axes, results, "length", shift=lambda x, place: x * 1.015**place)
-  axes.set_xscale("log", base=2)
-  axes.set_xticks(lengths, [str(length) for length in lengths])
-  axes.minorticks_off()
-  if len(lengths) == 1:
-    axes.set_xlim(lengths[0] / 1.2, lengths[0] * 1.2)
+  _draw_shares(axes, results, "length", shift=lambda x, place: x * _SHIFT**place)
+  _use_log_axis(axes, {result["length"] for result in results}, "{:.0f}".format)
   _legend(axes)
   figure.savefig(path)
 
@@ -216,10 +218,12 @@ def plot_by_layer(
     standard_errors: of the losses of each ablation; None where they are not known.
   """
   figure, axes = _figure("Layer", y_label, title)
-  for style, (name, values) in zip(_styles(len(losses)), losses.items(), strict=True):
+  for place, (name, values) in enumerate(losses.items()):
     errors: Sequence[float | None] = standard_errors[name] or [None] * len(values)
     bounds = [interval(value, error) for value, error in zip(values, errors, strict=True)]
-    _draw_with_intervals(axes, list(range(len(values))), values, bounds, label=name, style=style)
+    _draw_with_intervals(
+      axes, list(range(len(values))), values, bounds, label=name, style=_style(place)
+    )
   for name, value in baselines.items():
     axes.axhline(value, color="black", linestyle="--" if "dense" in name else ":", label=name)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -251,11 +255,13 @@ def _plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, title: str
     axes.set_title(textwrap.fill(name, width=int(12 * width)), fontsize=8)
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=7)
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7)
+    axes.tick_params(labelleft=place % columns == 0)
     if place % columns == 0:
       axes.set_ylabel("Depth", fontsize=8)
     if place + columns >= len(names):
       axes.set_xlabel("Length (tokens)", fontsize=8)
-  figure.colorbar(image, ax=figure.axes, label="Answered right", shrink=0.8)
+  percent = PercentFormatter(xmax=1, symbol=" %")
+  figure.colorbar(image, ax=figure.axes, label="Answered right", format=percent, shrink=0.8)
   figure.savefig(path)
 
 
@@ -279,7 +285,7 @@ def _draw_shares(
 ) -> None:
   """Lines of shares from 0 to 1 with their intervals, one a variant, moved apart by `shift`."""
   names = list(dict.fromkeys(result["variant"] for result in results))
-  for place, (style, name) in enumerate(zip(_styles(len(names)), names, strict=True)):
+  for place, name in enumerate(names):
     own = sorted((r for r in results if r["variant"] == name), key=lambda r: r[x_name])
     _draw_with_intervals(
       axes,
@@ -287,7 +293,7 @@ def _draw_shares(
       [result["share"] for result in own],
       [(result["low"], result["high"]) for result in own],
       label=name,
-      style=style,
+      style=_style(place),
     )
   _cover_shares(axes)
 
@@ -324,17 +330,34 @@ def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
   return figure, axes
 
 
-def _styles(count: int) -> list[dict[str, Any]]:
-  return [
-    {
-      "color": f"C{i % 10}",
-      "marker": _MARKERS[i % len(_MARKERS)],
-      "linestyle": "-" if i < 10 else "-.",
-      "markersize": 4,
-      "linewidth": 1.4,
-    }
-    for i in range(count)
-  ]
+def _style(place: int) -> dict[str, Any]:
+  return {
+    "color": f"C{place % _COLOURS}",
+    "marker": _MARKERS[place % len(_MARKERS)],
+    "linestyle": "-" if place < _COLOURS else "-.",
+    "markersize": 4,
+    "linewidth": 1.4,
+  }
+
+
+def _shift(place: int, count: int) -> float:
+  """The factor for the x values of one of `count` variants on a logarithmic axis."""
+  return _SHIFT ** (place - (count - 1) / 2)
+
+
+def _use_log_axis(axes: Axes, values: Collection[float], text: Callable[[float], str]) -> None:
+  """Makes the x axis logarithmic, with ticks at the values, the largest of close ones."""
+  low, high = min(values), max(values)
+  gap = (high / low) ** (1 / _MAX_TICKS)
+  ticks: list[float] = []
+  for value in sorted(values, reverse=True):
+    if not ticks or value * gap <= ticks[-1]:
+      ticks.append(value)
+  axes.set_xscale("log")
+  axes.set_xticks(ticks, [text(tick) for tick in ticks])
+  axes.minorticks_off()
+  if low == high:
+    axes.set_xlim(low / 1.2, high * 1.2)
 
 
 def _choose_scale(axes: Axes) -> None:

@@ -5,7 +5,6 @@ number of sequences. In every cache the axis after the batch axis is the KV head
 many entries.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +33,6 @@ class CacheShapes:
     self._model: Decoder = nnx.merge(structure, abstract)
     self.max_length = max_length
     self.row_bytes = all_bytes(self.rows(1))
-    self.bytes = functools.lru_cache(maxsize=4096)(self._bytes)
 
   def rows(self, batch: int, max_length: int | None = None) -> Any:
     """Shapes of `model.init_cache`."""
@@ -64,10 +62,6 @@ class CacheShapes:
       whole[tuple(map(slice, x.shape))] = x
       padded.append(whole)
     return padded
-
-  def _bytes(self, length: int) -> int:
-    """Bytes of keys and values of one sequence of `length` tokens, rounded up to 16 tokens."""
-    return content_bytes(self.rows(1, min(-(-length // 16) * 16, self.max_length)))
 
 
 def _round_up(length: int) -> int:

@@ -161,10 +161,6 @@ class Engine:
     """Requests that can be in the engine at a time."""
     return sys.maxsize if self._max_waiting is None else self.slots + self._max_waiting
 
-  def cache_bytes(self, length: int) -> int:
-    """Bytes of keys and values in the cache of a sequence of so many tokens."""
-    return self.programs.shapes.bytes(length)
-
   def status(self) -> EngineStatus:
     """The load of this moment."""
     with self._changed:

@@ -52,6 +52,9 @@ class ModelConfig:
     qkv_bias: whether the query, key and value projections add a bias (Qwen 2.5).
     qk_norm: whether an RMSNorm over each head's channels follows the query and key projections,
       before RoPE (Qwen 3).
+    focal_selector: whether each layer has the weights of the fitted selector, which the attention
+      settings with selector="fitted" need (dga_jax/model/focal_selector.py). The weights of a new
+      model are 0, under which the first tokens of a block stay focal; `dga fit_selector` fits them.
     attention: the attention kind. Every kind but "dense" has settings in the field of its name;
       the other kinds' settings are ignored.
     dga: settings of Dynamic Group Attention.
@@ -90,6 +93,7 @@ class ModelConfig:
   tie_embeddings: bool = False
   qkv_bias: bool = False
   qk_norm: bool = False
+  focal_selector: bool = False
   attention: AttentionName = "dga"
   dga: DGAConfig = dataclasses.field(default_factory=DGAConfig)
   head_budgets: HeadBudgets | None = None
@@ -129,12 +133,13 @@ class ModelConfig:
       raise config_error(self, "head_dim", "even, since RoPE rotates pairs of channels")
     require_number(self, "rope_base", "norm_eps", above=0)
     require_type(self, "rope_scaling", RopeScaling, type(None))
-    for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
+    for name in ("tie_embeddings", "qkv_bias", "qk_norm", "focal_selector"):
       require_type(self, name, bool)
     for name, settings in ATTENTION_SETTINGS.items():
       require_type(self, name, settings, *((type(None),) if name == "head_budgets" else ()))
     require_choice(self, "attention", AttentionName)
     self._check_head_budgets()
+    self._check_focal_selector()
     require_choice(self, "remat", RematName)
     require_choice(self, "dtype", DtypeName)
     require_choice(self, "param_dtype", DtypeName)
@@ -149,6 +154,16 @@ class ModelConfig:
         f"ModelConfig.head_budgets has {budgets.num_layers} layers of {budgets.num_kv_heads} KV "
         f"heads; it must have num_layers={self.num_layers} layers of "
         f"num_kv_heads={self.num_kv_heads}. Use budgets that were made for this model, or None."
+      )
+
+  def _check_focal_selector(self) -> None:
+    if self.focal_selector or self.attention not in ("dga", "head_budgets"):
+      return
+    if self.make_attention().takes_focal_scores:
+      raise ValueError(
+        f"ModelConfig.focal_selector is False, and the settings of attention={self.attention!r} "
+        "have selector='fitted'; the model must have the weights of a selector. Make them with dga "
+        "fit_selector, or set selector='last_query'."
       )
 
   def rope_frequencies(self) -> np.ndarray:

@@ -105,9 +105,9 @@ class Decoder(nnx.Module):
     metadata = prepare_on_mesh(kind, documents)
 
     def attend(
-      q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, _: None, layer: Any
+      q: Array, k: Array, v: Array, _: None, layer: Any, scores: Array | None = None
     ) -> tuple[Array, None]:
-      return attend_on_mesh(kind, q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, layer), None
+      return attend_on_mesh(kind, q, k, v, metadata, layer, scores), None
 
     if kind.branches > 1 and self.config.remat == "none":
       # The backward pass of a switch stores the intermediate values of all branches. Instead it
@@ -188,14 +188,14 @@ class Decoder(nnx.Module):
     caches = self.init_cache(B, max_length).layers if kind.layers_differ else None
 
     def attend(
-      q_BxLxHxD: Array, k_BxLxNxD: Array, v_BxLxNxD: Array, caches: Any, layer: Any
+      q: Array, k: Array, v: Array, caches: Any, layer: Any, scores: Array | None = None
     ) -> tuple[Array, Any]:
       heads: Any = kind.at_layer(layer)
-      qkv = (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD)
+      options = {"max_length": max_length, **heads.focal_options(scores)}
       if caches is None:
-        prompt: tuple[Array, Any] = heads.prefill(*qkv, metadata, max_length=max_length)
+        prompt: tuple[Array, Any] = heads.prefill(q, k, v, metadata, **options)
         return prompt
-      updated: tuple[Array, Any] = heads.prefill_into(caches, *qkv, metadata, max_length=max_length)
+      updated: tuple[Array, Any] = heads.prefill_into(caches, q, k, v, metadata, **options)
       return updated
 
     positions_BxL = jnp.broadcast_to(jnp.arange(L)[None, :], (B, L))
@@ -229,11 +229,10 @@ class Decoder(nnx.Module):
     kind = self.config.make_attention()
 
     def attend(
-      q_Bx1xHxD: Array, k_Bx1xNxD: Array, v_Bx1xNxD: Array, caches: Any, layer: Any
+      q: Array, k: Array, v: Array, caches: Any, layer: Any, scores: Array | None = None
     ) -> tuple[Array, Any]:
-      o_BxHxD, caches = kind.decode(
-        q_Bx1xHxD[:, 0], k_Bx1xNxD[:, 0], v_Bx1xNxD[:, 0], caches, layer
-      )
+      options = kind.focal_options(None if scores is None else scores[:, 0])
+      o_BxHxD, caches = kind.decode(q[:, 0], k[:, 0], v[:, 0], caches, layer, **options)
       return o_BxHxD[:, None], caches
 
     states_Bx1xE, layers = self._run_layers(
@@ -267,9 +266,10 @@ class Decoder(nnx.Module):
     kind = self.config.make_attention()
 
     def attend(
-      q_BxTxHxD: Array, k_BxTxNxD: Array, v_BxTxNxD: Array, caches: Any, layer: Any
+      q: Array, k: Array, v: Array, caches: Any, layer: Any, scores: Array | None = None
     ) -> tuple[Array, Any]:
-      return kind.extend(q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, caches, layer, lengths=lengths_B)
+      options = kind.focal_options(scores)
+      return kind.extend(q, k, v, caches, layer, lengths=lengths_B, **options)
 
     positions_BxT = cache.length[:, None] + jnp.arange(T)[None]
     states_BxTxE, layers = self._run_layers(

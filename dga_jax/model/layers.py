@@ -10,11 +10,13 @@ from flax import nnx
 from jaxtyping import Array, DTypeLike, Float
 
 from dga_jax.model.config import ModelConfig
+from dga_jax.model.focal_selector import focal_scores, selector_features
 from dga_jax.model.rope import apply_rope, RopeTable
 from dga_jax.sharding import constrain, fsdp_all_gather
 
-# (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), rotated by position -> (o_BxLxHxD, updated cache or None).
-Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+# (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), rotated by position, and the focal scores [B, L, N] of a layer
+# with a selector -> (o_BxLxHxD, updated cache or None).
+Attend = Callable[..., tuple[Array, Any]]
 
 
 # The backward pass stores the inputs of elementwise operations alone, whatever `remat` is: the
@@ -119,7 +121,8 @@ class SelfAttention(nnx.Module):
   """Projections around attention: query, key, value and output.
 
   In this order: biases are added to query, key and value (config.qkv_bias), query and key are
-  normalised over the channels of each head (config.qk_norm), and both are rotated by position.
+  normalised over the channels of each head (config.qk_norm), the selector scores the tokens
+  (config.focal_selector, see `focal_scores`), and query and key are rotated by position.
   """
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -146,6 +149,10 @@ class SelfAttention(nnx.Module):
       self.query_norm = rms_norm(config, "head_dim", rngs=rngs)
       self.key_norm = rms_norm(config, "head_dim", rngs=rngs)
 
+    if config.focal_selector:
+      zeros = jnp.zeros((N, selector_features(D)), jnp.dtype(config.param_dtype))
+      self.selector = nnx.Param(zeros, **axis_names("kv_heads", "selector"))
+
   def __call__(
     self, x_BxLxE: Float[Array, "B L E"], rope: RopeTable, attend: Attend
   ) -> tuple[Float[Array, "B L E"], Any]:
@@ -160,7 +167,11 @@ class SelfAttention(nnx.Module):
     if self.config.qk_norm:
       q_BxLxHxD = self.query_norm(q_BxLxHxD).astype(self.dtype)
       k_BxLxNxD = self.key_norm(k_BxLxNxD).astype(self.dtype)
-    o_BxLxHxD, cache = attend(apply_rope(q_BxLxHxD, rope), apply_rope(k_BxLxNxD, rope), v_BxLxNxD)
+    scores = []
+    if self.config.focal_selector:
+      scores = [focal_scores(k_BxLxNxD, v_BxLxNxD, gather_weight(self.selector, jnp.float32))]
+    q_BxLxHxD, k_BxLxNxD = apply_rope(q_BxLxHxD, rope), apply_rope(k_BxLxNxD, rope)
+    o_BxLxHxD, cache = attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, *scores)
     out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, gather_weight(self.out, self.dtype))
     return out_BxLxE, cache
 

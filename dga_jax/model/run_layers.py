@@ -12,9 +12,10 @@ from dga_jax.model.config import RematName
 from dga_jax.model.layers import constrain_residual, DecoderLayer
 from dga_jax.model.rope import RopeTable
 
-# (q, k, v, caches of all layers or None, layer) -> (output, updated caches; or where there are no
-# caches, what is stacked over layers). The layer is an index, or from `AttentionKind.layer_index`.
-LayerAttend = Callable[[Array, Array, Array, Any, Any], tuple[Array, Any]]
+# (q, k, v, caches of all layers or None, layer, and focal scores if the layers have a selector) ->
+# (output, updated caches; or where there are no caches, what is stacked over layers). The layer is
+# an index, or from `AttentionKind.layer_index`.
+LayerAttend = Callable[..., tuple[Array, Any]]
 # (parameters of one layer, x, caches, layer) -> (x, second result of LayerAttend).
 _RunLayer = Callable[[Any, Array, Any, Any], tuple[Array, Any]]
 
@@ -103,7 +104,7 @@ def run_unstacked(
 def _runner(structure: nnx.GraphDef, rope: RopeTable, attend: LayerAttend) -> _RunLayer:
   def run_layer(params: Any, x_BxLxE: Array, caches: Any, index: Any) -> tuple[Array, Any]:
     x_BxLxE, new = nnx.merge(structure, params)(
-      x_BxLxE, rope, lambda q, k, v: attend(q, k, v, caches, index)
+      x_BxLxE, rope, lambda q, k, v, *scores: attend(q, k, v, caches, index, *scores)
     )
     return constrain_residual(x_BxLxE), new
 

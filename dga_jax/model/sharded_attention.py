@@ -23,6 +23,7 @@ class SupportsContextParallel(Protocol):
     metadata: Any,
     *,
     axis_name: str,
+    **options: Any,
   ) -> Float[Array, "B P H D"]:
     """As `AttentionKind.attend`, inside a `jax.shard_map`, on one device's part of the sequence.
 
@@ -32,6 +33,7 @@ class SupportsContextParallel(Protocol):
       v_BxPxNxD: values, in the same order.
       metadata: of the whole sequences, in the order of positions.
       axis_name: the mesh axis that splits sequences.
+      options: from `AttentionKind.focal_options`.
     """
 
 
@@ -64,6 +66,7 @@ def attend_on_mesh(
   v_BxLxNxD: Float[Array, "B L N D"],
   metadata: Any,
   layer: Any,
+  focal_scores: Float[Array, "B L N"] | None = None,
 ) -> Float[Array, "B L H D"]:
   """`attend` of a layer on every device of the current mesh, or on one device without a mesh.
 
@@ -79,28 +82,44 @@ def attend_on_mesh(
     v_BxLxNxD: values.
     metadata: from `prepare_on_mesh`.
     layer: the argument of `AttentionKind.at_layer`.
+    focal_scores: of a layer with a selector, or None; in the order of the keys.
 
   Raises:
     ValueError: the mesh does not divide heads or rows, or the kind attends to whole sequences only.
   """
   partition = _partition(kind, q_BxLxHxD, k_BxLxNxD)
+  options = kind.focal_options(focal_scores)
   if partition is None:
-    return kind.at_layer(layer).attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
+    return kind.at_layer(layer).attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, **options)
   axis_name = context_axis()
 
   def attend(operands: dict[str, Any]) -> Array:
     q, k, v, metadata = (operands[name] for name in ("q", "k", "v", "metadata"))
     heads = kind.at_layer(operands["layer"])
     if axis_name is None:
-      return heads.attend(q, k, v, metadata)
+      return heads.attend(q, k, v, metadata, **operands["options"])
     assert isinstance(heads, SupportsContextParallel)
-    return heads.attend_sharded(q, k, v, metadata, axis_name=axis_name)
+    return heads.attend_sharded(q, k, v, metadata, axis_name=axis_name, **operands["options"])
 
   states = partition.states
   out_BxLxHxD: Array = partition.shard_map(
     attend,
-    {"q": q_BxLxHxD, "k": k_BxLxNxD, "v": v_BxLxNxD, "metadata": metadata, "layer": layer},
-    {"q": states, "k": states, "v": states, "metadata": partition.rows, "layer": PartitionSpec()},
+    {
+      "q": q_BxLxHxD,
+      "k": k_BxLxNxD,
+      "v": v_BxLxNxD,
+      "options": options,
+      "metadata": metadata,
+      "layer": layer,
+    },
+    {
+      "q": states,
+      "k": states,
+      "v": states,
+      "options": partition.scores,
+      "metadata": partition.rows,
+      "layer": PartitionSpec(),
+    },
     states,
     # Some kernels of JAX do not tell over which mesh axes their results vary. Only the collectives
     # of context parallelism need the check.

@@ -16,6 +16,7 @@ from dga_jax.generation import (
   TokenLogprobs,
 )
 from dga_jax.generation.cache_shapes import dense_bytes
+from dga_jax.generation.live_bytes import live_bytes
 from dga_jax.serving.errors import APIError
 from dga_jax.serving.metrics import Metrics
 from dga_jax.serving.served_model import ServedModel
@@ -125,7 +126,7 @@ class Answers:
       "total_tokens": prompt + new,
       "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in firsts)},
       "cache_bytes": {
-        "live": sum(map(engine.cache_bytes, lengths)),
+        "live": sum(live_bytes(engine.config, length) for length in lengths),
         "dense": sum(dense_bytes(engine.config, length) for length in lengths),
       },
     }

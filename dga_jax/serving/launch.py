@@ -116,7 +116,7 @@ def describe(model: ServedModel, settings: LaunchSettings) -> str:
   """One line: the model, its slots and the bytes of their caches."""
   engine = model.engine
   slot, dense = (
-    engine.cache_bytes(engine.max_length),
+    engine.programs.shapes.row_bytes,
     dense_bytes(engine.config, engine.max_length),
   )
   chat = "" if model.template else "; without a chat template: /v1/completions only"

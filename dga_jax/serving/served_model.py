@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from dga_jax.chat_template import ChatTemplate, encode_chat
+from dga_jax.chat.template import ChatTemplate, encode_chat
 from dga_jax.generation import Engine
 from dga_jax.serving.errors import APIError, invalid
 from dga_jax.tokenizer import Tokenizer

@@ -1,4 +1,4 @@
-"""Equinox: a module without a batch axis, under `jax.vmap` or alone.
+"""Equinox: a module without a batch axis, under `eqx.filter_vmap` or alone.
 
 pip install equinox && python docs/examples/equinox_module.py
 """
@@ -41,7 +41,7 @@ class SelfAttention(eqx.Module):
 config = DGAConfig(selection="streaming", group_size=14, focal_per_block=2)
 module = SelfAttention(128, 32, config, key=jax.random.key(0))
 states = jax.random.normal(jax.random.key(1), (2, 512, 128))
-batch = eqx.filter_jit(jax.vmap(module))(states)
+batch = eqx.filter_jit(eqx.filter_vmap(module))(states)
 one = eqx.filter_jit(module)(states[0])
 print(f"output {batch.shape}; largest difference between batch and one sequence:")
 print(f"{jnp.abs(batch[0] - one).max():.1e}")

@@ -67,6 +67,7 @@ def step_in_place(
   cache: CacheArrays,
   lengths: CacheLengths,
   layer: Int[Array, ""] | int,
+  score: Float[Array, "B N"] | None = None,
   *,
   rule: BlockRule,
   scale: float,
@@ -85,6 +86,8 @@ def step_in_place(
     cache: the arrays of all layers. Donate them.
     lengths: of all layers, before this token.
     layer: the layer that is read and written.
+    score: the focal scores of the new tokens, float32 without NaN, where the cache has
+      `block_score`; else None.
     rule: the layout of the cache, and how a complete block becomes compact entries.
     scale: of the attention logits.
     group_bias: added to the logits of groups.
@@ -95,7 +98,7 @@ def step_in_place(
   from pallas_kernels.decode.triton_step import step_triton
 
   return step_triton(
-    query, key, value, cache, lengths, layer, rule=rule, scale=scale, group_bias=group_bias
+    query, key, value, cache, lengths, layer, score, rule=rule, scale=scale, group_bias=group_bias
   )
 
 

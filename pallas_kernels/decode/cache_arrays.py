@@ -24,6 +24,8 @@ class CacheArrays(NamedTuple):
     raw_value: likewise.
     key_scale: the factor of each compact key that is stored in 8 bits; else None.
     value_scale: likewise.
+    block_score: the focal score of each of the s tokens of the unfinished block, by the token's
+      offset; None where the last query of a block chooses its focal tokens.
   """
 
   compact_key: Shaped[Array, "*layers B N C D"]
@@ -32,13 +34,14 @@ class CacheArrays(NamedTuple):
   raw_value: Float[Array, "*layers B N W D"]
   key_scale: Float[Array, "*layers B N C"] | None = None
   value_scale: Float[Array, "*layers B N C"] | None = None
+  block_score: Float[Array, "*layers B N s"] | None = None
 
   def present(self) -> list[Array]:
     """The arrays that are not None, in field order."""
     return [x for x in self if x is not None]
 
   def unpack(self, layer: Int[Array, ""] | int) -> "CacheArrays":
-    """The arrays of one layer, [1, B, ...], with entries in the dtype of the raw tokens."""
+    """The keys and values of one layer, [1, B, ...], all in the dtype of the raw tokens."""
     one = jax.tree.map(lambda x: x[layer][None], self)
     key, value = one.compact
     return CacheArrays(key, value, one.raw_key, one.raw_value)
@@ -72,8 +75,9 @@ class CacheLengths(NamedTuple):
 class BlockRule(NamedTuple):
   """How a complete block becomes compact entries.
 
-  The last query q of the block keeps the f tokens with the largest softmax(choice_scale · q Kᵀ),
-  and merges the other m with the weights softmax(merge_scale · q Kᵀ).
+  Of the block's tokens, f stay focal: those with the highest focal scores, or in a cache without
+  scores those with the largest softmax(choice_scale · q Kᵀ) for the last query q of the block. The
+  same query merges the other m with the weights softmax(merge_scale · q Kᵀ).
   """
 
   layout: CacheLayout

@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode.cache_arrays import BlockRule, CacheArrays
 from pallas_kernels.decode.cache_layout import CacheLayout, TokenCoords
 from pallas_kernels.decode.triton_tile import load_rows, MIN_DOT_SIDE, store_rows
 from pallas_kernels.kernel_common import MASK_VALUE
+from pallas_kernels.triton_common import padded_slice
 
 
 class OwnBlock(NamedTuple):
@@ -22,6 +24,7 @@ class OwnBlock(NamedTuple):
   is_new: Array  # [S]
   key: Array  # [S, D]
   value: Array  # [S, D]
+  score: Array | None  # [S], focal scores; None where the last query chooses
 
 
 def load_block(
@@ -30,6 +33,7 @@ def load_block(
   token: TokenCoords,
   key_ref: Any,
   value_ref: Any,
+  score: Array | None,
   layout: CacheLayout,
 ) -> OwnBlock:
   """Reads the earlier tokens of the block from the ring, and the new one from its references."""
@@ -42,7 +46,18 @@ def load_block(
     return jnp.where(is_new_S[:, None], new_D[None], earlier_SxD)
 
   key_SxD = with_new(cache.raw_key, key_ref)
-  return OwnBlock(token, is_new_S, key_SxD, with_new(cache.raw_value, value_ref))
+  value_SxD = with_new(cache.raw_value, value_ref)
+  if score is None:
+    return OwnBlock(token, is_new_S, key_SxD, value_SxD, None)
+  # Tokens of the prefix have offset 0, so that nothing is loaded for them.
+  earlier_S = plgpu.load(_score_row(cache, layer, S), mask=jnp.arange(S) < token.offset, other=0.0)
+  return OwnBlock(token, is_new_S, key_SxD, value_SxD, jnp.where(is_new_S, score, earlier_S))
+
+
+def _score_row(cache: CacheArrays, layer: Array, size: int) -> Any:
+  """The references of a block's focal scores."""
+  block_score: Any = cache.block_score
+  return block_score.at[layer, padded_slice(0, size)]
 
 
 def append_token(out: CacheArrays, layer: Array, block: OwnBlock) -> None:
@@ -57,6 +72,8 @@ def append_token(out: CacheArrays, layer: Array, block: OwnBlock) -> None:
   ):
     store_rows(raw_ref, None, layer, token.block_slot + offset_S, rows_SxD, to_ring_S)
     store_rows(compact_ref, scale_ref, layer, entry_S, rows_SxD, to_prefix_S)
+  if block.score is not None:
+    plgpu.store(_score_row(out, layer, block.score.shape[0]), block.score, mask=to_ring_S)
 
 
 def flush_block(
@@ -79,7 +96,7 @@ def flush_block(
   """
   layout, offset_S = rule.layout, jnp.arange(block.is_new.shape[0])
   first = layout.block_entry(block.token.block, prefix)
-  focal_S, weight_S = _choose_focal(dots_MxS, rule, heads)
+  focal_S, weight_S = _choose_focal(dots_MxS, block.score, rule, heads)
   rank_S = jnp.cumsum(focal_S.astype(jnp.int32)) - 1
   for rows_SxD, compact_ref, scale_ref in (
     (block.key, out.compact_key, out.key_scale),
@@ -92,17 +109,20 @@ def flush_block(
     store_rows(compact_ref, scale_ref, layer, entry_S, group_SxD, offset_S == 0)
 
 
-def _choose_focal(dots_MxS: Array, rule: BlockRule, heads: int) -> tuple[Array, Array]:
+def _choose_focal(
+  dots_MxS: Array, score_S: Array | None, rule: BlockRule, heads: int
+) -> tuple[Array, Array]:
   """Which tokens of a block are focal, and the weights [S] that merge the other tokens."""
   M, S = dots_MxS.shape
   layout, offset_S = rule.layout, jnp.arange(S)
   is_token_S, is_head_Mx1 = offset_S < layout.block_size, (jnp.arange(M) < heads)[:, None]
-  score_S = _summed_softmax(dots_MxS * rule.choice_scale, is_token_S, is_head_Mx1)
-  score_S = jnp.where(is_token_S, score_S, -1.0)
+  if score_S is None:
+    score_S = _summed_softmax(dots_MxS * rule.choice_scale, is_token_S, is_head_Mx1)
   focal_S = jnp.zeros((S,), jnp.bool_)
   for _ in range(layout.focal):
-    left_S = jnp.where(focal_S, -2.0, score_S)
-    best = jnp.where(left_S == left_S.max(), offset_S, S).min()
+    is_left_S = is_token_S & ~focal_S
+    left_S = jnp.where(is_left_S, score_S, -jnp.inf)
+    best = jnp.where(is_left_S & (left_S == left_S.max()), offset_S, S).min()
     focal_S |= offset_S == best
   is_member_S = is_token_S & ~focal_S
   weight_S = _summed_softmax(dots_MxS * rule.merge_scale, is_member_S, is_head_Mx1) / heads

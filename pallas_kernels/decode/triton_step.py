@@ -13,6 +13,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -62,6 +63,7 @@ def step_triton(
   cache: CacheArrays,
   lengths: CacheLengths,
   layer: Array | int,
+  score: Array | None = None,
   *,
   rule: BlockRule,
   scale: float,
@@ -89,10 +91,11 @@ def step_triton(
 
   token = pl.BlockSpec((None, None, D), lambda p, n, b: (b, n, 0))
   row_shapes: list[tuple[int, ...]] = [(D,), (), ()]  # acc, m and l of a query head
-  arrays = cache.present()
-  inputs_before = 4 + len(lengths)
+  arrays, structure = jax.tree.flatten(cache)
+  scores = [] if score is None else [score]
+  inputs_before = 4 + len(lengths) + len(scores)
   results = pl.pallas_call(
-    functools.partial(_step_kernel, static=static),
+    functools.partial(_step_kernel, structure=structure, static=static),
     grid=(P, N, B),
     in_specs=[
       whole(layer),
@@ -100,6 +103,7 @@ def step_triton(
       pl.BlockSpec((None, R, D), lambda p, n, b: (b, n, 0)),
       token,
       token,
+      [whole(x) for x in scores],
       [of_head(x) for x in arrays],
     ],
     out_specs=[*(of_split(*row) for row in row_shapes), *(of_head(x) for x in arrays)],
@@ -111,10 +115,10 @@ def step_triton(
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
     name="decode_step",
-  )(layer, list(lengths), query, key, value, arrays)
+  )(layer, list(lengths), query, key, value, scores, arrays)
   splits = OnlineSoftmax(*results[: len(row_shapes)])
   out, length = combine(query, splits, lengths.length, layer, interpret=interpret)
-  return out, CacheArrays(*results[len(row_shapes) :]), length
+  return out, jax.tree.unflatten(structure, results[len(row_shapes) :]), length
 
 
 class _Source(NamedTuple):
@@ -135,17 +139,19 @@ def _step_kernel(
   q_ref: Any,
   key_ref: Any,
   value_ref: Any,
+  score_refs: Any,
   array_refs: Any,
   acc_ref: Any,
   m_ref: Any,
   l_ref: Any,
   *out_refs: Any,
+  structure: jax.tree_util.PyTreeDef,
   static: _Static,
 ) -> None:
-  split, b = pl.program_id(0), pl.program_id(2)
+  split, n, b = (pl.program_id(axis) for axis in range(3))
   layer, rule, R = layer_ref[0], static.rule, static.heads
   length, origin, prefix, prefix_focal = (ref[layer, b] for ref in length_refs)
-  cache, out = CacheArrays(*array_refs), CacheArrays(*out_refs)
+  cache, out = (jax.tree.unflatten(structure, refs) for refs in (array_refs, out_refs))
   M = max(MIN_DOT_SIDE, pl.next_power_of_2(R))
   q_MxD = load_rows(q_ref, (), 0, M, R)
   token = rule.layout.locate(length, origin)
@@ -153,7 +159,8 @@ def _step_kernel(
   empty = empty_softmax(*q_MxD.shape)
 
   def own_block() -> OnlineSoftmax:
-    block = load_block(cache, layer, token, key_ref, value_ref, rule.layout)
+    score = score_refs[0][b, n] if score_refs else None
+    block = load_block(cache, layer, token, key_ref, value_ref, score, rule.layout)
     dots_MxS = dot(q_MxD, block.key, trans_b=True)
     is_visible_S = jnp.arange(dots_MxS.shape[1]) <= token.offset
     logits_MxS = jnp.where(is_visible_S[None], dots_MxS * static.scale, -jnp.inf)

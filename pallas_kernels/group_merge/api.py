@@ -3,7 +3,8 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.group_merge.entries import Entries
+from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries
+from pallas_kernels.group_merge.xla import highest_in_blocks
 
 
 def merge_groups(
@@ -65,6 +66,7 @@ def merge_blocks(
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
   start: Int[Array, "B k"] | None,
+  scores: Float[Array, "B L N"] | None = None,
   *,
   members: int,
   focal: int,
@@ -73,14 +75,16 @@ def merge_blocks(
 ) -> tuple[Float[Array, "B L H D"], Entries, Int[Array, "B N k f"]]:
   """As `merge_groups`, for blocks of consecutive tokens, each with its own choice of focal tokens.
 
-  The last query of a block scores its tokens by softmax(q Kᵀ / √D), summed over the query heads
-  of a KV head. The `focal` highest-scored tokens stay focal (ties: the earlier token), and the
-  same query weighs the other `members` tokens as a group. The window is all tokens.
+  The `focal` highest-scored tokens of a block stay focal (ties: the earlier token). The last query
+  of the block weighs the other `members` tokens as a group. The window is all tokens. Without
+  `scores`, the last query scores the tokens by softmax(q Kᵀ / √D), summed over the query heads of
+  a KV head. With them, `merge_groups` merges the groups of the choice.
 
   Args:
     query: any float dtype, which all arrays share.
     start: int32 first position of each block, ascending; L for none. None for ⌊L / size⌋
       consecutive blocks from the first token on, with size = members + focal.
+    scores: of every token, float32 without NaN; None for the attention of each block's last query.
     members: tokens of a block that are merged.
     focal: tokens of a block that stay focal.
     scale: multiplies the merge logits.
@@ -93,6 +97,19 @@ def merge_blocks(
     ValueError: if a name is unknown.
     NotImplementedError: if no named implementation can run this call; the message says why not.
   """
+  if scores is not None:
+    start = block_starts(start, key, members + focal)
+    chosen = highest_in_blocks(scores, start, size=members + focal, focal=focal)
+    query, entries = merge_groups(
+      query,
+      key,
+      value,
+      *block_indices(start, chosen, members, key.shape[1]),
+      scale=scale,
+      reorder_window=False,
+      implementation=implementation,
+    )
+    return query, entries, chosen
   result: tuple[Array, Entries, Array] = dispatch.run(
     "merge_blocks",
     implementation,

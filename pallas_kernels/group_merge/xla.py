@@ -89,8 +89,29 @@ def choose_in_blocks(
   position_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
   key_BxkxsxNxD = take_positions(key, position_Bxkxs)
   query_BxkxNxRxD = take_positions(query, position_Bxkxs[..., -1]).reshape(B, k, N, R, D)
-  scores_BxNxkxs = block_scores(query_BxkxNxRxD, key_BxkxsxNxD)
-  _, chosen_BxNxkxf = jax.lax.top_k(scores_BxNxkxs, focal)
+  return _highest(block_scores(query_BxkxNxRxD, key_BxkxsxNxD), focal)
+
+
+def highest_in_blocks(
+  scores_BxLxN: Float[Array, "B L N"], start_Bxk: Int[Array, "B k"], *, size: int, focal: int
+) -> Int[Array, "B N k f"]:
+  """Offsets in each block of the `focal` tokens with the highest scores, ascending.
+
+  Ties go to the earlier token. Not differentiable.
+
+  Args:
+    scores_BxLxN: of every token and KV head; not NaN.
+    start_Bxk: first position of each block; L or more for no block.
+    size: tokens of a block.
+    focal: how many of them to choose.
+  """
+  position_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
+  scores_BxkxsxN = take_positions(jax.lax.stop_gradient(scores_BxLxN), position_Bxkxs)
+  return _highest(jnp.moveaxis(scores_BxkxsxN, -1, 1), focal)
+
+
+def _highest(scores_BxNxkxs: Array, count: int) -> Int[Array, "B N k f"]:
+  _, chosen_BxNxkxf = jax.lax.top_k(scores_BxNxkxs, count)
   return jnp.sort(chosen_BxNxkxf, axis=-1)
 
 

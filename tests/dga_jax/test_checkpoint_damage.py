@@ -26,7 +26,7 @@ from dga_jax.checkpoint_files import (
   set_aside,
 )
 from dga_jax.checkpoint_manifest import Manifest
-from dga_jax.file_hashes import FileRecord
+from dga_jax.files.hashes import FileRecord
 from dga_jax.tokenizer import Tokenizer
 from tests.dga_jax.tiny_checkpoint import (
   append,

@@ -43,7 +43,7 @@ def test_the_commands_are_listed(arguments: tuple[str, ...]) -> None:
   done = dga(*arguments)
   assert done.returncode == 0, done.stderr
   for name, command in commands.COMMANDS.items():
-    assert f"  {name:10}{command.help}\n" in done.stdout
+    assert f"  {name:14}{command.help}\n" in done.stdout
   assert done.stdout.endswith("imported:\n")
 
 
@@ -66,6 +66,7 @@ def test_help_imports_no_heavy_package(name: str, flag: str) -> None:
   assert "flags:" in done.stdout
   if name not in ("picture", "smollm2"):
     assert "--workdir" in done.stdout
+  assert ("--budgets" in done.stdout) == (name in ("generate", "serve", "evaluate"))
   lists_config_keys = (name, flag) == ("train", "--help")
   assert ("config.model.dga" in done.stdout) == lists_config_keys
   # Only the config's dataclasses, whose keys the trainer's --help lists, import jax.
@@ -114,6 +115,7 @@ def test_an_argument_that_is_not_a_flag_is_an_error() -> None:
     ("calibrate", ["--output=b", "--documents=a", "--blocks=30"], "--blocks has '30'; write m+f"),
     ("calibrate", ["--output=b", "--documents=a", "--shares=2"], "--shares is 2"),
     ("calibrate", ["--output=b", "--documents=a", "--puzzles=pas"], "--puzzles has 'pas'"),
+    ("fit_selector", ["--output=b"], "dga fit_selector needs --documents"),
     ("generate", ["--prompt_file=nowhere.txt"], "error: [Errno 2] No such file"),
     ("generate", ["--prompt=a"], "There is no checkpoint, Hugging Face folder or GGUF file at x."),
     ("generate", ["--prompt=a", "--workdir=a/b"], "hf download a/b --local-dir b"),

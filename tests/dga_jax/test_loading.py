@@ -15,7 +15,7 @@ from dga_jax.cache_choice import (
   shortest_saving,
   with_smaller_cache,
 )
-from dga_jax.chat_template import encode_chat
+from dga_jax.chat.template import encode_chat
 from dga_jax.config import RETROFIT
 from dga_jax.generation import Sampling
 from dga_jax.head_budgets import FULL, HeadBudgets
@@ -23,7 +23,7 @@ from dga_jax.loading import load_with_facts, Loaded
 from dga_jax.model import Decoder
 from dga_jax.model.attention_kinds.dense_cache import DenseCache
 from dga_jax.text_generation import prompt_tokens
-from tests.dga_jax import chatty
+from tests.dga_jax.chat import chatty
 
 FOLDER = Path(__file__).parents[1] / "golden" / "hugging_face" / "smollm"
 GREEDY = Sampling(temperature=0.0)

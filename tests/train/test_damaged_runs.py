@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dga_jax.checkpoint_files import CheckpointError, find_damage, list_steps
-from dga_jax.file_lock import hold_workdir, LockedError
+from dga_jax.files.lock import hold_workdir, LockedError
 from tests import compilation_cache
 from tests.dga_jax.tiny_checkpoint import delete_item, flip_a_bit, largest_file, truncate
 from tests.train.compare import assert_same_run

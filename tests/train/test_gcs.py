@@ -60,18 +60,15 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def start(
-  bucket: str, config_file: Path, compilation_cache: dict[str, str]
-) -> Callable[..., subprocess.Popen[str]]:
+def start(bucket: str, config_file: Path) -> Callable[..., subprocess.Popen[str]]:
   """Starts the trainer with the variables that lead to the emulator: (workdir, *flags) -> Popen."""
   del bucket  # It has set the variables.
-  settings = {name.upper(): value for name, value in compilation_cache.items()}
 
   def start(workdir: str | Path, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "train.main", f"--config={config_file}"]
     return subprocess.Popen(
       [*command, f"--workdir={workdir}", *flags],
-      env=os.environ | {"JAX_PLATFORMS": "cpu"} | settings,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dga_jax import file_lock, paths
 from dga_jax.checkpoint_files import CheckpointError, set_aside
-from dga_jax.paths import check_path
-from dga_jax.storage import to_path
+from dga_jax.files import lock, paths
+from dga_jax.files.paths import check_path
+from dga_jax.files.storage import to_path
 from train import setup
 from train.abort_filter import newest_checkpoint_note
 from train.config import TrainConfig
@@ -117,5 +117,5 @@ def test_the_note_on_checkpoints_and_the_lock(caplog: pytest.LogCaptureFixture) 
   assert newest_checkpoint_note("gs://bucket/run") == (
     "The checkpoints are in gs://bucket/run/checkpoints."
   )
-  with file_lock.hold_workdir(to_path("gs://bucket/run")):
+  with lock.hold_workdir(to_path("gs://bucket/run")):
     assert "gs://bucket/run has no locks" in caplog.text

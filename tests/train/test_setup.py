@@ -214,7 +214,7 @@ def test_changed_data_are_an_error(config: TrainConfig, corpus: Path, tmp_path: 
 
 def test_a_too_small_vocabulary_is_an_error(config: TrainConfig, tmp_path: Path) -> None:
   model = dataclasses.replace(config.model, vocab_size=256)
-  with pytest.raises(ValueError, match=r"config\.model\.vocab_size is 256; .* 257 entries"):
+  with pytest.raises(ValueError, match=r"is 256; .* 257 .* lower config\.data\.vocab_size"):
     train(dataclasses.replace(config, model=model), tmp_path)
 
 

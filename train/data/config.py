@@ -11,7 +11,7 @@ from dga_jax.config_dataclasses import (
   require_int,
   require_number,
 )
-from dga_jax.paths import check_path
+from dga_jax.files.paths import check_path
 
 DataKind = Literal["text", "recall", "audio"]
 TokenizerKind = Literal["byte", "bpe"]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from dga_jax.chat_template import ChatTemplate, encode_chat
+from dga_jax.chat.template import ChatTemplate, encode_chat
 from dga_jax.tokenizer import Tokenizer
 
 # Begins a document that is the JSON of a conversation. No other document begins like this.

@@ -16,8 +16,8 @@ import grain
 import numpy as np
 from jaxtyping import Shaped
 
-from dga_jax.chat_template import ChatTemplate
-from dga_jax.paths import check_path
+from dga_jax.chat.template import ChatTemplate
+from dga_jax.files.paths import check_path
 from dga_jax.tokenizer import Tokenizer
 from train.data.audio import audio_source
 from train.data.config import DataConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from absl import logging
 
-from dga_jax.file_hashes import FileRecord, find_file_damage, hash_files
-from dga_jax.file_lock import hold_lock
+from dga_jax.files.hashes import FileRecord, find_file_damage, hash_files
+from dga_jax.files.lock import hold_lock
 
 _FILE_NAME = "files.json"
 

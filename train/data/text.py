@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import grain
 from absl import logging
 
-from dga_jax.chat_template import ChatTemplate
+from dga_jax.chat.template import ChatTemplate
 from dga_jax.tokenizer import Tokenizer
 from train.data.config import DataConfig
 from train.data.conversations import Encoder, to_text

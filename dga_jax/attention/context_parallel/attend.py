@@ -1,5 +1,7 @@
 """The op on sequences that a mesh axis splits (context parallelism)."""
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -25,6 +27,7 @@ def attend_sharded(
   metadata: AttentionMetadata,
   *,
   axis_name: str,
+  focal_scores: Float[Array, "B P N"] | None = None,
   scale: float | None = None,
   implementation: Implementation = None,
 ) -> Float[Array, "B P H D"]:
@@ -41,6 +44,7 @@ def attend_sharded(
     value: as query.
     metadata: of the whole sequences, from `prepare`.
     axis_name: the mesh axis that splits the sequences.
+    focal_scores: of the tokens of this device, float32, with the selector "fitted"; else None.
     scale: multiplies the attention logits; default 1/√D.
     implementation: as for `dynamic_group_attention`, without "reference".
 
@@ -50,13 +54,16 @@ def attend_sharded(
   validation.query_and_key(query, key)
   validation.value_like_key(value, key)
   validation.softmax_scale(scale)
+  validation.focal_scores(focal_scores, key, metadata.config)
   config, documents = metadata.config, metadata.documents
   shards = ZigzagShards.from_local_length(axis_name, query.shape[1])
   if documents.rows != "whole":
     is_token_BxPx1x1 = shards.local_part(documents.is_token)[..., None, None]
     query, key, value = (jnp.where(is_token_BxPx1x1, x, 0) for x in (query, key, value))
   streaming = config.selection == "streaming"
-  make_sources = streaming_sources if streaming else global_sources
+  make_sources = (
+    functools.partial(streaming_sources, focal_scores=focal_scores) if streaming else global_sources
+  )
   sources = make_sources(
     query,
     key,

@@ -8,6 +8,7 @@ from dga_jax.attention.attend import merge_scale
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
 from dga_jax.attention.segments import count_before
+from dga_jax.attention.selection import comparable_scores
 from dga_jax.attention.streaming_blocks import cache_layout, StreamingBlocks
 from dga_jax.attention.visibility import focal_list_start, Visibility
 from dga_jax.config import DGAConfig
@@ -25,6 +26,7 @@ def streaming_sources(
   metadata: AttentionMetadata,
   shards: ZigzagShards,
   *,
+  focal_scores: Float[Array, "B P N"] | None,
   implementation: Implementation,
 ) -> KVSources:
   """The keys and values that this device's queries attend to, and the range that each query sees.
@@ -40,6 +42,7 @@ def streaming_sources(
     value: the tokens of this device.
     metadata: of the whole sequence.
     shards: the tokens that each device holds.
+    focal_scores: of the tokens of this device, with the selector "fitted"; else None.
     implementation: of the merge.
 
   Raises:
@@ -59,6 +62,12 @@ def streaming_sources(
     join_chunks(jnp.concatenate([before[:, :, :, i], shards.split_chunks(x)], axis=2))
     for i, x in enumerate((key, value))
   )
+  scores = None
+  if focal_scores is not None:
+    own = comparable_scores(focal_scores)
+    scores = join_chunks(
+      jnp.concatenate([shards.halo_exchange(own, halo), shards.split_chunks(own)], axis=2)
+    )
   blocks = _ShardedBlocks(streaming.blocks.start, config, shards)
   query_chunks = shards.split_chunks(query)
   _, merged, _ = merge_blocks(
@@ -66,6 +75,7 @@ def streaming_sources(
     window_key,
     window_value,
     blocks.local_starts(halo),
+    scores,
     members=config.group_size,
     focal=config.focal_in_block,
     scale=merge_scale(config, query.shape[-1]),

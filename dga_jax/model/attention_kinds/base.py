@@ -17,7 +17,8 @@ class AttentionKind:
 
   A kind for whole sequences defines `attend`. A kind that decodes also defines `init_cache`,
   `prefill` and `decode`; one whose cache takes several tokens at once defines `extend`. A kind
-  that supports context parallelism has `attend_sharded` (dga_jax/model/sharded_attention.py).
+  that supports context parallelism has `attend_sharded` (dga_jax/model/sharded_attention.py). These
+  methods of a kind that takes focal scores have one more argument, see `focal_options`.
 
   Attributes:
     name: the value of ModelConfig.attention, for messages.
@@ -41,6 +42,19 @@ class AttentionKind:
       layer: its index, traced or not, or the result of `layer_index`.
     """
     return self
+
+  @property
+  def takes_focal_scores(self) -> bool:
+    """Whether focal scores choose the focal tokens, see `DGAConfig.selector`."""
+    return False
+
+  def focal_options(self, focal_scores: Array | None) -> dict[str, Any]:
+    """The keyword argument `focal_scores` of this kind's methods, or none.
+
+    Args:
+      focal_scores: [B, L, N] or [B, N] as the method's keys, or None.
+    """
+    return {"focal_scores": focal_scores} if self.takes_focal_scores else {}
 
   def layer_index(self, index: int) -> Any:
     """The layer argument of `at_layer`, `decode` and `extend` for layers that are not in a scan."""

@@ -22,6 +22,11 @@ class DynamicGroupAttention(AttentionKind):
 
   config: DGAConfig
 
+  @property
+  def takes_focal_scores(self) -> bool:
+    """See `AttentionKind`."""
+    return self.config.selector == "fitted"
+
   def prepare(self, documents: Documents) -> AttentionMetadata:
     """Blocks and visibility of streaming selection; quotas and sampled queries of global."""
     return prepare(documents, self.config)
@@ -32,9 +37,10 @@ class DynamicGroupAttention(AttentionKind):
     k_BxLxNxD: Float[Array, "B L N D"],
     v_BxLxNxD: Float[Array, "B L N D"],
     metadata: AttentionMetadata,
+    focal_scores: Float[Array, "B L N"] | None = None,
   ) -> Float[Array, "B L H D"]:
     """The op over whole sequences."""
-    return attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
+    return attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, focal_scores=focal_scores)
 
   def attend_sharded(
     self,
@@ -44,9 +50,17 @@ class DynamicGroupAttention(AttentionKind):
     metadata: AttentionMetadata,
     *,
     axis_name: str,
+    focal_scores: Float[Array, "B P N"] | None = None,
   ) -> Float[Array, "B P H D"]:
     """The op on this device's shard of the sequences; `metadata` is of the whole sequences."""
-    return attend_sharded(q_BxPxHxD, k_BxPxNxD, v_BxPxNxD, metadata, axis_name=axis_name)
+    return attend_sharded(
+      q_BxPxHxD,
+      k_BxPxNxD,
+      v_BxPxNxD,
+      metadata,
+      axis_name=axis_name,
+      focal_scores=focal_scores,
+    )
 
   def init_cache(
     self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
@@ -69,10 +83,16 @@ class DynamicGroupAttention(AttentionKind):
     metadata: AttentionMetadata,
     *,
     max_length: int,
+    focal_scores: Float[Array, "B L N"] | None = None,
   ) -> tuple[Float[Array, "B L H D"], CompactCache]:
     """The op over prompts, whose focal tokens and groups become the compact cache."""
     return attend_and_prefill_prepared(
-      q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata, max_length=max_length
+      q_BxLxHxD,
+      k_BxLxNxD,
+      v_BxLxNxD,
+      metadata,
+      max_length=max_length,
+      focal_scores=focal_scores,
     )
 
   def decode(
@@ -82,9 +102,19 @@ class DynamicGroupAttention(AttentionKind):
     v_BxNxD: Float[Array, "B N D"],
     cache: CompactCache,
     layer: Int[Array, ""],
+    *,
+    focal_scores: Float[Array, "B N"] | None = None,
   ) -> tuple[Float[Array, "B H D"], CompactCache]:
     """Appends one token and attends to the compact part and the raw tokens."""
-    return decode_step(q_BxHxD, k_BxNxD, v_BxNxD, cache, config=self.config, layer=layer)
+    return decode_step(
+      q_BxHxD,
+      k_BxNxD,
+      v_BxNxD,
+      cache,
+      config=self.config,
+      focal_scores=focal_scores,
+      layer=layer,
+    )
 
   def extend(
     self,
@@ -95,8 +125,16 @@ class DynamicGroupAttention(AttentionKind):
     layer: Int[Array, ""],
     *,
     lengths: Int[Array, "B"],
+    focal_scores: Float[Array, "B T N"] | None = None,
   ) -> tuple[Float[Array, "B T H D"], CompactCache]:
     """Appends several tokens; computes what decoding them one by one would."""
     return extend(
-      q_BxTxHxD, k_BxTxNxD, v_BxTxNxD, cache, config=self.config, lengths=lengths, layer=layer
+      q_BxTxHxD,
+      k_BxTxNxD,
+      v_BxTxNxD,
+      cache,
+      config=self.config,
+      focal_scores=focal_scores,
+      lengths=lengths,
+      layer=layer,
     )

@@ -7,7 +7,7 @@ cost, and the cache holds the sum of the heads' caches.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +28,7 @@ from dga_jax.sharding import head_part
 # layers of the row.
 type HeadCaches = tuple[tuple[Any, ...], ...]
 type _QKV = tuple[Array, Array, Array]
+type _Options = dict[str, Any]  # From `AttentionKind.focal_options`.
 
 
 def kind_of_setting(setting: HeadSetting) -> AttentionKind:
@@ -66,6 +67,11 @@ class HeadBudgetsAttention(AttentionKind):
   def kinds(self) -> tuple[AttentionKind, ...]:
     """The attention kind of each setting."""
     return tuple(map(kind_of_setting, self.budgets.settings))
+
+  @property
+  def takes_focal_scores(self) -> bool:
+    """Whether a setting has the selector "fitted"."""
+    return any(kind.takes_focal_scores for kind in self.kinds)
 
   @functools.cached_property
   def rows(self) -> tuple[HeadRow, ...]:
@@ -122,14 +128,16 @@ class HeadBudgetsAttention(AttentionKind):
     v_BxNxD: Float[Array, "B N D"],
     cache: HeadCaches,
     layer: Int[Array, ""] | LayerPlace,
+    *,
+    focal_scores: Float[Array, "B N"] | None = None,
   ) -> tuple[Float[Array, "B H D"], HeadCaches]:
     """Appends one token to the cache of every class of heads and attends."""
 
-    def decode(kind: AttentionKind, setting: int, qkv: _QKV, cache: Any, rank: Array) -> Any:
-      q, k, v = qkv
-      return kind.decode(q, k, v, cache, rank)
+    def decode(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
+      return self.kinds[setting].decode(*qkv, cache, rank, **options)
 
-    return self.at_layer(layer).update(cache, decode, q_BxHxD, k_BxNxD, v_BxNxD)
+    qkv = (q_BxHxD, k_BxNxD, v_BxNxD)
+    return self.at_layer(layer).update(cache, decode, qkv, focal_scores)
 
   def extend(
     self,
@@ -140,14 +148,15 @@ class HeadBudgetsAttention(AttentionKind):
     layer: Int[Array, ""] | LayerPlace,
     *,
     lengths: Int[Array, "B"],
+    focal_scores: Float[Array, "B T N"] | None = None,
   ) -> tuple[Float[Array, "B T H D"], HeadCaches]:
     """Appends several tokens to the cache of every class of heads and attends."""
 
-    def extend(kind: AttentionKind, setting: int, qkv: _QKV, cache: Any, rank: Array) -> Any:
-      q, k, v = qkv
-      return kind.extend(q, k, v, cache, rank, lengths=lengths)
+    def extend(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
+      return self.kinds[setting].extend(*qkv, cache, rank, lengths=lengths, **options)
 
-    return self.at_layer(layer).update(cache, extend, q_BxTxHxD, k_BxTxNxD, v_BxTxNxD)
+    qkv = (q_BxTxHxD, k_BxTxNxD, v_BxTxNxD)
+    return self.at_layer(layer).update(cache, extend, qkv, focal_scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,20 +173,31 @@ class LayerHeads(AttentionKind):
   kind: HeadBudgetsAttention
   layer: Int[Array, ""] | int | LayerPlace
 
+  @property
+  def takes_focal_scores(self) -> bool:
+    """As the kind of all layers."""
+    return self.kind.takes_focal_scores
+
   def attend(
     self,
     q_BxLxHxD: Float[Array, "B L H D"],
     k_BxLxNxD: Float[Array, "B L N D"],
     v_BxLxNxD: Float[Array, "B L N D"],
     metadata: tuple[Any, ...],
+    focal_scores: Float[Array, "B L N"] | None = None,
   ) -> Float[Array, "B L H D"]:
     """Attention over whole sequences; inside a `jax.shard_map`, of the device's heads."""
 
-    def attend(setting: int, q: Array, k: Array, v: Array) -> Array:
-      return self.kind.kinds[setting].attend(q, k, v, metadata[setting])
+    def attend(setting: int, q: Array, k: Array, v: Array, *scores: Array) -> Array:
+      kind = self.kind.kinds[setting]
+      return kind.attend(q, k, v, metadata[setting], **_own_scores(kind, scores))
 
     return self._switch(
-      lambda row, *heads: HeadClasses(row).map(attend, *heads), q_BxLxHxD, k_BxLxNxD, v_BxLxNxD
+      lambda row, *heads: HeadClasses(row).map(attend, *heads),
+      q_BxLxHxD,
+      k_BxLxNxD,
+      v_BxLxNxD,
+      *_with_channel(focal_scores),
     )
 
   def attend_sharded(
@@ -188,6 +208,7 @@ class LayerHeads(AttentionKind):
     metadata: tuple[Any, ...],
     *,
     axis_name: str,
+    focal_scores: Float[Array, "B P N"] | None = None,
   ) -> Float[Array, "B P H D"]:
     """Attention on this device's part of the sequences.
 
@@ -207,12 +228,17 @@ class LayerHeads(AttentionKind):
           f"heads that {parts} divides, or split heads over fewer devices."
         )
 
-    def attend(setting: int, q: Array, k: Array, v: Array) -> Array:
+    def attend(setting: int, q: Array, k: Array, v: Array, *scores: Array) -> Array:
       kind: Any = self.kind.kinds[setting]
-      return kind.attend_sharded(q, k, v, metadata[setting], axis_name=axis_name)
+      options = {"axis_name": axis_name, **_own_scores(kind, scores)}
+      return kind.attend_sharded(q, k, v, metadata[setting], **options)
 
     return self._switch(
-      lambda row, *heads: HeadClasses(row).map(attend, *heads), q_BxPxHxD, k_BxPxNxD, v_BxPxNxD
+      lambda row, *heads: HeadClasses(row).map(attend, *heads),
+      q_BxPxHxD,
+      k_BxPxNxD,
+      v_BxPxNxD,
+      *_with_channel(focal_scores),
     )
 
   def prefill_into(
@@ -224,42 +250,42 @@ class LayerHeads(AttentionKind):
     metadata: tuple[Any, ...],
     *,
     max_length: int,
+    focal_scores: Float[Array, "B L N"] | None = None,
   ) -> tuple[Float[Array, "B L H D"], HeadCaches]:
     """Attends over right-padded prompts and writes them to this layer's part of empty caches."""
 
-    def prefill(kind: AttentionKind, setting: int, qkv: _QKV, cache: Any, rank: Array) -> Any:
-      q, k, v = qkv
-      out, prompt = kind.prefill(q, k, v, metadata[setting], max_length=max_length)
+    def prefill(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
+      kind = self.kind.kinds[setting]
+      out, prompt = kind.prefill(*qkv, metadata[setting], max_length=max_length, **options)
       written = jax.tree.map(lambda all_layers, one: all_layers.at[rank].set(one), cache, prompt)
       return out, written
 
-    return self.update(caches, prefill, q_BxLxHxD, k_BxLxNxD, v_BxLxNxD)
+    return self.update(caches, prefill, (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), focal_scores)
 
   def update(
     self,
     caches: HeadCaches,
     function: Callable[..., tuple[Array, Any]],
-    q: Array,
-    k: Array,
-    v: Array,
+    qkv: _QKV,
+    focal_scores: Array | None,
   ) -> tuple[Array, HeadCaches]:
     """Attends and updates this layer's part of the caches.
 
     Args:
       caches: of all layers.
-      function: (kind, setting, (q, k, v) of a class, its stacked cache, rank of the layer) to the
-        output and the updated cache.
-      q: queries.
-      k: keys.
-      v: values.
+      function: (setting, (q, k, v) of a class, its `focal_options`, its stacked cache, rank of the
+        layer) to the output and the updated cache.
+      qkv: queries, keys and values.
+      focal_scores: of all KV heads, or None.
     """
 
-    def run(row: HeadRow, caches: HeadCaches, rank: Array, *qkv: Array) -> Any:
+    def run(row: HeadRow, caches: HeadCaches, rank: Array, *heads: Array) -> Any:
       place, classes = self.kind.rows.index(row), HeadClasses(row)
       outs, updated = [], []
       for setting, cache in zip(classes.settings, caches[place], strict=True):
-        own = tuple(classes.take(x, setting) for x in qkv)
-        out, cache = function(self.kind.kinds[setting], setting, own, cache, rank)
+        q, k, v, *scores = (classes.take(x, setting) for x in heads)
+        options = _own_scores(self.kind.kinds[setting], scores)
+        out, cache = function(setting, (q, k, v), options, cache, rank)
         outs.append(out)
         updated.append(cache)
       return classes.join(outs), (*caches[:place], tuple(updated), *caches[place + 1 :])
@@ -269,7 +295,8 @@ class LayerHeads(AttentionKind):
     else:
       layers = range(self.kind.budgets.num_layers)
       rank = jnp.stack([self.kind.layer_index(layer).rank for layer in layers])[self.layer]
-    result: tuple[Array, HeadCaches] = self._switch(run, caches, rank, q, k, v)
+    heads = (*qkv, *_with_channel(focal_scores))
+    result: tuple[Array, HeadCaches] = self._switch(run, caches, rank, *heads)
     return result
 
   def _switch(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -279,3 +306,13 @@ class LayerHeads(AttentionKind):
       return switch_rows(split_row(self.layer.row, parts), part, function, *args)
     rows = [piece for row in assignment for piece in split_row(row, parts)]
     return switch_rows(rows, self.layer * parts + part, function, *args)
+
+
+def _with_channel(focal_scores: Array | None) -> tuple[Array, ...]:
+  """The scores [..., N, 1], whose last axes are those of keys; () for None."""
+  return () if focal_scores is None else (focal_scores[..., None],)
+
+
+def _own_scores(kind: AttentionKind, scores: Sequence[Array]) -> _Options:
+  """`focal_options` of the kind of a class, from the class's part of `_with_channel`."""
+  return kind.focal_options(scores[0][..., 0] if scores else None)

@@ -22,8 +22,12 @@ def arrays(seed, B, L, H, N, D, dtype=jnp.float32):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "implementation", "scale"))
-def run(q, k, v, t, *, config, implementation, scale=None, lengths=None, segment_ids=None):
-  """The output, and the gradients of q, k and v for the cotangent t."""
+def run(q, k, v, t, *, config, implementation, scale=None, **rows):
+  """The output, and the gradients of q, k and v for the cotangent t.
+
+  Args:
+    rows: lengths, segment_ids and focal_scores of the op.
+  """
 
   def op(q, k, v):
     return dynamic_group_attention(
@@ -32,9 +36,8 @@ def run(q, k, v, t, *, config, implementation, scale=None, lengths=None, segment
       v,
       config=config,
       scale=scale,
-      lengths=lengths,
-      segment_ids=segment_ids,
       implementation=implementation,
+      **rows,
     )
 
   out, pull = jax.vjp(op, q, k, v)

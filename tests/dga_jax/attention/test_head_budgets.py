@@ -19,7 +19,7 @@ from dga_jax import (
 )
 from dga_jax.attention.head_classes import HeadClasses
 from tests.dga_jax.attention.cases import arrays
-from tests.pallas_kernels import h100
+from tests.pallas_kernels import h100, tpu
 
 B, L, N, R, D = 2, 23, 4, 2, 8
 SETTINGS = (
@@ -173,6 +173,23 @@ def test_explain_lists_the_ops_of_all_classes():
   assert runs["grouped_attention"] == "mosaic_gpu"
   assert of_windows["grouped_attention"].runs == "mosaic_gpu"
   assert "runs on a TPU" in found["dense_attention"].reason("splash")
+
+
+def test_windows_run_in_the_kernels_of_grouped_attention():
+  """Values and gradients, whole and packed rows; kernels are lowered, not compiled."""
+  query = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
+  key = jax.ShapeDtypeStruct((1, 512, 2, 64), jnp.bfloat16)
+  ids = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+  budgets = HeadBudgets((SinkWindow(100), SinkWindow(200, sinks=0)), ((0, 1),))
+
+  def loss(q, k, v, ids=None):
+    return dynamic_group_attention(q, k, v, config=budgets, segment_ids=ids).astype(float).sum()
+
+  gradient = jax.value_and_grad(loss, argnums=(0, 1, 2))
+  for rows in ((), (ids,)):
+    program = h100.lower_for_h100(gradient, query, key, key, *rows)
+    assert program.count("mosaic_gpu") >= 2 * 3  # Forward, dq and dk/dv of two settings.
+    assert tpu.lower_for_tpu(gradient, query, key, key, *rows).count("tpu_custom_call") >= 2 * 3
 
 
 def test_wrong_budgets_are_refused():

@@ -22,11 +22,14 @@ CONFIG = ModelConfig(
   mlp_dim=24,
   attention="dense",
   dtype="float32",
+  focal_selector=True,
 )
 STREAMING = DGAConfig(
   selection="streaming", group_size=5, focal_per_block=1, sink_tokens=2, local_window=1
 )
-SHORT = DGAConfig(selection="streaming", group_size=7, focal_per_block=1, sink_tokens=2)
+SHORT = DGAConfig(
+  selection="streaming", selector="fitted", group_size=7, focal_per_block=1, sink_tokens=2
+)
 CANDIDATES = (FULL, STREAMING, SHORT)
 SHAPE = (CONFIG.num_layers, CONFIG.num_kv_heads)
 DOCUMENTS = [Document(f"story {i}", f"{i} " + tiny.STORY * 4) for i in range(3)]

@@ -28,6 +28,9 @@ def test_the_grid_is_every_block_with_every_window() -> None:
   sizes = [setting_keys(one, 1024) for one in grid]
   assert sizes == sorted(sizes, reverse=True)
   assert label(configs[0]) == "14+2, 4 sinks, 8 raw blocks"
+  fitted = make_grid([(14, 2), (30, 2)], [32, 128], 4, 1024, has_selector=True)
+  assert dataclasses.replace(configs[0], selector="fitted") in fitted
+  assert label(fitted[2]) == "14+2, 4 sinks, 8 raw blocks, fitted selector"
   # Each size has a sliding window, which precedes the config.
   windows = [SinkWindow(setting_keys(one, 1024) - 4, 4) for one in configs]
   assert [one for one in grid if isinstance(one, SinkWindow)] == windows
@@ -52,7 +55,8 @@ def test_bytes_are_those_of_the_arrays_of_the_cache(candidate: object) -> None:
   )
   arrays = [x for x in jax.tree.leaves(cache) if jax.numpy.issubdtype(x.dtype, np.floating)]
   size = sum(x.size * x.dtype.itemsize for x in arrays)
-  assert size == setting_keys(candidate, 301) * 2 * config.head_dim * 2
+  scores = 4 * candidate.block_size if candidate == small.SHORT else 0
+  assert size == setting_keys(candidate, 301) * 2 * config.head_dim * 2 + scores
   assert head_costs("bytes", [candidate], config, 301).tolist() == [size]
 
 

@@ -75,7 +75,7 @@ def reference(model: nnx.Module, candidates: tuple, assignment: np.ndarray) -> n
     return x_BxLxE
 
   def run_one(layer: int, x_BxLxE: jax.Array) -> jax.Array:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array):
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, *_: jax.Array):
       heads = [
         kind_of_setting(candidates[index])(
           q[:, :, 2 * n : 2 * n + 2], k[:, :, n : n + 1], v[:, :, n : n + 1]

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dga_jax import DGAConfig, HeadBudgets
-from dga_jax.checkpoint import load_tokenizer
+from dga_jax.calibration.selector_fit import save_with_selector, with_selector
+from dga_jax.checkpoint import load_config, load_model, load_tokenizer
 from dga_jax.conversion.checkpoint_reader import TokenizerChoices
 from dga_jax.conversion.errors import ConversionError
 from dga_jax.conversion.exporting import export_hugging_face
@@ -20,7 +22,9 @@ from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.hugging_face import HEAD_BUDGETS, HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
 from dga_jax.conversion.origin import chat_templates, json_files
+from dga_jax.conversion.safetensors_files import SELECTOR
 from dga_jax.model import ModelConfig
+from dga_jax.model.focal_selector import selector_features
 from dga_jax.tokenizer import Tokenizer
 from tests.dga_jax.conversion.folders import (
   copy_of,
@@ -57,6 +61,41 @@ def test_head_budgets_travel_beside_the_model(tmp_path: Path) -> None:
   set_keys(tmp_path / "out" / HEAD_BUDGETS, assignment=[[0, 1]])
   with pytest.raises(ConversionError, match=r"head_budgets.json: .*has 1 layers of 2 KV heads"):
     HuggingFaceFolder(tmp_path / "out").config()
+
+
+def test_the_weights_of_a_selector_travel_beside_the_model(tmp_path: Path) -> None:
+  import_folder(GOLDEN / "qwen3", tmp_path / "dense")
+  model, config, tokenizer = load_model(tmp_path / "dense")
+  shape = (config.num_layers, config.num_kv_heads, selector_features(config.head_dim))
+  weights = np.random.default_rng(0).normal(size=shape)
+  blocks = DGAConfig(selection="streaming", group_size=4)
+  fitted = with_selector(model, blocks, weights)
+  save_with_selector(fitted, load_config(tmp_path / "dense"), tokenizer, tmp_path / "run")
+  model, config, _ = load_model(tmp_path / "run")
+  assert (config.focal_selector, config.dga.selector) == (True, "fitted")
+  stored = model.layers.attention.selector[...]
+  np.testing.assert_array_equal(stored, weights.astype(stored.dtype))
+
+  export_hugging_face(tmp_path / "run", tmp_path / "out")
+  path = tmp_path / "out" / SELECTOR
+  assert load_file(path).keys() == {
+    f"model.layers.{layer}.self_attn.focal_selector.weight" for layer in range(config.num_layers)
+  }
+  others = {k: v for k, v in tensors(tmp_path / "out").items() if k not in load_file(path)}
+  assert others.keys() == tensors(GOLDEN / "qwen3").keys()
+  import_folder(tmp_path / "out", tmp_path / "again")
+  again, config, _ = load_model(tmp_path / "again")
+  assert config.focal_selector
+  np.testing.assert_array_equal(again.layers.attention.selector[...], stored)
+
+  good = load_file(path)
+  for name, complaint in (
+    ("model.layers.9.self_attn.focal_selector.weight", r"no parameter for the tensor model.*9"),
+    ("model.norm.weight", r"model.safetensors both hold 'model.norm.weight'"),
+  ):
+    save_file(good | {name: np.zeros(3, np.float32)}, path)
+    with pytest.raises(ConversionError, match=complaint):
+      import_folder(tmp_path / "out", tmp_path / "refused")
 
 
 def full_folder(tmp_path: Path) -> Path:

@@ -162,6 +162,31 @@ def test_shares_cover_0_to_1(drawn: dict[str, Figure], tmp_path: Path) -> None:
   assert axes.get_ylim()[1] > 1
 
 
+def test_many_variants_have_distinct_styles() -> None:
+  styles = [plots._style(place) for place in range(13)]
+  assert len({(style["color"], style["marker"]) for style in styles}) == 13
+
+
+def test_points_at_the_same_share_are_side_by_side(
+  drawn: dict[str, Figure], tmp_path: Path
+) -> None:
+  same = [plots.Point(0.125, 0.5, 0.4, 0.6)]
+  methods = {"dense": [plots.Point(1.0, 1.0)], "DGA": same, "random": same}
+  plots.plot_against_share(methods, tmp_path / "same.png", y_label="Found", title="Passkeys")
+  (axes,) = drawn["same.png"].axes
+  dga, other = (bars[0].get_xdata()[0] for bars in axes.containers)
+  assert dga < 0.99 * other
+  assert [tick.get_text() for tick in axes.get_xticklabels()] == ["12.5 %"]
+
+
+def test_dense_alone_has_one_tick(drawn: dict[str, Figure], tmp_path: Path) -> None:
+  points = {"dense": [plots.Point(1.0, 1.0)]}
+  plots.plot_against_share(points, tmp_path / "dense.png", y_label="Found", title="Passkeys")
+  (axes,) = drawn["dense.png"].axes
+  assert [tick.get_text() for tick in axes.get_xticklabels()] == ["100 %"]
+  assert axes.get_xlim()[1] < 1.5
+
+
 def contrast(a: float, b: float) -> float:
   return (max(a, b) + 0.05) / (min(a, b) + 0.05)
 

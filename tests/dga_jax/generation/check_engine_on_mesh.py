@@ -33,7 +33,7 @@ def main() -> None:
 
 
 def _tokens(model, mesh):
-  """The tokens of some requests, and the bytes of the slots' cache on the first device."""
+  """The tokens of five requests, and the bytes of the slots' caches on the first device."""
   engine = Engine(
     model,
     slots=2,

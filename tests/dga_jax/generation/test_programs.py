@@ -1,4 +1,4 @@
-"""The compiler options of decoding, by the device that it is for."""
+"""The compiler options of decoding on each device."""
 
 import jax
 import pytest

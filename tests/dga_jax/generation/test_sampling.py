@@ -13,7 +13,7 @@ DEVIATION = 0.5 / np.sqrt(DRAWS)
 
 
 def draw(how: Sampling, count: int = DRAWS) -> np.ndarray:
-  """Tokens of as many steps."""
+  """`count` sampled tokens."""
   logits = jnp.broadcast_to(jnp.log(jnp.array(PROBABILITIES, jnp.float32)), (count, 4))
   return np.asarray(sample(logits, SamplingParams.from_samplings([how] * count), jnp.arange(count)))
 

@@ -44,6 +44,7 @@ PROMPT, NEW = 13, 10
 full = nnx.jit(Decoder.__call__)
 prefill = nnx.jit(functools.partial(Decoder.prefill, max_length=PROMPT + NEW))
 decode = nnx.jit(Decoder.decode)
+extend = nnx.jit(Decoder.extend)
 
 
 def tokens_of(seed: int) -> np.ndarray:

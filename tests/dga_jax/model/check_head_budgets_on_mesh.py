@@ -14,14 +14,21 @@ from tests.dga_jax.model import decoder_on_mesh
 from tests.dga_jax.model.check_decoder_on_mesh import equal, one_device, run_on
 
 WINDOW = DGAConfig(
-  selection="streaming", group_size=2, sink_tokens=2, local_window=1, max_documents=2
+  selection="streaming",
+  selector="fitted",
+  group_size=2,
+  sink_tokens=2,
+  local_window=1,
+  max_documents=2,
 )
 # Two devices that split heads have different settings.
 BUDGETS = HeadBudgets(("full", WINDOW, SinkWindow(5, sinks=2)), ((0, 1, 2, 1), (1, 2, 0, 1)))
 
 
 def config_of(budgets):
-  return decoder_on_mesh.model_config(attention="head_budgets", head_budgets=budgets)
+  return decoder_on_mesh.model_config(
+    attention="head_budgets", head_budgets=budgets, focal_selector=True
+  )
 
 
 def check_decoder():
@@ -50,10 +57,12 @@ def check_op():
   q, k, v, t = cases.arrays(0, B=4, L=24, H=8, N=4, D=4)
   ids = np.arange(24, dtype=np.int32)[None] // np.array([[12], [13], [24], [15]])
   budgets = BUDGETS.layer(0)
-  want = cases.run(q, k, v, t, config=budgets, implementation=None, segment_ids=ids)
+  scores = np.random.default_rng(1).normal(size=(4, 24, 4)).astype(np.float32)
+  options = {"segment_ids": ids, "focal_scores": scores}
   mesh = mesh_cases.make_mesh("foreign", AxisType.Explicit)
   sharding = NamedSharding(mesh, P("x", None, "y"))
-  run = mesh_cases.op(budgets, sharding, segment_ids=ids)
+  run = mesh_cases.op(budgets, sharding, **options)
+  want = cases.run(q, k, v, t, config=budgets, implementation=None, **options)
   equal(jax.jit(run)(*jax.device_put((q, k, v, t), sharding)), want)
 
 

@@ -18,6 +18,7 @@ from tests.dga_jax.model.baseline_cases import (
   CONFIG,
   D,
   decode,
+  extend,
   full,
   H,
   kind_of,
@@ -269,3 +270,19 @@ def test_minference_decodes_densely() -> None:
   np.testing.assert_allclose(logits, expected[rows, lengths - 1], atol=3e-5)
   logits, cache = decode(model, tokens[rows, lengths], cache)
   np.testing.assert_allclose(logits, expected[rows, lengths], atol=3e-5)
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "streaming_llm", "lm_infinite"])
+def test_chunks_equal_the_whole_sequence(name: str) -> None:
+  """Chunks shorter and longer than the window, before and after the sinks are full."""
+  model = random_decoder(dataclasses.replace(CONFIG, attention=name))
+  tokens, row = tokens_of(3), np.arange(B)
+  want, position = full(model, tokens), np.array([13, 1, 8])
+  _, cache = prefill(model, tokens[:, :PROMPT], position)
+  for counts in ([6, 1, 4], [2, 6, 5]):
+    chunk = tokens[row[:, None], np.minimum(position[:, None] + np.arange(6), PROMPT + NEW - 1)]
+    logits, cache = extend(model, chunk, cache, np.array(counts))
+    position = position + counts
+    np.testing.assert_allclose(logits, want[row, position - 1], atol=3e-5)
+  logits, cache = decode(model, tokens[row, position], cache)
+  np.testing.assert_allclose(logits, want[row, position], atol=3e-5)

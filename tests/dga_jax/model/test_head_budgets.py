@@ -22,7 +22,7 @@ from dga_jax.cache import cache_size
 from dga_jax.model import apply_budgets, Decoder, ModelConfig
 from tests.dga_jax.model.random_decoder import abstract_decoder, random_decoder
 
-BLOCKS = DGAConfig(selection="streaming", group_size=3)
+BLOCKS = DGAConfig(selection="streaming", group_size=3, selector="fitted")
 WINDOW = DGAConfig(
   selection="streaming", group_size=2, focal_per_block=1, sink_tokens=2, local_window=1
 )
@@ -40,6 +40,7 @@ CONFIG = ModelConfig(
   dtype="float32",
   qkv_bias=True,
   qk_norm=True,
+  focal_selector=True,
 )
 DENSE = random_decoder(CONFIG)
 MODEL = apply_budgets(DENSE, BUDGETS)
@@ -112,11 +113,12 @@ def test_the_cache_holds_the_sum_of_the_heads():
   model = with_config(MODEL, head_budgets=budgets.permute_kv_heads(BUDGETS.contiguous_order()))
   D, length = CONFIG.head_dim, 100
   dense, blocks = length * D * 4, cache_size(config=BLOCKS, max_length=length).total * D * 4
+  scores = BLOCKS.block_size * 4
   size = cache_size(config=packed, max_length=length)
   # 8-bit entries have a float32 scale each; raw tokens keep the dtype of the model.
   window = size.compact * (D + 4) + size.raw * D * 4
   sinks = (4 + 2) * D * 4
-  want = 2 * B * (4 * dense + 3 * window + blocks + sinks)
+  want = B * (2 * (4 * dense + 3 * window + blocks + sinks) + scores)
   cache = jax.eval_shape(lambda: model.init_cache(B, length))
   assert bytes_of(cache) == want
   prompts = jax.eval_shape(lambda: model.prefill(tokens_of(0), max_length=length)[1])

@@ -63,12 +63,13 @@ def loss(model: Decoder) -> jax.Array:
     ({"tie_embeddings": True}, 11),
     ({"qkv_bias": True}, 15),
     ({"qk_norm": True}, 14),
+    ({"focal_selector": True}, 13),
   ],
 )
 def test_every_parameter_names_its_axes(changes: dict, count: int) -> None:
   config = dataclasses.replace(CONFIG, **changes)
   sizes = {"layers": 2, "embed": 16, "heads": 4, "kv_heads": 2, "head_dim": 8, "mlp": 24}
-  sizes["vocab"] = 32
+  sizes |= {"vocab": 32, "selector": 18}
   params = nnx.to_flat_state(nnx.state(abstract_decoder(config), nnx.Param))
   assert len(params) == count
   for path, param in params:

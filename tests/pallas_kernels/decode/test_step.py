@@ -59,6 +59,12 @@ class Case:
     shapes = [(self.batch, n, self.head_dim) for n in heads]
     return [jnp.asarray(rng.normal(size=shape), self.dtype) for shape in shapes]
 
+  def scores(self, key: jax.Array) -> jax.Array | None:
+    """Focal scores of a token, if the selector is "fitted"."""
+    if self.config.selector != "fitted":
+      return None
+    return jnp.round(key[..., 0].astype(jnp.float32))  # Rounded: some tokens have equal scores.
+
   def step(self, interpret: bool = True, tile: Tile | None = None):
     """A jitted function that runs the kernel on a cache, as `decode_step` does."""
     c, D = self.config, self.head_dim
@@ -70,7 +76,8 @@ class Case:
     )
 
     def step(q, k, v, cache: CompactCache):
-      out, arrays, length = run(q, k, v, cache.arrays, cache.lengths, LAYER)
+      score = self.scores(k)
+      out, arrays, length = run(q, k, v, cache.arrays, cache.lengths, LAYER, score)
       lengths = cache.lengths._replace(length=length)
       return out, dataclasses.replace(cache, arrays=arrays, lengths=lengths)
 
@@ -97,6 +104,9 @@ CASES = {
   "bias": Case(_config(group_logit_bias="log_size", sink_tokens=1)),
   "three_queries_a_head": Case(heads=3, kv_heads=1, batch=1),
   "odd_block": Case(DGAConfig(selection="streaming", group_size=16), head_dim=32, batch=1),
+  "fitted_int8": Case(
+    _config(selector="fitted", sink_tokens=2, local_window=1, cache_dtype="int8")
+  ),
   "unscaled_merge": Case(_config(aggregation_scale="none")),
   "int8": Case(_config(cache_dtype="int8", sink_tokens=2)),
   "float8": Case(_config(cache_dtype="float8_e4m3fn", local_window=1)),
@@ -116,7 +126,7 @@ def run(case: Case, step, cache: CompactCache):
   for _ in range(case.tokens):
     token = case.token(rng)
     out, cache = step(*token, cache)
-    want, other = plain(*token, other)
+    want, other = plain(*token, other, focal_scores=case.scores(token[1]))
     outs.append(np.asarray(out, np.float32))
     wants.append(np.asarray(want, np.float32))
   return np.stack(outs), np.stack(wants), cache, other
@@ -181,6 +191,9 @@ GPU_CASES = {
   ),
   "eight_queries_a_head": Case(_config(), 3, 16, 2, 256, 40, "float16"),
   "full_precision": Case(DGAConfig(selection="streaming", sink_tokens=2), 2, 8, 2, 64, 60),
+  "fitted": Case(
+    DGAConfig(selection="streaming", selector="fitted", local_window=2), 2, 8, 2, 64, 60, "bfloat16"
+  ),
   "int8": Case(DGAConfig(selection="streaming", cache_dtype="int8"), 2, 8, 8, 128, 60, "bfloat16"),
   "float8": Case(
     DGAConfig(selection="streaming", cache_dtype="float8_e4m3fn"), 2, 8, 8, 128, 60, "bfloat16"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dga_jax.chat_template import ChatTemplate
+from dga_jax.chat.template import ChatTemplate
 from dga_jax.tokenizer import Tokenizer
 from train.data.config import DataConfig
 from train.data.conversations import Encoded, Encoder, to_document, to_text

@@ -1,0 +1,308 @@
+"""Fits the selector: which tokens later queries attend to, as a linear function of key and value.
+
+The target of a token is the logarithm of the mean attention that queries beyond the raw window pay
+to it under dense attention. Ridge regression, for each KV head on its own, predicts it from the
+features of `dga_jax.model.focal_selector`. The choice compares tokens of one block, so features and
+targets are centred in each block.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from dga_jax.attention.streaming_blocks import cache_layout
+from dga_jax.checkpoint import abstract_decoder, Checkpoints
+from dga_jax.config import DGAConfig
+from dga_jax.files.lock import hold_workdir
+from dga_jax.model import Decoder
+from dga_jax.model.focal_selector import features, selector_features
+from dga_jax.model.rope import apply_rope, rope_table, RopeTable
+from dga_jax.tokenizer import Tokenizer
+
+RIDGE = 1e-3  # Added to the diagonal, as a share of its mean.
+_CHUNK = 128  # Queries whose attention to all keys is in memory at a time.
+
+
+class FitBlocks(NamedTuple):
+  """The blocks of a row that some query sees by their compact entries alone.
+
+  Attributes:
+    start: position of the first block's first token.
+    blocks: how many.
+    size: tokens of a block.
+    reach: tokens from the beginning of a block to the first query beyond its raw window.
+  """
+
+  start: int
+  blocks: int
+  size: int
+  reach: int
+
+  @classmethod
+  def of_row(cls, length: int, config: DGAConfig) -> Self:
+    """The blocks of a row of `length` tokens.
+
+    Raises:
+      ValueError: the selection is not streaming, or there are no such blocks.
+    """
+    if config.selection != "streaming":
+      raise ValueError(
+        f"DGAConfig.selection is {config.selection!r}; a selector chooses in blocks, so it must be "
+        "'streaming'."
+      )
+    layout = cache_layout(config)
+    start, size, reach = config.sink_tokens, layout.block_size, layout.raw_size
+    count = -(-(length - start - reach) // size)
+    if count < 1:
+      raise ValueError(
+        f"rows have {length} tokens; with {start} sinks, blocks of {size} tokens and "
+        f"{config.local_window} raw blocks before a query's own, they must have more than "
+        f"{start + reach}. Use longer rows, or a smaller local_window."
+      )
+    return cls(start, count, size, reach)
+
+
+def fit_selector(
+  model: Decoder, config: DGAConfig, rows: Int[np.ndarray, "rows L"], *, ridge: float = RIDGE
+) -> Float[np.ndarray, "K N S"]:
+  """The weights of the selector of every KV head.
+
+  Runs dense attention over the rows, one after the other. Memory beyond the model: attention of 128
+  queries, and S² float64 numbers for each KV head, S = 2·D + 2.
+
+  Args:
+    model: the decoder, whose layers are stacked; its own attention kind is not used.
+    config: blocks, sinks and raw window under which the selector will be used.
+    rows: token ids; each row is a document.
+    ridge: added to the diagonal of the normal equations, as a share of its mean.
+
+  Returns:
+    float32, for `with_selector`.
+
+  Raises:
+    ValueError: the selection is not streaming, or rows are too short.
+    FloatingPointError: a target is NaN or infinite.
+  """
+  blocks = FitBlocks.of_row(rows.shape[1], config)
+  K, N = model.config.num_layers, model.config.num_kv_heads
+  S = selector_features(model.config.head_dim)
+  gram_KxNxSxS, moment_KxNxS = np.zeros((K, N, S, S)), np.zeros((K, N, S))
+  with tqdm(total=K * len(rows), desc="selector", unit="layer", disable=None) as progress:
+    for row in rows:
+      for layer, samples in enumerate(layer_samples(model, blocks, row)):
+        x_NxTxS, y_NxT = samples.centred(blocks)
+        gram_KxNxSxS[layer] += x_NxTxS.swapaxes(1, 2) @ x_NxTxS
+        moment_KxNxS[layer] += (x_NxTxS.swapaxes(1, 2) @ y_NxT[..., None])[..., 0]
+        progress.update()
+  weights = [
+    solve_ridge(gram, moment, ridge)
+    for gram, moment in zip(
+      gram_KxNxSxS.reshape(-1, S, S), moment_KxNxS.reshape(-1, S), strict=True
+    )
+  ]
+  return np.stack(weights).reshape(K, N, S).astype(np.float32)
+
+
+def solve_ridge(
+  gram: Float[np.ndarray, "S S"], moment: Float[np.ndarray, "S"], ridge: float
+) -> Float[np.ndarray, "S"]:
+  """The solution w of (G + ridge · mean(diag G) · I) w = moment; zeros for a zero matrix."""
+  diagonal = np.mean(np.diag(gram))
+  if diagonal == 0:
+    return np.zeros_like(moment)
+  solution: Any = scipy.linalg.solve(
+    gram + ridge * diagonal * np.eye(len(gram)), moment, assume_a="pos"
+  )
+  return np.asarray(solution)
+
+
+class LayerSamples(NamedTuple):
+  """Of one row and layer.
+
+  Attributes:
+    features: of the tokens of the fit's blocks.
+    target: the logarithm of the mean attention of queries beyond the raw window.
+  """
+
+  features: Float[Array, "T N S"]
+  target: Float[Array, "T N"]
+
+  def centred(
+    self, blocks: FitBlocks
+  ) -> tuple[Float[np.ndarray, "N T S"], Float[np.ndarray, "N T"]]:
+    """Features and targets without the mean of their block, float64.
+
+    Raises:
+      FloatingPointError: a target is NaN or infinite.
+    """
+
+    def centre(x: Array) -> np.ndarray:
+      wide = np.asarray(x, np.float64)
+      if not np.isfinite(wide).all():
+        raise FloatingPointError(
+          "a feature or the attention to a token is NaN or infinite; the selector cannot be fitted "
+          "to this model with these rows."
+        )
+      by_block = wide.reshape(blocks.blocks, blocks.size, *wide.shape[1:])
+      return (by_block - by_block.mean(axis=1, keepdims=True)).reshape(wide.shape)
+
+    return centre(self.features).swapaxes(0, 1), centre(self.target).T
+
+
+def layer_samples(
+  model: Decoder, blocks: FitBlocks, row: Int[np.ndarray, "L"]
+) -> Iterator[LayerSamples]:
+  """Yields the `LayerSamples` of each layer under dense attention.
+
+  Args:
+    model: with stacked layers.
+    blocks: of the row.
+    row: token ids of one document.
+  """
+  graphdef, params = nnx.split(model)
+  x_1xLxE = _embed(graphdef, params, jnp.asarray(row)[None])
+  for layer in range(model.config.num_layers):
+    x_1xLxE, samples = _run_layer(graphdef, blocks, params, x_1xLxE, jnp.int32(layer))
+    yield samples
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(graphdef: nnx.GraphDef, params: Any, tokens_BxL: Array) -> Array:
+  model = nnx.merge(graphdef, params)
+  return model.embedding[...][tokens_BxL].astype(model.config.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_layer(
+  graphdef: nnx.GraphDef, blocks: FitBlocks, params: Any, x_1xLxE: Array, layer: Array
+) -> tuple[Array, LayerSamples]:
+  model = nnx.merge(graphdef, params)
+  structure, stacked = nnx.split(model.layers)
+  one = nnx.merge(structure, jax.tree.map(lambda array: array[layer], stacked))
+  L = x_1xLxE.shape[1]
+  rope = rope_table(jnp.arange(L)[None], model.config.rope_frequencies())
+  inverse = RopeTable(rope.cos, -rope.sin)
+  tokens = slice(blocks.start, blocks.start + blocks.blocks * blocks.size)
+
+  def attend(q: Array, k: Array, v: Array, *_: Array) -> tuple[Array, LayerSamples]:
+    out_1xLxHxD, target_1xLxN = attend_and_rate(q, k, v, beyond_window(L, blocks))
+    inputs = features(apply_rope(k.astype(jnp.float32), inverse), v)
+    return out_1xLxHxD, LayerSamples(inputs[0, tokens], target_1xLxN[0, tokens])
+
+  return one(x_1xLxE, rope, attend)
+
+
+def beyond_window(length: int, blocks: FitBlocks) -> Int[np.ndarray, "L"]:
+  """For each token the first query that does not see it raw, at least 0 and at most `length`."""
+  block_L = (np.arange(length) - blocks.start) // blocks.size
+  return np.clip(blocks.start + block_L * blocks.size + blocks.reach, 0, length).astype(np.int32)
+
+
+def attend_and_rate(
+  q_BxLxHxD: Float[Array, "B L H D"],
+  k_BxLxNxD: Float[Array, "B L N D"],
+  v_BxLxNxD: Float[Array, "B L N D"],
+  first_query_L: Int[Array | np.ndarray, "L"],
+) -> tuple[Float[Array, "B L H D"], Float[Array, "B L N"]]:
+  """Causal dense attention, and the logarithm of the mean attention that later queries pay.
+
+  The mean of token j is over the queries i ≥ first_query_j and the query heads of a KV head. It is
+  summed in the logarithm, since attention weights may be smaller than float32 can hold.
+
+  Args:
+    q_BxLxHxD: queries; float32 softmax for any dtype.
+    k_BxLxNxD: keys.
+    v_BxLxNxD: values.
+    first_query_L: for each token, a position after it; L for no query.
+
+  Returns:
+    The output in the query's dtype, and float32 numbers, −∞ for tokens without a query.
+  """
+  B, L, H, D = q_BxLxHxD.shape
+  N, chunks = k_BxLxNxD.shape[2], -(-L // _CHUNK)
+  padding = ((0, 0), (0, chunks * _CHUNK - L), (0, 0), (0, 0))
+  q_chunks = jnp.pad(q_BxLxHxD, padding).reshape(B, chunks, _CHUNK, N, H // N, D).swapaxes(0, 1)
+  position_L, first_L = jnp.arange(L), jnp.asarray(first_query_L)
+
+  def step(rated_BxNxL: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
+    q_BxCxNxRxD, start = chunk
+    i_C = start + jnp.arange(_CHUNK)
+    logits_BxNxRxCxL = jnp.einsum(
+      "bcnrd,blnd->bnrcl", q_BxCxNxRxD, k_BxLxNxD, preferred_element_type=jnp.float32
+    )
+    causal_CxL = i_C[:, None] >= position_L[None]
+    logits_BxNxRxCxL = jnp.where(causal_CxL[None, None, None], logits_BxNxRxCxL * D**-0.5, -jnp.inf)
+    weights_log = jax.nn.log_softmax(logits_BxNxRxCxL, axis=-1)
+    counts_CxL = (i_C[:, None] >= first_L[None]) & (i_C < L)[:, None]
+    counted = jnp.where(counts_CxL[None, None, None], weights_log, -jnp.inf)
+    rated_BxNxL = jnp.logaddexp(rated_BxNxL, jax.nn.logsumexp(counted, axis=(2, 3)))
+    out_BxCxNxRxD = jnp.einsum(
+      "bnrcl,blnd->bcnrd", jnp.exp(weights_log).astype(v_BxLxNxD.dtype), v_BxLxNxD
+    )
+    return rated_BxNxL, out_BxCxNxRxD
+
+  none_BxNxL = jnp.full((B, N, L), -jnp.inf, jnp.float32)
+  starts = jnp.arange(chunks) * _CHUNK
+  rated_BxNxL, out = jax.lax.scan(step, none_BxNxL, (q_chunks, starts))
+  out_BxLxHxD = out.swapaxes(0, 1).reshape(B, -1, H, D)[:, :L]
+  count_L = jnp.maximum(L - first_L, 1) * (H // N)
+  mean_BxNxL = rated_BxNxL - jnp.log(count_L.astype(jnp.float32))[None, None]
+  return out_BxLxHxD.astype(q_BxLxHxD.dtype), mean_BxNxL.swapaxes(1, 2)
+
+
+def with_selector(
+  model: Decoder, config: DGAConfig, weights: Float[np.ndarray, "K N S"]
+) -> Decoder:
+  """The model with these weights of a selector, and with attention="dga" under `config`.
+
+  Args:
+    model: with stacked layers. Its other parameters are shared.
+    config: the selector of the result is "fitted".
+    weights: from `fit_selector`; stored in the model's param_dtype.
+  """
+  changed = dataclasses.replace(
+    model.config,
+    focal_selector=True,
+    attention="dga",
+    dga=dataclasses.replace(config, selector="fitted"),
+  )
+  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  stored = jnp.asarray(weights, jnp.dtype(changed.param_dtype))
+  params["layers"]["attention"]["selector"] = stored
+  result: Decoder = nnx.merge(abstract_decoder(changed)[0], params)
+  return result
+
+
+def save_with_selector(
+  model: Decoder, saved: Mapping[str, Any], tokenizer: Tokenizer, workdir: Path
+) -> None:
+  """Writes a model of `with_selector` as checkpoint 0 of a folder without checkpoints.
+
+  Args:
+    model: from `with_selector`.
+    saved: the config of the checkpoint that the model was made from; all but "model" is kept.
+    tokenizer: of the model.
+    workdir: made if need be.
+
+  Raises:
+    CheckpointError: the checkpoint could not be written.
+  """
+  with hold_workdir(workdir), Checkpoints(workdir, keep=1) as checkpoints:
+    checkpoints.save(
+      0,
+      params=nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+      training={"step": jnp.int32(0)},
+      data=None,
+      config={**saved, "model": model.config.to_dict()},
+      tokenizer=tokenizer,
+    )

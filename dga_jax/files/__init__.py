@@ -1,0 +1,1 @@
+"""Paths, flags that take a path, storage, locks and hashes of files."""

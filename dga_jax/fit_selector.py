@@ -1,0 +1,69 @@
+"""Fits the selector of focal tokens to a model, and writes a checkpoint that has its weights.
+
+  dga fit_selector --workdir=runs/smollm2 --documents=books.jsonl --output=runs/smollm2_selector
+
+Under DGA with streaming selection some tokens of each block stay exact. Without this command they
+are those that the block's last query attends to most. The command fits a linear function of key and
+value to the attention that later queries pay to each token of the documents under dense attention
+(dga_jax/calibration/selector_fit.py). The function then chooses, which costs no query.
+
+Blocks, sinks and raw window are those of the checkpoint's `dga` settings. The new checkpoint has
+attention="dga" with selector="fitted", and otherwise the weights of --step. All commands take it as
+their --workdir. --length should be the context at which the model will be used. The time is that of
+a forward pass with dense attention over each row. Needs the extra "calibrate" (scipy).
+"""
+
+import dataclasses
+from pathlib import Path
+
+from absl import app, flags
+
+from dga_jax import command_line
+from dga_jax.files.path_flags import define_path, define_paths
+
+_WORKDIR = define_path("workdir", None, "Folder with the checkpoint.", required=True)
+_STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
+_DOCUMENTS = define_paths(
+  "documents", "Files: .jsonl with id and text (also .xz, .gz, .bz2), or .txt."
+)
+_MAX_DOCUMENTS = flags.DEFINE_integer("max_documents", 2, "Documents to use.", lower_bound=1)
+_ROWS = flags.DEFINE_integer(
+  "rows_per_document", 1, "Largest number of rows from one document.", lower_bound=1
+)
+_LENGTH = flags.DEFINE_integer("length", 4096, "Tokens of a row.", lower_bound=16)
+_WINDOW = flags.DEFINE_integer(
+  "local_window", None, "Raw blocks before a query's own; default: the checkpoint's.", lower_bound=0
+)
+_OUTPUT = define_path("output", None, "Folder of the new checkpoint.", required=True)
+
+
+def main() -> None:
+  """Fits, and writes the checkpoint."""
+  if not _DOCUMENTS.value:
+    raise app.UsageError("dga fit_selector needs --documents.")
+
+  from dga_jax.calibration.selector_fit import fit_selector, save_with_selector, with_selector
+  from dga_jax.checkpoint import list_steps, load_config, load_model
+  from dga_jax.evaluation.texts import read_documents, token_rows
+
+  output = Path(_OUTPUT.value)
+  if list_steps(output):
+    raise ValueError(f"--output={output} has a checkpoint already; name another folder.")
+  model, config, tokenizer = load_model(_WORKDIR.value, _STEP.value)
+  if config.head_budgets is not None:
+    raise ValueError(
+      "the checkpoint has head budgets, and its heads are in their order. Fit the selector to the "
+      "checkpoint from before any budgets were applied, and then apply budgets."
+    )
+  settings = config.dga
+  if _WINDOW.value is not None:
+    settings = dataclasses.replace(settings, local_window=_WINDOW.value)
+  documents = read_documents(_DOCUMENTS.value)[: _MAX_DOCUMENTS.value]
+  rows = token_rows(documents, tokenizer, _LENGTH.value, _ROWS.value)
+  fitted = with_selector(model, settings, fit_selector(model, settings, rows[:, :-1]))
+  save_with_selector(fitted, load_config(_WORKDIR.value, _STEP.value), tokenizer, output)
+  print(f"{output} holds the model with its selector, fitted to {len(rows)} rows.")
+
+
+if __name__ == "__main__":
+  command_line.run(main)
