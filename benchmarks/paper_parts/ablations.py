@@ -163,7 +163,7 @@ def _plot(by_name: Mapping[str, Mapping[str, Any]], path: Path) -> None:
       "ks--", mfc="none", label="paper, above its best setting: trained with DGA",
     )  # fmt: skip
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right")
     label(axes, "", words, "nats per token")
   panels[0].set_xscale("log", base=2)
   panels[0].xaxis.set_major_formatter("{x:.0f}")
