@@ -132,7 +132,7 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(1e-4, 1.5)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
     label(axes, f"{name}, L = {result['length']}", "step", "loss")
   save(figure, out / "convergence.png")
   return _table(results)

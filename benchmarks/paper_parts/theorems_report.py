@@ -23,7 +23,9 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
     if theorem in values:
       plot(axes, values[theorem])
       axes.legend(
-        fontsize=7, ncols=2 if theorem == 1 else 1, loc="best" if theorem == 2 else "upper left"
+        fontsize=7,
+        ncols=2 if theorem == 1 else 1,
+        loc="upper right" if theorem == 2 else "upper left",
       )
       tables.append(table(values[theorem]))
   save(figure, out / "theorems.png")

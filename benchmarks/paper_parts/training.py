@@ -138,7 +138,7 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
         ],
       ]
     )
-  axes.legend(fontsize=8)
+  axes.legend(fontsize=8, loc="upper right")
   label(axes, "bytes of Python's library", "step", "nats per byte")
   save(figure, out / "training.png")
   return markdown(["attention", f"step {steps[middle]}", f"step {steps[-1]}"], rows)
