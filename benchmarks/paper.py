@@ -13,51 +13,17 @@ Without --documents the text is the source of Python's library alone.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-from benchmarks import (
-  _paper_ablations,
-  _paper_cache,
-  _paper_convergence,
-  _paper_noise,
-  _paper_sparsity,
-  _paper_sparsity_report,
-  _paper_theorems,
-  _paper_theorems_report,
-  _paper_training,
-)
-from benchmarks._paper_inputs import Inputs
+from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.registry import PARTS, write_report
 from benchmarks.timing import environment
-from dga_jax.evaluation.jobs import Job, run_jobs
+from dga_jax.evaluation.jobs import run_jobs
 from dga_jax.evaluation.results import Results
 from dga_jax.files.path_flags import define_path, define_paths
-
-
-class _Part(NamedTuple):
-  """One analysis.
-
-  Attributes:
-    make_jobs: the jobs, whose field "task" is the name of the part.
-    write: writes the pictures of the part's results to a folder and returns Markdown.
-  """
-
-  make_jobs: Callable[[Inputs], Iterator[Job]]
-  write: Callable[[Sequence[Mapping[str, Any]], Path], str]
-
-
-PARTS = {
-  "theorems": _Part(_paper_theorems.make_jobs, _paper_theorems_report.write),
-  "convergence": _Part(_paper_convergence.make_jobs, _paper_convergence.write),
-  "training": _Part(_paper_training.make_jobs, _paper_training.write),
-  "cache": _Part(_paper_cache.make_jobs, _paper_cache.write),
-  "sparsity": _Part(_paper_sparsity.make_jobs, _paper_sparsity_report.write),
-  "ablations": _Part(_paper_ablations.make_jobs, _paper_ablations.write),
-  "noise": _Part(_paper_noise.make_jobs, _paper_noise.write),
-}
 
 _OUT = define_path("out", None, "Folder for results.", required=True)
 _SELECTED = flags.DEFINE_list("parts", list(PARTS), f"Parts to run: {', '.join(PARTS)}.")
@@ -87,18 +53,6 @@ def main(argv: Sequence[str]) -> None:
   missing = run_jobs(jobs, results, origin=origin, minutes=_MINUTES.value)
   print(f"{len(jobs)} jobs are selected, {missing} of them are missing.")
   write_report(results.all(), out)
-
-
-def write_report(results: Sequence[Mapping[str, Any]], out: Path) -> None:
-  """Writes OUT/paper.md and the pictures of every part that has results."""
-  sections = []
-  for name, part in PARTS.items():
-    own = [result for result in results if result["task"] == name]
-    if own:
-      sections.append(f"## {name.capitalize()}\n\n{part.write(own, out)}\n")
-  path = out / "paper.md"
-  path.write_text("\n".join(sections), encoding="utf-8")
-  print(path)
 
 
 if __name__ == "__main__":

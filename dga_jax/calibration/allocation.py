@@ -11,7 +11,7 @@ from dga_jax.head_budgets import MAX_SETTINGS
 
 _SECONDS = 60.0
 _PRIOR = 1e-3
-_ROUNDING = 1e-12  # Of the sum of costs that are not integers.
+ROUNDING = 1e-12  # Of the sum of costs that are not integers.
 # The solver accepts a row that exceeds its bound by 1e-6. A solution that does is solved for again
 # under a bound that is lower by this share.
 _TIGHTER = 1e-5
@@ -104,7 +104,7 @@ def allocate(
     RuntimeError: the solver found no solution within a minute.
   """
   H, C = damage_HxC.shape
-  least, most = H * cost_C.min(), budget * (1 + _ROUNDING)
+  least, most = H * cost_C.min(), budget * (1 + ROUNDING)
   if least > most:
     raise ValueError(
       f"the budget is {budget:.6g}, and the cheapest candidate in all heads costs {least:.6g}:"

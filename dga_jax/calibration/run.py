@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from dga_jax.calibration.allocation import allocate, Scale, with_prior
+from dga_jax.calibration.allocation import allocate, ROUNDING, Scale, with_prior
 from dga_jax.calibration.candidates import head_costs, Objective
 from dga_jax.calibration.comparison import Baseline, one_setting, sinks_and_window
 from dga_jax.calibration.correction import correct, Corrected
@@ -140,8 +140,9 @@ def calibrate(
   measurer.add_candidates(setting for one in known for setting in one.candidates)
   estimates = _Estimates(config, goal, grid, rises, costs)
   estimates.extend(measurer.candidates)
+  starts = [start for start in starts if estimates.is_affordable(start.set)]
   corrected = _correct(measurer, goal, scale, estimates, starts, rows)
-  chosen, score = _best_of_rivals(measurer, goal, scale, corrected, rows)
+  chosen, score = _best_of_rivals(measurer, goal, scale, estimates, corrected, rows)
   measurer.add_candidates(one for rival in _rivals(chosen, goal.length) for one in rival.candidates)
   estimates.extend(measurer.candidates)
   corrected = corrected._replace(choice=chosen.indices(measurer.candidates).ravel(), score=score)
@@ -191,11 +192,17 @@ class _Estimates:
     costs: Float[np.ndarray, "C"],
   ) -> None:
     self._config, self._goal, self._grid, self._grid_rises = config, goal, grid, rises
+    self._settings = grid
     self.costs, self.rises = costs, rises
+
+  def is_affordable(self, one: Baseline) -> bool:
+    """Whether the cost of a set of estimated settings is within the goal's share."""
+    own = self.costs[one.indices(self._settings)]
+    return bool(own.sum() <= self._goal.share * own.size * self.costs[0] * (1 + ROUNDING))
 
   def extend(self, settings: Sequence[HeadSetting]) -> None:
     """Estimates settings, of which the first are those that have estimates."""
-    new = settings[len(self.costs) :]
+    new, self._settings = settings[len(self.costs) :], tuple(settings)
     if new:
       added = head_costs(self._goal.objective, new, self._config, self._goal.length)
       self.costs = np.concatenate([self.costs, added])
@@ -247,7 +254,12 @@ def _correct(
 
 
 def _best_of_rivals(
-  measurer: Measurer, goal: Goal, scale: Scale, corrected: Corrected, rows: RowSet
+  measurer: Measurer,
+  goal: Goal,
+  scale: Scale,
+  estimates: _Estimates,
+  corrected: Corrected,
+  rows: RowSet,
 ) -> tuple[Baseline, float]:
   """The corrected set or a baseline of equal bytes, whichever measures better, and its score."""
   own = Baseline(measurer.candidates, corrected.choice.reshape(measurer.shape))
@@ -256,6 +268,9 @@ def _best_of_rivals(
     return best, score
   for rival in _rivals(own, goal.length):
     measurer.add_candidates(rival.candidates)
+    estimates.extend(measurer.candidates)
+    if not estimates.is_affordable(rival):
+      continue
     measured = _score(measurer, scale, rival, rows)
     if measured < score:
       best, score = rival, measured

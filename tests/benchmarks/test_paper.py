@@ -10,17 +10,22 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import (
-  _paper_ablations,
-  _paper_convergence,
-  _paper_noise,
-  _paper_sparsity,
-  _paper_theorems,
-  _paper_training,
-  paper,
+from benchmarks.paper_parts import (
+  ablations,
+  convergence,
+  noise,
+  registry,
+  sparsity,
+  theorems,
+  training,
 )
-from benchmarks._paper_forward import chunked_causal_attention, embed, relative_noise, run_layers
-from benchmarks._paper_inputs import Inputs
+from benchmarks.paper_parts.forward import (
+  chunked_causal_attention,
+  embed,
+  relative_noise,
+  run_layers,
+)
+from benchmarks.paper_parts.inputs import Inputs
 from dga_jax.attention.dense import xla_attention
 from dga_jax.evaluation.jobs import Job, run_jobs
 from dga_jax.evaluation.losses import teacher_forced
@@ -34,7 +39,7 @@ def test_statistics_of_rows_follow_their_definitions():
   L, H, N, D = 150, 4, 2, 8
   q, k = (3 * rng.standard_normal(shape).astype(np.float32) for shape in ((3, H, D), (L, N, D)))
   position = np.array([120, 140, 149])
-  got = _paper_sparsity.row_statistics(jnp.asarray(q), jnp.asarray(k), jnp.asarray(position))
+  got = sparsity.row_statistics(jnp.asarray(q), jnp.asarray(k), jnp.asarray(position))
   for row, head in np.ndindex(3, H):
     n = position[row] + 1
     logits = k[:n, head // (H // N)].astype(np.float64) @ q[row, head].astype(np.float64)
@@ -59,7 +64,27 @@ def test_statistics_of_rows_follow_their_definitions():
 def test_a_row_is_sparse_if_a_weight_exceeds_the_level():
   largest = np.array([0.1, 0.11, 0.2, 0.0999]).reshape(1, 1, 2, 2)
   # The level is 1/(nρ): 0.1 for 100 keys and 0.05 for 200 keys.
-  assert _paper_sparsity.p_sparse(largest, np.array([100, 200]), 0.1) == 0.75
+  assert sparsity.p_sparse(largest, np.array([100, 200]), 0.1) == 0.75
+
+
+def test_a_length_is_taken_from_the_shortest_pieces():
+  def result(piece: int, rows: int, value: float, lengths: tuple[int, ...]) -> dict:
+    by_length = [
+      {"length": n, "rows": rows, "mass": {"first": value}, "p_sparse": {"largest": {"0.1": value}}}
+      for n in lengths
+    ]
+    return {"length": piece, "by_length": by_length}
+
+  merged = sparsity.merge_lengths(
+    [
+      result(200, 10, 1.0, (100, 200)),
+      result(200, 30, 0.0, (100,)),
+      result(400, 10, 0.5, (100, 400)),
+    ]
+  )
+  assert {n: (one["rows"], one["mass"]["first"]) for n, one in merged.items()} == {
+    100: (40, 0.25), 200: (10, 1.0), 400: (10, 0.5),
+  }  # fmt: skip
 
 
 def test_chunked_attention_is_causal_attention():
@@ -71,7 +96,7 @@ def test_chunked_attention_is_causal_attention():
 
 def test_bounds_of_theorem_1():
   """The printed bound is 1 where the probability is 0. The other bound holds and is not empty."""
-  values = _paper_theorems.sparsity_bound(300, np.random.default_rng(0))
+  values = theorems.sparsity_bound(300, np.random.default_rng(0))
   assert all(one["printed"] == 1 for one in values)
   assert values[0]["measured"] == 0
   assert all(one["bound"] <= one["measured"] + 0.06 for one in values)
@@ -83,29 +108,29 @@ def test_condition_numbers_of_groups():
   rng = np.random.default_rng(0)
   for _ in range(20):
     V = rng.standard_normal((16, 24))
-    grouped = _paper_theorems.merge(V, np.zeros(16), 4)
+    grouped = theorems.merge(V, np.zeros(16), 4)
     np.testing.assert_allclose(grouped, V.reshape(4, 4, 24).mean(axis=1))
-    assert _paper_theorems.condition_number(grouped) < _paper_theorems.condition_number(V)
+    assert theorems.condition_number(grouped) < theorems.condition_number(V)
   V = rng.standard_normal((256, 24))
-  grouped = _paper_theorems.merge(V, np.zeros(256), 4)
-  assert _paper_theorems.condition_number(grouped) > _paper_theorems.condition_number(V)
+  grouped = theorems.merge(V, np.zeros(256), 4)
+  assert theorems.condition_number(grouped) > theorems.condition_number(V)
   eigenvalues = np.linalg.eigvalsh(V.T @ V)
   want = eigenvalues[-1] / eigenvalues[0]
-  np.testing.assert_allclose(_paper_theorems.condition_number(V), want)
+  np.testing.assert_allclose(theorems.condition_number(V), want)
 
 
 def test_descent_lowers_the_loss_to_its_minimum():
-  V, y = _paper_convergence.make_problem(256, np.random.default_rng(0))
-  dense = _paper_convergence.gradient_descent(V, y, 300)
+  V, y = convergence.make_problem(256, np.random.default_rng(0))
+  dense = convergence.gradient_descent(V, y, 300)
   np.testing.assert_allclose(dense[0], np.square(V.mean(axis=0) - y).sum())
   assert (np.diff(dense) <= 1e-12).all()
   assert dense[-1] < 1e-6 * dense[0]
-  grouped = _paper_theorems.merge(V, np.zeros(256), 16)
+  grouped = theorems.merge(V, np.zeros(256), 16)
   solution = np.linalg.lstsq(grouped.T, y, rcond=None)[0]
   least = np.square(solution @ grouped - y).sum()
-  end = _paper_convergence.gradient_descent(grouped, y, 300)[-1]
+  end = convergence.gradient_descent(grouped, y, 300)[-1]
   np.testing.assert_allclose(end, least, rtol=1e-6)
-  mirror = _paper_convergence.mirror_descent(grouped, y, 300)
+  mirror = convergence.mirror_descent(grouped, y, 300)
   assert (np.diff(mirror) <= 1e-12).all()
   assert least < mirror[-1] < 0.9 * mirror[0]
 
@@ -121,13 +146,13 @@ def test_layers_with_noise_of_size_0_are_the_model():
   assert layers.tolist() == [0, 1]
   graphdef, params = nnx.split(model)
   key = jax.random.key(0)
-  clean = _paper_noise._states(graphdef, params, tokens, 0.0, 0.0, key)
+  clean = noise._states(graphdef, params, tokens, 0.0, 0.0, key)
   np.testing.assert_allclose(clean, states, rtol=1e-5, atol=1e-5)
-  assert abs(float(_paper_noise._divergence(graphdef, params, clean, clean))) < 1e-6
+  assert abs(float(noise._divergence(graphdef, params, clean, clean))) < 1e-6
   small, large = (
     float(
-      _paper_noise._divergence(
-        graphdef, params, clean, _paper_noise._states(graphdef, params, tokens, 0.0, size, key)
+      noise._divergence(
+        graphdef, params, clean, noise._states(graphdef, params, tokens, 0.0, size, key)
       )
     )
     for size in (0.01, 0.1)
@@ -145,7 +170,7 @@ def test_loss_and_accuracy_of_ablations():
   one = family(attention="dense")
   tokens = jax.random.randint(jax.random.key(0), (1, 65), 0, 257)
   graphdef = one.graphdef(Variant("dense", {"attention": "dense"}), 64)
-  nats, right = _paper_ablations._measure(graphdef, one.params, tokens)
+  nats, right = ablations._measure(graphdef, one.params, tokens)
   want = teacher_forced(graphdef, one.params, tokens)[0]
   np.testing.assert_allclose(nats, want, rtol=1e-5)
   logits = nnx.merge(graphdef, one.params)(tokens[:, :-1])[0]
@@ -155,24 +180,24 @@ def test_loss_and_accuracy_of_ablations():
 @pytest.fixture
 def small_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Job]]:
   """Jobs of every part at the smallest size, on a tiny model."""
-  monkeypatch.setattr(_paper_sparsity, "LENGTHS", (100, 200))
+  monkeypatch.setattr(sparsity, "LENGTHS", (100, 200))
   inputs = Inputs(str(write_checkpoint(tmp_path / "run")), [str(write_documents(tmp_path))])
-  training = _paper_training.Training(2, rows=1, length=40, validation_rows=1, every=1)
+  settings = training.Training(2, rows=1, length=40, validation_rows=1, every=1)
   return {
-    "theorems": list(_paper_theorems.make_jobs(inputs, draws=20)),
-    "convergence": list(_paper_convergence.make_jobs(inputs, lengths=(64,), steps=10, draws=1)),
-    "training": list(_paper_training.make_jobs(inputs, training, seeds=(0,)))[:1],
-    "cache": list(paper.PARTS["cache"].make_jobs(inputs)),
-    "sparsity": list(_paper_sparsity.make_jobs(inputs, ((200, 1),)))[:1],
-    "ablations": list(_paper_ablations.make_jobs(inputs, length=64))[:2],
-    "noise": list(_paper_noise.make_jobs(inputs, length=64))[:1],
+    "theorems": list(theorems.make_jobs(inputs, draws=20)),
+    "convergence": list(convergence.make_jobs(inputs, lengths=(64,), steps=10, draws=1)),
+    "training": list(training.make_jobs(inputs, settings, seeds=(0,)))[:1],
+    "cache": list(registry.PARTS["cache"].make_jobs(inputs)),
+    "sparsity": list(sparsity.make_jobs(inputs, ((200, 1),)))[:1],
+    "ablations": list(ablations.make_jobs(inputs, length=64))[:2],
+    "noise": list(noise.make_jobs(inputs, length=64))[:1],
   }
 
 
 def test_the_report_has_every_part_and_a_second_run_measures_nothing(
   tmp_path: Path, small_jobs: dict[str, list[Job]]
 ):
-  assert small_jobs.keys() == paper.PARTS.keys()
+  assert small_jobs.keys() == registry.PARTS.keys()
   jobs = [job for own in small_jobs.values() for job in own]
   out = tmp_path / "out"
   results = Results(out / "paper.jsonl")
@@ -181,10 +206,10 @@ def test_the_report_has_every_part_and_a_second_run_measures_nothing(
   assert run_jobs([dataclasses.replace(job, run=None) for job in jobs], again, origin="tiny") == 0
   for result in again.all():
     assert result["environment"]["versions"]["jax"] == jax.__version__
-  paper.write_report(again.all(), out)
+  registry.write_report(again.all(), out)
   text = (out / "paper.md").read_text()
   assert [line[3:].lower() for line in text.splitlines() if line.startswith("## ")] == [
-    *paper.PARTS
+    *registry.PARTS
   ]
   assert "656" not in text
   assert "664 (0.32 GB)" in text

@@ -2,8 +2,8 @@
 
 The paper trains LLaMA2-7B for 1000 steps with DGA before it measures; here the weights are those
 of the dense model. Perplexity and accuracy of the next token are measured on the second half of
-whole sequences. Under global selection later queries choose what earlier queries see, as in the
-paper's tables, so the figures are lower bounds of what decoding loses.
+whole sequences. Under global selection later queries choose what earlier queries see, so decoding
+computes another function.
 """
 
 import functools
@@ -18,9 +18,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from benchmarks._paper_inputs import Inputs
-from benchmarks._paper_plots import label, make_figure, save
-from benchmarks._paper_published import GROUP_SIZE, IMPORTANCE_RATE, SELECTION
+from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.plots import label, make_figure, save
+from benchmarks.paper_parts.published import GROUP_SIZE, IMPORTANCE_RATE, SELECTION
 from dga_jax import DGAConfig
 from dga_jax.cache import cache_size
 from dga_jax.evaluation.jobs import Job
@@ -163,7 +163,7 @@ def _plot(by_name: Mapping[str, Mapping[str, Any]], path: Path) -> None:
       "ks--", mfc="none", label="paper, above its best setting: trained with DGA",
     )  # fmt: skip
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper right")
     label(axes, "", words, "nats per token")
   panels[0].set_xscale("log", base=2)
   panels[0].xaxis.set_major_formatter("{x:.0f}")

@@ -20,8 +20,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from benchmarks._paper_forward import chunked_causal_attention, embed, run_layers
-from benchmarks._paper_inputs import Inputs, rounded
+from benchmarks.paper_parts.forward import chunked_causal_attention, embed, run_layers
+from benchmarks.paper_parts.inputs import Inputs, rounded
 from dga_jax.evaluation.jobs import Job
 from dga_jax.model import Decoder
 
@@ -173,13 +173,23 @@ def row_statistics(
 def merge_lengths(results: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
   """Results of one corpus and kind of weights by length, averaged over rows.
 
+  Longer pieces repeat the beginnings of shorter ones, so each length is taken from the shortest
+  pieces that contain it.
+
   Returns:
     For each length the number of rows, "p_sparse" and "mass".
   """
   merged: dict[int, dict[str, Any]] = {}
   for length in LENGTHS:
-    found = [one for r in results for one in r["by_length"] if one["length"] == length]
-    if found:
+    having = [r for r in results if any(one["length"] == length for one in r["by_length"])]
+    if having:
+      piece = min(r["length"] for r in having)
+      found = [
+        one
+        for r in having
+        for one in r["by_length"]
+        if (r["length"], one["length"]) == (piece, length)
+      ]
       rows = [one["rows"] for one in found]
       merged[length] = {
         "rows": sum(rows),

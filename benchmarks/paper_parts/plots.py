@@ -12,7 +12,7 @@ LINES = ("-", "--", "-.", ":")
 def make_figure(columns: int, title: str, height: float = 4.2) -> tuple[Figure, list[Axes]]:
   """A figure with a row of panels."""
   width = min(5.2 * columns, 15)
-  figure = Figure(figsize=(width, height), dpi=80, layout="constrained")
+  figure = Figure(figsize=(width, height), dpi=76, layout="constrained")
   figure.suptitle("\n".join(textwrap.wrap(title, int(9 * width))), fontsize=11)
   panels = figure.subplots(1, columns, squeeze=False)[0]
   for axes in panels:

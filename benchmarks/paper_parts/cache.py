@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks._paper_inputs import Inputs
-from benchmarks._paper_published import KV_CACHE_GB
 from benchmarks.cache_size import BYTES_PER_TOKEN
+from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.published import KV_CACHE_GB
 from dga_jax import DGAConfig
 from dga_jax.cache import cache_size
 from dga_jax.evaluation.jobs import Job

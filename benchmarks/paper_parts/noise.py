@@ -23,9 +23,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from benchmarks._paper_forward import embed, relative_noise, run_layers
-from benchmarks._paper_inputs import Inputs
-from benchmarks._paper_plots import label, LINES, make_figure, save
+from benchmarks.paper_parts.forward import embed, relative_noise, run_layers
+from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.plots import label, LINES, make_figure, save
 from dga_jax import DGAConfig
 from dga_jax.attention.segments import find_documents
 from dga_jax.cache import cache_size
@@ -150,7 +150,7 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
     axes.set_yscale("log")
     axes.set_xticks(SIZES, [f"{size:g}" for size in SIZES])
     axes.minorticks_off()
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left")
     label(axes, f"noise on {place}", "deviation over root mean square", "KL divergence, nats")
   save(figure, out / "noise.png")
   header = ["attention", *[f"{place}, {size:g}" for place in PLACES for size in SIZES]]

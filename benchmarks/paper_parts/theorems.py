@@ -27,7 +27,7 @@ import numpy as np
 from jax.scipy.special import ndtr
 from jaxtyping import Float
 
-from benchmarks._paper_inputs import Inputs
+from benchmarks.paper_parts.inputs import Inputs
 from dga_jax.evaluation.jobs import Job
 
 TASK = "theorems"

@@ -17,8 +17,8 @@ import numpy as np
 import optax
 from flax import nnx
 
-from benchmarks._paper_inputs import Inputs, python_source, rounded
-from benchmarks._paper_plots import label, make_figure, save
+from benchmarks.paper_parts.inputs import Inputs, python_source, rounded
+from benchmarks.paper_parts.plots import label, make_figure, save
 from dga_jax import DGAConfig
 from dga_jax.evaluation.jobs import Job
 from dga_jax.evaluation.losses import cross_entropy_from_states
@@ -138,7 +138,7 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
         ],
       ]
     )
-  axes.legend(fontsize=8)
+  axes.legend(fontsize=8, loc="upper right")
   label(axes, "bytes of Python's library", "step", "nats per byte")
   save(figure, out / "training.png")
   return markdown(["attention", f"step {steps[middle]}", f"step {steps[-1]}"], rows)

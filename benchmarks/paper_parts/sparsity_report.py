@@ -1,4 +1,4 @@
-"""Tables and pictures of `_paper_sparsity`."""
+"""Tables and pictures of `sparsity`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks._paper_plots import label, make_figure, save
-from benchmarks._paper_published import P_SPARSE
-from benchmarks._paper_sparsity import merge_lengths, SINKS, WINDOW
+from benchmarks.paper_parts.plots import label, make_figure, save
+from benchmarks.paper_parts.published import P_SPARSE
+from benchmarks.paper_parts.sparsity import merge_lengths, SINKS, WINDOW
 from dga_jax.evaluation.report import markdown
 
 type _Results = Sequence[Mapping[str, Any]]
@@ -45,7 +45,8 @@ def _p_sparse_table(merged: Mapping[tuple[str, str], Mapping[int, Mapping[str, A
         ("largest", ""), ("largest_without_sinks", f", without the first {SINKS} keys"),
         ("largest_unscaled", ", logits without 1/√D"),
       ):  # fmt: skip
-        if rho == "0.01" or name == "largest":
+        has_sinks = weights == "trained"
+        if name == "largest" or (rho == "0.01" and (has_sinks or name == "largest_unscaled")):
           values = [
             f"{by_length[n]['p_sparse'][name][rho]:.2f}" if n in by_length else "" for n in lengths
           ]
@@ -79,13 +80,14 @@ def _plot_sparsity(
     lengths = sorted(by_length)
     colour = _COLOURS[corpus]
     line = "-" if weights == "trained" else ":"
-    for name, marker, words in (
-      ("largest", "o", ""), ("largest_without_sinks", "x", f" without the first {SINKS} keys"),
-    ):  # fmt: skip
-      if weights == "random" and name != "largest":
-        continue
+    lines = [("largest", "o", "")]
+    if weights == "trained":
+      lines.append(("largest_without_sinks", "x", f" without the first {SINKS} keys"))
+    else:
+      lines.append(("largest_unscaled", "+", ", logits without 1/√D"))
+    for name, marker, words in lines:
       values = [by_length[n]["p_sparse"][name]["0.01"] for n in lengths]
-      dashes = "--" if name != "largest" else line
+      dashes = line if name == "largest" else "--"
       left.plot(
         lengths, values, dashes, color=colour, marker=marker, ms=4,
         label=f"{weights}, {corpus}{words}",
@@ -107,7 +109,7 @@ def _plot_sparsity(
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.minorticks_off()
     axes.set_ylim(-0.03, 1.03)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 0.03))
   save(figure, path)
 
 

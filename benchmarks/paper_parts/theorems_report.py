@@ -1,4 +1,4 @@
-"""Tables and the picture of `_paper_theorems`."""
+"""Tables and the picture of `theorems`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from benchmarks._paper_plots import label, make_figure, save
-from benchmarks._paper_theorems import HEAD_DIM, RHO, SIGMAS
+from benchmarks.paper_parts.plots import label, make_figure, save
+from benchmarks.paper_parts.theorems import HEAD_DIM, RHO, SIGMAS
 from dga_jax.evaluation.report import markdown
 
 type _Values = Sequence[Mapping[str, Any]]
@@ -23,7 +23,9 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
     if theorem in values:
       plot(axes, values[theorem])
       axes.legend(
-        fontsize=7, ncols=2 if theorem == 1 else 1, loc="best" if theorem == 2 else "upper left"
+        fontsize=7,
+        ncols=2 if theorem == 1 else 1,
+        loc="upper right" if theorem == 2 else "upper left",
       )
       tables.append(table(values[theorem]))
   save(figure, out / "theorems.png")

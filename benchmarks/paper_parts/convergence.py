@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from benchmarks._paper_inputs import Inputs, rounded
-from benchmarks._paper_plots import label, make_figure, save
-from benchmarks._paper_theorems import merge
+from benchmarks.paper_parts.inputs import Inputs, rounded
+from benchmarks.paper_parts.plots import label, make_figure, save
+from benchmarks.paper_parts.theorems import merge
 from dga_jax.evaluation.jobs import Job
 from dga_jax.evaluation.report import markdown
 
@@ -132,7 +132,7 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_ylim(1e-4, 1.5)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="lower left")
     label(axes, f"{name}, L = {result['length']}", "step", "loss")
   save(figure, out / "convergence.png")
   return _table(results)

@@ -1,0 +1,1 @@
+"""The parts of `benchmarks.paper`: one analysis of the paper in each module."""
