@@ -37,12 +37,16 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
   url = f"http://127.0.0.1:{port}"
   folder = tmp_path_factory.mktemp("buckets")
   (folder / "runs").mkdir()
+  stored = tmp_path_factory.mktemp("stored")  # The emulator's default, /storage, outlives a test.
   arguments = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", url]
   process = subprocess.Popen(
-    [server, *arguments, "-public-host", f"127.0.0.1:{port}", "-data", str(folder)],
+    [
+      server, *arguments, "-public-host", f"127.0.0.1:{port}", "-data", str(folder),
+      "-filesystem-root", str(stored),
+    ],
     stdout=subprocess.DEVNULL,
     stderr=subprocess.DEVNULL,
-  )
+  )  # fmt: skip
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv("STORAGE_EMULATOR_HOST", url)
     patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
