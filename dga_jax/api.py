@@ -68,8 +68,9 @@ def dynamic_group_attention(
       array or a list of lists. Each row and document is computed as if it were alone. Padded
       queries give 0.
     focal_scores: float32, required with the selector "fitted": of each block and KV head, the
-      tokens with the highest scores stay focal. No gradient flows through the scores. The score of
-      a token must not depend on later tokens where the output must be causal.
+      tokens with the highest scores stay focal, compared with 8 significant bits (ties: the earlier
+      token). No gradient flows through the scores. The score of a token must not depend on later
+      tokens where the output must be causal.
     scale: of the attention logits, default 1/√D. The choice of focal tokens always uses 1/√D, and
       `config.aggregation_scale` sets the scale of merge weights.
     sharding: of the query, for a mesh whose axes are Auto: `NamedSharding(mesh,

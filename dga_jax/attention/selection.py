@@ -40,8 +40,14 @@ def select_by_score(
 
 
 def comparable_scores(focal_scores: Float[Array, "*B N"]) -> Float[Array, "*B N"]:
-  """Focal scores that every backend orders alike: without gradient, NaN as +∞ and −0 as 0."""
+  """Focal scores that every backend orders alike: 8 significant bits, NaN as +∞ and −0 as 0.
+
+  Equal tokens of a block have equal scores but for rounding errors, which differ between prefill
+  and decoding. After rounding to the bits of bfloat16 such scores are equal, and the earlier token
+  precedes the later one in both. No gradient flows.
+  """
   scores = jax.lax.stop_gradient(focal_scores)
+  scores = jax.lax.reduce_precision(scores, exponent_bits=8, mantissa_bits=7)
   return jnp.where(jnp.isnan(scores), jnp.inf, jnp.where(scores == 0, 0.0, scores))
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.process
 import os
 import random
+import re
 import socket
 import sys
 import threading
@@ -55,6 +56,18 @@ class Trainer:
       self.process.kill()
       raise TimeoutError(f"A process did not end in {timeout} s:\n{self.output()}")
     return self.process.exitcode
+
+  def wait_for_last_words(self, pattern: str, timeout: float = 30) -> None:
+    """Waits for a sentence of the filter of standard error, which ends after the process.
+
+    Raises:
+      TimeoutError: no output matched the regular expression in time.
+    """
+    deadline = time.monotonic() + timeout
+    while not re.search(pattern, self.output()):
+      if time.monotonic() > deadline:
+        raise TimeoutError(f"The output does not match {pattern}:\n{self.output()}")
+      time.sleep(0.01)
 
   def output(self) -> str:
     """The output of the process so far."""

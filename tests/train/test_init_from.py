@@ -116,5 +116,5 @@ def test_models_that_training_cannot_start_from_are_errors(
   with pytest.raises(ValueError, match=r"TrainConfig\.init_from is 3"):
     dataclasses.replace(config, init_from=3)
   data = dataclasses.replace(config.data, kind="recall", sequence_length=128)
-  with pytest.raises(ValueError, match="another vocabulary than this recall task"):
+  with pytest.raises(ValueError, match="another vocabulary than data of kind 'recall'"):
     train(dataclasses.replace(config, init_from=str(imported), data=data), tmp_path / "recall")

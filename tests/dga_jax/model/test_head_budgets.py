@@ -102,6 +102,19 @@ def test_prefill_chunks_and_decoding_equal_the_whole_sequence(name, lengths, see
   np.testing.assert_array_equal(cache.length, position + 1)
 
 
+def test_repeated_tokens_of_a_block_tie_in_every_path():
+  """Rounding errors of equal tokens' scores differ between prefill and decoding."""
+  model = apply_budgets(DENSE, HeadBudgets((BLOCKS,), ((0,) * CONFIG.num_kv_heads,) * 3))
+  tokens = tokens_of(65536)
+  assert tokens[2, :4].tolist() == [13, 13, 30, 30]
+  want = forward(model, tokens)
+  _, cache = prefill(model, tokens[:, :PROMPT], np.full(B, 2))
+  for position in (2, 3):
+    _, cache = decode(model, tokens[:, position], cache)
+  logits, _ = extend(model, tokens[:, 4:9], cache, np.full(B, 5))
+  np.testing.assert_allclose(logits, want[:, 8], atol=3e-5)
+
+
 def bytes_of(cache):
   floats = (x for x in jax.tree.leaves(cache.layers) if x.dtype != jnp.int32)
   return sum(math.prod(x.shape) * x.dtype.itemsize for x in floats)
