@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.group_merge import merge_blocks, merge_groups
+from tests.nightly import nightly
 from tests.pallas_kernels.tpu import compile_for_tpu, TOPOLOGIES
 
 pytestmark = pytest.mark.aot
@@ -48,7 +49,7 @@ def structs(
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)
-@pytest.mark.parametrize("length", [2**13, 2**15, 2**17])
+@pytest.mark.parametrize("length", [2**13, *nightly(2**15), 2**17])
 def test_compiles(chip: str, length: int):
   """Compiles global selection. `test_tpu_programs.py` compiles streaming selection."""
   compiled = compile_for_tpu(program("global"), *structs("global", length), chip=chip)
