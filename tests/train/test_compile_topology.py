@@ -12,6 +12,7 @@ import pytest
 
 from dga_jax import DGAConfig
 from dga_jax.sharding import MeshConfig
+from tests.nightly import nightly
 from train.aot_compile import compile_step
 from train.config import TrainConfig
 
@@ -50,7 +51,7 @@ def test_a_step_that_exceeds_the_memory_is_reported(config: TrainConfig) -> None
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("context", [1, 2])
+@pytest.mark.parametrize("context", [*nightly(1), 2])
 def test_the_step_on_a_mesh_contains_the_kernels(context: int, config: TrainConfig) -> None:
   dga = DGAConfig(selection="streaming", min_focal_tokens=64, max_documents=2)
   model = dataclasses.replace(
