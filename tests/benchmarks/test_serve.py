@@ -34,7 +34,7 @@ def test_every_table_is_printed(tmp_path: Path) -> None:
   assert sum(line.startswith("| 96 |") for line in rows) == 4  # Loads.
   assert sum(line.startswith("| 96 + 32 |") for line in rows) == 2  # Second turns.
   assert sum(line.startswith(("| dga |", "| dense |")) for line in rows) == 2  # Overhead.
-  results = [json.loads(line) for line in (tmp_path / "results.jsonl").open()]
+  results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
   tables = [result["table"] for result in results]
   assert tables == ["sessions"] * 6 + ["load"] * 4 + ["second_turn"] * 2 + ["overhead"] * 2
   assert all("cpu" in result["device"] for result in results)
