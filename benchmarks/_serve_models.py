@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from benchmarks._serve_clients import Answer, Arrival
 from dga_jax import DGAConfig, smollm2_demo
+from dga_jax.checkpoint import abstract_decoder
 from dga_jax.choices import AttentionName
 from dga_jax.generation import Emitted, Engine, Request, Sampling
 from dga_jax.generation.cache_shapes import CacheShapes
@@ -73,8 +74,7 @@ def first_layers(model: Decoder, count: int) -> Decoder:
   config = dataclasses.replace(model.config, num_layers=count)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   params["layers"] = jax.tree.map(lambda x: x[:count], params["layers"])
-  shortened: Decoder = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-  nnx.update(shortened, params)
+  shortened: Decoder = nnx.merge(abstract_decoder(config)[0], params)
   return shortened
 
 

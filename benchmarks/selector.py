@@ -31,6 +31,7 @@ from absl import app, flags
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from benchmarks._forward import embed, run_layers
 from benchmarks.timing import environment
 from dga_jax.api import dynamic_group_attention
 from dga_jax.calibration.selector_fit import (
@@ -40,14 +41,12 @@ from dga_jax.calibration.selector_fit import (
   FitBlocks,
   with_selector,
 )
-from dga_jax.checkpoint import load_model
+from dga_jax.checkpoint import abstract_decoder, load_model
 from dga_jax.config import DGAConfig
 from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.texts import read_documents, token_rows
 from dga_jax.files.path_flags import define_path
 from dga_jax.model import Decoder
-from dga_jax.model.rope import rope_table
-from dga_jax.model.run_layers import run_stacked
 
 _WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)
 _FIT = flags.DEFINE_list("fit_documents", None, "Texts of the fit: .jsonl or .txt.", required=True)
@@ -119,14 +118,9 @@ class _Measurer:
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _loss(graphdef: nnx.GraphDef, params: Any, row_1xT: Array, attend: Any) -> Array:
   model, tokens = nnx.merge(graphdef, params), row_1xT[:, :-1]
-  config, L = model.config, tokens.shape[1]
-  rope = rope_table(jnp.arange(L)[None], config.rope_frequencies())
-  x_1xLxE = model.embedding[...][tokens].astype(config.dtype)
-  x_1xLxE, _ = run_stacked(
-    model.layers, x_1xLxE, rope, attend or _dense, None, num_layers=config.num_layers, remat="none"
-  )
-  states = model.norm(x_1xLxE)[:, L // 2 :].astype(config.dtype)
-  logits = jax.nn.log_softmax(model.unembed(states), axis=-1)
+  states, _ = run_layers(model, embed(model, tokens), attend or _dense)
+  L = tokens.shape[1]
+  logits = jax.nn.log_softmax(model.unembed(states[:, L // 2 :]), axis=-1)
   return -jnp.take_along_axis(logits, row_1xT[:, L // 2 + 1 :, None], axis=-1).mean()
 
 
@@ -182,8 +176,7 @@ def accumulated(
 
 def _in_float32(model: Decoder) -> Decoder:
   config = dataclasses.replace(model.config, dtype="float32", attention="dense")
-  structure = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-  changed: Decoder = nnx.merge(structure, nnx.state(model, nnx.Param))
+  changed: Decoder = nnx.merge(abstract_decoder(config)[0], nnx.state(model, nnx.Param))
   return changed
 
 

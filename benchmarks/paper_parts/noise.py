@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from benchmarks.paper_parts.forward import embed, relative_noise, run_layers
+from benchmarks._forward import embed, relative_noise, run_layers
 from benchmarks.paper_parts.inputs import Inputs
 from benchmarks.paper_parts.plots import label, LINES, make_figure, save
 from dga_jax import DGAConfig

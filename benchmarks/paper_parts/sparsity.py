@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from benchmarks.paper_parts.forward import chunked_causal_attention, embed, run_layers
+from benchmarks._forward import chunked_causal_attention, embed, run_layers
 from benchmarks.paper_parts.inputs import Inputs, rounded
 from dga_jax.evaluation.jobs import Job
 from dga_jax.model import Decoder

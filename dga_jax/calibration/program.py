@@ -53,7 +53,7 @@ class AssignedDecoder:
 
   def embed(self, tokens_BxL: Int[Array | np.ndarray, "B L"]) -> Float[Array, "B L E"]:
     """The input of layer 0."""
-    return _embed(self._graphdef, self._params, jnp.asarray(tokens_BxL))
+    return embed(self._graphdef, self._params, jnp.asarray(tokens_BxL))
 
   def run_layers(
     self,
@@ -90,7 +90,8 @@ class AssignedDecoder:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(graphdef: nnx.GraphDef, params: Any, tokens_BxL: Array) -> Array:
+def embed(graphdef: nnx.GraphDef, params: Any, tokens_BxL: Array) -> Array:
+  """The input of the first layer, [B, L, E] in the model's dtype."""
   model = nnx.merge(graphdef, params)
   return model.embedding[...][tokens_BxL].astype(model.config.dtype)
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from dga_jax.attention.streaming_blocks import cache_layout
+from dga_jax.calibration.program import embed
 from dga_jax.checkpoint import abstract_decoder, Checkpoints
 from dga_jax.config import DGAConfig
 from dga_jax.files.lock import hold_workdir
@@ -170,16 +171,10 @@ def layer_samples(
     row: token ids of one document.
   """
   graphdef, params = nnx.split(model)
-  x_1xLxE = _embed(graphdef, params, jnp.asarray(row)[None])
+  x_1xLxE = embed(graphdef, params, jnp.asarray(row)[None])
   for layer in range(model.config.num_layers):
     x_1xLxE, samples = _run_layer(graphdef, blocks, params, x_1xLxE, jnp.int32(layer))
     yield samples
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(graphdef: nnx.GraphDef, params: Any, tokens_BxL: Array) -> Array:
-  model = nnx.merge(graphdef, params)
-  return model.embedding[...][tokens_BxL].astype(model.config.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

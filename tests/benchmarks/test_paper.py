@@ -10,6 +10,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks._forward import (
+  chunked_causal_attention,
+  embed,
+  relative_noise,
+  run_layers,
+)
 from benchmarks.paper_parts import (
   ablations,
   convergence,
@@ -18,12 +24,6 @@ from benchmarks.paper_parts import (
   sparsity,
   theorems,
   training,
-)
-from benchmarks.paper_parts.forward import (
-  chunked_causal_attention,
-  embed,
-  relative_noise,
-  run_layers,
 )
 from benchmarks.paper_parts.inputs import Inputs
 from dga_jax.attention.dense import xla_attention

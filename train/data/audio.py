@@ -106,11 +106,12 @@ def _split(corpus: Corpus) -> Corpus:
   """The corpus with held-out files: those of the config, or every 8th."""
   if corpus.validation_files:
     return corpus
-  held_out = corpus.train_files[_HELD_OUT_STEP - 1 :: _HELD_OUT_STEP]
+  files = corpus.train_files
+  held_out = files[_HELD_OUT_STEP - 1 :: _HELD_OUT_STEP]
   if not held_out:
     raise ValueError(
-      f"train_files name {len(corpus.train_files)} files, of which every {_HELD_OUT_STEP}th would "
+      f"train_files name {len(files)} files, of which every {_HELD_OUT_STEP}th would "
       "be held out. Name files in validation_files."
     )
-  kept = tuple(path for path in corpus.train_files if path not in set(held_out))
+  kept = tuple(path for number, path in enumerate(files, 1) if number % _HELD_OUT_STEP)
   return dataclasses.replace(corpus, train_files=kept, validation_files=held_out)

@@ -2,7 +2,6 @@
 
 import functools
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dga_jax.attention import validation
@@ -57,9 +56,7 @@ def attend_sharded(
   validation.focal_scores(focal_scores, key, metadata.config)
   config, documents = metadata.config, metadata.documents
   shards = ZigzagShards.from_local_length(axis_name, query.shape[1])
-  if documents.rows != "whole":
-    is_token_BxPx1x1 = shards.local_part(documents.is_token)[..., None, None]
-    query, key, value = (jnp.where(is_token_BxPx1x1, x, 0) for x in (query, key, value))
+  query, key, value = shards.zero_padding(documents, query, key, value)
   streaming = config.selection == "streaming"
   make_sources = (
     functools.partial(streaming_sources, focal_scores=focal_scores) if streaming else global_sources

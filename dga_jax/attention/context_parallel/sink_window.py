@@ -49,9 +49,7 @@ def sink_window_attend_sharded(
       f"{shards.chunk} tokens. A chunk must hold the window without its last token, {halo} tokens. "
       "Use fewer devices for a sequence, longer sequences, or a smaller window."
     )
-  if documents.rows != "whole":
-    is_token_BxPx1x1 = shards.local_part(documents.is_token)[..., None, None]
-    query, key, value = (jnp.where(is_token_BxPx1x1, x, 0) for x in (query, key, value))
+  query, key, value = shards.zero_padding(documents, query, key, value)
   both_BxPx2xNxD = jnp.stack([key, value], axis=2)
   before = shards.halo_exchange(both_BxPx2xNxD, halo)
   window = join_chunks(jnp.concatenate([before, shards.split_chunks(both_BxPx2xNxD)], axis=2))

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from dga_jax.attention.segments import Documents
+
 
 @dataclasses.dataclass(frozen=True)
 class ZigzagShards:
@@ -67,6 +69,13 @@ class ZigzagShards:
       jax.lax.dynamic_slice_in_dim(x, starts[half], self.chunk, axis=x.ndim - 1) for half in (0, 1)
     ]
     return jnp.concatenate(parts, axis=-1)
+
+  def zero_padding(self, documents: Documents, *arrays: Array) -> tuple[Array, ...]:
+    """This device's parts [B, P, ...] with zeros in the padding, as `attend.zero_padding`."""
+    if documents.rows == "whole":
+      return arrays
+    is_token_BxPx1x1 = self.local_part(documents.is_token)[..., None, None]
+    return tuple(jnp.where(is_token_BxPx1x1, array, 0) for array in arrays)
 
   def split_chunks(self, x: Shaped[Array, "B P *S"]) -> Shaped[Array, "B 2 n *S"]:
     """The tokens of this device's two chunks on an axis of their own."""

@@ -25,9 +25,11 @@ class AttentionKind:
     layers_differ: whether layers have settings of their own. Such a kind defines `init_caches`, and
       its `at_layer` has `prefill_into`, which writes a prompt to the caches of all layers.
     branches: programs of a layer between which a scan over layers switches.
+    one_document: whether packed rows are refused.
   """
 
   name: str
+  one_document: bool = False
   layers_differ: bool = False
 
   @property
@@ -80,6 +82,11 @@ class AttentionKind:
     Raises:
       ValueError: the kind does not support such rows.
     """
+    if self.one_document and documents.rows == "packed":
+      raise ValueError(
+        f"segment_ids are given, but attention={self.name!r} wants one document in each row. Put"
+        " each document in a row of its own, right-padded, and pass lengths."
+      )
     return documents
 
   def attend(
@@ -190,17 +197,3 @@ class AttentionKind:
 
   def _has_no_cache(self) -> str:
     return f"{type(self).__name__} attends to whole sequences and has no cache."
-
-
-def require_one_document(name: str, documents: Documents) -> None:
-  """Raises ValueError for packed rows.
-
-  Args:
-    name: the attention kind, for the message.
-    documents: the rows.
-  """
-  if documents.rows == "packed":
-    raise ValueError(
-      f"segment_ids are given, but attention={name!r} wants one document in each row. Put each"
-      " document in a row of its own, right-padded, and pass lengths."
-    )

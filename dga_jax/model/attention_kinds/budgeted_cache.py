@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from dga_jax.attention.segments import Documents
-from dga_jax.model.attention_kinds.base import AttentionKind, require_one_document
+from dga_jax.model.attention_kinds.base import AttentionKind
 from pallas_kernels.masks import masked_softmax
 
 
@@ -64,14 +64,7 @@ class BudgetedCacheAttention(AttentionKind):
   rule: Rule
   dense_prompt: bool = False
 
-  def prepare(self, documents: Documents) -> Documents:
-    """The rows.
-
-    Raises:
-      ValueError: packed documents, each of which would need a cache of its own.
-    """
-    require_one_document(self.name, documents)
-    return documents
+  one_document = True  # Each document would need a cache of its own.
 
   def attend(
     self,

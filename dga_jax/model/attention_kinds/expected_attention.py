@@ -9,12 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.model.attention_kinds.baseline_settings import BaselineSettings
-from dga_jax.model.attention_kinds.token_selection import (
-  HeadShape,
-  mark_highest,
-  PromptEvictionAttention,
-  PromptMemory,
-)
+from dga_jax.model.attention_kinds.token_selection import mark_highest, PromptEvictionAttention
 from dga_jax.model.rope import apply_rope, rope_table
 
 
@@ -123,8 +118,3 @@ class ExpectedAttention(PromptEvictionAttention):
     cos, sin = (x.mean(axis=1)[:, None, None] for x in table)
     k1, k2 = jnp.split(k_BxLxNxD, 2, axis=-1)
     return jnp.concatenate([k1 * cos + k2 * sin, k2 * cos - k1 * sin], axis=-1)
-
-  def prompt_memory(self, length: int, layer: int, shape: HeadShape) -> PromptMemory:
-    """The tokens that stay are stored and read."""
-    kept = min(length, self.settings.capacity)
-    return PromptMemory(kept, kept)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention.segments import Documents
-from dga_jax.model.attention_kinds.base import require_one_document
 from dga_jax.model.attention_kinds.baseline_settings import BaselineSettings
 from dga_jax.model.attention_kinds.dense_cache import DenseCacheAttention
 from pallas_kernels.masks import masked_softmax
@@ -66,17 +65,9 @@ class MInferenceAttention(DenseCacheAttention):
   """See `MInferenceConfig`. The last queries choose, so it is not causal over a whole sequence."""
 
   name = "minference"
+  one_document = True  # Packed documents have no common last queries.
 
   settings: MInferenceConfig
-
-  def prepare(self, documents: Documents) -> Documents:
-    """The rows.
-
-    Raises:
-      ValueError: packed documents, which have no common last queries.
-    """
-    require_one_document(self.name, documents)
-    return documents
 
   def attend(
     self,

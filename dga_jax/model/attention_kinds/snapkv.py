@@ -8,12 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.model.attention_kinds.baseline_settings import BaselineSettings
-from dga_jax.model.attention_kinds.token_selection import (
-  HeadShape,
-  mark_highest,
-  PromptEvictionAttention,
-  PromptMemory,
-)
+from dga_jax.model.attention_kinds.token_selection import mark_highest, PromptEvictionAttention
 from pallas_kernels.gather import take_positions
 from pallas_kernels.masks import masked_softmax
 
@@ -98,8 +93,3 @@ class SnapKVAttention(PromptEvictionAttention):
     score_BxNxL = jnp.where(before_BxL[:, None], pooled_BxNxL, -jnp.inf)
     chosen_BxNxL = mark_highest(score_BxNxL, self.settings.capacity - window)
     return chosen_BxNxL | ~before_BxL[:, None]
-
-  def prompt_memory(self, length: int, layer: int, shape: HeadShape) -> PromptMemory:
-    """The tokens that stay are stored and read."""
-    kept = min(length, self.settings.capacity)
-    return PromptMemory(kept, kept)

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from dga_jax.attention.attend import zero_padding
 from dga_jax.attention.dense import dense_attention
 from dga_jax.attention.segments import Documents
-from dga_jax.model.attention_kinds.base import AttentionKind, require_one_document
+from dga_jax.model.attention_kinds.base import AttentionKind
 from pallas_kernels.masks import masked_softmax
 
 
@@ -70,6 +71,8 @@ class TokenSelectionAttention(AttentionKind):
   Subclasses define `init_index`, `index_prompt`, `index_token`, `select` and `prompt_memory`.
   """
 
+  one_document = True  # Each document would need a cache of its own.
+
   def init_index(
     self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
   ) -> Any:
@@ -112,15 +115,6 @@ class TokenSelectionAttention(AttentionKind):
     """Memory of one KV head of a layer after a prompt of `length` tokens."""
     raise NotImplementedError
 
-  def prepare(self, documents: Documents) -> Documents:
-    """The rows.
-
-    Raises:
-      ValueError: packed documents, each of which would need a cache of its own.
-    """
-    require_one_document(self.name, documents)
-    return documents
-
   def attend(
     self,
     q_BxLxHxD: Float[Array, "B L H D"],
@@ -150,8 +144,7 @@ class TokenSelectionAttention(AttentionKind):
   ) -> tuple[Float[Array, "B L H D"], SelectionCache]:
     """Attends over right-padded prompts and indexes them."""
     o_BxLxHxD = self.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
-    is_token_BxLx1x1 = metadata.is_token[..., None, None]
-    q, k, v = (jnp.where(is_token_BxLx1x1, x, 0) for x in (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD))
+    q, k, v = zero_padding(metadata, q_BxLxHxD, k_BxLxNxD, v_BxLxNxD)
     free = ((0, 0), (0, 0), (0, max_length - k.shape[1]), (0, 0))
     return o_BxLxHxD, SelectionCache(
       key=jnp.pad(k.swapaxes(1, 2), free),
@@ -196,7 +189,12 @@ class PromptEvictionAttention(TokenSelectionAttention):
   """Drops tokens of a prompt once, at its end; later tokens stay. Subclasses define `keep`.
 
   The index is a bool mask of the tokens that stay.
+
+  Attributes:
+    settings: has the field `capacity`, the largest number of tokens of a prompt that stay.
   """
+
+  settings: Any
 
   def keep(
     self,
@@ -238,6 +236,11 @@ class PromptEvictionAttention(TokenSelectionAttention):
   ) -> Array:
     """Every query reads all tokens that stay."""
     return index[:, :, None]
+
+  def prompt_memory(self, length: int, layer: int, shape: HeadShape) -> PromptMemory:
+    """The tokens that stay are stored and read."""
+    kept = min(length, self.settings.capacity)
+    return PromptMemory(kept, kept)
 
 
 def mark_highest(score_BxNxL: Float[Array, "B N L"], count: int) -> Bool[Array, "B N L"]:

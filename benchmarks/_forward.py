@@ -1,4 +1,4 @@
-"""Forward passes of benchmarks/paper.py whose attention the caller defines."""
+"""Forward passes of benchmarks whose attention the caller defines."""
 
 from typing import Any
 
