@@ -19,7 +19,7 @@ from dga_jax.model import Decoder
 from dga_jax.sharding import make_mesh, parameter_shardings, zigzag_order
 from train.bad_steps import choose, Guard, is_good, new_guard, seen
 from train.config import TrainConfig
-from train.loss import token_losses
+from train.loss import token_losses, weighted_loss
 from train.optimizer import make_optimizer, make_schedule
 from train.sharding import (
   batch_sharding,
@@ -160,10 +160,14 @@ def mean_gradient(
   def loss_share(
     params: PyTree[Array], micro_batch: Batch
   ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    loss_BxL, correct_BxL = batch_losses(config, graphdef, params, micro_batch)
-    mask_BxL = micro_batch["loss_mask"]
-    correct = jnp.sum(correct_BxL & mask_BxL, dtype=jnp.float32)
-    return jnp.sum(loss_BxL, where=mask_BxL) / tokens, correct / tokens
+    model = nnx.merge(graphdef, params)
+    hidden_BxLxE = model.hidden(micro_batch["inputs"], **_documents(config, micro_batch))
+    targets_BxL = _in_order_of_states(micro_batch["targets"])
+    weights_BxL = _in_order_of_states(micro_batch["loss_mask"]) / tokens
+    loss, correct = weighted_loss(
+      model.unembedder(), hidden_BxLxE, targets_BxL, weights_BxL, chunk=config.loss_chunk
+    )
+    return loss, correct / tokens
 
   def accumulate(sums: PyTree[Array], micro_batch: Batch) -> tuple[PyTree[Array], None]:
     shares = jax.value_and_grad(loss_share, has_aux=True)(params, micro_batch)
@@ -180,13 +184,19 @@ def batch_losses(
   """Loss of every token, and whether its target is the most likely token; see `token_losses`."""
   model = nnx.merge(graphdef, params)
   hidden_BxLxE = model.hidden(batch["inputs"], **_documents(config, batch))
-  targets_BxL, chunk = batch["targets"], config.loss_chunk
+  targets_BxL = _in_order_of_states(batch["targets"])
+  losses = token_losses(model.unembedder(), hidden_BxLxE, targets_BxL, chunk=config.loss_chunk)
   order_L = zigzag_order(targets_BxL.shape[1])
   if order_L is None:
-    return token_losses(model.unembedder(), hidden_BxLxE, targets_BxL, chunk=chunk)
-  losses = token_losses(model.unembedder(), hidden_BxLxE, targets_BxL[:, order_L], chunk=chunk)
+    return losses
   back_L = np.argsort(order_L)
   return losses[0][:, back_L], losses[1][:, back_L]
+
+
+def _in_order_of_states(x_BxL: Array) -> Array:
+  """An array of a batch in the order of `Decoder.hidden`, which is that of the tokens or zigzag."""
+  order_L = zigzag_order(x_BxL.shape[1])
+  return x_BxL if order_L is None else x_BxL[:, order_L]
 
 
 def _documents(config: TrainConfig, batch: Batch) -> Batch:
