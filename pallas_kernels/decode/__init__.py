@@ -1,6 +1,6 @@
 """Decoding over a compact cache: attention of one token per sequence, or a whole step in place."""
 
-from pallas_kernels.decode.api import decode_attention, has_step_kernel, step_in_place
+from pallas_kernels.decode.api import decode_attention, dense_step, has_step_kernel, step_in_place
 from pallas_kernels.decode.cache_arrays import BlockRule, CacheArrays, CacheLengths, GroupBias
 from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask, TokenCoords
 from pallas_kernels.decode.quantise import pack_rows, unpack_rows
@@ -14,6 +14,7 @@ __all__ = [
   "GroupBias",
   "TokenCoords",
   "decode_attention",
+  "dense_step",
   "has_step_kernel",
   "pack_rows",
   "step_in_place",

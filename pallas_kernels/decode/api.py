@@ -1,4 +1,4 @@
-"""The two decoding ops, attention over a cache and a whole step in place, and their dispatch."""
+"""The decoding ops and their dispatch: attention over a compact cache, and whole steps in place."""
 
 from typing import Any
 
@@ -100,6 +100,55 @@ def step_in_place(
   return step_triton(
     query, key, value, cache, lengths, layer, score, rule=rule, scale=scale, group_bias=group_bias
   )
+
+
+def dense_step(
+  query: Float[Array, "B H D"],
+  key: Float[Array, "B N D"],
+  value: Float[Array, "B N D"],
+  cached_key: Float[Array, "layers B N M D"],
+  cached_value: Float[Array, "layers B N M D"],
+  length: Int[Array, "layers B"],
+  layer: Int[Array, ""] | int,
+  *,
+  scale: float,
+  implementation: dispatch.Implementation = None,
+) -> tuple[
+  Float[Array, "B H D"],
+  Float[Array, "layers B N M D"],
+  Float[Array, "layers B N M D"],
+  Int[Array, "layers B"],
+]:
+  """Appends a token to every sequence and attends to all tokens of the sequence, itself included.
+
+  out_h = Σ_s softmax_s(scale · q_h·k_ns) v_ns over the tokens s, KV head n = ⌊h / (H/N)⌋. The
+  softmax statistics are float32.
+
+  Args:
+    query: of the new tokens; any float dtype, the dtype of all arrays.
+    key: of the new tokens.
+    value: of the new tokens.
+    cached_key: of all layers. Donate it: the step updates it in place.
+    cached_value: likewise.
+    length: tokens of each sequence before this one. A token beyond M is not stored, and the output
+      of its sequence has no meaning.
+    layer: the layer that is read and written.
+    scale: of the logits.
+    implementation: "triton" (Ampere and newer GPUs) or "xla" (any device); a tuple of names in
+      order of preference; None for the first that can run the call.
+
+  Returns:
+    The output of attention, cached keys and values, and the lengths with one more token.
+
+  Raises:
+    ValueError: if a name is unknown.
+    NotImplementedError: if no named implementation can run this call; the message says why not.
+  """
+  cache = (cached_key, cached_value, length, layer)
+  stepped: tuple[Array, Array, Array, Array] = dispatch.run(
+    "dense_decode_step", implementation, query, key, value, *cache, scale=scale
+  )
+  return stepped
 
 
 def has_step_kernel(

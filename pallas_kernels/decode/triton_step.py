@@ -23,6 +23,13 @@ from pallas_kernels.decode.cache_arrays import BlockRule, CacheArrays, CacheLeng
 from pallas_kernels.decode.cache_layout import CacheMask
 from pallas_kernels.decode.triton_block import append_token, flush_block, load_block
 from pallas_kernels.decode.triton_combine import combine
+from pallas_kernels.decode.triton_split import (
+  attend_split,
+  Source,
+  split_outputs,
+  store_split,
+  Tile,
+)
 from pallas_kernels.decode.triton_tile import (
   add_tile,
   empty_softmax,
@@ -31,21 +38,7 @@ from pallas_kernels.decode.triton_tile import (
   OnlineSoftmax,
 )
 from pallas_kernels.kernel_common import out_struct
-from pallas_kernels.triton_common import dot, padded_slice
-
-
-class Tile(NamedTuple):
-  """How the work is divided: entries of a tile, and programs that a device should get at least."""
-
-  entries: int = 64
-  programs: int = 256
-  num_warps: int = 4
-  num_stages: int = 3
-
-  def num_splits(self, heads: int, entries: int) -> int:
-    """Programs for each of `heads` KV heads, over all sequences, with that many entries each."""
-    most = max(1, pl.cdiv(entries, 2 * self.entries))
-    return min(most, pl.cdiv(self.programs, heads))
+from pallas_kernels.triton_common import dot
 
 
 class _Static(NamedTuple):
@@ -86,11 +79,8 @@ def step_triton(
     layers, _, _, *rest = x.shape
     return pl.BlockSpec((layers, None, None, *rest), lambda p, n, b: (0, b, n, *[0] * len(rest)))
 
-  def of_split(*row: int) -> pl.BlockSpec:
-    return pl.BlockSpec((None, R, None, *row), lambda p, n, b: (b, n, p, *[0] * len(row)))
-
   token = pl.BlockSpec((None, None, D), lambda p, n, b: (b, n, 0))
-  row_shapes: list[tuple[int, ...]] = [(D,), (), ()]  # acc, m and l of a query head
+  split_specs, split_structs = split_outputs(query, N, P)
   arrays, structure = jax.tree.flatten(cache)
   scores = [] if score is None else [score]
   inputs_before = 4 + len(lengths) + len(scores)
@@ -106,31 +96,16 @@ def step_triton(
       [whole(x) for x in scores],
       [of_head(x) for x in arrays],
     ],
-    out_specs=[*(of_split(*row) for row in row_shapes), *(of_head(x) for x in arrays)],
-    out_shape=[
-      *(out_struct(query, (B, H, P, *row), jnp.float32) for row in row_shapes),
-      *(out_struct(x, x.shape, x.dtype) for x in arrays),
-    ],
-    input_output_aliases={inputs_before + i: len(row_shapes) + i for i in range(len(arrays))},
+    out_specs=[*split_specs, *(of_head(x) for x in arrays)],
+    out_shape=[*split_structs, *(out_struct(x, x.shape, x.dtype) for x in arrays)],
+    input_output_aliases={inputs_before + i: len(split_specs) + i for i in range(len(arrays))},
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
     name="decode_step",
   )(layer, list(lengths), query, key, value, scores, arrays)
-  splits = OnlineSoftmax(*results[: len(row_shapes)])
+  splits = OnlineSoftmax(*results[: len(split_specs)])
   out, length = combine(query, splits, lengths.length, layer, interpret=interpret)
-  return out, jax.tree.unflatten(structure, results[len(row_shapes) :]), length
-
-
-class _Source(NamedTuple):
-  """Entries of one layer that the programs split: references, and what the query sees of them."""
-
-  key_ref: Any
-  value_ref: Any
-  key_scale_ref: Any
-  value_scale_ref: Any
-  end: Array  # entries from here on are not loaded
-  is_visible: Callable[[Array], Array]
-  bias: Callable[[Array], Array] | None = None
+  return out, jax.tree.unflatten(structure, results[len(split_specs) :]), length
 
 
 def _step_kernel(
@@ -179,21 +154,17 @@ def _step_kernel(
 
   softmax = lax.cond(split == 0, own_block, lambda: empty)
   for source in _sources(cache, mask, group_bias if static.group_bias else None, rule):
-    softmax = _attend_split(softmax, q_MxD, source, layer, static)
-  is_head_M, rows = jnp.arange(M) < R, padded_slice(0, M)
-  is_head_MxD = jnp.broadcast_to(is_head_M[:, None], softmax.acc.shape)
-  plgpu.store(acc_ref.at[rows, :], softmax.acc, mask=is_head_MxD)
-  plgpu.store(m_ref.at[rows], softmax.m, mask=is_head_M)
-  plgpu.store(l_ref.at[rows], softmax.l, mask=is_head_M)
+    softmax = attend_split(softmax, q_MxD, source, layer, T=static.tile, scale=static.scale)
+  store_split(softmax, (acc_ref, m_ref, l_ref), R)
 
 
 def _sources(
   cache: CacheArrays, mask: CacheMask, bias: Callable[[Array], Array] | None, rule: BlockRule
-) -> list[_Source]:
+) -> list[Source]:
   """The compact entries and, if there is a window, the raw tokens of earlier blocks."""
   end = jnp.minimum(cache.compact_key.shape[1], mask.compact_end)
   mask = mask._replace(compact_end=end)
-  compact = _Source(
+  compact = Source(
     key_ref=cache.compact_key,
     value_ref=cache.compact_value,
     key_scale_ref=cache.key_scale,
@@ -202,44 +173,5 @@ def _sources(
     is_visible=mask.sees_entry,
     bias=bias,
   )
-  raw = _Source(cache.raw_key, cache.raw_value, None, None, mask.raw_end, mask.sees_slot)
+  raw = Source(cache.raw_key, cache.raw_value, None, None, mask.raw_end, mask.sees_slot)
   return [compact, raw] if rule.layout.window else [compact]
-
-
-def _attend_split(
-  softmax: OnlineSoftmax, q_MxD: Array, source: _Source, layer: Array, static: _Static
-) -> OnlineSoftmax:
-  """Adds this program's part of a source, a run of whole tiles."""
-  T, split, num_splits = static.tile, pl.program_id(0), pl.num_programs(0)
-  tiles = lax.div(source.end + (T - 1), T)
-  tiles_per_split = lax.div(tiles + (num_splits - 1), num_splits)
-  begin = split * tiles_per_split
-  end = jnp.minimum(begin + tiles_per_split, tiles)
-  return lax.fori_loop(
-    begin, end, lambda t, s: _attend_tile(s, q_MxD, source, t * T, layer, static), softmax
-  )
-
-
-def _attend_tile(
-  softmax: OnlineSoftmax, q_MxD: Array, source: _Source, first: Array, layer: Array, static: _Static
-) -> OnlineSoftmax:
-  """Adds the tile of a source that begins at entry `first`."""
-  T = static.tile
-  entry_T = first + jnp.arange(T)
-  key_TxD, value_TxD = (
-    load_rows(ref, (layer,), first, T, source.end).astype(q_MxD.dtype)
-    for ref in (source.key_ref, source.value_ref)
-  )
-  logits_MxT = dot(q_MxD, key_TxD, trans_b=True)
-  value_scale_T = None
-  if source.key_scale_ref is not None:
-    key_scale_T, value_scale_T = (
-      plgpu.load(ref.at[layer, pl.ds(first, T)], mask=entry_T < source.end, other=0)
-      for ref in (source.key_scale_ref, source.value_scale_ref)
-    )
-    logits_MxT *= key_scale_T[None]
-  logits_MxT *= static.scale
-  if source.bias is not None:
-    logits_MxT += source.bias(entry_T)[None]
-  logits_MxT = jnp.where(source.is_visible(entry_T)[None], logits_MxT, -jnp.inf)
-  return add_tile(softmax, logits_MxT, value_TxD, value_scale_T)

@@ -8,6 +8,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.base import AttentionKind
+from pallas_kernels.decode import dense_step
 
 
 @jax.tree_util.register_dataclass
@@ -73,19 +74,14 @@ class DenseCacheAttention(AttentionKind):
     A token beyond the cache's max_length is not stored. That cannot raise under jit, where lengths
     are unknown: the caller bounds the number of steps.
     """
-    (B, H, D), N = q_BxHxD.shape, k_BxNxD.shape[1]
-    row_B, end_B = jnp.arange(B), cache.length[layer]
-    cache = DenseCache(
-      key=cache.key.at[layer, row_B, :, end_B].set(k_BxNxD, mode="drop"),
-      value=cache.value.at[layer, row_B, :, end_B].set(v_BxNxD, mode="drop"),
-      length=cache.length.at[layer].add(1),
+    o_BxHxD, *updated = dense_step(
+      q_BxHxD,
+      k_BxNxD,
+      v_BxNxD,
+      cache.key,
+      cache.value,
+      cache.length,
+      layer,
+      scale=q_BxHxD.shape[-1] ** -0.5,
     )
-    k_BxNxMxD, v_BxNxMxD = cache.key[layer], cache.value[layer]
-    q_BxNxRxD = q_BxHxD.reshape(B, N, H // N, D)
-    s_BxNxRxM = D**-0.5 * jnp.einsum(
-      "BNRD,BNMD->BNRM", q_BxNxRxD, k_BxNxMxD, preferred_element_type=jnp.float32
-    )
-    is_token_BxM = jnp.arange(k_BxNxMxD.shape[2])[None, :] <= end_B[:, None]
-    w_BxNxRxM = jax.nn.softmax(jnp.where(is_token_BxM[:, None, None], s_BxNxRxM, -jnp.inf))
-    o_BxNxRxD = jnp.einsum("BNRM,BNMD->BNRD", w_BxNxRxM.astype(v_BxNxMxD.dtype), v_BxNxMxD)
-    return o_BxNxRxD.reshape(B, H, D), cache
+    return o_BxHxD, DenseCache(*updated)

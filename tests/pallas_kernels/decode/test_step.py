@@ -13,7 +13,8 @@ from dga_jax import DGAConfig
 from dga_jax.cache import CompactCache, decode_step, empty_cache
 from dga_jax.cache.layout import cache_layout
 from pallas_kernels.decode import BlockRule
-from pallas_kernels.decode.triton_step import step_triton, Tile
+from pallas_kernels.decode.triton_split import Tile
+from pallas_kernels.decode.triton_step import step_triton
 from tests.pallas_kernels.h100 import (
   abstract_mesh,
   compile_for_h100,
@@ -136,7 +137,7 @@ def run(case: Case, step, cache: CompactCache):
 def test_interpreted_step_equals_plain(name: str):
   """Compares outputs, cache and lengths over whole blocks. The splits have unequal tile counts."""
   case = CASES[name]
-  out, want, cache, other = run(case, case.step(tile=Tile(entries=16, programs=12)), case.cache())
+  out, want, cache, other = run(case, case.step(tile=Tile(entries=16, slots=12)), case.cache())
   # The kernel reads a sink before it is rounded to 8 bits, jax.numpy reads it afterwards.
   first = case.config.sink_tokens if case.config.cache_dtype else 0
   terms = max(case.head_dim, case.tokens)

@@ -1,0 +1,130 @@
+"""One decoding step of dense attention, in place, lowered through Pallas-Triton (Ampere and newer).
+
+P programs divide the entries of each sequence and KV head, as split-KV (flash-decoding) does.
+Program 0 also attends to the new token and appends it. A second kernel combines the splits.
+
+Letters: M query heads of a KV head, rounded up; R of them exist. S rows of the new token's tile.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.decode.triton_combine import combine
+from pallas_kernels.decode.triton_split import (
+  attend_split,
+  Source,
+  split_outputs,
+  store_split,
+  Tile,
+)
+from pallas_kernels.decode.triton_tile import (
+  add_tile,
+  empty_softmax,
+  load_rows,
+  MIN_DOT_SIDE,
+  OnlineSoftmax,
+  store_rows,
+)
+from pallas_kernels.kernel_common import out_struct
+from pallas_kernels.triton_common import dot, head_refusal
+
+
+def dense_step_triton(
+  query: Array,
+  key: Array,
+  value: Array,
+  cached_key: Array,
+  cached_value: Array,
+  length: Array,
+  layer: Array | int,
+  *,
+  scale: float,
+  tile: Tile | None = None,
+  interpret: bool = False,
+) -> tuple[Array, Array, Array, Array]:
+  """See `dense_step`."""
+  tile = tile or Tile()
+  (B, H, D), (N, C) = query.shape, cached_key.shape[-3:-1]
+  P = tile.num_splits(B * N, C)
+  layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
+  split_specs, split_structs = split_outputs(query, N, P)
+
+  def whole(x: Array) -> pl.BlockSpec:
+    return pl.BlockSpec(x.shape, lambda p, n, b: (0,) * x.ndim)
+
+  of_head = pl.BlockSpec((cached_key.shape[0], None, None, C, D), lambda p, n, b: (0, b, n, 0, 0))
+  token = pl.BlockSpec((None, None, D), lambda p, n, b: (b, n, 0))
+  caches = [cached_key, cached_value]
+  *splits, cached_key, cached_value = pl.pallas_call(
+    functools.partial(_dense_kernel, heads=H // N, tile=tile.entries, scale=scale),
+    grid=(P, N, B),
+    in_specs=[
+      whole(layer),
+      whole(length),
+      pl.BlockSpec((None, H // N, D), lambda p, n, b: (b, n, 0)),
+      token,
+      token,
+      of_head,
+      of_head,
+    ],
+    out_specs=[*split_specs, of_head, of_head],
+    out_shape=[*split_structs, *(out_struct(x, x.shape, x.dtype) for x in caches)],
+    input_output_aliases={5: 3, 6: 4},
+    compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
+    interpret=interpret,
+    name="decode_dense",
+  )(layer, length, query, key, value, *caches)
+  out, length = combine(query, OnlineSoftmax(*splits), length, layer, interpret=interpret)
+  return out, cached_key, cached_value, length
+
+
+def refusal(query: Array, *_: Any, **options: Any) -> str | None:
+  """Why the kernel cannot run a call; None if it can."""
+  del options
+  return head_refusal(query)
+
+
+def _dense_kernel(
+  layer_ref: Any,
+  length_ref: Any,
+  q_ref: Any,
+  new_key_ref: Any,
+  new_value_ref: Any,
+  key_ref: Any,
+  value_ref: Any,
+  acc_ref: Any,
+  m_ref: Any,
+  l_ref: Any,
+  out_key_ref: Any,
+  out_value_ref: Any,
+  *,
+  heads: int,
+  tile: int,
+  scale: float,
+) -> None:
+  split, b, layer = pl.program_id(0), pl.program_id(2), layer_ref[0]
+  length = jnp.minimum(length_ref[layer, b], key_ref.shape[1])
+  q_MxD = load_rows(q_ref, (), 0, max(MIN_DOT_SIDE, pl.next_power_of_2(heads)), heads)
+  empty = empty_softmax(*q_MxD.shape)
+
+  def new_token() -> OnlineSoftmax:
+    is_new_S = jnp.arange(MIN_DOT_SIDE) == 0
+    key_SxD, value_SxD = (
+      jnp.where(is_new_S[:, None], ref[...][None], 0) for ref in (new_key_ref, new_value_ref)
+    )
+    logits_MxS = dot(q_MxD, key_SxD, trans_b=True) * scale
+    entry_S = length + jnp.arange(MIN_DOT_SIDE)
+    # Rows at or beyond the end of a full cache are not stored.
+    store_rows(out_key_ref, None, layer, entry_S, key_SxD, is_new_S)
+    store_rows(out_value_ref, None, layer, entry_S, value_SxD, is_new_S)
+    return add_tile(empty, jnp.where(is_new_S[None], logits_MxS, -jnp.inf), value_SxD, None)
+
+  softmax = lax.cond(split == 0, new_token, lambda: empty)
+  source = Source(key_ref, value_ref, None, None, length, lambda entry_T: entry_T < length)
+  softmax = attend_split(softmax, q_MxD, source, layer, T=tile, scale=scale)
+  store_split(softmax, (acc_ref, m_ref, l_ref), heads)

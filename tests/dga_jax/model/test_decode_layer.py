@@ -1,0 +1,80 @@
+"""A decoder layer for one token equals `DecoderLayer.__call__`, in a few kernels on a GPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dga_jax import DGAConfig
+from dga_jax.model import decode_layer, Decoder, ModelConfig
+from pallas_kernels.decode import triton_products
+from tests.dga_jax.model.random_decoder import random_decoder
+from tests.pallas_kernels.h100 import lower_for_h100
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+CONFIG = ModelConfig(
+  vocab_size=40,
+  num_layers=2,
+  embed_dim=64,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=32,
+  mlp_dim=96,
+  dtype="float32",
+  dga=DGAConfig(selection="streaming", group_size=3),
+)
+KERNELS = ("normed_qkv", "add_product", "normed_swiglu")
+
+
+def _decode_tokens(model: Decoder) -> np.ndarray:
+  """Logits of six tokens of two sequences."""
+  decode, cache, logits = nnx.jit(Decoder.decode), model.init_cache(2, 8), []
+  for position in range(6):
+    tokens_B = jnp.array([3, 17]) + position
+    logits_BxV, cache = decode(model, tokens_B, cache)
+    logits.append(np.asarray(logits_BxV))
+  return np.stack(logits)
+
+
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+@pytest.mark.parametrize("attention", ["dense", "dga"])
+def test_decoding_equals_that_of_whole_layers(
+  attention: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Stacked layers run `DecoderLayer.__call__`, separate layers run `decode_layer`."""
+  model = random_decoder(dataclasses.replace(CONFIG, attention=attention))
+  want = _decode_tokens(model)
+  if backend == "triton":
+    for name in KERNELS:
+      kernel = functools.partial(getattr(triton_products, f"{name}_triton"), interpret=True)
+      monkeypatch.setattr(decode_layer, name, kernel)
+  np.testing.assert_allclose(_decode_tokens(model.unstack_layers()), want, atol=2e-5)
+
+
+def _lowered_decode(config: ModelConfig) -> str:
+  model = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstack_layers())
+  graphdef, params = nnx.split(model)
+  cache = jax.eval_shape(lambda p: nnx.merge(graphdef, p).init_cache(2, 64), params)
+  tokens_B = jax.ShapeDtypeStruct((2,), jnp.int32)
+  return lower_for_h100(
+    lambda p, t, c: nnx.merge(graphdef, p).decode(t, c), params, tokens_B, cache
+  )
+
+
+def test_on_a_gpu_a_layer_runs_the_kernels() -> None:
+  text = _lowered_decode(CONFIG)
+  assert all(f"decode_{name}" in text for name in KERNELS)
+  # The only product and the only norm outside the kernels are those of the unembedding.
+  assert text.count("stablehlo.dot_general") == 1
+  assert text.count("stablehlo.rsqrt") == 1
+
+
+@pytest.mark.parametrize("change", [{"qkv_bias": True}, {"qk_norm": True}])
+def test_layers_with_more_parts_run_as_whole_layers(change: dict[str, bool]) -> None:
+  text = _lowered_decode(dataclasses.replace(CONFIG, **change))
+  assert not any(f"decode_{name}" in text for name in KERNELS)
