@@ -13,7 +13,7 @@ from dga_jax.calibration.allocation import allocate, ROUNDING, Scale, with_prior
 from dga_jax.calibration.candidates import head_costs, Objective
 from dga_jax.calibration.comparison import Baseline, one_setting, sinks_and_window
 from dga_jax.calibration.correction import correct, Corrected
-from dga_jax.calibration.measuring import HeadRises, Measurer, RowSet, SetLoss
+from dga_jax.calibration.measuring import Divergence, HeadRises, Measurer, RowSet, SetLoss
 from dga_jax.calibration.profile import measure_beside, measure_profile, rise_of
 from dga_jax.calibration.starts import make_starts, Start
 from dga_jax.head_budgets import HeadBudgets, HeadSetting
@@ -30,7 +30,7 @@ class Goal:
     length: L, tokens of the context.
     tail: see `profile.measure_profile`.
     rounds: largest number of measured swaps.
-    refine: whether heads are measured again beside the best start.
+    refinements: most passes in which all heads are measured again beside the best set.
     table_shares: shares of the table of predicted and measured losses.
   """
 
@@ -39,7 +39,7 @@ class Goal:
   length: int
   tail: float
   rounds: int
-  refine: bool
+  refinements: int
   table_shares: tuple[float, ...]
 
   def __post_init__(self) -> None:
@@ -55,7 +55,7 @@ class TableRow(NamedTuple):
     share: the bound.
     cost: the cost of the allocation over dense attention's.
     full_heads: KV heads that stay full.
-    predicted: (text, retrieval): the dense loss and the sum of the heads' rises.
+    predicted: the sum of the rises of the heads, each alone.
     budgets: the measured losses of the allocation.
     one_setting: the baseline `comparison.one_setting`, or None.
     sinks_and_window: the baseline `comparison.sinks_and_window`, or None.
@@ -64,7 +64,7 @@ class TableRow(NamedTuple):
   share: float
   cost: float
   full_heads: int
-  predicted: tuple[float, float]
+  predicted: Divergence
   budgets: SetLoss
   one_setting: SetLoss | None
   sinks_and_window: SetLoss | None
@@ -249,7 +249,8 @@ def _correct(
       goal.share * len(damage_HxS) * float(costs[0]),
       measure=score,
       rounds=goal.rounds,
-      measure_beside=damage_beside if goal.refine else None,
+      measure_beside=damage_beside,
+      refinements=goal.refinements,
     )
 
 
@@ -279,8 +280,7 @@ def _best_of_rivals(
 
 def _score(measurer: Measurer, scale: Scale, one: Baseline, rows: RowSet) -> float:
   """The measured damage of a set."""
-  dense = measurer.measure_set(rows, measurer.candidates, np.zeros(measurer.shape, int))
-  return scale.score(measurer.measure_set(rows, *one), dense)
+  return scale.score(measurer.measure_set(rows, *one))
 
 
 def make_budgets(
@@ -322,7 +322,7 @@ class _Table:
       share=share,
       cost=float(costs[own].sum() / (costs[0] * own.size)),
       full_heads=int((own == 0).sum()),
-      predicted=(self.dense.text + float(text), self.dense.retrieval + float(retrieval)),
+      predicted=Divergence(float(text), float(retrieval)),
       budgets=self._measurer.measure_set(self._rows, *one),
       one_setting=self._measure(one_setting(*one, length)),
       sinks_and_window=self._measure(sinks_and_window(*one, length)),
