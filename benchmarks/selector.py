@@ -161,7 +161,7 @@ def accumulated(
 ) -> Float[Array, "B L N"]:
   """Attention of each query to the tokens of its block up to itself, summed over the queries.
 
-  Tokens outside of complete blocks get 0.
+  The sums are float32. Tokens outside of complete blocks get 0.
   """
   B, L, H, D = q_BxLxHxD.shape
   N, s = k_BxLxNxD.shape[2], config.block_size
@@ -169,7 +169,8 @@ def accumulated(
   inside = slice(config.sink_tokens, config.sink_tokens + blocks * s)
   q = q_BxLxHxD[:, inside].reshape(B, blocks, s, N, H // N, D)
   k = k_BxLxNxD[:, inside].reshape(B, blocks, s, N, D)
-  logits = jnp.einsum("bgcnrd,bgjnd->bgnrcj", q, k) * D**-0.5
+  products = jnp.einsum("bgcnrd,bgjnd->bgnrcj", q, k, preferred_element_type=jnp.float32)
+  logits = products * D**-0.5
   logits = jnp.where(jnp.tri(s, dtype=bool)[None, None, None, None], logits, -jnp.inf)
   sums = jax.nn.softmax(logits, axis=-1).sum(axis=(3, 4))
   sums_BxTxN = jnp.moveaxis(sums, 2, 3).reshape(B, blocks * s, N)
