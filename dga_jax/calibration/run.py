@@ -15,6 +15,7 @@ from dga_jax.calibration.comparison import Baseline, one_setting, sinks_and_wind
 from dga_jax.calibration.correction import correct, Corrected
 from dga_jax.calibration.measuring import Divergence, HeadRises, Measurer, RowSet, SetLoss
 from dga_jax.calibration.profile import measure_beside, measure_profile, rise_of
+from dga_jax.calibration.resizing import resize_windows
 from dga_jax.calibration.starts import make_starts, Start
 from dga_jax.head_budgets import HeadBudgets, HeadSetting
 from dga_jax.model import ModelConfig
@@ -141,8 +142,18 @@ def calibrate(
   estimates = _Estimates(config, goal, grid, rises, costs)
   estimates.extend(measurer.candidates)
   starts = [start for start in starts if estimates.is_affordable(start.set)]
-  corrected = _correct(measurer, goal, scale, estimates, starts, rows)
-  chosen, score = _best_of_rivals(measurer, goal, scale, estimates, corrected, rows)
+  corrected = _correct(measurer, goal, scale, estimates, [start.set for start in starts], rows)
+  own = Baseline(measurer.candidates, corrected.choice.reshape(measurer.shape))
+  resized, score = _resize(measurer, goal, scale, estimates, own, corrected.score, rows)
+  if score < corrected.score:
+    # Other windows make other heads the best ones to change.
+    again = _correct(measurer, goal, scale, estimates, [resized], rows)
+    own = Baseline(measurer.candidates, again.choice.reshape(measurer.shape))
+    resized, score = _resize(measurer, goal, scale, estimates, own, again.score, rows)
+    corrected = corrected._replace(
+      tried=corrected.tried + again.tried, accepted=corrected.accepted + again.accepted
+    )
+  chosen, score = _best_of_rivals(measurer, goal, scale, estimates, resized, score, rows)
   measurer.add_candidates(one for rival in _rivals(chosen, goal.length) for one in rival.candidates)
   estimates.extend(measurer.candidates)
   corrected = corrected._replace(choice=chosen.indices(measurer.candidates).ravel(), score=score)
@@ -220,7 +231,7 @@ def _correct(
   goal: Goal,
   scale: Scale,
   estimates: _Estimates,
-  starts: Sequence[Start],
+  starts: Sequence[Baseline],
   rows: RowSet,
 ) -> Corrected:
   """The best start, corrected on the calibration rows."""
@@ -243,7 +254,7 @@ def _correct(
       return measured
 
     return correct(
-      [start.set.indices(settings).ravel() for start in starts],
+      [start.indices(settings).ravel() for start in starts],
       damage_HxS,
       costs,
       goal.share * len(damage_HxS) * float(costs[0]),
@@ -254,17 +265,41 @@ def _correct(
     )
 
 
+def _resize(
+  measurer: Measurer,
+  goal: Goal,
+  scale: Scale,
+  estimates: _Estimates,
+  one: Baseline,
+  score: float,
+  rows: RowSet,
+) -> tuple[Baseline, float]:
+  """`resize_windows` within the goal's share, with a progress bar; only bytes are counted."""
+  if goal.objective != "bytes":
+    return one, score
+  with tqdm(desc="windows", unit="set", disable=None) as bar:
+
+    def measure(one: Baseline) -> float:
+      measurer.add_candidates(one.candidates)
+      estimates.extend(measurer.candidates)
+      bar.update()
+      return _score(measurer, scale, one, rows) if estimates.is_affordable(one) else math.inf
+
+    keys = int(goal.share * math.prod(measurer.shape) * goal.length)
+    return resize_windows(one, score, keys=keys, length=goal.length, measure=measure)
+
+
 def _best_of_rivals(
   measurer: Measurer,
   goal: Goal,
   scale: Scale,
   estimates: _Estimates,
-  corrected: Corrected,
+  own: Baseline,
+  score: float,
   rows: RowSet,
 ) -> tuple[Baseline, float]:
-  """The corrected set or a baseline of equal bytes, whichever measures better, and its score."""
-  own = Baseline(measurer.candidates, corrected.choice.reshape(measurer.shape))
-  best, score = own, corrected.score
+  """The set or a baseline of equal bytes, whichever measures better, and its score."""
+  best = own
   if goal.objective != "bytes":
     return best, score
   for rival in _rivals(own, goal.length):
