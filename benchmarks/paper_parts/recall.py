@@ -53,7 +53,8 @@ def measure_recall(
 
   Returns:
     "retrieval": for "TASK LENGTH" the dict of `exact_match`; "ruler": for each task the mean score
-    and its standard error, None for one prompt; "answers": of RULER, pairs of right answers and prediction.
+    and its standard error, None for one prompt; "answers": of RULER, pairs of right answers and
+    prediction.
   """
   longest = recall.lengths[-1]
   samples = {
@@ -116,32 +117,36 @@ def greedy_answers(
   half = sum(2 * len(prompt) <= longest for prompt in prompts)
   answers: dict[int, str] = {}
   for indices, length in ((order[:half], longest // 2), (order[half:], longest)):
-    for batch in batches(np.array(indices, np.int32), batch_size):
-      rows = np.zeros((len(batch), length), np.int32)
-      for row, index in zip(rows, batch, strict=True):
-        row[: len(prompts[index])] = prompts[index]
-      lengths = np.array([len(prompts[index]) for index in batch], np.int32)
-      tokens_BxT = _continue(
-        graphdef, params, fill(rows, batch_size), fill(lengths, batch_size), new_tokens
-      )
-      for index, tokens in zip(batch, np.asarray(tokens_BxT), strict=False):
+    rows = np.zeros((len(indices), length + 1), np.int32)  # The last column is the length.
+    for row, index in zip(rows, indices, strict=True):
+      row[: len(prompts[index])] = prompts[index]
+      row[-1] = len(prompts[index])
+    for start, batch in zip(
+      range(0, len(rows), batch_size), batches(rows, batch_size), strict=True
+    ):
+      tokens_BxT = _continue(graphdef, params, fill(batch, batch_size), new_tokens)
+      for index, tokens in zip(indices[start:], np.asarray(tokens_BxT), strict=False):
         stops = np.isin(tokens, tokenizer.stop_ids)
         end = int(stops.argmax()) if stops.any() else len(tokens)
-        answers[int(index)] = tokenizer.decode(tokens[:end].tolist())
+        answers[index] = tokenizer.decode(tokens[:end].tolist())
       tick()
   return [answers[index] for index in range(len(prompts))]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def _continue(
-  graphdef: nnx.GraphDef,
-  params: Any,
-  prompts_BxL: Int[Array, "B L"],
-  lengths_B: Int[Array, "B"],
-  new_tokens: int,
+  graphdef: nnx.GraphDef, params: Any, rows_BxC: Int[Array, "B C"], new_tokens: int
 ) -> Int[Array, "B T"]:
-  """The `new_tokens` most likely tokens after each right-padded prompt, one after another."""
+  """The `new_tokens` most likely tokens after each prompt, one after another.
+
+  Args:
+    graphdef: of the decoder.
+    params: its parameters.
+    rows_BxC: right-padded prompts of C - 1 tokens, and the length of each in the last column.
+    new_tokens: T.
+  """
   model = nnx.merge(graphdef, params)
+  prompts_BxL, lengths_B = rows_BxC[:, :-1], rows_BxC[:, -1]
   max_length = prompts_BxL.shape[1] + new_tokens
   logits_BxV, cache = model.prefill(prompts_BxL, lengths_B, max_length=max_length)
 
