@@ -30,6 +30,7 @@ from configs.smollm2_continued import ATTENTION
 from dga_jax.evaluation.jobs import run_jobs
 from dga_jax.evaluation.results import Results
 from dga_jax.files.path_flags import define_path, define_paths
+from train.logs import set_up_logging
 
 _OUT = define_path("out", None, "Folder for results.", required=True)
 _SELECTED = flags.DEFINE_list("parts", list(PARTS), f"Parts to run: {', '.join(PARTS)}.")
@@ -63,8 +64,9 @@ flags.register_validator(
 def main(argv: Sequence[str]) -> None:
   """Runs the missing jobs of the parts, then writes tables and pictures of all results."""
   del argv
-  # The trainer logs its steps.
-  logging.set_verbosity(logging.INFO if _TRAIN_FILES.value else logging.WARNING)
+  set_up_logging()
+  if not _TRAIN_FILES.value:  # The trainer logs its steps.
+    logging.set_verbosity(logging.WARNING)
   print(environment())
   out = Path(_OUT.value)
   results = Results(out / "paper.jsonl")

@@ -19,7 +19,7 @@ from train.data.facts import fact_documents
 from train.data.files import find_files, read_documents
 from train.flags import parse_flags
 
-_TEXTS = flags.DEFINE_list("texts", None, "Texts to read: paths or glob patterns.")
+_TEXTS = flags.DEFINE_list("texts", None, "Texts to read: paths or glob patterns.", required=True)
 _OUTPUT = define_path("output", "facts.jsonl", "File to write. It must not exist.")
 _DOCUMENTS = flags.DEFINE_integer("documents", 2000, "Documents to write at most.", lower_bound=1)
 _CHARACTERS = flags.DEFINE_integer("characters", 30_000, "Of a document.", lower_bound=1000)
@@ -55,5 +55,4 @@ def _texts(patterns: tuple[str, ...]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("texts")
   app.run(main, flags_parser=parse_flags)

@@ -67,9 +67,9 @@ def make_jobs(inputs: Inputs) -> Iterator[Job]:
   if settings is None:
     return
   evaluated = _Evaluated(inputs, settings.recall)
-  first = settings.config(settings.runs[0], settings.seeds[0], inputs.workdir)
-  yield _job("data", 0, "prepared", first, functools.partial(_prepare, first, inputs, settings))
-  yield from _evaluation_jobs(inputs, settings, evaluated, UNTRAINED, first, inputs.workdir)
+  dense = settings.config("dense", 0, inputs.workdir)
+  yield _job("data", 0, "prepared", dense, functools.partial(_prepare, dense, inputs, settings))
+  yield from _evaluation_jobs(inputs, settings, evaluated, UNTRAINED, dense, inputs.workdir)
   for seed in settings.seeds:
     for run in settings.runs:
       config = settings.config(run, seed, inputs.workdir)
@@ -98,7 +98,7 @@ def _evaluation_jobs(
     family = evaluated.family(workdir)
     return measure_recall(family, inputs.tokenizer, evaluated.texts, settings.recall)
 
-  seed = config.seed if run != UNTRAINED else 0
+  seed = config.seed
   yield _job(run, seed, "loss", config, loss, settings.rows_per_book, vars(settings.perplexity))
   yield _job(run, seed, "recall", config, recall, dataclasses.asdict(settings.recall))
 

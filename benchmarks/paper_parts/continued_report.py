@@ -25,7 +25,12 @@ type ByRun = Mapping[str, Mapping[str, Results]]  # By run, and by measure.
 
 
 def write(results: Results, out: Path) -> str:
-  """Writes continued.png to a folder; returns the tables."""
+  """Writes continued.png to a folder; returns the tables.
+
+  Results of runs with another number of steps than the newest result are left out.
+  """
+  steps = results[-1]["depends_on"][0]["num_steps"]
+  results = [one for one in results if one["depends_on"][0]["num_steps"] == steps]
   by_run: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
   for result in results:
     if result["run"] != "data":
@@ -77,21 +82,20 @@ def _losses(by_run: ByRun) -> str:
 def _recall(by_run: Mapping[str, Results]) -> str:
   if not by_run:
     return ""
-  first = next(iter(by_run.values()))[0]
-  tasks = [*first["retrieval"], *(f"RULER {task}" for task in first["ruler"])]
+  shares = {name: [_shares(one) for one in results] for name, results in by_run.items()}
+  every = [one for results in shares.values() for one in results]
   rows = []
-  for task in tasks:
-    row = [task.replace("_", " ")]
-    for results in by_run.values():
-      shares = [
-        one["ruler"][task.removeprefix("RULER ")]["score"]
-        if task.startswith("RULER ")
-        else one["retrieval"][task]["share"]
-        for one in results
-      ]
-      row.append(f"{np.mean(shares):.0%}")
-    rows.append(row)
+  for task in every[0]:
+    if all(task in one for one in every):
+      means = [np.mean([one[task] for one in results]) for results in shares.values()]
+      rows.append([task.replace("_", " "), *(f"{mean:.0%}" for mean in means)])
   return markdown(["task", *(_LABELS.get(name, name) for name in by_run)], rows)
+
+
+def _shares(result: Mapping[str, Any]) -> dict[str, float]:
+  """The share of right answers by task."""
+  shares = {task: one["share"] for task, one in result["retrieval"].items()}
+  return shares | {f"RULER {task}": one["score"] for task, one in result["ruler"].items()}
 
 
 def _trainings(by_run: Mapping[str, Results]) -> str:
@@ -138,7 +142,7 @@ def _plot(by_run: ByRun, path: Path) -> None:
   figure, (by_position, by_step) = make_figure(2, "Continued pretraining of SmolLM2-135M")
   dense = by_run.get("dense", {}).get("loss")
   for index, (name, measures) in enumerate(by_run.items()):
-    style = {"color": f"C{index}", "label": _LABELS.get(name, name)}
+    style: dict[str, Any] = {"color": f"C{index}", "label": _LABELS.get(name, name)}
     if dense and "loss" in measures and name != "dense":
       pairs = zip(measures["loss"][0]["by_position"], dense[0]["by_position"], strict=True)
       middles, excess = zip(
