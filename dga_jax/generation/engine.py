@@ -15,8 +15,9 @@ from collections.abc import Collection
 from jax.sharding import Mesh
 
 from dga_jax.generation.cache_shapes import CacheShapes
+from dga_jax.generation.compile_jobs import Progress
 from dga_jax.generation.kept_caches import KeptCaches
-from dga_jax.generation.programs import Programs, Progress
+from dga_jax.generation.programs import Programs
 from dga_jax.generation.prompt_reader import LEAST_KEPT, piece_lengths, PromptReader
 from dga_jax.generation.requests import (
   Emitted,

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dga_jax.generation.cache_shapes import CacheShapes, content_bytes, hold_lengths
+from dga_jax.generation.compile_jobs import compile_jobs, Job, Progress
 from dga_jax.generation.placement import in_compute_dtype, Placement, put_weights
 from dga_jax.generation.requests import pad_prompt, Request
 from dga_jax.generation.sampling import sample_with_logprobs, Sampled
@@ -21,27 +22,6 @@ from dga_jax.generation.slot_state import BatchState, SlotSettings
 from dga_jax.model import Decoder
 from dga_jax.model.decoder import DecoderCache
 from pallas_kernels.dispatch import find_target
-
-Progress = Callable[[Sequence["Job"]], Iterable["Job"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """A program to compile.
-
-  Attributes:
-    name: of the program.
-    function: to trace.
-    shapes: of its arguments.
-    donate: positions of the arguments whose buffers the program takes over.
-    options: of XLA.
-  """
-
-  name: str
-  function: Callable[..., Any]
-  shapes: tuple[Any, ...]
-  donate: tuple[int, ...] = ()
-  options: dict[str, bool | int] | None = None
 
 
 def decode_options() -> dict[str, bool | int]:
@@ -104,12 +84,10 @@ class Programs:
     self._params = params if mesh is None else put_weights(params, mesh)
     model = self._model(self._params)
     self._axes = shapes.batch_axes()
-    self._placement = Placement(mesh, self._axes, model.config.num_kv_heads)
-    self._compiled: dict[str, Any] = {}
+    self._placement = Placement(mesh, self._axes, model.config)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-      for job in progress(self._jobs(model, slots, whole_lengths, piece_lengths)):
-        lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.shapes)
-        self._compiled[job.name] = lowered.compile(compiler_options=job.options)
+      jobs = self._jobs(model, slots, whole_lengths, piece_lengths)
+      self._compiled = compile_jobs(jobs, progress)
 
   def _jobs(
     self, model: Decoder, slots: int, whole_lengths: Collection[int], pieces: Collection[int]

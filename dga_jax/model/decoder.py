@@ -20,7 +20,7 @@ from dga_jax.model.logits import logits
 from dga_jax.model.on_mesh import on_mesh
 from dga_jax.model.rope import rope_table
 from dga_jax.model.run_layers import LayerAttend, run_stacked, run_unstacked
-from dga_jax.model.sharded_attention import attend_on_mesh, prepare_on_mesh
+from dga_jax.model.sharded_attention import attend_on_mesh, prepare_on_mesh, update_on_mesh
 from dga_jax.sharding import fsdp_all_gather, zigzag_order
 
 
@@ -231,8 +231,10 @@ class Decoder(nnx.Module):
     def attend(
       q: Array, k: Array, v: Array, caches: Any, layer: Any, scores: Array | None = None
     ) -> tuple[Array, Any]:
-      options = kind.focal_options(None if scores is None else scores[:, 0])
-      o_BxHxD, caches = kind.decode(q[:, 0], k[:, 0], v[:, 0], caches, layer, **options)
+      scores = None if scores is None else scores[:, 0]
+      o_BxHxD, caches = update_on_mesh(
+        kind, kind.decode, q[:, 0], k[:, 0], v[:, 0], caches, layer, focal_scores=scores
+      )
       return o_BxHxD[:, None], caches
 
     states_Bx1xE, layers = self._run_layers(
@@ -268,8 +270,9 @@ class Decoder(nnx.Module):
     def attend(
       q: Array, k: Array, v: Array, caches: Any, layer: Any, scores: Array | None = None
     ) -> tuple[Array, Any]:
-      options = kind.focal_options(scores)
-      return kind.extend(q, k, v, caches, layer, lengths=lengths_B, **options)
+      return update_on_mesh(
+        kind, kind.extend, q, k, v, caches, layer, lengths=lengths_B, focal_scores=scores
+      )
 
     positions_BxT = cache.length[:, None] + jnp.arange(T)[None]
     states_BxTxE, layers = self._run_layers(
