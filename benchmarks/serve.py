@@ -123,7 +123,9 @@ def _models(max_length: int) -> list[ServedModel]:
     kinds.append((kind, cast(AttentionName, kind), None))
   if _BUDGETS.value is not None:
     kinds.append(("budgets", None, read_head_budgets(_BUDGETS.value)))
-  loaded = [load_model(_MODEL.value, _WORKDIR.value, *kind) for _, *kind in kinds]
+  loaded = [
+    load_model(_MODEL.value, _WORKDIR.value, attention, budgets) for _, attention, budgets in kinds
+  ]
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return list(
       pool.map(_serve, [name for name, *_ in kinds], loaded, itertools.repeat(max_length))

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dga_jax.generation.cache_shapes import CacheShapes
 from dga_jax.generation.programs import Programs
 from dga_jax.model.decoder import DecoderCache
 
@@ -165,6 +166,25 @@ class KeptCaches:
     kept.row = None
     if kept.logits is not None:
       kept.logits = np.asarray(kept.logits)
+
+
+def bytes_for_kept(cache_bytes: int | None, shapes: CacheShapes, slots: int) -> int:
+  """Bytes of `cache_bytes` that slots, the prompt being read and its copy leave; 0 for None.
+
+  Raises:
+    ValueError: they leave less than nothing.
+  """
+  if cache_bytes is None:
+    return 0
+  row = shapes.row_bytes
+  left = cache_bytes - (slots + 2) * row
+  if left < 0:
+    raise ValueError(
+      f"cache_bytes is {cache_bytes}, but {slots} slots and two prompts being read, of"
+      f" {shapes.max_length} tokens each, take {(slots + 2) * row}. Use at most"
+      f" {max(0, cache_bytes // row - 2)} slots, or a smaller max_length."
+    )
+  return left
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.sharded_attention import splits_heads
-from dga_jax.sharding import current_rules, partition_spec
+from dga_jax.sharding import constrain, current_rules, partition_spec
 
 
 class Placement:
@@ -44,6 +44,14 @@ class Placement:
     pairs = zip(leaves, self._cache_shardings(leaves), strict=True)
     placed = [jax.lax.with_sharding_constraint(leaf, sharding) for leaf, sharding in pairs]
     return jax.tree.unflatten(structure, placed)
+
+  def logits(self, logits_BxV: Array) -> Array:
+    """Traced logits, whole on every device.
+
+    Each device computes the logits of its part of the vocabulary. Without the first constraint the
+    compiler would gather the table of the unembedding instead of the logits.
+    """
+    return self.whole(constrain(logits_BxV, None, "vocab"))
 
   def whole(self, tree: Any) -> Any:
     """Traced arrays, whole on every device of the mesh."""

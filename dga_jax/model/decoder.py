@@ -263,6 +263,21 @@ class Decoder(nnx.Module):
     Raises:
       ValueError: as for `hidden`, or the attention kind does not support it.
     """
+    states_BxTxE, cache, lengths_B = self._extend(tokens_BxT, cache, lengths)
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    last_BxE = jnp.take_along_axis(states_BxTxE, last_B[:, None, None], axis=1)[:, 0]
+    return self.unembed(last_BxE), cache
+
+  def extend_hidden(
+    self, tokens_BxT: Int[IntArray, "B T"], cache: DecoderCache, lengths: Lengths
+  ) -> tuple[Float[Array, "B T E"], DecoderCache]:
+    """As `extend`, with the final states of all new tokens in place of logits, see `unembed`."""
+    return self._extend(tokens_BxT, cache, lengths)[:2]
+
+  def _extend(
+    self, tokens_BxT: IntArray, cache: DecoderCache, lengths: Lengths
+  ) -> tuple[Array, DecoderCache, Array]:
+    """States, cache, and the number of new tokens of each sequence."""
     B, T = _check_tokens(tokens_BxT)
     lengths_B = jnp.asarray(validation.rows(B, T, lengths, None)[0])
     kind = self.config.make_attention()
@@ -278,9 +293,7 @@ class Decoder(nnx.Module):
     states_BxTxE, layers = self._run_layers(
       jnp.asarray(tokens_BxT), positions_BxT, attend, cache.layers
     )
-    last_B = jnp.maximum(lengths_B - 1, 0)
-    last_BxE = jnp.take_along_axis(states_BxTxE, last_B[:, None, None], axis=1)[:, 0]
-    return self.unembed(last_BxE), DecoderCache(layers, cache.length + lengths_B)
+    return states_BxTxE, DecoderCache(layers, cache.length + lengths_B), lengths_B
 
   def unstack_layers(self) -> "Decoder":
     """The same decoder with separate arrays for every layer's weights.

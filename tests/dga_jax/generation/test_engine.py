@@ -198,6 +198,20 @@ def test_an_answer_that_a_stop_token_ends_is_kept_without_it(engine, greedy):
   assert tokens == greedy(second, 6)
 
 
+def test_what_is_read_ahead_is_kept_and_waits_for_prompts(engine, greedy):
+  first = prompt_of(90)
+  run(engine, [Request(first, 12, GREEDY)])
+  answer = [*first, *greedy(first, 7)]
+  engine.submit(Request(prompt_of(5), 2, GREEDY))
+  engine.read_ahead(answer)
+  engine.step()
+  assert engine.busy
+  run(engine)
+  second = [*answer, *prompt_of(10, seed=1)]
+  (_, (tokens, emitted)) = run(engine, [Request(second, 4, GREEDY)]).popitem()
+  assert (tokens, emitted.cached_tokens) == (greedy(second, 4), len(answer))
+
+
 def test_a_turn_that_changes_the_answer_continues_after_the_prompt(engine, greedy):
   first = prompt_of(90)
   ((answer, _),) = run(engine, [Request(first, 12, GREEDY)]).values()
@@ -314,6 +328,25 @@ def test_stop_ids_and_log_probabilities(model, engine, greedy):
   for t, row in enumerate(logprobs):
     np.testing.assert_allclose(row.logprob, want[t, tokens[t]], atol=1e-4)
     np.testing.assert_allclose([v for _, v in row.top], np.sort(want[t])[:-4:-1], atol=1e-4)
+
+
+def test_log_probabilities_of_a_prompt(model, engine):
+  prompt = prompt_of(140)  # Two whole pieces, and a part of one.
+  how = Sampling(temperature=0.0, top_logprobs=2)
+  plain = run(engine, [Request(prompt, 4, how)])[0]
+  engine.submit(Request(prompt, 4, how, prompt_logprobs=True))
+  emitted = []
+  while engine.busy:
+    emitted += engine.step()
+  assert [token for one in emitted for token in one.tokens] == plain[0]
+  assert [one.prompt_logprobs is None for one in emitted] == [False] + [True] * (len(emitted) - 1)
+  assert emitted[0].cached_tokens == 0
+  want = np.asarray(jax.nn.log_softmax(nnx.jit(lambda m, t: m(t))(model, np.array([prompt]))[0]))
+  rows = emitted[0].prompt_logprobs
+  own = want[np.arange(139), prompt[1:]]
+  np.testing.assert_allclose([row.logprob for row in rows], own, atol=1e-4)
+  top = np.sort(want[:-1], axis=1)[:, :-3:-1]
+  np.testing.assert_allclose([[v for _, v in row.top] for row in rows], top, atol=1e-4)
 
 
 def test_a_bias_forces_and_forbids_tokens(engine, greedy):
