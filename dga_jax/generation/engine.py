@@ -267,6 +267,8 @@ class Engine:
       self._reading = task
       task.cached_tokens = self._reader.begin(task.request)
     assert self._reader is not None
+    if self._reader.waits and self._owner:
+      return False  # Decoding continues while a kept cache is copied to the device.
     if not self._reader.done:
       self._reader.read_piece()
     if self._reader.done:

@@ -146,10 +146,15 @@ class Programs:
     return copied
 
   def load_row(self, leaves: list[np.ndarray]) -> DecoderCache:
-    """A row on the device, from the host's arrays in the order of `jax.tree.leaves`."""
-    structure = jax.tree.structure(self.shapes.rows(1))
-    # The program takes NumPy arrays; its output has buffers of its own.
-    return self.copy_row(jax.tree.unflatten(structure, leaves))
+    """A row on the device, from the host's arrays in the order of `jax.tree.leaves`.
+
+    It waits for the copy, so that no program on the device waits for it. Any thread may call it.
+    """
+    ((shardings,), _) = self._compiled["copy row"].input_shardings
+    row = jax.tree.unflatten(jax.tree.structure(self.shapes.rows(1)), leaves)
+    # The result has buffers of its own, which can be donated; those of `placed` may be the host's.
+    placed = jax.block_until_ready(jax.device_put(row, shardings))
+    return self.copy_row(placed)
 
   def extend(
     self, row: DecoderCache, piece_1xT: Int[np.ndarray, "1 T"], count: int

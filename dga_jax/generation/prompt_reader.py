@@ -1,6 +1,7 @@
 """Reads one prompt at a time, piece by piece, into the cache of one sequence."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -41,6 +42,7 @@ class PromptReader:
     self._keep_at: set[int] = set()
     self._position = 0
     self._row: DecoderCache | None = None
+    self._loading: Future[DecoderCache] | None = None  # Becomes `_row`.
     self._scores: list[tuple[Sampled, int]] | None = None  # None if nobody wants them.
     self._logits: Float[Array, "1 V"] | np.ndarray | None = None
 
@@ -55,7 +57,7 @@ class PromptReader:
       found = None if request.prompt_logprobs else self._kept.find(prompt)
       if found is not None:
         self._position, self._logits = len(found.tokens), found.logits
-        self._row = self._kept.load(found)
+        self._loading = self._kept.load(found)
       shared = self._kept.longest_shared(prompt)
       if shared >= self._position + LEAST_KEPT:
         self._keep_at.add(shared)
@@ -66,6 +68,11 @@ class PromptReader:
     return self._position
 
   @property
+  def waits(self) -> bool:
+    """Whether a kept cache is being copied to the device; `read_piece` and `take` wait for it."""
+    return self._loading is not None and not self._loading.done()
+
+  @property
   def done(self) -> bool:
     """Whether the prompt has been read."""
     return not self._stops
@@ -74,6 +81,7 @@ class PromptReader:
     """Dispatches the next piece, after the piece before it has been computed."""
     if self._logits is not None:
       jax.block_until_ready(self._logits)
+    self._end_loading()
     assert self._row is not None
     left = self._stops[0] - self._position
     # Short pieces cost less than a long one that is mostly padding.
@@ -107,6 +115,7 @@ class PromptReader:
       each piece the result of `Programs.score` and its number of tokens if the request has
       `prompt_logprobs`).
     """
+    self._end_loading()
     row, logits, scores = self._row, self._logits, self._scores or []
     assert self.done
     assert row is not None
@@ -117,3 +126,8 @@ class PromptReader:
   def drop(self) -> None:
     """Forgets the prompt."""
     self._row, self._logits, self._scores, self._stops = None, None, None, []
+    self._loading = None
+
+  def _end_loading(self) -> None:
+    if self._loading is not None:
+      self._row, self._loading = self._loading.result(), None

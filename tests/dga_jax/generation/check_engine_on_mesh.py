@@ -20,7 +20,7 @@ def main() -> None:
     config = ModelConfig(
       vocab_size=64,
       num_layers=2,
-      embed_dim=32,
+      embed_dim=40,
       num_heads=8,
       num_kv_heads=4,
       head_dim=8,
@@ -57,16 +57,17 @@ def _tokens(model, mesh):
   while engine.busy:
     for emitted in engine.step():
       results.setdefault(emitted.request, []).extend(emitted.tokens)
-  for name in ("decode", "extend 32", "score"):
-    _check_gathers(engine.programs._compiled[name].as_text())
+  # The largest gathered arrays are the residual stream of a piece, and logits. All caches and
+  # weights are larger.
+  for name, most in (("decode", 2 * 64), ("extend 32", 32 * 40), ("score", 32 * 64)):
+    _check_gathers(engine.programs._compiled[name].as_text(), most)
   arrays = [x for x in jax.tree.leaves(engine._state.cache) if x.dtype != np.int32]
   return results, sum(x.addressable_shards[0].data.nbytes for x in arrays)
 
 
-def _check_gathers(hlo):
-  """The largest gathered array is the residual stream of a piece: no cache, and no weights."""
+def _check_gathers(hlo, most):
   for shape in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", hlo):
-    assert np.prod([int(size) for size in shape.split(",")]) <= 32 * 32, shape
+    assert np.prod([int(size) for size in shape.split(",")]) <= most, shape
 
 
 if __name__ == "__main__":

@@ -185,13 +185,14 @@ def test_the_next_turn_continues_after_the_answer(client, server):
 
 def test_the_next_turn_continues_before_a_stop_text(client, server):
   prompt = "She counted the boats in the harbour at noon, and again at dusk. "
-  text = complete(client, prompt=prompt, max_tokens=40, logit_bias={"256": -100}).choices[0].text
-  stop = text[20:23]
-  answer = complete(client, prompt=prompt, max_tokens=40, stop=stop).choices[0].text
-  assert answer == text[: text.index(stop)]
+  letters = {"max_tokens": 40, "temperature": 1, "seed": 1, "logit_bias": {"65": 100, "66": 100}}
+  text = complete(client, prompt=prompt, **letters).choices[0].text
+  stop = text[15:25]
+  answer = complete(client, prompt=prompt, stop=stop, **letters).choices[0].text
+  assert answer == text[: text.index(stop)] != ""
   server.wait_until_idle()
   turn = complete(client, prompt=f"{prompt}{answer} Why?", max_tokens=2)
-  assert turn.usage.prompt_tokens_details.cached_tokens == len(prompt) + len(answer)
+  assert turn.usage.prompt_tokens_details.cached_tokens == 1 + len(prompt) + len(answer)
 
 
 def test_the_end_token_in_a_message_does_not_end_it(client):
