@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dga_jax.attention.partition import AttentionPartition
 from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.base import AttentionKind
-from dga_jax.sharding import context_axis, current_mesh, current_rules
+from dga_jax.sharding import constrain, context_axis, current_mesh, current_rules
 
 
 @runtime_checkable
@@ -171,11 +171,21 @@ def update_on_mesh(
   before_heads = [None] * (k.ndim - 2)
   states = PartitionSpec(*before_heads, heads or None, None)
   in_caches = jax.tree.map(lambda x: _cache_spec(x, N, heads), caches)
-  result: tuple[Array, Any] = partition.shard_map(
+
+  def split_states(x: Array) -> Array:
+    # Without it, the compiler gathers weights where `update` wants all heads.
+    return constrain(x, *before_heads, "heads", None)
+
+  out, updated = partition.shard_map(
     lambda operands: update(
       *operands["states"], operands["caches"], operands["layer"], **operands["options"]
     ),
-    {"states": (q, k, v), "caches": caches, "layer": layer, "options": options},
+    {
+      "states": tuple(map(split_states, (q, k, v))),
+      "caches": caches,
+      "layer": layer,
+      "options": options,
+    },
     {
       "states": states,
       "caches": in_caches,
@@ -190,7 +200,7 @@ def update_on_mesh(
     (states, in_caches),
     check_vma=False,
   )
-  return result
+  return split_states(out), updated
 
 
 def splits_heads(kind: AttentionKind, num_kv_heads: int, parts: int) -> bool:

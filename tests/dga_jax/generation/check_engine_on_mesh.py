@@ -43,7 +43,7 @@ def _tokens(model, mesh):
   engine = Engine(
     model,
     slots=2,
-    max_length=160,
+    max_length=320,
     prompt_chunk=32,
     cache_bytes=1 << 30,
     logprobs=True,
@@ -57,9 +57,9 @@ def _tokens(model, mesh):
   while engine.busy:
     for emitted in engine.step():
       results.setdefault(emitted.request, []).extend(emitted.tokens)
-  # The largest gathered arrays are the residual stream of a piece, and logits. All caches and
-  # weights are larger.
-  for name, most in (("decode", 2 * 64), ("extend 32", 32 * 40), ("score", 32 * 64)):
+  # The largest gathered arrays are logits, and the queries of all heads for head budgets. All
+  # caches and weights are larger.
+  for name, most in (("decode", 2 * 64), ("extend 32", 32 * 64), ("score", 32 * 64)):
     _check_gathers(engine.programs._compiled[name].as_text(), most)
   arrays = [x for x in jax.tree.leaves(engine._state.cache) if x.dtype != np.int32]
   return results, sum(x.addressable_shards[0].data.nbytes for x in arrays)
