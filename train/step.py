@@ -130,10 +130,27 @@ def make_functions(config: TrainConfig, mesh: Mesh | None = None) -> Functions:
     step=jax.jit(
       step,
       donate_argnums=0,
+      compiler_options=step_options(mesh),
       in_shardings=(shardings, batch_sharding(mesh)),
       out_shardings=(shardings, replicated(mesh)),
     ),
   )
+
+
+def step_options(mesh: Mesh) -> dict[str, bool]:
+  """XLA options for a training step; empty except for GPUs.
+
+  Both concern the arrays that the forward pass over the layers stacks for the backward pass. XLA
+  can fuse the product or kernel that makes such an array with its copy into the stack. The result
+  of the product also has other users, for which XLA computes it a second time. XLA also fills the
+  stacks with zeros, although every element is overwritten.
+  """
+  if mesh.devices.flat[0].platform != "gpu":
+    return {}
+  return {
+    "xla_gpu_enable_dynamic_slice_fusion": False,
+    "xla_gpu_enable_dus_accumulator_zero_init_elimination": True,
+  }
 
 
 def _state_shardings(

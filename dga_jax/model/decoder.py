@@ -15,12 +15,12 @@ from dga_jax.attention import validation
 from dga_jax.attention.segments import find_documents, IntArray
 from dga_jax.attention.validation import Lengths, SegmentIds
 from dga_jax.model.config import ModelConfig
-from dga_jax.model.decode_layer import decode_layer
+from dga_jax.model.decode_layers import decode_layers, runs_decode_layers
 from dga_jax.model.layers import constrain_residual, DecoderLayer, rms_norm, weight
 from dga_jax.model.logits import logits
 from dga_jax.model.on_mesh import on_mesh
 from dga_jax.model.rope import rope_table
-from dga_jax.model.run_layers import LayerAttend, run_stacked, run_unstacked, RunModule
+from dga_jax.model.run_layers import LayerAttend, run_stacked, run_unstacked
 from dga_jax.model.sharded_attention import attend_on_mesh, prepare_on_mesh, update_on_mesh
 from dga_jax.sharding import fsdp_all_gather, zigzag_order
 
@@ -239,7 +239,7 @@ class Decoder(nnx.Module):
       return o_BxHxD[:, None], caches
 
     states_Bx1xE, layers = self._run_layers(
-      jnp.asarray(tokens_B)[:, None], cache.length[:, None], attend, cache.layers, run=decode_layer
+      jnp.asarray(tokens_B)[:, None], cache.length[:, None], attend, cache.layers, one_token=True
     )
     return self.unembed(states_Bx1xE[:, 0]), DecoderCache(layers, cache.length + 1)
 
@@ -318,7 +318,7 @@ class Decoder(nnx.Module):
     positions_BxL: Int[Array, "B L"],
     attend: LayerAttend,
     caches: Any = None,
-    run: RunModule = DecoderLayer.__call__,
+    one_token: bool = False,
   ) -> tuple[Float[Array, "B L E"], Any]:
     """Embeds the tokens, runs the layers, normalises.
 
@@ -327,7 +327,7 @@ class Decoder(nnx.Module):
       positions_BxL: the rotary position of each token.
       attend: see `run_stacked`.
       caches: of all layers, stacked, or None.
-      run: computes a layer that is not stacked with others.
+      one_token: whether `decode_layers` may run the layers.
     """
     config = self.config
     rope = rope_table(positions_BxL, config.rope_frequencies())
@@ -344,8 +344,10 @@ class Decoder(nnx.Module):
         remat=config.remat,
       )
     else:
-      layer_index = config.make_attention().layer_index
-      x_BxLxE, caches = run_unstacked(self.layers, x_BxLxE, rope, attend, caches, layer_index, run)
+      index, layers = config.make_attention().layer_index, list(self.layers)
+      fast = one_token and runs_decode_layers(layers[0], x_BxLxE, rope)
+      run = decode_layers if fast else run_unstacked
+      x_BxLxE, caches = run(layers, x_BxLxE, rope, attend, caches, index)
     return self.norm(x_BxLxE).astype(config.dtype), caches
 
 

@@ -9,15 +9,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dga_jax.model.config import RematName
-from dga_jax.model.layers import Attend, constrain_residual, DecoderLayer
+from dga_jax.model.layers import constrain_residual, DecoderLayer
 from dga_jax.model.rope import RopeTable
 
 # (q, k, v, caches of all layers or None, layer, and focal scores if the layers have a selector) ->
 # (output, updated caches; or where there are no caches, what is stacked over layers). The layer is
 # an index, or from `AttentionKind.layer_index`.
 LayerAttend = Callable[..., tuple[Array, Any]]
-# (layer, x, rope, attention with the layer's cache) -> (x, second result of LayerAttend).
-RunModule = Callable[[DecoderLayer, Array, RopeTable, Attend], tuple[Array, Any]]
 # (parameters of one layer, x, caches, layer) -> (x, second result of LayerAttend).
 _RunLayer = Callable[[Any, Array, Any, Any], tuple[Array, Any]]
 
@@ -76,7 +74,6 @@ def run_unstacked(
   attend: LayerAttend,
   caches: Any,
   layer_index: Callable[[int], Any],
-  run: RunModule,
 ) -> tuple[Float[Array, "B L E"], Any]:
   """As `run_stacked`, for layers that have parameters of their own; without remat.
 
@@ -87,11 +84,10 @@ def run_unstacked(
     attend: as for `run_stacked`.
     caches: as for `run_stacked`.
     layer_index: the layer argument of `attend`, see `AttentionKind.layer_index`.
-    run: computes a layer, `DecoderLayer.__call__` or a function with the same results.
   """
   structures, params = zip(*(nnx.split(layer) for layer in layers), strict=True)
   # Traced once, for all layers with the same static part of the index.
-  run_layer = jax.jit(_runner(structures[0], rope, attend, run))
+  run_layer = jax.jit(_runner(structures[0], rope, attend))
   made = []
   for index, layer_params in enumerate(params):
     x_BxLxE, new = run_layer(layer_params, x_BxLxE, caches, layer_index(index))
@@ -105,16 +101,10 @@ def run_unstacked(
   return x_BxLxE, jax.tree.map(lambda *x: jnp.stack(x), *made) if caches is None else caches
 
 
-def _runner(
-  structure: nnx.GraphDef,
-  rope: RopeTable,
-  attend: LayerAttend,
-  run: RunModule = DecoderLayer.__call__,
-) -> _RunLayer:
+def _runner(structure: nnx.GraphDef, rope: RopeTable, attend: LayerAttend) -> _RunLayer:
   def run_layer(params: Any, x_BxLxE: Array, caches: Any, index: Any) -> tuple[Array, Any]:
-    layer = nnx.merge(structure, params)
-    x_BxLxE, new = run(
-      layer, x_BxLxE, rope, lambda q, k, v, *scores: attend(q, k, v, caches, index, *scores)
+    x_BxLxE, new = nnx.merge(structure, params)(
+      x_BxLxE, rope, lambda q, k, v, *scores: attend(q, k, v, caches, index, *scores)
     )
     return constrain_residual(x_BxLxE), new
 

@@ -5,9 +5,9 @@ weight once, and a kernel launch beside it costs as much as megabytes of weights
 therefore include RMSNorm, RoPE, SwiGLU and the residual sum (Pallas-Triton, Ampere and newer).
 
 A program computes a few output columns of all rows: it reads tiles of K rows of the weight and
-accumulates in float32. RMSNorm, y = x·s/√(mean x² + ε), scales every row of a product by one
-number, so a program multiplies x·s with the weight, sums x² in the same loop, and divides at the
-end.
+accumulates in float32. The loop contains loads and products alone, so that the compiler keeps many
+loads in flight. RMSNorm, y = x·s/√(mean x² + ε), scales every row of a product by one number: a
+product takes x·s, and its programs multiply the result by that number (see `NormInput`).
 
 Letters: M rows, rounded up; B of them exist. K rows of a tile of a weight. T columns of a tile.
 """
@@ -16,12 +16,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.decode.triton_tile import load_rows, MIN_DOT_SIDE
+from pallas_kernels.decode.products import NormInput
+from pallas_kernels.decode.triton_tile import MIN_DOT_SIDE
 from pallas_kernels.kernel_common import out_struct
 from pallas_kernels.triton_common import dot, padded_slice
 
@@ -35,9 +37,15 @@ class ProductTile(NamedTuple):
   num_stages: int = 4
 
 
-def default_tile(rows: int, columns: int) -> ProductTile:
-  """The tile for a weight [rows, columns]: divisors of its sizes."""
-  return ProductTile(_divisor(rows, 128), _divisor(columns, 32))
+def default_tile(rows: int, columns: int, matrices: int = 1) -> ProductTile:
+  """The tile for `matrices` weights [rows, columns] in one loop: divisors of the sizes.
+
+  The memory latency of an H200 asks for about 40 KB in flight on each multiprocessor. With one
+  weight few programs run at the same time, and the tile is larger.
+  """
+  return ProductTile(
+    _divisor(rows, 256 // matrices), _divisor(columns, 32), num_stages=5 if matrices == 1 else 4
+  )
 
 
 def _divisor(size: int, most: int) -> int:
@@ -49,42 +57,60 @@ def add_product_triton(
   x_BxE: Array,
   y_BxF: Array,
   weight_FxE: Array,
+  scale_E: Array,
   *,
   tile: ProductTile | None = None,
   interpret: bool = False,
-) -> Array:
+) -> tuple[Array, NormInput]:
   """See `pallas_kernels.decode.products.add_product`."""
-  tile = tile or default_tile(y_BxF.shape[1], weight_FxE.shape[1])
-
-  def kernel(x_ref: Any, y_ref: Any, weight_ref: Any, out_ref: Any) -> None:
-    (product_MxT,), _ = _products(y_ref, None, [weight_ref], [0], tile)
-    rows, exists_Mx1 = _rows(out_ref.shape[0])
-    x_MxT = load_rows(x_ref, (), 0, product_MxT.shape[0], x_ref.shape[0])
-    out_MxT = (x_MxT.astype(jnp.float32) + product_MxT).astype(out_ref.dtype)
-    plgpu.store(out_ref.at[rows, :], out_MxT, mask=jnp.broadcast_to(exists_Mx1, out_MxT.shape))
-
-  B, E = x_BxE.shape
-  columns = pl.BlockSpec((B, tile.columns), lambda t: (0, t))
-  out: Array = pl.pallas_call(
-    kernel,
-    grid=(pl.cdiv(E, tile.columns),),
+  (B, E), F = x_BxE.shape, y_BxF.shape[1]
+  tile = tile or default_tile(F, E)
+  T, programs = tile.columns, E // tile.columns
+  columns = pl.BlockSpec((B, T), lambda t: (0, t))
+  like_x = out_struct(x_BxE, (B, E), x_BxE.dtype)
+  x_BxE, scaled_BxE, squares = pl.pallas_call(
+    functools.partial(_add_kernel, tile=tile),
+    grid=(programs,),
     in_specs=[
       columns,
-      pl.BlockSpec(y_BxF.shape, lambda t: (0, 0)),
-      pl.BlockSpec((weight_FxE.shape[0], tile.columns), lambda t: (0, t)),
+      _whole(y_BxF),
+      pl.BlockSpec((F, T), lambda t: (0, t)),
+      pl.BlockSpec((T,), lambda t: (t,)),
     ],
-    out_specs=columns,
-    out_shape=out_struct(x_BxE, x_BxE.shape, x_BxE.dtype),
+    out_specs=[columns, columns, pl.BlockSpec((None, B), lambda t: (t, 0))],
+    out_shape=[like_x, like_x, out_struct(x_BxE, (programs, B), jnp.float32)],
     compiler_params=_launch(tile),
     interpret=interpret,
     name="decode_add_product",
-  )(x_BxE, y_BxF, weight_FxE)
-  return out
+  )(x_BxE, y_BxF, weight_FxE, scale_E)
+  return x_BxE, NormInput(scaled_BxE, squares)
+
+
+def _add_kernel(
+  x_ref: Any,
+  y_ref: Any,
+  weight_ref: Any,
+  scale_ref: Any,
+  out_ref: Any,
+  scaled_ref: Any,
+  squares_ref: Any,
+  *,
+  tile: ProductTile,
+) -> None:
+  (product_MxT,) = _products(y_ref, [weight_ref], [0], tile.rows, tile.columns)
+  rows, exists_M = _rows(x_ref.shape[0])
+  mask = jnp.broadcast_to(exists_M[:, None], product_MxT.shape)
+  x_MxT = plgpu.load(x_ref.at[rows, :], mask=mask, other=0.0)
+  out_MxT = (x_MxT.astype(jnp.float32) + product_MxT).astype(out_ref.dtype)
+  wide_MxT = out_MxT.astype(jnp.float32)
+  scaled_MxT = wide_MxT * scale_ref[...].astype(jnp.float32)[None]
+  plgpu.store(out_ref.at[rows, :], out_MxT, mask=mask)
+  plgpu.store(scaled_ref.at[rows, :], scaled_MxT.astype(out_ref.dtype), mask=mask)
+  plgpu.store(squares_ref.at[rows], (wide_MxT * wide_MxT).sum(axis=1), mask=exists_M)
 
 
 def normed_swiglu_triton(
-  x_BxE: Array,
-  scale_E: Array,
+  x: NormInput,
   gate_ExF: Array,
   up_ExF: Array,
   *,
@@ -93,41 +119,36 @@ def normed_swiglu_triton(
   interpret: bool = False,
 ) -> Array:
   """See `pallas_kernels.decode.products.normed_swiglu`."""
-  tile = tile or default_tile(*gate_ExF.shape)
-
-  def kernel(x_ref: Any, scale_ref: Any, gate_ref: Any, up_ref: Any, out_ref: Any) -> None:
-    weights, first = [gate_ref, up_ref], [0, 0]
-    (gate_MxT, up_MxT), squares_M = _products(x_ref, scale_ref, weights, first, tile)
-    inverse_Mx1 = _inverse_norm(squares_M, x_ref.shape[1], epsilon)
-    gate_MxT = gate_MxT * inverse_Mx1
-    out_MxT = gate_MxT * (up_MxT * inverse_Mx1) / (1 + jnp.exp(-gate_MxT))
-    rows, exists_Mx1 = _rows(out_ref.shape[0])
-    mask = jnp.broadcast_to(exists_Mx1, out_MxT.shape)
-    plgpu.store(out_ref.at[rows, :], out_MxT.astype(out_ref.dtype), mask=mask)
-
-  (B, E), F = x_BxE.shape, gate_ExF.shape[1]
+  (B, E), F = x.scaled.shape, gate_ExF.shape[1]
+  tile = tile or default_tile(E, F, 2)
   weight = pl.BlockSpec((E, tile.columns), lambda t: (0, t))
   out: Array = pl.pallas_call(
-    kernel,
-    grid=(pl.cdiv(F, tile.columns),),
-    in_specs=[
-      pl.BlockSpec((B, E), lambda t: (0, 0)),
-      pl.BlockSpec((E,), lambda t: (0,)),
-      weight,
-      weight,
-    ],
+    functools.partial(_swiglu_kernel, epsilon=epsilon, tile=tile),
+    grid=(F // tile.columns,),
+    in_specs=[jax.tree.map(_whole, x), weight, weight],
     out_specs=pl.BlockSpec((B, tile.columns), lambda t: (0, t)),
-    out_shape=out_struct(x_BxE, (B, F), x_BxE.dtype),
+    out_shape=out_struct(x.scaled, (B, F), x.scaled.dtype),
     compiler_params=_launch(tile),
     interpret=interpret,
     name="decode_normed_swiglu",
-  )(x_BxE, scale_E, gate_ExF, up_ExF)
+  )(x, gate_ExF, up_ExF)
   return out
 
 
+def _swiglu_kernel(
+  x_ref: NormInput, gate_ref: Any, up_ref: Any, out_ref: Any, *, epsilon: float, tile: ProductTile
+) -> None:
+  inverse_Mx1 = _inverse_norm(x_ref, epsilon)
+  products = _products(x_ref.scaled, [gate_ref, up_ref], [0, 0], tile.rows, tile.columns)
+  gate_MxT, up_MxT = (x_MxT * inverse_Mx1 for x_MxT in products)
+  out_MxT = gate_MxT * up_MxT / (1 + jnp.exp(-gate_MxT))
+  rows, exists_M = _rows(out_ref.shape[0])
+  mask = jnp.broadcast_to(exists_M[:, None], out_MxT.shape)
+  plgpu.store(out_ref.at[rows, :], out_MxT.astype(out_ref.dtype), mask=mask)
+
+
 def normed_qkv_triton(
-  x_BxE: Array,
-  scale_E: Array,
+  x: NormInput,
   query_ExHD: Array,
   key_ExND: Array,
   value_ExND: Array,
@@ -140,126 +161,105 @@ def normed_qkv_triton(
 ) -> tuple[Array, Array, Array]:
   """See `pallas_kernels.decode.products.normed_qkv`.
 
-  Half of a tile's columns are of the first half of a head's channels, half of the second.
+  A program computes as many channels of the first half of a head as of the second.
   """
-  B, C = x_BxE.shape[0], cos_BxC.shape[1]
-  tile = tile or default_tile(x_BxE.shape[1], C)
-  half = tile.columns // 2
+  (B, E), C = x.scaled.shape, cos_BxC.shape[1]
+  tile = tile or default_tile(E, C, 2)
   weights = (query_ExHD, key_ExND, value_ExND)
-  programs = [weight.shape[1] // tile.columns for weight in weights]
-  whole = functools.partial(_whole, axes=1)
-  outs = [out_struct(x_BxE, (B, weight.shape[1]), x_BxE.dtype) for weight in weights]
-  kernel = functools.partial(
-    _qkv_kernel, programs=programs, per_head=C // half, epsilon=epsilon, tile=tile
-  )
+  widths = [weight.shape[1] for weight in weights]
+  programs = [width // (2 * tile.columns) for width in widths]
+  outs = [out_struct(x.scaled, (B, width), x.scaled.dtype) for width in widths]
   query, key, value = pl.pallas_call(
-    kernel,
+    functools.partial(_qkv_kernel, programs=programs, epsilon=epsilon, tile=tile),
     grid=(sum(programs),),
-    in_specs=[whole(x) for x in (x_BxE, scale_E, cos_BxC, sin_BxC, *weights)],
-    out_specs=[whole(x) for x in outs],
+    in_specs=jax.tree.map(_whole, [x, cos_BxC, sin_BxC, list(weights)]),
+    out_specs=[_whole(out) for out in outs],
     out_shape=outs,
     compiler_params=_launch(tile),
     interpret=interpret,
     name="decode_normed_qkv",
-  )(x_BxE, scale_E, cos_BxC, sin_BxC, *weights)
+  )(x, cos_BxC, sin_BxC, list(weights))
   return query, key, value
 
 
 def _qkv_kernel(
-  x_ref: Any,
-  scale_ref: Any,
+  x_ref: NormInput,
   cos_ref: Any,
   sin_ref: Any,
-  *refs: Any,
+  weight_refs: list[Any],
+  *out_refs: Any,
   programs: list[int],
-  per_head: int,
   epsilon: float,
   tile: ProductTile,
 ) -> None:
-  B, half, C = x_ref.shape[0], tile.columns // 2, cos_ref.shape[1]
-  rows, exists_Mx1 = _rows(B)
-  begin, own = 0, pl.program_id(0)
-  for index, (count, weight_ref, out_ref) in enumerate(
-    zip(programs, refs[:3], refs[3:], strict=True)
-  ):
+  T, C, own = tile.columns, cos_ref.shape[1], pl.program_id(0)
+  rows, exists_M = _rows(x_ref.scaled.shape[0])
+  mask = jnp.broadcast_to(exists_M[:, None], (exists_M.shape[0], T))
+  inverse_Mx1 = _inverse_norm(x_ref, epsilon)
 
-    def project(
-      begin: int = begin, index: int = index, weight_ref: Any = weight_ref, out_ref: Any = out_ref
-    ) -> None:
-      program = own - begin
-      channel = lax.rem(program, per_head) * half
-      column = lax.div(program, per_head) * (2 * C) + channel
-      (first_MxT, second_MxT), squares_M = _products(
-        x_ref, scale_ref, [weight_ref, weight_ref], [column, column + C], tile, half
-      )
-      inverse_Mx1 = _inverse_norm(squares_M, x_ref.shape[1], epsilon)
-      first_MxT, second_MxT = first_MxT * inverse_Mx1, second_MxT * inverse_Mx1
-      mask = jnp.broadcast_to(exists_Mx1, first_MxT.shape)
-      if index < 2:
-        at = (rows, padded_slice(channel, half))
-        cos_MxT, sin_MxT = (
-          plgpu.load(ref.at[at], mask=mask, other=0.0) for ref in (cos_ref, sin_ref)
-        )
-        first_MxT, second_MxT = (
-          first_MxT * cos_MxT - second_MxT * sin_MxT,
-          second_MxT * cos_MxT + first_MxT * sin_MxT,
-        )
-      for start, out_MxT in ((column, first_MxT), (column + C, second_MxT)):
-        part = out_ref.at[rows, padded_slice(start, half)]
-        plgpu.store(part, out_MxT.astype(out_ref.dtype), mask=mask)
+  def project(weight_ref: Any, out_ref: Any, program: Array, rotates: bool) -> None:
+    channel = lax.rem(program, C // T) * T
+    column = lax.div(program, C // T) * (2 * C) + channel
+    columns = [column, column + C]
+    products = _products(x_ref.scaled, [weight_ref, weight_ref], columns, tile.rows, T)
+    first_MxT, second_MxT = (x_MxT * inverse_Mx1 for x_MxT in products)
+    if rotates:
+      at = (rows, padded_slice(channel, T))
+      cos, sin = (plgpu.load(ref.at[at], mask=mask, other=0.0) for ref in (cos_ref, sin_ref))
+      turned_MxT = second_MxT * cos + first_MxT * sin
+      first_MxT, second_MxT = first_MxT * cos - second_MxT * sin, turned_MxT
+    for start, out_MxT in zip(columns, (first_MxT, second_MxT), strict=True):
+      part = out_ref.at[rows, padded_slice(start, T)]
+      plgpu.store(part, out_MxT.astype(out_ref.dtype), mask=mask)
 
+  begin = 0
+  for index, count in enumerate(programs):
     is_own = (own >= begin) & (own < begin + count)
-    pl.when(is_own)(project)
+    arguments = (weight_refs[index], out_refs[index], own - begin, index < 2)
+    pl.when(is_own)(functools.partial(project, *arguments))
     begin += count
 
 
 def _products(
-  x_ref: Any,
-  scale_ref: Any,
-  weight_refs: list[Any],
-  first_columns: Sequence[Array | int],
-  tile: ProductTile,
-  columns: int | None = None,
-) -> tuple[list[Array], Array]:
-  """x·s times tiles of columns of some weights, [M, T] each, and the sums of x², [M]."""
+  x_ref: Any, weight_refs: list[Any], columns: Sequence[Array | int], K: int, T: int
+) -> list[Array]:
+  """x times T columns of some weights, from the given ones on: [M, T] each."""
   B, E = x_ref.shape
-  T = columns or tile.columns
-  rows, exists_Mx1 = _rows(B)
-  M = exists_Mx1.shape[0]
+  rows, exists_M = _rows(B)
+  mask = jnp.broadcast_to(exists_M[:, None], (exists_M.shape[0], K))
 
-  def step(k: Array, carry: tuple[list[Array], Array]) -> tuple[list[Array], Array]:
-    sums, squares_M = carry
-    at = padded_slice(k * tile.rows, tile.rows)
-    x_MxK = plgpu.load(
-      x_ref.at[rows, at], mask=jnp.broadcast_to(exists_Mx1, (M, tile.rows)), other=0.0
-    )
-    if scale_ref is not None:
-      wide_MxK = x_MxK.astype(jnp.float32)
-      squares_M += (wide_MxK * wide_MxK).sum(axis=1)
-      scale_K = plgpu.load(scale_ref.at[at]).astype(jnp.float32)
-      x_MxK = (wide_MxK * scale_K[None]).astype(x_MxK.dtype)
-    sums = [
+  def step(k: Array, sums: list[Array]) -> list[Array]:
+    at = padded_slice(k * K, K)
+    x_MxK = plgpu.load(x_ref.at[rows, at], mask=mask, other=0.0)
+    return [
       total + dot(x_MxK, plgpu.load(ref.at[at, padded_slice(column, T)]))
-      for total, ref, column in zip(sums, weight_refs, first_columns, strict=True)
+      for total, ref, column in zip(sums, weight_refs, columns, strict=True)
     ]
-    return sums, squares_M
 
-  zeros = [jnp.zeros((M, T), jnp.float32) for _ in weight_refs]
-  return lax.fori_loop(0, E // tile.rows, step, (zeros, jnp.zeros((M,), jnp.float32)))
+  zeros = [jnp.zeros((exists_M.shape[0], T), jnp.float32) for _ in weight_refs]
+  sums: list[Array] = lax.fori_loop(0, E // K, step, zeros)
+  return sums
 
 
-def _inverse_norm(squares_M: Array, size: int, epsilon: float) -> Array:
-  return lax.rsqrt(squares_M / size + epsilon)[:, None]
+def _inverse_norm(x_ref: NormInput, epsilon: float) -> Array:
+  """1/√(mean x² + ε) of each row, [M, 1]."""
+  squares_ref: Any = x_ref.squares
+  (parts, B), E = squares_ref.shape, x_ref.scaled.shape[1]
+  rows, exists_M = _rows(B)
+  P = pl.next_power_of_2(parts)
+  mask = (jnp.arange(P) < parts)[:, None] & exists_M[None]
+  squares_PxM = plgpu.load(squares_ref.at[padded_slice(0, P), rows], mask=mask, other=0.0)
+  return lax.rsqrt(squares_PxM.sum(axis=0) / E + epsilon)[:, None]
 
 
 def _rows(count: int) -> tuple[pl.Slice, Array]:
-  """All rows, rounded up to what a product needs, and which of them exist [M, 1]."""
+  """All rows, rounded up to what a product needs, and which of them exist [M]."""
   M = max(MIN_DOT_SIDE, pl.next_power_of_2(count))
-  return padded_slice(0, M), (jnp.arange(M) < count)[:, None]
+  return padded_slice(0, M), jnp.arange(M) < count
 
 
-def _whole(x: Any, axes: int) -> pl.BlockSpec:
-  return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+def _whole(x: Any) -> pl.BlockSpec:
+  return pl.BlockSpec(x.shape, lambda t: (0,) * len(x.shape))
 
 
 def _launch(tile: ProductTile) -> plgpu.CompilerParams:

@@ -57,14 +57,31 @@ class Source(NamedTuple):
 
 
 def attend_split(
-  softmax: OnlineSoftmax, q_MxD: Array, source: Source, layer: Array, *, T: int, scale: float
+  softmax: OnlineSoftmax,
+  q_MxD: Array,
+  source: Source,
+  layer: Array,
+  *,
+  T: int,
+  scale: float,
+  first: int = 0,
 ) -> OnlineSoftmax:
-  """Adds this program's part of a source, a run of whole tiles."""
-  split, num_splits = pl.program_id(0), pl.num_programs(0)
+  """Adds this program's part of a source, a run of whole tiles.
+
+  Args:
+    softmax: over the entries so far.
+    q_MxD: the queries.
+    source: the entries.
+    layer: of the cache.
+    T: entries of a tile.
+    scale: of the logits.
+    first: the first program that reads tiles; earlier ones have other work.
+  """
+  split, num_splits = pl.program_id(0) - first, pl.num_programs(0) - first
   tiles = lax.div(source.end + (T - 1), T)
   tiles_per_split = lax.div(tiles + (num_splits - 1), num_splits)
   begin = split * tiles_per_split
-  end = jnp.minimum(begin + tiles_per_split, tiles)
+  end = jnp.where(split < 0, begin, jnp.minimum(begin + tiles_per_split, tiles))
   return lax.fori_loop(
     begin, end, lambda t, s: _attend_tile(s, q_MxD, source, t * T, layer, T, scale), softmax
   )

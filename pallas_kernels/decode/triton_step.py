@@ -1,10 +1,10 @@
 """One decoding step of a layer, in place, lowered through Pallas-Triton (Ampere and newer).
 
-The step has two kernels. The first runs P programs for each sequence and KV head: they split the
-compact entries and the raw tokens of earlier blocks among them, as split-KV (flash-decoding) does.
-Program 0 also appends the new token, attends to its block and, if the token completes the block,
-writes the block's compact entries. No other program reads these writes in this step. The second
-kernel combines the softmaxes of the splits.
+The step has two kernels. The first runs P programs for each sequence and KV head. Program 0 appends
+the new token, attends to its block and, if the token completes the block, writes the block's
+compact entries. No other program reads these writes in this step. The other programs split the
+compact entries and the raw tokens of earlier blocks among them, as split-KV (flash-decoding) does;
+a single program does both. The second kernel combines the softmaxes of the splits.
 
 Letters: M query heads of a KV head, rounded up; R of them exist. T entries of a tile. P splits.
 """
@@ -47,6 +47,7 @@ class _Static(NamedTuple):
   group_bias: float
   tile: int  # T
   heads: int  # R
+  first: int  # program that reads tiles of earlier blocks
 
 
 def step_triton(
@@ -68,8 +69,9 @@ def step_triton(
   tile = tile or Tile()
   B, H, D = query.shape
   (N, C), W = cache.compact_key.shape[-3:-1], cache.raw_key.shape[-2]
-  R, P = H // N, tile.num_splits(B * N, C + W)
-  static = _Static(rule, scale, group_bias, tile.entries, R)
+  R, splits = H // N, tile.num_splits(B * N, C + W)
+  P = splits + (splits > 1)  # Of several programs the first reads its own block alone.
+  static = _Static(rule, scale, group_bias, tile.entries, R, P - splits)
   layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
 
   def whole(x: Array) -> pl.BlockSpec:
@@ -103,8 +105,8 @@ def step_triton(
     interpret=interpret,
     name="decode_step",
   )(layer, list(lengths), query, key, value, scores, arrays)
-  splits = OnlineSoftmax(*results[: len(split_specs)])
-  out, length = combine(query, splits, lengths.length, layer, interpret=interpret)
+  parts = OnlineSoftmax(*results[: len(split_specs)])
+  out, length = combine(query, parts, lengths.length, layer, interpret=interpret)
   return out, jax.tree.unflatten(structure, results[len(split_specs) :]), length
 
 
@@ -154,7 +156,9 @@ def _step_kernel(
 
   softmax = lax.cond(split == 0, own_block, lambda: empty)
   for source in _sources(cache, mask, group_bias if static.group_bias else None, rule):
-    softmax = attend_split(softmax, q_MxD, source, layer, T=static.tile, scale=static.scale)
+    softmax = attend_split(
+      softmax, q_MxD, source, layer, T=static.tile, scale=static.scale, first=static.first
+    )
   store_split(softmax, (acc_ref, m_ref, l_ref), R)
 
 

@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels.decode import products
 from pallas_kernels.decode import triton_products as triton
 from pallas_kernels.decode import xla_products as xla
+from pallas_kernels.decode.products import NormInput
 from tests.pallas_kernels.h100 import (
   abstract_mesh,
   compile_for_h100,
@@ -36,7 +37,7 @@ class Case(NamedTuple):
   head_dim: int
   dtype: str = "float32"
 
-  def arguments(self, op: str) -> tuple[list[jax.Array], dict[str, float]]:
+  def arguments(self, op: str) -> tuple[list[Any], dict[str, float]]:
     """Random arguments of an op. Rows of x have different sizes, so that the norm matters."""
     keys = iter(jax.random.split(jax.random.key(0), 8))
     B, E, F, C = self.rows, self.embed, self.mlp, self.head_dim // 2
@@ -47,45 +48,54 @@ class Case(NamedTuple):
     def weight(rows: int, columns: int) -> jax.Array:
       return (normal(rows, columns) / rows**0.5).astype(self.dtype)
 
-    x = (normal(B, E) * 4.0 ** jnp.arange(-B, 0)[:, None]).astype(self.dtype)
+    x = (normal(B, E) * 4.0 ** -(jnp.arange(B)[:, None] % 4)).astype(self.dtype)
     scale = 1 + 0.1 * normal(E)
     if op == "add_product":
-      return [x, normal(B, F).astype(self.dtype), weight(F, E)], {}
+      return [x, normal(B, F).astype(self.dtype), weight(F, E), scale], {}
+    normed = products.norm_input(x, scale)
+    # The same sums in two parts.
+    normed = normed._replace(squares=jnp.concatenate([normed.squares / 4, 3 * normed.squares / 4]))
     if op == "normed_swiglu":
-      return [x, scale, weight(E, F), weight(E, F)], {"epsilon": EPSILON}
+      return [normed, weight(E, F), weight(E, F)], {"epsilon": EPSILON}
     widths = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
     angle = 3 * normal(B, C)
-    arrays = [x, scale, *(weight(E, n) for n in widths), jnp.cos(angle), jnp.sin(angle)]
+    arrays = [normed, *(weight(E, n) for n in widths), jnp.cos(angle), jnp.sin(angle)]
     return arrays, {"epsilon": EPSILON}
 
 
-def exact(op: str, arrays: list[jax.Array]) -> list[np.ndarray]:
+def exact(op: str, arrays: list[Any]) -> list[np.ndarray]:
   """The equations of `products` in float64."""
-  x, *rest = (np.asarray(array).astype(np.float64) for array in arrays)
+  x, *rest = jax.tree.map(lambda array: np.asarray(array).astype(np.float64), arrays)
   if op == "add_product":
-    return [x + rest[0] @ rest[1]]
-  y = x / np.sqrt(np.mean(x * x, axis=1, keepdims=True) + EPSILON) * rest[0][None]
+    total = x + rest[0] @ rest[1]
+    return [total, total * rest[2][None], np.sum(total * total, axis=1)]
+  y = x.scaled / np.sqrt(x.squares.sum(axis=0) / x.scaled.shape[1] + EPSILON)[:, None]
   if op == "normed_swiglu":
-    gate, up = y @ rest[1], y @ rest[2]
+    gate, up = y @ rest[0], y @ rest[1]
     return [gate / (1 + np.exp(-gate)) * up]
-  *weights, cos, sin = rest[1:]
-  turn = np.tile((cos + 1j * sin)[:, None], (1, 1, 1))
+  *weights, cos, sin = rest
   outs = []
   for weight in weights[:2]:
-    first, second = np.split((y @ weight).reshape(len(x), -1, 2 * cos.shape[1]), 2, axis=-1)
-    turned = (first + 1j * second) * turn
-    outs.append(np.concatenate([turned.real, turned.imag], axis=-1).reshape(len(x), -1))
+    first, second = np.split((y @ weight).reshape(len(y), -1, 2 * cos.shape[1]), 2, axis=-1)
+    turned = (first + 1j * second) * (cos + 1j * sin)[:, None]
+    outs.append(np.concatenate([turned.real, turned.imag], axis=-1).reshape(len(y), -1))
   return [*outs, y @ weights[2]]
 
 
 def check(case: Case, op: str, run: Any) -> None:
   arrays, options = case.arguments(op)
-  wants, got = exact(op, arrays), jax.jit(functools.partial(run, **options))(*arrays)
+  got = jax.jit(functools.partial(run, **options))(*arrays)
   plain = getattr(xla, f"{op}_xla")(*arrays, **options)
   terms = max(case.embed, case.mlp)
-  for want, one, other in zip(wants, *map(jax.tree.leaves, (got, plain)), strict=True):
-    assert one.dtype == other.dtype == case.dtype
+  for want, one, other in zip(exact(op, arrays), _leaves(got), _leaves(plain), strict=True):
+    assert one.dtype == other.dtype
     assert_close(one, want, terms=terms, plain=other, name=op)
+
+
+def _leaves(result: Any) -> list[jax.Array]:
+  """The arrays of a result, with the parts of the sums of squares added."""
+  leaves = jax.tree.leaves(result)
+  return [*leaves[:-1], leaves[-1].sum(axis=0)] if isinstance(result[-1], NormInput) else leaves
 
 
 CASES = {
@@ -114,7 +124,7 @@ def test_xla_equals_float64(op: str):
   case = CASES["five_rows"]
   arrays, options = case.arguments(op)
   got = getattr(products, op)(*arrays, implementation="xla", **options)
-  for one, want in zip(jax.tree.leaves(got), exact(op, arrays), strict=True):
+  for one, want in zip(_leaves(got), exact(op, arrays), strict=True):
     assert_close(one, want, terms=128, name=op)
 
 

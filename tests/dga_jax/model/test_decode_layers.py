@@ -1,4 +1,4 @@
-"""A decoder layer for one token equals `DecoderLayer.__call__`, in a few kernels on a GPU."""
+"""Layers for one token of each sequence equal whole layers, and run few kernels on a GPU."""
 
 import dataclasses
 import functools
@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from dga_jax import DGAConfig
-from dga_jax.model import decode_layer, Decoder, ModelConfig
-from pallas_kernels.decode import triton_products
+from dga_jax.model import Decoder, decoder, ModelConfig
+from pallas_kernels.decode import products, triton_products, xla_products
 from tests.dga_jax.model.random_decoder import random_decoder
 from tests.pallas_kernels.h100 import lower_for_h100
 
@@ -46,14 +46,14 @@ def _decode_tokens(model: Decoder) -> np.ndarray:
 def test_decoding_equals_that_of_whole_layers(
   attention: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-  """Stacked layers run `DecoderLayer.__call__`, separate layers run `decode_layer`."""
-  model = random_decoder(dataclasses.replace(CONFIG, attention=attention))
-  want = _decode_tokens(model)
-  if backend == "triton":
-    for name in KERNELS:
-      kernel = functools.partial(getattr(triton_products, f"{name}_triton"), interpret=True)
-      monkeypatch.setattr(decode_layer, name, kernel)
-  np.testing.assert_allclose(_decode_tokens(model.unstack_layers()), want, atol=2e-5)
+  model = random_decoder(dataclasses.replace(CONFIG, attention=attention)).unstack_layers()
+  want = _decode_tokens(model)  # Whole layers, on a CPU.
+  monkeypatch.setattr(decoder, "runs_decode_layers", lambda *_: True)
+  for name in KERNELS:
+    kernel = functools.partial(getattr(triton_products, f"{name}_triton"), interpret=True)
+    plain = getattr(xla_products, f"{name}_xla")
+    monkeypatch.setattr(products, name, kernel if backend == "triton" else plain)
+  np.testing.assert_allclose(_decode_tokens(model), want, atol=2e-5)
 
 
 def _lowered_decode(config: ModelConfig) -> str:
@@ -69,7 +69,7 @@ def _lowered_decode(config: ModelConfig) -> str:
 def test_on_a_gpu_a_layer_runs_the_kernels() -> None:
   text = _lowered_decode(CONFIG)
   assert all(f"decode_{name}" in text for name in KERNELS)
-  # The only product and the only norm outside the kernels are those of the unembedding.
+  # The only product and the only norm beside the kernels are those of the unembedding.
   assert text.count("stablehlo.dot_general") == 1
   assert text.count("stablehlo.rsqrt") == 1
 
