@@ -118,6 +118,7 @@ class TileSchedule(NamedTuple):
   block_k: int
   group_bias2: float
   max_window: int
+  has_keys: tuple[bool, bool, bool]  # False for a source without keys, which is left out
 
   def tiles_of_work(self, spans_ref: Any, body: Callable[..., Array]) -> Array:
     """Calls body(coords, tiles of work before, key tiles before) -> key tiles after."""
@@ -139,6 +140,8 @@ class TileSchedule(NamedTuple):
   ) -> Any:
     """Calls body(source, its bias, first key, masked, carry) for every key tile that is seen."""
     for i, source in enumerate(sources):
+      if not self.has_keys[i]:
+        continue
       is_group = i == 1
       narrow = i == 2 and self.max_window < self.block_k
       carry = loop_span(
