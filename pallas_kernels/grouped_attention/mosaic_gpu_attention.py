@@ -35,7 +35,7 @@ from pallas_kernels.grouped_attention.tile_ranges import (
 
 # The dk/dv kernels of focal tokens and groups divide the queries until each program has this many
 # tiles of work. A tile of work has at least this many query tiles.
-_TILES_PER_PROGRAM = 4
+_TILES_PER_PROGRAM = 8
 _LEAST_STEPS = 16
 
 
