@@ -101,13 +101,14 @@ def merge_tokens(
 ) -> Merged:
   """Chooses focal tokens and merges the others into groups.
 
-  Streaming selection without sinks needs neither a layout nor a focal mask: its visibility is part
-  of the metadata, and one op chooses in the blocks and merges them.
+  Causal streaming selection without sinks needs neither a layout nor a focal mask: its visibility
+  is part of the metadata, and one op chooses in the blocks and merges them.
   """
   config, streaming = metadata.config, metadata.by_selection
   validation.focal_scores(focal_scores, key, config)
+  visibility = streaming.visibility if isinstance(streaming, StreamingMetadata) else None
   # Sinks are focal tokens outside the blocks, so their positions come from a layout.
-  if not isinstance(streaming, StreamingMetadata) or config.sink_tokens > 0:
+  if visibility is None or config.sink_tokens > 0:
     plan = make_plan(query, key, metadata, focal_scores)
     return merge_planned(query, key, value, plan, implementation=implementation)
   query, key, value = zero_padding(metadata.documents, query, key, value)
@@ -122,7 +123,7 @@ def merge_tokens(
     scale=merge_scale(config, query.shape[-1]),
     implementation=merging_implementation(implementation),
   )
-  return Merged(query, streaming.visibility.sources(entries))
+  return Merged(query, visibility.sources(entries))
 
 
 def make_plan(
@@ -180,7 +181,7 @@ def merge_planned(
     value,
     *plan.layout,
     scale=merge_scale(config, query.shape[-1]),
-    reorder_window=config.selection != "streaming",
+    reorder_window=plan.window_lists_members,
     implementation=merging_implementation(implementation),
   )
   return Merged(query, plan.visibility.sources(entries))
@@ -208,11 +209,17 @@ def attention_kwargs(
   query: Array, config: DGAConfig, scale: float | Float[Array, ""] | None
 ) -> dict[str, Any]:
   """Keyword arguments of `grouped_attention`, but for `implementation`."""
-  streaming = config.selection == "streaming"
+  if not config.causal:
+    # A query sees up to 2w + 1 groups raw. The windows of the queries of a tile cover one more.
+    max_window = (2 * config.local_window + 2) * config.group_size
+  elif config.selection == "streaming":
+    max_window = cache_layout(config).raw_size
+  else:
+    max_window = config.group_size
   return {
     "scale": query.shape[-1] ** -0.5 if scale is None else scale,
     "group_bias": math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0,
-    "max_window": cache_layout(config).raw_size if streaming else config.group_size,
+    "max_window": max_window,
   }
 
 
