@@ -1,5 +1,6 @@
 """Timing on an accelerator: queued calls, and separate inputs for each program."""
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable
@@ -18,6 +19,44 @@ class TimedProgram:
   make_inputs: Callable[[jax.Array], tuple[Any, ...]]
 
 
+# What a program raises that the device or an implementation cannot run.
+_REFUSALS = (AssertionError, NotImplementedError, RuntimeError, ValueError)
+
+
+def compile_in_threads[Name](
+  programs: dict[Name, TimedProgram],
+) -> tuple[dict[Name, TimedProgram], dict[Name, str]]:
+  """Lowers the jitted programs one after another and compiles them in parallel threads.
+
+  Returns:
+    The programs with compiled functions, and the error message of each program that does not
+    compile. A program whose function is not jitted stays as it is.
+  """
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  refused: dict[Name, str] = {}
+  pending: dict[Name, concurrent.futures.Future[Any]] = {}
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    for name, program in programs.items():
+      if hasattr(program.run, "lower"):
+        try:
+          lowered = program.run.lower(*jax.eval_shape(program.make_inputs, key))
+          pending[name] = pool.submit(lowered.compile)
+        except _REFUSALS as reason:
+          refused[name] = _first_line(reason)
+  for name, future in pending.items():
+    error = future.exception()
+    if isinstance(error, _REFUSALS):
+      refused[name] = _first_line(error)
+    elif error is not None:
+      raise error
+  compiled = {
+    name: dataclasses.replace(program, run=pending[name].result()) if name in pending else program
+    for name, program in programs.items()
+    if name not in refused
+  }
+  return compiled, refused
+
+
 def compare[Name](
   programs: dict[Name, TimedProgram], *, rounds: int, repeats: int, seed: int
 ) -> tuple[dict[Name, Times], dict[Name, str]]:
@@ -30,13 +69,13 @@ def compare[Name](
     Seconds of one call by name, and the error message of each program that this device cannot run.
   """
   samples: dict[Name, list[float]] = {}
-  refused: dict[Name, str] = {}
+  programs, refused = compile_in_threads(programs)
   for name, program in programs.items():
     try:
       jax.block_until_ready(program.run(*program.make_inputs(jax.random.key(seed))))
       samples[name] = []
-    except (AssertionError, NotImplementedError, RuntimeError, ValueError) as reason:
-      refused[name] = (str(reason).splitlines() or [type(reason).__name__])[0]
+    except _REFUSALS as reason:
+      refused[name] = _first_line(reason)
   for number in range(rounds):
     for name, times in samples.items():
       inputs = programs[name].make_inputs(jax.random.key(seed + 1 + number))
@@ -49,3 +88,7 @@ def compare[Name](
       del out, inputs
   timings = {name: Times.from_samples(times) for name, times in samples.items()}
   return timings, refused
+
+
+def _first_line(reason: BaseException) -> str:
+  return (str(reason).splitlines() or [type(reason).__name__])[0]

@@ -14,6 +14,10 @@ process.
 and merging. "kernel" is attention alone. The rate of "kernel" counts 4·D·H·L·(mean number of keys
 that a query attends to) operations, and 9/2 of that for both passes.
 
+--nsa adds Native Sparse Attention, a peer in PyTorch, for 16 or more query heads for each KV head:
+
+    XLA_PYTHON_CLIENT_PREALLOCATE=false ./workspace bench attention --heads=64 --kv_heads=4 --nsa
+
 Compilation takes longer than measurement. It also runs on a machine without a GPU:
 
     ./workspace bench attention --lengths=32768 --compile_to=runs/programs
@@ -33,6 +37,7 @@ from tqdm import tqdm
 from benchmarks import _aot_gpu
 from benchmarks._inputs import mean_visible, merge, Shape, with_gradients
 from benchmarks._paired_timing import compare, TimedProgram
+from benchmarks._peers import native_sparse_attention
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig, dynamic_group_attention
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
@@ -69,6 +74,9 @@ _PARTS = flags.DEFINE_list(
 )
 _EXAMPLE = flags.DEFINE_bool(
   "example", True, "also time the attention example of JAX's Mosaic GPU (forward pass only)"
+)
+_NSA = flags.DEFINE_bool(
+  "nsa", False, "also time Native Sparse Attention of flash-linear-attention, if it is installed"
 )
 _ROUNDS = flags.DEFINE_integer("rounds", 11, "samples of each program")
 _REPEATS = flags.DEFINE_integer("repeats", 20, "queued calls in one sample")
@@ -110,6 +118,8 @@ def main(argv: list[str]) -> None:
     programs[_BASELINE] = TimedProgram(
       jax.jit(_with_passes(_dense)), jax.jit(functools.partial(_tokens, shape))
     )
+    if _NSA.value:
+      programs |= native_sparse_attention(shape, backward=_BACKWARD.value)
     timings, refused = compare(
       programs, rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=_SEED.value
     )

@@ -1,10 +1,14 @@
-"""What of the paper holds: sparsity, theorems, noise, convergence, cache size, m and γ.
+r"""What of the paper holds: sparsity, theorems, noise, convergence, cache size, m and γ, training.
 
   ./workspace bench paper --out=runs/paper --parts=theorems,cache
   ./workspace bench paper --out=runs/paper --documents=novels.jsonl
+  python -m train.make_facts --texts=books.txt --output=facts.jsonl
+  ./workspace bench paper --out=runs/paper --documents=novels.jsonl --parts=continued \
+    --train_files=books.txt,facts.jsonl
 
-The parts repeat the analyses of the paper (arXiv 2505.22107) that need no continued pretraining, at
-the size of SmolLM2-135M and on any device. Each result is appended to OUT/paper.jsonl as soon as it
+The parts repeat the analyses of the paper (arXiv 2505.22107) at the size of SmolLM2-135M. The part
+"continued" is continued pretraining, which needs a GPU and --train_files; the others run on any
+device. Each result is appended to OUT/paper.jsonl as soon as it
 is measured, with its settings, seed, versions and device. The same command continues an interrupted
 run. OUT/paper.md contains the tables of all results, beside the figures of the paper, and OUT the
 pictures.
@@ -19,11 +23,14 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.pretraining import Pretraining
 from benchmarks.paper_parts.registry import PARTS, write_report
 from benchmarks.timing import environment
+from configs.smollm2_continued import ATTENTION
 from dga_jax.evaluation.jobs import run_jobs
 from dga_jax.evaluation.results import Results
 from dga_jax.files.path_flags import define_path, define_paths
+from train.logs import set_up_logging
 
 _OUT = define_path("out", None, "Folder for results.", required=True)
 _SELECTED = flags.DEFINE_list("parts", list(PARTS), f"Parts to run: {', '.join(PARTS)}.")
@@ -32,6 +39,21 @@ _DOCUMENTS = define_paths("documents", "Novels: .jsonl or .txt.")
 _MAX_DOCUMENTS = flags.DEFINE_integer("max_documents", 2, "Number of novels to use.", lower_bound=1)
 _JOBS = flags.DEFINE_string("jobs", "", "Run the jobs whose name matches this regular expression.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Start no job after this many minutes.")
+_TRAIN_FILES = define_paths("train_files", "For continued pretraining: books, and facts.")
+_RUNS = flags.DEFINE_list(
+  "runs",
+  list(ATTENTION),
+  f"Runs of continued pretraining: JSON files of head budgets, or of {', '.join(ATTENTION)}.",
+)
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of continued pretraining, one run for each.")
+_STEPS = flags.DEFINE_integer("steps", 1000, "Steps of continued pretraining.", lower_bound=20)
+_CACHE_DIR = define_path("cache_dir", None, "Folder of tokenized text; default: in OUT.")
+flags.register_validator(
+  "train_files", lambda files: len(files) in (0, 2), message="train_files are two: books and facts."
+)
+flags.register_validator(
+  "seeds", lambda seeds: all(map(str.isdecimal, seeds)), message="seeds are numbers."
+)
 flags.register_validator(
   "parts",
   lambda parts: set(parts) <= set(PARTS),
@@ -42,17 +64,40 @@ flags.register_validator(
 def main(argv: Sequence[str]) -> None:
   """Runs the missing jobs of the parts, then writes tables and pictures of all results."""
   del argv
-  logging.set_verbosity(logging.WARNING)
+  set_up_logging()
+  if not _TRAIN_FILES.value:  # The trainer logs its steps.
+    logging.set_verbosity(logging.WARNING)
   print(environment())
   out = Path(_OUT.value)
   results = Results(out / "paper.jsonl")
-  inputs = Inputs(_WORKDIR.value, _DOCUMENTS.value, _MAX_DOCUMENTS.value)
+  inputs = Inputs(_WORKDIR.value, _DOCUMENTS.value, _MAX_DOCUMENTS.value, _pretraining(out))
   origin = Path(_WORKDIR.value).name if _WORKDIR.value else "SmolLM2-135M-Instruct Q4_1"
   every = [job for name in _SELECTED.value for job in PARTS[name].make_jobs(inputs)]
   jobs = [job for job in every if re.search(_JOBS.value, job.label)]
   missing = run_jobs(jobs, results, origin=origin, minutes=_MINUTES.value)
   print(f"{len(jobs)} jobs are selected, {missing} of them are missing.")
   write_report(results.all(), out)
+
+
+def _pretraining(out: Path) -> Pretraining | None:
+  """The runs of continued pretraining by the flags; None without --train_files."""
+  if not _TRAIN_FILES.value:
+    return None
+  steps = _STEPS.value
+  books, facts = _TRAIN_FILES.value
+  return Pretraining(
+    folder=out / "continued",
+    cache_dir=Path(_CACHE_DIR.value or out / "continued" / "data"),
+    train_files=(books, facts),
+    runs=tuple(_RUNS.value),
+    seeds=tuple(map(int, _SEEDS.value)),
+    overrides={
+      "num_steps": steps,
+      "warmup_steps": steps // 20,
+      "eval_every": steps,
+      "checkpoint_every": steps,
+    },
+  )
 
 
 if __name__ == "__main__":

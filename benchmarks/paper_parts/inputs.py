@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from benchmarks.paper_parts.pretraining import Pretraining
 from dga_jax import smollm2_demo
 from dga_jax.checkpoint import load_model
 from dga_jax.evaluation.texts import Document, read_documents, token_rows
@@ -26,10 +27,28 @@ class Inputs:
     workdir: checkpoint of the model; None for SmolLM2-135M-Instruct, which is downloaded.
     documents: files of novels, see `read_documents`; may be empty.
     max_documents: novels to use.
+    pretraining: the runs of continued pretraining; None for none.
   """
 
-  def __init__(self, workdir: str | None, documents: Sequence[str], max_documents: int = 2) -> None:
+  def __init__(
+    self,
+    workdir: str | None,
+    documents: Sequence[str],
+    max_documents: int = 2,
+    pretraining: Pretraining | None = None,
+  ) -> None:
     self._workdir, self._documents, self._max_documents = workdir, documents, max_documents
+    self.pretraining = pretraining
+
+  @functools.cached_property
+  def workdir(self) -> str:
+    """The folder of the model's checkpoint."""
+    return str(self._workdir or smollm2_demo.prepare(smollm2_demo.cache_folder()))
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    """Of the model."""
+    return self._loaded[1]
 
   @functools.cached_property
   def family(self) -> Family:
@@ -66,8 +85,7 @@ class Inputs:
 
   @functools.cached_property
   def _loaded(self) -> tuple[Decoder, Tokenizer]:
-    workdir = self._workdir or smollm2_demo.prepare(smollm2_demo.cache_folder())
-    model, _, tokenizer = load_model(workdir)
+    model, _, tokenizer = load_model(self.workdir)
     return model, tokenizer
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from benchmarks.paper_parts import (
   ablations,
   cache,
+  continued,
+  continued_report,
   convergence,
   noise,
   sparsity,
@@ -39,6 +41,7 @@ PARTS = {
   "sparsity": Part(sparsity.make_jobs, sparsity_report.write),
   "ablations": Part(ablations.make_jobs, ablations.write),
   "noise": Part(noise.make_jobs, noise.write),
+  "continued": Part(continued.make_jobs, continued_report.write),
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from pallas_kernels.grouped_attention.block_sizes import (
 )
 from pallas_kernels.grouped_attention.kv_sources import (
   kv_cotangent,
+  KVSource,
   KVSources,
   pad_ranges,
 )
@@ -30,6 +32,11 @@ from pallas_kernels.grouped_attention.tile_ranges import (
   sum_heads,
   tile_ranges,
 )
+
+# The dk/dv kernels of focal tokens and groups divide the queries until each program has this many
+# tiles of work. A tile of work has at least this many query tiles.
+_TILES_PER_PROGRAM = 4
+_LEAST_STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,15 +151,11 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
   tile = static.blocks.dkdv
   L = sources.focal.start.shape[-1]
   padded = pad_ranges(sources, query.shape[1] + tile.block_q)
-  whole = query.shape[2] // sources.focal.key.shape[2]
-  # Focal tokens and groups give few long tiles of work: half the query heads in each keep the GPU
-  # busy. The window gives many short ones: all heads in one avoid the partial sums.
-  half = whole // 2 if whole % 2 == 0 else whole
   key_grads = []
-  for name, source, bias, heads in (
-    ("focal", padded.focal, 0.0, half),
-    ("group", padded.group, static.group_bias, half),
-    ("window", padded.window, 0.0, whole),
+  for name, source, bias in (
+    ("focal", padded.focal, 0.0),
+    ("group", padded.group, static.group_bias),
+    ("window", padded.window, 0.0),
   ):
     grads = mosaic_gpu_dkdv(
       query,
@@ -163,7 +166,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
       dout,
       scale=static.scale,
       bias=bias,
-      heads=heads,
+      chunks=1 if name == "window" else _query_chunks(query, source, static.programs, tile.block_q),
       tile=tile,
       programs=static.programs,
       name=name,
@@ -172,6 +175,20 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     dk, dv = (sum_heads(x, source) for x in grads)
     key_grads.append((dk, dv))
   return pcast_like(query, dq), kv_cotangent(pcast_like(query, key_grads))
+
+
+def _query_chunks(query: Array, source: KVSource, programs: int, block_q: int) -> int:
+  """Chunks of the queries, so that a source with few keys occupies all programs.
+
+  The focal tokens and the groups are few, and nearly all queries see each of them. The window needs
+  no chunks: its keys are as many as the queries.
+  """
+  B, L, H, _ = query.shape
+  _, S, N, _ = source.key.shape
+  tiles = math.ceil(S / KEYS) * B * N
+  steps = H // N * math.ceil(L / block_q)  # of a tile that every query sees
+  most = max(1, steps // _LEAST_STEPS)
+  return min(most, max(1, _TILES_PER_PROGRAM * programs // tiles))
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -2,6 +2,10 @@
 
 A program holds 128 keys, 64 for each computing warpgroup, while a third warpgroup loads the queries
 that see them, tile by tile, head by head. All products are transposed: keys are rows.
+
+A source with few keys has fewer key tiles than a GPU has multiprocessors. The queries that see a
+key tile are then divided into chunks, each chunk is a tile of work, and the caller adds the partial
+sums of the chunks. The order of all additions is fixed, so results repeat bit for bit.
 """
 
 import functools
@@ -27,7 +31,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   WORKERS,
   zero_accumulator,
 )
-from pallas_kernels.grouped_attention.tile_ranges import loop_span, Span
+from pallas_kernels.grouped_attention.tile_ranges import chunk_of_span, loop_span, Span
 from pallas_kernels.kernel_common import LOG2_E
 
 KEYS = ROWS * WORKERS  # of one program
@@ -60,21 +64,21 @@ class Buffers(NamedTuple):
 
 
 class KeyTileCoords(NamedTuple):
-  """A tile of work: keys of one KV head, and the query heads that start at `head`."""
+  """A tile of work: keys of one KV head, and a chunk of the queries that see the keys."""
 
   batch: Array
   kv_head: Array
   bound_head: Array | int
   first_key: Array
-  part: Array
-  head: Array
+  part: Array  # index of the partial sum: (KV head, chunk)
+  head: Array  # the first query head
 
 
 class KeyTileSchedule(NamedTuple):
   """The order in which all warpgroups of a program go through its work. Static."""
 
-  grid: tuple[int, int, int]  # tiles of keys, batch, groups of query heads
-  heads: int  # query heads of a tile of work
+  grid: tuple[int, int, int]  # tiles of keys, batch, KV heads · chunks
+  chunks: int
   heads_per_kv: int
   block_q: int
 
@@ -85,10 +89,11 @@ class KeyTileSchedule(NamedTuple):
     def steps(info: Any, carry: Array) -> Array:
       # Most queries see early keys: these go first.
       number, batch, part = info.index
-      head = part * self.heads
-      kv_head = lax.div(head, jnp.int32(self.heads_per_kv))
+      kv_head, chunk = lax.div(part, jnp.int32(self.chunks)), lax.rem(part, jnp.int32(self.chunks))
       bound_head = 0 if spans_ref.shape[1] == 1 else kv_head
       span = Span(*(spans_ref[batch, bound_head, number, i] for i in range(4)))
+      span = chunk_of_span(span, chunk, self.chunks, self.block_q)
+      head = kv_head * self.heads_per_kv
       coords = KeyTileCoords(batch, kv_head, bound_head, number * KEYS, part, head)
       return body(coords, span, info.local_index, carry)
 
@@ -101,7 +106,7 @@ class KeyTileSchedule(NamedTuple):
       step = functools.partial(body, coords.head + i)
       return loop_span(span, self.block_q, step, carry)
 
-    return lax.fori_loop(0, self.heads, one_head, carry)
+    return lax.fori_loop(0, self.heads_per_kv, one_head, carry)
 
 
 def mosaic_gpu_dkdv(
@@ -114,28 +119,28 @@ def mosaic_gpu_dkdv(
   *,
   scale: float,
   bias: float,
-  heads: int,
+  chunks: int,
   tile: MosaicKeyTile,
   programs: int,
   name: str,
   interpret: Any = None,
 ) -> tuple[Array, Array]:
-  """dk and dv of one source, summed over `heads` query heads each: [B, S, H / heads, D].
+  """dk and dv of one source, each a sum over a chunk of the queries: [B, S, N · chunks, D].
 
-  In the operands' dtype if `heads` are all heads of a KV head, else in float32. S is padded to a
-  multiple of 128 keys. The ranges are padded by tile.block_q queries.
+  In the operands' dtype with one chunk, else in float32. S is padded to a multiple of 128 keys. The
+  ranges are padded by tile.block_q queries.
 
   Args:
     spans: `query_spans` of the source.
+    chunks: parts of equal size into which the query tiles of each key tile are divided.
     name: of the source, for profiles.
   """
   B, _, H, D = query.shape
   _, S, N, _ = source.key.shape
   dtype = query.dtype
-  whole = heads == H // N
-  schedule = KeyTileSchedule((math.ceil(S / KEYS), B, H // heads), heads, H // N, tile.block_q)
+  schedule = KeyTileSchedule((math.ceil(S / KEYS), B, N * chunks), chunks, H // N, tile.block_q)
   partial = jax.ShapeDtypeStruct(
-    (B, schedule.grid[0] * KEYS, H // heads, D), dtype if whole else jnp.float32
+    (B, schedule.grid[0] * KEYS, N * chunks, D), dtype if chunks == 1 else jnp.float32
   )
   stages, block_q = tile.stages, tile.block_q
   queries = operand_smem((stages, block_q, D), dtype)

@@ -54,6 +54,18 @@ def loop_span[T](
   return lax.fori_loop(0, num_tiles - num_full, straddling, carry)
 
 
+def chunk_of_span(span: Span, chunk: Array, chunks: int, block: int) -> Span:
+  """The part of a span that is chunk number `chunk` of `chunks` equal runs of its tiles.
+
+  The runs are in order, and the last ones are shorter or empty.
+  """
+  num_tiles = lax.div(jnp.maximum(span.last - span.first, 0) + (block - 1), jnp.int32(block))
+  rows = lax.div(num_tiles + (chunks - 1), jnp.int32(chunks)) * block
+  first = span.first + chunk * rows
+  last = jnp.minimum(span.last, first + rows)
+  return Span(first, span.full_first, jnp.minimum(span.full_last, last), last)
+
+
 # The TMA unit copies rows in units of 8: tiles begin at multiples of it.
 ROW_UNIT = 8
 

@@ -11,12 +11,12 @@ import sys
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.grouped_attention import mosaic_gpu_attention
 from pallas_kernels.grouped_attention.block_sizes import (
   MosaicBlocks,
   MosaicKeyTile,
   MosaicQueryTile,
 )
-from pallas_kernels.grouped_attention.mosaic_gpu_attention import grouped_attention_mosaic_gpu
 from tests.pallas_kernels.grouped_attention.kernel_cases import CASES, check_against_reference
 
 # Blocks for one program (`programs=1`), which processes several work tiles and whose warpgroups
@@ -28,8 +28,10 @@ _BLOCKS = MosaicBlocks(
 )
 
 if __name__ == "__main__":
+  # The short sequences of the cases then have several chunks of queries.
+  mosaic_gpu_attention._LEAST_STEPS = 1
   attention = functools.partial(
-    grouped_attention_mosaic_gpu,
+    mosaic_gpu_attention.grouped_attention_mosaic_gpu,
     blocks=_BLOCKS,
     programs=1,
     interpret=plgpu.InterpretGPUParams(detect_races=True),

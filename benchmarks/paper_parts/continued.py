@@ -1,0 +1,170 @@
+"""Continued pretraining (Tables 1 and 2): one run of the trainer for each attention kind.
+
+All runs start from the same model and have the same data, steps and learning rate
+(configs/smollm2_continued.py). Each has three results: the training itself, the loss by position on
+held-out books, and the answers to prompts in which facts are told and asked for later. The run
+"untrained" is the model before training.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.pretraining import Pretraining
+from benchmarks.paper_parts.recall import measure_recall, Recall
+from dga_jax.checkpoint import load_model
+from dga_jax.evaluation.jobs import Job
+from dga_jax.evaluation.perplexity import measure_perplexity
+from dga_jax.evaluation.ruler import RulerTexts
+from dga_jax.evaluation.variants import Family, Variant
+from train.config import to_dict, TrainConfig
+from train.data.pipeline import load_data
+from train.metrics import read_metrics
+from train.setup import train
+
+TASK = "continued"
+UNTRAINED = "untrained"
+_HAY_CHARACTERS = 400_000  # Of each book in which facts are hidden.
+
+
+class _Evaluated:
+  """The texts of the evaluation, and the model of one run at a time."""
+
+  def __init__(self, inputs: Inputs, recall: Recall) -> None:
+    self._inputs, self.recall = inputs, recall
+    self._last: tuple[str, Family] | None = None
+
+  @functools.cached_property
+  def books(self) -> str:
+    """The name of the first corpus."""
+    return next(iter(self._inputs.corpora))
+
+  @functools.cached_property
+  def texts(self) -> RulerTexts:
+    documents = self._inputs.corpora[self.books]
+    texts = [document.text[:_HAY_CHARACTERS] for document in documents]
+    return RulerTexts(texts, self._inputs.tokenizer)
+
+  def family(self, workdir: str) -> Family:
+    """The newest model of a workdir, with its own attention kind."""
+    if self._last is None or self._last[0] != workdir:
+      self._last = None  # The memory of the model before.
+      model, _, tokenizer = load_model(workdir)
+      self._last = (workdir, Family(model, tokenizer.start_ids))
+    return self._last[1]
+
+
+def make_jobs(inputs: Inputs) -> Iterator[Job]:
+  """The preparation of the data, then three jobs for each seed and run; two for the model before.
+
+  Without `inputs.pretraining` there are none.
+  """
+  settings = inputs.pretraining
+  if settings is None:
+    return
+  evaluated = _Evaluated(inputs, settings.recall)
+  dense = settings.config("dense", 0, inputs.workdir)
+  yield _job("data", 0, "prepared", dense, functools.partial(_prepare, dense, inputs, settings))
+  yield from _evaluation_jobs(inputs, settings, evaluated, UNTRAINED, dense, inputs.workdir)
+  for seed in settings.seeds:
+    for run in settings.runs:
+      config = settings.config(run, seed, inputs.workdir)
+      name = Path(run).stem
+      workdir = settings.folder / f"{name}_{seed}"
+      yield _job(name, seed, "train", config, functools.partial(_train, config, workdir))
+      yield from _evaluation_jobs(inputs, settings, evaluated, name, config, str(workdir))
+
+
+def _evaluation_jobs(
+  inputs: Inputs,
+  settings: Pretraining,
+  evaluated: _Evaluated,
+  run: str,
+  config: TrainConfig,
+  workdir: str,
+) -> Iterator[Job]:
+  length = config.data.sequence_length
+
+  def loss() -> dict[str, Any]:
+    rows = inputs.rows(evaluated.books, length, settings.rows_per_book)
+    family = evaluated.family(workdir)
+    return measure_perplexity(family, Variant(run), rows, settings.perplexity)
+
+  def recall() -> dict[str, Any]:
+    family = evaluated.family(workdir)
+    return measure_recall(family, inputs.tokenizer, evaluated.texts, settings.recall)
+
+  seed = config.seed
+  yield _job(run, seed, "loss", config, loss, settings.rows_per_book, vars(settings.perplexity))
+  yield _job(run, seed, "recall", config, recall, dataclasses.asdict(settings.recall))
+
+
+def _job(
+  run: str,
+  seed: int,
+  measure: str,
+  config: TrainConfig,
+  function: Callable[[], dict[str, Any]],
+  *settings: Any,
+) -> Job:
+  def measured(tick: Callable[[], Any]) -> dict[str, Any]:
+    result = function()
+    tick()
+    return result
+
+  values = to_dict(config)
+  values.pop("init_from")  # Paths of one machine are no part of a result.
+  values["data"].pop("cache_dir")
+  values["data"]["train_files"] = [Path(file).name for file in config.data.train_files]
+  return Job(
+    fields={"task": TASK, "run": run, "seed": seed, "measure": measure},
+    depends_on=[values, *settings],
+    ticks=1,
+    run=measured,
+  )
+
+
+def _prepare(config: TrainConfig, inputs: Inputs, settings: Pretraining) -> dict[str, Any]:
+  """Tokenizes the data once; the runs find them in the same folder."""
+  begin = time.perf_counter()
+  data = load_data(
+    config.data, settings.folder, seed=0, batch_size=config.batch_size, tokenizer=inputs.tokenizer
+  )
+  data.close()
+  sizes = {Path(file).name: Path(file).stat().st_size for file in config.data.train_files}
+  return {"bytes": sizes, "preparation_seconds": time.perf_counter() - begin}
+
+
+def _train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
+  """Trains or continues the run; the numbers of its metrics.jsonl.
+
+  Raises:
+    InterruptedError: a signal has stopped the run; its step is saved.
+  """
+  begin = time.perf_counter()
+  if not train(config, workdir):
+    raise InterruptedError(f"The run in {workdir} was stopped. The same command continues it.")
+  records = read_metrics(workdir)
+  steps = [record for record in records if "loss" in record]
+  held_out = [record for record in records if "eval_loss" in record]
+  last = steps[-1]
+  names = ("step_seconds", "tokens_per_second", "mfu", "device_memory_bytes", "host_memory_bytes")
+  return {
+    "steps": config.num_steps,
+    "tokens": config.num_steps * config.batch_size * config.data.sequence_length,
+    "losses": [round(record["loss"], 4) for record in steps],
+    "held_out": [
+      {
+        "step": record["step"],
+        "losses": {Path(name).name: loss for name, loss in record["eval_loss_by_corpus"].items()},
+      }
+      for record in held_out
+    ],
+    "training_seconds": time.perf_counter() - begin,
+    "data_wait_seconds": sum(record["data_wait_seconds"] for record in steps),
+    **{name: last[name] for name in names if name in last},
+  }

@@ -1,0 +1,164 @@
+"""Tables and pictures of continued pretraining."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.paper_parts.plots import label, make_figure, save
+from dga_jax.evaluation.report import markdown
+
+_LABELS = {
+  "untrained": "dense, before training",
+  "dense": "dense",
+  "global": "DGA global, m = 16, γ = 0.1",
+  "streaming_quarter": "DGA streaming, a quarter of the keys",
+  "streaming_eighth": "DGA streaming, an eighth of the keys",
+  "window_quarter": "sinks and window, a quarter of the keys",
+  "duo_quarter": "15 full heads, window in the others, a quarter",
+  "budgets_quarter": "15 full heads, DGA in the others, a quarter",
+}
+
+type Results = Sequence[Mapping[str, Any]]  # One for each seed.
+type ByRun = Mapping[str, Mapping[str, Results]]  # By run, and by measure.
+
+
+def write(results: Results, out: Path) -> str:
+  """Writes continued.png to a folder; returns the tables.
+
+  Results of runs with another number of steps than the newest result are left out.
+  """
+  steps = results[-1]["depends_on"][0]["num_steps"]
+  results = [one for one in results if one["depends_on"][0]["num_steps"] == steps]
+  by_run: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+  for result in results:
+    if result["run"] != "data":
+      by_run.setdefault(result["run"], {}).setdefault(result["measure"], []).append(result)
+  names = [name for name in _LABELS if name in by_run]
+  names += sorted(set(by_run) - set(names))
+  tables = [
+    _losses({name: by_run[name] for name in names}),
+    _recall({name: by_run[name]["recall"] for name in names if "recall" in by_run[name]}),
+    _trainings({name: by_run[name]["train"] for name in names if "train" in by_run[name]}),
+  ]
+  _plot({name: by_run[name] for name in names}, out / "continued.png")
+  return "\n\n".join(table for table in tables if table)
+
+
+def _losses(by_run: ByRun) -> str:
+  """Held-out losses: over whole rows and of the last tokens in decoding, over dense trained alike.
+
+  The ratio of perplexities is that of the last tokens, which every kind decodes.
+  """
+  dense = by_run.get("dense", {}).get("loss")
+  rows = []
+  for name, measures in by_run.items():
+    if "loss" not in measures:
+      continue
+    decoded = np.array([one["last"]["decoded_loss"] for one in measures["loss"]])
+    whole = np.array([one["loss"] for one in measures["loss"]])
+    ratio = ""
+    if dense:
+      baseline = np.mean([one["last"]["decoded_loss"] for one in dense])
+      ratio = f"{np.exp(decoded.mean() - baseline):.4f}"
+    budget = measures["loss"][0]["budget"]
+    rows.append(
+      [
+        _LABELS.get(name, name),
+        str(len(decoded)),
+        f"{budget['share']:.1%}",
+        f"{whole.mean():.4f}",
+        _with_spread(decoded),
+        ratio,
+      ]
+    )
+  if not rows:
+    return ""
+  header = ["attention", "seeds", "cache", "loss", "loss of the last tokens", "perplexity/dense"]
+  return markdown(header, rows)
+
+
+def _recall(by_run: Mapping[str, Results]) -> str:
+  if not by_run:
+    return ""
+  shares = {name: [_shares(one) for one in results] for name, results in by_run.items()}
+  every = [one for results in shares.values() for one in results]
+  rows = []
+  for task in every[0]:
+    if all(task in one for one in every):
+      means = [np.mean([one[task] for one in results]) for results in shares.values()]
+      rows.append([task.replace("_", " "), *(f"{mean:.0%}" for mean in means)])
+  return markdown(["task", *(_LABELS.get(name, name) for name in by_run)], rows)
+
+
+def _shares(result: Mapping[str, Any]) -> dict[str, float]:
+  """The share of right answers by task."""
+  shares = {task: one["share"] for task, one in result["retrieval"].items()}
+  return shares | {f"RULER {task}": one["score"] for task, one in result["ruler"].items()}
+
+
+def _trainings(by_run: Mapping[str, Results]) -> str:
+  if not by_run:
+    return ""
+  rows = []
+  for name, results in by_run.items():
+    one = results[0]
+    memory = one.get("device_memory_bytes")
+    before, after = (_by_corpus(one["held_out"][at]) for at in (0, -1))
+    rows.append(
+      [
+        _LABELS.get(name, name),
+        str(one["steps"]),
+        f"{one['tokens'] / 1e6:.1f} M",
+        f"{one['tokens_per_second']:,.0f}",
+        f"{one['mfu']:.1%}",
+        "" if memory is None else f"{memory / 1e9:.1f} GB",
+        f"{one['training_seconds']:.0f} s",
+        before,
+        after,
+      ]
+    )
+  header = [
+    "attention", "steps", "tokens", "tokens/s", "MFU", "memory", "time",
+    "held-out loss before", "after",
+  ]  # fmt: skip
+  return markdown(header, rows)
+
+
+def _by_corpus(evaluation: Mapping[str, Any]) -> str:
+  """The held-out loss of each corpus, in the order of the training files."""
+  return ", ".join(f"{Path(name).stem} {loss:.4f}" for name, loss in evaluation["losses"].items())
+
+
+def _with_spread(values: np.ndarray) -> str:
+  if len(values) == 1:
+    return f"{values[0]:.4f}"
+  return f"{values.mean():.4f} ({', '.join(f'{value:.4f}' for value in values)})"
+
+
+def _plot(by_run: ByRun, path: Path) -> None:
+  """The loss by position above that of dense attention, and the training losses."""
+  figure, (by_position, by_step) = make_figure(2, "Continued pretraining of SmolLM2-135M")
+  dense = by_run.get("dense", {}).get("loss")
+  for index, (name, measures) in enumerate(by_run.items()):
+    style: dict[str, Any] = {"color": f"C{index}", "label": _LABELS.get(name, name)}
+    if dense and "loss" in measures and name != "dense":
+      pairs = zip(measures["loss"][0]["by_position"], dense[0]["by_position"], strict=True)
+      middles, excess = zip(
+        *(((one["from"] + one["to"]) / 2, one["loss"] - base["loss"]) for one, base in pairs),
+        strict=True,
+      )
+      by_position.plot(middles, excess, "o-", ms=3, **style)
+    if "train" in measures:
+      losses = np.array(measures["train"][0]["losses"])
+      window = max(1, len(losses) // 20)
+      smooth = np.convolve(losses, np.ones(window) / window, "valid")
+      by_step.plot(np.arange(len(smooth)) + window, smooth, lw=1, **style)
+  by_position.axhline(0, color="black", lw=0.8)
+  label(by_position, "held-out loss above dense", "position", "nats per token")
+  label(by_step, "training loss, moving average", "step", "nats per token")
+  for axes in (by_position, by_step):
+    if axes.get_legend_handles_labels()[0]:
+      axes.legend(fontsize=6, loc="upper right")
+  save(figure, path)

@@ -1,0 +1,49 @@
+"""Settings of the runs of continued pretraining, which all runs have in common."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper_parts.recall import Recall
+from configs.smollm2_continued import ATTENTION, get_config
+from dga_jax.evaluation.perplexity import PerplexitySettings
+from train.config import make_config, TrainConfig
+
+_PERPLEXITY = PerplexitySettings(batch_size=8, always_decode=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretraining:
+  """What the runs have in common.
+
+  Attributes:
+    folder: for the runs.
+    cache_dir: for the prepared data, which processes may share.
+    train_files: two entries with equal weights: books, and documents of train.make_facts.
+    runs: keys of configs.smollm2_continued.ATTENTION, or JSON files of head budgets.
+    seeds: of the order of the data.
+    overrides: values of TrainConfig that differ from the config file.
+    rows_per_book: rows of the held-out loss from each book.
+    perplexity: settings of the held-out loss.
+    recall: the prompts.
+  """
+
+  folder: Path
+  cache_dir: Path
+  train_files: tuple[str, str]
+  runs: tuple[str, ...] = tuple(ATTENTION)
+  seeds: tuple[int, ...] = (0,)
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  rows_per_book: int = 2
+  perplexity: PerplexitySettings = _PERPLEXITY
+  recall: Recall = dataclasses.field(default_factory=Recall)
+
+  def config(self, run: str, seed: int, init_from: str) -> TrainConfig:
+    """The training config of a run."""
+    values = get_config(run)
+    values.update(self.overrides)
+    values.seed, values.init_from = seed, init_from
+    values.data.train_files = self.train_files
+    values.data.cache_dir = str(self.cache_dir)
+    return make_config(values)

@@ -1,0 +1,118 @@
+"""Continued pretraining of SmolLM2-135M at 8192 tokens, one run for each attention kind.
+
+  ./workspace smollm2   # downloads and imports the model
+  python -m train.make_facts --texts=books.txt --output=facts.jsonl
+  python -m train.main --config=configs/smollm2_continued.py:streaming_quarter --workdir=DIR \
+    --config.init_from=MODEL --config.data.train_files="('books.txt','facts.jsonl')"
+
+All runs have the same data, steps and learning rate: 65 536 tokens a step, half of the rows pieces
+of books, half of them documents in which facts are told and asked for later. The text after the
+colon is a key of ATTENTION, or a JSON file of head budgets that `dga calibrate` wrote.
+`./workspace bench paper --parts=continued` trains and evaluates every run.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+_LAYERS, _KV_HEADS = 30, 3
+# Layers whose KV heads stay full in the two budgets below: the five that lose most without training
+# if they have a raw window of 4 blocks while all others stay dense.
+_FULL_LAYERS = (7, 17, 18, 20, 23)
+
+
+def _full_layers_and(setting: dict[str, Any]) -> dict[str, Any]:
+  """Budgets with the heads of `_FULL_LAYERS` full and all others under one setting."""
+  assignment = [[int(layer not in _FULL_LAYERS)] * _KV_HEADS for layer in range(_LAYERS)]
+  return {"settings": ["full", setting], "assignment": assignment}
+
+
+def _streaming(group_size: int, local_window: int) -> dict[str, Any]:
+  return {
+    "selection": "streaming",
+    "group_size": group_size,
+    "focal_per_block": 2,
+    "sink_tokens": 4,
+    "local_window": local_window,
+  }
+
+
+# Fields of ModelConfig. "quarter" and "eighth" are the keys of a cache of 8192 tokens, at most 2048
+# and 1024 in the mean over heads.
+ATTENTION: dict[str, dict[str, Any]] = {
+  "dense": {"attention": "dense"},
+  "global": {"attention": "dga", "dga": {"selection": "global"}},  # The paper's: m = 16, γ = 0.1.
+  "streaming_quarter": {"attention": "dga", "dga": _streaming(30, local_window=38)},
+  "streaming_eighth": {"attention": "dga", "dga": _streaming(30, local_window=6)},
+  "window_quarter": {
+    "attention": "head_budgets",
+    "head_budgets": {
+      "settings": [{"window": 2044, "sinks": 4}],
+      "assignment": [[0] * _KV_HEADS] * _LAYERS,
+    },
+  },
+  # The form of DuoAttention: full heads, and sinks with a window in all others.
+  "duo_quarter": {
+    "attention": "head_budgets",
+    "head_budgets": _full_layers_and({"window": 815, "sinks": 4}),
+  },
+  "budgets_quarter": {
+    "attention": "head_budgets",
+    "head_budgets": _full_layers_and(_streaming(62, local_window=5)),
+  },
+}
+
+
+def get_config(run: str = "streaming_quarter") -> ConfigDict:
+  """A run by its key in ATTENTION, or by a JSON file of head budgets.
+
+  Args:
+    run: the key, or a path that ends in .json.
+
+  Raises:
+    OSError: the file cannot be read.
+    ValueError: no such key, or the file is not JSON.
+  """
+  if run.endswith(".json"):
+    values = json.loads(pathlib.Path(run).read_text(encoding="utf-8"))
+    budgets = {name: values[name] for name in ("settings", "assignment")}
+    attention: dict[str, Any] = {"attention": "head_budgets", "head_budgets": budgets}
+  elif run in ATTENTION:
+    attention = ATTENTION[run]
+  else:
+    raise ValueError(
+      f"run is {run!r}; it must be a JSON file of head budgets or one of {', '.join(ATTENTION)}."
+    )
+  return ConfigDict(
+    {
+      "num_steps": 1000,
+      "batch_size": 8,
+      "learning_rate": 3e-4,
+      "warmup_steps": 50,
+      "log_every": 20,
+      "eval_every": 500,
+      "eval_batches": 4,
+      "checkpoint_every": 500,
+      "keep_checkpoints": 1,
+      "data": {
+        "sequence_length": 8192,
+        "max_documents": 1,  # cuDNN's attention supports no packed documents.
+        "weights": (0.5, 0.5),
+        "train_files": ("books.txt", "facts.jsonl"),
+      },
+      "model": {
+        "vocab_size": 49152,
+        "num_layers": _LAYERS,
+        "embed_dim": 576,
+        "num_heads": 9,
+        "num_kv_heads": _KV_HEADS,
+        "head_dim": 64,
+        "mlp_dim": 1536,
+        "rope_base": 100000.0,
+        "tie_embeddings": True,
+        **attention,
+      },
+    }
+  )

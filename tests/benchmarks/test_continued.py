@@ -1,0 +1,141 @@
+"""Tests of the continued pretraining of benchmarks/paper.py on tiny models."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.paper_parts import continued, continued_report, recall
+from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.pretraining import Pretraining
+from configs.smollm2_continued import ATTENTION, get_config
+from dga_jax.evaluation.answers import answer
+from dga_jax.evaluation.jobs import run_jobs
+from dga_jax.evaluation.perplexity import PerplexitySettings
+from dga_jax.evaluation.results import Results
+from dga_jax.evaluation.ruler import RulerTexts
+from dga_jax.evaluation.variants import Variant
+from dga_jax.model.flops import cache_keys
+from tests.dga_jax.evaluation.tiny import family, STORY, TOKENIZER, write_checkpoint
+from train.config import make_config
+from train.flags import with_defaults
+
+
+@pytest.mark.parametrize("run", list(ATTENTION))
+def test_every_run_keeps_at_most_its_share_of_the_keys(run: str):
+  config = make_config(with_defaults(get_config(run)))
+  assert config.batch_size * config.data.sequence_length == 65_536
+  shares = {"quarter": 2048, "eighth": 1024}
+  most = next((keys for name, keys in shares.items() if run.endswith(name)), None)
+  if most is not None:
+    assert 0.96 * most <= cache_keys(config.model, 8192) <= most
+
+
+def test_a_run_is_named_by_a_file_of_budgets(tmp_path: Path):
+  budgets = dict(ATTENTION["duo_quarter"]["head_budgets"])
+  path = tmp_path / "found.json"
+  path.write_text(json.dumps(budgets | {"calibration": {"keys": 0.25}}))
+  model = make_config(with_defaults(get_config(str(path)))).model
+  assert model == make_config(get_config("duo_quarter")).model
+  with pytest.raises(ValueError, match="run is 'unknown'; it must be a JSON file"):
+    get_config("unknown")
+
+
+@pytest.mark.parametrize("attention", ["dga", "dense"])
+def test_greedy_answers_are_those_of_the_engine(attention: str):
+  model = family(attention=attention)
+  prompts = [TOKENIZER.encode(STORY * 2)[:size] for size in (40, 41, 70, 79, 80)]
+  got = recall.greedy_answers(
+    model.graphdef(Variant("own"), 80), model.params, TOKENIZER, prompts, new_tokens=9, batch_size=2
+  )
+  want = answer(model.model(Variant("own"), 80), TOKENIZER, prompts, new_tokens=9, batch_size=2)
+  assert got == want
+
+
+def test_recall_scores_every_task(monkeypatch: pytest.MonkeyPatch):
+  """Where every prediction holds the answers, every score is 1."""
+  settings = recall.Recall(lengths=(1500, 3000), depths=(0.2, 0.8), samples=1, ruler_samples=2)
+  texts = RulerTexts([STORY * 40], TOKENIZER)
+  answers: dict[tuple[int, ...], str] = {}
+  sample, make = RulerTexts.sample, type(texts.hay).sample
+
+  def remember_ruler(self: RulerTexts, *args: Any, **kwargs: Any) -> Any:
+    prompt = sample(self, *args, **kwargs)
+    answers[tuple(prompt.tokens)] = " ".join(prompt.answers)
+    return prompt
+
+  def remember(self: Any, *args: Any, **kwargs: Any) -> Any:
+    one = make(self, *args, **kwargs)
+    answers[tuple(one.tokens)] = one.answer
+    return one
+
+  monkeypatch.setattr(RulerTexts, "sample", remember_ruler)
+  monkeypatch.setattr(type(texts.hay), "sample", remember)
+  monkeypatch.setattr(
+    recall, "greedy_answers",
+    lambda graphdef, params, tokenizer, prompts, **_: [answers[tuple(one)] for one in prompts],
+  )  # fmt: skip
+  result = recall.measure_recall(family(), TOKENIZER, texts, settings)
+  assert {one["share"] for one in result["retrieval"].values()} == {1.0}
+  assert {one["score"] for one in result["ruler"].values()} == {1.0}
+  assert len(result["retrieval"]) == 10
+  assert len(result["ruler"]) == 7
+
+
+def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  workdir = write_checkpoint(tmp_path / "model")
+  for name in ("books.txt", "facts.txt"):
+    (tmp_path / name).write_text("\0".join(f"{name} {index} {STORY * 3}" for index in range(40)))
+  settings = Pretraining(
+    folder=tmp_path / "runs",
+    cache_dir=tmp_path / "data",
+    train_files=(str(tmp_path / "books.txt"), str(tmp_path / "facts.txt")),
+    runs=("dense", "streaming_eighth"),
+    overrides={
+      "num_steps": 3, "warmup_steps": 1, "batch_size": 2, "eval_every": 3, "eval_batches": 1,
+      "checkpoint_every": 3, "loss_chunk": 32, "log_every": 1,
+      "data": {"sequence_length": 64}, "model": {"dtype": "float32"},
+    },
+    perplexity=PerplexitySettings(batch_size=2, targets=8, buckets=4, always_decode=False),
+  )  # fmt: skip
+  (tmp_path / "novels.txt").write_text(STORY * 20)
+  inputs = Inputs(str(workdir), [str(tmp_path / "novels.txt")], 1, settings)
+  monkeypatch.setattr(
+    continued, "measure_recall",
+    lambda family, tokenizer, texts, recall: {
+      "retrieval": {"passkey 64": {"share": 0.5}}, "ruler": {"single": {"score": 0.25}},
+    },
+  )  # fmt: skip
+  results = Results(tmp_path / "paper.jsonl")
+  jobs = list(continued.make_jobs(inputs))
+  assert [job.label for job in jobs] == [
+    "continued data 0 prepared",
+    "continued untrained 0 loss",
+    "continued untrained 0 recall",
+    *(f"continued {run} 0 {what}" for run in settings.runs for what in ("train", "loss", "recall")),
+  ]
+  assert run_jobs(jobs, results, origin="tiny") == 0
+  by_label = {(one["run"], one["measure"]): one for one in results.all()}
+  for run in settings.runs:
+    trained = by_label[run, "train"]
+    assert len(trained["losses"]) == trained["steps"] == 3
+    assert trained["tokens"] == 3 * 2 * 64
+    assert [one["step"] for one in trained["held_out"]] == [0, 3]
+    assert set(trained["held_out"][0]["losses"]) == {"books.txt", "facts.txt"}
+    # Training lowers the loss, and the evaluation measures the trained model.
+    before, after = (sum(one["losses"].values()) for one in trained["held_out"])
+    assert after < before
+    assert by_label[run, "loss"]["loss"] < by_label["untrained", "loss"]["loss"]
+  assert str(tmp_path) not in json.dumps([one["depends_on"] for one in results.all()])
+  # A second start measures nothing, and a longer run is another result.
+  again = list(continued.make_jobs(inputs))
+  assert {job.key for job in again} == {job.key for job in jobs}
+  longer = dataclasses.replace(settings, overrides={**settings.overrides, "num_steps": 4})
+  inputs.pretraining = longer
+  assert not {job.key for job in continued.make_jobs(inputs)} & {job.key for job in jobs}
+  text = continued_report.write(results.all(), tmp_path)
+  assert "| DGA streaming, an eighth of the keys | 1 |" in text
+  assert "| RULER single | 25% | 25% | 25% |" in text
+  assert (tmp_path / "continued.png").stat().st_size > 1000
