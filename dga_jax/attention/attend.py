@@ -106,9 +106,9 @@ def merge_tokens(
   """
   config, streaming = metadata.config, metadata.by_selection
   validation.focal_scores(focal_scores, key, config)
-  visibility = streaming.visibility if isinstance(streaming, StreamingMetadata) else None
   # Sinks are focal tokens outside the blocks, so their positions come from a layout.
-  if visibility is None or config.sink_tokens > 0:
+  needs_plan = not config.causal or config.sink_tokens > 0
+  if not isinstance(streaming, StreamingMetadata) or needs_plan:
     plan = make_plan(query, key, metadata, focal_scores)
     return merge_planned(query, key, value, plan, implementation=implementation)
   query, key, value = zero_padding(metadata.documents, query, key, value)
@@ -123,7 +123,8 @@ def merge_tokens(
     scale=merge_scale(config, query.shape[-1]),
     implementation=merging_implementation(implementation),
   )
-  return Merged(query, visibility.sources(entries))
+  assert streaming.visibility is not None  # Causal streaming selection has it.
+  return Merged(query, streaming.visibility.sources(entries))
 
 
 def make_plan(

@@ -1,4 +1,4 @@
-"""On a GPU the kernels of head settings and encoders compute the float32 reference and gradients."""
+"""On a GPU the kernels of head settings and encoders compute the reference and its gradients."""
 
 from typing import Any
 
