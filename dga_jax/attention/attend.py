@@ -100,7 +100,7 @@ def merge_tokens(
 ) -> Merged:
   """Chooses focal tokens and merges the others into groups.
 
-  Streaming selection on rows of one document needs neither a layout nor a focal mask: its
+  Causal streaming selection on rows of one document needs neither a layout nor a focal mask: its
   visibility is part of the metadata, one op chooses in the blocks and merges them, and the sinks
   are the first tokens of the row.
   """
@@ -108,7 +108,8 @@ def merge_tokens(
   validation.focal_scores(focal_scores, key, config)
   # Sinks of packed documents are anywhere in the row, so their positions come from a layout.
   packed_sinks = config.sink_tokens > 0 and metadata.documents.rows == "packed"
-  if not isinstance(streaming, StreamingMetadata) or packed_sinks:
+  needs_plan = packed_sinks or not config.causal
+  if not isinstance(streaming, StreamingMetadata) or needs_plan:
     plan = make_plan(query, key, metadata, focal_scores)
     return merge_planned(query, key, value, plan, implementation=implementation)
   query, key, value = zero_padding(metadata.documents, query, key, value)
@@ -129,6 +130,7 @@ def merge_tokens(
       focal_key=_after_sinks(entries.window_key, entries.focal_key, config),
       focal_value=_after_sinks(entries.window_value, entries.focal_value, config),
     )
+  assert streaming.visibility is not None  # Causal streaming selection has it.
   return Merged(query, streaming.visibility.sources(entries))
 
 
@@ -192,7 +194,7 @@ def merge_planned(
     value,
     *plan.layout,
     scale=merge_scale(config, query.shape[-1]),
-    reorder_window=config.selection != "streaming",
+    reorder_window=plan.window_lists_members,
     implementation=merging_implementation(implementation),
   )
   return Merged(query, plan.visibility.sources(entries))
@@ -234,11 +236,17 @@ def attention_kwargs(
   query: Array, config: DGAConfig, scale: float | Float[Array, ""] | None
 ) -> dict[str, Any]:
   """Keyword arguments of `grouped_attention`, but for `implementation`."""
-  streaming = config.selection == "streaming"
+  if not config.causal:
+    # A query sees up to 2w + 1 groups raw. The windows of the queries of a tile cover one more.
+    max_window = (2 * config.local_window + 2) * config.group_size
+  elif config.selection == "streaming":
+    max_window = cache_layout(config).raw_size
+  else:
+    max_window = config.group_size
   return {
     "scale": query.shape[-1] ** -0.5 if scale is None else scale,
     "group_bias": math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0,
-    "max_window": cache_layout(config).raw_size if streaming else config.group_size,
+    "max_window": max_window,
   }
 
 

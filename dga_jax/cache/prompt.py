@@ -14,6 +14,7 @@ from dga_jax.attention.segments import find_documents
 from dga_jax.attention.selection import comparable_scores
 from dga_jax.attention.validation import focal_scores as validate_scores
 from dga_jax.attention.validation import (
+  is_causal,
   Lengths,
   query_and_key,
   rows,
@@ -152,6 +153,7 @@ def _prepared(
   query_and_key(query, key)
   value_like_key(value, key)
   validate_scores(focal_scores, key, config)
+  is_causal(config, "a cache")
   batch, length = key.shape[:2]
   validation.prompt_fits(length, max_length)
   lengths, _ = rows(batch, length, lengths, None)

@@ -28,6 +28,7 @@ class Case:
     group_size: m.
     focal_rate: probability that a token is focal, under global selection.
     streaming: whether the ranges are those of streaming selection.
+    bidirectional: whether the ranges are those of bidirectional attention.
     shared_bounds: whether all KV heads share one array of bounds.
     group_bias: bias of the logits of groups.
     dtype: dtype of query, keys and values.
@@ -42,6 +43,7 @@ class Case:
   group_size: int = 4
   focal_rate: float = 0.25
   streaming: bool = False
+  bidirectional: bool = False
   shared_bounds: bool = False
   group_bias: float = 0.0
   dtype: str = "float32"
@@ -52,6 +54,7 @@ class Case:
     rng = np.random.default_rng(seed)
     bound_heads = 1 if self.shared_bounds else self.kv_heads
     make = self._streaming_row if self.streaming else self._sorted_row
+    make = self._bidirectional_row if self.bidirectional else make
     fields_BxnxFxL = np.stack(
       [np.stack([make(rng, row) for _ in range(bound_heads)]) for row in self.documents]
     )
@@ -71,6 +74,7 @@ class Case:
       none = jnp.zeros_like(sources[1].start)
       sources[1] = KVSource(sources[1].key[:, :0], sources[1].value[:, :0], none, none)
     block = self.group_size + 1 if self.streaming else self.group_size
+    block = 2 * block if self.bidirectional else block
     options = {"scale": D**-0.5, "group_bias": self.group_bias, "max_window": block}
     return query, KVSources(*sources), options
 
@@ -88,6 +92,22 @@ class Case:
       row = np.stack([zero, seen_f, zero, groups, groups * m, seen_c])
       columns.append(row + np.repeat(base, 2)[:, None])
       base += [seen_f[-1], groups[-1], seen_c[-1]]
+    return self._pad(columns, base)
+
+  def _bidirectional_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
+    """Ranges of bidirectional attention: all focal tokens, groups of a list that repeats them."""
+    m = self.group_size
+    base = np.zeros(3, int)
+    columns = []
+    for length in documents:
+      focal = rng.random(length) < self.focal_rate
+      focal[np.flatnonzero(~focal)[(~focal).sum() // m * m :]] = True
+      upto = np.cumsum(~focal)
+      first, last = (upto - ~focal) // m, -(-upto // m)  # The own group of a query.
+      zero, groups = np.zeros(length, int), upto[-1] // m
+      row = np.stack([zero, zero + focal.sum(), last, groups + first, first * m, last * m])
+      columns.append(row + np.repeat(base, 2)[:, None])
+      base += [focal.sum(), 2 * groups, groups * m]
     return self._pad(columns, base)
 
   def _streaming_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
@@ -128,6 +148,9 @@ CASES = {
   ),
   "without_groups": Case(
     documents=((75,),), length=75, streaming=True, shared_bounds=True, without_groups=True
+  ),
+  "bidirectional": Case(
+    documents=((70, 21), (90,)), length=96, bidirectional=True, query_heads=4, kv_heads=2
   ),
   "wide_window": Case(documents=((130,),), length=130, streaming=True, group_size=59),
   "wide_head": Case(documents=((70,),), length=70, head_dim=128),
@@ -196,6 +219,15 @@ GPU_CASES = {
     head_dim=128,
     dtype="bfloat16",
     without_groups=True,
+  ),
+  "bidirectional": Case(
+    documents=((700, 211), (990,)),
+    length=1000,
+    bidirectional=True,
+    query_heads=4,
+    kv_heads=2,
+    group_size=16,
+    dtype="bfloat16",
   ),
   "wide_window": Case(
     documents=((1500,),), length=1500, streaming=True, group_size=399, dtype="bfloat16"
