@@ -46,6 +46,7 @@ _LATENCY = flags.DEFINE_bool(
   "latency", False, "Also measure the times of the ablations, for 8 sequences, and decoding."
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", get_args(DtypeName), "Dtype of the activations.")
+_BUDGETS = define_paths("budgets", "For the shares: JSON files of calibrated budgets.")
 _TRAIN_FILES = define_paths("train_files", "For continued pretraining: books, and facts.")
 _RUNS = flags.DEFINE_list(
   "runs",
@@ -84,6 +85,7 @@ def main(argv: Sequence[str]) -> None:
     _pretraining(out),
     Ablation(_LENGTH.value, 8 if _LATENCY.value else None),
     cast(DtypeName, _DTYPE.value),
+    _BUDGETS.value,
   )
   origin = Path(_WORKDIR.value).name if _WORKDIR.value else "SmolLM2-135M-Instruct Q4_1"
   every = [job for name in _SELECTED.value for job in PARTS[name].make_jobs(inputs)]

@@ -113,8 +113,8 @@ _KEYS = flags.DEFINE_float(
   "keys",
   None,
   "Share of a dense cache. Of several --budgets=FILE,FILE, or of the files budgets*.json in"
-  " WORKDIR, use the largest budgets that keep at most this share of --max_length tokens; default of"
-  " that: the context of the model's training.",
+  " WORKDIR, use the largest budgets that keep at most this share of --max_length tokens; without"
+  " that flag, of the context of the model's training.",
   lower_bound=1e-6,
   upper_bound=1.0,
 )

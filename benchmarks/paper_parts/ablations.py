@@ -54,7 +54,7 @@ def _config(**changes: Any) -> DGAConfig:
 def make_jobs(inputs: Inputs) -> Iterator[Job]:
   """One job for each setting: a row of each document of the first corpus."""
   settings = inputs.ablation
-  corpus, length = next(iter(inputs.corpora)), settings.length
+  corpus, length = inputs.books, settings.length
   rows = inputs.rows(corpus, length, 1)
   for name, config in variants().items():
     overrides: dict[str, Any] = {"attention": "dense"}

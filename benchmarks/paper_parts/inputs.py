@@ -13,12 +13,14 @@ from benchmarks.paper_parts.pretraining import Pretraining
 from dga_jax import smollm2_demo
 from dga_jax.checkpoint import load_model
 from dga_jax.choices import DtypeName
+from dga_jax.evaluation.ruler import RulerTexts
 from dga_jax.evaluation.texts import Document, read_documents, token_rows
 from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.model import Decoder
 from dga_jax.tokenizer import Tokenizer
 
 _PYTHON_CHARACTERS = 300_000  # Of each of the two documents of Python source.
+_HAY_CHARACTERS = 400_000  # Of each book in which facts are hidden.
 _CHARACTERS_PER_TOKEN = 12  # More than a text of any corpus has on average.
 
 
@@ -45,6 +47,7 @@ class Inputs:
     pretraining: the runs of continued pretraining; None for none.
     ablation: what the part "ablations" measures.
     dtype: of the activations.
+    budgets: JSON files of calibrated budgets of the model.
   """
 
   def __init__(
@@ -55,10 +58,11 @@ class Inputs:
     pretraining: Pretraining | None = None,
     ablation: Ablation | None = None,
     dtype: DtypeName = "float32",
+    budgets: Sequence[str] = (),
   ) -> None:
     self._workdir, self._documents, self._max_documents = workdir, documents, max_documents
     self.pretraining, self.ablation = pretraining, ablation or Ablation()
-    self._dtype = dtype
+    self._dtype, self.budgets = dtype, tuple(budgets)
 
   @functools.cached_property
   def workdir(self) -> str:
@@ -89,6 +93,17 @@ class Inputs:
     if self._documents:
       corpora["novels"] = read_documents(self._documents)[: self._max_documents]
     return corpora | {"Python": python_source()}
+
+  @property
+  def books(self) -> str:
+    """The name of the first corpus."""
+    return next(iter(self.corpora))
+
+  @functools.cached_property
+  def ruler_texts(self) -> RulerTexts:
+    """The beginnings of the documents of the first corpus, in which facts are hidden."""
+    texts = [document.text[:_HAY_CHARACTERS] for document in self.corpora[self.books]]
+    return RulerTexts(texts, self.tokenizer)
 
   def rows(self, corpus: str, length: int, rows_per_document: int) -> Int[np.ndarray, "B T"]:
     """Rows of `length` inputs and their next tokens from the beginnings of documents.

@@ -77,7 +77,7 @@ def test_recall_scores_every_task(monkeypatch: pytest.MonkeyPatch):
     recall, "greedy_answers",
     lambda graphdef, params, tokenizer, prompts, **_: [answers[tuple(one)] for one in prompts],
   )  # fmt: skip
-  result = recall.measure_recall(family(), TOKENIZER, texts, settings)
+  result = recall.measure_recall(family(), Variant("own"), TOKENIZER, texts, settings)
   assert {one["share"] for one in result["retrieval"].values()} == {1.0}
   assert {one["score"] for one in result["ruler"].values()} == {1.0}
   assert len(result["retrieval"]) == 10
@@ -104,7 +104,7 @@ def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: py
   inputs = Inputs(str(workdir), [str(tmp_path / "novels.txt")], 1, settings)
   monkeypatch.setattr(
     continued, "measure_recall",
-    lambda family, tokenizer, texts, recall: {
+    lambda *_: {
       "retrieval": {"passkey 64": {"share": 0.5}}, "ruler": {"single": {"score": 0.25}},
     },
   )  # fmt: skip

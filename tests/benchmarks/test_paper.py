@@ -227,8 +227,8 @@ def small_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, lis
 def test_the_report_has_every_part_and_a_second_run_measures_nothing(
   tmp_path: Path, small_jobs: dict[str, list[Job]]
 ):
-  # Continued pretraining has tests of its own, in test_continued.py.
-  assert [*small_jobs, "continued"] == [*registry.PARTS]
+  # The other parts have tests of their own, in test_continued.py and test_shares.py.
+  assert [*small_jobs, "shares", "continued"] == [*registry.PARTS]
   jobs = [job for own in small_jobs.values() for job in own]
   out = tmp_path / "out"
   results = Results(out / "paper.jsonl")
