@@ -217,7 +217,7 @@ def fact_documents(
   index = 0
   for text in texts:
     stripped = map(str.strip, re.split(r"\n\s*\n", text))
-    waiting = collections.deque(one for one in stripped if 0 < len(one) <= characters // 2)
+    waiting = collections.deque(one for one in stripped if 0 < len(one) < characters // 2 - 1)
     while waiting:
       rng = random.Random(f"{seed} {index}")
       told = _distinct_facts(rng, facts)
