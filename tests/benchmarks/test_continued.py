@@ -43,10 +43,9 @@ def test_a_run_is_named_by_a_file_of_budgets(tmp_path: Path):
     get_config("unknown")
 
 
-@pytest.mark.parametrize("attention", ["dga", "dense"])
-def test_greedy_answers_are_those_of_the_engine(attention: str):
-  model = family(attention=attention)
-  prompts = [TOKENIZER.encode(STORY * 2)[:size] for size in (40, 41, 70, 79, 80)]
+def test_greedy_answers_are_those_of_the_engine():
+  model = family()
+  prompts = [TOKENIZER.encode(STORY * 2)[:size] for size in (40, 70, 80)]
   got = recall.greedy_answers(
     model.graphdef(Variant("own"), 80), model.params, TOKENIZER, prompts, new_tokens=9, batch_size=2
   )
