@@ -46,7 +46,7 @@ from dga_jax.config import DGAConfig
 from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.texts import read_documents, token_rows
 from dga_jax.files.path_flags import define_path
-from dga_jax.model import Decoder
+from dga_jax.model import Decoder, ModelConfig
 
 _WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)
 _FIT = flags.DEFINE_list("fit_documents", None, "Texts of the fit: .jsonl or .txt.", required=True)
@@ -60,6 +60,9 @@ _WINDOWS = flags.DEFINE_list("windows", ["4", "38"], "Raw blocks before a query'
 _CHOICES = flags.DEFINE_list(
   "choices", ["last_query", "accumulated", "random", "fitted", "oracle"], "Choices to measure."
 )
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["bfloat16", "float32"], "Dtype to compute in; GPUs need bfloat16 for speed."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the random choice.")
 
 
@@ -68,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
   del argv
   results = Results(Path(_OUT.value))
   base, _, tokenizer = load_model(_WORKDIR.value)
-  base = _in_float32(base)
+  base = _dense_in_dtype(base)
   rows, fit_rows = (
     token_rows(read_documents(paths)[:count], tokenizer, _LENGTH.value)
     for paths, count in ((_DOCUMENTS.value, _ROWS.value), (_FIT.value, _FIT_ROWS.value))
@@ -107,7 +110,7 @@ class _Measurer:
     self._results, self._rows = results, rows
 
   def __call__(self, name: str, make_model: Callable[[], Decoder], attend: Any) -> float:
-    key = f"{name} {_LENGTH.value} tokens"
+    key = f"{name} {_LENGTH.value} tokens {_DTYPE.value}"
     if key not in self._results:
       split = nnx.split(make_model())
       losses = [float(_loss(*split, row[None], attend)) for row in self._rows]
@@ -158,7 +161,7 @@ def accumulated(
 ) -> Float[Array, "B L N"]:
   """Attention of each query to the tokens of its block up to itself, summed over the queries.
 
-  Tokens outside of complete blocks get 0.
+  The sums are float32. Tokens outside of complete blocks get 0.
   """
   B, L, H, D = q_BxLxHxD.shape
   N, s = k_BxLxNxD.shape[2], config.block_size
@@ -166,7 +169,8 @@ def accumulated(
   inside = slice(config.sink_tokens, config.sink_tokens + blocks * s)
   q = q_BxLxHxD[:, inside].reshape(B, blocks, s, N, H // N, D)
   k = k_BxLxNxD[:, inside].reshape(B, blocks, s, N, D)
-  logits = jnp.einsum("bgcnrd,bgjnd->bgnrcj", q, k) * D**-0.5
+  products = jnp.einsum("bgcnrd,bgjnd->bgnrcj", q, k, preferred_element_type=jnp.float32)
+  logits = products * D**-0.5
   logits = jnp.where(jnp.tri(s, dtype=bool)[None, None, None, None], logits, -jnp.inf)
   sums = jax.nn.softmax(logits, axis=-1).sum(axis=(3, 4))
   sums_BxTxN = jnp.moveaxis(sums, 2, 3).reshape(B, blocks * s, N)
@@ -174,8 +178,9 @@ def accumulated(
   return jnp.pad(sums_BxTxN, ((0, 0), (config.sink_tokens, after), (0, 0)))
 
 
-def _in_float32(model: Decoder) -> Decoder:
-  config = dataclasses.replace(model.config, dtype="float32", attention="dense")
+def _dense_in_dtype(model: Decoder) -> Decoder:
+  changes = {"dtype": _DTYPE.value, "attention": "dense"}
+  config = ModelConfig.from_dict(model.config.to_dict() | changes)
   changed: Decoder = nnx.merge(abstract_decoder(config)[0], nnx.state(model, nnx.Param))
   return changed
 

@@ -19,10 +19,14 @@ as slots, with prompts of one short chunk, and the time between tokens while all
 
 import concurrent.futures
 import importlib.metadata
+import itertools
 import json
+import math
 import multiprocessing
 import random
 import statistics
+import sys
+import time
 from pathlib import Path
 from typing import cast, get_args
 
@@ -42,10 +46,13 @@ from benchmarks._serve_models import (
 from benchmarks.timing import environment
 from dga_jax.choices import AttentionName
 from dga_jax.files.path_flags import define_path
+from dga_jax.generation.prompt_reader import piece_lengths
 from dga_jax.head_budgets import HeadBudgets, read_head_budgets
+from dga_jax.model import Decoder
 from dga_jax.serving.served_model import ServedModel
+from dga_jax.tokenizer import Tokenizer
 
-_TABLES = ["load", "second_turn", "overhead", "sessions"]
+_TABLES = ["overhead", "second_turn", "load", "sessions"]
 _MESSAGE_TOKENS = 32  # Of the second turn's message, and of the overhead's prompts.
 
 _MODEL = flags.DEFINE_enum("model", "smollm2", ["smollm2", "llama2-7b"], "model to serve")
@@ -83,17 +90,24 @@ def main(argv: list[str]) -> None:
     _print_sessions()
   if tables <= {"sessions"}:
     return
-  models = _models(_MAX_LENGTH.value or max(lengths) + 2 * _NEW.value + 2 * _MESSAGE_TOKENS)
+  models = _models(_MAX_LENGTH.value or _longest(lengths))
   spawn = multiprocessing.get_context("spawn")
   with concurrent.futures.ProcessPoolExecutor(1, spawn) as pool, run_server(models) as url:
     for model in models:  # The first request of a process is slower.
       pool.submit(run_load, _load(model, url, min(lengths))).result()
-    if "load" in tables:
-      _print_load(pool, models, url, lengths)
-    if "second_turn" in tables:
-      _print_second_turn(pool, models, url, lengths)
     if "overhead" in tables:
       _print_overhead(pool, models, url)
+    if "second_turn" in tables:
+      _print_second_turn(pool, models, url, lengths)
+    if "load" in tables:
+      _print_load(pool, models, url, lengths)
+
+
+def _longest(lengths: list[int]) -> int:
+  """Tokens of the longest sequence: a second turn, or a request of the overhead."""
+  turns = max(lengths) + 2 * _NEW.value
+  overhead = _SLOTS.value * _DECODE_CHUNK.value + _NEW.value
+  return max(turns, overhead) + 2 * _MESSAGE_TOKENS
 
 
 def _versions() -> str:
@@ -109,29 +123,37 @@ def _models(max_length: int) -> list[ServedModel]:
     kinds.append((kind, cast(AttentionName, kind), None))
   if _BUDGETS.value is not None:
     kinds.append(("budgets", None, read_head_budgets(_BUDGETS.value)))
-  models = []
-  for name, attention, budgets in kinds:
-    model, tokenizer = load_model(_MODEL.value, _WORKDIR.value, attention, budgets)
-    if _LAYERS.value is not None:
-      model = first_layers(model, _LAYERS.value)
-    served = serve_model(
-      name,
-      model,
-      tokenizer,
-      slots=_SLOTS.value,
-      max_length=max_length,
-      cache_bytes=None if _CACHE_GB.value is None else int(_CACHE_GB.value * 1e9),
-      prompt_chunk=_PROMPT_CHUNK.value,
-      decode_chunk=_DECODE_CHUNK.value,
+  loaded = [
+    load_model(_MODEL.value, _WORKDIR.value, attention, budgets) for _, attention, budgets in kinds
+  ]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(
+      pool.map(_serve, [name for name, *_ in kinds], loaded, itertools.repeat(max_length))
     )
-    engine = served.engine
-    print(
-      f"{name}: {engine.slots} slots of {max_length} tokens,"
-      f" {engine.status().slot_bytes / 1e6:.1f} MB of caches",
-      flush=True,
-    )
-    models.append(served)
-  return models
+
+
+def _serve(name: str, loaded: tuple[Decoder, Tokenizer], max_length: int) -> ServedModel:
+  """A model with its engine, and a line with the time of its compilation."""
+  model, tokenizer = loaded
+  if _LAYERS.value is not None:
+    model = first_layers(model, _LAYERS.value)
+  begin = time.perf_counter()
+  served = serve_model(
+    name,
+    model,
+    tokenizer,
+    slots=_SLOTS.value,
+    max_length=max_length,
+    cache_bytes=None if _CACHE_GB.value is None else int(_CACHE_GB.value * 1e9),
+    prompt_chunk=_PROMPT_CHUNK.value,
+    decode_chunk=_DECODE_CHUNK.value,
+  )
+  seconds, engine = time.perf_counter() - begin, served.engine
+  tqdm.write(
+    f"{name}: {engine.slots} slots of {max_length} tokens,"
+    f" {engine.status().slot_bytes / 1e6:.1f} MB of caches, compiled in {seconds:.0f} s"
+  )
+  return served
 
 
 def _print_load(
@@ -141,12 +163,10 @@ def _print_load(
     "prompt | clients | kind | new tokens/s | first token, s: p50, p99 | between tokens, ms: p50,"
     " p99"
   )
-  jobs = [
-    (length, int(clients), model)
-    for length in lengths
-    for clients in _CLIENTS.value
-    for model in models
-  ]
+  loads = sorted(  # The shortest first.
+    itertools.product(lengths, map(int, _CLIENTS.value)), key=math.prod
+  )
+  jobs = [(length, clients, model) for length, clients in loads for model in models]
   for length, clients, model in _progress(jobs, "loads"):
     load = _load(model, url, length, clients=clients, requests=_REQUESTS.value)
     seconds, answers = pool.submit(run_load, load).result()
@@ -212,13 +232,16 @@ def _print_overhead(pool: concurrent.futures.Executor, models: list[ServedModel]
   _print_head("kind | slots | between tokens, ms: server, engine alone | overhead")
   for model in _progress(models, "overhead"):
     slots, size, rng = model.engine.slots, model.engine.config.vocab_size, random.Random()
+    # Each prompt is one piece, and the prompts enter the slots one by one between decode chunks.
+    length = min(_MESSAGE_TOKENS, piece_lengths(_PROMPT_CHUNK.value)[-1])
+    new_tokens = slots * _DECODE_CHUNK.value + _NEW.value
     served, alone = [], []
     for _ in range(_ROUNDS.value):  # Server and engine alternate.
-      load = _load(model, url, _MESSAGE_TOKENS, clients=slots)
+      load = _load(model, url, length, clients=slots, new_tokens=new_tokens)
       _, answers = pool.submit(run_load, load).result()
       served.append(_between_while_all_run(answers))
-      prompts = [random_tokens(size, _MESSAGE_TOKENS, rng) for _ in range(slots)]
-      results = run_in_engine(model, prompts, _NEW.value)
+      prompts = [random_tokens(size, length, rng) for _ in range(slots)]
+      results = run_in_engine(model, prompts, new_tokens)
       alone.append(_between_while_all_run([answer for answer, _ in results]))
     server, engine = (1e3 * statistics.median(row) for row in (served, alone))
     overhead = 100 * (server / engine - 1)
@@ -263,7 +286,13 @@ def _print_sessions() -> None:
 
 
 def _load(
-  model: ServedModel, url: str, length: int, *, clients: int = 1, requests: int = 1
+  model: ServedModel,
+  url: str,
+  length: int,
+  *,
+  clients: int = 1,
+  requests: int = 1,
+  new_tokens: int | None = None,
 ) -> Load:
   return Load(
     url=url,
@@ -273,7 +302,7 @@ def _load(
     clients=clients,
     requests=requests,
     prompt_tokens=length,
-    new_tokens=_NEW.value,
+    new_tokens=new_tokens or _NEW.value,
     seed=random.randrange(2**32),
   )
 
@@ -290,6 +319,7 @@ def _print_head(columns: str) -> None:
 
 def _print_row(cells: str) -> None:
   tqdm.write(f"| {cells} |")
+  sys.stdout.flush()
 
 
 def _record(table: str, served: ServedModel | None, /, **values: object) -> None:

@@ -1,39 +1,48 @@
-r"""Speech at 8 kHz, one μ-law token a sample, in a context of 8192 samples (1.02 seconds).
+r"""Speech at 8 kHz, one μ-law token a sample, in a context of 32 768 samples (4.1 seconds).
 
   python -m train.make_speech --texts="books/*.txt" --output=speech --minutes=60
   python -m train.main --config=configs/audio.py --workdir=runs/audio
   dga generate --workdir=runs/audio --prompt_audio=in.wav --output_audio=out.wav --seconds=2
 
-A DGA query sees an eighth of the keys (3 focal tokens and 1 group for 32 tokens) and its raw block.
-The same steps with other attention:
+A DGA query sees an eighth of the keys: 2 focal tokens and 1 group for 64 tokens, and the raw tokens
+of its own block and of 40 blocks before it. The same steps with other attention, where the sliding
+window has a cache of the same size:
 
   --config.model.attention=dense
-  --config.model.attention=sliding_window --config.model.sliding_window.window=1024
+  --config.model.attention=sliding_window --config.model.sliding_window.window=4096
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """A model of 13 million parameters for one GPU."""
+  """A model of 8 million parameters for one GPU."""
   return ConfigDict(
     {
       "num_steps": 2000,
+      "batch_size": 2,
       "eval_every": 250,
+      "eval_batches": 16,
       "checkpoint_every": 500,
       "model": {
         "vocab_size": 257,
-        "num_layers": 8,
+        "num_layers": 6,
         "embed_dim": 384,
-        "num_heads": 6,
+        "num_heads": 4,
         "num_kv_heads": 2,
         "head_dim": 64,
         "mlp_dim": 1024,
-        "dga": {"selection": "streaming", "group_size": 29, "focal_per_block": 3},
+        "dga": {
+          "selection": "streaming",
+          "group_size": 62,
+          "focal_per_block": 2,
+          "local_window": 40,
+        },
       },
       "data": {
         "kind": "audio",
-        "sequence_length": 8192,
+        "sequence_length": 32_768,
+        "max_documents": 1,
         "train_files": ("speech/train/*.wav",),
         "validation_files": ("speech/held_out/*.wav",),
       },

@@ -4,32 +4,35 @@
     --output=budgets.json
 
 The candidates of a head are "full", streaming selection, and sinks with a sliding window. Each KV
-head alone is given each candidate while all other heads stay dense. Two losses are measured: of the
-second half of long texts, and of answers in retrieval prompts made by code. A MILP solver (HiGHS,
-in SciPy) allocates the candidates under the budget. The result is the best of this set, of full
-heads with sinks and a window in all others (DuoAttention's form), and of one setting in all heads,
-after measured changes: each head is measured again beside this set, and swaps of heads are kept if
-they measure better.
+head alone is given each candidate while all other heads stay dense. Two divergences from dense
+attention are measured: of the predictions in the second half of long texts, and of the answers to
+questions about facts that code hides in texts. A MILP solver (HiGHS, in SciPy) allocates the
+candidates under the budget. The result is the best of this set, of full heads with sinks and a
+window in all others (DuoAttention's form), and of one setting in all heads, after measured changes:
+all heads are measured again beside the best set, and sets with many heads moved or two swapped are
+kept if they measure better.
 
 Measurements are appended to OUTPUT's sibling with the suffix .measured.jsonl; the same command
 continues after an interruption, and other --keys, --objective, --blocks or --windows use the same
-measurements.
-OUTPUT holds the budgets, and a table of losses over the share of the cost; the plot has OUTPUT's
-name and the suffix .png. Needs the extra "calibrate" (matplotlib and scipy).
+measurements. OUTPUT holds the budgets, and a table of losses over the share of the cost; the plot
+has OUTPUT's name and the suffix .png. With several --keys there is one OUTPUT for each, whose name
+ends with the share. Needs the extra "calibrate" (matplotlib and scipy).
 
 One measurement of a head takes half of a forward pass: a head of a layer needs only this layer and
 later ones. All heads are measured under the smallest candidate, and the heads outside --tail under
-the others. At most KV heads x candidates x rows / 2 forward passes; --refine adds as many as the
-settings of the best set need.
+the others: at most KV heads x candidates x rows / 2 forward passes. A refinement adds KV heads x
+(settings of the set - 1) x rows / 2.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, get_args, NamedTuple
 
 from absl import app, flags
 
 from dga_jax import command_line
+from dga_jax.choices import DtypeName
 from dga_jax.evaluation.retrieval import TASKS
 from dga_jax.files.path_flags import define_path, define_paths
 
@@ -48,8 +51,8 @@ _ROWS = flags.DEFINE_integer(
   "rows_per_document", 1, "Largest number of rows of text from one document.", lower_bound=1
 )
 _OUTPUT = define_path("output", None, "JSON file of the budgets.", required=True)
-_KEYS = flags.DEFINE_float(
-  "keys", 0.25, "Bound on the objective, as a share of dense attention's.", 0.0, 1.0
+_KEYS = flags.DEFINE_list(
+  "keys", ["0.25"], "Bounds on the objective, as shares of dense attention's."
 )
 _OBJECTIVE = flags.DEFINE_enum(
   "objective", "bytes", ["bytes", "flops", "latency"],
@@ -65,46 +68,54 @@ _WINDOWS = flags.DEFINE_list(
   "Candidates: raw tokens before the block, rounded to whole blocks. Each block and window has a "
   "sliding window of equal bytes beside it.",
 )
+_SLIDING_WINDOWS = flags.DEFINE_list(
+  "sliding_windows", ["32", "256"], "Candidates: further sliding windows, in tokens."
+)
 _SINKS = flags.DEFINE_integer("sinks", 4, "Candidates: first tokens that stay.", lower_bound=0)
-_PUZZLES = flags.DEFINE_list("puzzles", ["passkey"], f"Retrieval tasks: {', '.join(TASKS)}.")
-_SAMPLES = flags.DEFINE_integer("samples", 4, "Prompts of each retrieval task.", lower_bound=1)
+_PUZZLES = flags.DEFINE_list(
+  "puzzles", list(TASKS), "Retrieval tasks; each row of retrieval has a question of each."
+)
+_SAMPLES = flags.DEFINE_integer("samples", 4, "Rows of retrieval.", lower_bound=1)
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Seed of the retrieval prompts; those of --check_documents use the next seed."
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Rows that run together.", lower_bound=1)
 _TAIL = flags.DEFINE_float(
-  "tail", 0.05, "Heads that carry at most this share of the losses' rise are measured under the "
+  "tail", 0.05, "Heads that carry at most this share of the divergences are measured under the "
   "smallest candidate alone, and estimated under the others. 0 measures all.", 0.0, 1.0
 )  # fmt: skip
 _ROUNDS = flags.DEFINE_integer("rounds", 16, "Largest number of measured swaps.", lower_bound=0)
-_REFINE = flags.DEFINE_bool(
-  "refine", True, "Measure each head again beside the best of the first sets."
+_REFINEMENTS = flags.DEFINE_integer(
+  "refinements", 2, "Most passes that measure every head again beside the best set.", lower_bound=0
 )
 _SHARES = flags.DEFINE_list(
   "shares", [f"{tenth / 10:g}" for tenth in range(1, 11)], "Shares of the table."
 )
+_DTYPE = flags.DEFINE_enum(
+  "dtype", None, get_args(DtypeName), "Dtype to compute in; default: the checkpoint's."
+)
 
 
 def main() -> None:
-  """Calibrates, prints the table, and writes the budgets and the plot."""
-  blocks, windows, shares = _read_flags()
-  output = Path(_OUTPUT.value)
+  """Calibrates, prints the table, and writes the budgets and the plot of each share."""
+  options = _read_flags()
 
-  from dga_jax.calibration import plot, report
-  from dga_jax.calibration.candidates import make_grid, Objective
+  from dga_jax.calibration.candidates import make_grid
   from dga_jax.calibration.fingerprint import describe_model
   from dga_jax.calibration.measuring import Measurer, open_results
-  from dga_jax.calibration.run import calibrate, Goal
-  from dga_jax.checkpoint import load_model
-  from dga_jax.evaluation.results import environment
+  from dga_jax.checkpoint import load_model, load_model_config
+  from dga_jax.model import ModelConfig
 
-  objective = cast(Objective, _OBJECTIVE.value)
-  goal = Goal(
-    _KEYS.value, objective, _LENGTH.value, _TAIL.value, _ROUNDS.value, _REFINE.value, shares
-  )
-  model, config, tokenizer = load_model(_WORKDIR.value, _STEP.value)
+  config = load_model_config(_WORKDIR.value, _STEP.value)
+  config = ModelConfig.from_dict(config.to_dict() | {"dtype": _DTYPE.value or config.dtype})
+  model, config, tokenizer = load_model(_WORKDIR.value, _STEP.value, config=config)
   candidates = make_grid(
-    blocks, windows, _SINKS.value, _LENGTH.value, has_selector=config.focal_selector
+    options.blocks,
+    options.windows,
+    _SINKS.value,
+    _LENGTH.value,
+    sliding_windows=options.sliding_windows,
+    has_selector=config.focal_selector,
   )
   rows = _make_rows(_DOCUMENTS.value, tokenizer, _SEED.value)
   check_rows = rows
@@ -112,6 +123,7 @@ def main() -> None:
     check_rows = _make_rows(_CHECK_DOCUMENTS.value, tokenizer, _SEED.value + 1)
   measured_with = {
     "model": describe_model(model),
+    "dtype": config.dtype,
     "length": _LENGTH.value,
     "text_rows": rows.text.digest,
     "retrieval_rows": rows.retrieval.digest,
@@ -120,48 +132,106 @@ def main() -> None:
     "seed": _SEED.value,
     "batch_size": _BATCH_SIZE.value,
   }
-  results = open_results(output.with_suffix(".measured.jsonl"), measured_with)
+  results = open_results(Path(_OUTPUT.value).with_suffix(".measured.jsonl"), measured_with)
   measurer = Measurer(model, candidates, results, _BATCH_SIZE.value)
-  result = calibrate(measurer, model.config, goal, rows, check_rows)
+  check_digest = "calibration rows" if check_rows is rows else check_rows.text.digest
+  for share in options.keys:
+    measurer = Measurer(model, candidates, results, _BATCH_SIZE.value)
+    _calibrate(measurer, config, share, options.shares, (rows, check_rows), measured_with | {
+      "check_rows": check_digest
+    })  # fmt: skip
+
+
+def _calibrate(
+  measurer: Any,
+  config: Any,
+  share: float,
+  table_shares: tuple[float, ...],
+  rows: tuple[Any, Any],
+  measured_with: dict[str, Any],
+) -> None:
+  """Calibrates for one share and writes its files."""
+  from dga_jax.calibration import plot, report
+  from dga_jax.calibration.run import calibrate, Goal
+  from dga_jax.evaluation.results import environment
+
+  objective: Any = _OBJECTIVE.value
+  output = Path(_OUTPUT.value)
+  if len(_KEYS.value) > 1:
+    output = output.with_stem(f"{output.stem}-{share:g}")
+  goal = Goal(
+    share, objective, _LENGTH.value, _TAIL.value, _ROUNDS.value, _REFINEMENTS.value, table_shares
+  )
+  result = calibrate(measurer, config, goal, *rows)
   name = "/".join(Path(_WORKDIR.value).absolute().parts[-2:])
   provenance = measured_with | {
     "name": name,
-    "share": _KEYS.value,
-    "objective": _OBJECTIVE.value,
-    "check_rows": "calibration rows" if check_rows is rows else check_rows.text.digest,
+    "share": share,
+    "objective": objective,
     "environment": environment(),
   }
   report.write_json(result, provenance, output)
-  share = f"{result.share:.3f} of dense {_OBJECTIVE.value}"
-  title = f"Settings of the KV heads · {name} · {_LENGTH.value} tokens · {share}"
+  cost = f"{result.share:.3f} of dense {objective}"
+  title = f"Settings of the KV heads · {name} · {_LENGTH.value} tokens · {cost}"
   plot.plot_budgets(result, _LENGTH.value, title, output.with_suffix(".png"))
   print(report.table(result))
-  print(f"\n{output}\n{output.with_suffix('.png')}")
+  print(f"\n{output}\n{output.with_suffix('.png')}", flush=True)
 
 
-def _read_flags() -> tuple[list[tuple[int, int]], list[int], tuple[float, ...]]:
-  """Blocks, windows and shares; raises UsageError or ValueError before any heavy import."""
+class _Options(NamedTuple):
+  """Flags that are lists."""
+
+  keys: tuple[float, ...]
+  blocks: list[tuple[int, int]]
+  windows: list[int]
+  sliding_windows: list[int]
+  shares: tuple[float, ...]
+
+
+def _read_flags() -> _Options:
+  """Raises UsageError or ValueError before any heavy import."""
   if not _DOCUMENTS.value:
     raise app.UsageError("dga calibrate needs --documents.")
-  if _KEYS.value == 0:
-    raise ValueError("--keys is 0; it must be above 0, at most 1.")
   if unknown := [name for name in _PUZZLES.value if name not in TASKS]:
     raise ValueError(f"--puzzles has {unknown[0]!r}; the puzzles are {', '.join(TASKS)}.")
+  if len(set(_PUZZLES.value)) < len(_PUZZLES.value) or not _PUZZLES.value:
+    raise ValueError(f"--puzzles is {','.join(_PUZZLES.value)!r}; give at least one, each once.")
   blocks = []
   for text in _BLOCKS.value:
     match = re.fullmatch(r"([1-9]\d*)\+([1-9]\d*)", text)
     if not match:
       raise ValueError(f"--blocks has {text!r}; write m+f, such as 30+2.")
     blocks.append((int(match[1]), int(match[2])))
+  return _Options(
+    keys=_shares(_KEYS),
+    blocks=blocks,
+    windows=_counts(_WINDOWS, least=0),
+    sliding_windows=_counts(_SLIDING_WINDOWS, least=1),
+    shares=_shares(_SHARES),
+  )
+
+
+def _counts(flag: flags.FlagHolder, least: int) -> list[int]:
+  values = _numbers(flag, int)
+  if any(value < least for value in values):
+    raise ValueError(
+      f"--{flag.name} is {','.join(flag.value)}; the numbers must be at least {least}."
+    )
+  return values
+
+
+def _shares(flag: flags.FlagHolder) -> tuple[float, ...]:
+  values = _numbers(flag, float)
+  if not all(0 < value <= 1 for value in values):
+    raise ValueError(f"--{flag.name} is {','.join(flag.value)}; each must be above 0, at most 1.")
+  return tuple(values)
+
+
+def _numbers(flag: flags.FlagHolder, kind: Callable[[str], Any]) -> list[Any]:
   try:
-    windows, shares = [int(one) for one in _WINDOWS.value], [float(one) for one in _SHARES.value]
+    return [kind(one) for one in flag.value]
   except ValueError as error:
-    raise ValueError(f"--windows or --shares is not numbers with commas: {error}") from error
-  if any(window < 0 for window in windows):
-    raise ValueError(f"--windows is {','.join(_WINDOWS.value)}; the numbers must be at least 0.")
-  if not all(0 < share <= 1 for share in shares):
-    raise ValueError(f"--shares is {','.join(_SHARES.value)}; each must be above 0, at most 1.")
-  return blocks, windows, tuple(shares)
+    raise ValueError(f"--{flag.name} is not numbers with commas: {error}") from error
 
 
 def _make_rows(paths: list[str], tokenizer: Any, seed: int) -> Any:

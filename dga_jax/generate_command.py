@@ -227,6 +227,7 @@ def _continue(loaded: "Loaded", sampling: "Sampling", records: list[dict[str, An
 def _continue_audio(loaded: "Loaded", sampling: "Sampling") -> None:
   from dga_jax.audio.continuation import continue_sound, sample_rate_of
   from dga_jax.audio.files import read_audio, write_wav
+  from dga_jax.audio.measures import SoundMeasures
   from dga_jax.checkpoint import load_config
 
   workdir = str(_WORKDIR.value)
@@ -240,6 +241,8 @@ def _continue_audio(loaded: "Loaded", sampling: "Sampling") -> None:
   seconds = len(result.samples) / rate
   note = "" if len(result.samples) == wanted else ", where the model ended the sound"
   print(f"wrote {seconds:.2f} s at {rate} Hz to {_OUTPUT_AUDIO.value}{note}", file=sys.stderr)
+  for name, samples in (("prompt", prompt), ("continuation", result.samples)):
+    print(f"{name}: {SoundMeasures.from_samples(samples, rate).summary()}", file=sys.stderr)
   print(result.generation.summary(), file=sys.stderr)
   if _SPECTROGRAM.value is not None:
     from dga_jax.audio.spectrogram import plot_continuation

@@ -42,6 +42,7 @@ COMMAND_MODULES = {  # Modules of commands, of text, and modules that read or wr
   "fit_selector",
   "generate_command",
   "picture",
+  "picture_sound",
   "serve",
   "smollm2",
   "smollm2_demo",

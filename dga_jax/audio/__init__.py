@@ -1,1 +1,1 @@
-"""Sound as tokens: μ-law samples, audio files, spectrograms, continuations."""
+"""Sound as tokens: μ-law samples, audio files, continuations, measures and plots."""

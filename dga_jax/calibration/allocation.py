@@ -33,7 +33,7 @@ class Scale(NamedTuple):
   """Sums of the rises over all heads, which make text and retrieval comparable.
 
   The sums are over all heads, each under the candidate that raises the sum most; 1 if no head
-  raises the loss.
+  raises the divergence.
 
   Attributes:
     text: nats per token.
@@ -45,22 +45,22 @@ class Scale(NamedTuple):
 
   @classmethod
   def from_rises(cls, rises: HeadRises) -> Self:
-    """The sums; a fall of the loss counts as 0."""
+    """The sums; a fall of the divergence counts as 0."""
     return cls(*(float(np.maximum(rise, 0).sum(axis=(0, 1)).max()) or 1.0 for rise in rises))
 
   def damage(self, rises: HeadRises) -> Float[np.ndarray, "K N C"]:
     """The predicted damage of each head and candidate: its share of both sums, added.
 
-    A fall of the loss counts as 0, so that noise earns nothing.
+    A fall of the divergence counts as 0, so that noise earns nothing.
     """
     return sum(
       (np.maximum(rise, 0) / total for rise, total in zip(rises, self, strict=True)),
       np.zeros(rises.text.shape),
     )
 
-  def score(self, measured: SetLoss, dense: SetLoss) -> float:
-    """The measured damage of a set: the rises over dense attention as shares of the sums."""
-    text, retrieval = measured.text - dense.text, measured.retrieval - dense.retrieval
+  def score(self, measured: SetLoss) -> float:
+    """The measured damage of a set: its divergence from dense attention as shares of the sums."""
+    text, retrieval = measured.divergence
     return text / self.text + retrieval / self.retrieval
 
 

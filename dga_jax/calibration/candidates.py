@@ -28,23 +28,26 @@ def make_grid(
   sinks: int,
   length: int,
   *,
+  sliding_windows: Sequence[int] = (),
   has_selector: bool = False,
 ) -> tuple[HeadSetting, ...]:
-  """The candidates: "full", streaming selection, and sinks with a window at equal bytes.
+  """The candidates: "full", streaming selection, and sinks with a sliding window.
 
   Args:
     blocks: pairs (m, f): tokens that are merged and tokens that stay focal in each block.
     windows: raw tokens before a query's own block; each is rounded to whole blocks.
     sinks: first tokens that stay focal.
     length: L, tokens of the calibrated context.
+    sliding_windows: tokens of further sliding windows, each less than L − sinks.
     has_selector: whether the model has a fitted selector, which then chooses in every config.
 
   Returns:
     "full" first. Then, from the largest cache to the smallest, a `DGAConfig` for each pair of a
-    block and a window, and before those of a size the `SinkWindow` of this size.
+    block and a window, and before those of a size the `SinkWindow` of this size; and a
+    `SinkWindow` of each further size.
 
   Raises:
-    ValueError: a config's cache does not have fewer entries than a full head's.
+    ValueError: a candidate's cache does not have fewer entries than a full head's.
   """
   configs = {
     DGAConfig(
@@ -58,13 +61,16 @@ def make_grid(
     for m, f in blocks
     for window in windows
   }
-  for config in configs:
-    if setting_keys(config, length) >= length:
-      raise ValueError(
-        f"the candidate {label(config)!r} keeps {setting_keys(config, length)} cache entries of"
-        f" {length} tokens, no fewer than a full head: lower --windows or raise --length."
-      )
   windows_alone = {SinkWindow(setting_keys(config, length) - sinks, sinks) for config in configs}
+  windows_alone |= {SinkWindow(window, sinks) for window in sliding_windows}
+  added: list[DGAConfig | SinkWindow] = [*configs, *windows_alone]
+  for one in added:
+    if setting_keys(one, length) >= length:
+      raise ValueError(
+        f"the candidate {label(one)!r} keeps {setting_keys(one, length)} cache entries of {length}"
+        " tokens, no fewer than a full head: lower --windows and --sliding_windows, or raise"
+        " --length."
+      )
   ordered = sorted(
     configs | windows_alone,
     key=lambda one: (-setting_keys(one, length), isinstance(one, DGAConfig), repr(one)),

@@ -1,8 +1,8 @@
 """Local correction of an allocation: changes that measuring accepts or rejects.
 
 The damage of a set is not the sum of its heads' damages, so the solver's set need not be the best.
-The correction starts from the best of several sets. It measures heads again beside this set, moves
-many heads at once, then swaps pairs of heads.
+The correction starts from the best of several sets. It measures heads again beside the best set and
+moves many heads at once, as long as this lowers the score. Then it swaps pairs of heads.
 """
 
 import itertools
@@ -45,12 +45,14 @@ def correct(
   *,
   measure: Callable[[Int[np.ndarray, "H"]], float],
   rounds: int,
-  measure_beside: Callable[[Int[np.ndarray, "H"]], Float[np.ndarray, "H C"]] | None = None,
+  measure_beside: Callable[[Int[np.ndarray, "H"]], Float[np.ndarray, "H C"]],
+  refinements: int,
 ) -> Corrected:
   """Measures changes of the best start and keeps each one that lowers the measured score.
 
-  With `measure_beside`, the damages are measured again beside the best start. The solver then moves
-  at most H, H/2, H/4, ... 2 heads of it, and each of these sets is measured.
+  In a refinement the damages are measured again beside the best set. The solver then moves at most
+  H, H/2, H/4, ... 2 heads of it, and each of these sets is measured. A refinement that finds no
+  better set is the last one.
 
   A swap gives one head a candidate of less damage and another head one of more, within the budget
   and among the candidates in use. Swaps are measured in the order of the damage that they add by
@@ -64,6 +66,7 @@ def correct(
     measure: the score of a set; lower is better.
     rounds: largest number of measured swaps.
     measure_beside: the damages beside a set; infinite for candidates that were not measured.
+    refinements: most passes of `measure_beside`.
   """
   search = _Search(measure)
   scores = tuple(search.score(start_H) for start_H in starts)
@@ -71,14 +74,16 @@ def correct(
   choice_H, score = starts[best], scores[best]
   first = len(search.scores)
   accepted = 0
-  if measure_beside is not None:
+  for _ in range(refinements):
     damage_HxC = measure_beside(choice_H)
-    base_H, moved = choice_H, len(choice_H)
+    base_H, before, moved = choice_H, score, len(choice_H)
     while moved >= 2:
       moved_H = allocate_finite(damage_HxC, cost_C, budget, Near(base_H, moved))
       if search.is_new(moved_H) and (measured := search.score(moved_H)) < score:
         choice_H, score, accepted = moved_H, measured, accepted + 1
       moved //= 2
+    if score == before:
+      break
   used = np.unique(choice_H)
   proposals = _swaps(choice_H, damage_HxC, cost_C, budget, used)
   for _ in range(rounds):

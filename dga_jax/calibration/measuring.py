@@ -17,6 +17,8 @@ from dga_jax.evaluation.results import Results
 from dga_jax.head_budgets import FULL, HeadSetting
 from dga_jax.model import Decoder
 
+_AHEAD = 8  # Measurements that the device may be ahead of the file.
+
 type Tick = Callable[[], Any]
 # A key of the file; and layer, KV head and candidate.
 type _Job = tuple[str, tuple[int, int, int]]
@@ -41,19 +43,33 @@ class SetLoss(NamedTuple):
     text: mean loss in nats per token.
     retrieval: mean loss of an answer's tokens in nats per token.
     found: answers that greedy decoding gives.
-    prompts: answers in all.
+    questions: answers in all.
+    divergence: from dense attention.
   """
 
   text: float
   retrieval: float
   found: int
-  prompts: int
+  questions: int
+  divergence: "Divergence"
+
+
+class Divergence(NamedTuple):
+  """Mean Kullback-Leibler divergence from dense attention in nats; see `program.Measured`.
+
+  Attributes:
+    text: per token.
+    retrieval: per token of an answer.
+  """
+
+  text: float
+  retrieval: float
 
 
 class HeadRises(NamedTuple):
-  """The rise of the loss when one KV head alone leaves a base set and follows a candidate.
+  """The rise of the divergence when one KV head alone leaves a base set for a candidate.
 
-  The base of the profile is the set of full heads.
+  The base of the profile is the set of full heads, whose divergence is 0.
 
   Attributes:
     text: nats per token, [layers, KV heads, candidates]; 0 for the candidate of the base.
@@ -116,10 +132,11 @@ class Measurer:
     self.candidates = tuple(candidates)
     self._model, self._results, self._batch_size = model, results, batch_size
     self._decoder = AssignedDecoder(model, candidates)
+    self._dense: dict[str, Array] = {}
     self.shape = (model.config.num_layers, model.config.num_kv_heads)
 
   def add_candidates(self, settings: Iterable[HeadSetting]) -> None:
-    """Adds settings to the candidates; later measurements compile one program with all of them."""
+    """Adds settings to the candidates; a new block size compiles a program, a window does not."""
     candidates = tuple(dict.fromkeys((*self.candidates, *settings)))
     if candidates != self.candidates:
       self.candidates = candidates
@@ -158,7 +175,7 @@ class Measurer:
     Raises:
       FloatingPointError: a loss is NaN or infinite.
     """
-    whole = self.measure_set(rows, self.candidates, base)
+    whole = self.measure_set(rows, self.candidates, base).divergence
     is_base = np.arange(wanted.shape[-1]) == base[..., None]
     rises = []
     for name, one in rows._asdict().items():
@@ -167,7 +184,7 @@ class Measurer:
         jobs = self._jobs(name, index, wanted, base)
         self._measure_batch(jobs, base, count, batch, tick)
         for key, at in jobs:
-          total[at] += sum(self._results[key]["loss"])
+          total[at] += sum(self._results[key]["divergence"])
       rises.append(np.where(is_base, 0, total / len(one) - getattr(whole, name)))
     return HeadRises(*rises)
 
@@ -184,15 +201,41 @@ class Measurer:
     Raises:
       FloatingPointError: a loss is NaN or infinite.
     """
-    losses, found = {}, 0
-    own = np.array([self.candidates.index(one) for one in candidates])[assignment]
+    losses, divergence, found = {}, {}, 0
     for name, one in rows._asdict().items():
-      key = f"set {name} {self._describe(own)} {one.digest}"
-      if key not in self._results:
-        self._results.add(key, self._run_set(one, own))
-      losses[name] = float(np.mean(self._results[key]["loss"]))
-      found = sum(self._results[key]["found"])
-    return SetLoss(losses["text"], losses["retrieval"], found, len(rows.retrieval))
+      measured = self.measure_rows(name, one, candidates, assignment)
+      losses[name] = float(np.mean(measured["loss"]))
+      divergence[name] = float(np.mean(measured["divergence"]))
+      found = sum(map(sum, measured["found"]))
+    questions = len(rows.retrieval) * rows.retrieval.questions
+    return SetLoss(**losses, found=found, questions=questions, divergence=Divergence(**divergence))
+
+  def measure_rows(
+    self,
+    name: str,
+    rows: Rows,
+    candidates: Sequence[HeadSetting],
+    assignment: Int[np.ndarray, "K N"],
+  ) -> dict[str, Any]:
+    """The losses of each row under one assignment.
+
+    Args:
+      name: of the rows, for the file.
+      rows: any rows.
+      candidates: as for `measure_set`.
+      assignment: likewise.
+
+    Returns:
+      "loss" and "divergence", of each row; "found", of each row and question.
+
+    Raises:
+      FloatingPointError: a loss is NaN or infinite.
+    """
+    own = np.array([self.candidates.index(one) for one in candidates])[assignment]
+    key = f"set {name} {self._describe(own)} {rows.digest}"
+    if key not in self._results:
+      self._results.add(key, self._run_set(rows, own))
+    return self._results[key]
 
   def _describe(self, assignment: Int[np.ndarray, "K N"]) -> str:
     """A hash of the settings of all heads."""
@@ -211,17 +254,41 @@ class Measurer:
     layers = self.shape[0]
     state: Array | None = None
     reached = 0
+    # The device computes while results of earlier jobs are written.
+    pending: list[tuple[str, Measured]] = []
     for key, (layer, head, candidate) in jobs:
       if key in self._results:
         continue
       if state is None:
-        state = self._decoder.embed(batch.tokens)
+        state, dense = self._decoder.embed(batch.tokens), self._dense_states(batch)
       state, reached = self._decoder.run_layers(state, base, reached, layer), layer
       assignment = base.copy()
       assignment[layer, head] = candidate
       end = self._decoder.run_layers(state, assignment, layer, layers)
-      self._results.add(key, as_json(self._decoder.measure(end, batch), count))
+      pending.append((key, self._measure(end, dense, batch)))
+      while len(pending) > _AHEAD:
+        self._store(*pending.pop(0), batch, count)
+        tick()
+    for key, measured in pending:
+      self._store(key, measured, batch, count)
       tick()
+
+  def _store(self, key: str, measured: Measured, batch: Batch, count: int) -> None:
+    self._results.add(key, as_json(measured, batch, count))
+
+  def _measure(self, end: Array, dense: Array, batch: Batch) -> Measured:
+    """The losses of a batch from the output of the last layer."""
+    return self._decoder.measure(self._decoder.target_states(end, batch), dense, batch)
+
+  def _dense_states(self, batch: Batch) -> Array:
+    """The states that predict the targets under dense attention; kept for the next batches."""
+    arrays = (batch.tokens, batch.position)
+    digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in arrays)).hexdigest()
+    if digest not in self._dense:
+      full = np.zeros(self.shape, int)
+      end = self._decoder.run_layers(self._decoder.embed(batch.tokens), full, 0, self.shape[0])
+      self._dense[digest] = self._decoder.target_states(end, batch)
+    return self._dense[digest]
 
   def _jobs(
     self, name: str, batch: int, wanted: Bool[np.ndarray, "K N C"], base: Int[np.ndarray, "K N"]
@@ -238,25 +305,36 @@ class Measurer:
     return jobs
 
   def _run_set(self, rows: Rows, assignment: Int[np.ndarray, "K N"]) -> dict[str, list[Any]]:
-    total: dict[str, list[Any]] = {"loss": [], "found": []}
+    total: dict[str, list[Any]] = {"loss": [], "divergence": [], "found": []}
     for count, batch in rows.batches(self._batch_size):
       embedded = self._decoder.embed(batch.tokens)
       end = self._decoder.run_layers(embedded, assignment, 0, self.shape[0])
-      for field, values in as_json(self._decoder.measure(end, batch), count).items():
+      measured = self._measure(end, self._dense_states(batch), batch)
+      for field, values in as_json(measured, batch, count).items():
         total[field] += values
     return total
 
 
-def as_json(measured: Measured, count: int) -> dict[str, list[Any]]:
-  """The first `count` rows as JSON values.
+def as_json(measured: Measured, batch: Batch, count: int) -> dict[str, list[Any]]:
+  """The first `count` rows as JSON values; "found" says of each question whether it is answered.
 
   Raises:
     FloatingPointError: a loss is NaN or infinite.
   """
-  loss = np.asarray(measured.loss)[:count].tolist()
-  if not all(map(math.isfinite, loss)):
+  loss, divergence = (np.asarray(x)[:count].tolist() for x in (measured.loss, measured.divergence))
+  if not all(map(math.isfinite, loss + divergence)):
     raise FloatingPointError(
       "the loss is NaN or infinite; if the model's dtype is float16, activations overflow above"
       " 65504: use bfloat16 or float32"
     )
-  return {"loss": loss, "found": np.asarray(measured.found)[:count].tolist()}
+  is_right, weight, question = (
+    np.asarray(x)[:count] for x in (measured.is_right, batch.weight, batch.question)
+  )
+  found = [
+    (is_right | (weight == 0) | (question != one)).all(axis=1) for one in range(question.max() + 1)
+  ]
+  return {
+    "loss": loss,
+    "divergence": divergence,
+    "found": np.stack(found, axis=1).tolist(),
+  }

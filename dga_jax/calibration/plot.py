@@ -22,7 +22,7 @@ _FEW_HEADS = 8  # Up to which panels are below each other and every cell has a n
 
 
 def plot_budgets(result: Calibration, length: int, title: str, path: Path) -> None:
-  """Draws three panels of heads over layers: the setting, and each head's share of both losses.
+  """Draws three panels of heads over layers: the setting, and each head's part of both costs.
 
   Args:
     result: of the calibration.
@@ -44,7 +44,7 @@ def plot_budgets(result: Calibration, length: int, title: str, path: Path) -> No
   for axes, name in zip(panels[1:], ("text", "retrieval"), strict=True):
     rise_KxN = getattr(result.rises, name)[..., last]
     share_NxK = 100 * (rise_KxN / getattr(result.scale, name)).T
-    title_of_panel = f"Rise of the loss on {name}, % of the sum,{' ' if few else chr(10)}one head"
+    title_of_panel = f"Divergence on {name}, % of the sum,{' ' if few else chr(10)}one head"
     _draw_shares(axes, share_NxK, f"{title_of_panel} {cheapest}", numbers=few)
   for axes in panels[-1:] if few else panels:
     axes.set_xlabel("layer")
@@ -78,7 +78,7 @@ def _draw_settings(axes: Axes, result: Calibration, length: int) -> None:
 def _draw_shares(
   axes: Axes, share_NxK: Float[np.ndarray, "N K"], title: str, *, numbers: bool
 ) -> None:
-  """Shares in percent, as numbers or with a scale of colours; falls of the loss are white."""
+  """Shares in percent, as numbers or with a scale of colours; falls of the divergence are white."""
   most = max(float(share_NxK.max()), 1e-9)
   norm = PowerNorm(0.5, vmin=0, vmax=most)  # Shows small shares beside one that is large.
   image = axes.imshow(np.maximum(share_NxK, 0), cmap="Reds", norm=norm, aspect="auto")

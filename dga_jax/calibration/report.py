@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dga_jax.calibration.candidates import label
-from dga_jax.calibration.measuring import SetLoss
-from dga_jax.calibration.run import Calibration, TableRow
+from dga_jax.calibration.measuring import Divergence, SetLoss
+from dga_jax.calibration.run import Calibration, make_budgets, TableRow
 from dga_jax.head_budgets import FULL
 
 _HEADER = (
@@ -38,16 +38,16 @@ def write_json(result: Calibration, provenance: Mapping[str, Any], path: Path) -
         for candidate, setting, cost in zip(result.candidates, settings, result.costs, strict=True)
       ],
       "starts": [
-        {"name": start.name, "score": score}
+        {"name": start.name, "score": score, "budgets": make_budgets(*start.set).to_dict()}
         for start, score in zip(result.starts, result.corrected.starts, strict=True)
       ],
       "score": result.corrected.score,
       "changes": {"tried": result.corrected.tried, "accepted": result.corrected.accepted},
-      "dense": result.dense._asdict(),
+      "dense": _as_json(result.dense),
       "chosen": _row_as_json(result.chosen),
       "table": [_row_as_json(row) for row in result.table],
-      "rise_of_text_loss": result.rises.text.tolist(),
-      "rise_of_retrieval_loss": result.rises.retrieval.tolist(),
+      "rise_of_text_divergence": result.rises.text.tolist(),
+      "rise_of_retrieval_divergence": result.rises.retrieval.tolist(),
     }
   }
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,8 @@ def table(result: Calibration) -> str:
   """Losses over the share of the cost, in Markdown.
 
   Text is the perplexity over dense attention's, retrieval the loss of the answers' tokens in nats
-  and the number of answers found. The last row is the chosen set after its correction. Scores are
+  and the number of answers found. "Predicted" adds the divergences of single heads to dense
+  attention's loss. The last row is the chosen set after its correction. Scores are
   the measured damages on the calibration rows; see `Scale.score`.
   """
   dense, corrected = result.dense, result.corrected
@@ -83,9 +84,9 @@ def table(result: Calibration) -> str:
 
 def _lines(row: TableRow, dense: SetLoss, share: str) -> list[str]:
   sets = (row.budgets, row.one_setting, row.sinks_and_window)
-  text = [f"{math.exp(row.predicted[0] - dense.text):.4f}"]
+  text = [f"{math.exp(row.predicted.text):.4f}"]
   text += ["-" if one is None else f"{math.exp(one.text - dense.text):.4f}" for one in sets]
-  retrieval = [f"{row.predicted[1]:.3f}"]
+  retrieval = [f"{dense.retrieval + row.predicted.retrieval:.3f}"]
   retrieval += ["-" if one is None else _retrieval(one) for one in sets]
   return [
     f"| {share} | {row.cost:.3f} | {row.full_heads} | text | {' | '.join(text)} |",
@@ -94,11 +95,15 @@ def _lines(row: TableRow, dense: SetLoss, share: str) -> list[str]:
 
 
 def _retrieval(loss: SetLoss) -> str:
-  return f"{loss.retrieval:.3f} ({loss.found} of {loss.prompts})"
+  return f"{loss.retrieval:.3f} ({loss.found} of {loss.questions})"
 
 
 def _row_as_json(row: TableRow) -> dict[str, Any]:
-  return {
-    name: value._asdict() if isinstance(value, SetLoss) else value
-    for name, value in row._asdict().items()
-  }
+  return {name: _as_json(value) for name, value in row._asdict().items()}
+
+
+def _as_json(value: Any) -> Any:
+  """Named tuples as mappings."""
+  if isinstance(value, SetLoss | Divergence):
+    return {name: _as_json(one) for name, one in value._asdict().items()}
+  return value

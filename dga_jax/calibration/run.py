@@ -13,8 +13,9 @@ from dga_jax.calibration.allocation import allocate, ROUNDING, Scale, with_prior
 from dga_jax.calibration.candidates import head_costs, Objective
 from dga_jax.calibration.comparison import Baseline, one_setting, sinks_and_window
 from dga_jax.calibration.correction import correct, Corrected
-from dga_jax.calibration.measuring import HeadRises, Measurer, RowSet, SetLoss
+from dga_jax.calibration.measuring import Divergence, HeadRises, Measurer, RowSet, SetLoss
 from dga_jax.calibration.profile import measure_beside, measure_profile, rise_of
+from dga_jax.calibration.resizing import resize_windows
 from dga_jax.calibration.starts import make_starts, Start
 from dga_jax.head_budgets import HeadBudgets, HeadSetting
 from dga_jax.model import ModelConfig
@@ -30,7 +31,7 @@ class Goal:
     length: L, tokens of the context.
     tail: see `profile.measure_profile`.
     rounds: largest number of measured swaps.
-    refine: whether heads are measured again beside the best start.
+    refinements: most passes in which all heads are measured again beside the best set.
     table_shares: shares of the table of predicted and measured losses.
   """
 
@@ -39,7 +40,7 @@ class Goal:
   length: int
   tail: float
   rounds: int
-  refine: bool
+  refinements: int
   table_shares: tuple[float, ...]
 
   def __post_init__(self) -> None:
@@ -55,7 +56,7 @@ class TableRow(NamedTuple):
     share: the bound.
     cost: the cost of the allocation over dense attention's.
     full_heads: KV heads that stay full.
-    predicted: (text, retrieval): the dense loss and the sum of the heads' rises.
+    predicted: the sum of the rises of the heads, each alone.
     budgets: the measured losses of the allocation.
     one_setting: the baseline `comparison.one_setting`, or None.
     sinks_and_window: the baseline `comparison.sinks_and_window`, or None.
@@ -64,7 +65,7 @@ class TableRow(NamedTuple):
   share: float
   cost: float
   full_heads: int
-  predicted: tuple[float, float]
+  predicted: Divergence
   budgets: SetLoss
   one_setting: SetLoss | None
   sinks_and_window: SetLoss | None
@@ -141,8 +142,18 @@ def calibrate(
   estimates = _Estimates(config, goal, grid, rises, costs)
   estimates.extend(measurer.candidates)
   starts = [start for start in starts if estimates.is_affordable(start.set)]
-  corrected = _correct(measurer, goal, scale, estimates, starts, rows)
-  chosen, score = _best_of_rivals(measurer, goal, scale, estimates, corrected, rows)
+  corrected = _correct(measurer, goal, scale, estimates, [start.set for start in starts], rows)
+  own = Baseline(measurer.candidates, corrected.choice.reshape(measurer.shape))
+  resized, score = _resize(measurer, goal, scale, estimates, own, corrected.score, rows)
+  if score < corrected.score:
+    # Other windows make other heads the best ones to change.
+    again = _correct(measurer, goal, scale, estimates, [resized], rows)
+    own = Baseline(measurer.candidates, again.choice.reshape(measurer.shape))
+    resized, score = _resize(measurer, goal, scale, estimates, own, again.score, rows)
+    corrected = corrected._replace(
+      tried=corrected.tried + again.tried, accepted=corrected.accepted + again.accepted
+    )
+  chosen, score = _best_of_rivals(measurer, goal, scale, estimates, resized, score, rows)
   measurer.add_candidates(one for rival in _rivals(chosen, goal.length) for one in rival.candidates)
   estimates.extend(measurer.candidates)
   corrected = corrected._replace(choice=chosen.indices(measurer.candidates).ravel(), score=score)
@@ -220,7 +231,7 @@ def _correct(
   goal: Goal,
   scale: Scale,
   estimates: _Estimates,
-  starts: Sequence[Start],
+  starts: Sequence[Baseline],
   rows: RowSet,
 ) -> Corrected:
   """The best start, corrected on the calibration rows."""
@@ -243,14 +254,39 @@ def _correct(
       return measured
 
     return correct(
-      [start.set.indices(settings).ravel() for start in starts],
+      [start.indices(settings).ravel() for start in starts],
       damage_HxS,
       costs,
       goal.share * len(damage_HxS) * float(costs[0]),
       measure=score,
       rounds=goal.rounds,
-      measure_beside=damage_beside if goal.refine else None,
+      measure_beside=damage_beside,
+      refinements=goal.refinements,
     )
+
+
+def _resize(
+  measurer: Measurer,
+  goal: Goal,
+  scale: Scale,
+  estimates: _Estimates,
+  one: Baseline,
+  score: float,
+  rows: RowSet,
+) -> tuple[Baseline, float]:
+  """`resize_windows` within the goal's share, with a progress bar; only bytes are counted."""
+  if goal.objective != "bytes":
+    return one, score
+  with tqdm(desc="windows", unit="set", disable=None) as bar:
+
+    def measure(one: Baseline) -> float:
+      measurer.add_candidates(one.candidates)
+      estimates.extend(measurer.candidates)
+      bar.update()
+      return _score(measurer, scale, one, rows) if estimates.is_affordable(one) else math.inf
+
+    keys = int(goal.share * math.prod(measurer.shape) * goal.length)
+    return resize_windows(one, score, keys=keys, length=goal.length, measure=measure)
 
 
 def _best_of_rivals(
@@ -258,12 +294,12 @@ def _best_of_rivals(
   goal: Goal,
   scale: Scale,
   estimates: _Estimates,
-  corrected: Corrected,
+  own: Baseline,
+  score: float,
   rows: RowSet,
 ) -> tuple[Baseline, float]:
-  """The corrected set or a baseline of equal bytes, whichever measures better, and its score."""
-  own = Baseline(measurer.candidates, corrected.choice.reshape(measurer.shape))
-  best, score = own, corrected.score
+  """The set or a baseline of equal bytes, whichever measures better, and its score."""
+  best = own
   if goal.objective != "bytes":
     return best, score
   for rival in _rivals(own, goal.length):
@@ -279,8 +315,7 @@ def _best_of_rivals(
 
 def _score(measurer: Measurer, scale: Scale, one: Baseline, rows: RowSet) -> float:
   """The measured damage of a set."""
-  dense = measurer.measure_set(rows, measurer.candidates, np.zeros(measurer.shape, int))
-  return scale.score(measurer.measure_set(rows, *one), dense)
+  return scale.score(measurer.measure_set(rows, *one))
 
 
 def make_budgets(
@@ -322,7 +357,7 @@ class _Table:
       share=share,
       cost=float(costs[own].sum() / (costs[0] * own.size)),
       full_heads=int((own == 0).sum()),
-      predicted=(self.dense.text + float(text), self.dense.retrieval + float(retrieval)),
+      predicted=Divergence(float(text), float(retrieval)),
       budgets=self._measurer.measure_set(self._rows, *one),
       one_setting=self._measure(one_setting(*one, length)),
       sinks_and_window=self._measure(sinks_and_window(*one, length)),

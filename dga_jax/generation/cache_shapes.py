@@ -48,11 +48,17 @@ class CacheShapes:
 
   def trim(self, row: list[np.ndarray], length: int) -> list[np.ndarray]:
     """The arrays of one sequence of `length` tokens, cut to the entries that it uses."""
-    shapes = jax.tree.leaves(self.rows(1, min(_round_up(length), self.max_length)))
     return [
       np.ascontiguousarray(x[tuple(map(slice, shape.shape))])
-      for x, shape in zip(row, shapes, strict=True)
+      for x, shape in zip(row, jax.tree.leaves(self._trimmed(length)), strict=True)
     ]
+
+  def trimmed_bytes(self, length: int) -> int:
+    """Bytes of the result of `trim`."""
+    return all_bytes(self._trimmed(length))
+
+  def _trimmed(self, length: int) -> Any:
+    return self.rows(1, min(_round_up(length), self.max_length))
 
   def pad(self, row: list[np.ndarray]) -> list[np.ndarray]:
     """The inverse of `trim`: zeros in the entries that are not used."""

@@ -10,13 +10,14 @@ import logging
 import sys
 import threading
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from jax.sharding import Mesh
 
 from dga_jax.generation.cache_shapes import CacheShapes
-from dga_jax.generation.kept_caches import KeptCaches
-from dga_jax.generation.programs import Programs, Progress
+from dga_jax.generation.compile_jobs import Progress
+from dga_jax.generation.kept_caches import bytes_for_kept, KeptCaches
+from dga_jax.generation.programs import Programs
 from dga_jax.generation.prompt_reader import LEAST_KEPT, piece_lengths, PromptReader
 from dga_jax.generation.requests import (
   Emitted,
@@ -93,7 +94,7 @@ class Engine:
     self._whole_lengths, self._max_waiting = sorted(whole_lengths), max_waiting
     pieces = () if prompt_chunk is None else piece_lengths(prompt_chunk)
     shapes = CacheShapes(model, max_length)
-    kept_bytes = self._bytes_for_kept(cache_bytes, shapes.row_bytes)
+    kept_bytes = bytes_for_kept(cache_bytes, shapes, slots)
     self.programs = Programs(
       model,
       shapes=shapes,
@@ -136,6 +137,8 @@ class Engine:
         f"top_logprobs is {request.sampling.top_logprobs}, but this engine computes no log"
         " probabilities: leave it out, or make the engine with logprobs=True."
       )
+    if request.prompt_logprobs and self._reader is None:
+      raise ValueError("prompt_logprobs is True, but this engine reads prompts whole.")
     with self._changed:
       if self._closed or self.error is not None:
         raise EngineStoppedError("The engine does not run.")
@@ -155,6 +158,18 @@ class Engine:
       if number in self._tasks:
         self._cancelled.add(number)
         self._changed.notify_all()
+
+  def read_ahead(self, tokens: Sequence[int]) -> None:
+    """Reads tokens when no prompt waits, and keeps their cache for a prompt that begins with them.
+
+    For an answer that is over after some of its tokens, when the slot's cache has more of them.
+    Without room for kept caches it does nothing. Of many calls the engine remembers the last ones.
+    """
+    if self._reader is not None and self._kept.enabled and len(tokens) >= LEAST_KEPT:
+      with self._changed:
+        if not self._closed and self.error is None:
+          self._ahead.append(Task(-1, Request(tokens, 1), None))
+          self._changed.notify_all()
 
   @property
   def capacity(self) -> int:
@@ -197,6 +212,7 @@ class Engine:
     self._tasks: dict[int, Task] = {}  # Requests that have not ended.
     self._cancelled: set[int] = set()
     self._waiting: deque[Task] = deque()
+    self._ahead: deque[Task] = deque(maxlen=self.slots)  # See `read_ahead`.
     self._reading: Task | None = None
     self._owner: dict[int, Task] = {}  # The request of each slot in use.
     self._dispatched: deque[Dispatched] = deque()
@@ -209,7 +225,7 @@ class Engine:
   @property
   def busy(self) -> bool:
     """Whether `step` has work."""
-    return bool(self._tasks or self._dispatched)
+    return bool(self._tasks or self._dispatched or self._reading or self._ahead)
 
   def step(self) -> list[Emitted]:
     """Reads pieces of prompts, dispatches a decode chunk, and returns the chunk before it."""
@@ -242,9 +258,7 @@ class Engine:
   def _read(self) -> bool:
     """Does the next work on a waiting prompt; returns whether there was any."""
     if self._reading is None:
-      free = len(self._owner) < self.slots
-      with self._changed:
-        task = self._waiting.popleft() if free and self._waiting else None
+      task = self._next_to_read()
       if task is None:
         return False
       if self._reader is None:
@@ -253,15 +267,25 @@ class Engine:
       self._reading = task
       task.cached_tokens = self._reader.begin(task.request)
     assert self._reader is not None
+    if self._reader.waits and self._owner:
+      return False  # Decoding continues while a kept cache is copied to the device.
     if not self._reader.done:
       self._reader.read_piece()
     if self._reader.done:
       task, self._reading = self._reading, None
+      logits, row, task.prompt_scores = self._reader.take()
+      if task.number < 0:
+        return True
       slot = self._free_slot()
-      logits, row = self._reader.take()
       new, self._state = self.programs.insert(self._take_state(), logits, row, slot, task.request)
       self._occupy(slot, task, new)
     return True
+
+  def _next_to_read(self) -> Task | None:
+    with self._changed:
+      if self._waiting:
+        return self._waiting.popleft() if len(self._owner) < self.slots else None
+      return self._ahead.popleft() if self._ahead else None
 
   def _admit_whole(self, task: Task) -> None:
     count, slot = len(task.request.prompt), self._free_slot()
@@ -319,7 +343,9 @@ class Engine:
         self._cancelled.discard(task.number)
         for slot in slots:
           del self._owner[slot]
-    emitted = Emitted(task.number, tokens, finish, logprobs, task.cached_tokens)
+    emitted = Emitted(
+      task.number, tokens, finish, logprobs, task.cached_tokens, task.take_prompt_logprobs()
+    )
     if task.deliver is not None:
       task.deliver(emitted)
     return emitted
@@ -360,19 +386,6 @@ class Engine:
     for task in tasks:
       self._emit(task, [], finish, [])
     self.reset()
-
-  def _bytes_for_kept(self, cache_bytes: int | None, row: int) -> int:
-    """Bytes of `cache_bytes` that slots, the prompt being read and its copy leave."""
-    if cache_bytes is None:
-      return 0
-    left = cache_bytes - (self.slots + 2) * row
-    if left < 0:
-      raise ValueError(
-        f"cache_bytes is {cache_bytes}, but {self.slots} slots and two prompts being read, of"
-        f" {self.max_length} tokens each, take {(self.slots + 2) * row}. Use at most"
-        f" {max(0, cache_bytes // row - 2)} slots, or a smaller max_length."
-      )
-    return left
 
 
 def _check_reads_pieces(model: Decoder, prompt_chunk: int | None) -> None:

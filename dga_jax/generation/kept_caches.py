@@ -1,12 +1,18 @@
-"""Caches of prompts and answers, kept for later requests that begin with the same tokens."""
+"""Caches of prompts and answers, kept for later requests that begin with the same tokens.
+
+Threads copy caches between device and host, so that the engine's thread waits for no copy unless
+the device has no room.
+"""
 
 import collections
 import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dga_jax.generation.cache_shapes import CacheShapes
 from dga_jax.generation.programs import Programs
 from dga_jax.model.decoder import DecoderCache
 
@@ -20,23 +26,28 @@ class KeptCache:
     logits: of the next token, float32 [1, V]; None where they are unknown, after an answer.
     row: the cache on the device; None while it is on the host.
     on_host: the arrays on the host, cut to the entries in use; None while it is on the device.
+    moving: becomes `on_host` while a thread copies the cache to the host.
+    host_bytes: bytes of `on_host`, also while it is moving.
   """
 
   tokens: np.ndarray
   logits: Float[Array, "1 V"] | np.ndarray | None
   row: DecoderCache | None
   on_host: list[np.ndarray] | None = None
+  moving: Future[list[np.ndarray]] | None = None
+  host_bytes: int = 0
 
-  @property
-  def host_bytes(self) -> int:
-    """Bytes on the host."""
-    return sum(x.nbytes for x in self.on_host or [])
+  def settle(self) -> None:
+    """Ends the move to the host; waits for the copy."""
+    if self.moving is not None:
+      self.on_host, self.moving, self.row = self.moving.result(), None, None
 
 
 class KeptCaches:
   """Kept caches within a budget of bytes, the least recently used first.
 
-  A cache that leaves the device moves to the host; one that leaves the host is gone.
+  A cache that leaves the device moves to the host; one that leaves the host is gone. The move
+  begins while the device has room for one more cache, if it has room for several.
 
   Args:
     programs: of the engine.
@@ -53,6 +64,7 @@ class KeptCaches:
     self._row_bytes = programs.shapes.row_bytes
     self._most_on_device = max(0, device_bytes) // self._row_bytes
     self._host_budget = host_bytes
+    self._copies = ThreadPoolExecutor(2, "copies of caches")
     self._reserved = 0  # Rows on the device that `keep` or `release` will account for.
     self._kept: collections.OrderedDict[bytes, KeptCache] = collections.OrderedDict()
     self.device_bytes = self.host_bytes = 0
@@ -86,12 +98,15 @@ class KeptCaches:
     """Tokens that a prompt has in common with the beginning of a kept prompt, at most."""
     return max((common_prefix(kept.tokens, prompt) for kept in self._kept.values()), default=0)
 
-  def load(self, kept: KeptCache) -> DecoderCache:
+  def load(self, kept: KeptCache) -> Future[DecoderCache]:
     """A copy of a kept cache on the device, which can be donated."""
     if kept.row is not None:
-      return self._programs.copy_row(kept.row)
-    assert kept.on_host is not None
-    return self._programs.load_row(self._programs.shapes.pad(kept.on_host))
+      done: Future[DecoderCache] = Future()
+      done.set_result(self._programs.copy_row(kept.row))
+      return done
+    arrays, programs = kept.on_host, self._programs
+    assert arrays is not None
+    return self._copies.submit(lambda: programs.load_row(programs.shapes.pad(arrays)))
 
   def keep(
     self,
@@ -148,23 +163,68 @@ class KeptCaches:
     self.device_bytes = self.host_bytes = 0
 
   def _evict(self) -> None:
-    on_device = [kept for kept in self._kept.values() if kept.row is not None]
-    extra = max(0, len(on_device) + self._reserved - self._most_on_device)
-    for kept in on_device[:extra]:
-      self._move_to_host(kept)
+    """Moves or drops the least recently used caches, until the others and reservations fit."""
+    for kept in self._kept.values():
+      if kept.moving is not None and kept.moving.done():
+        kept.settle()
+    spare = int(self._most_on_device > 1 and self._host_budget > 0)
+    for key in self._over(self._most_on_device - spare, moving=False):
+      self._leave_device(key)
+    for key in self._over(self._most_on_device, moving=True):
+      self._kept[key].settle()
     host_bytes = sum(kept.host_bytes for kept in self._kept.values())
     for key, kept in list(self._kept.items()):
       if host_bytes > self._host_budget and kept.on_host is not None:
         host_bytes -= kept.host_bytes
         del self._kept[key]
-    self.device_bytes, self.host_bytes = (len(on_device) - extra) * self._row_bytes, host_bytes
+    on_device = sum(kept.row is not None for kept in self._kept.values())
+    self.device_bytes, self.host_bytes = on_device * self._row_bytes, host_bytes
 
-  def _move_to_host(self, kept: KeptCache) -> None:
-    leaves: list[np.ndarray] = jax.device_get(jax.tree.leaves(kept.row))
-    kept.on_host = self._programs.shapes.trim(leaves, len(kept.tokens))
-    kept.row = None
-    if kept.logits is not None:
-      kept.logits = np.asarray(kept.logits)
+  def _over(self, most: int, *, moving: bool) -> list[bytes]:
+    """The keys of the caches that exceed `most` rows on the device, least recently used first.
+
+    Args:
+      most: rows, reservations included.
+      moving: whether caches that are moving to the host count, and are the ones to return. Else
+        they do not count.
+    """
+    resident = [key for key, kept in self._kept.items() if kept.row is not None]
+    moves = [key for key in resident if self._kept[key].moving is not None]
+    counted = len(resident) if moving else len(resident) - len(moves)
+    candidates = moves if moving else [key for key in resident if key not in moves]
+    return candidates[: max(0, counted + self._reserved - most)]
+
+  def _leave_device(self, key: bytes) -> None:
+    """Begins the move of a cache to the host, or drops a cache that exceeds the host's budget."""
+    kept, shapes = self._kept[key], self._programs.shapes
+    kept.host_bytes = shapes.trimmed_bytes(len(kept.tokens))
+    if kept.host_bytes > self._host_budget:
+      del self._kept[key]
+      return
+    row, logits = kept.row, kept.logits
+    kept.logits = None if logits is None else np.asarray(logits)
+    kept.moving = self._copies.submit(
+      lambda: shapes.trim(jax.device_get(jax.tree.leaves(row)), len(kept.tokens))
+    )
+
+
+def bytes_for_kept(cache_bytes: int | None, shapes: CacheShapes, slots: int) -> int:
+  """Bytes of `cache_bytes` that slots, the prompt being read and its copy leave; 0 for None.
+
+  Raises:
+    ValueError: they leave less than nothing.
+  """
+  if cache_bytes is None:
+    return 0
+  row = shapes.row_bytes
+  left = cache_bytes - (slots + 2) * row
+  if left < 0:
+    raise ValueError(
+      f"cache_bytes is {cache_bytes}, but {slots} slots and two prompts being read, of"
+      f" {shapes.max_length} tokens each, take {(slots + 2) * row}. Use at most"
+      f" {max(0, cache_bytes // row - 2)} slots, or a smaller max_length."
+    )
+  return left
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -8,7 +8,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from dga_jax.sharding import current_rules, partition_spec
+from dga_jax.model.config import ModelConfig
+from dga_jax.model.sharded_attention import splits_heads
+from dga_jax.sharding import constrain, current_rules, partition_spec
 
 
 class Placement:
@@ -17,11 +19,13 @@ class Placement:
   Args:
     mesh: with the axis "tensor"; None for one device.
     batch_axes: the batch axis of every array of a cache, see `CacheShapes`.
-    num_kv_heads: of the model.
+    config: of the model.
   """
 
-  def __init__(self, mesh: Mesh | None, batch_axes: list[int | None], num_kv_heads: int) -> None:
-    self._mesh, self._batch_axes, self._num_kv_heads = mesh, batch_axes, num_kv_heads
+  def __init__(self, mesh: Mesh | None, batch_axes: list[int | None], config: ModelConfig) -> None:
+    self._mesh, self._batch_axes, self._num_kv_heads = mesh, batch_axes, config.num_kv_heads
+    parts = 1 if mesh is None else mesh.shape["tensor"]
+    self._splits_heads = splits_heads(config.make_attention(), config.num_kv_heads, parts)
 
   def cache_shapes(self, cache: Any) -> Any:
     """The shapes of a cache with their shardings."""
@@ -41,6 +45,14 @@ class Placement:
     placed = [jax.lax.with_sharding_constraint(leaf, sharding) for leaf, sharding in pairs]
     return jax.tree.unflatten(structure, placed)
 
+  def logits(self, logits_BxV: Array) -> Array:
+    """Traced logits, whole on every device.
+
+    Each device computes the logits of its part of the vocabulary. Without the first constraint the
+    compiler would gather the table of the unembedding instead of the logits.
+    """
+    return self.whole(constrain(logits_BxV, None, "vocab"))
+
   def whole(self, tree: Any) -> Any:
     """Traced arrays, whole on every device of the mesh."""
     if self._mesh is None:
@@ -48,14 +60,14 @@ class Placement:
     return jax.lax.with_sharding_constraint(tree, NamedSharding(self._mesh, PartitionSpec()))
 
   def _cache_shardings(self, leaves: list[Any]) -> list[NamedSharding | None]:
-    """KV heads are split over the mesh axis "tensor" if it divides them."""
+    """KV heads are split over the mesh axis "tensor" where `splits_heads` is true."""
     if self._mesh is None:
       return [None] * len(leaves)
     shardings: list[NamedSharding | None] = []
     for leaf, axis in zip(leaves, self._batch_axes, strict=True):
       spec = PartitionSpec()
       has_heads = axis is not None and leaf.shape[axis + 1 : axis + 2] == (self._num_kv_heads,)
-      if axis is not None and has_heads and self._num_kv_heads % self._mesh.shape["tensor"] == 0:
+      if axis is not None and has_heads and self._splits_heads:
         spec = PartitionSpec(*[None] * (axis + 1), "tensor")
       shardings.append(NamedSharding(self._mesh, spec))
     return shardings

@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+import math
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -14,34 +15,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from dga_jax.generation.cache_shapes import CacheShapes, content_bytes, hold_lengths
+from dga_jax.generation.compile_jobs import compile_jobs, Job, Progress
 from dga_jax.generation.placement import in_compute_dtype, Placement, put_weights
 from dga_jax.generation.requests import pad_prompt, Request
-from dga_jax.generation.sampling import sample_with_logprobs, Sampled
+from dga_jax.generation.sampling import sample_with_logprobs, Sampled, token_logprobs
 from dga_jax.generation.slot_state import BatchState, SlotSettings
 from dga_jax.model import Decoder
 from dga_jax.model.decoder import DecoderCache
 from pallas_kernels.dispatch import find_target
 
-Progress = Callable[[Sequence["Job"]], Iterable["Job"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-  """A program to compile.
-
-  Attributes:
-    name: of the program.
-    function: to trace.
-    shapes: of its arguments.
-    donate: positions of the arguments whose buffers the program takes over.
-    options: of XLA.
-  """
-
-  name: str
-  function: Callable[..., Any]
-  shapes: tuple[Any, ...]
-  donate: tuple[int, ...] = ()
-  options: dict[str, bool | int] | None = None
+_SCORED_ROWS = 64  # Tokens whose logits `Programs.score` has at a time.
 
 
 def decode_options() -> dict[str, bool | int]:
@@ -96,6 +79,7 @@ class Programs:
     progress: Progress = iter,
   ) -> None:
     self.shapes, self._decode_chunk = shapes, decode_chunk
+    self._has_logprobs = logprobs
     self._sample = functools.partial(sample_with_logprobs, logprobs=logprobs)
     # Cast before the layers are unstacked, since unstacking copies the weights.
     graphdef, params = nnx.split(model)
@@ -104,12 +88,10 @@ class Programs:
     self._params = params if mesh is None else put_weights(params, mesh)
     model = self._model(self._params)
     self._axes = shapes.batch_axes()
-    self._placement = Placement(mesh, self._axes, model.config.num_kv_heads)
-    self._compiled: dict[str, Any] = {}
+    self._placement = Placement(mesh, self._axes, model.config)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-      for job in progress(self._jobs(model, slots, whole_lengths, piece_lengths)):
-        lowered = jax.jit(job.function, donate_argnums=job.donate).lower(*job.shapes)
-        self._compiled[job.name] = lowered.compile(compiler_options=job.options)
+      jobs = self._jobs(model, slots, whole_lengths, piece_lengths)
+      self._compiled = compile_jobs(jobs, progress)
 
   def _jobs(
     self, model: Decoder, slots: int, whole_lengths: Collection[int], pieces: Collection[int]
@@ -138,6 +120,9 @@ class Programs:
     for length in pieces:
       shapes = (row, self._params, _shape(1, length), one)
       jobs.append(Job(f"extend {length}", self._extend, shapes, (0,)))
+    if pieces and self._has_logprobs:
+      piece = _shape(1, max(pieces))
+      jobs.append(Job("score", self._score, (row, self._params, piece, piece, one), (0,)))
     return [*jobs, Job("decode", self._decode, (state, self._params), (0,), decode_options())]
 
   @property
@@ -161,10 +146,15 @@ class Programs:
     return copied
 
   def load_row(self, leaves: list[np.ndarray]) -> DecoderCache:
-    """A row on the device, from the host's arrays in the order of `jax.tree.leaves`."""
-    structure = jax.tree.structure(self.shapes.rows(1))
-    # The program takes NumPy arrays; its output has buffers of its own.
-    return self.copy_row(jax.tree.unflatten(structure, leaves))
+    """A row on the device, from the host's arrays in the order of `jax.tree.leaves`.
+
+    It waits for the copy, so that no program on the device waits for it. Any thread may call it.
+    """
+    ((shardings,), _) = self._compiled["copy row"].input_shardings
+    row = jax.tree.unflatten(jax.tree.structure(self.shapes.rows(1)), leaves)
+    # The result has buffers of its own, which can be donated; those of `placed` may be the host's.
+    placed = jax.block_until_ready(jax.device_put(row, shardings))
+    return self.copy_row(placed)
 
   def extend(
     self, row: DecoderCache, piece_1xT: Int[np.ndarray, "1 T"], count: int
@@ -179,6 +169,30 @@ class Programs:
       row, self._params, piece_1xT, np.array([count], np.int32)
     )
     return extended
+
+  def score(
+    self,
+    row: DecoderCache,
+    piece_1xT: Int[np.ndarray, "1 T"],
+    next_1xT: Int[np.ndarray, "1 T"],
+    count: int,
+  ) -> tuple[Sampled, Float[Array, "1 V"], DecoderCache]:
+    """As `extend` with a piece of the longest length, and the log probabilities of given tokens.
+
+    Args:
+      row: to append to; its buffers are donated.
+      piece_1xT: the tokens to append.
+      next_1xT: for each of them, the token after it.
+      count: tokens of the piece.
+
+    Returns:
+      (the tokens after the piece's tokens with their log probabilities [T], the logits of the token
+      after the piece, the new row).
+    """
+    scored: tuple[Sampled, Array, DecoderCache] = self._compiled["score"](
+      row, self._params, piece_1xT, next_1xT, np.array([count], np.int32)
+    )
+    return scored
 
   def insert(
     self,
@@ -245,7 +259,25 @@ class Programs:
     self, row: DecoderCache, params: Any, piece_1xT: Array, count_1: Array
   ) -> tuple[Array, DecoderCache]:
     logits_1xV, row = self._model(params).extend(piece_1xT, row, count_1)
-    return self._placement.whole(logits_1xV), self._placement.cache(row)
+    return self._placement.logits(logits_1xV), self._placement.cache(row)
+
+  def _score(
+    self, row: DecoderCache, params: Any, piece_1xT: Array, next_1xT: Array, count_1: Array
+  ) -> tuple[Sampled, Array, DecoderCache]:
+    model = self._model(params)
+    states_1xTxE, row = model.extend_hidden(piece_1xT, row, count_1)
+    unembed = model.unembedder()
+
+    def logprobs(part: tuple[Array, Array]) -> Sampled:
+      return token_logprobs(self._placement.logits(unembed(part[0])), part[1])
+
+    # Logits of few tokens at a time: those of a whole piece take much memory.
+    rows = math.gcd(_SCORED_ROWS, piece_1xT.shape[1])
+    parts = (states_1xTxE.reshape(-1, rows, states_1xTxE.shape[2]), next_1xT.reshape(-1, rows))
+    scored = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), jax.lax.map(logprobs, parts))
+    last_1xE = jnp.take_along_axis(states_1xTxE, count_1[:, None, None] - 1, axis=1)[:, 0]
+    logits_1xV = self._placement.logits(unembed(last_1xE))
+    return self._placement.whole(scored), logits_1xV, self._placement.cache(row)
 
   def _empty_slots(
     self, count: int, rows: list[DecoderCache]
@@ -274,21 +306,22 @@ class Programs:
     return jax.ShapeDtypeStruct(tuple(shape), shapes[0].dtype)
 
   def _decode(self, state: BatchState, params: Any) -> tuple[Sampled, BatchState]:
-    model, whole = self._model(params), self._placement.whole
+    model, placement = self._model(params), self._placement
 
     def step(state: BatchState, _: None) -> tuple[BatchState, Sampled]:
       ended_B = state.ended()
       logits_BxV, cache = model.decode(state.token, state.cache)
-      new = self._sample(whole(logits_BxV), state.settings.sampling, state.sampled)
+      logits_BxV = placement.logits(logits_BxV)
+      new = self._sample(logits_BxV, state.settings.sampling, state.sampled)
       # Decoding wrote one token after the cache's last one. With the earlier length, no query
       # sees the written entries, and the next tokens of the sequence overwrite them.
       cache = hold_lengths(state.cache, cache, self._axes, ended_B)
       token_B = jnp.where(ended_B, state.token, new.token)
       sampled_B = state.sampled + ~ended_B
-      return BatchState(self._placement.cache(cache), token_B, sampled_B, state.settings), new
+      return BatchState(placement.cache(cache), token_B, sampled_B, state.settings), new
 
     state, new = jax.lax.scan(step, state, None, length=self._decode_chunk)
-    return whole(new), self._place(state)
+    return placement.whole(new), self._place(state)
 
   def _insert(
     self,

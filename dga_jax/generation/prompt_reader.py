@@ -1,6 +1,7 @@
 """Reads one prompt at a time, piece by piece, into the cache of one sequence."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from jaxtyping import Array, Float
 from dga_jax.generation.kept_caches import KeptCaches
 from dga_jax.generation.programs import Programs
 from dga_jax.generation.requests import pad_prompt, Request
+from dga_jax.generation.sampling import Sampled
 from dga_jax.model.decoder import DecoderCache
 
 LEAST_KEPT = 64
@@ -40,19 +42,22 @@ class PromptReader:
     self._keep_at: set[int] = set()
     self._position = 0
     self._row: DecoderCache | None = None
+    self._loading: Future[DecoderCache] | None = None  # Becomes `_row`.
+    self._scores: list[tuple[Sampled, int]] | None = None  # None if nobody wants them.
     self._logits: Float[Array, "1 V"] | np.ndarray | None = None
 
   def begin(self, request: Request) -> int:
     """Begins a prompt; returns how many of its tokens a kept cache already has."""
     self._prompt = prompt = np.asarray(request.prompt, np.int32)
     self._position, self._logits, self._keep_at = 0, None, set()
+    self._scores = [] if request.prompt_logprobs else None
     if self._kept.enabled:
       wanted = [len(prompt)] if request.keep_at is None else request.keep_at
       self._keep_at = {at for at in wanted if at >= LEAST_KEPT or at == len(prompt)}
-      found = self._kept.find(prompt)
+      found = None if request.prompt_logprobs else self._kept.find(prompt)
       if found is not None:
         self._position, self._logits = len(found.tokens), found.logits
-        self._row = self._kept.load(found)
+        self._loading = self._kept.load(found)
       shared = self._kept.longest_shared(prompt)
       if shared >= self._position + LEAST_KEPT:
         self._keep_at.add(shared)
@@ -63,6 +68,11 @@ class PromptReader:
     return self._position
 
   @property
+  def waits(self) -> bool:
+    """Whether a kept cache is being copied to the device; `read_piece` and `take` wait for it."""
+    return self._loading is not None and not self._loading.done()
+
+  @property
   def done(self) -> bool:
     """Whether the prompt has been read."""
     return not self._stops
@@ -71,14 +81,22 @@ class PromptReader:
     """Dispatches the next piece, after the piece before it has been computed."""
     if self._logits is not None:
       jax.block_until_ready(self._logits)
+    self._end_loading()
     assert self._row is not None
     left = self._stops[0] - self._position
     # Short pieces cost less than a long one that is mostly padding.
-    length = self._pieces[0] if 2 * left > self._pieces[0] else self._pieces[-1]
+    is_long = 2 * left > self._pieces[0] or self._scores is not None
+    length = self._pieces[0] if is_long else self._pieces[-1]
     count = min(length, left)
-    piece = pad_prompt(self._prompt[self._position : self._position + count], length)
-    self._logits, self._row = self._programs.extend(self._row, piece, count)
-    self._position += count
+    begin, end = self._position, self._position + count
+    piece = pad_prompt(self._prompt[begin:end], length)
+    if self._scores is None:
+      self._logits, self._row = self._programs.extend(self._row, piece, count)
+    else:
+      next_1xT = pad_prompt(self._prompt[begin + 1 : end + 1], length)
+      scored, self._logits, self._row = self._programs.score(self._row, piece, next_1xT, count)
+      self._scores.append((scored, count))
+    self._position = end
     if self._position < self._stops[0]:
       return
     self._stops.pop(0)
@@ -87,18 +105,29 @@ class PromptReader:
       row = self._row if whole else self._programs.copy_row(self._row)
       self._kept.keep(self._prompt[: self._position], row, self._logits)
 
-  def take(self) -> tuple[Float[Array, "1 V"] | np.ndarray, DecoderCache]:
-    """The logits of the token after the prompt, and the prompt's cache, which must not be donated.
+  def take(
+    self,
+  ) -> tuple[Float[Array, "1 V"] | np.ndarray, DecoderCache, list[tuple[Sampled, int]]]:
+    """Ends the prompt.
 
-    The reader is then without a prompt.
+    Returns:
+      (the logits of the token after the prompt, the prompt's cache, which must not be donated, for
+      each piece the result of `Programs.score` and its number of tokens if the request has
+      `prompt_logprobs`).
     """
-    row, logits = self._row, self._logits
+    self._end_loading()
+    row, logits, scores = self._row, self._logits, self._scores or []
     assert self.done
     assert row is not None
     assert logits is not None
     self.drop()
-    return logits, row
+    return logits, row, scores
 
   def drop(self) -> None:
     """Forgets the prompt."""
-    self._row, self._logits, self._stops = None, None, []
+    self._row, self._logits, self._scores, self._stops = None, None, None, []
+    self._loading = None
+
+  def _end_loading(self) -> None:
+    if self._loading is not None:
+      self._row, self._loading = self._loading.result(), None

@@ -25,6 +25,9 @@ class Request:
     keep_at: numbers of tokens of the prompt after which the engine keeps the cache for later
       requests, such as the ends of a system prompt and of the last message; None for the end of
       the prompt.
+    prompt_logprobs: whether the log probabilities of the prompt's tokens are wanted, too. The whole
+      prompt is then read, also where a kept cache has its beginning. It needs
+      `sampling.top_logprobs`.
   """
 
   prompt: Sequence[int]
@@ -32,6 +35,7 @@ class Request:
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
   stop_ids: Collection[int] = ()
   keep_at: Sequence[int] | None = None
+  prompt_logprobs: bool = False
 
   @property
   def last_kept(self) -> int:
@@ -57,6 +61,10 @@ class Request:
       raise ValueError(f"{_capital(name)} has no tokens; give at least one.")
     if not (min(self.prompt) >= 0 and max(self.prompt) < vocab_size):
       raise ValueError(f"{_capital(name)} has token ids outside 0..{vocab_size - 1}.")
+    if self.prompt_logprobs and self.sampling.top_logprobs is None:
+      raise ValueError(
+        f"prompt_logprobs of {name} is True, but top_logprobs is None; set it to 0 or more."
+      )
     if len(self.stop_ids) > MAX_STOP_IDS:
       raise ValueError(
         f"stop_ids of {name} has {len(self.stop_ids)} entries; it may have at most {MAX_STOP_IDS}."
@@ -71,10 +79,10 @@ class Request:
 
 
 class TokenLogprobs(NamedTuple):
-  """Log probabilities at one sampled token.
+  """Log probabilities at one token.
 
   Attributes:
-    logprob: of the sampled token.
+    logprob: of the token.
     top: pairs (token id, log probability) of the most likely tokens, most likely first.
   """
 
@@ -93,6 +101,8 @@ class Emitted(NamedTuple):
       engine; None if it continues.
     logprobs: one entry a token if the request has `top_logprobs`.
     cached_tokens: tokens of the prompt whose cache was kept from an earlier request.
+    prompt_logprobs: with the first tokens of a request that wants them, one entry for each token
+      of the prompt but the first; else None.
   """
 
   request: int
@@ -100,6 +110,7 @@ class Emitted(NamedTuple):
   finish: FinishReason | None
   logprobs: list[TokenLogprobs]
   cached_tokens: int
+  prompt_logprobs: list[TokenLogprobs] | None = None
 
   @property
   def done(self) -> bool:

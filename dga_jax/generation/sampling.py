@@ -151,10 +151,7 @@ def sample_with_logprobs(
   token_B = sample(logits_BxV, params, step_B)
 
   def compute() -> tuple[Array, Array, Array]:
-    logprob_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
-    top_BxK, top_token_BxK = jax.lax.top_k(logprob_BxV, K)
-    own_B = jnp.take_along_axis(logprob_BxV, jnp.maximum(token_B, 0)[:, None], axis=-1)[:, 0]
-    return own_B, top_token_BxK, top_BxK
+    return token_logprobs(logits_BxV, token_B)[1:]
 
   def none() -> tuple[Array, Array, Array]:
     return jnp.zeros(B), jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K))
@@ -162,6 +159,19 @@ def sample_with_logprobs(
   if not logprobs:
     return Sampled(token_B, *none())
   return Sampled(token_B, *jax.lax.cond(jnp.any(params.wants_logprobs), compute, none))
+
+
+def token_logprobs(logits_BxV: Float[Array, "B V"], token_B: Int[Array, "B"]) -> Sampled:
+  """Given tokens with their log probabilities, and those of the most likely tokens.
+
+  Args:
+    logits_BxV: float32.
+    token_B: the tokens; negative ones are read as 0.
+  """
+  logprob_BxV = jax.nn.log_softmax(logits_BxV, axis=-1)
+  top_BxK, top_token_BxK = jax.lax.top_k(logprob_BxV, min(MAX_TOP_LOGPROBS, logits_BxV.shape[1]))
+  own_B = jnp.take_along_axis(logprob_BxV, jnp.maximum(token_B, 0)[:, None], axis=-1)[:, 0]
+  return Sampled(token_B, own_B, top_token_BxK, top_BxK)
 
 
 def sample(

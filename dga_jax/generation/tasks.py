@@ -17,12 +17,13 @@ class Task:
   """A request and its progress.
 
   Attributes:
-    number: of the request.
+    number: of the request; negative for `Engine.read_ahead`.
     request: the request.
     deliver: takes what the request emits, on the engine's thread.
     scheduled: tokens of the continuation that are sampled or dispatched.
     tokens: the tokens of the continuation that are delivered.
     cached_tokens: tokens of the prompt whose cache was kept.
+    prompt_scores: see `PromptReader.take`; until they are delivered.
     row: a copy of the slot's cache after the last token, for which `KeptCaches.reserve` has
       reserved memory; None without one.
     finish: why the request has ended.
@@ -34,6 +35,7 @@ class Task:
   scheduled: int = 0
   tokens: list[int] = dataclasses.field(default_factory=list)
   cached_tokens: int = 0
+  prompt_scores: list[tuple[Sampled, int]] = dataclasses.field(default_factory=list)
   row: DecoderCache | None = None
   finish: FinishReason | None = None
 
@@ -44,6 +46,16 @@ class Task:
     """
     answer = self.tokens if self.finish == "stop" else self.tokens[:-1]
     return np.asarray([*self.request.prompt, *answer], np.int32)
+
+  def take_prompt_logprobs(self) -> list[TokenLogprobs] | None:
+    """Log probabilities of all tokens of the prompt but the first, once; else None."""
+    scores, self.prompt_scores = self.prompt_scores, []
+    if not scores:
+      return None
+    pieces = [[np.asarray(x)[:count] for x in piece[1:]] for piece, count in scores]
+    # No token follows the last one.
+    arrays = [np.concatenate(parts)[:-1] for parts in zip(*pieces, strict=True)]
+    return _logprobs(self.request.sampling.top_logprobs, arrays)
 
   def until_end(self, tokens: list[int]) -> tuple[list[int], FinishReason | None]:
     """The tokens before the end of the request, and why it ends; None if it continues."""

@@ -20,7 +20,7 @@ from dga_jax.model.logits import logits
 from dga_jax.model.on_mesh import on_mesh
 from dga_jax.model.rope import rope_table
 from dga_jax.model.run_layers import LayerAttend, run_stacked, run_unstacked
-from dga_jax.model.sharded_attention import attend_on_mesh, prepare_on_mesh
+from dga_jax.model.sharded_attention import attend_on_mesh, prepare_on_mesh, update_on_mesh
 from dga_jax.sharding import fsdp_all_gather, zigzag_order
 
 
@@ -231,8 +231,10 @@ class Decoder(nnx.Module):
     def attend(
       q: Array, k: Array, v: Array, caches: Any, layer: Any, scores: Array | None = None
     ) -> tuple[Array, Any]:
-      options = kind.focal_options(None if scores is None else scores[:, 0])
-      o_BxHxD, caches = kind.decode(q[:, 0], k[:, 0], v[:, 0], caches, layer, **options)
+      scores = None if scores is None else scores[:, 0]
+      o_BxHxD, caches = update_on_mesh(
+        kind, kind.decode, q[:, 0], k[:, 0], v[:, 0], caches, layer, focal_scores=scores
+      )
       return o_BxHxD[:, None], caches
 
     states_Bx1xE, layers = self._run_layers(
@@ -261,6 +263,21 @@ class Decoder(nnx.Module):
     Raises:
       ValueError: as for `hidden`, or the attention kind does not support it.
     """
+    states_BxTxE, cache, lengths_B = self._extend(tokens_BxT, cache, lengths)
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    last_BxE = jnp.take_along_axis(states_BxTxE, last_B[:, None, None], axis=1)[:, 0]
+    return self.unembed(last_BxE), cache
+
+  def extend_hidden(
+    self, tokens_BxT: Int[IntArray, "B T"], cache: DecoderCache, lengths: Lengths
+  ) -> tuple[Float[Array, "B T E"], DecoderCache]:
+    """As `extend`, with the final states of all new tokens in place of logits, see `unembed`."""
+    return self._extend(tokens_BxT, cache, lengths)[:2]
+
+  def _extend(
+    self, tokens_BxT: IntArray, cache: DecoderCache, lengths: Lengths
+  ) -> tuple[Array, DecoderCache, Array]:
+    """States, cache, and the number of new tokens of each sequence."""
     B, T = _check_tokens(tokens_BxT)
     lengths_B = jnp.asarray(validation.rows(B, T, lengths, None)[0])
     kind = self.config.make_attention()
@@ -268,16 +285,15 @@ class Decoder(nnx.Module):
     def attend(
       q: Array, k: Array, v: Array, caches: Any, layer: Any, scores: Array | None = None
     ) -> tuple[Array, Any]:
-      options = kind.focal_options(scores)
-      return kind.extend(q, k, v, caches, layer, lengths=lengths_B, **options)
+      return update_on_mesh(
+        kind, kind.extend, q, k, v, caches, layer, lengths=lengths_B, focal_scores=scores
+      )
 
     positions_BxT = cache.length[:, None] + jnp.arange(T)[None]
     states_BxTxE, layers = self._run_layers(
       jnp.asarray(tokens_BxT), positions_BxT, attend, cache.layers
     )
-    last_B = jnp.maximum(lengths_B - 1, 0)
-    last_BxE = jnp.take_along_axis(states_BxTxE, last_B[:, None, None], axis=1)[:, 0]
-    return self.unembed(last_BxE), DecoderCache(layers, cache.length + lengths_B)
+    return states_BxTxE, DecoderCache(layers, cache.length + lengths_B), lengths_B
 
   def unstack_layers(self) -> "Decoder":
     """The same decoder with separate arrays for every layer's weights.

@@ -1,14 +1,17 @@
 """Attention of the model on a mesh: each device attends to its own rows and heads."""
 
+import math
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 from jax.sharding import AbstractMesh, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dga_jax.attention.partition import AttentionPartition
 from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.base import AttentionKind
-from dga_jax.sharding import context_axis, current_mesh, current_rules
+from dga_jax.sharding import constrain, context_axis, current_mesh, current_rules
 
 
 @runtime_checkable
@@ -126,6 +129,93 @@ def attend_on_mesh(
     check_vma=axis_name is not None,
   )
   return out_BxLxHxD
+
+
+def update_on_mesh(
+  kind: AttentionKind,
+  update: Callable[..., tuple[Array, Any]],
+  q: Float[Array, "B *T H D"],
+  k: Float[Array, "B *T N D"],
+  v: Float[Array, "B *T N D"],
+  caches: Any,
+  layer: Any,
+  *,
+  lengths: Int[Array, "B"] | None = None,
+  focal_scores: Float[Array, "B *T N"] | None = None,
+) -> tuple[Float[Array, "B *T H D"], Any]:
+  """Appends tokens to the cache of a layer on every device of the mesh, or on one without a mesh.
+
+  Each device updates and reads the cache of its own KV heads. All devices compute the same along
+  mesh axes that do not split heads, and where `splits_heads` is false.
+
+  Args:
+    kind: the attention kind.
+    update: its `decode` or its `extend`.
+    q: queries of the new tokens; T is absent for `decode`.
+    k: keys.
+    v: values.
+    caches: of all layers.
+    layer: the layer argument of `update`.
+    lengths: the argument of `extend`.
+    focal_scores: of a layer with a selector, or None.
+  """
+  mesh, N = current_mesh(), k.shape[-2]
+  options = kind.focal_options(focal_scores)
+  if lengths is not None:
+    options["lengths"] = lengths
+  if mesh is None:
+    return update(q, k, v, caches, layer, **options)
+  axes = _usable(mesh, current_rules().heads)
+  heads = axes if splits_heads(kind, N, math.prod(mesh.shape[axis] for axis in axes)) else ()
+  partition = AttentionPartition(mesh, heads=heads)
+  before_heads = [None] * (k.ndim - 2)
+  states = PartitionSpec(*before_heads, heads or None, None)
+  in_caches = jax.tree.map(lambda x: _cache_spec(x, N, heads), caches)
+
+  def split_states(x: Array) -> Array:
+    # Without it, the compiler gathers weights where `update` wants all heads.
+    return constrain(x, *before_heads, "heads", None)
+
+  out, updated = partition.shard_map(
+    lambda operands: update(
+      *operands["states"], operands["caches"], operands["layer"], **operands["options"]
+    ),
+    {
+      "states": tuple(map(split_states, (q, k, v))),
+      "caches": caches,
+      "layer": layer,
+      "options": options,
+    },
+    {
+      "states": states,
+      "caches": in_caches,
+      "layer": PartitionSpec(),
+      "options": {
+        name: PartitionSpec(*before_heads, heads or None)
+        if name == "focal_scores"
+        else PartitionSpec()
+        for name in options
+      },
+    },
+    (states, in_caches),
+    check_vma=False,
+  )
+  return split_states(out), updated
+
+
+def splits_heads(kind: AttentionKind, num_kv_heads: int, parts: int) -> bool:
+  """Whether a mesh axis of this size splits the KV heads of a cache.
+
+  Layers with settings of their own store the heads of each setting together, in an order that is
+  not the order of the heads. Every device then has the whole cache.
+  """
+  return not kind.layers_differ and num_kv_heads % parts == 0
+
+
+def _cache_spec(x: Array, num_kv_heads: int, heads: tuple[str, ...]) -> PartitionSpec:
+  """How an array of a cache is split: its axes are layers, rows and, in most arrays, KV heads."""
+  has_heads = x.ndim > 2 and x.shape[2] == num_kv_heads
+  return PartitionSpec(None, None, heads or None) if has_heads else PartitionSpec()
 
 
 def _partition(

@@ -35,6 +35,7 @@ class Delta:
     tokens: the tokens of `logprobs`.
     logprobs: one entry a token, if the request has `top_logprobs`.
     finish: "stop" or "length" with the last text, else None.
+    prompt_logprobs: see `Emitted`.
   """
 
   index: int
@@ -42,6 +43,7 @@ class Delta:
   tokens: list[int]
   logprobs: list[TokenLogprobs]
   finish: str | None
+  prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclasses.dataclass
@@ -49,7 +51,7 @@ class _Choice:
   number: int
   request: Request
   stream: TextStream
-  new_tokens: int = 0
+  tokens: list[int] = dataclasses.field(default_factory=list)
   cached_tokens: int = 0
   first_time: float = 0.0
   ended: bool = False
@@ -118,8 +120,8 @@ class Answers:
     """The numbers of tokens so far, and the bytes of the caches of all choices."""
     engine, firsts = self._served.engine, self._choices[:: self._per_prompt]
     prompt = sum(len(choice.request.prompt) for choice in firsts)
-    new = sum(choice.new_tokens for choice in self._choices)
-    lengths = [len(choice.request.prompt) + choice.new_tokens for choice in self._choices]
+    new = sum(len(choice.tokens) for choice in self._choices)
+    lengths = [len(choice.request.prompt) + len(choice.tokens) for choice in self._choices]
     return {
       "prompt_tokens": prompt,
       "completion_tokens": new,
@@ -138,7 +140,7 @@ class Answers:
 
   def _delta(self, index: int, choice: _Choice, emitted: Emitted) -> Delta:
     choice.cached_tokens = emitted.cached_tokens
-    if emitted.tokens and not choice.new_tokens:
+    if emitted.tokens and not choice.tokens:
       choice.first_time = time.perf_counter()
     text, count = "", 0
     for token in emitted.tokens:
@@ -146,7 +148,7 @@ class Answers:
       count += 1
       if choice.stream.stopped:
         break
-    choice.new_tokens += count
+    choice.tokens += emitted.tokens[:count]
     finish = "stop" if choice.stream.stopped else emitted.finish
     if finish is not None:
       text += choice.stream.finish()
@@ -154,19 +156,23 @@ class Answers:
       choice.ended = True
       if emitted.finish is None:
         self._served.engine.cancel(choice.number)
-    return Delta(index, text, emitted.tokens[:count], emitted.logprobs[:count], finish)
+      if choice.stream.stopped:  # The engine has decoded more tokens, or keeps them.
+        answer = choice.tokens[: choice.stream.whole_tokens]
+        self._served.engine.read_ahead([*choice.request.prompt, *answer])
+    tokens, logprobs = emitted.tokens[:count], emitted.logprobs[:count]
+    return Delta(index, text, tokens, logprobs, finish, emitted.prompt_logprobs)
 
   def _observe(self) -> None:
     name, end = self._served.name, time.perf_counter()
     for i, choice in enumerate(self._choices):
-      self._metrics.new_tokens.labels(name).inc(choice.new_tokens)
+      self._metrics.new_tokens.labels(name).inc(len(choice.tokens))
       if i % self._per_prompt == 0:
         self._metrics.prompt_tokens.labels(name).inc(len(choice.request.prompt))
         self._metrics.cached_tokens.labels(name).inc(choice.cached_tokens)
-      if choice.new_tokens:
+      if choice.tokens:
         self._metrics.first_token.labels(name).observe(choice.first_time - self._begin)
-      if choice.new_tokens > 1:
-        seconds = (end - choice.first_time) / (choice.new_tokens - 1)
+      if len(choice.tokens) > 1:
+        seconds = (end - choice.first_time) / (len(choice.tokens) - 1)
         self._metrics.between_tokens.labels(name).observe(seconds)
 
 

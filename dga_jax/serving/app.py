@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from dga_jax.serving.endpoints import answer, Prompt
 from dga_jax.serving.errors import APIError
-from dga_jax.serving.formats import ChatFormat, CompletionFormat
+from dga_jax.serving.formats import ChatFormat, CompletionFormat, Echo
 from dga_jax.serving.http_guards import Guard, read_json
 from dga_jax.serving.json_response import json_response
 from dga_jax.serving.metrics import Metrics
@@ -105,14 +105,16 @@ class _Handlers:
   async def completions(self, http: Request) -> Response:
     parameters = parse_completion(await read_json(http, self._settings.max_body_bytes))
     served, prompts, echoes = self._find(parameters.model), [], []
+    wants_logprobs = parameters.sampling.top_logprobs is not None
     for given in parameters.prompts:
       if isinstance(given, str):
-        tokens, text = await asyncio.to_thread(served.encode_text, given), given
+        tokens = await asyncio.to_thread(served.encode_text, given)
+        echo = Echo(given, tokens[len(served.tokenizer.start_ids) :])
       else:
-        tokens, text = list(given), served.tokenizer.decode(given) if parameters.echo else ""
-      prompts.append(Prompt(tokens))
-      echoes += [text if parameters.echo else ""] * parameters.choices
-    wants_logprobs = parameters.sampling.top_logprobs is not None
+        tokens = list(given)
+        echo = Echo(served.tokenizer.decode(given) if parameters.echo else "", tokens)
+      prompts.append(Prompt(tokens, logprobs=parameters.echo and wants_logprobs))
+      echoes += [echo if parameters.echo else Echo("", ())] * parameters.choices
     style = CompletionFormat(served.tokenizer, echoes, wants_logprobs)
     return await answer(http, served, parameters, prompts, style, self._metrics)
 

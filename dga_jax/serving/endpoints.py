@@ -40,10 +40,17 @@ class Format(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """An encoded prompt, and the positions at which its cache is kept, see `Request.keep_at`."""
+  """An encoded prompt.
+
+  Attributes:
+    tokens: of the prompt.
+    keep_at: see `Request`.
+    logprobs: see `Request.prompt_logprobs`.
+  """
 
   tokens: list[int]
   keep_at: list[int] | None = None
+  logprobs: bool = False
 
 
 async def answer(
@@ -96,6 +103,7 @@ def _requests(
         parameters.sampling.with_offset(i),
         stop_ids=parameters.stop_ids | set(served.tokenizer.stop_ids),
         keep_at=prompt.keep_at,
+        prompt_logprobs=prompt.logprobs,
       )
       try:
         request.check("the prompt", engine.config.vocab_size, engine.max_length)
@@ -130,7 +138,7 @@ async def _events(
     for choice in style.first_choices():
       yield chunk([choice])
     async for delta in answers.deltas():
-      if delta.text or delta.finish or delta.logprobs:
+      if delta.text or delta.finish or delta.logprobs or delta.prompt_logprobs is not None:
         yield chunk([style.chunk_choice(delta)])
     if parameters.include_usage:
       yield chunk([], last=True)

@@ -1,8 +1,10 @@
 """The JSON objects of completions and chat completions."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from dga_jax.generation import TokenLogprobs
 from dga_jax.serving.answers import Delta
 from dga_jax.serving.logprobs import chat_logprobs, CompletionLogprobs
 from dga_jax.tokenizer import Tokenizer
@@ -57,35 +59,50 @@ class ChatFormat:
     return chat_logprobs(self._tokenizer, tokens, [row for d in deltas for row in d.logprobs])
 
 
+@dataclasses.dataclass(frozen=True)
+class Echo:
+  """The prompt that an answer repeats; empty for an answer without it.
+
+  Attributes:
+    text: of the prompt.
+    tokens: of the prompt, without the start tokens that the server has added.
+  """
+
+  text: str
+  tokens: Sequence[int]
+
+
 class CompletionFormat:
   """Of /v1/completions.
 
   Args:
     tokenizer: of the model.
-    echoes: the text before each choice's answer.
-    logprobs: whether the request has asked for log probabilities.
+    echoes: of each choice.
+    logprobs: whether the request has asked for log probabilities. The log probabilities of an
+      echoed prompt arrive with the first tokens of its answer.
   """
 
   object_name = chunk_name = "text_completion"
   id_prefix = "cmpl"
 
-  def __init__(self, tokenizer: Tokenizer, echoes: Sequence[str], logprobs: bool) -> None:
+  def __init__(self, tokenizer: Tokenizer, echoes: Sequence[Echo], logprobs: bool) -> None:
     self._echoes = echoes
     self._logprobs = [CompletionLogprobs(tokenizer) if logprobs else None for _ in echoes]
 
   def first_choices(self) -> list[dict[str, Any]]:
-    """The prompts, if they are echoed."""
+    """The prompts that are echoed without log probabilities."""
     return [
-      {"index": i, "text": echo, "logprobs": None, "finish_reason": None}
-      for i, echo in enumerate(self._echoes)
-      if echo
+      {"index": i, "text": echo.text, "logprobs": None, "finish_reason": None}
+      for i, (echo, logprobs) in enumerate(zip(self._echoes, self._logprobs, strict=True))
+      if echo.text and logprobs is None
     ]
 
   def chunk_choice(self, delta: Delta) -> dict[str, Any]:
     """New text."""
+    echo = "" if delta.prompt_logprobs is None else self._echoes[delta.index].text
     return {
       "index": delta.index,
-      "text": delta.text,
+      "text": echo + delta.text,
       "logprobs": self._logprobs_of(delta.index, [delta]),
       "finish_reason": delta.finish,
     }
@@ -94,7 +111,7 @@ class CompletionFormat:
     """The text."""
     return {
       "index": index,
-      "text": self._echoes[index] + "".join(delta.text for delta in deltas),
+      "text": self._echoes[index].text + "".join(delta.text for delta in deltas),
       "logprobs": self._logprobs_of(index, deltas),
       "finish_reason": deltas[-1].finish,
     }
@@ -103,5 +120,15 @@ class CompletionFormat:
     logprobs = self._logprobs[index]
     if logprobs is None:
       return None
-    tokens = [token for delta in deltas for token in delta.tokens]
-    return logprobs.take(tokens, [row for delta in deltas for row in delta.logprobs])
+    tokens: list[int] = []
+    rows: list[TokenLogprobs | None] = []
+    for delta in deltas:
+      if delta.prompt_logprobs is not None:
+        echoed = self._echoes[index].tokens
+        # The first token of a prompt has no log probability.
+        of_prompt = [None, *delta.prompt_logprobs]
+        tokens += echoed
+        rows += of_prompt[len(of_prompt) - len(echoed) :]
+      tokens += delta.tokens
+      rows += delta.logprobs
+    return logprobs.take(tokens, rows)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from dga_jax.choices import AttentionName, DtypeName
 from dga_jax.generation import Engine
 from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
-from dga_jax.generation.programs import Progress
+from dga_jax.generation.compile_jobs import Progress
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.loading import load_with_facts, Loaded
 from dga_jax.serving.served_model import ServedModel

@@ -34,17 +34,18 @@ class CompletionLogprobs:
   def __init__(self, tokenizer: Tokenizer) -> None:
     self._tokenizer, self._offset = tokenizer, 0
 
-  def take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> dict[str, Any]:
-    """The lists of the next tokens."""
+  def take(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> dict[str, Any]:
+    """The lists of the next tokens; a token without log probabilities has null."""
     texts, offsets = [self._text(token) for token in tokens], []
     for text in texts:
       offsets.append(self._offset)
       self._offset += len(text)
     return {
       "tokens": texts,
-      "token_logprobs": [row.logprob for row in logprobs],
+      "token_logprobs": [None if row is None else row.logprob for row in logprobs],
       "top_logprobs": [
-        {self._text(token): logprob for token, logprob in row.top} for row in logprobs
+        None if row is None else {self._text(token): logprob for token, logprob in row.top}
+        for row in logprobs
       ],
       "text_offset": offsets,
     }

@@ -98,8 +98,6 @@ def parse_completion(body: Any) -> CompletionParameters:
   fields = Fields(body)
   prompts, echo = _prompts(fields.take("prompt")), fields.flag("echo")
   logprobs = fields.integer("logprobs", None, 0, MAX_TOP_LOGPROBS)
-  if echo and logprobs is not None:
-    raise unsupported("echo", "echo together with logprobs is not supported; leave one out.")
   shared = _shared(fields, fields.integer("max_tokens", 16, 1, _MAX_TOKENS), logprobs)
   fields.finish(_NEUTRAL_COMPLETION, _IGNORED)
   return CompletionParameters(**shared, prompts=prompts, echo=echo)

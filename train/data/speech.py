@@ -31,7 +31,7 @@ HELD_OUT_VOICES = (("en-us+m7", 160), ("en-gb-x-rp+f3", 165))
 _HELD_OUT_STEP = 10
 _FEWEST_CHARACTERS, _MOST_CHARACTERS = 80, 400
 _SECONDS_TIMEOUT = 60
-_BATCH = 64  # Files between two looks at the length of the corpus.
+_BATCH = 8  # Files between two checks of the corpus's length: at most some minutes of excess.
 
 
 def make_corpus(
@@ -51,6 +51,7 @@ def make_corpus(
   """
   partial = output.with_name(f"{output.name}.partial")
   shutil.rmtree(partial, ignore_errors=True)
+  written = {}
   try:
     for split, voices, wanted in (
       ("train", TRAIN_VOICES, minutes),
@@ -58,11 +59,13 @@ def make_corpus(
     ):
       folder = partial / split
       folder.mkdir(parents=True)
-      _speak(paragraphs(texts, held_out=split == "held_out"), voices, folder, wanted)
+      texts_of_split = paragraphs(texts, held_out=split == "held_out")
+      written[split] = _speak(texts_of_split, voices, folder, wanted)
     partial.rename(output)
   finally:
     shutil.rmtree(partial, ignore_errors=True)
-  print(f"wrote {minutes:g} minutes to {output}/train, {held_out_minutes:g} to {output}/held_out")
+  for split, spoken in written.items():
+    print(f"wrote {spoken:.1f} minutes to {output / split}")
 
 
 def paragraphs(texts: tuple[Path, ...], *, held_out: bool) -> Iterator[str]:
@@ -90,8 +93,11 @@ def _first_sentences(text: str) -> str:
 
 def _speak(
   texts: Iterator[str], voices: tuple[tuple[str, int], ...], folder: Path, minutes: float
-) -> None:
-  """Writes files until they have `minutes` of sound. The voices alternate."""
+) -> float:
+  """Writes files until they have `minutes` of sound, and returns their minutes.
+
+  The voices alternate.
+  """
   jobs = enumerate(zip(texts, itertools.cycle(voices), strict=False))
   done = 0.0
   with (
@@ -108,6 +114,7 @@ def _speak(
       for seconds in pool.map(lambda job: _write(folder, job[0], *job[1]), batch):
         done += seconds / 60
         bar.update(seconds / 60)
+  return done
 
 
 def _write(folder: Path, index: int, text: str, voice: tuple[str, int]) -> float:

@@ -1,6 +1,7 @@
 """The solver against every assignment of small instances, and the correction."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,17 @@ from hypothesis import strategies as st
 from dga_jax.calibration.allocation import allocate, Near, Scale, with_prior
 from dga_jax.calibration.candidates import make_grid
 from dga_jax.calibration.correction import correct
-from dga_jax.calibration.measuring import HeadRises, SetLoss
+from dga_jax.calibration.measuring import Divergence, HeadRises, SetLoss
 from dga_jax.calibration.starts import make_starts
 from dga_jax.head_budgets import SinkWindow
 from dga_jax.model.flops import setting_keys
+
+
+def not_measured(choice: np.ndarray) -> np.ndarray:
+  raise AssertionError("no refinement is wanted")
+
+
+UNREFINED: dict[str, Any] = {"measure_beside": not_measured, "refinements": 0}
 
 
 @st.composite
@@ -91,8 +99,8 @@ def test_damage_is_the_sum_of_two_shares() -> None:
   assert scale == pytest.approx((0.8, 4))
   expected = [[[0, 0.125 + 0.25, 0.25 + 0.75], [0, 0, 0.75 + 0.25]]]
   np.testing.assert_allclose(scale.damage(rises), expected)
-  dense = SetLoss(2.0, 1.0, 3, 4)
-  assert scale.score(SetLoss(2.4, 0.0, 4, 4), dense) == pytest.approx(0.5 - 0.25)
+  measured = SetLoss(2.4, 0.0, 4, 4, Divergence(text=0.4, retrieval=1.0))
+  assert scale.score(measured) == pytest.approx(0.5 + 0.25)
   assert Scale.from_rises(HeadRises(0 * text, -retrieval)) == (1.0, 1.0)
 
 
@@ -107,7 +115,7 @@ def test_correction_finds_what_damages_alone_do_not_tell() -> None:
 
   first = allocate(damage, cost, 24)
   assert first.tolist() == [1, 1, 0, 0]
-  corrected = correct([first], damage, cost, 24, measure=measure, rounds=8)
+  corrected = correct([first], damage, cost, 24, measure=measure, rounds=8, **UNREFINED)
   assert corrected.choice.tolist() == [0, 1, 0, 1]
   assert corrected.score == measure(corrected.choice) == pytest.approx(0.3)
   assert corrected.accepted == 1
@@ -135,8 +143,10 @@ def test_damages_beside_a_set_move_many_heads_at_once() -> None:
     measure=lambda choice: float(true[np.arange(8), choice].sum()),
     rounds=0,
     measure_beside=beside,
+    refinements=5,
   )
-  assert bases == [start.tolist()]
+  # The second refinement finds nothing better, so there is no third.
+  assert bases == [start.tolist(), [1, 1, 1, 1, 0, 0, 0, 0]]
   assert corrected.choice.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
   assert corrected.starts == (28, 22)
   assert (corrected.start, corrected.score, corrected.accepted) == (1, 6, 1)
@@ -177,7 +187,9 @@ def test_correction_keeps_the_budget_and_never_loses(
     return measured.setdefault(choice.tobytes(), rng.random())
 
   cheapest = np.full(len(damage), cost.argmin())
-  corrected = correct([first, cheapest], damage, cost, budget, measure=measure, rounds=rounds)
+  corrected = correct(
+    [first, cheapest], damage, cost, budget, measure=measure, rounds=rounds, **UNREFINED
+  )
   starts = {first.tobytes(), cheapest.tobytes()}
   assert corrected.tried == len(measured) - len(starts) <= rounds
   assert corrected.score == min(measured.values()) == measured[corrected.choice.tobytes()]

@@ -36,6 +36,9 @@ def test_the_grid_is_every_block_with_every_window() -> None:
   assert [one for one in grid if isinstance(one, SinkWindow)] == windows
   assert grid.index(windows[0]) + 1 == grid.index(configs[0])
   assert label(windows[0]) == f"4 sinks, window of {windows[0].window}"
+  further = make_grid([(14, 2)], [32], 4, 1024, sliding_windows=[700, 50])
+  alone = [one.window for one in further if isinstance(one, SinkWindow)]
+  assert alone == [700, setting_keys(configs[2], 1024) - 4, 50]
   # Windows that round to the same number of blocks are one candidate.
   assert len(make_grid([(30, 2)], [32, 33], 4, 1024)) == 3
 
@@ -43,6 +46,8 @@ def test_the_grid_is_every_block_with_every_window() -> None:
 def test_a_candidate_that_saves_nothing_is_refused() -> None:
   with pytest.raises(ValueError, match=r"'30\+2, 4 sinks, 4 raw blocks' keeps 179 cache entries"):
     make_grid([(30, 2)], [128], 4, 176)
+  with pytest.raises(ValueError, match=r"'4 sinks, window of 172' keeps 176 cache entries of 176"):
+    make_grid([(30, 2)], [0], 4, 176, sliding_windows=[172])
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from dga_jax.calibration.measuring import as_json, HeadRises, Measurer, open_results
 from dga_jax.calibration.profile import fill_tail, find_bulk, measure_profile, rise_of
 from dga_jax.calibration.program import Measured
+from dga_jax.calibration.rows import Batch
 from dga_jax.evaluation.results import Results
 from dga_jax.head_budgets import FULL, SinkWindow
 from tests.dga_jax.calibration import small
@@ -41,9 +42,10 @@ def test_a_rise_is_the_difference_of_two_sets(
     assignment[layer, head] = candidate
     alone = own.measure_set(rows, small.CANDIDATES, assignment)
     for name in ("text", "retrieval"):
-      rise = getattr(alone, name) - getattr(dense, name)
+      rise = getattr(alone.divergence, name)
       assert getattr(rises, name)[layer, head, candidate] == pytest.approx(rise, abs=1e-6)
       assert abs(rise) > 1e-5
+  assert dense.divergence == (0, 0)
   assert not rises.text[..., 0].any()
   assert not rises.retrieval[..., 0].any()
 
@@ -63,7 +65,7 @@ def test_a_rise_beside_a_set_is_the_difference_of_two_sets(tmp_path: Path) -> No
     assignment[layer, head] = candidate
     changed = own.measure_set(rows, own.candidates, assignment)
     for name in ("text", "retrieval"):
-      rise = getattr(changed, name) - getattr(whole, name)
+      rise = getattr(changed.divergence, name) - getattr(whole.divergence, name)
       assert getattr(rises, name)[layer, head, candidate] == pytest.approx(rise, abs=1e-6)
   assert np.isfinite(rises.text).sum() == base.size + 2
   assert not np.take_along_axis(rises.text, base[..., None], axis=-1).any()
@@ -101,7 +103,7 @@ def test_the_loss_is_the_mean_over_all_rows(tmp_path: Path) -> None:
   half = small.LENGTH // 2
   nats = -np.take_along_axis(np.asarray(log_p)[:, half:], rows.text.target[..., None], axis=-1)
   assert dense.text == pytest.approx(nats.mean(), rel=1e-5)
-  assert dense.prompts == 2
+  assert dense.questions == 2
 
 
 def test_a_killed_run_continues(measured: tuple[Path, HeadRises], tmp_path: Path) -> None:
@@ -139,11 +141,13 @@ def test_a_file_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_is_an_error(loss: float) -> None:
-  measured = Measured(jnp.array([1.0, loss]), jnp.array([True, False]))
+  zeros = np.zeros((2, 1), np.int32)
+  batch = Batch(zeros, zeros, zeros, np.ones((2, 1), np.float32), zeros)
+  measured = Measured(jnp.array([1.0, loss]), jnp.array([0.5, 0]), jnp.array([[True], [False]]))
   with pytest.raises(FloatingPointError, match="the loss is NaN or infinite"):
-    as_json(measured, 2)
+    as_json(measured, batch, 2)
   # The second row only fills the batch.
-  assert as_json(measured, 1) == {"loss": [1.0], "found": [True]}
+  assert as_json(measured, batch, 1) == {"loss": [1.0], "divergence": [0.5], "found": [[True]]}
 
 
 def test_the_first_candidate_is_full(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from dga_jax.attention.segments import find_documents
 from dga_jax.calibration import program
+from dga_jax.calibration.measuring import as_json
 from dga_jax.calibration.program import AssignedDecoder
 from dga_jax.calibration.rows import Batch
 from dga_jax.head_budgets import FULL, SinkWindow
@@ -54,11 +55,12 @@ def test_all_heads_under_one_candidate_are_the_decoder_under_it(
 
 def test_a_mixed_assignment_takes_every_head_from_its_candidate() -> None:
   model = small.decoder()
-  candidates = (FULL, small.STREAMING, SinkWindow(9, sinks=2))
-  assignment = np.array([[2, 1], [0, 2]])
+  longer = dataclasses.replace(small.STREAMING, local_window=3)
+  candidates = (FULL, small.STREAMING, SinkWindow(9, sinks=2), longer, SinkWindow(40, sinks=0))
   model.config = dataclasses.replace(small.CONFIG, num_layers=2)
-  expected = reference(model, candidates, assignment)
-  assert_close(run(AssignedDecoder(model, candidates), assignment, last=2), expected)
+  for assignment in np.array([[[2, 1], [0, 2]], [[1, 3], [4, 2]]]):
+    expected = reference(model, candidates, assignment)
+    assert_close(run(AssignedDecoder(model, candidates), assignment, last=2), expected)
 
 
 def reference(model: nnx.Module, candidates: tuple, assignment: np.ndarray) -> np.ndarray:
@@ -111,37 +113,56 @@ def test_one_program_serves_every_assignment(decoder: AssignedDecoder) -> None:
   run(decoder, np.array([[0, 1], [2, 0], [1, 1]]), first=1)
   run(decoder, np.full(small.SHAPE, 2), last=2)
   assert program._run_layers._cache_size() == compiled
+  # Further windows change numbers alone.
+  more = (*small.CANDIDATES, SinkWindow(50, 0), dataclasses.replace(small.SHORT, local_window=3))
+  windows = AssignedDecoder(small.decoder(), more)
+  run(windows, np.full(small.SHAPE, 3))
+  compiled = program._run_layers._cache_size()
+  run(AssignedDecoder(small.decoder(), (*more, SinkWindow(7, 0))), np.full(small.SHAPE, 5))
+  assert program._run_layers._cache_size() == compiled
 
 
-def test_the_loss_is_the_mean_cross_entropy_of_the_targets(decoder: AssignedDecoder) -> None:
+def test_losses_and_divergences_are_means_over_the_targets(decoder: AssignedDecoder) -> None:
   model, tokens = small.decoder(), small.tokens()
   position = np.array([[3, 40, 191], [7, 8, 0]], np.int32)
   target = np.take_along_axis(tokens[:, 1:], position, axis=1)
   weight = np.array([[1 / 3] * 3, [0.5, 0.5, 0]], np.float32)
-  batch = Batch(tokens[:, :-1], position, target, weight)
-  x_BxLxE = jnp.asarray(run(decoder, np.zeros(small.SHAPE, int)))
-  loss, found = decoder.measure(x_BxLxE, batch)
-  log_p = np.asarray(jax.nn.log_softmax(model(tokens[:, :-1]), axis=-1))
-  nats = [[-log_p[b, p, t] for p, t in zip(position[b], target[b], strict=True)] for b in (0, 1)]
-  expected = (np.array(nats) * weight).sum(axis=1)
-  np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  assert not found.any()
-  best = log_p.argmax(axis=-1)
-  right = np.take_along_axis(best, position, axis=1)
-  right[0, 1] += 1
+  question = np.array([[0, 1, 1], [0, 1, 0]], np.int32)
+  batch = Batch(tokens[:, :-1], position, target, weight, question)
+  full = np.zeros(small.SHAPE, int)
+  dense, short = (
+    decoder.target_states(jnp.asarray(run(decoder, set_)), batch) for set_ in (full, full + 2)
+  )
+  log_p, log_q = (
+    np.asarray(jax.nn.log_softmax(model.unembed(states), axis=-1), float)
+    for states in (dense, short)
+  )
+  whole = np.asarray(jax.nn.log_softmax(model(tokens[:, :-1]), axis=-1))
+  np.testing.assert_allclose(log_p[0, 1], whole[0, 40], rtol=1e-4, atol=1e-4)
+  measured = decoder.measure(short, dense, batch)
+  nats = -np.take_along_axis(log_q, target[..., None], axis=-1)[..., 0]
+  np.testing.assert_allclose(measured.loss, (nats * weight).sum(axis=1), rtol=1e-5)
+  divergence = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+  assert divergence.max() > 0.1
+  expected = (divergence * weight).sum(axis=1)
+  np.testing.assert_allclose(measured.divergence, expected, rtol=1e-4, atol=1e-6)
+  assert np.abs(decoder.measure(dense, dense, batch).divergence).max() == 0
+  right = log_q.argmax(axis=-1)
+  right[0, 2] += 1
   right[1, 2] += 1  # A target without weight need not be right.
-  assert decoder.measure(x_BxLxE, batch._replace(target=right)).found.tolist() == [False, True]
+  answered = as_json(decoder.measure(short, dense, batch._replace(target=right)), batch, 2)
+  assert answered["found"] == [[True, False], [True, True]]
 
 
 def test_padding_after_the_targets_has_no_influence(decoder: AssignedDecoder) -> None:
   (_, batch), *_ = small.rows().retrieval.batches(2)
   last = int(batch.position.max())
-  assert last + 1 < batch.tokens.shape[1]
+  batch = batch._replace(tokens=np.pad(batch.tokens, ((0, 0), (0, 8))))
   other = batch.tokens.copy()
   other[:, last + 1 :] = 65
   one = np.array([[1, 0], [2, 1], [0, 1]])
   a, b = (
-    decoder.measure(decoder.run_layers(decoder.embed(tokens), one, 0, 3), batch).loss
+    decoder.target_states(decoder.run_layers(decoder.embed(tokens), one, 0, 3), batch)
     for tokens in (batch.tokens, other)
   )
   np.testing.assert_array_equal(a, b)

@@ -13,12 +13,12 @@ from dga_jax.calibration.allocation import Scale
 from dga_jax.calibration.candidates import make_grid
 from dga_jax.calibration.comparison import Baseline
 from dga_jax.calibration.correction import Corrected
-from dga_jax.calibration.measuring import HeadRises, SetLoss
+from dga_jax.calibration.measuring import Divergence, HeadRises, SetLoss
 from dga_jax.calibration.plot import plot_budgets
 from dga_jax.calibration.report import table, write_json
 from dga_jax.calibration.run import Calibration, Goal, make_budgets, TableRow
 from dga_jax.calibration.starts import Start
-from dga_jax.head_budgets import FULL, read_head_budgets
+from dga_jax.head_budgets import FULL, HeadBudgets, read_head_budgets
 from dga_jax.model.flops import setting_keys
 from tests.dga_jax.evaluation import tiny
 
@@ -31,15 +31,15 @@ def calibration() -> Calibration:
   rng = np.random.default_rng(0)
   rise = rng.exponential(size=(2, 3, 5)) * [0, 1, 1, 2, 2]
   rises = HeadRises(rise, 10 * rise)
-  dense = SetLoss(3.0, 0.5, 4, 4)
+  dense = SetLoss(3.0, 0.5, 4, 4, Divergence(0.0, 0.0))
   row = TableRow(
     share=0.5,
     cost=0.44,
     full_heads=2,
-    predicted=(3.0 + np.log(1.25), 0.75),
-    budgets=SetLoss(3.0 + float(np.log(1.5)), 1.0, 3, 4),
+    predicted=Divergence(float(np.log(1.25)), 0.25),
+    budgets=SetLoss(3.0 + float(np.log(1.5)), 1.0, 3, 4, Divergence(0.3, 0.4)),
     one_setting=None,
-    sinks_and_window=SetLoss(3.0 + float(np.log(2)), 1.5, 1, 4),
+    sinks_and_window=SetLoss(3.0 + float(np.log(2)), 1.5, 1, 4, Divergence(0.6, 1.0)),
   )
   return Calibration(
     make_budgets(GRID, ASSIGNMENT),
@@ -75,10 +75,13 @@ def test_the_file_is_read_back(tmp_path: Path) -> None:
   stored = json.loads(path.read_text())["calibration"]
   assert (stored["length"], stored["share"], stored["cost"]) == (1024, 0.5, 0.44)
   assert stored["changes"] == {"tried": 5, "accepted": 2}
-  assert stored["starts"][1] == {"name": "one DGA setting", "score": 0.7}
+  start = stored["starts"][1]
+  assert (start["name"], start["score"]) == ("one DGA setting", 0.7)
+  assert HeadBudgets.from_dict(start["budgets"]).counts() == {GRID[4]: 6}
   assert stored["candidates"][0] == {"label": "full", "setting": "full", "cost_of_a_head": 3.0}
   assert stored["table"][0]["budgets"]["found"] == 3
-  np.testing.assert_array_equal(stored["rise_of_text_loss"], result.rises.text)
+  assert stored["chosen"]["sinks_and_window"]["divergence"] == {"text": 0.6, "retrieval": 1.0}
+  np.testing.assert_array_equal(stored["rise_of_text_divergence"], result.rises.text)
   path.write_text(result.budgets.to_json())
   assert read_head_budgets(path) == result.budgets
 
@@ -127,14 +130,15 @@ def test_the_picture_is_a_png(copies: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 1.1, float("nan")])
 def test_a_share_is_above_0_and_at_most_1(share: float) -> None:
   with pytest.raises(ValueError, match=r"a share of the dense cost is"):
-    Goal(share, "bytes", 64, 0.05, 4, True, ())
+    Goal(share, "bytes", 64, 0.05, 4, 1, ())
 
 
 def calibrate(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
   command = [
     sys.executable, "-m", "dga_jax.calibrate", f"--workdir={tmp_path / 'run'}",
     f"--documents={tmp_path / 'documents.jsonl'}", "--blocks=6+1", "--windows=7,42", "--sinks=2",
-    "--samples=1", "--rounds=2", "--batch_size=4", "--tail=0", f"--output={tmp_path}/b.json",
+    "--samples=1", "--puzzles=passkey", "--sliding_windows=",
+    "--rounds=2", "--batch_size=4", "--tail=0", f"--output={tmp_path}/b.json",
     *flags,
   ]  # fmt: skip
   return subprocess.run(

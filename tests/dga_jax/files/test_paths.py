@@ -29,6 +29,10 @@ COMMANDS = {
     ["workdir", "output", "documents"],
   ),
   "dga_jax.picture": ({}, ["output"]),
+  "dga_jax.picture_sound": (
+    {"workdir": "run", "prompt_audio": "in.wav"},
+    ["workdir", "prompt_audio", "output"],
+  ),
   "train.quickstart": ({}, ["workdir"]),
   "train.compile_topology": ({"config": f"{ROOT}/configs/quickstart.py"}, ["program"]),
   "train.main": (

@@ -1,10 +1,12 @@
 """The engine on four simulated devices gives the tokens of one; run by test_engine_on_mesh.py."""
 
+import re
+
 import jax
 import numpy as np
 from flax import nnx
 
-from dga_jax import DGAConfig
+from dga_jax import DGAConfig, HeadBudgets
 from dga_jax.generation import Engine, Request, Sampling
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.serving.launch import parse_mesh
@@ -12,24 +14,28 @@ from dga_jax.serving.launch import parse_mesh
 
 def main() -> None:
   mesh = parse_mesh("tensor=4")
-  for attention in ("dga", "dense"):
+  dga = DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1)
+  budgets = HeadBudgets(("full", dga), ((0, 1, 1, 0), (1, 1, 1, 1)))
+  for attention in ("dga", "dense", "head_budgets"):
     config = ModelConfig(
       vocab_size=64,
       num_layers=2,
-      embed_dim=32,
+      embed_dim=40,
       num_heads=8,
       num_kv_heads=4,
       head_dim=8,
       mlp_dim=48,
       attention=attention,
-      dga=DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1),
+      dga=dga,
+      head_budgets=budgets if attention == "head_budgets" else None,
       dtype="float32",
     )
     model = Decoder(config, rngs=nnx.Rngs(0))
     one, four = (_tokens(model, where) for where in (None, mesh))
     assert one[0] == four[0], (attention, one[0], four[0])
-    # Keys and values of each device: a quarter.
-    assert 4 * four[1] == one[1], (attention, one[1], four[1])
+    # Keys and values of each device: a quarter, and with head budgets all.
+    parts = 1 if attention == "head_budgets" else 4
+    assert parts * four[1] == one[1], (attention, one[1], four[1])
 
 
 def _tokens(model, mesh):
@@ -37,7 +43,7 @@ def _tokens(model, mesh):
   engine = Engine(
     model,
     slots=2,
-    max_length=160,
+    max_length=320,
     prompt_chunk=32,
     cache_bytes=1 << 30,
     logprobs=True,
@@ -51,8 +57,17 @@ def _tokens(model, mesh):
   while engine.busy:
     for emitted in engine.step():
       results.setdefault(emitted.request, []).extend(emitted.tokens)
+  # The largest gathered arrays are logits, and the queries of all heads for head budgets. All
+  # caches and weights are larger.
+  for name, most in (("decode", 2 * 64), ("extend 32", 32 * 64), ("score", 32 * 64)):
+    _check_gathers(engine.programs._compiled[name].as_text(), most)
   arrays = [x for x in jax.tree.leaves(engine._state.cache) if x.dtype != np.int32]
   return results, sum(x.addressable_shards[0].data.nbytes for x in arrays)
+
+
+def _check_gathers(hlo, most):
+  for shape in re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", hlo):
+    assert np.prod([int(size) for size in shape.split(",")]) <= most, shape
 
 
 if __name__ == "__main__":

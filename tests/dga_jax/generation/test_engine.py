@@ -15,11 +15,16 @@ from dga_jax.generation import (
   Request,
   Sampling,
 )
-from dga_jax.generation.cache_shapes import all_bytes, CacheShapes
 from dga_jax.model import Decoder
-from tests.dga_jax.generation.small_model import CONFIG, GREEDY
+from tests.dga_jax.generation.small_model import (
+  CONFIG,
+  GREEDY,
+  greedy_continuation,
+  MAX_LENGTH,
+  prompt_of,
+  run,
+)
 
-MAX_LENGTH = 400
 MANY = 1 << 30  # A budget of bytes that nothing here reaches.
 
 
@@ -48,36 +53,9 @@ def engine(shared_engine):
   return shared_engine
 
 
-def prompt_of(length, seed=0):
-  return np.random.default_rng(seed).integers(0, 61, length).tolist()
-
-
-def run(engine, requests=()):
-  """Submits requests and runs the engine until it is idle: {number: (tokens, last Emitted)}."""
-  for request in requests:
-    engine.submit(request)
-  results = {}
-  while engine.busy:
-    for emitted in engine.step():
-      tokens, _ = results.get(emitted.request, ([], None))
-      results[emitted.request] = (tokens + emitted.tokens, emitted)
-  return results
-
-
 @pytest.fixture(scope="module")
 def greedy(model):
-  """The most likely continuation, by a pass over the whole sequence for each token."""
-  forward = nnx.jit(lambda model, tokens, lengths: model(tokens, lengths=lengths))
-
-  def continue_prompt(prompt, new):
-    tokens = np.zeros((1, MAX_LENGTH), np.int32)
-    tokens[0, : len(prompt)] = prompt
-    for length in range(len(prompt), len(prompt) + new):
-      logits = forward(model, tokens, np.array([length]))
-      tokens[0, length] = np.argmax(logits[0, length - 1])
-    return tokens[0, len(prompt) : len(prompt) + new].tolist()
-
-  return continue_prompt
+  return greedy_continuation(model)
 
 
 def test_requests_that_arrive_at_any_time_get_the_tokens_of_a_request_alone(engine, greedy):
@@ -198,6 +176,20 @@ def test_an_answer_that_a_stop_token_ends_is_kept_without_it(engine, greedy):
   assert tokens == greedy(second, 6)
 
 
+def test_what_is_read_ahead_is_kept_and_waits_for_prompts(engine, greedy):
+  first = prompt_of(90)
+  run(engine, [Request(first, 12, GREEDY)])
+  answer = [*first, *greedy(first, 7)]
+  engine.submit(Request(prompt_of(5), 2, GREEDY))
+  engine.read_ahead(answer)
+  engine.step()
+  assert engine.busy
+  run(engine)
+  second = [*answer, *prompt_of(10, seed=1)]
+  (_, (tokens, emitted)) = run(engine, [Request(second, 4, GREEDY)]).popitem()
+  assert (tokens, emitted.cached_tokens) == (greedy(second, 4), len(answer))
+
+
 def test_a_turn_that_changes_the_answer_continues_after_the_prompt(engine, greedy):
   first = prompt_of(90)
   ((answer, _),) = run(engine, [Request(first, 12, GREEDY)]).values()
@@ -205,25 +197,6 @@ def test_a_turn_that_changes_the_answer_continues_after_the_prompt(engine, greed
   (_, (tokens, emitted)) = run(engine, [Request(changed, 6, GREEDY)]).popitem()
   assert emitted.cached_tokens == 90
   assert tokens == greedy(changed, 6)
-
-
-def test_answers_that_end_together_stay_within_the_bytes(model):
-  row = CacheShapes(model, MAX_LENGTH).row_bytes
-  engine = Engine(
-    model, slots=3, max_length=MAX_LENGTH, prompt_chunk=64, pieces_per_step=None,
-    cache_bytes=6 * row, decode_chunk=8,
-  )  # fmt: skip  # Three slots, two prompts being read, and one kept.
-  for seed in range(2):  # The second round finds no reservation of the first one.
-    prompts = [prompt_of(70, seed=3 * seed + i) for i in range(3)]
-    numbers = [engine.submit(Request(prompt, 9, GREEDY)) for prompt in prompts]
-    engine.cancel(engine.submit(Request(prompt_of(70, seed=9), 9, GREEDY)))
-    first: list[int] = []
-    while engine.busy:
-      first += [token for new in engine.step() if new.request == numbers[0] for token in new.tokens]
-      assert engine.status().kept_device_bytes <= row
-    assert engine.status().kept == 1
-    (_, (_, emitted)) = run(engine, [Request([*prompts[0], *first], 1, GREEDY)]).popitem()
-    assert emitted.cached_tokens == 70 + 8
 
 
 def test_a_shared_system_prompt_is_read_once(engine, greedy, monkeypatch):
@@ -248,40 +221,6 @@ def test_a_beginning_that_prompts_happen_to_share_is_found(engine):
   requests = [Request([*system, i, *prompt_of(30, seed=i)], 2, GREEDY) for i in range(1, 4)]
   results = run(engine, requests)
   assert [emitted.cached_tokens for _, emitted in results.values()] == [0, 0, 100]
-
-
-def test_kept_caches_move_to_the_host_and_back(model, greedy):
-  shapes = CacheShapes(model, MAX_LENGTH)
-  row = shapes.row_bytes
-  engine = Engine(
-    model,
-    slots=1,
-    max_length=MAX_LENGTH,
-    prompt_chunk=64,
-    cache_bytes=4 * row,  # One slot, two prompts being read, and one kept.
-    host_bytes=row // 2,
-  )
-  prompts = [prompt_of(90, seed=i) for i in range(4)]
-  for prompt in prompts[:2]:
-    run(engine, [Request(prompt, 1, GREEDY)])
-  status = engine.status()
-  assert status.kept_device_bytes == row
-  assert status.kept_host_bytes == all_bytes(shapes.rows(1, 128)) < row // 2  # 90 tokens of 400.
-  turn = [*prompts[0], *prompt_of(8, seed=9)]
-  (_, (tokens, emitted)) = run(engine, [Request(turn, 6, GREEDY)]).popitem()
-  assert emitted.cached_tokens == 90
-  assert tokens == greedy(turn, 6)
-  for prompt in prompts[2:]:
-    run(engine, [Request(prompt, 1, GREEDY)])
-  assert engine.status().kept_host_bytes <= row // 2
-  (_, (_, emitted)) = run(engine, [Request([*prompts[1], 5], 2, GREEDY)]).popitem()
-  assert emitted.cached_tokens == 0  # The least recently used is gone.
-
-
-def test_slots_that_exceed_the_bytes_are_refused(model):
-  budget = 3 * CacheShapes(model, MAX_LENGTH).row_bytes
-  with pytest.raises(ValueError, match=r"3 slots and two prompts.*Use at most 1 slots"):
-    Engine(model, slots=3, max_length=MAX_LENGTH, prompt_chunk=64, cache_bytes=budget)
 
 
 def test_a_full_queue_and_a_bad_request(engine):
@@ -314,6 +253,25 @@ def test_stop_ids_and_log_probabilities(model, engine, greedy):
   for t, row in enumerate(logprobs):
     np.testing.assert_allclose(row.logprob, want[t, tokens[t]], atol=1e-4)
     np.testing.assert_allclose([v for _, v in row.top], np.sort(want[t])[:-4:-1], atol=1e-4)
+
+
+def test_log_probabilities_of_a_prompt(model, engine):
+  prompt = prompt_of(140)  # Two whole pieces, and a part of one.
+  how = Sampling(temperature=0.0, top_logprobs=2)
+  plain = run(engine, [Request(prompt, 4, how)])[0]
+  engine.submit(Request(prompt, 4, how, prompt_logprobs=True))
+  emitted = []
+  while engine.busy:
+    emitted += engine.step()
+  assert [token for one in emitted for token in one.tokens] == plain[0]
+  assert [one.prompt_logprobs is None for one in emitted] == [False] + [True] * (len(emitted) - 1)
+  assert emitted[0].cached_tokens == 0
+  want = np.asarray(jax.nn.log_softmax(nnx.jit(lambda m, t: m(t))(model, np.array([prompt]))[0]))
+  rows = emitted[0].prompt_logprobs
+  own = want[np.arange(139), prompt[1:]]
+  np.testing.assert_allclose([row.logprob for row in rows], own, atol=1e-4)
+  top = np.sort(want[:-1], axis=1)[:, :-3:-1]
+  np.testing.assert_allclose([[v for _, v in row.top] for row in rows], top, atol=1e-4)
 
 
 def test_a_bias_forces_and_forbids_tokens(engine, greedy):

@@ -5,6 +5,12 @@
 Clients read whole answers and streams, read slowly, and disconnect. Every greedy float32 answer is
 compared with the answer of an engine without other requests. At the end no slot is in use, kept
 caches are within their bytes, and files, threads and memory equal those after the second round.
+
+Both processes use JAX's default platform. On a GPU they share its memory, and products must be in
+float32:
+
+  JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
+    python -m tests.dga_jax.serving.soak --minutes=2
 """
 
 import asyncio
@@ -14,6 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from absl import app, flags, logging
 
 from tests.dga_jax.serving.load import make_engine, make_jobs, PROMPT_CHUNK, run_clients
@@ -52,13 +59,14 @@ def main(argv: list[str]) -> None:
   """Prints two lines a round, and all faults at the end."""
   del argv
   logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every write.
-  print("computing the answers of every request alone", flush=True)
+  print(f"{jax.devices()[0].device_kind}: the answers of every request alone", flush=True)
   jobs = make_jobs(make_engine(), _JOBS.value, _SEED.value)
   with tempfile.TemporaryDirectory() as folder:
     workdir = write_chat_checkpoint(Path(folder) / "run")
     options = [f"--slots={_SLOTS.value}", f"--prompt_chunk={PROMPT_CHUNK}"]
     options += ["--max_waiting=32", f"--host_cache_gb={_HOST_CACHE_GB}"]
-    with serve(workdir, Path(folder) / "log", *options) as server:
+    platform = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    with serve(workdir, Path(folder) / "log", *options, platform=platform) as server:
       faults = _run(server, jobs)
       status = server.stop()
   if status != 0:

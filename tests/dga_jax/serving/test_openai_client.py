@@ -1,5 +1,6 @@
 """The server with OpenAI's Python client."""
 
+import numpy as np
 import openai
 import pytest
 
@@ -79,6 +80,32 @@ def test_log_probabilities_of_a_completion(client):
   assert max(logprobs.top_logprobs[0].values()) == logprobs.token_logprobs[0]
 
 
+def test_an_echoed_prompt_has_log_probabilities(client):
+  options = {"logprobs": 2, "max_tokens": 3, "temperature": 0}
+  plain = complete(client, **options).choices[0]
+  echoed = complete(client, echo=True, **options).choices[0]
+  rows = echoed.logprobs
+  assert echoed.text == "".join(rows.tokens)
+  assert echoed.text.endswith(plain.text)
+  new = len(plain.logprobs.tokens)
+  count = len(rows.tokens) - new
+  assert count > 1
+  assert rows.tokens[count:] == plain.logprobs.tokens
+  np.testing.assert_allclose(rows.token_logprobs[count:], plain.logprobs.token_logprobs, atol=1e-4)
+  assert rows.text_offset == [len("".join(rows.tokens[:i])) for i in range(len(rows.tokens))]
+  # Each token of the prompt has the log probability that it has as a forced answer.
+  text = "".join(rows.tokens[: count - 1])
+  last = complete(client, prompt=text, logprobs=2, max_tokens=1).choices[0].logprobs
+  assert rows.top_logprobs[count - 1].keys() == last.top_logprobs[0].keys()
+  for token, value in last.top_logprobs[0].items():
+    np.testing.assert_allclose(rows.top_logprobs[count - 1][token], value, atol=1e-4)
+  streamed = list(complete(client, echo=True, stream=True, **options))
+  chunks = [chunk.choices[0] for chunk in streamed]
+  assert "".join(chunk.text for chunk in chunks) == echoed.text
+  parts = [chunk.logprobs for chunk in chunks if chunk.logprobs]
+  assert [value for part in parts for value in part.token_logprobs] == rows.token_logprobs
+
+
 def test_a_stop_text_ends_the_answer(client):
   text = complete(client, max_tokens=40).choices[0].text
   stop = text[5:8]
@@ -154,6 +181,18 @@ def test_the_next_turn_continues_after_the_answer(client, server):
   assert next_turn("AAAB") == end_of_message
   assert next_turn(answer) == end_of_message + len("|assistant: ") + len(answer) - 1
   assert server.metric("dga_cached_tokens_total") >= end_of_message
+
+
+def test_the_next_turn_continues_before_a_stop_text(client, server):
+  prompt = "She counted the boats in the harbour at noon, and again at dusk. "
+  letters = {"max_tokens": 40, "temperature": 1, "seed": 1, "logit_bias": {"65": 100, "66": 100}}
+  text = complete(client, prompt=prompt, **letters).choices[0].text
+  stop = text[15:25]
+  answer = complete(client, prompt=prompt, stop=stop, **letters).choices[0].text
+  assert answer == text[: text.index(stop)] != ""
+  server.wait_until_idle()
+  turn = complete(client, prompt=f"{prompt}{answer} Why?", max_tokens=2)
+  assert turn.usage.prompt_tokens_details.cached_tokens == 1 + len(prompt) + len(answer)
 
 
 def test_the_end_token_in_a_message_does_not_end_it(client):

@@ -157,11 +157,6 @@ def test_wrong_prompts(prompt):
     parse_completion({**COMPLETION, "prompt": prompt})
 
 
-def test_echo_with_log_probabilities_is_not_supported():
-  with pytest.raises(APIError, match="echo together with logprobs"):
-    parse_completion({**COMPLETION, "echo": True, "logprobs": 1})
-
-
 @pytest.mark.parametrize("body", [None, 3, "a", []])
 def test_a_body_is_an_object(body):
   with pytest.raises(APIError, match="JSON object"):

@@ -26,6 +26,13 @@ def test_characters_are_not_cut():
   assert [piece for piece in found if piece] == ["a", "€", "😀", "ü"]
 
 
+def test_tokens_before_a_stop_text():
+  stream = TextStream(TOKENIZER, ["€!"])
+  for token in TOKENIZER.encode("ab€!c"):  # A token for each byte.
+    stream.add(token)
+  assert (stream.stopped, stream.whole_tokens) == (True, 2)
+
+
 def test_an_unfinished_character_becomes_a_replacement():
   stream = TextStream(TOKENIZER, ())
   euro = TOKENIZER.encode("€")

@@ -73,23 +73,26 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(workdir: Path, log: Path, *flags: str) -> Iterator[Server]:
-  """Runs `python -m dga_jax.serve` until the context ends."""
+def serve(workdir: Path, log: Path, *flags: str, platform: str = "cpu") -> Iterator[Server]:
+  """Runs `python -m dga_jax.serve` on a platform of JAX until the context ends."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     port = probe.getsockname()[1]
   command = [sys.executable, "-m", "dga_jax.serve", f"--workdir={workdir}", f"--name={NAME}"]
   command += [f"--port={port}", f"--max_length={MAX_LENGTH}", *flags]
-  # XLA of one thread, and little optimization: the tiny model compiles fastest so. The servers of
-  # one checkpoint share what is compiled.
-  environment = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "NPROC": "1",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-  }
+  # XLA of one thread, and little optimization: the tiny model compiles fastest so on CPUs. The
+  # servers of one checkpoint share what is compiled.
+  on_cpu = {"NPROC": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  environment = (
+    os.environ
+    | (on_cpu if platform == "cpu" else {})
+    | {
+      "JAX_PLATFORMS": platform,
+      "JAX_COMPILATION_CACHE_DIR": str(workdir.parent / "compiled"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+  )
   with log.open("wb") as output:
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
   server = Server(process, port, log)

@@ -1,0 +1,256 @@
+"""Calibrated head budgets of a pretrained model against baselines with the same bytes.
+
+  dga calibrate --workdir=runs/smollm2 --documents=some.jsonl --length=8192 \
+    --keys=0.15,0.25,0.35 --output=runs/budgets.json
+  ./workspace bench head_budgets --workdir=runs/smollm2 --documents=others.jsonl \
+    --budgets=runs/budgets-0.15.json,runs/budgets-0.25.json,runs/budgets-0.35.json --out=runs/heads
+
+Every set of budgets has four baselines with at most its keys:
+
+  same full heads       its full heads; sinks and a window in all others (DuoAttention's form)
+  sinks and window      the best of DuoAttention's forms among the starts of the calibration
+  one window            sinks and a window in all heads
+  one DGA setting       the smallest DGA setting of the budgets, or blocks of 30 + 2, with a raw
+                        window in all heads
+
+At a length that the budgets were not calibrated for, --scale_windows multiplies every window by the
+ratio of the lengths, so that the share of the keys stays. Retrieval is measured with the budgets as
+they are. An answer is found if each of its tokens is the most likely one after the earlier ones.
+
+Perplexity is that of the second half of one row a document, over dense attention's. Intervals are
+95 % of bootstrap samples: of documents for perplexity, of prompts of each task and length for
+retrieval. Each result is appended to OUT/results.jsonl when it is measured, and the same command
+continues an interrupted run. OUT/table.md is the table of all results.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from absl import app, flags
+
+from benchmarks.timing import environment
+from dga_jax.calibration.comparison import Baseline, one_setting, sinks_and_window, spread_window
+from dga_jax.calibration.measuring import Measurer
+from dga_jax.calibration.rows import Rows
+from dga_jax.calibration.run import make_budgets
+from dga_jax.checkpoint import load_model, load_model_config
+from dga_jax.config import DGAConfig
+from dga_jax.evaluation.report import markdown
+from dga_jax.evaluation.results import Results
+from dga_jax.evaluation.retrieval import TASKS
+from dga_jax.evaluation.texts import read_documents
+from dga_jax.files.path_flags import define_path
+from dga_jax.head_budgets import FULL, HeadBudgets, HeadSetting, read_head_budgets, SinkWindow
+from dga_jax.model import ModelConfig
+
+_WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)
+_DOCUMENTS = flags.DEFINE_list("documents", None, "Long texts: .jsonl or .txt.", required=True)
+_MAX_DOCUMENTS = flags.DEFINE_integer("max_documents", 12, "Documents to use.", lower_bound=1)
+_BUDGETS = flags.DEFINE_list("budgets", None, "Files of dga calibrate.", required=True)
+_OUT = define_path("out", None, "Folder for results.", required=True)
+_LENGTHS = flags.DEFINE_list("lengths", ["8192"], "Lengths of texts.")
+_PROMPTS = flags.DEFINE_list("prompts", ["8192", "4096", "2048", "1024"], "Lengths of prompts.")
+_TASKS = flags.DEFINE_list("tasks", list(TASKS), "Retrieval tasks.")
+_SAMPLES = flags.DEFINE_integer("samples", 20, "Prompts of a task and length.", lower_bound=1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the prompts and of the bootstrap.")
+_SCALE = flags.DEFINE_bool("scale_windows", True, "Scale windows with the length of texts.")
+_ROPE_BASE = flags.DEFINE_float("rope_base", None, "RoPE base; default: the checkpoint's.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype to compute in.")
+_BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 32768, "Tokens of one batch.")
+
+_BOOTSTRAP = 2000
+
+
+class Set(NamedTuple):
+  """Budgets or a baseline.
+
+  Attributes:
+    file: the name of the file of budgets; "" for dense attention.
+    kind: "dense", "budgets" or a baseline.
+    budgets: the setting of each KV head.
+    length: that the budgets were calibrated for.
+  """
+
+  file: str
+  kind: str
+  budgets: HeadBudgets
+  length: int
+
+  def share(self, length: int) -> float:
+    """Keys in the cache over all keys."""
+    return _as_baseline(self.budgets).share(length)
+
+  def scaled_to(self, length: int) -> "Set":
+    """The set with windows for another length."""
+    ratio = length / self.length
+    settings = tuple(_scale(one, ratio) for one in self.budgets.settings)
+    if len(set(settings)) < len(settings):
+      raise ValueError(
+        f"length is {length}; two windows of {self.file} are equal when they are scaled from"
+        f" {self.length} tokens to it. Use --noscale_windows or another length."
+      )
+    return self._replace(budgets=HeadBudgets(settings, self.budgets.assignment), length=length)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Measures what is missing in OUT and writes the table."""
+  del argv
+  out = Path(_OUT.value)
+  config = load_model_config(_WORKDIR.value)
+  changes: dict[str, Any] = {"dtype": _DTYPE.value, "attention": "dense", "head_budgets": None}
+  if _ROPE_BASE.value:
+    changes["rope_base"] = _ROPE_BASE.value
+  config = ModelConfig.from_dict(config.to_dict() | changes)
+  model, config, tokenizer = load_model(_WORKDIR.value, config=config)
+  documents = read_documents(_DOCUMENTS.value)[: _MAX_DOCUMENTS.value]
+  sets = list(_read_sets(config))
+  measure = _Measure(model, Results(out / "results.jsonl"))
+  lines = [f"{environment()}, {config.dtype}, {len(documents)} documents"]
+  for length in map(int, _LENGTHS.value):
+    rows = Rows.from_texts(documents, tokenizer, length, 1)
+    own = [one.scaled_to(length) for one in sets] if _SCALE.value else sets
+    losses = measure(f"text {length}", rows, length, own)
+    lines += ["", f"Perplexity at {length} tokens", "", _text_table(own, length, losses)]
+    print("\n".join(lines[-4:]), flush=True)
+  found: dict[tuple[str, int], list[np.ndarray]] = {}
+  for length in map(int, _PROMPTS.value):
+    for task in _TASKS.value:
+      rows = Rows.from_puzzles(
+        documents, tokenizer, length, puzzles=[task], samples=_SAMPLES.value, seed=_SEED.value
+      )
+      measured = measure(f"{task} {length}", rows, length, sets)
+      found[task, length] = [np.array(one["found"], float)[:, 0] for one in measured]
+  if found:
+    lines += ["", "Answers found, %", "", _retrieval_table(sets, found)]
+  table = "\n".join(lines)
+  (out / "table.md").write_text(table + "\n", encoding="utf-8")
+  print(table)
+
+
+def _read_sets(config: ModelConfig) -> Iterator[Set]:
+  """Dense attention, and the budgets and baselines of every file."""
+  shape = (config.num_layers, config.num_kv_heads)
+  yield Set("", "dense", make_budgets((FULL,), np.zeros(shape, int)), 1)
+  for path in _BUDGETS.value:
+    file, budgets = Path(path).stem, read_head_budgets(path)
+    stored = json.loads(Path(path).read_text(encoding="utf-8"))["calibration"]
+    length = stored["length"]
+    yield Set(file, "budgets", budgets, length)
+    for kind, one in make_baselines(budgets, stored, config):
+      if one is not None:
+        yield Set(file, kind, one, length)
+
+
+def make_baselines(
+  budgets: HeadBudgets, stored: dict[str, Any], config: ModelConfig
+) -> Iterator[tuple[str, HeadBudgets | None]]:
+  """The baselines with at most the keys of the budgets; None for one that its keys do not reach.
+
+  Args:
+    budgets: calibrated.
+    stored: "length" and "starts" of their calibration.
+    config: of the model.
+  """
+  own, length = _as_baseline(budgets), stored["length"]
+  keys = round(own.share(length) * length * own.assignment.size)
+  no_full_head = np.zeros(own.assignment.shape, bool)
+  blocks = DGAConfig(
+    selection="streaming",
+    selector="fitted" if config.focal_selector else "last_query",
+    group_size=30,
+    focal_per_block=2,
+    sink_tokens=4,
+  )
+  duo = [one for one in stored["starts"] if one["name"].endswith("full heads, sinks and window")]
+  best = min(duo, key=lambda one: one["score"], default=None)
+  with_sinks = (*own.candidates, SinkWindow(1, 4))
+  yield "same full heads", _optional(sinks_and_window(with_sinks, own.assignment, length))
+  yield "sinks and window", None if best is None else HeadBudgets.from_dict(best["budgets"])
+  yield "one window", _optional(spread_window(no_full_head, keys, 4, length))
+  yield "one DGA setting", _optional(one_setting((*own.candidates, blocks), own.assignment, length))
+
+
+class _Measure:
+  """Measures sets on rows."""
+
+  def __init__(self, model: Any, results: Results) -> None:
+    self._model, self._results = model, results
+
+  def __call__(
+    self, name: str, rows: Rows, length: int, sets: Sequence[Set]
+  ) -> list[dict[str, Any]]:
+    settings = dict.fromkeys(setting for one in sets for setting in one.budgets.settings)
+    batch = max(1, _BATCH_TOKENS.value // length)
+    measurer = Measurer(self._model, list(settings), self._results, batch)
+    return [measurer.measure_rows(name, rows, *_as_baseline(one.budgets)) for one in sets]
+
+
+def _text_table(sets: Sequence[Set], length: int, losses: Sequence[dict[str, Any]]) -> str:
+  dense = np.array(losses[0]["loss"])
+  body = []
+  for one, measured in zip(sets, losses, strict=True):
+    rise = np.array(measured["loss"]) - dense
+    low, high = np.exp(interval([rise], _SEED.value))
+    ratio = f"{math.exp(rise.mean()):.4f} ({low:.4f} to {high:.4f})"
+    if one.kind == "dense":
+      ratio = f"1 ({math.exp(dense.mean()):.3f})"
+    divergence = f"{np.mean(measured['divergence']):.4f}"
+    body.append([one.file, one.kind, f"{one.share(length):.4f}", ratio, divergence])
+  return markdown(["file", "set", "share", "perplexity over dense", "divergence"], body)
+
+
+def _retrieval_table(sets: Sequence[Set], found: dict[tuple[str, int], list[np.ndarray]]) -> str:
+  lengths = sorted({length for _, length in found})
+  tasks = list(dict.fromkeys(task for task, _ in found))
+  body = []
+  for index, one in enumerate(sets):
+    cells = {key: values[index] for key, values in found.items()}
+    change = [values[index] - values[0] for values in found.values()]
+    low, high = 100 * interval(change, _SEED.value)
+    points = 100 * np.mean([cell.mean() for cell in change])
+    by_length = [np.mean([cells[task, length].mean() for task in tasks]) for length in lengths]
+    by_task = [np.mean([cells[task, length].mean() for length in lengths]) for task in tasks]
+    body.append([
+      one.file, one.kind, f"{100 * np.mean([cell.mean() for cell in cells.values()]):.1f}",
+      f"{points:+.1f} ({low:+.1f} to {high:+.1f})",
+      *(f"{100 * share:.0f}" for share in (*by_length, *by_task)),
+    ])  # fmt: skip
+  header = ["file", "set", "mean", "points against dense", *map(str, lengths), *tasks]
+  return markdown(header, body)
+
+
+def interval(cells: Sequence[np.ndarray], seed: int) -> np.ndarray:
+  """The interval of 95 % of bootstrap samples of the mean over cells of the means of their values.
+
+  Args:
+    cells: numbers that are drawn with replacement within their cell.
+    seed: of the draws.
+  """
+  rng = np.random.default_rng(seed)
+  means = [rng.choice(cell, (_BOOTSTRAP, len(cell))).mean(axis=1) for cell in cells]
+  return np.quantile(np.mean(means, axis=0), [0.025, 0.975])
+
+
+def _scale(setting: HeadSetting, ratio: float) -> HeadSetting:
+  if isinstance(setting, DGAConfig):
+    return dataclasses.replace(setting, local_window=round(setting.local_window * ratio))
+  if isinstance(setting, SinkWindow):
+    return SinkWindow(max(1, int(setting.window * ratio)), setting.sinks)
+  return setting
+
+
+def _as_baseline(budgets: HeadBudgets) -> Baseline:
+  return Baseline(budgets.settings, np.array(budgets.assignment))
+
+
+def _optional(one: Baseline | None) -> HeadBudgets | None:
+  return None if one is None else make_budgets(*one)
+
+
+if __name__ == "__main__":
+  app.run(main)
