@@ -111,7 +111,7 @@ def _pretraining(out: Path) -> Pretraining | None:
       "num_steps": steps,
       "warmup_steps": steps // 20,
       "eval_every": steps,
-      "checkpoint_every": steps,
+      "checkpoint_every": -(-steps // 2),
     },
   )
 

@@ -76,7 +76,8 @@ def _evaluation_jobs(
   length = config.data.sequence_length
 
   def loss() -> dict[str, Any]:
-    rows = inputs.rows(inputs.books, length, settings.rows_per_book)
+    per_book = -(-settings.rows // len(inputs.corpora[inputs.books]))
+    rows = inputs.rows(inputs.books, length, per_book)
     return measure_perplexity(models.family(workdir), Variant(run), rows, settings.perplexity)
 
   def recall() -> dict[str, Any]:
@@ -86,7 +87,7 @@ def _evaluation_jobs(
     )
 
   seed = config.seed
-  yield _job(run, seed, "loss", config, loss, settings.rows_per_book, vars(settings.perplexity))
+  yield _job(run, seed, "loss", config, loss, settings.rows, vars(settings.perplexity))
   yield _job(run, seed, "recall", config, recall, dataclasses.asdict(settings.recall))
 
 

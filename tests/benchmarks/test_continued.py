@@ -39,6 +39,9 @@ def test_a_run_is_named_by_a_file_of_budgets(tmp_path: Path):
   path.write_text(json.dumps(budgets | {"calibration": {"keys": 0.25}}))
   model = make_config(with_defaults(get_config(str(path)))).model
   assert model == make_config(get_config("duo_quarter")).model
+  fitted = ATTENTION["streaming_quarter"]["dga"] | {"selector": "fitted"}
+  path.write_text(json.dumps({"settings": ["full", fitted], "assignment": budgets["assignment"]}))
+  assert make_config(with_defaults(get_config(str(path)))).model.focal_selector
   with pytest.raises(ValueError, match="run is 'unknown'; it must be a JSON file"):
     get_config("unknown")
 
