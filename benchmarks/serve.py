@@ -144,6 +144,7 @@ def _serve(name: str, loaded: tuple[Decoder, Tokenizer], max_length: int) -> Ser
     tokenizer,
     slots=_SLOTS.value,
     max_length=max_length,
+    kept=2 if "second_turn" in _TABLES_FLAG.value else 0,  # Of a prompt, and of its answer.
     cache_bytes=None if _CACHE_GB.value is None else int(_CACHE_GB.value * 1e9),
     prompt_chunk=_PROMPT_CHUNK.value,
     decode_chunk=_DECODE_CHUNK.value,
