@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.attend import attend_merged, merge_tokens, zero_padding
+from dga_jax.attention.attend import attend_prepared, merge_tokens, zero_padding
 from dga_jax.attention.metadata import (
   AttentionMetadata,
   prepare,
@@ -136,9 +136,7 @@ def attend_and_prefill_prepared(
   merged = merge_tokens(
     query, key, value, metadata, focal_scores=focal_scores, implementation=implementation
   )
-  out = attend_merged(
-    merged, metadata.invalid, metadata.config, scale=scale, implementation=implementation
-  )
+  out = attend_prepared(merged, metadata, scale=scale, implementation=implementation)
   return out, _cache_prompt(key, value, focal_scores, metadata, merged.sources, max_length)
 
 

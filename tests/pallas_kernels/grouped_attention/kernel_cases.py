@@ -32,6 +32,7 @@ class Case:
     shared_bounds: whether all KV heads share one array of bounds.
     group_bias: bias of the logits of groups.
     dtype: dtype of query, keys and values.
+    without_groups: whether the group source has no keys, as for sinks with a window.
   """
 
   documents: tuple[tuple[int, ...], ...]
@@ -46,6 +47,7 @@ class Case:
   shared_bounds: bool = False
   group_bias: float = 0.0
   dtype: str = "float32"
+  without_groups: bool = False
 
   def inputs(self, seed: int = 0) -> tuple[jax.Array, KVSources, dict[str, Any]]:
     """The arguments of `grouped_attention`."""
@@ -68,6 +70,9 @@ class Case:
       # Each source has three more entries than any query sees.
       shape = (B, int(end.max()) + 3, self.kv_heads, D)
       sources.append(KVSource(draw(*shape), draw(*shape), start, end))
+    if self.without_groups:
+      none = jnp.zeros_like(sources[1].start)
+      sources[1] = KVSource(sources[1].key[:, :0], sources[1].value[:, :0], none, none)
     block = self.group_size + 1 if self.streaming else self.group_size
     block = 2 * block if self.bidirectional else block
     options = {"scale": D**-0.5, "group_bias": self.group_bias, "max_window": block}
@@ -141,6 +146,9 @@ CASES = {
   "streaming_packed": Case(
     documents=((51, 44),), length=99, streaming=True, shared_bounds=True, kv_heads=2
   ),
+  "without_groups": Case(
+    documents=((75,),), length=75, streaming=True, shared_bounds=True, without_groups=True
+  ),
   "bidirectional": Case(
     documents=((70, 21), (90,)), length=96, bidirectional=True, query_heads=4, kv_heads=2
   ),
@@ -199,6 +207,18 @@ GPU_CASES = {
     kv_heads=2,
     group_size=16,
     dtype="bfloat16",
+  ),
+  "without_groups": Case(
+    documents=((1300,), (615,)),
+    length=1300,
+    streaming=True,
+    shared_bounds=True,
+    query_heads=6,
+    kv_heads=2,
+    group_size=16,
+    head_dim=128,
+    dtype="bfloat16",
+    without_groups=True,
   ),
   "bidirectional": Case(
     documents=((700, 211), (990,)),
@@ -314,7 +334,7 @@ def _longest_sums(case: Case, sources: KVSources) -> dict[str, int]:
   for name, source in zip(sources._fields, sources, strict=True):
     key_S = np.arange(source.key.shape[1])
     start, end = (np.asarray(x)[..., None] for x in (source.start, source.end))
-    queries = ((start <= key_S) & (key_S < end)).sum(axis=2).max()
+    queries = ((start <= key_S) & (key_S < end)).sum(axis=2).max(initial=0)
     rows = int(queries) * case.query_heads // case.kv_heads
     terms |= dict.fromkeys((f"{name}_key", f"{name}_value"), max(terms["out"], rows))
   return terms
