@@ -16,8 +16,8 @@ from pallas_kernels.grouped_attention import KVSource, KVSources
 def in_block_order(sources: KVSources, metadata: AttentionMetadata) -> KVSources:
   """The sources with groups among the focal tokens, or unchanged where that is not possible.
 
-  It is possible for streaming selection on rows of one document whose groups have no logit bias,
-  since one source has one bias.
+  It is possible for causal streaming selection on rows of one document whose groups have no logit
+  bias, since one source has one bias.
 
   Args:
     sources: focal tokens and groups of all blocks, from `merge_tokens`.
@@ -26,6 +26,7 @@ def in_block_order(sources: KVSources, metadata: AttentionMetadata) -> KVSources
   config, streaming = metadata.config, metadata.by_selection
   if (
     not isinstance(streaming, StreamingMetadata)
+    or not config.causal
     or metadata.documents.rows == "packed"
     or config.group_logit_bias != "none"
   ):

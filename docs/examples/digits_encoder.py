@@ -40,6 +40,7 @@ class Layer(nnx.Module):
     self.down = nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs)
 
   def __call__(self, x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+    """The states after the layer."""
     x_BxLxE = x_BxLxE + self.attention(self.norms[0](x_BxLxE))
     return x_BxLxE + self.down(nnx.gelu(self.up(self.norms[1](x_BxLxE))))
 
@@ -55,6 +56,7 @@ class Encoder(nnx.Module):
     self.head = nnx.Linear(WIDTH, CLASSES, rngs=rngs)
 
   def __call__(self, pixels_BxL: Float[Array, "B L"]) -> Float[Array, "B C"]:
+    """The logits of each class."""
     x_BxLxE = self.pixel(pixels_BxL[..., None]) + self.position[None]
     for layer in self.layers:
       x_BxLxE = layer(x_BxLxE)
