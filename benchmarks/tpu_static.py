@@ -3,8 +3,11 @@
     ./workspace test-aot -k none          # once: installs the compiler
     ./workspace bench tpu_static --chips=v5e,v6e --lengths=32768,131072
 
-Settings: batch 1, 32 query heads, 8 KV heads, bfloat16, m = 16, γ = 0.1, min_focal_tokens = 0,
-streaming selection.
+    ./workspace bench tpu_static --group_size=126 --focal_per_block=2 --sink_tokens=4 \
+      --local_window=8
+
+Settings: batch 1, 32 query heads, 8 KV heads, bfloat16, streaming selection; by default m = 16 and
+γ = 0.1.
 
 Both programs are compiled for a chip without the hardware. libtpu dumps the schedule of each kernel
 in bundles; a core issues one bundle a cycle when nothing stalls. The benchmark multiplies the
@@ -23,6 +26,7 @@ is not a ratio of times.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -47,12 +51,17 @@ from dga_jax import DGAConfig, dynamic_group_attention
 _CHIPS = flags.DEFINE_list("chips", list(CHIPS), "chips to compile for")
 _LENGTHS = flags.DEFINE_list("lengths", ["32768", "131072"], "sequence lengths")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "head dim")
+_GROUP_SIZE = flags.DEFINE_integer("group_size", 16, "m, tokens in a group")
+_FOCAL_PER_BLOCK = flags.DEFINE_integer(
+  "focal_per_block", None, "f, focal tokens of a block; default: m / 10"
+)
+_SINKS = flags.DEFINE_integer("sink_tokens", 0, "first tokens that are always focal")
+_LOCAL_WINDOW = flags.DEFINE_integer("local_window", 0, "raw blocks before a query's own block")
 _PROGRAM = flags.DEFINE_string(
   "program", None, "internal: compile the program that this JSON object describes, in a subprocess"
 )
 
 H, N = 32, 8
-CONFIG = DGAConfig(selection="streaming", min_focal_tokens=0)
 SPLASH_TILES = (1024, 2048, 512)  # queries, keys, and keys of an inner step
 SPLASH_LENGTH = 8192  # Sequence length of the compiled splash program.
 
@@ -65,6 +74,19 @@ class Program:
   L: int
   D: int
   splash: bool
+  blocks: tuple[int, int | None, int, int]  # m, f, sinks and raw blocks
+
+  @property
+  def config(self) -> DGAConfig:
+    """The settings of DGA."""
+    m, f, sinks, window = self.blocks
+    return DGAConfig(
+      selection="streaming",
+      group_size=m,
+      focal_per_block=f,
+      sink_tokens=sinks,
+      local_window=window,
+    )
 
 
 def main(argv: list[str]) -> None:
@@ -78,17 +100,18 @@ def main(argv: list[str]) -> None:
   print("| --- | --- | --- | --- | --- | --- | --- |")
   lengths = [int(L) for L in _LENGTHS.value]
   D = _HEAD_DIM.value
+  blocks = (_GROUP_SIZE.value, _FOCAL_PER_BLOCK.value, _SINKS.value, _LOCAL_WINDOW.value)
   programs = []
   for chip in _CHIPS.value:
-    programs.append(Program(chip, SPLASH_LENGTH, D, splash=True))
-    programs += [Program(chip, L, D, splash=False) for L in lengths]
+    programs.append(Program(chip, SPLASH_LENGTH, D, splash=True, blocks=blocks))
+    programs += [Program(chip, L, D, splash=False, blocks=blocks) for L in lengths]
   for program in tqdm(programs, desc="programs", disable=None):
     schedules, rest = _compile_in_subprocess(program)
     if program.splash:
       splash_schedules, splash_rest = schedules, rest / program.L
       continue
     splash = _totals(splash_schedules, splash_counts(program.L, H, N, SPLASH_TILES))
-    dga = _totals(schedules, dga_counts(program.chip, program.L, (H, N, N), D, CONFIG))
+    dga = _totals(schedules, dga_counts(program.chip, program.L, (H, N, N), D, program.config))
     for row in _rows(program, splash, dga, (splash_rest * program.L, rest)):
       tqdm.write(row)
 
@@ -134,7 +157,7 @@ def _compile(program: Program) -> float:
   shapes = [
     jax.ShapeDtypeStruct((1, program.L, heads, program.D), jnp.bfloat16) for heads in (H, N, N, H)
   ]
-  attend = _splash(program) if program.splash else _dga
+  attend = _splash(program) if program.splash else _dga(program)
 
   def both(query: Array, key: Array, value: Array, dout: Array) -> Any:
     out, pull = jax.vjp(attend, query, key, value)
@@ -146,8 +169,10 @@ def _compile(program: Program) -> float:
   return float(sum(x for x in cycles if x < 2**62))
 
 
-def _dga(query: Array, key: Array, value: Array) -> Array:
-  return dynamic_group_attention(query, key, value, config=CONFIG, implementation="mosaic_tpu")
+def _dga(program: Program) -> Callable[..., Array]:
+  return functools.partial(
+    dynamic_group_attention, config=program.config, implementation="mosaic_tpu"
+  )
 
 
 def _splash(program: Program) -> Callable[..., Array]:

@@ -40,15 +40,17 @@ def visibility(plan: GroupPlan, *, row: int = 0, head: int = 0) -> Int[np.ndarra
   focal_r = np.asarray(plan.layout.focal_index)[row, head]
   member_kxm = np.asarray(plan.layout.member_index)[row, head]
   B, N, L = plan.focal_mask.shape
-  window_W = np.arange(L) if plan.config.selection == "streaming" else member_kxm.reshape(-1)
+  window_W = member_kxm.reshape(-1) if plan.window_lists_members else np.arange(L)
+  *ranges, group_order = plan.visibility
+  group_S = np.arange(len(member_kxm)) if group_order is None else group_order[row, head]
   # Ranges that all heads share are stored once.
-  ranges_L = (np.broadcast_to(bound, (B, N, L))[row, head] for bound in plan.visibility)
+  ranges_L = (np.broadcast_to(bound, (B, N, L))[row, head] for bound in ranges)
   seen_LxL = np.full((L, L), Seen.UNSEEN, np.int8)
   for i, (focal, focal_end, group, group_end, window, window_end) in enumerate(
     zip(*ranges_L, strict=True)
   ):
     seen_LxL[i, focal_r[focal:focal_end]] = Seen.FOCAL
-    seen_LxL[i, member_kxm[group:group_end]] = Seen.MERGED
+    seen_LxL[i, member_kxm[group_S[group:group_end]]] = Seen.MERGED
     seen_LxL[i, window_W[window:window_end]] = Seen.RAW
   return seen_LxL
 

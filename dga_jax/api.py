@@ -41,11 +41,14 @@ def dynamic_group_attention(
   sharding: NamedSharding | None = None,
   implementation: Implementation = None,
 ) -> Float[Array, "*B L H D"]:
-  """Causal attention to focal tokens, merged groups and the raw tokens of one open group.
+  """Attention to focal tokens, merged groups and the raw tokens of one open group.
 
   Zhang et al., ICML 2025 (arXiv 2505.22107), Algorithm 1, masked before the softmax. One softmax
   of query i covers the focal tokens j ≤ i, the groups that end at or before i, each a weighted
   mean of the keys and values of m tokens (Eq. 14), and the raw members of the open group of i.
+
+  With `config.causal=False`, for encoders, it covers all focal tokens, the raw members of the group
+  whose span contains i, and all other groups.
 
   On a mesh, rows (B) and heads (H and N alike) may be split, and every device attends to its own
   rows and heads. Explicit mesh axes are found in the types of the arrays. Auto axes are found in
@@ -335,8 +338,8 @@ def _plan_on_mesh(
 def _plan_specs(plan: GroupPlan, partition: AttentionPartition) -> PyTree[PartitionSpec]:
   """How each array of a plan is split, in the plan's structure."""
   rows, row_heads = partition.rows, partition.row_heads if partition.heads else partition.rows
-  # Under streaming selection all heads see the same: these ranges have one entry for all heads.
-  ranges = rows if plan.config.selection == "streaming" else row_heads
+  # Under causal streaming selection all heads see the same: ranges have one entry for all heads.
+  ranges = row_heads if plan.window_lists_members else rows
   return dataclasses.replace(
     jax.tree.map(lambda _: rows, plan),
     selection=jax.tree.map(lambda _: row_heads, plan.selection),

@@ -41,6 +41,10 @@ class DGAConfig:
       query attends to most ("last_query"), or those with the highest focal scores ("fitted"). The
       scores are an argument of the op and of the cache functions; a decoder with
       `ModelConfig.focal_selector` computes them. "fitted" requires streaming selection.
+    causal: whether a query sees no later token. False is for encoders: a query sees all focal
+      tokens of its document, the raw members of its own group (the group whose span contains the
+      query) and all other groups merged. The tokens of an incomplete streaming block are focal.
+      False supports no cache, no decoder and no context parallelism.
     visibility: whether the query at a group's last position sees the group ("inclusive", the
       paper's) or only later queries do ("exclusive"). Streaming selection is always exclusive.
     aggregation_scale: scale of the merge logits: "head_dim" for 1/√D, "none" for 1.
@@ -50,7 +54,8 @@ class DGAConfig:
     n_random: the number of earlier queries, drawn without replacement, that also rank them.
     seed: seeds the draw of ranking queries, and random selection.
     sink_tokens: the first tokens of each document, which are always focal.
-    local_window: w, the blocks before a query's own block that the query sees raw (streaming).
+    local_window: w, the blocks before a query's own block that the query sees raw (streaming). With
+      causal=False, the w groups on both sides of its own group.
     focal_per_block: f, the focal tokens of each streaming or decoding block; None for
       max(1, round(γ·m)).
     cache_dtype: the dtype in which the compact cache stores its entries; None for the dtype that
@@ -69,6 +74,7 @@ class DGAConfig:
   min_focal_tokens: int = 1024
   selection: Selection = "global"
   selector: Selector = "last_query"
+  causal: bool = True
   visibility: Visibility = "inclusive"
   aggregation_scale: AggregationScale = "head_dim"
   complementary: bool = True
@@ -96,7 +102,14 @@ class DGAConfig:
     require_int(self, "seed", least=0, most=LARGEST_SEED)
     require_int(self, "focal_per_block", "max_documents", least=1, optional=True)
     require_number(self, "importance_rate", least=0, most=1)
+    require_type(self, "causal", bool)
     require_type(self, "complementary", bool)
+    if not self.causal and self.visibility != "inclusive":
+      raise config_error(
+        self, "visibility", "'inclusive' with causal=False, where every query sees later groups"
+      )
+    if not self.causal and self.cache_dtype is not None:
+      raise config_error(self, "cache_dtype", "None with causal=False, which has no cache")
     if self.n_recent + self.n_random == 0:
       raise ValueError(
         "DGAConfig.n_recent + n_random is 0; it must be at least 1, so that some query ranks keys."

@@ -119,7 +119,7 @@ def explain(
       print(dga_jax.explain(query, key, value, config=config))
 
   The ops are those of `dynamic_group_attention` with these arguments, and those of a decoding step
-  over the cache of such prompts.
+  over the cache of such prompts, which bidirectional attention does not have.
 
   Args:
     query: of the call, or its `jax.ShapeDtypeStruct`.
@@ -164,6 +164,6 @@ def explain(
   with dispatch.collect_reports(target) as reports:
     jax.eval_shape(call, query, key, value, focal_scores=focal_scores)
     for each in configs:
-      if isinstance(each, DGAConfig):
+      if isinstance(each, DGAConfig) and each.causal:
         jax.eval_shape(functools.partial(decode, config=each), *unsplit)
   return Explanation.from_reports(str(target), reports)

@@ -36,7 +36,7 @@ def attention_fn(
   sharding: NamedSharding | None = None,
   implementation: Implementation = None,
 ) -> Callable[..., Array]:
-  """The `attention_fn` argument of `flax.nnx.MultiHeadAttention` for causal self-attention.
+  """The `attention_fn` argument of `flax.nnx.MultiHeadAttention` for self-attention.
 
   The returned function computes `dga_jax.dynamic_group_attention`. It takes the arguments that the
   module passes: query [..., L, H, D], key and value [..., L, N, D], and a mask. It honours:
@@ -49,13 +49,17 @@ def attention_fn(
   - `is_causal=True` with `key_value_seq_lengths`, int [...]: the tokens of right-padded rows, as
     in `jax.nn.dot_product_attention`, for callers of the function itself: the module passes masks.
 
+  With `config.causal=False` it honours `is_causal=False` instead: without a mask; with a mask
+  [..., 1, 1, L] over the keys, or [..., 1, L, L], that hides padding at the ends of a row; or with
+  `key_value_seq_lengths`.
+
   A padded query's output is 0. Masks may be boolean or, as `nnx.make_causal_mask` returns them,
   numbers. A mask of another form raises ValueError if its values are known. Under jit its values
   are unknown, and the output of a row with such a mask is NaN.
 
   Every other argument that DGA cannot honour raises ValueError with its name: attention that is
-  not causal, cross-attention, the module's decode cache, bias, dropout, precision, sown attention
-  weights and input positions.
+  causal or not against `config.causal`, cross-attention, the module's decode cache, bias, dropout,
+  precision, sown attention weights and input positions.
 
   Args:
     config: of the op.
@@ -127,13 +131,19 @@ class _AttentionFn:
           "mask and key_value_seq_lengths are given; pass one of them. A mask hides padding, too."
         )
       lengths_B = jnp.asarray(key_value_seq_lengths).reshape(-1)
+    if is_causal and not config.causal:
+      raise ValueError(
+        "is_causal is True and config.causal is False; call the module with is_causal=False, or"
+        " make the function with DGAConfig(causal=True)."
+      )
     if mask is not None:
-      segment_ids_BxL, fits_B = _padding(_as_rows(mask, query.shape), is_causal=is_causal)
+      masks_BxQxL = _as_rows(mask, query.shape)
+      segment_ids_BxL, fits_B = _padding(masks_BxQxL, is_causal=is_causal, causal=config.causal)
       config = dataclasses.replace(config, max_documents=1)
-    elif not is_causal:
+    elif config.causal and not is_causal:
       raise ValueError(
         "is_causal is False and mask is None; DGA is causal: call the module with is_causal=True,"
-        " or pass a causal mask."
+        " pass a causal mask, or make the function with DGAConfig(causal=False)."
       )
     out_BxLxHxD = dynamic_group_attention(
       query.reshape(rows, *query.shape[-3:]),
@@ -190,17 +200,18 @@ def _as_rows(mask: Shaped[Array, "..."], query_shape: tuple[int, ...]) -> Bool[A
 
 
 def _padding(
-  mask_BxQxL: Bool[Array, "B Q L"], *, is_causal: bool
+  mask_BxQxL: Bool[Array, "B Q L"], *, is_causal: bool, causal: bool
 ) -> tuple[Int[Array, "B L"], Bool[Array, "B"]]:
   """Segment ids, 0 for tokens and -1 for padding, and whether each row's mask can be honoured.
 
-  It can be honoured if the tokens are contiguous, and the mask is causal among them.
+  It can be honoured if the tokens are contiguous, and every token sees all of them, or with
+  `causal` those up to itself.
 
   Raises:
     ValueError: the values of the mask are known, and it cannot be honoured.
   """
   _, Q, L = mask_BxQxL.shape
-  if Q != L and not is_causal:
+  if Q != L and causal and not is_causal:
     raise ValueError(
       "is_causal is False and mask has one row for all queries; DGA is causal: call the module with"
       " is_causal=True."
@@ -213,17 +224,19 @@ def _padding(
   fits_B = jnp.all(valid_BxL == is_token_BxL, axis=-1)
   if Q == L:
     causal_LxL = index_L[None] <= index_L[:, None]
+    visible_LxL = causal_LxL | (not causal)
     # The masks of padded queries have no effect, since the op returns 0 for padded queries. With
     # is_causal the module's own causal mask hides later keys.
-    wanted_BxLxL = causal_LxL[None] & is_token_BxL[:, None]
+    wanted_BxLxL = visible_LxL[None] & is_token_BxL[:, None]
     differs_BxLxL = (mask_BxQxL != wanted_BxLxL) & is_token_BxL[:, :, None]
     if is_causal:
       differs_BxLxL &= causal_LxL[None]
     fits_B &= ~jnp.any(differs_BxLxL, axis=(1, 2))
   if not isinstance(fits_B, jax.core.Tracer) and not np.all(fits_B):
     row = int(np.argmin(fits_B))
+    kind = "causal" if causal else "full"
     raise ValueError(
-      f"mask of row {row} is not causal attention with padding at the ends of the row; DGA supports"
+      f"mask of row {row} is not {kind} attention with padding at the ends of the row; DGA supports"
       " no other mask. Pack documents with dynamic_group_attention(segment_ids=...)."
     )
   return jnp.where(is_token_BxL, 0, -1), fits_B

@@ -59,8 +59,8 @@ class HeadBudgets:
   attention call. So there are at most four.
 
   Attributes:
-    settings: distinct settings: "full" for causal dense attention, a `DGAConfig` with streaming
-      selection, or a `SinkWindow`.
+    settings: distinct settings: "full" for causal dense attention, a causal `DGAConfig` with
+      streaming selection, or a `SinkWindow`.
     assignment: [layers][kv_heads], an index into `settings`.
 
   Raises:
@@ -81,7 +81,7 @@ class HeadBudgets:
     valid = all(
       setting == FULL
       or isinstance(setting, SinkWindow)
-      or (isinstance(setting, DGAConfig) and setting.selection == "streaming")
+      or (isinstance(setting, DGAConfig) and setting.selection == "streaming" and setting.causal)
       for setting in settings
     )
     if not valid or not 1 <= len(settings) <= MAX_SETTINGS or len(set(settings)) != len(settings):
@@ -89,7 +89,7 @@ class HeadBudgets:
         self,
         "settings",
         f"1 to {MAX_SETTINGS} distinct settings, each 'full', a SinkWindow, or a DGAConfig with "
-        "selection='streaming'",
+        "selection='streaming' and causal=True",
       )
     try:
       rows = tuple(tuple(map(_index, row)) for row in self.assignment)

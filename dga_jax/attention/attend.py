@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dga_jax.attention import validation
+from dga_jax.attention.block_entries import for_kernel
 from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
 from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.scores import importance_scores, random_scores
@@ -58,9 +59,7 @@ def attend(
   merged = merge_tokens(
     query, key, value, metadata, focal_scores=focal_scores, implementation=implementation
   )
-  return attend_merged(
-    merged, metadata.invalid, metadata.config, scale=scale, implementation=implementation
-  )
+  return attend_prepared(merged, metadata, scale=scale, implementation=implementation)
 
 
 def attend_with_plan(
@@ -101,28 +100,43 @@ def merge_tokens(
 ) -> Merged:
   """Chooses focal tokens and merges the others into groups.
 
-  Streaming selection without sinks needs neither a layout nor a focal mask: its visibility is part
-  of the metadata, and one op chooses in the blocks and merges them.
+  Causal streaming selection on rows of one document needs neither a layout nor a focal mask: its
+  visibility is part of the metadata, one op chooses in the blocks and merges them, and the sinks
+  are the first tokens of the row.
   """
   config, streaming = metadata.config, metadata.by_selection
   validation.focal_scores(focal_scores, key, config)
-  # Sinks are focal tokens outside the blocks, so their positions come from a layout.
-  if not isinstance(streaming, StreamingMetadata) or config.sink_tokens > 0:
+  # Sinks of packed documents are anywhere in the row, so their positions come from a layout.
+  packed_sinks = config.sink_tokens > 0 and metadata.documents.rows == "packed"
+  needs_plan = packed_sinks or not config.causal
+  if not isinstance(streaming, StreamingMetadata) or needs_plan:
     plan = make_plan(query, key, metadata, focal_scores)
     return merge_planned(query, key, value, plan, implementation=implementation)
   query, key, value = zero_padding(metadata.documents, query, key, value)
+  is_whole = metadata.documents.rows == "whole" and config.sink_tokens == 0
   query, entries, _ = merge_blocks(
     query,
     key,
     value,
-    None if metadata.documents.rows == "whole" else streaming.blocks.start,
+    None if is_whole else streaming.blocks.start,
     None if focal_scores is None else comparable_scores(focal_scores),
     members=config.group_size,
     focal=config.focal_in_block,
     scale=merge_scale(config, query.shape[-1]),
     implementation=merging_implementation(implementation),
   )
+  if config.sink_tokens > 0:
+    entries = entries._replace(
+      focal_key=_after_sinks(entries.window_key, entries.focal_key, config),
+      focal_value=_after_sinks(entries.window_value, entries.focal_value, config),
+    )
+  assert streaming.visibility is not None  # Causal streaming selection has it.
   return Merged(query, streaming.visibility.sources(entries))
+
+
+def _after_sinks(row_BxLxNxD: Array, focal_BxSxNxD: Array, config: DGAConfig) -> Array:
+  """The sinks of rows of one document, then the focal tokens of the blocks."""
+  return jnp.concatenate([row_BxLxNxD[:, : config.sink_tokens], focal_BxSxNxD], axis=1)
 
 
 def make_plan(
@@ -180,10 +194,24 @@ def merge_planned(
     value,
     *plan.layout,
     scale=merge_scale(config, query.shape[-1]),
-    reorder_window=config.selection != "streaming",
+    reorder_window=plan.window_lists_members,
     implementation=merging_implementation(implementation),
   )
   return Merged(query, plan.visibility.sources(entries))
+
+
+def attend_prepared(
+  merged: Merged,
+  metadata: AttentionMetadata,
+  *,
+  scale: float | Float[Array, ""] | None = None,
+  implementation: Implementation = None,
+) -> Float[Array, "B L H D"]:
+  """As `attend_merged`, for the result of `merge_tokens`."""
+  merged = merged._replace(sources=for_kernel(merged.query, merged.sources, metadata))
+  return attend_merged(
+    merged, metadata.invalid, metadata.config, scale=scale, implementation=implementation
+  )
 
 
 def attend_merged(
@@ -208,11 +236,17 @@ def attention_kwargs(
   query: Array, config: DGAConfig, scale: float | Float[Array, ""] | None
 ) -> dict[str, Any]:
   """Keyword arguments of `grouped_attention`, but for `implementation`."""
-  streaming = config.selection == "streaming"
+  if not config.causal:
+    # A query sees up to 2w + 1 groups raw. The windows of the queries of a tile cover one more.
+    max_window = (2 * config.local_window + 2) * config.group_size
+  elif config.selection == "streaming":
+    max_window = cache_layout(config).raw_size
+  else:
+    max_window = config.group_size
   return {
     "scale": query.shape[-1] ** -0.5 if scale is None else scale,
     "group_bias": math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0,
-    "max_window": cache_layout(config).raw_size if streaming else config.group_size,
+    "max_window": max_window,
   }
 
 

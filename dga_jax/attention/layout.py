@@ -44,7 +44,12 @@ def static_sizes(documents: Documents, max_documents: int, config: DGAConfig) ->
   if config.selection == "streaming":
     sinks = min(L, config.sink_tokens)
     blocks = (L - sinks if max_documents == 1 else L) // config.block_size
-    focal = min(L, sinks * max_documents + config.focal_in_block * blocks)
+    focal = sinks * max_documents + config.focal_in_block * blocks
+    if not config.causal:  # The tokens of incomplete blocks are focal.
+      focal += (config.block_size - 1) * max_documents
+    if documents.rows == "whole" and not config.causal:
+      focal = L - config.group_size * blocks
+    focal = min(L, focal)
     return Sizes(focal=focal, groups=blocks)
   quotas = config.focal_quota(L)
   if documents.rows == "whole":

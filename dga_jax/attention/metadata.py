@@ -18,10 +18,15 @@ from pallas_kernels.segmented_top_k import Segments
 
 
 class StreamingMetadata(NamedTuple):
-  """Of streaming selection, under which no query's visibility depends on the choice."""
+  """Of streaming selection.
+
+  Attributes:
+    blocks: of every document.
+    visibility: of causal attention, which does not depend on the choice; else None.
+  """
 
   blocks: StreamingBlocks
-  visibility: Visibility
+  visibility: Visibility | None
 
 
 class RankingMetadata(NamedTuple):
@@ -75,7 +80,8 @@ def prepare(documents: Documents, config: DGAConfig) -> AttentionMetadata:
   by_selection: StreamingMetadata | RankingMetadata
   if config.selection == "streaming":
     blocks = cut_blocks(documents, sizes.groups, config)
-    by_selection = StreamingMetadata(blocks, streaming_visibility(documents, blocks, config))
+    visibility = streaming_visibility(documents, blocks, config) if config.causal else None
+    by_selection = StreamingMetadata(blocks, visibility)
   else:
     is_global = config.selection == "global"
     by_selection = RankingMetadata(

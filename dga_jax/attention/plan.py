@@ -10,6 +10,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.attention import validation
+from dga_jax.attention.bidirectional import (
+  bidirectional_plan,
+  keep_incomplete_blocks,
+  keep_partial_groups,
+)
 from dga_jax.attention.layout import (
   global_layout,
   Layout,
@@ -40,8 +45,7 @@ class GroupPlan:
     documents: the document of every token.
     selection: which tokens are focal.
     layout: positions of focal tokens and group members.
-    visibility: the range of each key/value source that a query sees. The window source is the
-      list of group members (global and random selection) or the row itself (streaming).
+    visibility: the range of each key/value source that a query sees.
     invalid: queries whose row or document exceeds a static bound, known only at run time. The op
       returns NaN for them. None where no bound can be exceeded.
     config: settings of the mechanism. Static.
@@ -59,6 +63,11 @@ class GroupPlan:
     """True for tokens that keep their own key and value."""
     return self.selection.focal_mask
 
+  @property
+  def window_lists_members(self) -> bool:
+    """Whether the window source is the list of group members, or else the row itself."""
+    return self.config.selection != "streaming" or not self.config.causal
+
   @classmethod
   def from_focal_mask(
     cls,
@@ -70,6 +79,9 @@ class GroupPlan:
     max_focal: int | None = None,
   ) -> "GroupPlan":
     """The plan of any focal mask. A trailing partial group of a document stays raw.
+
+    In bidirectional attention the members of a trailing partial group are focal, as are the tokens
+    of an incomplete streaming block.
 
     Args:
       focal_mask: True for focal tokens. Under streaming selection every complete block must hold f
@@ -94,6 +106,8 @@ class GroupPlan:
     if isinstance(metadata.by_selection, StreamingMetadata):
       validation.focal_in_blocks(selection.focal_mask, metadata.by_selection.blocks, config)
     else:
+      if not config.causal:
+        selection = keep_partial_groups(selection, metadata.documents, config.group_size)
       metadata = _with_counted_sizes(metadata, selection, max_focal)
     return cls.from_selection(selection, metadata)
 
@@ -101,9 +115,16 @@ class GroupPlan:
   def from_selection(cls, selection: Selection, metadata: AttentionMetadata) -> "GroupPlan":
     """The layout and visibility of a selection, which must fit metadata.sizes."""
     documents, config, sizes = metadata.documents, metadata.config, metadata.sizes
-    if isinstance(metadata.by_selection, StreamingMetadata):
-      blocks, visibility = metadata.by_selection
-      layout = streaming_layout(selection, blocks, sizes, config)
+    rule = metadata.by_selection
+    blocks = rule.blocks if isinstance(rule, StreamingMetadata) else None
+    if not config.causal:
+      if blocks is not None:
+        selection = keep_incomplete_blocks(selection, documents, blocks)
+      layout, visibility = bidirectional_plan(selection, documents, blocks, sizes, config)
+    elif isinstance(rule, StreamingMetadata):
+      assert rule.visibility is not None  # Causal streaming selection has it.
+      layout = streaming_layout(selection, rule.blocks, sizes, config)
+      visibility = rule.visibility
     else:
       positions = list_positions(selection, documents, config.group_size)
       layout = global_layout(selection, positions, sizes, config)

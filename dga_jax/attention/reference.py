@@ -134,7 +134,9 @@ def number_documents(
 
 
 def write_masks(focal_L: Bool[Array, "L"], document_L: Int[Array, "L"], config: DGAConfig) -> Masks:
-  """Sections 1 and 3 of the specification, literally."""
+  """Sections 1 and 3 of the specification, literally, and `_bidirectional_masks`."""
+  if not config.causal:
+    return _bidirectional_masks(focal_L, document_L, config)
   if config.selection == "streaming":
     return _streaming_masks(focal_L, document_L, config)
   return _global_masks(focal_L, document_L, config)
@@ -195,6 +197,52 @@ def _streaming_masks(focal_L: Array, document_L: Array, config: DGAConfig) -> Ma
     merge_query=block_end_G,
     sees_token=raw_LxL & not_later_LxL,
     sees_group=same_LxL & first_L[None] & ~near_LxL & not_later_LxL,
+  )
+
+
+def _bidirectional_masks(focal_L: Array, document_L: Array, config: DGAConfig) -> Masks:
+  """Every query sees all tokens without a group, and every group: raw if near, else merged.
+
+  Near are the group whose span contains the query, and `local_window` groups on both sides of it.
+  """
+  m, w = config.group_size, config.local_window
+  i_L = jnp.arange(focal_L.size)
+  same_LxL = _same_document(document_L)
+  not_later_LxL = i_L[:, None] >= i_L[None, :]
+  position_L = (same_LxL & not_later_LxL).sum(axis=1) - 1
+  if config.selection == "streaming":
+    f = config.focal_per_block
+    size = m + (max(1, round(config.importance_rate * m)) if f is None else f)
+    block_L = jnp.where(
+      position_L < config.sink_tokens, -1, (position_L - config.sink_tokens) // size
+    )
+    same_block_LxL = same_LxL & (block_L[:, None] == block_L[None]) & (block_L >= 0)[None]
+    nonfocal_L = ~focal_L & (same_block_LxL.sum(axis=1) == size)
+    together_LxL = same_block_LxL & nonfocal_L[:, None] & nonfocal_L[None]
+    merge_query = jnp.where(same_block_LxL, i_L[None], -1).max(axis=1)
+  else:
+    nonfocal_L = ~focal_L & (document_L >= 0)
+    rank_L = (same_LxL & nonfocal_L[None] & not_later_LxL).sum(axis=1) - 1
+    together_LxL = same_LxL & nonfocal_L[:, None] & nonfocal_L[None]
+    together_LxL = together_LxL & (rank_L[:, None] // m == rank_L[None] // m)
+    merge_query = jnp.where(together_LxL, i_L[None], -1).max(axis=1)
+  is_member_L = together_LxL.sum(axis=1) == m
+  first_L = is_member_L & ((together_LxL & not_later_LxL).sum(axis=1) == 1)
+  member_GxL = together_LxL & first_L[:, None]
+  last_G = jnp.where(member_GxL, i_L[None], -1).max(axis=1)
+  group_LxG = same_LxL & first_L[None]
+  begun_L = (group_LxG & not_later_LxL).sum(axis=1)
+  ended_L = (group_LxG & (last_G[None] < i_L[:, None])).sum(axis=1)
+  number_G = begun_L - 1  # Of a group in its document, counted at its first member.
+  near_LxG = group_LxG & (number_G[None] >= ended_L[:, None] - w)
+  near_LxG = near_LxG & (number_G[None] < begun_L[:, None] + w)
+  group_of_L = member_GxL.argmax(axis=0)
+  raw_LxL = near_LxG[:, group_of_L] & is_member_L[None] & config.complementary
+  return Masks(
+    member=member_GxL,
+    merge_query=merge_query,
+    sees_token=same_LxL & (raw_LxL | ~is_member_L[None]),
+    sees_group=group_LxG & ~near_LxG,
   )
 
 

@@ -21,8 +21,8 @@ from pallas_kernels.importance import sampled_importance
 class SampledQueries(NamedTuple):
   """The queries of each document that rank its keys, C documents of S queries.
 
-  A query sees the keys at positions [start, end). It does not exist, and sees nothing, where end
-  is 0.
+  A query sees the keys at positions [start, end): of its document those up to itself, or all of
+  them in bidirectional attention. It does not exist, and sees nothing, where end is 0.
   """
 
   position: Int[Array, "B C S"]
@@ -61,11 +61,12 @@ def sample_queries(documents: Documents, max_documents: int, config: DGAConfig) 
     )
     position_BxCxS = jnp.moveaxis(position_CxBxS, 0, 1)
     exists_BxCxS = jnp.moveaxis(exists_CxBxS, 0, 1)
-  start_BxC, _ = documents.extents(max_documents)
+  start_BxC, length_BxC = documents.extents(max_documents)
+  end_BxCxS = position_BxCxS + 1 if config.causal else (start_BxC + length_BxC)[..., None]
   return SampledQueries(
     position=position_BxCxS,
     start=jnp.broadcast_to(start_BxC[..., None], position_BxCxS.shape),
-    end=jnp.where(exists_BxCxS, position_BxCxS + 1, 0),
+    end=jnp.where(exists_BxCxS, end_BxCxS, 0),
   )
 
 

@@ -144,6 +144,14 @@ def count_before(x: Bool[Array, "*rows L"] | Int[Array, "*rows L"]) -> Int[Array
   return jnp.cumsum(x, axis=-1) - x
 
 
+def at_document_end(x: Int[Array, "B *N L"], documents: Documents) -> Int[Array, "B *N L"]:
+  """The value of x at the last token of each token's document. Padding keeps its own value."""
+  if documents.rows == "whole":
+    return jnp.broadcast_to(x[..., -1:], x.shape)
+  last_BxL = documents.start + jnp.maximum(documents.length, 1) - 1
+  return jnp.take_along_axis(x, last_BxL if x.ndim == 2 else last_BxL[:, None], axis=-1)
+
+
 def at_document_start(x: Int[Array, "B *N L"], documents: Documents) -> Int[Array, "B *N L"]:
   """The value of x at the first token of each token's document, for x from `count_before`.
 

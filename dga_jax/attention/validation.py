@@ -88,6 +88,20 @@ def focal_scores(
     )
 
 
+def is_causal(config: DGAConfig, what: str) -> None:
+  """Refuses bidirectional attention where each token must be final when the next one arrives.
+
+  Args:
+    config: of the call.
+    what: names the function, for the message.
+  """
+  if not config.causal:
+    raise ValueError(
+      f"config.causal is False; {what} needs causal=True, since later tokens would change earlier"
+      " ones. Bidirectional attention is for whole sequences: dynamic_group_attention."
+    )
+
+
 def head_budgets(budgets: HeadBudgets, key: Array, plan: object) -> None:
   """Budgets are of one layer with the key's KV heads, and there is no plan."""
   if budgets.num_layers != 1 or budgets.num_kv_heads != key.shape[2]:

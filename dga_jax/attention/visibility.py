@@ -11,6 +11,7 @@ from dga_jax.attention.segments import at_document_start, count_before, Document
 from dga_jax.attention.selection import Selection
 from dga_jax.attention.streaming_blocks import cache_layout, StreamingBlocks
 from dga_jax.config import DGAConfig
+from pallas_kernels.gather import take_rows
 from pallas_kernels.group_merge import Entries
 from pallas_kernels.grouped_attention import KVSource, KVSources
 
@@ -18,8 +19,12 @@ from pallas_kernels.grouped_attention import KVSource, KVSources
 class Visibility(NamedTuple):
   """The range [start, end) that each query sees of the focal tokens, the groups and the window.
 
-  n is the number of KV heads, or 1 where all heads see the same. Every field is non-decreasing
+  n is the number of KV heads, or 1 where all heads see the same. Every range is non-decreasing
   along L. A query whose three ranges are empty (padding) attends to nothing.
+
+  Attributes:
+    group_order: the groups in the order that group ranges count in, for ranges over a list that
+      repeats groups (bidirectional.py); None for the groups as they are.
   """
 
   focal_start: Int32[Array, "B n L"]
@@ -28,12 +33,25 @@ class Visibility(NamedTuple):
   group_end: Int32[Array, "B n L"]
   window_start: Int32[Array, "B n L"]
   window_end: Int32[Array, "B n L"]
+  group_order: Int32[Array, "B N S"] | None = None
+
+  @property
+  def ranges(self) -> tuple[tuple[Array, Array], tuple[Array, Array], tuple[Array, Array]]:
+    """Start and end of the focal tokens, of the groups and of the window."""
+    return (
+      (self.focal_start, self.focal_end),
+      (self.group_start, self.group_end),
+      (self.window_start, self.window_end),
+    )
 
   def sources(self, entries: Entries) -> KVSources:
     """The sources of `grouped_attention`: these ranges of the given keys and values."""
+    group_key, group_value = entries.group_key, entries.group_value
+    if self.group_order is not None:
+      group_key, group_value = (take_rows(x, self.group_order) for x in (group_key, group_value))
     return KVSources(
       focal=KVSource(entries.focal_key, entries.focal_value, self.focal_start, self.focal_end),
-      group=KVSource(entries.group_key, entries.group_value, self.group_start, self.group_end),
+      group=KVSource(group_key, group_value, self.group_start, self.group_end),
       window=KVSource(entries.window_key, entries.window_value, self.window_start, self.window_end),
     )
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dga_jax.attention.streaming_blocks import cache_layout
+from dga_jax.attention.validation import is_causal
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask, TokenCoords
 
@@ -57,8 +58,10 @@ def cache_size(
       a short prompt leaves more blocks to decode.
 
   Raises:
-    ValueError: if max_length is negative, or prompt is not in 0..max_length.
+    ValueError: if max_length is negative, prompt is not in 0..max_length, or config.causal is
+      False.
   """
+  is_causal(config, "a cache")
   if max_length < 0 or not 0 <= prompt <= max_length:
     raise ValueError(
       f"cache_size got max_length={max_length} and prompt={prompt}; it wants"

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dga_jax.attention.attend import attend_merged, merge_tokens, zero_padding
+from dga_jax.attention.attend import attend_prepared, merge_tokens, zero_padding
 from dga_jax.attention.metadata import (
   AttentionMetadata,
   prepare,
@@ -14,6 +14,7 @@ from dga_jax.attention.segments import find_documents
 from dga_jax.attention.selection import comparable_scores
 from dga_jax.attention.validation import focal_scores as validate_scores
 from dga_jax.attention.validation import (
+  is_causal,
   Lengths,
   query_and_key,
   rows,
@@ -135,9 +136,7 @@ def attend_and_prefill_prepared(
   merged = merge_tokens(
     query, key, value, metadata, focal_scores=focal_scores, implementation=implementation
   )
-  out = attend_merged(
-    merged, metadata.invalid, metadata.config, scale=scale, implementation=implementation
-  )
+  out = attend_prepared(merged, metadata, scale=scale, implementation=implementation)
   return out, _cache_prompt(key, value, focal_scores, metadata, merged.sources, max_length)
 
 
@@ -154,6 +153,7 @@ def _prepared(
   query_and_key(query, key)
   value_like_key(value, key)
   validate_scores(focal_scores, key, config)
+  is_causal(config, "a cache")
   batch, length = key.shape[:2]
   validation.prompt_fits(length, max_length)
   lengths, _ = rows(batch, length, lengths, None)

@@ -62,6 +62,7 @@ def new_tokens(
         f"{name} is {jnp.result_type(x)}{list(np.shape(x))}; beside this query and cache it must be"
         f" {raw.dtype}{list(shape)}."
       )
+  attention_validation.is_causal(config, "a cache")
   if cache_layout(config).raw_size != W:
     raise ValueError(
       f"the cache holds {W} raw tokens and config wants {cache_layout(config).raw_size}; pass the"

@@ -138,6 +138,11 @@ class ModelConfig:
     for name, settings in ATTENTION_SETTINGS.items():
       require_type(self, name, settings, *((type(None),) if name == "head_budgets" else ()))
     require_choice(self, "attention", AttentionName)
+    if not self.dga.causal:
+      raise ValueError(
+        "ModelConfig.dga has causal=False; it must have causal=True, since the decoder predicts the"
+        " next token. Encoders call dynamic_group_attention, or use dga_jax.flax.attention_fn."
+      )
     self._check_head_budgets()
     self._check_focal_selector()
     require_choice(self, "remat", RematName)

@@ -35,7 +35,7 @@ from pallas_kernels.grouped_attention.tile_ranges import (
 
 # The dk/dv kernels of focal tokens and groups divide the queries until each program has this many
 # tiles of work. A tile of work has at least this many query tiles.
-_TILES_PER_PROGRAM = 4
+_TILES_PER_PROGRAM = 8
 _LEAST_STEPS = 16
 
 
@@ -44,6 +44,7 @@ class _Static:
   scale: float
   group_bias: float
   max_window: int
+  has_keys: tuple[bool, bool, bool]
   blocks: MosaicBlocks
   programs: int
   interpret: Any
@@ -74,7 +75,9 @@ def grouped_attention_mosaic_gpu(
   target = find_target(query, sources)
   blocks = blocks or mosaic_blocks(target.kind, D)
   programs = programs or target.num_cores or H100_MULTIPROCESSORS
-  static = _Static(scale, group_bias, max_window, blocks, programs, interpret)
+  focal, group, window = (source.key.shape[1] > 0 for source in sources)
+  has_keys = (focal, group, window)
+  static = _Static(scale, group_bias, max_window, has_keys, blocks, programs, interpret)
   padded = sources.with_kv(jax.tree.map(lambda x: _pad_rows(x, KEYS), sources.kv))
   return _attend(_pad_rows(query, ROW_UNIT), padded, static)[:, :L]
 
@@ -120,6 +123,7 @@ def _attend_fwd(query: Array, sources: KVSources, static: _Static) -> tuple[Arra
     scale=static.scale,
     group_bias=static.group_bias,
     max_window=static.max_window,
+    has_keys=static.has_keys,
     tile=static.blocks.forward,
     programs=static.programs,
     interpret=static.interpret,
@@ -144,6 +148,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     scale=static.scale,
     group_bias=static.group_bias,
     max_window=static.max_window,
+    has_keys=static.has_keys,
     tile=static.blocks.dq,
     programs=static.programs,
     interpret=static.interpret,
@@ -152,11 +157,10 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
   L = sources.focal.start.shape[-1]
   padded = pad_ranges(sources, query.shape[1] + tile.block_q)
   key_grads = []
-  for name, source, bias in (
-    ("focal", padded.focal, 0.0),
-    ("group", padded.group, static.group_bias),
-    ("window", padded.window, 0.0),
-  ):
+  for name, source, has_keys in zip(KVSources._fields, padded, static.has_keys, strict=True):
+    if not has_keys:
+      key_grads.append((jnp.zeros_like(source.key), jnp.zeros_like(source.value)))
+      continue
     grads = mosaic_gpu_dkdv(
       query,
       source,
@@ -165,7 +169,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
       delta,
       dout,
       scale=static.scale,
-      bias=bias,
+      bias=static.group_bias if name == "group" else 0.0,
       chunks=1 if name == "window" else _query_chunks(query, source, static.programs, tile.block_q),
       tile=tile,
       programs=static.programs,

@@ -28,6 +28,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   operand_smem,
   ROWS,
   seen_mask,
+  work_loop,
   WORKERS,
   zero_accumulator,
 )
@@ -85,19 +86,18 @@ class KeyTileSchedule(NamedTuple):
   def tiles_of_work(self, spans_ref: Any, body: Any) -> Array:
     """Calls body(coords, its span, tiles before, query tiles before) -> query tiles after."""
 
-    @plgpu.nd_loop(self.grid, collective_axes="program", init_carry=jnp.int32(0))
-    def steps(info: Any, carry: Array) -> Array:
+    def tile(index: tuple[Array, ...], tiles_before: Array, carry: Array) -> Array:
       # Most queries see early keys: these go first.
-      number, batch, part = info.index
+      number, batch, part = index
       kv_head, chunk = lax.div(part, jnp.int32(self.chunks)), lax.rem(part, jnp.int32(self.chunks))
       bound_head = 0 if spans_ref.shape[1] == 1 else kv_head
       span = Span(*(spans_ref[batch, bound_head, number, i] for i in range(4)))
       span = chunk_of_span(span, chunk, self.chunks, self.block_q)
       head = kv_head * self.heads_per_kv
       coords = KeyTileCoords(batch, kv_head, bound_head, number * KEYS, part, head)
-      return body(coords, span, info.local_index, carry)
+      return body(coords, span, tiles_before, carry)
 
-    return steps
+    return work_loop(self.grid, tile)
 
   def query_tiles(self, coords: KeyTileCoords, span: Span, body: Any, carry: Any) -> Any:
     """Calls body(head, first query, masked, carry) for every query tile that sees the keys."""

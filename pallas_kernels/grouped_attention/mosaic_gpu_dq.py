@@ -56,6 +56,7 @@ def mosaic_gpu_dq(
   scale: float,
   group_bias: float,
   max_window: int,
+  has_keys: tuple[bool, bool, bool],
   tile: MosaicQueryTile,
   programs: int,
   interpret: Any = None,
@@ -66,7 +67,9 @@ def mosaic_gpu_dq(
   Sources and spans as for `mosaic_gpu_forward`.
   """
   D = query.shape[-1]
-  schedule = TileSchedule(split, split.grid(query), tile.block_k, group_bias * LOG2_E, max_window)
+  schedule = TileSchedule(
+    split, split.grid(query), tile.block_k, group_bias * LOG2_E, max_window, has_keys
+  )
   rows = operand_smem((WORKERS, ROWS, D), query.dtype)
   return plgpu.kernel(
     functools.partial(_dq_kernel, schedule=schedule, scale=scale, interpret=interpret is not None),

@@ -59,6 +59,7 @@ def mosaic_gpu_forward(
   scale: float,
   group_bias: float,
   max_window: int,
+  has_keys: tuple[bool, bool, bool],
   tile: MosaicQueryTile,
   programs: int,
   interpret: Any = None,
@@ -66,11 +67,14 @@ def mosaic_gpu_forward(
   """Output [B, L, H, D] and the base-2 logsumexp [B, H, padded L].
 
   Every source has at least tile.block_k tokens, and its ranges are padded to a multiple of
-  split.queries. spans: `tile_ranges` of the sources.
+  split.queries. spans: `tile_ranges` of the sources. has_keys: whether any query sees keys of each
+  source.
   """
   B, _, H, D = query.shape
   dtype = query.dtype
-  schedule = TileSchedule(split, split.grid(query), tile.block_k, group_bias * LOG2_E, max_window)
+  schedule = TileSchedule(
+    split, split.grid(query), tile.block_k, group_bias * LOG2_E, max_window, has_keys
+  )
   rows = operand_smem((WORKERS, ROWS, D), dtype)
   return plgpu.kernel(
     functools.partial(

@@ -16,7 +16,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSourcesRef
-from pallas_kernels.grouped_attention.tile_ranges import loop_span, ROW_UNIT, Span
+from pallas_kernels.grouped_attention.tile_ranges import (
+  dealt_tile,
+  loop_span,
+  num_dealt_tiles,
+  ROW_UNIT,
+  Span,
+)
 
 WORKERS = 2  # warpgroups that compute; one more loads
 ROWS = 64  # rows of one worker: the height of a warpgroup's matrix product
@@ -47,6 +53,29 @@ def pcast_like[T](x: Array, results: T) -> T:
     return lax.pcast(result, axes, to="varying") if axes else result
 
   return jax.tree.map(mark, results)
+
+
+def work_loop(
+  grid: tuple[int, int, int],
+  body: Callable[[tuple[Array, ...], Array, Array], Array],
+) -> Array:
+  """Calls body(grid index, tiles before, carry) -> carry for every tile of work of this program.
+
+  Tiles are dealt to the programs by `dealt_tile`, for which the cost of tiles falls along the grid.
+  The carry is int32 and begins at 0.
+  """
+  program, programs = lax.axis_index("program"), lax.axis_size("program")
+
+  def step(turn: Array, carry: Array) -> Array:
+    tile = dealt_tile(turn, program, programs)
+    index: list[Array] = []
+    for size in reversed(grid):
+      index.insert(0, lax.rem(tile, jnp.int32(size)))
+      tile = lax.div(tile, jnp.int32(size))
+    return body(tuple(index), turn, carry)
+
+  turns = num_dealt_tiles(math.prod(grid), program, programs)
+  return lax.fori_loop(jnp.int32(0), turns, step, jnp.int32(0))
 
 
 class TileCoords(NamedTuple):
@@ -118,16 +147,15 @@ class TileSchedule(NamedTuple):
   block_k: int
   group_bias2: float
   max_window: int
+  has_keys: tuple[bool, bool, bool]  # False for a source without keys, which is left out
 
   def tiles_of_work(self, spans_ref: Any, body: Callable[..., Array]) -> Array:
     """Calls body(coords, tiles of work before, key tiles before) -> key tiles after."""
 
-    @plgpu.nd_loop(self.grid, collective_axes="program", init_carry=jnp.int32(0))
-    def steps(info: Any, carry: Array) -> Array:
-      coords = self.split.coords(info.index, self.grid, spans_ref.shape[1])
-      return body(coords, info.local_index, carry)
+    def tile(index: tuple[Array, ...], tiles_before: Array, carry: Array) -> Array:
+      return body(self.split.coords(index, self.grid, spans_ref.shape[1]), tiles_before, carry)
 
-    return steps
+    return work_loop(self.grid, tile)
 
   def key_tiles(
     self,
@@ -139,6 +167,8 @@ class TileSchedule(NamedTuple):
   ) -> Any:
     """Calls body(source, its bias, first key, masked, carry) for every key tile that is seen."""
     for i, source in enumerate(sources):
+      if not self.has_keys[i]:
+        continue
       is_group = i == 1
       narrow = i == 2 and self.max_window < self.block_k
       carry = loop_span(

@@ -66,6 +66,22 @@ def chunk_of_span(span: Span, chunk: Array, chunks: int, block: int) -> Span:
   return Span(first, span.full_first, jnp.minimum(span.full_last, last), last)
 
 
+def dealt_tile(turn: Array, program: Array, programs: int) -> Array:
+  """The tile of work that a program takes in a turn.
+
+  Tiles are numbered in the order of falling cost. Programs take one tile each in a turn, in
+  ascending and descending order alternately, so that all get nearly the same work.
+  """
+  is_even = lax.rem(turn, jnp.int32(2)) == 0
+  return turn * programs + jnp.where(is_even, program, programs - 1 - program)
+
+
+def num_dealt_tiles(total: int, program: Array, programs: int) -> Array:
+  """How many of `total` tiles of work a program takes."""
+  turns = jnp.int32(total // programs)
+  return turns + (dealt_tile(turns, program, programs) < total).astype(jnp.int32)
+
+
 # The TMA unit copies rows in units of 8: tiles begin at multiples of it.
 ROW_UNIT = 8
 

@@ -65,6 +65,8 @@ class Oracle:
           for h in range(n * self.R, (n + 1) * self.R)
         )
         kept |= {block[j] for j in np.argsort(-scores, kind="stable")[: c.focal_in_block]}
+      if not c.causal:
+        kept |= set(range(L)) - {j for block in self.blocks() for j in block}
       return kept
     at_rate = -(-Fraction(str(c.importance_rate)) * L // 1)
     r = min(L, max(int(at_rate), c.min_focal_tokens, c.sink_tokens))
@@ -78,7 +80,10 @@ class Oracle:
     return draws_of_head(self.config.seed, self.N)[n][: self.L].copy()
 
   def importance(self, n):
-    """Scores of KV head n: mean attention of the sampled queries that see each key (Eq. 16, 17)."""
+    """Scores of KV head n: mean attention of the sampled queries that see each key (Eq. 16, 17).
+
+    A sampled query sees the keys up to itself; all keys in bidirectional attention.
+    """
     c, L = self.config, self.L
     recent = list(range(max(0, L - c.n_recent), L))
     earlier = L - len(recent)
@@ -86,9 +91,10 @@ class Oracle:
     sampled = recent + list(np.argsort(-draw, kind="stable")[: c.n_random])
     scores, seen = np.zeros(L), np.zeros(L)
     for i in sampled:
-      seen[: i + 1] += 1
+      end = i + 1 if c.causal else L
+      seen[:end] += 1
       for h in range(n * self.R, (n + 1) * self.R):
-        scores[: i + 1] += softmax(self.k[: i + 1, n] @ self.q[i, h] / np.sqrt(self.D))
+        scores[:end] += softmax(self.k[:end, n] @ self.q[i, h] / np.sqrt(self.D))
     return scores / np.maximum(seen, 1)
 
   def blocks(self):
@@ -122,6 +128,8 @@ class Oracle:
   def visible(self, i, focal, groups):
     """The positions of the tokens that query i sees unmerged, and the groups that it sees."""
     c = self.config
+    if not c.causal:
+      return self.visible_both_ways(i, focal, groups)
     if c.selection == "streaming":
       if i < c.sink_tokens:
         return list(range(i + 1)), []
@@ -135,6 +143,18 @@ class Oracle:
       hidden = {j for g in over for j in groups[g][0]}
       raw += [j for j in range(i + 1) if j not in focal and j not in hidden]
     return sorted(raw), over
+
+  def visible_both_ways(self, i, focal, groups):
+    """As `visible`, where a query sees all focal tokens and every group, raw or merged.
+
+    Raw are the group whose span contains i and w groups on both sides of it, or of i itself.
+    """
+    before = sum(run[-1] < i for run, _ in groups)
+    after = sum(run[0] > i for run, _ in groups)
+    w = self.config.local_window
+    near = range(max(0, before - w), min(len(groups), len(groups) - after + w))
+    members = [j for g in near for j in groups[g][0]] if self.config.complementary else []
+    return sorted(focal) + members, [g for g in range(len(groups)) if g not in near]
 
   def __call__(self):
     """The output [L, H, D]."""

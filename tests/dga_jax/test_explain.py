@@ -44,20 +44,13 @@ SINKS = dataclasses.replace(STREAMING, sink_tokens=2)
         "decode_attention": "mosaic_tpu",
       },
     ),
-    (
-      STREAMING,
-      h100,
-      {"merge_blocks": "triton", "grouped_attention": "mosaic_gpu", "decode_step": "triton"},
-    ),
-    (
-      SINKS,
-      h100,
-      {
-        "compact_indices": "xla",
-        "merge_groups": "triton",
-        "grouped_attention": "mosaic_gpu",
-        "decode_step": "triton",
-      },
+    *(
+      (
+        config,
+        h100,
+        {"merge_blocks": "triton", "grouped_attention": "mosaic_gpu", "decode_step": "triton"},
+      )
+      for config in (STREAMING, SINKS)
     ),
   ],
 )

@@ -54,6 +54,7 @@ def attend_sharded(
   validation.value_like_key(value, key)
   validation.softmax_scale(scale)
   validation.focal_scores(focal_scores, key, metadata.config)
+  validation.is_causal(metadata.config, "context parallelism")
   config, documents = metadata.config, metadata.documents
   shards = ZigzagShards.from_local_length(axis_name, query.shape[1])
   query, key, value = shards.zero_padding(documents, query, key, value)

@@ -50,6 +50,7 @@ def streaming_sources(
   """
   config, streaming = metadata.config, metadata.by_selection
   assert isinstance(streaming, StreamingMetadata)
+  assert streaming.visibility is not None  # `attend_sharded` refuses bidirectional attention.
   halo = streaming_halo(config)
   if halo > shards.chunk:
     raise ValueError(

@@ -86,6 +86,13 @@ CONFIGS = {
   "streaming-window2-bias": _with(
     selection="streaming", group_size=3, local_window=2, group_logit_bias="log_size"
   ),
+  "bidirectional-global-sinks": _with(causal=False, sink_tokens=2),
+  "bidirectional-random-bias": _with(
+    causal=False, selection="random", complementary=False, group_logit_bias="log_size"
+  ),
+  "bidirectional-streaming-sinks-window": _with(
+    causal=False, selection="streaming", group_size=3, sink_tokens=2, local_window=1
+  ),
 }
 
 

@@ -28,9 +28,11 @@ class Case:
     group_size: m.
     focal_rate: probability that a token is focal, under global selection.
     streaming: whether the ranges are those of streaming selection.
+    bidirectional: whether the ranges are those of bidirectional attention.
     shared_bounds: whether all KV heads share one array of bounds.
     group_bias: bias of the logits of groups.
     dtype: dtype of query, keys and values.
+    without_groups: whether the group source has no keys, as for sinks with a window.
   """
 
   documents: tuple[tuple[int, ...], ...]
@@ -41,15 +43,18 @@ class Case:
   group_size: int = 4
   focal_rate: float = 0.25
   streaming: bool = False
+  bidirectional: bool = False
   shared_bounds: bool = False
   group_bias: float = 0.0
   dtype: str = "float32"
+  without_groups: bool = False
 
   def inputs(self, seed: int = 0) -> tuple[jax.Array, KVSources, dict[str, Any]]:
     """The arguments of `grouped_attention`."""
     rng = np.random.default_rng(seed)
     bound_heads = 1 if self.shared_bounds else self.kv_heads
     make = self._streaming_row if self.streaming else self._sorted_row
+    make = self._bidirectional_row if self.bidirectional else make
     fields_BxnxFxL = np.stack(
       [np.stack([make(rng, row) for _ in range(bound_heads)]) for row in self.documents]
     )
@@ -65,7 +70,11 @@ class Case:
       # Each source has three more entries than any query sees.
       shape = (B, int(end.max()) + 3, self.kv_heads, D)
       sources.append(KVSource(draw(*shape), draw(*shape), start, end))
+    if self.without_groups:
+      none = jnp.zeros_like(sources[1].start)
+      sources[1] = KVSource(sources[1].key[:, :0], sources[1].value[:, :0], none, none)
     block = self.group_size + 1 if self.streaming else self.group_size
+    block = 2 * block if self.bidirectional else block
     options = {"scale": D**-0.5, "group_bias": self.group_bias, "max_window": block}
     return query, KVSources(*sources), options
 
@@ -83,6 +92,22 @@ class Case:
       row = np.stack([zero, seen_f, zero, groups, groups * m, seen_c])
       columns.append(row + np.repeat(base, 2)[:, None])
       base += [seen_f[-1], groups[-1], seen_c[-1]]
+    return self._pad(columns, base)
+
+  def _bidirectional_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
+    """Ranges of bidirectional attention: all focal tokens, groups of a list that repeats them."""
+    m = self.group_size
+    base = np.zeros(3, int)
+    columns = []
+    for length in documents:
+      focal = rng.random(length) < self.focal_rate
+      focal[np.flatnonzero(~focal)[(~focal).sum() // m * m :]] = True
+      upto = np.cumsum(~focal)
+      first, last = (upto - ~focal) // m, -(-upto // m)  # The own group of a query.
+      zero, groups = np.zeros(length, int), upto[-1] // m
+      row = np.stack([zero, zero + focal.sum(), last, groups + first, first * m, last * m])
+      columns.append(row + np.repeat(base, 2)[:, None])
+      base += [focal.sum(), 2 * groups, groups * m]
     return self._pad(columns, base)
 
   def _streaming_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
@@ -120,6 +145,12 @@ CASES = {
   "streaming": Case(documents=((100,), (61,)), length=100, streaming=True, query_heads=4),
   "streaming_packed": Case(
     documents=((51, 44),), length=99, streaming=True, shared_bounds=True, kv_heads=2
+  ),
+  "without_groups": Case(
+    documents=((75,),), length=75, streaming=True, shared_bounds=True, without_groups=True
+  ),
+  "bidirectional": Case(
+    documents=((70, 21), (90,)), length=96, bidirectional=True, query_heads=4, kv_heads=2
   ),
   "wide_window": Case(documents=((130,),), length=130, streaming=True, group_size=59),
   "wide_head": Case(documents=((70,),), length=70, head_dim=128),
@@ -172,6 +203,27 @@ GPU_CASES = {
     length=990,
     streaming=True,
     shared_bounds=True,
+    query_heads=4,
+    kv_heads=2,
+    group_size=16,
+    dtype="bfloat16",
+  ),
+  "without_groups": Case(
+    documents=((1300,), (615,)),
+    length=1300,
+    streaming=True,
+    shared_bounds=True,
+    query_heads=6,
+    kv_heads=2,
+    group_size=16,
+    head_dim=128,
+    dtype="bfloat16",
+    without_groups=True,
+  ),
+  "bidirectional": Case(
+    documents=((700, 211), (990,)),
+    length=1000,
+    bidirectional=True,
     query_heads=4,
     kv_heads=2,
     group_size=16,
@@ -282,7 +334,7 @@ def _longest_sums(case: Case, sources: KVSources) -> dict[str, int]:
   for name, source in zip(sources._fields, sources, strict=True):
     key_S = np.arange(source.key.shape[1])
     start, end = (np.asarray(x)[..., None] for x in (source.start, source.end))
-    queries = ((start <= key_S) & (key_S < end)).sum(axis=2).max()
+    queries = ((start <= key_S) & (key_S < end)).sum(axis=2).max(initial=0)
     rows = int(queries) * case.query_heads // case.kv_heads
     terms |= dict.fromkeys((f"{name}_key", f"{name}_value"), max(terms["out"], rows))
   return terms

@@ -31,7 +31,7 @@ _gradients = functools.partial(output_and_gradients, grouped_attention_mosaic_gp
 
 
 # Packed rows with two heads per work tile; shared bounds with one head per work tile.
-@pytest.mark.parametrize("name", [*nightly("packed"), "streaming_packed"])
+@pytest.mark.parametrize("name", [*nightly("packed"), "streaming_packed", "without_groups"])
 def test_interpreted_kernels_equal_reference_without_races(name: str):
   result = subprocess.run(
     [sys.executable, "-m", _COMMAND, name],
@@ -51,6 +51,16 @@ def test_lowers_for_h100(head_dim: int, dtype: str):
   args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
   program = lower_for_h100(_gradients(options), *args)
   assert program.count("mosaic_gpu_v2") >= 5  # Forward, dq, and one dk/dv kernel for each source.
+
+
+def test_a_source_without_keys_has_no_gradient_kernel():
+  (query, sources, dout), options = structs_and_options(head_dim=64, dtype="bfloat16")
+  none = jax.ShapeDtypeStruct((*sources.group.key.shape[:1], 0, 2, 64), "bfloat16")
+  sources = sources._replace(group=sources.group._replace(key=none, value=none))
+  program = lower_for_h100(_gradients(options), query, sources, dout)
+  names = ("forward", "dq", "dkdv_focal", "dkdv_window")
+  assert all(f"grouped_attention_{name}" in program for name in names)
+  assert "grouped_attention_dkdv_group" not in program
 
 
 def test_lowers_inside_a_shard_map_over_heads():

@@ -4,7 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.grouped_attention.tile_ranges import chunk_of_span, loop_span, Span
+from pallas_kernels.grouped_attention.tile_ranges import (
+  chunk_of_span,
+  dealt_tile,
+  loop_span,
+  num_dealt_tiles,
+  Span,
+)
 
 
 def _tiles(span: Span, block: int) -> list[tuple[int, bool]]:
@@ -34,3 +40,18 @@ def test_chunks_visit_every_tile_of_a_span_once(bounds: tuple[int, ...], chunks:
   sizes = [len(part) for part in parts]
   assert sizes == sorted(sizes, reverse=True)
   assert max(sizes) == -(-sum(sizes) // chunks)
+
+
+@pytest.mark.parametrize(
+  ("total", "programs"), [(1, 1), (7, 3), (9, 3), (10, 3), (528, 132), (700, 132)]
+)
+def test_every_tile_of_work_is_dealt_once_and_work_is_even(total: int, programs: int):
+  hands = []
+  for program in range(programs):
+    turns = int(num_dealt_tiles(total, jnp.int32(program), programs))
+    hands.append(
+      [int(dealt_tile(jnp.int32(t), jnp.int32(program), programs)) for t in range(turns)]
+    )
+  assert sorted(tile for hand in hands for tile in hand) == list(range(total))
+  costs = [sum(total - tile for tile in hand) for hand in hands]  # falling linearly
+  assert max(costs) - min(costs) <= total
