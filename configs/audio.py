@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
   """A model of 8 million parameters for one GPU."""
   return ConfigDict(
     {
-      "num_steps": 3000,
+      "num_steps": 2500,
       "batch_size": 2,
       "eval_every": 500,
       "eval_batches": 64,
