@@ -42,6 +42,7 @@ class Resident(NamedTuple):
     sessions: sessions whose caches fit into the memory.
     slots: slots with which the engine accepts the memory as its `cache_bytes`.
     times_dense: bytes of a dense session over those of this one.
+    sessions_of_dense: sessions over those of dense attention in the same memory.
   """
 
   model: str
@@ -51,6 +52,7 @@ class Resident(NamedTuple):
   sessions: int
   slots: int
   times_dense: float
+  sessions_of_dense: float
 
 
 def resident_sessions(
@@ -68,7 +70,7 @@ def resident_sessions(
   return [
     Resident(
       model, kind, length, own, memory // own, max(0, memory // own - _ROWS_OF_PROMPTS),
-      row["dense"] / own,
+      row["dense"] / own, (memory // own) / (memory // row["dense"]),
     )
     for kind, own in row.items()
   ]  # fmt: skip
@@ -92,6 +94,9 @@ def _kinds(config: ModelConfig) -> dict[str, ModelConfig]:
   return {
     "dense": dataclasses.replace(config, attention="dense"),
     "DGA": dataclasses.replace(config, attention="dga"),
+    "DGA, compact entries in 8 bits": dataclasses.replace(
+      config, attention="dga", dga=dataclasses.replace(config.dga, cache_dtype="int8")
+    ),
     "1 % of KV heads full, others 30 + 2 without window": _with_full_heads(config, 0.01),
   }
 

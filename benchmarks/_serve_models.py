@@ -27,7 +27,7 @@ from dga_jax.tokenizer import Tokenizer
 
 # DGA's settings in the benchmarks of LLaMA2-7B.
 _PAPER = DGAConfig(selection="streaming", group_size=16, focal_per_block=2)
-_KEPT_ROWS = 4  # Caches of the two prompts being read, and of two kept conversations.
+_PROMPT_ROWS = 2  # Caches of the two prompts being read.
 
 
 def llama2_7b(attention: AttentionName) -> ModelConfig:
@@ -85,6 +85,7 @@ def serve_model(
   *,
   slots: int,
   max_length: int,
+  kept: int,
   cache_bytes: int | None,
   prompt_chunk: int,
   decode_chunk: int,
@@ -97,6 +98,7 @@ def serve_model(
     tokenizer: of the model.
     slots: largest number of slots.
     max_length: tokens of a prompt and its answer.
+    kept: kept caches for which the device has room.
     cache_bytes: bound on all caches on the device; None for `slots` slots.
     prompt_chunk: tokens of a prefill chunk.
     decode_chunk: decode steps in one program.
@@ -104,13 +106,13 @@ def serve_model(
   Raises:
     ValueError: `cache_bytes` has no room for one slot.
   """
-  row = CacheShapes(model, max_length).row_bytes
+  row, others = CacheShapes(model, max_length).row_bytes, _PROMPT_ROWS + kept
   if cache_bytes is not None:
-    slots = min(slots, cache_bytes // row - _KEPT_ROWS)
+    slots = min(slots, cache_bytes // row - others)
   if slots < 1:
     raise ValueError(
-      f"cache_gb is too small: one slot and {_KEPT_ROWS} other caches of {name} take"
-      f" {(1 + _KEPT_ROWS) * row / 1e9:.1f} GB."
+      f"cache_gb is too small: one slot and {others} other caches of {name} take"
+      f" {(1 + others) * row / 1e9:.1f} GB."
     )
   engine = Engine(
     model,
@@ -118,7 +120,7 @@ def serve_model(
     max_length=max_length,
     prompt_chunk=prompt_chunk,
     decode_chunk=decode_chunk,
-    cache_bytes=row * (slots + _KEPT_ROWS),
+    cache_bytes=row * (slots + others),
     host_bytes=0,
     max_waiting=1024,
     logprobs=True,

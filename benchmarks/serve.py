@@ -144,6 +144,7 @@ def _serve(name: str, loaded: tuple[Decoder, Tokenizer], max_length: int) -> Ser
     tokenizer,
     slots=_SLOTS.value,
     max_length=max_length,
+    kept=2 if "second_turn" in _TABLES_FLAG.value else 0,  # Of a prompt, and of its answer.
     cache_bytes=None if _CACHE_GB.value is None else int(_CACHE_GB.value * 1e9),
     prompt_chunk=_PROMPT_CHUNK.value,
     decode_chunk=_DECODE_CHUNK.value,
@@ -274,13 +275,14 @@ def _print_sessions() -> None:
   memory, length = int(_MEMORY_GB.value * 1e9), _SESSION_LENGTH.value
   _print_head(
     f"model, bfloat16 | kind | MB of a session of {length} tokens | sessions in"
-    f" {_MEMORY_GB.value:g} GB | slots with cache_bytes of {_MEMORY_GB.value:g} GB | times dense"
+    f" {_MEMORY_GB.value:g} GB | slots with cache_bytes of {_MEMORY_GB.value:g} GB"
+    " | times dense: bytes, sessions"
   )
   for name, kinds in known_models().items():
     for one in resident_sessions(name, kinds, length, memory):
       _print_row(
         f"{one.model} | {one.kind} | {one.session_bytes / 1e6:.1f} | {one.sessions} |"
-        f" {one.slots} | {one.times_dense:.2f}"
+        f" {one.slots} | {one.times_dense:.2f}, {one.sessions_of_dense:.2f}"
       )
       _record("sessions", None, memory_bytes=memory, **one._asdict())
 

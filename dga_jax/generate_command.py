@@ -84,10 +84,15 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 _MAX_LENGTH = flags.DEFINE_integer(
   "max_length", None, "Bound on the tokens of a prompt and its continuation; default: no bound."
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", None, "0 takes the most likely token; default: 0.8, for sound 1."
+)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k most likely tokens; 0: from all.")
 _TOP_P = flags.DEFINE_float(
-  "top_p", 0.95, "Sample from the smallest set of tokens whose probability is at least p."
+  "top_p",
+  None,
+  "Sample from the smallest set of tokens whose probability is at least p; default: 0.95, for sound"
+  " 1.",
 )
 _MIN_P = flags.DEFINE_float(
   "min_p", 0.0, "Sample from tokens with at least this share of the highest probability."
@@ -137,10 +142,12 @@ def main() -> None:
   from dga_jax.generation import Sampling
   from dga_jax.loading import load_with_facts
 
+  # In a pause the next sample is almost certain, so a bound on the probability would never end it.
+  temperature, top_p = (1.0, 1.0) if _PROMPT_AUDIO.value is not None else (0.8, 0.95)
   sampling = Sampling(
-    temperature=_TEMPERATURE.value,
+    temperature=temperature if _TEMPERATURE.value is None else _TEMPERATURE.value,
     top_k=_TOP_K.value,
-    top_p=_TOP_P.value,
+    top_p=top_p if _TOP_P.value is None else _TOP_P.value,
     min_p=_MIN_P.value,
     seed=_SEED.value,
   )

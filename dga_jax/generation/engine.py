@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Collection, Sequence
 
+import numpy as np
 from jax.sharding import Mesh
 
 from dga_jax.generation.cache_shapes import CacheShapes
@@ -311,7 +312,8 @@ class Engine:
   def _decode(self) -> None:
     if not self._owner:
       return
-    new, self._state = self.programs.decode(self._take_state())
+    in_use_B = np.isin(np.arange(self.slots), list(self._owner))
+    new, self._state = self.programs.decode(self._take_state(), in_use_B)
     self.chunks += 1
     self._dispatched.append(Dispatched(dict(self._owner), new))
     for slot, task in list(self._owner.items()):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.generation.cache_shapes import CacheShapes, content_bytes, hold_lengths
 from dga_jax.generation.compile_jobs import compile_jobs, Job, Progress
@@ -123,7 +123,9 @@ class Programs:
     if pieces and self._has_logprobs:
       piece = _shape(1, max(pieces))
       jobs.append(Job("score", self._score, (row, self._params, piece, piece, one), (0,)))
-    return [*jobs, Job("decode", self._decode, (state, self._params), (0,), decode_options())]
+    slots_in_use = _shape(slots, dtype=jnp.bool_)
+    decode = (state, self._params, slots_in_use)
+    return [*jobs, Job("decode", self._decode, decode, (0,), decode_options())]
 
   @property
   def count(self) -> int:
@@ -229,9 +231,17 @@ class Programs:
     admitted: tuple[Sampled, BatchState] = run(state, self._params, prompt, count, *where)
     return admitted
 
-  def decode(self, state: BatchState) -> tuple[Sampled, BatchState]:
-    """Samples the next T = `decode_chunk` tokens of every slot; the state's buffers are donated."""
-    decoded: tuple[Sampled, BatchState] = self._compiled["decode"](state, self._params)
+  def decode(
+    self, state: BatchState, in_use_B: Bool[np.ndarray, "B"]
+  ) -> tuple[Sampled, BatchState]:
+    """Samples the next T = `decode_chunk` tokens of every slot; the state's buffers are donated.
+
+    Args:
+      state: of all slots.
+      in_use_B: the slots with a request. The other slots are emptied, so that the decode step does
+        not read their caches.
+    """
+    decoded: tuple[Sampled, BatchState] = self._compiled["decode"](state, self._params, in_use_B)
     return decoded
 
   def _model(self, params: Any) -> Decoder:
@@ -305,8 +315,9 @@ class Programs:
       shape[axis] = count
     return jax.ShapeDtypeStruct(tuple(shape), shapes[0].dtype)
 
-  def _decode(self, state: BatchState, params: Any) -> tuple[Sampled, BatchState]:
+  def _decode(self, state: BatchState, params: Any, in_use_B: Array) -> tuple[Sampled, BatchState]:
     model, placement = self._model(params), self._placement
+    state = state.without_requests(~in_use_B, self._axes)
 
     def step(state: BatchState, _: None) -> tuple[BatchState, Sampled]:
       ended_B = state.ended()

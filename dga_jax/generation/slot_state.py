@@ -1,6 +1,7 @@
 """The state of all slots on the device, and the end of a slot's sequence."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from dga_jax.generation.cache_shapes import hold_lengths
 from dga_jax.generation.requests import MAX_STOP_IDS, Request
 from dga_jax.generation.sampling import NOT_FINITE, Sampling, SamplingParams
 
@@ -43,7 +45,8 @@ class SlotSettings:
   @classmethod
   def empty(cls, slots: int) -> "SlotSettings":
     """Arrays of slots without a request."""
-    sampling = SamplingParams.from_samplings([Sampling()] * slots)
+    # Greedy: decoding sorts the vocabulary if any slot has a temperature.
+    sampling = SamplingParams.from_samplings([Sampling(temperature=0.0)] * slots)
     return cls(
       jax.tree.map(jnp.asarray, sampling),
       jnp.zeros(slots, jnp.int32),
@@ -71,6 +74,27 @@ class BatchState:
   token: Int[Array, "B"]
   sampled: Int[Array, "B"]
   settings: SlotSettings
+
+  def without_requests(
+    self, empty_B: Bool[Array, "B"], batch_axes: Sequence[int | None]
+  ) -> "BatchState":
+    """The state with some slots emptied: no tokens in the cache, and the settings of no request.
+
+    Args:
+      empty_B: the slots to empty.
+      batch_axes: of the cache, see `CacheShapes.batch_axes`.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, self.cache)
+
+    def choose(empty: Array, own: Array) -> Array:
+      return jnp.where(empty_B.reshape(-1, *[1] * (own.ndim - 1)), empty, own)
+
+    empty = SlotSettings.empty(empty_B.shape[0])
+    return dataclasses.replace(
+      self,
+      cache=hold_lengths(zeros, self.cache, batch_axes, empty_B),
+      settings=jax.tree.map(choose, empty, self.settings),
+    )
 
   def ended(self) -> Bool[Array, "B"]:
     """Whether each slot's continuation has its last token, or the slot has no request."""

@@ -118,6 +118,16 @@ def test_a_cancelled_request_ends_before_the_next_chunk_and_frees_its_slot(engin
   assert engine.status().running == 0
 
 
+def test_slots_without_a_request_are_empty(engine):
+  run(engine, [Request(prompt_of(70 + i, seed=i), 6, GREEDY) for i in range(3)])
+  engine.submit(Request(prompt_of(20), 30, Sampling(temperature=1.0)))
+  for _ in range(3):
+    engine.step()
+  assert engine._state.cache.length.tolist()[1:] == [0, 0]
+  assert engine._state.cache.length[0] > 20
+  assert engine._state.settings.sampling.temperature.tolist() == [1.0, 0.0, 0.0]
+
+
 def test_nothing_compiles_after_the_constructor(engine):
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(

@@ -5,7 +5,9 @@ import contextlib
 import http.client
 import json
 import re
+import shutil
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -66,6 +68,23 @@ def test_a_second_client_library_reads_the_stream(server):
     events = [event.data for event in source.iter_sse()]
   assert events[-1] == "[DONE]"
   assert "".join(json.loads(data)["choices"][0]["text"] for data in events[:-1]) == whole
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_curl(server):
+  def curl(*options: str) -> str:
+    command = ["curl", "--silent", "--max-time", "60", *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+  url, whole = f"{server.url}/v1/completions", complete(server).json()["choices"][0]["text"]
+  post = ("-H", "Content-Type: application/json", "--data")
+  assert json.loads(curl(url, *post, json.dumps(BODY)))["choices"][0]["text"] == whole
+  events = re.findall("data: (.*)\n\n", curl("-N", url, *post, json.dumps(BODY | {"stream": True})))
+  assert events[-1] == "[DONE]"
+  assert "".join(json.loads(data)["choices"][0]["text"] for data in events[:-1]) == whole
+  refused = json.loads(curl(url, *post, json.dumps(BODY | {"tools": [1]})))
+  assert "tools" in refused["error"]["message"]
+  assert curl("-o", "/dev/null", "-w", "%{http_code}", url, "--data", "{}") == "415"
 
 
 @pytest.mark.parametrize(
