@@ -9,7 +9,7 @@ from jax import Array
 
 from dga_jax import DGAConfig
 from dga_jax.attention.attend import merge_tokens, Merged
-from dga_jax.attention.block_entries import in_block_order
+from dga_jax.attention.block_entries import for_kernel
 from dga_jax.attention.metadata import prepare
 from dga_jax.attention.segments import find_documents
 from pallas_kernels.grouped_attention import KVSources
@@ -44,7 +44,7 @@ def merge(config: DGAConfig, query: Array, key: Array, value: Array) -> Merged:
   """The arguments of `grouped_attention`: the query and its KVSources, for unpadded sequences."""
   metadata = prepare(find_documents(query.shape[0], query.shape[1], None, None), config)
   merged = merge_tokens(query, key, value, metadata)
-  return merged._replace(sources=in_block_order(merged.sources, metadata))
+  return merged._replace(sources=for_kernel(merged.query, merged.sources, metadata))
 
 
 def mean_visible(sources: KVSources) -> float:

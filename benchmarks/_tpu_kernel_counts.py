@@ -15,7 +15,9 @@ from benchmarks._bundles import Schedule
 from benchmarks._inputs import merge
 from dga_jax import DGAConfig
 from dga_jax.attention.attend import attention_kwargs
-from pallas_kernels.grouped_attention import KVSource, KVSources
+from dga_jax.attention.metadata import prepare, StreamingMetadata
+from dga_jax.attention.segments import find_documents
+from pallas_kernels.group_merge import Entries
 from pallas_kernels.grouped_attention.mosaic_tpu_attention import schedule_of, summary_query_ranges
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks
 from pallas_kernels.grouped_attention.mosaic_tpu_schedule import (
@@ -102,11 +104,14 @@ def dga_counts(
   options = attention_kwargs(query, config, None)
   blocks = tpu_blocks(CHIPS[chip].kind, 2)
   schedule = schedule_of(blocks, query, sources, **options)
-  bounds = pack_bounds(_ranges(config, shapes), schedule.group_offset, L)
+  streaming = prepare(find_documents(1, L, None, None), config).by_selection
+  assert isinstance(streaming, StreamingMetadata)
+  entries = Entries(*(x for pair in sources.kv for x in pair))
+  bounds = pack_bounds(streaming.visibility.sources(entries), schedule.group_offset, L)
 
   queries = _query_side(bounds, schedule, heads[1])
   summary_tile, window_tile = schedule.summary_grad, schedule.window_grad
-  window_ranges = pack_query_ranges(bounds, WINDOW, 0, L, window_tile)
+  window_ranges = pack_query_ranges(bounds, WINDOW, 0, entries.window_key.shape[1], window_tile)
   summaries = _key_side(summary_query_ranges(bounds, schedule), summary_tile, schedule, heads[1])
   window = _key_side(window_ranges, window_tile, schedule, heads[1])
 
@@ -122,17 +127,6 @@ def dga_counts(
     KernelCount("group_merge_grad", "backward", merge_bundles, is_merge=True),
     KernelCount("group_merge", "forward", merge_bundles, is_merge=True),
   ]
-
-
-def _ranges(config: DGAConfig, shapes: list[jax.ShapeDtypeStruct]) -> KVSources:
-  """The sources of attention with their ranges. XLA removes the code of their keys and values."""
-
-  def ranges() -> list[tuple[jax.Array, jax.Array]]:
-    sources = merge(config, *(jnp.zeros(x.shape, x.dtype) for x in shapes)).sources
-    return [(source.start, source.end) for source in sources]
-
-  none: Any = None
-  return KVSources(*(KVSource(none, none, *pair) for pair in jax.jit(ranges)()))
 
 
 def _query_side(

@@ -17,8 +17,8 @@ At a length that the budgets were not calibrated for, --scale_windows multiplies
 ratio of the lengths, so that the share of the keys stays. Retrieval is measured with the budgets as
 they are. An answer is found if each of its tokens is the most likely one after the earlier ones.
 
-Perplexity is that of the second half of one row a document, over dense attention's. Intervals are
-95 % of bootstrap samples: of documents for perplexity, of prompts of each task and length for
+Perplexity is that of the second half of rows of the documents, over dense attention's. Intervals
+are 95 % of bootstrap samples: of documents for perplexity, of prompts of each task and length for
 retrieval. Each result is appended to OUT/results.jsonl when it is measured, and the same command
 continues an interrupted run. OUT/table.md is the table of all results.
 """
@@ -51,6 +51,9 @@ from dga_jax.model import ModelConfig
 _WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)
 _DOCUMENTS = flags.DEFINE_list("documents", None, "Long texts: .jsonl or .txt.", required=True)
 _MAX_DOCUMENTS = flags.DEFINE_integer("max_documents", 12, "Documents to use.", lower_bound=1)
+_ROWS = flags.DEFINE_integer(
+  "rows_per_document", 1, "Largest number of rows of text from one document.", lower_bound=1
+)
 _BUDGETS = flags.DEFINE_list("budgets", None, "Files of dga calibrate.", required=True)
 _OUT = define_path("out", None, "Folder for results.", required=True)
 _LENGTHS = flags.DEFINE_list("lengths", ["8192"], "Lengths of texts.")
@@ -112,10 +115,18 @@ def main(argv: Sequence[str]) -> None:
   measure = _Measure(model, Results(out / "results.jsonl"))
   lines = [f"{environment()}, {config.dtype}, {len(documents)} documents"]
   for length in map(int, _LENGTHS.value):
-    rows = Rows.from_texts(documents, tokenizer, length, 1)
+    per_document = [
+      len(Rows.from_texts([one], tokenizer, length, _ROWS.value)) for one in documents
+    ]
+    rows = Rows.from_texts(documents, tokenizer, length, _ROWS.value)
     own = [one.scaled_to(length) for one in sets] if _SCALE.value else sets
     losses = measure(f"text {length}", rows, length, own)
-    lines += ["", f"Perplexity at {length} tokens", "", _text_table(own, length, losses)]
+    lines += [
+      "",
+      f"Perplexity at {length} tokens",
+      "",
+      _text_table(own, length, losses, per_document),
+    ]
     print("\n".join(lines[-4:]), flush=True)
   found: dict[tuple[str, int], list[np.ndarray]] = {}
   for length in map(int, _PROMPTS.value):
@@ -190,12 +201,15 @@ class _Measure:
     return [measurer.measure_rows(name, rows, *_as_baseline(one.budgets)) for one in sets]
 
 
-def _text_table(sets: Sequence[Set], length: int, losses: Sequence[dict[str, Any]]) -> str:
+def _text_table(
+  sets: Sequence[Set], length: int, losses: Sequence[dict[str, Any]], per_document: Sequence[int]
+) -> str:
   dense = np.array(losses[0]["loss"])
   body = []
   for one, measured in zip(sets, losses, strict=True):
     rise = np.array(measured["loss"]) - dense
-    low, high = np.exp(interval([rise], _SEED.value))
+    by_document = [part.mean() for part in np.split(rise, np.cumsum(per_document)[:-1])]
+    low, high = np.exp(interval([np.array(by_document)], _SEED.value))
     ratio = f"{math.exp(rise.mean()):.4f} ({low:.4f} to {high:.4f})"
     if one.kind == "dense":
       ratio = f"1 ({math.exp(dense.mean()):.3f})"

@@ -19,14 +19,16 @@ Without --documents the text is the source of Python's library alone.
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast, get_args
 
 from absl import app, flags, logging
 
-from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.inputs import Ablation, Inputs
 from benchmarks.paper_parts.pretraining import Pretraining
 from benchmarks.paper_parts.registry import PARTS, write_report
 from benchmarks.timing import environment
 from configs.smollm2_continued import ATTENTION
+from dga_jax.choices import DtypeName
 from dga_jax.evaluation.jobs import run_jobs
 from dga_jax.evaluation.results import Results
 from dga_jax.files.path_flags import define_path, define_paths
@@ -39,6 +41,12 @@ _DOCUMENTS = define_paths("documents", "Novels: .jsonl or .txt.")
 _MAX_DOCUMENTS = flags.DEFINE_integer("max_documents", 2, "Number of novels to use.", lower_bound=1)
 _JOBS = flags.DEFINE_string("jobs", "", "Run the jobs whose name matches this regular expression.")
 _MINUTES = flags.DEFINE_float("minutes", None, "Start no job after this many minutes.")
+_LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of a row of the ablations.", lower_bound=2)
+_LATENCY = flags.DEFINE_bool(
+  "latency", False, "Also measure the times of the ablations, for 8 sequences, and decoding."
+)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", get_args(DtypeName), "Dtype of the activations.")
+_BUDGETS = define_paths("budgets", "For the shares: JSON files of calibrated budgets.")
 _TRAIN_FILES = define_paths("train_files", "For continued pretraining: books, and facts.")
 _RUNS = flags.DEFINE_list(
   "runs",
@@ -70,7 +78,15 @@ def main(argv: Sequence[str]) -> None:
   print(environment())
   out = Path(_OUT.value)
   results = Results(out / "paper.jsonl")
-  inputs = Inputs(_WORKDIR.value, _DOCUMENTS.value, _MAX_DOCUMENTS.value, _pretraining(out))
+  inputs = Inputs(
+    _WORKDIR.value,
+    _DOCUMENTS.value,
+    _MAX_DOCUMENTS.value,
+    _pretraining(out),
+    Ablation(_LENGTH.value, 8 if _LATENCY.value else None),
+    cast(DtypeName, _DTYPE.value),
+    _BUDGETS.value,
+  )
   origin = Path(_WORKDIR.value).name if _WORKDIR.value else "SmolLM2-135M-Instruct Q4_1"
   every = [job for name in _SELECTED.value for job in PARTS[name].make_jobs(inputs)]
   jobs = [job for job in every if re.search(_JOBS.value, job.label)]
@@ -95,7 +111,7 @@ def _pretraining(out: Path) -> Pretraining | None:
       "num_steps": steps,
       "warmup_steps": steps // 20,
       "eval_every": steps,
-      "checkpoint_every": steps,
+      "checkpoint_every": -(-steps // 2),
     },
   )
 

@@ -39,8 +39,8 @@ from dga_jax.calibration.selector_fit import (
   beyond_window,
   fit_selector,
   FitBlocks,
-  with_selector,
 )
+from dga_jax.calibration.selector_weights import with_selector
 from dga_jax.checkpoint import abstract_decoder, load_model
 from dga_jax.config import DGAConfig
 from dga_jax.evaluation.results import Results

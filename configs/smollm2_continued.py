@@ -18,14 +18,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 _LAYERS, _KV_HEADS = 30, 3
-# Layers whose KV heads stay full in the two budgets below: the five that lose most without training
-# if they have a raw window of 4 blocks while all others stay dense.
-_FULL_LAYERS = (7, 17, 18, 20, 23)
+# (layer, KV head) of the heads that stay full in the two budgets below: those that `dga calibrate
+# --keys=0.25 --length=8192` keeps full in the model before training.
+_FULL_HEADS = (
+  (7, 2), (8, 0), (15, 1), (17, 1), (18, 2), (20, 1), (20, 2), (22, 2), (23, 0), (23, 2), (24, 0),
+)  # fmt: skip
 
 
-def _full_layers_and(setting: dict[str, Any]) -> dict[str, Any]:
-  """Budgets with the heads of `_FULL_LAYERS` full and all others under one setting."""
-  assignment = [[int(layer not in _FULL_LAYERS)] * _KV_HEADS for layer in range(_LAYERS)]
+def _full_heads_and(setting: dict[str, Any]) -> dict[str, Any]:
+  """Budgets in which `_FULL_HEADS` are full and all other heads follow one setting."""
+  assignment = [
+    [int((layer, head) not in _FULL_HEADS) for head in range(_KV_HEADS)] for layer in range(_LAYERS)
+  ]
   return {"settings": ["full", setting], "assignment": assignment}
 
 
@@ -53,14 +57,15 @@ ATTENTION: dict[str, dict[str, Any]] = {
       "assignment": [[0] * _KV_HEADS] * _LAYERS,
     },
   },
-  # The form of DuoAttention: full heads, and sinks with a window in all others.
+  # The form of DuoAttention: full heads, and sinks with a window in all others. Then the same full
+  # heads, and DGA in all others.
   "duo_quarter": {
     "attention": "head_budgets",
-    "head_budgets": _full_layers_and({"window": 815, "sinks": 4}),
+    "head_budgets": _full_heads_and({"window": 1188, "sinks": 4}),
   },
   "budgets_quarter": {
     "attention": "head_budgets",
-    "head_budgets": _full_layers_and(_streaming(62, local_window=5)),
+    "head_budgets": _full_heads_and(_streaming(62, local_window=11)),
   },
 }
 
@@ -78,7 +83,12 @@ def get_config(run: str = "streaming_quarter") -> ConfigDict:
   if run.endswith(".json"):
     values = json.loads(pathlib.Path(run).read_text(encoding="utf-8"))
     budgets = {name: values[name] for name in ("settings", "assignment")}
-    attention: dict[str, Any] = {"attention": "head_budgets", "head_budgets": budgets}
+    fitted = any(one != "full" and one.get("selector") == "fitted" for one in budgets["settings"])
+    attention: dict[str, Any] = {
+      "attention": "head_budgets",
+      "head_budgets": budgets,
+      "focal_selector": fitted,  # MODEL then needs the weights of dga fit_selector.
+    }
   elif run in ATTENTION:
     attention = ATTENTION[run]
   else:

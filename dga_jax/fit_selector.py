@@ -42,7 +42,8 @@ def main() -> None:
   if not _DOCUMENTS.value:
     raise app.UsageError("dga fit_selector needs --documents.")
 
-  from dga_jax.calibration.selector_fit import fit_selector, save_with_selector, with_selector
+  from dga_jax.calibration.selector_fit import fit_selector
+  from dga_jax.calibration.selector_weights import save_with_selector, with_selector
   from dga_jax.checkpoint import list_steps, load_config, load_model
   from dga_jax.evaluation.texts import read_documents, token_rows
 

@@ -15,6 +15,9 @@ turns into a text. --interactive reads messages from the terminal.
 Documents: --context reads a document once, and each --question is answered from its cache.
 --save_cache stores the cache in a file, and --load_cache reads it in place of the document.
 
+Budgets: --budgets applies a setting of attention to each KV head. Of several files for the same
+weights, --keys=0.25 chooses the one for a share of the dense cache.
+
 Sound: --prompt_audio continues an audio file with a model that was trained on sound.
 
 Texts are printed to stdout; with --jsonl as one JSON object a line. Figures and notes are printed
@@ -81,10 +84,15 @@ _MAX_NEW_TOKENS = flags.DEFINE_integer(
 _MAX_LENGTH = flags.DEFINE_integer(
   "max_length", None, "Bound on the tokens of a prompt and its continuation; default: no bound."
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "0 takes the most likely token.")
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature", None, "0 takes the most likely token; default: 0.8, for sound 1."
+)
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k most likely tokens; 0: from all.")
 _TOP_P = flags.DEFINE_float(
-  "top_p", 0.95, "Sample from the smallest set of tokens whose probability is at least p."
+  "top_p",
+  None,
+  "Sample from the smallest set of tokens whose probability is at least p; default: 0.95, for sound"
+  " 1.",
 )
 _MIN_P = flags.DEFINE_float(
   "min_p", 0.0, "Sample from tokens with at least this share of the highest probability."
@@ -106,6 +114,15 @@ _ATTENTION = flags.DEFINE_enum(
   " attention where the cache of DGA would be larger.",
 )
 _BUDGETS = command_line.define_budgets()
+_KEYS = flags.DEFINE_float(
+  "keys",
+  None,
+  "Share of a dense cache. Of several --budgets=FILE,FILE, or of the files budgets*.json in"
+  " WORKDIR, use the largest budgets that keep at most this share of --max_length tokens; without"
+  " that flag, of the context of the model's training.",
+  lower_bound=1e-6,
+  upper_bound=1.0,
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, get_args(DtypeName), "Dtype of the activations; default: the checkpoint's."
 )
@@ -125,10 +142,12 @@ def main() -> None:
   from dga_jax.generation import Sampling
   from dga_jax.loading import load_with_facts
 
+  # In a pause the next sample is almost certain, so a bound on the probability would never end it.
+  temperature, top_p = (1.0, 1.0) if _PROMPT_AUDIO.value is not None else (0.8, 0.95)
   sampling = Sampling(
-    temperature=_TEMPERATURE.value,
+    temperature=temperature if _TEMPERATURE.value is None else _TEMPERATURE.value,
     top_k=_TOP_K.value,
-    top_p=_TOP_P.value,
+    top_p=top_p if _TOP_P.value is None else _TOP_P.value,
     min_p=_MIN_P.value,
     seed=_SEED.value,
   )
@@ -137,8 +156,10 @@ def main() -> None:
     step=_STEP.value,
     attention=cast(AttentionName | None, _ATTENTION.value),
     dtype=cast(DtypeName | None, _DTYPE.value),
-    budgets=command_line.read_budgets(_BUDGETS),
+    budgets=None if _KEYS.value is not None else command_line.read_budgets(_BUDGETS),
   )
+  if _KEYS.value is not None:
+    loaded = _with_budgets(loaded, _KEYS.value)
   if _PROMPT_AUDIO.value is not None:
     _continue_audio(loaded, sampling)
   elif _INTERACTIVE.value:
@@ -149,6 +170,23 @@ def main() -> None:
     _answer(loaded, sampling, document)
   else:
     _continue(loaded, sampling, records)
+
+
+def _with_budgets(loaded: "Loaded", keys: float) -> "Loaded":
+  """The model with the budgets for a share of the dense cache; names their file on stderr."""
+  from dga_jax.budget_choice import choose_budgets, find_budget_files
+  from dga_jax.model import apply_budgets
+
+  length = _MAX_LENGTH.value or loaded.trained_length
+  if length is None:
+    raise ValueError(
+      "--keys is a share of the cache of whole sequences, and the model does not state the length "
+      "of its training; give --max_length."
+    )
+  files = find_budget_files(str(_WORKDIR.value), _BUDGETS.value)
+  path, budgets, share = choose_budgets(files, keys, length)
+  print(f"budgets: {path}, {share:.1%} of a dense cache of {length} tokens", file=sys.stderr)
+  return loaded._replace(model=apply_budgets(loaded.model, budgets))
 
 
 def _answer(loaded: "Loaded", sampling: "Sampling", document: str | None) -> None:
@@ -225,7 +263,7 @@ def _continue_audio(loaded: "Loaded", sampling: "Sampling") -> None:
 
 
 def _attention_is_chosen() -> bool:
-  return _ATTENTION.value is not None or _BUDGETS.value is not None
+  return any(flag.value is not None for flag in (_ATTENTION, _BUDGETS, _KEYS))
 
 
 def _is_about_a_document() -> bool:
@@ -246,8 +284,8 @@ def _check_flags() -> None:
     raise app.UsageError("--prompt_audio and --output_audio need each other.")
   if _SPECTROGRAM.value is not None and _PROMPT_AUDIO.value is None:
     raise app.UsageError("--spectrogram plots a continued sound; give --prompt_audio.")
-  if _BUDGETS.value is not None and _ATTENTION.value is not None:
-    raise app.UsageError("Give one of --attention and --budgets.")
+  if _ATTENTION.value is not None and (_BUDGETS.value is not None or _KEYS.value is not None):
+    raise app.UsageError("Give one of --attention and --budgets, and --keys with budgets alone.")
   asks = bool(_QUESTION.value)
   if asks != _is_about_a_document() and not (_CONTEXT.value and _SAVE_CACHE.value):
     raise app.UsageError("--question needs --context or --load_cache, and these need --question.")

@@ -2,8 +2,9 @@ r"""Makes a corpus in which facts are told and asked for later, from long texts.
 
   python -m train.make_facts --texts="books/*.txt" --output=facts.jsonl --documents=2000
 
-A document has 30 000 characters by default, some 7000 tokens of English with a vocabulary of 49 152
-tokens, so that it fits a row of 8192 tokens. configs/smollm2_continued.py trains on such a corpus.
+A document has at most 28 000 characters by default, some 7000 tokens of English with a vocabulary
+of 49 152 tokens, so that it fits a row of 8192 tokens. configs/smollm2_continued.py trains on such
+a corpus.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from train.flags import parse_flags
 _TEXTS = flags.DEFINE_list("texts", None, "Texts to read: paths or glob patterns.", required=True)
 _OUTPUT = define_path("output", "facts.jsonl", "File to write. It must not exist.")
 _DOCUMENTS = flags.DEFINE_integer("documents", 2000, "Documents to write at most.", lower_bound=1)
-_CHARACTERS = flags.DEFINE_integer("characters", 30_000, "Of a document.", lower_bound=1000)
+_CHARACTERS = flags.DEFINE_integer("characters", 28_000, "Of a document at most.", lower_bound=1000)
 _FACTS = flags.DEFINE_integer("facts", 40, "Facts of a document.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the facts and their positions.")
 

@@ -91,12 +91,14 @@ class Reporter:
     if self._metrics is None:
       return
     self._metrics.write(step, evaluation.to_dict())
+    by_corpus = "".join(f"  {name} {loss:.4f}" for name, loss in evaluation.loss_by_corpus.items())
     logging.info(
-      "step %d  held-out loss %.4f  accuracy %.1f %%  bits per byte %.3f",
+      "step %d  held-out loss %.4f  accuracy %.1f %%  bits per byte %.3f%s",
       step,
       evaluation.loss,
       100 * evaluation.accuracy,
       evaluation.bits_per_byte,
+      by_corpus,
     )
 
   def finish(self, last_step: int) -> None:

@@ -1,9 +1,10 @@
 """m, γ, selection and complementary tokens (Tables 4 to 7) of a pretrained model, without training.
 
 The paper trains LLaMA2-7B for 1000 steps with DGA before it measures; here the weights are those
-of the dense model. Perplexity and accuracy of the next token are measured on the second half of
-whole sequences. Under global selection later queries choose what earlier queries see, so decoding
-computes another function.
+of the dense model, or those that --workdir names. Perplexity and accuracy of the next token are
+measured on the second half of whole sequences. Under global selection later queries choose what
+earlier queries see, so decoding computes another function: with --latency the loss of the last
+tokens in decoding is measured too, and the times of reading prompts and of decoding.
 """
 
 import functools
@@ -19,16 +20,19 @@ from flax import nnx
 from jax import Array
 
 from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.latency import measure_latency
 from benchmarks.paper_parts.plots import label, make_figure, save
 from benchmarks.paper_parts.published import GROUP_SIZE, IMPORTANCE_RATE, SELECTION
 from dga_jax import DGAConfig
 from dga_jax.cache import cache_size
 from dga_jax.evaluation.jobs import Job
+from dga_jax.evaluation.losses import decoded, fill
 from dga_jax.evaluation.report import markdown
 from dga_jax.evaluation.variants import Variant
 
 TASK = "ablations"
 _CHUNK = 256  # Positions whose logits are computed at a time.
+_DECODED = 256  # Last tokens of a row whose loss in decoding is measured with --latency.
 
 
 def variants() -> dict[str, DGAConfig | None]:
@@ -47,9 +51,10 @@ def _config(**changes: Any) -> DGAConfig:
   return DGAConfig(**({"min_focal_tokens": 0} | changes))
 
 
-def make_jobs(inputs: Inputs, length: int = 2048) -> Iterator[Job]:
-  """One job for each setting: a row of `length` tokens of each document of the first corpus."""
-  corpus = next(iter(inputs.corpora))
+def make_jobs(inputs: Inputs) -> Iterator[Job]:
+  """One job for each setting: a row of each document of the first corpus."""
+  settings = inputs.ablation
+  corpus, length = inputs.books, settings.length
   rows = inputs.rows(corpus, length, 1)
   for name, config in variants().items():
     overrides: dict[str, Any] = {"attention": "dense"}
@@ -59,7 +64,8 @@ def make_jobs(inputs: Inputs, length: int = 2048) -> Iterator[Job]:
     yield Job(
       fields={"task": TASK, "variant": name, "corpus": corpus, "length": length},
       depends_on=[
-        variant.config(inputs.family.config, length).to_dict(), rows.sum(axis=1).tolist()
+        variant.config(inputs.family.config, length).to_dict(), rows.sum(axis=1).tolist(),
+        *([settings.latency_batch] if settings.latency_batch else []),
       ],
       ticks=len(rows),
       run=functools.partial(_run, inputs, variant, config, rows),
@@ -84,7 +90,14 @@ def _run(
   keys = length
   if config is not None:
     keys = cache_size(config=config, max_length=length, prompt=length).total
-  return {"loss": losses, "accuracy": right, "keys": keys}
+  result = {"loss": losses, "accuracy": right, "keys": keys}
+  batch = inputs.ablation.latency_batch
+  if batch:
+    params = inputs.family.params
+    decoded_BxT = [decoded(graphdef, params, row[None], _DECODED) for row in rows]
+    result["decoded_loss"] = [float(np.mean(one)) for one in decoded_BxT]
+    result["latency"] = measure_latency(graphdef, params, fill(rows[:batch, :-1], batch))
+  return result
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -127,13 +140,25 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
         f"{math.exp(np.mean(result['loss'])):.2f}",
         "" if ratio is None else f"{ratio:.3f}",
         f"{np.mean(result['accuracy']):.1%}",
+        *_decoding(result, by_name.get("dense")),
         *(("", "") if theirs is None else (f"{theirs[0]:.2f}", f"{theirs[1]:.1f}%")),
       ]
     )  # fmt: skip
   if "dense" in by_name and "paper" in by_name:
     _plot(by_name, out / "ablations.png")
   header = ["setting", "keys", "perplexity", "over dense", "accuracy"]
+  header += ["decoded: over dense", "prompts, ms", "token, ms"]
   return markdown([*header, "paper: perplexity", "paper: accuracy"], rows)
+
+
+def _decoding(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> tuple[str, str, str]:
+  """The perplexity in decoding over that of dense attention, and two times; "" if not measured."""
+  if "latency" not in result or dense is None or "latency" not in dense:
+    return "", "", ""
+  ratio = math.exp(np.mean(result["decoded_loss"]) - np.mean(dense["decoded_loss"]))
+  latency = result["latency"]
+  times = (1e3 * latency[name] for name in ("prompt_seconds", "token_seconds"))
+  return f"{ratio:.3f}", *(f"{time:.2f}" for time in times)
 
 
 def _ratio(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> float | None:

@@ -15,11 +15,10 @@ from typing import Any
 
 from benchmarks.paper_parts.inputs import Inputs
 from benchmarks.paper_parts.pretraining import Pretraining
-from benchmarks.paper_parts.recall import measure_recall, Recall
+from benchmarks.paper_parts.recall import measure_recall
 from dga_jax.checkpoint import load_model
 from dga_jax.evaluation.jobs import Job
 from dga_jax.evaluation.perplexity import measure_perplexity
-from dga_jax.evaluation.ruler import RulerTexts
 from dga_jax.evaluation.variants import Family, Variant
 from train.config import to_dict, TrainConfig
 from train.data.pipeline import load_data
@@ -28,26 +27,13 @@ from train.setup import train
 
 TASK = "continued"
 UNTRAINED = "untrained"
-_HAY_CHARACTERS = 400_000  # Of each book in which facts are hidden.
 
 
-class _Evaluated:
-  """The texts of the evaluation, and the model of one run at a time."""
+class _Models:
+  """The model of one run at a time."""
 
-  def __init__(self, inputs: Inputs, recall: Recall) -> None:
-    self._inputs, self.recall = inputs, recall
+  def __init__(self) -> None:
     self._last: tuple[str, Family] | None = None
-
-  @functools.cached_property
-  def books(self) -> str:
-    """The name of the first corpus."""
-    return next(iter(self._inputs.corpora))
-
-  @functools.cached_property
-  def texts(self) -> RulerTexts:
-    documents = self._inputs.corpora[self.books]
-    texts = [document.text[:_HAY_CHARACTERS] for document in documents]
-    return RulerTexts(texts, self._inputs.tokenizer)
 
   def family(self, workdir: str) -> Family:
     """The newest model of a workdir, with its own attention kind."""
@@ -66,23 +52,23 @@ def make_jobs(inputs: Inputs) -> Iterator[Job]:
   settings = inputs.pretraining
   if settings is None:
     return
-  evaluated = _Evaluated(inputs, settings.recall)
+  models = _Models()
   dense = settings.config("dense", 0, inputs.workdir)
   yield _job("data", 0, "prepared", dense, functools.partial(_prepare, dense, inputs, settings))
-  yield from _evaluation_jobs(inputs, settings, evaluated, UNTRAINED, dense, inputs.workdir)
+  yield from _evaluation_jobs(inputs, settings, models, UNTRAINED, dense, inputs.workdir)
   for seed in settings.seeds:
     for run in settings.runs:
       config = settings.config(run, seed, inputs.workdir)
       name = Path(run).stem
       workdir = settings.folder / f"{name}_{seed}"
       yield _job(name, seed, "train", config, functools.partial(_train, config, workdir))
-      yield from _evaluation_jobs(inputs, settings, evaluated, name, config, str(workdir))
+      yield from _evaluation_jobs(inputs, settings, models, name, config, str(workdir))
 
 
 def _evaluation_jobs(
   inputs: Inputs,
   settings: Pretraining,
-  evaluated: _Evaluated,
+  models: _Models,
   run: str,
   config: TrainConfig,
   workdir: str,
@@ -90,16 +76,18 @@ def _evaluation_jobs(
   length = config.data.sequence_length
 
   def loss() -> dict[str, Any]:
-    rows = inputs.rows(evaluated.books, length, settings.rows_per_book)
-    family = evaluated.family(workdir)
-    return measure_perplexity(family, Variant(run), rows, settings.perplexity)
+    per_book = -(-settings.rows // len(inputs.corpora[inputs.books]))
+    rows = inputs.rows(inputs.books, length, per_book)
+    return measure_perplexity(models.family(workdir), Variant(run), rows, settings.perplexity)
 
   def recall() -> dict[str, Any]:
-    family = evaluated.family(workdir)
-    return measure_recall(family, inputs.tokenizer, evaluated.texts, settings.recall)
+    family = models.family(workdir)
+    return measure_recall(
+      family, Variant(run), inputs.tokenizer, inputs.ruler_texts, settings.recall
+    )
 
   seed = config.seed
-  yield _job(run, seed, "loss", config, loss, settings.rows_per_book, vars(settings.perplexity))
+  yield _job(run, seed, "loss", config, loss, settings.rows, vars(settings.perplexity))
   yield _job(run, seed, "recall", config, recall, dataclasses.asdict(settings.recall))
 
 

@@ -16,8 +16,9 @@ _LABELS = {
   "streaming_quarter": "DGA streaming, a quarter of the keys",
   "streaming_eighth": "DGA streaming, an eighth of the keys",
   "window_quarter": "sinks and window, a quarter of the keys",
-  "duo_quarter": "15 full heads, window in the others, a quarter",
-  "budgets_quarter": "15 full heads, DGA in the others, a quarter",
+  "duo_quarter": "11 full heads, sinks and window in the others, a quarter",
+  "calibrated_quarter": "budgets of dga calibrate, a quarter",
+  "budgets_quarter": "11 full heads, DGA in the others, a quarter",
 }
 
 type Results = Sequence[Mapping[str, Any]]  # One for each seed.

@@ -1,5 +1,6 @@
 """The model and the texts of benchmarks/paper.py."""
 
+import dataclasses
 import functools
 import sysconfig
 from collections.abc import Sequence
@@ -11,13 +12,29 @@ from jaxtyping import Float, Int
 from benchmarks.paper_parts.pretraining import Pretraining
 from dga_jax import smollm2_demo
 from dga_jax.checkpoint import load_model
+from dga_jax.choices import DtypeName
+from dga_jax.evaluation.ruler import RulerTexts
 from dga_jax.evaluation.texts import Document, read_documents, token_rows
 from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.model import Decoder
 from dga_jax.tokenizer import Tokenizer
 
 _PYTHON_CHARACTERS = 300_000  # Of each of the two documents of Python source.
+_HAY_CHARACTERS = 400_000  # Of each book in which facts are hidden.
 _CHARACTERS_PER_TOKEN = 12  # More than a text of any corpus has on average.
+
+
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+  """What the part "ablations" measures.
+
+  Attributes:
+    length: tokens of a row.
+    latency_batch: sequences that are decoded at once to measure times; None measures none.
+  """
+
+  length: int = 2048
+  latency_batch: int | None = None
 
 
 class Inputs:
@@ -28,6 +45,9 @@ class Inputs:
     documents: files of novels, see `read_documents`; may be empty.
     max_documents: novels to use.
     pretraining: the runs of continued pretraining; None for none.
+    ablation: what the part "ablations" measures.
+    dtype: of the activations.
+    budgets: JSON files of calibrated budgets of the model.
   """
 
   def __init__(
@@ -36,9 +56,13 @@ class Inputs:
     documents: Sequence[str],
     max_documents: int = 2,
     pretraining: Pretraining | None = None,
+    ablation: Ablation | None = None,
+    dtype: DtypeName = "float32",
+    budgets: Sequence[str] = (),
   ) -> None:
     self._workdir, self._documents, self._max_documents = workdir, documents, max_documents
-    self.pretraining = pretraining
+    self.pretraining, self.ablation = pretraining, ablation or Ablation()
+    self._dtype, self.budgets = dtype, tuple(budgets)
 
   @functools.cached_property
   def workdir(self) -> str:
@@ -52,14 +76,14 @@ class Inputs:
 
   @functools.cached_property
   def family(self) -> Family:
-    """The model in float32."""
+    """The model with the dtype of the activations."""
     model, tokenizer = self._loaded
-    float32 = Variant("dense", {"attention": "dense", "dtype": "float32"})
-    return Family(Family(model).model(float32, 1), tokenizer.start_ids)
+    dense = Variant("dense", {"attention": "dense", "dtype": self._dtype})
+    return Family(Family(model).model(dense, 1), tokenizer.start_ids)
 
   @functools.cached_property
   def model(self) -> Decoder:
-    """The model with dense attention, in float32."""
+    """The model with dense attention."""
     return self.family.model(Variant("dense", {"attention": "dense"}), 1)
 
   @functools.cached_property
@@ -69,6 +93,17 @@ class Inputs:
     if self._documents:
       corpora["novels"] = read_documents(self._documents)[: self._max_documents]
     return corpora | {"Python": python_source()}
+
+  @property
+  def books(self) -> str:
+    """The name of the first corpus."""
+    return next(iter(self.corpora))
+
+  @functools.cached_property
+  def ruler_texts(self) -> RulerTexts:
+    """The beginnings of the documents of the first corpus, in which facts are hidden."""
+    texts = [document.text[:_HAY_CHARACTERS] for document in self.corpora[self.books]]
+    return RulerTexts(texts, self.tokenizer)
 
   def rows(self, corpus: str, length: int, rows_per_document: int) -> Int[np.ndarray, "B T"]:
     """Rows of `length` inputs and their next tokens from the beginnings of documents.

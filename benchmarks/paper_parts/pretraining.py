@@ -24,7 +24,7 @@ class Pretraining:
     runs: keys of configs.smollm2_continued.ATTENTION, or JSON files of head budgets.
     seeds: of the order of the data.
     overrides: values of TrainConfig that differ from the config file.
-    rows_per_book: rows of the held-out loss from each book.
+    rows: of the held-out loss, an equal number from each book.
     perplexity: settings of the held-out loss.
     recall: the prompts.
   """
@@ -35,7 +35,7 @@ class Pretraining:
   runs: tuple[str, ...] = tuple(ATTENTION)
   seeds: tuple[int, ...] = (0,)
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  rows_per_book: int = 2
+  rows: int = 24
   perplexity: PerplexitySettings = _PERPLEXITY
   recall: Recall = dataclasses.field(default_factory=Recall)
 

@@ -47,9 +47,9 @@ class Recall:
 
 
 def measure_recall(
-  family: Family, tokenizer: Tokenizer, texts: RulerTexts, recall: Recall
+  family: Family, variant: Variant, tokenizer: Tokenizer, texts: RulerTexts, recall: Recall
 ) -> dict[str, Any]:
-  """The shares of right answers.
+  """The shares of right answers of a variant of a model.
 
   Returns:
     "retrieval": for "TASK LENGTH" the dict of `exact_match`; "ruler": for each task the mean score
@@ -69,7 +69,7 @@ def measure_recall(
   parts = [texts.part(task, longest, recall.ruler_samples, recall.seed) for task in RULER_TASKS]
   prompts = [sample.tokens for some in samples.values() for sample in some]
   prompts += [prompt.tokens for part in parts for prompt in part.prompts]
-  graphdef = family.graphdef(Variant("as trained"), longest)
+  graphdef = family.graphdef(variant, longest)
   predictions = iter(
     greedy_answers(
       graphdef, family.params, tokenizer, prompts,

@@ -11,6 +11,7 @@ from benchmarks.paper_parts import (
   continued_report,
   convergence,
   noise,
+  shares,
   sparsity,
   sparsity_report,
   theorems,
@@ -41,6 +42,7 @@ PARTS = {
   "sparsity": Part(sparsity.make_jobs, sparsity_report.write),
   "ablations": Part(ablations.make_jobs, ablations.write),
   "noise": Part(noise.make_jobs, noise.write),
+  "shares": Part(shares.make_jobs, shares.write),
   "continued": Part(continued.make_jobs, continued_report.write),
 }
 

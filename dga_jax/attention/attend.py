@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dga_jax.attention import validation
-from dga_jax.attention.block_entries import in_block_order
+from dga_jax.attention.block_entries import for_kernel
 from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
 from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.scores import importance_scores, random_scores
@@ -208,7 +208,7 @@ def attend_prepared(
   implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """As `attend_merged`, for the result of `merge_tokens`."""
-  merged = merged._replace(sources=in_block_order(merged.sources, metadata))
+  merged = merged._replace(sources=for_kernel(merged.query, merged.sources, metadata))
   return attend_merged(
     merged, metadata.invalid, metadata.config, scale=scale, implementation=implementation
   )

@@ -35,6 +35,15 @@ class Visibility(NamedTuple):
   window_end: Int32[Array, "B n L"]
   group_order: Int32[Array, "B N S"] | None = None
 
+  @property
+  def ranges(self) -> tuple[tuple[Array, Array], tuple[Array, Array], tuple[Array, Array]]:
+    """Start and end of the focal tokens, of the groups and of the window."""
+    return (
+      (self.focal_start, self.focal_end),
+      (self.group_start, self.group_end),
+      (self.window_start, self.window_end),
+    )
+
   def sources(self, entries: Entries) -> KVSources:
     """The sources of `grouped_attention`: these ranges of the given keys and values."""
     group_key, group_value = entries.group_key, entries.group_value

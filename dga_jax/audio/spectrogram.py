@@ -38,9 +38,10 @@ def plot_continuation(
   wave.plot(seconds_T, samples_T, color="#1f4e79", linewidth=0.5)
   wave.set(ylabel="amplitude", ylim=(-1.05, 1.05))
   window = min(len(samples_T), max(16, round(_WINDOW_SECONDS * sample_rate)))
-  power, _, _, image = spectrum.specgram(
-    samples_T, NFFT=window, Fs=sample_rate, noverlap=window * 3 // 4, cmap="magma"
-  )
+  with np.errstate(divide="ignore"):  # Digital silence is −∞ dB.
+    power, _, _, image = spectrum.specgram(
+      samples_T, NFFT=window, Fs=sample_rate, noverlap=window * 3 // 4, cmap="magma"
+    )
   # Silence has a power of zero.
   loudest = 10 * np.log10(max(power.max(), np.finfo(np.float64).tiny))
   image.set_clim(loudest - _RANGE_DB, loudest)

@@ -36,6 +36,20 @@ class Corrected(NamedTuple):
   tried: int
   accepted: int
 
+  def best(self, other: "Corrected", start: int) -> "Corrected":
+    """The result with the lower score, with the changes of both and the starts of this one.
+
+    Args:
+      other: a correction of one set.
+      start: the index of that set, or of the start that it was made from, among these starts.
+    """
+    better = other._replace(start=start) if other.score < self.score else self
+    return better._replace(
+      starts=self.starts,
+      tried=self.tried + other.tried,
+      accepted=self.accepted + other.accepted,
+    )
+
 
 def correct(
   starts: Sequence[Int[np.ndarray, "H"]],

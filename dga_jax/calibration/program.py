@@ -221,7 +221,7 @@ def _attend_windows(q: Array, k: Array, v: Array, *, own: _HeadSettings, most_si
     window_start=jnp.where(i_1x1xL < sinks_1xNx1, i_1x1xL + 1, first),
     window_end=i_1x1xL + 1,
   )
-  visibility = Visibility(*(jnp.broadcast_to(x, (B, N, L)) for x in ranges))
+  visibility = jax.tree.map(lambda x: jnp.broadcast_to(x, (B, N, L)), ranges)
   entries = Entries(k[:, :most_sinks], v[:, :most_sinks], k[:, :0], v[:, :0], k, v)
   return grouped_attention(q, visibility.sources(entries), scale=D**-0.5, max_window=L)
 
@@ -237,13 +237,14 @@ def _attend_blocks(
 ) -> Array:
   """Dynamic Group Attention with the raw blocks of each KV head."""
   assert isinstance(rows.by_selection, StreamingMetadata)
+  assert rows.by_selection.visibility is not None  # Causal streaming selection has it.
   config, (L, N) = rows.config, k.shape[1:3]
   fitted = config.selector == "fitted"
   merged = merge_tokens(q, k, v, rows, focal_scores=scores if fitted else None)
   visibility = with_raw_blocks(rows.by_selection.visibility, config, own.window, N)
   merged_sources = [
     source._replace(start=start, end=end)
-    for source, start, end in zip(merged.sources, visibility[::2], visibility[1::2], strict=True)
+    for source, (start, end) in zip(merged.sources, visibility.ranges, strict=True)
   ]
   return grouped_attention(
     merged.query,
@@ -271,7 +272,7 @@ def with_raw_blocks(
     window_start=visibility.window_start - config.block_size * raw_BxNxL,
   )
   B, _, L = seen_BxnxL.shape
-  return Visibility(*(jnp.broadcast_to(x, (B, kv_heads, L)) for x in changed))
+  return jax.tree.map(lambda x: jnp.broadcast_to(x, (B, kv_heads, L)), changed)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,15 +1,17 @@
-"""The lengths of sliding windows of a set, adjusted by measuring at equal cost.
+"""The raw windows of a set, adjusted by measuring at equal cost.
 
-The windows of the grid are few. Between them the best lengths of a set are found by moving bytes
-from one window to another, with the heads of each setting unchanged.
+The windows of the grid are few. Between them the best lengths of a set are found by moving keys
+from one setting to another, with the heads of each setting unchanged.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from dga_jax.calibration.comparison import Baseline
+from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadSetting, SinkWindow
 from dga_jax.model.flops import setting_keys
 
@@ -24,10 +26,11 @@ def resize_windows(
   length: int,
   measure: Callable[[Baseline], float],
 ) -> tuple[Baseline, float]:
-  """The set with the lengths of its sliding windows that measure best, and its score.
+  """The set with the raw windows that measure best, and its score.
 
-  First each window alone takes the keys that the set leaves of the budget. Then a window grows by
-  half, later by a fifth, and another pays for it. A change that lowers the score is kept.
+  The window of a `SinkWindow` is counted in tokens, that of a `DGAConfig` in blocks. First each
+  window alone takes the keys that the set leaves of the budget. Then a window grows by half, later
+  by a fifth, and another pays for it. A change that lowers the score is kept.
 
   Args:
     one: the set.
@@ -37,59 +40,63 @@ def resize_windows(
     measure: the score of a set.
   """
   one = _without_unused(one)
-  for grown in _windows(one):
-    one, score = _better(one, score, _pay(one, grown, grown, keys, length), measure)
+  windows = [index for index, setting in enumerate(one.candidates) if _unit(setting)]
+  windows.sort(key=lambda index: -setting_keys(one.candidates[index], length))
+  changes = [(index, index, 1.0) for index in windows]
   for factor in _FACTORS:
-    for grown, paying in itertools.permutations(_windows(one), 2):
-      setting = one.candidates[grown]
-      assert isinstance(setting, SinkWindow)
-      longer = _replace(one, grown, max(setting.window + 1, round(factor * setting.window)))
-      one, score = _better(one, score, _pay(longer, paying, grown, keys, length), measure)
+    changes += [(grown, paying, factor) for grown, paying in itertools.permutations(windows, 2)]
+  for grown, paying, factor in changes:
+    other = _move(one, grown, paying, factor, keys, length)
+    if other is not None and (measured := measure(other)) < score:
+      one, score = other, measured
   return one, score
 
 
-def _better(
-  one: Baseline, score: float, other: Baseline | None, measure: Callable[[Baseline], float]
-) -> tuple[Baseline, float]:
-  if other is None or other.candidates == one.candidates:
-    return one, score
-  measured = measure(other)
-  return (other, measured) if measured < score else (one, score)
+def _move(
+  one: Baseline, grown: int, paying: int, factor: float, keys: int, length: int
+) -> Baseline | None:
+  """The set with one window multiplied by a factor, and another that uses the keys that are left.
 
-
-def _pay(one: Baseline, paying: int, grown: int, keys: int, length: int) -> Baseline | None:
-  """The set whose window `paying` has the length at which all keys are used; None if there is none.
-
-  A window must stay shorter than the context, and settings must stay distinct.
+  None if this is the same set, if a window cannot be paid for or reaches the whole context, or if
+  two settings become equal.
   """
-  counts = np.bincount(one.assignment.ravel(), minlength=len(one.candidates))
-  others = sum(
-    int(count) * setting_keys(setting, length)
-    for index, (setting, count) in enumerate(zip(one.candidates, counts, strict=True))
-    if index != paying
-  )
-  setting, long = one.candidates[paying], one.candidates[grown]
-  assert isinstance(setting, SinkWindow)
-  assert isinstance(long, SinkWindow)
-  window = (keys - others) // int(counts[paying]) - setting.sinks
-  if window < 1 or max(window + setting.sinks, long.window + long.sinks) >= length:
+  settings = list(one.candidates)
+  if grown != paying:
+    units = _window(settings[grown])
+    settings[grown] = _resized(settings[grown], max(units + 1, round(factor * units)))
+  counts = np.bincount(one.assignment.ravel(), minlength=len(settings))
+  least = _resized(settings[paying], 0 if isinstance(settings[paying], DGAConfig) else 1)
+  settings[paying] = least
+  used = [setting_keys(setting, length) for setting in settings]
+  free = (keys - int(np.dot(counts, used))) // int(counts[paying])
+  if free < 0:
     return None
-  changed = _replace(one, paying, window)
-  return changed if len(set(changed.candidates)) == len(changed.candidates) else None
-
-
-def _replace(one: Baseline, index: int, window: int) -> Baseline:
-  settings: list[HeadSetting] = list(one.candidates)
-  setting = settings[index]
-  assert isinstance(setting, SinkWindow)
-  settings[index] = SinkWindow(window, setting.sinks)
+  settings[paying] = _resized(least, _window(least) + free // _unit(least))
+  longest = max(setting_keys(settings[index], length) for index in (grown, paying))
+  if longest >= length or len(set(settings)) < len(settings) or tuple(settings) == one.candidates:
+    return None
   return one._replace(candidates=tuple(settings))
 
 
-def _windows(one: Baseline) -> Iterator[int]:
-  """The sliding windows of a set, the longest first."""
-  found = [i for i, setting in enumerate(one.candidates) if isinstance(setting, SinkWindow)]
-  return iter(sorted(found, key=lambda i: -getattr(one.candidates[i], "window", 0)))
+def _unit(setting: HeadSetting) -> int:
+  """Keys of a unit of the window; 0 for a full head, which has none."""
+  if isinstance(setting, DGAConfig):
+    return setting.block_size
+  return 1 if isinstance(setting, SinkWindow) else 0
+
+
+def _window(setting: HeadSetting) -> int:
+  if isinstance(setting, DGAConfig):
+    return setting.local_window
+  assert isinstance(setting, SinkWindow)
+  return setting.window
+
+
+def _resized(setting: HeadSetting, units: int) -> HeadSetting:
+  if isinstance(setting, DGAConfig):
+    return dataclasses.replace(setting, local_window=units)
+  assert isinstance(setting, SinkWindow)
+  return SinkWindow(units, setting.sinks)
 
 
 def _without_unused(one: Baseline) -> Baseline:

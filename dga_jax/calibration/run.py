@@ -16,7 +16,7 @@ from dga_jax.calibration.correction import correct, Corrected
 from dga_jax.calibration.measuring import Divergence, HeadRises, Measurer, RowSet, SetLoss
 from dga_jax.calibration.profile import measure_beside, measure_profile, rise_of
 from dga_jax.calibration.resizing import resize_windows
-from dga_jax.calibration.starts import make_starts, Start
+from dga_jax.calibration.starts import make_starts, SOLVER, Start
 from dga_jax.head_budgets import HeadBudgets, HeadSetting
 from dga_jax.model import ModelConfig
 
@@ -143,16 +143,20 @@ def calibrate(
   estimates.extend(measurer.candidates)
   starts = [start for start in starts if estimates.is_affordable(start.set)]
   corrected = _correct(measurer, goal, scale, estimates, [start.set for start in starts], rows)
+  if corrected.start != 0 and starts[0].name == SOLVER:
+    # The solver's set has more settings than the others, and more to gain from a correction.
+    corrected = corrected.best(
+      _correct(measurer, goal, scale, estimates, [starts[0].set], rows), start=0
+    )
   own = Baseline(measurer.candidates, corrected.choice.reshape(measurer.shape))
   resized, score = _resize(measurer, goal, scale, estimates, own, corrected.score, rows)
   if score < corrected.score:
     # Other windows make other heads the best ones to change.
-    again = _correct(measurer, goal, scale, estimates, [resized], rows)
-    own = Baseline(measurer.candidates, again.choice.reshape(measurer.shape))
-    resized, score = _resize(measurer, goal, scale, estimates, own, again.score, rows)
-    corrected = corrected._replace(
-      tried=corrected.tried + again.tried, accepted=corrected.accepted + again.accepted
+    corrected = corrected.best(
+      _correct(measurer, goal, scale, estimates, [resized], rows), start=corrected.start
     )
+    own = Baseline(measurer.candidates, corrected.choice.reshape(measurer.shape))
+    resized, score = _resize(measurer, goal, scale, estimates, own, corrected.score, rows)
   chosen, score = _best_of_rivals(measurer, goal, scale, estimates, resized, score, rows)
   measurer.add_candidates(one for rival in _rivals(chosen, goal.length) for one in rival.candidates)
   estimates.extend(measurer.candidates)

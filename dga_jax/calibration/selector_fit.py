@@ -6,10 +6,8 @@ features of `dga_jax.model.focal_selector`. The choice compares tokens of one bl
 targets are centred in each block.
 """
 
-import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -22,13 +20,10 @@ from tqdm import tqdm
 
 from dga_jax.attention.streaming_blocks import cache_layout
 from dga_jax.calibration.program import embed
-from dga_jax.checkpoint import abstract_decoder, Checkpoints
 from dga_jax.config import DGAConfig
-from dga_jax.files.lock import hold_workdir
 from dga_jax.model import Decoder
 from dga_jax.model.focal_selector import features, selector_features
 from dga_jax.model.rope import apply_rope, rope_table, RopeTable
-from dga_jax.tokenizer import Tokenizer
 
 RIDGE = 1e-3  # Added to the diagonal, as a share of its mean.
 _CHUNK = 128  # Queries whose attention to all keys is in memory at a time.
@@ -88,7 +83,7 @@ def fit_selector(
     ridge: added to the diagonal of the normal equations, as a share of its mean.
 
   Returns:
-    float32, for `with_selector`.
+    float32, for `selector_weights.with_selector`.
 
   Raises:
     ValueError: the selection is not streaming, or rows are too short.
@@ -253,51 +248,3 @@ def attend_and_rate(
   count_L = jnp.maximum(L - first_L, 1) * (H // N)
   mean_BxNxL = rated_BxNxL - jnp.log(count_L.astype(jnp.float32))[None, None]
   return out_BxLxHxD.astype(q_BxLxHxD.dtype), mean_BxNxL.swapaxes(1, 2)
-
-
-def with_selector(
-  model: Decoder, config: DGAConfig, weights: Float[np.ndarray, "K N S"]
-) -> Decoder:
-  """The model with these weights of a selector, and with attention="dga" under `config`.
-
-  Args:
-    model: with stacked layers. Its other parameters are shared.
-    config: the selector of the result is "fitted".
-    weights: from `fit_selector`; stored in the model's param_dtype.
-  """
-  changed = dataclasses.replace(
-    model.config,
-    focal_selector=True,
-    attention="dga",
-    dga=dataclasses.replace(config, selector="fitted"),
-  )
-  params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-  stored = jnp.asarray(weights, jnp.dtype(changed.param_dtype))
-  params["layers"]["attention"]["selector"] = stored
-  result: Decoder = nnx.merge(abstract_decoder(changed)[0], params)
-  return result
-
-
-def save_with_selector(
-  model: Decoder, saved: Mapping[str, Any], tokenizer: Tokenizer, workdir: Path
-) -> None:
-  """Writes a model of `with_selector` as checkpoint 0 of a folder without checkpoints.
-
-  Args:
-    model: from `with_selector`.
-    saved: the config of the checkpoint that the model was made from; all but "model" is kept.
-    tokenizer: of the model.
-    workdir: made if need be.
-
-  Raises:
-    CheckpointError: the checkpoint could not be written.
-  """
-  with hold_workdir(workdir), Checkpoints(workdir, keep=1) as checkpoints:
-    checkpoints.save(
-      0,
-      params=nnx.to_pure_dict(nnx.state(model, nnx.Param)),
-      training={"step": jnp.int32(0)},
-      data=None,
-      config={**saved, "model": model.config.to_dict()},
-      tokenizer=tokenizer,
-    )

@@ -10,6 +10,8 @@ from dga_jax.calibration.allocation import allocate
 from dga_jax.calibration.comparison import Baseline, most_sinks, one_setting, spread_window
 from dga_jax.head_budgets import HeadSetting, SinkWindow
 
+SOLVER = "solver"
+
 
 class Start(NamedTuple):
   """An allocation.
@@ -54,7 +56,7 @@ def make_starts(
   """
   settings = tuple(candidates)
   solved_KxN = allocate(damage_HxC, cost_C, budget).reshape(shape)
-  starts = [Start("solver", Baseline(settings, solved_KxN))]
+  starts = [Start(SOLVER, Baseline(settings, solved_KxN))]
   forms = [solved_KxN] if equal_bytes else []
   for index, one in enumerate(candidates):
     if isinstance(one, SinkWindow) and len(damage_HxC) * cost_C[index] <= budget:

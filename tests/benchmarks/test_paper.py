@@ -25,7 +25,7 @@ from benchmarks.paper_parts import (
   theorems,
   training,
 )
-from benchmarks.paper_parts.inputs import Inputs
+from benchmarks.paper_parts.inputs import Ablation, Inputs
 from dga_jax.attention.dense import xla_attention
 from dga_jax.evaluation.jobs import Job, run_jobs
 from dga_jax.evaluation.losses import teacher_forced
@@ -177,11 +177,41 @@ def test_loss_and_accuracy_of_ablations():
   assert right.tolist() == (logits.argmax(axis=1) == tokens[0, 1:]).tolist()
 
 
+def test_latency_is_measured_beside_the_loss_in_decoding(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setattr(ablations, "_DECODED", 8)
+  monkeypatch.setattr(
+    ablations, "variants", lambda: {"dense": None, "m = 4": ablations._config(group_size=4)}
+  )
+  inputs = Inputs(
+    str(write_checkpoint(tmp_path / "run")),
+    [str(write_documents(tmp_path))],
+    ablation=Ablation(length=64, latency_batch=2),
+  )
+  results = Results(tmp_path / "paper.jsonl")
+  assert run_jobs(list(ablations.make_jobs(inputs)), results, origin="tiny") == 0
+  dense, merged = results.all()
+  rows = inputs.rows("novels", 64, 1)
+  want = teacher_forced(inputs.family.graphdef(Variant("dense"), 64), inputs.family.params, rows)
+  np.testing.assert_allclose(dense["decoded_loss"], want[:, -8:].mean(axis=1), rtol=1e-4)
+  for result in (dense, merged):
+    assert result["latency"]["batch"] == 2
+    assert result["latency"]["token_seconds"] > 0
+    assert result["latency"]["prompt_seconds"] > 0
+  ratio = math.exp(np.mean(merged["decoded_loss"]) - np.mean(dense["decoded_loss"]))
+  assert f"| {ratio:.3f} |" in ablations.write(results.all(), tmp_path)
+
+
 @pytest.fixture
 def small_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Job]]:
   """Jobs of every part at the smallest size, on a tiny model."""
   monkeypatch.setattr(sparsity, "LENGTHS", (100, 200))
-  inputs = Inputs(str(write_checkpoint(tmp_path / "run")), [str(write_documents(tmp_path))])
+  inputs = Inputs(
+    str(write_checkpoint(tmp_path / "run")),
+    [str(write_documents(tmp_path))],
+    ablation=Ablation(length=64),
+  )
   settings = training.Training(2, rows=1, length=40, validation_rows=1, every=1)
   return {
     "theorems": list(theorems.make_jobs(inputs, draws=20)),
@@ -189,7 +219,7 @@ def small_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, lis
     "training": list(training.make_jobs(inputs, settings, seeds=(0,)))[:1],
     "cache": list(registry.PARTS["cache"].make_jobs(inputs)),
     "sparsity": list(sparsity.make_jobs(inputs, ((200, 1),)))[:1],
-    "ablations": list(ablations.make_jobs(inputs, length=64))[:2],
+    "ablations": list(ablations.make_jobs(inputs))[:2],
     "noise": list(noise.make_jobs(inputs, length=64))[:1],
   }
 
@@ -197,8 +227,8 @@ def small_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, lis
 def test_the_report_has_every_part_and_a_second_run_measures_nothing(
   tmp_path: Path, small_jobs: dict[str, list[Job]]
 ):
-  # Continued pretraining has tests of its own, in test_continued.py.
-  assert [*small_jobs, "continued"] == [*registry.PARTS]
+  # The other parts have tests of their own, in test_continued.py and test_shares.py.
+  assert [*small_jobs, "shares", "continued"] == [*registry.PARTS]
   jobs = [job for own in small_jobs.values() for job in own]
   out = tmp_path / "out"
   results = Results(out / "paper.jsonl")

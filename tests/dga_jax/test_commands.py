@@ -100,6 +100,7 @@ def test_an_argument_that_is_not_a_flag_is_an_error() -> None:
   [
     ("generate", [], "--context and --load_cache; none given."),
     ("generate", ["--prompt=a", "--interactive"], "--prompt and --interactive given."),
+    ("generate", ["--prompt=a", "--keys=0.5", "--attention=dga"], "--keys with budgets alone"),
     ("generate", ["--prompt=a", "--question=b"], "--question needs --context or --load_cache"),
     ("generate", ["--load_cache=a.npz"], "these need --question"),
     ("generate", ["--prompt=a", "--save_cache=b"], "--save_cache stores the cache of --context"),

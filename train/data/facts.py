@@ -12,6 +12,7 @@ modules measures recall and not memorized sentences.
 A document depends on (text, seed, index) alone.
 """
 
+import collections
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -199,32 +200,40 @@ FACTS: dict[str, Callable[[random.Random], Fact]] = {
 def fact_documents(
   texts: Iterable[str], *, characters: int, facts: int, seed: int = 0
 ) -> Iterator[str]:
-  """Documents of about `characters` characters, in the order of the texts.
+  """Documents of at most `characters` characters, in the order of the texts.
 
-  The end of a text that is shorter than a document is not used.
+  A paragraph longer than half a document is left out, and so is the end of a text that does not
+  fill a document.
 
   Args:
     texts: long texts, whose paragraphs are separated by blank lines.
     characters: of a document, facts and questions included.
     facts: told and asked for in a document.
     seed: of the facts and their positions.
+
+  Raises:
+    ValueError: the facts take more than half of a document.
   """
   index = 0
   for text in texts:
-    paragraphs: list[str] = []
-    size = 0
-    for paragraph in re.split(r"\n\s*\n", text):
-      if not paragraph.strip():
-        continue
-      if size == 0:
-        rng = random.Random(f"{seed} {index}")
-        told = _distinct_facts(rng, facts)
-        size = sum(len(one.asked) + sum(len(part) + 4 for part in one.told) for one in told)
-      paragraphs.append(paragraph.strip())
-      size += len(paragraph) + 2
-      if size >= characters:
+    stripped = map(str.strip, re.split(r"\n\s*\n", text))
+    waiting = collections.deque(one for one in stripped if 0 < len(one) < characters // 2 - 1)
+    while waiting:
+      rng = random.Random(f"{seed} {index}")
+      told = _distinct_facts(rng, facts)
+      used = sum(len(part) + 2 for one in told for part in (*one.told, one.asked))
+      if used > characters // 2:
+        raise ValueError(
+          f"facts is {facts}; they take {used} of characters={characters}, more than half. Give"
+          " fewer facts or longer documents."
+        )
+      paragraphs: list[str] = []
+      while waiting and used + len(waiting[0]) + 2 <= characters:
+        used += len(waiting[0]) + 2
+        paragraphs.append(waiting.popleft())
+      if waiting:
         yield _hide(paragraphs, told, rng)
-        paragraphs, size, index = [], 0, index + 1
+        index += 1
 
 
 def _distinct_facts(rng: random.Random, count: int) -> list[Fact]:

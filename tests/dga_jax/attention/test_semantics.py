@@ -76,7 +76,7 @@ class TestGoldenExample:
     np.testing.assert_array_equal(plan.layout.member_index[0, 0] + 1, [[1, 2, 3], [5, 6, 8]])
     members = np.array([1, 2, 3, 5, 6, 8])
     for i in range(1, 10):
-      start, end = (int(x[0, 0, i - 1]) for x in plan.visibility[4:])
+      start, end = (int(x[0, 0, i - 1]) for x in plan.visibility.ranges[2])
       assert set(members[start:end]) == GOLDEN_COMPLEMENTARY.get(i, set()), i
       assert plan.visibility.focal_end[0, 0, i - 1] == sum(f <= i for f in GOLDEN_FOCAL)
       assert plan.visibility.group_end[0, 0, i - 1] == (i >= 3) + (i >= 8)

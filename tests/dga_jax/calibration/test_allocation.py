@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dga_jax.calibration.allocation import allocate, Near, Scale, with_prior
 from dga_jax.calibration.candidates import make_grid
-from dga_jax.calibration.correction import correct
+from dga_jax.calibration.correction import correct, Corrected
 from dga_jax.calibration.measuring import Divergence, HeadRises, SetLoss
 from dga_jax.calibration.starts import make_starts
 from dga_jax.head_budgets import SinkWindow
@@ -150,6 +150,17 @@ def test_damages_beside_a_set_move_many_heads_at_once() -> None:
   assert corrected.choice.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
   assert corrected.starts == (28, 22)
   assert (corrected.start, corrected.score, corrected.accepted) == (1, 6, 1)
+
+
+def test_the_better_of_two_corrections_has_the_changes_of_both() -> None:
+  first = Corrected(np.array([0, 1]), 0.5, 2, (0.9, 0.8, 0.6), tried=4, accepted=1)
+  second = Corrected(np.array([1, 0]), 0.4, 0, (0.9,), tried=3, accepted=2)
+  best = first.best(second, start=0)
+  assert best.choice.tolist() == [1, 0]
+  assert best[1:] == (0.4, 0, (0.9, 0.8, 0.6), 7, 3)
+  worse = first.best(second._replace(score=0.7), start=0)
+  assert worse.choice.tolist() == [0, 1]
+  assert worse[1:] == (0.5, 2, (0.9, 0.8, 0.6), 7, 3)
 
 
 def test_starts_are_within_the_budget() -> None:

@@ -21,8 +21,8 @@ from dga_jax.calibration.selector_fit import (
   FitBlocks,
   layer_samples,
   solve_ridge,
-  with_selector,
 )
+from dga_jax.calibration.selector_weights import with_selector
 from dga_jax.checkpoint import load_model
 from dga_jax.evaluation.texts import read_documents, token_rows
 from dga_jax.model import Decoder, ModelConfig

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from dga_jax import DGAConfig, HeadBudgets
-from dga_jax.calibration.selector_fit import save_with_selector, with_selector
+from dga_jax.calibration.selector_weights import save_with_selector, with_selector
 from dga_jax.checkpoint import load_config, load_model, load_tokenizer
 from dga_jax.conversion.checkpoint_reader import TokenizerChoices
 from dga_jax.conversion.errors import ConversionError
