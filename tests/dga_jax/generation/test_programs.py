@@ -42,19 +42,15 @@ def test_xla_knows_the_options():
 
 def test_engines_of_two_kinds_share_weights():
   dga = Decoder(CONFIG, rngs=nnx.Rngs(0))
-  dense = nnx.merge(
-    nnx.split(Decoder(dataclasses.replace(CONFIG, attention="dense"), rngs=nnx.Rngs(1)))[0],
-    nnx.state(dga),
-  )
+  config = dataclasses.replace(CONFIG, attention="dense")
+  dense = nnx.merge(nnx.split(Decoder(config, rngs=nnx.Rngs(1)))[0], nnx.state(dga))
   weights = compute_weights(dga)
   sizes = {"slots": 1, "max_length": 80, "prompt_chunk": 32}
-  for model in (dga, dense):
-    request = Request(prompt_of(30), 8, GREEDY)
-    engines = (Engine(model, **sizes), Engine(model, **sizes, weights=weights))
-    alone, shared = (run(engine, [request]) for engine in engines)
-    assert shared[0][0] == alone[0][0]
-    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(engines[1].programs._params)]
-    assert pointers == [x.unsafe_buffer_pointer() for x in jax.tree.leaves(weights)]
+  alone, shares = Engine(dense, **sizes), Engine(dense, **sizes, weights=weights)
+  request = Request(prompt_of(30), 8, GREEDY)
+  assert run(shares, [request])[0][0] == run(alone, [request])[0][0]
+  pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(shares.programs._params)]
+  assert pointers == [x.unsafe_buffer_pointer() for x in jax.tree.leaves(weights)]
 
 
 def test_weights_of_another_decoder_are_refused():
