@@ -1,6 +1,7 @@
 """The training step: gradient accumulation, weight decay, clipping, schedule, a falling loss."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ import optax
 import pytest
 
 from dga_jax.checkpoint import abstract_decoder
+from dga_jax.sharding import make_mesh, MeshConfig
 from train.config import OptimizerConfig, TrainConfig
 from train.optimizer import decay_mask, make_schedule
-from train.step import Batch, make_functions, mean_gradient
+from train.step import Batch, make_functions, mean_gradient, step_options
 
 
 @pytest.fixture
@@ -141,3 +143,12 @@ def test_moments_in_bfloat16_learn_as_well(config: TrainConfig, batch: Batch) ->
   assert losses[1] == pytest.approx(losses[0], rel=0.02)
   with pytest.raises(ValueError, match=r"OptimizerConfig\.b2 is 0\.999"):
     OptimizerConfig(b2=0.999, moment_dtype="bfloat16")
+
+
+def test_xla_accepts_the_options_of_a_step_on_gpus() -> None:
+  """An unknown option is an error on every device."""
+  assert step_options(make_mesh(MeshConfig(), jax.devices()[:1])) == {}
+  gpu = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")]))
+  options = step_options(gpu)
+  assert options
+  assert jax.jit(lambda x: x + 1, compiler_options=options)(1) == 2
