@@ -5,8 +5,8 @@ r"""Speech at 8 kHz, one μ-law token a sample, in a context of 16 384 samples (
   dga generate --workdir=runs/audio --prompt_audio=in.wav --output_audio=out.wav --seconds=2
 
 A DGA query sees an eighth of the keys: 2 focal tokens and 1 group for 32 tokens, and the raw tokens
-of its own block and of 16 blocks before it (68 ms). The same steps with other attention, where the sliding
-window has a cache of the same size:
+of its own block and of 16 blocks before it (68 ms). The same steps with other attention, where the
+sliding window has a cache of the same size:
 
   --config.model.attention=dense
   --config.model.attention=sliding_window --config.model.sliding_window.window=2048
@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
   """A model of 8 million parameters for one GPU."""
   return ConfigDict(
     {
-      "num_steps": 3000,
+      "num_steps": 2500,
       "batch_size": 2,
       "eval_every": 500,
       "eval_batches": 64,

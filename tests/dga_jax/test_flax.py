@@ -160,6 +160,31 @@ def test_a_mask_that_is_not_causal_is_refused_without_is_causal() -> None:
     layer()(X, mask=jnp.ones((B, 1, L, L), bool))
 
 
+BOTH_WAYS = DGAConfig(causal=False, group_size=4, selection="streaming", focal_per_block=2)
+FULL_MASKS = {
+  "keys": KEYS,
+  "pairs of tokens": nnx.make_attention_mask(KEYS[:, 0, 0], KEYS[:, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("name", FULL_MASKS)
+def test_bidirectional_attention_of_padded_rows(name: str) -> None:
+  module = layer(attention_fn=attention_fn(BOTH_WAYS))
+  out = call(module, X, FULL_MASKS[name], is_causal=False)
+  for row, length in enumerate(LENGTHS.tolist()):
+    alone = call(module, X[row : row + 1, :length], is_causal=False)
+    np.testing.assert_allclose(out[row, :length], alone[0], atol=1e-5)
+  assert not np.allclose(out[0], call(layer(), X)[0], atol=1e-3)
+
+
+def test_bidirectional_attention_refuses_causal_calls() -> None:
+  module = layer(attention_fn=attention_fn(BOTH_WAYS))
+  with pytest.raises(ValueError, match=r"is_causal is True and config\.causal is False"):
+    module(X, is_causal=True)
+  with pytest.raises(ValueError, match="mask of row 0 is not full attention with padding"):
+    module(X, mask=nnx.make_causal_mask(X[..., 0]))
+
+
 @pytest.mark.parametrize(
   ("options", "call", "message"),
   [
