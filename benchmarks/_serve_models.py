@@ -83,6 +83,7 @@ def serve_model(
   model: Decoder,
   tokenizer: Tokenizer,
   *,
+  weights: nnx.State | None,
   slots: int,
   max_length: int,
   kept: int,
@@ -96,6 +97,7 @@ def serve_model(
     name: of the served model.
     model: the decoder.
     tokenizer: of the model.
+    weights: see `Engine`.
     slots: largest number of slots.
     max_length: tokens of a prompt and its answer.
     kept: kept caches for which the device has room.
@@ -124,6 +126,7 @@ def serve_model(
     host_bytes=0,
     max_waiting=1024,
     logprobs=True,
+    weights=weights,
     progress=lambda jobs: tqdm(jobs, desc=f"compiling {name}", unit="program"),
   )
   return ServedModel(name, engine, tokenizer, None, int(time.time()))

@@ -35,11 +35,13 @@ from jax import Array
 from tqdm import tqdm
 
 from benchmarks import _aot_gpu
+from benchmarks._block_flags import block_config, block_slug
 from benchmarks._inputs import mean_visible, merge, Shape, with_gradients
 from benchmarks._paired_timing import compare, TimedProgram
 from benchmarks._peers import native_sparse_attention
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax.attention.attend import attention_kwargs
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
 
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "16384", "32768"], "sequence lengths")
@@ -48,14 +50,6 @@ _KV_HEADS = flags.DEFINE_integer("kv_heads", 8, "KV heads")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "head dim")
 _MIN_FOCAL = flags.DEFINE_integer(
   "min_focal_tokens", 0, "minimum number of focal tokens (global selection)"
-)
-_GROUP_SIZE = flags.DEFINE_integer("group_size", 16, "m, tokens in a group")
-_FOCAL_PER_BLOCK = flags.DEFINE_integer(
-  "focal_per_block", None, "f, focal tokens in a streaming block; default: m / 10"
-)
-_SINKS = flags.DEFINE_integer("sink_tokens", 0, "first tokens that are always focal")
-_LOCAL_WINDOW = flags.DEFINE_integer(
-  "local_window", 0, "blocks before the query's block that it sees unmerged (streaming)"
 )
 _SELECTIONS = flags.DEFINE_multi_enum(
   "selection",
@@ -138,8 +132,7 @@ def _jit_or_load(shape: Shape, name: str, run: Any, make_inputs: Any) -> Any:
   elif name.startswith("kernel"):
     inputs_name = f"sources_{name.split(', ')[1]}"
   slug = "".join(c if c.isalnum() else "_" for c in name) + "_both" * _BACKWARD.value
-  blocks = f"m{_GROUP_SIZE.value}_f{_FOCAL_PER_BLOCK.value}_s{_SINKS.value}_w{_LOCAL_WINDOW.value}"
-  sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}_{blocks}"
+  sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}_{block_slug()}"
   return _aot_gpu.jit_or_load(
     f"{sizes}/{slug}",
     run,
@@ -171,15 +164,8 @@ def _functions(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[...
   return functions
 
 
-def _config(selection: Any) -> DGAConfig:
-  return DGAConfig(
-    group_size=_GROUP_SIZE.value,
-    focal_per_block=_FOCAL_PER_BLOCK.value,
-    min_focal_tokens=_MIN_FOCAL.value,
-    sink_tokens=_SINKS.value,
-    local_window=_LOCAL_WINDOW.value if selection == "streaming" else 0,
-    selection=selection,
-  )
+def _config(selection: str) -> DGAConfig:
+  return block_config(selection, _MIN_FOCAL.value)
 
 
 def _tokens(shape: Shape, key: Array) -> tuple[Any]:
@@ -217,13 +203,8 @@ def _op(config: DGAConfig, implementation: str, arrays: tuple[Array, Array, Arra
 
 
 def _kernel(config: DGAConfig, implementation: str, query: Array, sources: KVSources) -> Any:
-  streaming = config.selection == "streaming"
-  window = (config.local_window + 1) * config.block_size if streaming else config.group_size
   call: Any = functools.partial(
-    grouped_attention,
-    scale=query.shape[-1] ** -0.5,
-    max_window=window,
-    implementation=implementation,
+    grouped_attention, implementation=implementation, **attention_kwargs(query, config, None)
   )
   return with_gradients(call, query, sources) if _BACKWARD.value else call(query, sources)
 

@@ -28,10 +28,11 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from absl import app, flags, logging
+from flax import nnx
 from tqdm import tqdm
 
 from benchmarks._resident_sessions import known_models, resident_sessions
@@ -47,6 +48,7 @@ from benchmarks.timing import environment
 from dga_jax.choices import AttentionName
 from dga_jax.files.path_flags import define_path
 from dga_jax.generation.prompt_reader import piece_lengths
+from dga_jax.generation.weights import compute_weights
 from dga_jax.head_budgets import HeadBudgets, read_head_budgets
 from dga_jax.model import Decoder
 from dga_jax.serving.served_model import ServedModel
@@ -126,23 +128,30 @@ def _models(max_length: int) -> list[ServedModel]:
   loaded = [
     load_model(_MODEL.value, _WORKDIR.value, attention, budgets) for _, attention, budgets in kinds
   ]
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    return list(
-      pool.map(_serve, [name for name, *_ in kinds], loaded, itertools.repeat(max_length))
-    )
-
-
-def _serve(name: str, loaded: tuple[Decoder, Tokenizer], max_length: int) -> ServedModel:
-  """A model with its engine, and a line with the time of its compilation."""
-  model, tokenizer = loaded
   if _LAYERS.value is not None:
-    model = first_layers(model, _LAYERS.value)
+    loaded = [(first_layers(model, _LAYERS.value), tokenizer) for model, tokenizer in loaded]
+  shared = compute_weights(loaded[0][0]) if _KINDS.value else None
+
+  def serve(kind: tuple[Any, ...], model: tuple[Decoder, Tokenizer]) -> ServedModel:
+    name, _, budgets = kind
+    # Budgets change the order of heads.
+    return _serve(name, *model, weights=None if budgets else shared, max_length=max_length)
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(serve, kinds, loaded))
+
+
+def _serve(
+  name: str, model: Decoder, tokenizer: Tokenizer, *, weights: nnx.State | None, max_length: int
+) -> ServedModel:
+  """A model with its engine, and a line with the time of its compilation."""
   begin = time.perf_counter()
   served = serve_model(
     name,
     model,
     tokenizer,
     slots=_SLOTS.value,
+    weights=weights,
     max_length=max_length,
     kept=2 if "second_turn" in _TABLES_FLAG.value else 0,  # Of a prompt, and of its answer.
     cache_bytes=None if _CACHE_GB.value is None else int(_CACHE_GB.value * 1e9),

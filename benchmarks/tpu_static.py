@@ -26,7 +26,6 @@ is not a ratio of times.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -44,19 +43,14 @@ from jax import Array
 from tqdm import tqdm
 
 from benchmarks._aot_tpu import CHIPS, compile_for_tpu
+from benchmarks._block_flags import block_config
 from benchmarks._bundles import libtpu_flags, read_schedules, Schedule
 from benchmarks._tpu_kernel_counts import dga_counts, KernelCount, splash_counts
-from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax import dynamic_group_attention
 
 _CHIPS = flags.DEFINE_list("chips", list(CHIPS), "chips to compile for")
 _LENGTHS = flags.DEFINE_list("lengths", ["32768", "131072"], "sequence lengths")
 _HEAD_DIM = flags.DEFINE_integer("head_dim", 128, "head dim")
-_GROUP_SIZE = flags.DEFINE_integer("group_size", 16, "m, tokens in a group")
-_FOCAL_PER_BLOCK = flags.DEFINE_integer(
-  "focal_per_block", None, "f, focal tokens of a block; default: m / 10"
-)
-_SINKS = flags.DEFINE_integer("sink_tokens", 0, "first tokens that are always focal")
-_LOCAL_WINDOW = flags.DEFINE_integer("local_window", 0, "raw blocks before a query's own block")
 _PROGRAM = flags.DEFINE_string(
   "program", None, "internal: compile the program that this JSON object describes, in a subprocess"
 )
@@ -74,19 +68,6 @@ class Program:
   L: int
   D: int
   splash: bool
-  blocks: tuple[int, int | None, int, int]  # m, f, sinks and raw blocks
-
-  @property
-  def config(self) -> DGAConfig:
-    """The settings of DGA."""
-    m, f, sinks, window = self.blocks
-    return DGAConfig(
-      selection="streaming",
-      group_size=m,
-      focal_per_block=f,
-      sink_tokens=sinks,
-      local_window=window,
-    )
 
 
 def main(argv: list[str]) -> None:
@@ -100,18 +81,19 @@ def main(argv: list[str]) -> None:
   print("| --- | --- | --- | --- | --- | --- | --- |")
   lengths = [int(L) for L in _LENGTHS.value]
   D = _HEAD_DIM.value
-  blocks = (_GROUP_SIZE.value, _FOCAL_PER_BLOCK.value, _SINKS.value, _LOCAL_WINDOW.value)
   programs = []
   for chip in _CHIPS.value:
-    programs.append(Program(chip, SPLASH_LENGTH, D, splash=True, blocks=blocks))
-    programs += [Program(chip, L, D, splash=False, blocks=blocks) for L in lengths]
+    programs.append(Program(chip, SPLASH_LENGTH, D, splash=True))
+    programs += [Program(chip, L, D, splash=False) for L in lengths]
   for program in tqdm(programs, desc="programs", disable=None):
     schedules, rest = _compile_in_subprocess(program)
     if program.splash:
       splash_schedules, splash_rest = schedules, rest / program.L
       continue
     splash = _totals(splash_schedules, splash_counts(program.L, H, N, SPLASH_TILES))
-    dga = _totals(schedules, dga_counts(program.chip, program.L, (H, N, N), D, program.config))
+    dga = _totals(
+      schedules, dga_counts(program.chip, program.L, (H, N, N), D, block_config("streaming"))
+    )
     for row in _rows(program, splash, dga, (splash_rest * program.L, rest)):
       tqdm.write(row)
 
@@ -140,7 +122,7 @@ def _compile_in_subprocess(program: Program) -> tuple[dict[str, Schedule], float
   with tempfile.TemporaryDirectory() as folder:
     flags_ = libtpu_flags(pathlib.Path(folder))
     done = subprocess.run(
-      [sys.executable, "-m", "benchmarks.tpu_static", "--program", json.dumps(vars(program))],
+      [sys.executable, "-m", "benchmarks.tpu_static", *sys.argv[1:], _program_flag(program)],
       env=os.environ | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": flags_},
       capture_output=True,
       text=True,
@@ -152,12 +134,16 @@ def _compile_in_subprocess(program: Program) -> tuple[dict[str, Schedule], float
   return schedules, float(done.stdout.splitlines()[-1])
 
 
+def _program_flag(program: Program) -> str:
+  return f"--program={json.dumps(vars(program))}"
+
+
 def _compile(program: Program) -> float:
   """Compiles both passes; returns XLA's estimated cycles of the operations outside kernels."""
   shapes = [
     jax.ShapeDtypeStruct((1, program.L, heads, program.D), jnp.bfloat16) for heads in (H, N, N, H)
   ]
-  attend = _splash(program) if program.splash else _dga(program)
+  attend = _splash(program) if program.splash else _dga
 
   def both(query: Array, key: Array, value: Array, dout: Array) -> Any:
     out, pull = jax.vjp(attend, query, key, value)
@@ -169,10 +155,9 @@ def _compile(program: Program) -> float:
   return float(sum(x for x in cycles if x < 2**62))
 
 
-def _dga(program: Program) -> Callable[..., Array]:
-  return functools.partial(
-    dynamic_group_attention, config=program.config, implementation="mosaic_tpu"
-  )
+def _dga(query: Array, key: Array, value: Array) -> Array:
+  config = block_config("streaming")
+  return dynamic_group_attention(query, key, value, config=config, implementation="mosaic_tpu")
 
 
 def _splash(program: Program) -> Callable[..., Array]:

@@ -2,6 +2,8 @@
 
     ./workspace bench tune_attention --length=32768 --head_dim=128
     ./workspace bench tune_attention --length=32768 --head_dim=64 --write
+    ./workspace bench tune_attention --length=8192 --group_size=126 --focal_per_block=2 \
+      --sink_tokens=4 --local_window=8
 
 The tile of one kernel varies while the other kernels keep their current tiles. The output ranks the
 tiles, fastest first. --write stores the fastest tiles as the device's entry in
@@ -22,10 +24,12 @@ from jax import Array
 from tqdm import tqdm
 
 from benchmarks import _aot_gpu
+from benchmarks._block_flags import block_config, block_slug
 from benchmarks._inputs import Shape, with_gradients
 from benchmarks._paired_timing import compare, TimedProgram
 from benchmarks.timing import environment
 from dga_jax import DGAConfig
+from dga_jax.attention.attend import attention_kwargs
 from pallas_kernels.grouped_attention import KVSources
 from pallas_kernels.grouped_attention.block_sizes import (
   mosaic_blocks,
@@ -106,10 +110,9 @@ def _make_programs(
   shape: Shape, label: str, attentions: dict[Any, Callable[..., Any]]
 ) -> tuple[dict[Any, TimedProgram], dict[Any, str]]:
   """The programs by tile, and the error message of each tile that does not compile."""
-  selection: Any = _SELECTION.value
-  config = DGAConfig(selection=selection, min_focal_tokens=0)
+  config = block_config(_SELECTION.value)
   backend, kernel = label.split()
-  sizes = f"{selection}_{shape.L}_{shape.N}_{shape.D}"
+  sizes = f"{_SELECTION.value}_{shape.L}_{shape.N}_{shape.D}_{block_slug()}"
   programs: dict[Any, TimedProgram] = {}
   refused: dict[Any, str] = {}
   for tile, attention in tqdm(attentions.items(), desc=label, disable=None):
@@ -149,10 +152,9 @@ def _timed(
   attention: Callable[..., Any], shape: Shape, config: DGAConfig, kernel: str
 ) -> Callable[..., Any]:
   """The timed function: the forward pass, or both passes if `kernel` is a backward kernel."""
-  window = config.block_size if config.selection == "streaming" else config.group_size
-  call = functools.partial(attention, scale=shape.D**-0.5, group_bias=0.0, max_window=window)
 
   def run(query: Array, sources: KVSources) -> Any:
+    call = functools.partial(attention, **attention_kwargs(query, config, None))
     if kernel == "forward":
       return call(query, sources)
     return with_gradients(call, query, sources)[1]

@@ -13,13 +13,19 @@ from collections import deque
 from collections.abc import Collection, Sequence
 
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from dga_jax.generation.cache_shapes import CacheShapes
 from dga_jax.generation.compile_jobs import Progress
 from dga_jax.generation.kept_caches import bytes_for_kept, KeptCaches
 from dga_jax.generation.programs import Programs
-from dga_jax.generation.prompt_reader import LEAST_KEPT, piece_lengths, PromptReader
+from dga_jax.generation.prompt_reader import (
+  check_reads_pieces,
+  LEAST_KEPT,
+  piece_lengths,
+  PromptReader,
+)
 from dga_jax.generation.requests import (
   Emitted,
   EngineStatus,
@@ -59,6 +65,8 @@ class Engine:
     host_bytes: bound on the bytes of kept prompts on the host.
     max_waiting: requests that may wait for a slot; None for no bound.
     logprobs: whether requests may ask for log probabilities.
+    weights: from `compute_weights` of a decoder with the model's parameters, such as those of an
+      engine with another attention kind; None makes them.
     mesh: devices that share weights and cache; None for one device.
     progress: iterates over the programs to compile, for example with a progress bar.
 
@@ -81,6 +89,7 @@ class Engine:
     host_bytes: int = 0,
     max_waiting: int | None = None,
     logprobs: bool = False,
+    weights: nnx.State | None = None,
     mesh: Mesh | None = None,
     progress: Progress = iter,
   ) -> None:
@@ -88,7 +97,7 @@ class Engine:
     for name, value in counts:
       if value is not None and value < 1:
         raise ValueError(f"{name} is {value}; it must be at least 1.")
-    _check_reads_pieces(model, prompt_chunk)
+    check_reads_pieces(model.config, prompt_chunk)
     self.config, self.max_length, self.slots = model.config, max_length, slots
     self._has_logprobs = logprobs
     self._decode_chunk, self._pieces_per_step = decode_chunk, pieces_per_step
@@ -104,6 +113,7 @@ class Engine:
       piece_lengths=pieces,
       decode_chunk=decode_chunk,
       logprobs=logprobs,
+      weights=weights,
       mesh=mesh,
       progress=progress,
     )
@@ -388,12 +398,3 @@ class Engine:
     for task in tasks:
       self._emit(task, [], finish, [])
     self.reset()
-
-
-def _check_reads_pieces(model: Decoder, prompt_chunk: int | None) -> None:
-  config = model.config
-  if prompt_chunk is not None and config.attention == "dga" and config.dga.selection != "streaming":
-    raise ValueError(
-      f"prompt_chunk is {prompt_chunk}, but selection={config.dga.selection!r} ranks a prompt's"
-      " tokens together: leave it out, or use selection='streaming'."
-    )

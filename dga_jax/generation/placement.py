@@ -3,14 +3,12 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dga_jax.model.config import ModelConfig
 from dga_jax.model.sharded_attention import splits_heads
-from dga_jax.sharding import constrain, current_rules, partition_spec
+from dga_jax.sharding import constrain
 
 
 class Placement:
@@ -71,44 +69,3 @@ class Placement:
         spec = PartitionSpec(*[None] * (axis + 1), "tensor")
       shardings.append(NamedSharding(self._mesh, spec))
     return shardings
-
-
-def put_weights(params: nnx.State, mesh: Mesh) -> nnx.State:
-  """The weights of a decoder with unstacked layers on a mesh, by the rules for parameters."""
-  rules = current_rules().parameters
-
-  def put(names: PartitionSpec, x: Array) -> Array:
-    # An unstacked weight has no axis of layers, but its metadata still names one.
-    spec = partition_spec(tuple(names)[len(names) - x.ndim :], x.shape, mesh, rules)
-    return jax.device_put(x, NamedSharding(mesh, spec))
-
-  placed = jax.tree.map(
-    put,
-    nnx.to_pure_dict(nnx.get_partition_spec(params)),
-    nnx.to_pure_dict(params),
-    is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
-  )
-  nnx.replace_by_pure_dict(params, placed)
-  return params
-
-
-def in_compute_dtype(params: Any, dtype: str) -> Any:
-  """Casts the weights to the dtype of the products, once; norms compute in float32.
-
-  Raises:
-    ValueError: a weight that is too large for the dtype, which only float16 can cause.
-  """
-
-  def cast(path: tuple[Any, ...], x: Array) -> Float[Array, "..."]:
-    name = jax.tree_util.keystr(path)
-    if "scale" in name:
-      return x
-    narrow = x.astype(dtype)
-    if dtype == "float16" and bool((jnp.isinf(narrow) & jnp.isfinite(x)).any()):
-      raise ValueError(
-        f"dtype is 'float16', whose largest number is 65504, but the parameter {name} contains"
-        f" {float(jnp.abs(x).max()):g}; use dtype 'bfloat16' or 'float32'."
-      )
-    return narrow
-
-  return jax.tree_util.tree_map_with_path(cast, params)

@@ -16,10 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dga_jax.generation.cache_shapes import CacheShapes, content_bytes, hold_lengths
 from dga_jax.generation.compile_jobs import compile_jobs, Job, Progress
-from dga_jax.generation.placement import in_compute_dtype, Placement, put_weights
+from dga_jax.generation.placement import Placement
 from dga_jax.generation.requests import pad_prompt, Request
 from dga_jax.generation.sampling import sample_with_logprobs, Sampled, token_logprobs
 from dga_jax.generation.slot_state import BatchState, SlotSettings
+from dga_jax.generation.weights import compute_weights, unstacked_structure
 from dga_jax.model import Decoder
 from dga_jax.model.decoder import DecoderCache
 from pallas_kernels.dispatch import find_target
@@ -53,6 +54,7 @@ class Programs:
     piece_lengths: the array lengths of pieces that `extend` reads.
     decode_chunk: tokens that one call of `decode` samples for every slot.
     logprobs: whether sampled tokens have log probabilities.
+    weights: see `Engine`.
     mesh: devices that share the weights and the cache by `ShardingRules`; None for one device.
     progress: iterates over the programs to compile, for example with a progress bar.
 
@@ -75,18 +77,15 @@ class Programs:
     piece_lengths: Collection[int] = (),
     decode_chunk: int,
     logprobs: bool = False,
+    weights: nnx.State | None = None,
     mesh: Mesh | None = None,
     progress: Progress = iter,
   ) -> None:
     self.shapes, self._decode_chunk = shapes, decode_chunk
     self._has_logprobs = logprobs
     self._sample = functools.partial(sample_with_logprobs, logprobs=logprobs)
-    # Cast before the layers are unstacked, since unstacking copies the weights.
-    graphdef, params = nnx.split(model)
-    model = nnx.merge(graphdef, in_compute_dtype(params, model.config.dtype)).unstack_layers()
-    self._graphdef, params = nnx.split(model)
-    self._params = params if mesh is None else put_weights(params, mesh)
-    model = self._model(self._params)
+    self._params = compute_weights(model, mesh) if weights is None else weights
+    self._graphdef = unstacked_structure(model, self._params)
     self._axes = shapes.batch_axes()
     self._placement = Placement(mesh, self._axes, model.config)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):

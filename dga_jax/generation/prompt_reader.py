@@ -11,6 +11,7 @@ from dga_jax.generation.kept_caches import KeptCaches
 from dga_jax.generation.programs import Programs
 from dga_jax.generation.requests import pad_prompt, Request
 from dga_jax.generation.sampling import Sampled
+from dga_jax.model.config import ModelConfig
 from dga_jax.model.decoder import DecoderCache
 
 LEAST_KEPT = 64
@@ -20,6 +21,15 @@ LEAST_KEPT = 64
 def piece_lengths(prompt_chunk: int) -> tuple[int, ...]:
   """The array lengths of pieces, longest first: a short one reads the end of a prompt."""
   return (prompt_chunk, prompt_chunk // 8) if prompt_chunk >= 64 else (prompt_chunk,)
+
+
+def check_reads_pieces(config: ModelConfig, prompt_chunk: int | None) -> None:
+  """Raises a ValueError if prompts are to be read in pieces and the attention kind cannot."""
+  if prompt_chunk is not None and config.attention == "dga" and config.dga.selection != "streaming":
+    raise ValueError(
+      f"prompt_chunk is {prompt_chunk}, but selection={config.dga.selection!r} ranks a prompt's"
+      " tokens together: leave it out, or use selection='streaming'."
+    )
 
 
 class PromptReader:

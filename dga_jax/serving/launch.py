@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import get_args
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from dga_jax.choices import AttentionName, DtypeName
 from dga_jax.generation import Engine
 from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
 from dga_jax.generation.compile_jobs import Progress
+from dga_jax.generation.weights import compute_weights, fits_weights
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.loading import load_with_facts, Loaded
 from dga_jax.serving.served_model import ServedModel
@@ -60,6 +62,8 @@ def load_models(
 ) -> list[ServedModel]:
   """The models of a checkpoint, one for each attention kind.
 
+  Kinds with the same parameters share the weights.
+
   Args:
     workdir: the folder with the checkpoint.
     step: of the checkpoint; None for the newest.
@@ -79,10 +83,13 @@ def load_models(
     if attention is not None and attention not in get_args(AttentionName):
       raise ValueError(f"attention is {attention!r}; it must be one of {get_args(AttentionName)}.")
   base = name or Path(workdir).resolve().name
-  models = []
+  models: list[ServedModel] = []
+  weights: nnx.State | None = None
   for attention in attentions:
     loaded = load_with_facts(workdir, step=step, attention=attention, dtype=dtype, budgets=budgets)
-    engine = _make_engine(loaded, settings, progress)
+    if weights is None or not fits_weights(loaded.model, weights):
+      weights = compute_weights(loaded.model, settings.mesh)
+    engine = _make_engine(loaded, weights, settings, progress)
     models.append(
       ServedModel(
         name=base if len(attentions) == 1 else f"{base}-{attention}",
@@ -126,7 +133,9 @@ def describe(model: ServedModel, settings: LaunchSettings) -> str:
   )
 
 
-def _make_engine(loaded: Loaded, settings: LaunchSettings, progress: Progress) -> Engine:
+def _make_engine(
+  loaded: Loaded, weights: nnx.State, settings: LaunchSettings, progress: Progress
+) -> Engine:
   max_length = settings.max_length or loaded.trained_length or _MAX_LENGTH
   cache_bytes = settings.cache_bytes
   if cache_bytes is None:
@@ -141,6 +150,7 @@ def _make_engine(loaded: Loaded, settings: LaunchSettings, progress: Progress) -
     host_bytes=settings.host_bytes,
     max_waiting=settings.max_waiting,
     logprobs=True,
+    weights=weights,
     mesh=settings.mesh,
     progress=progress,
   )

@@ -1,10 +1,17 @@
-"""The compiler options of decoding on each device."""
+"""The compiler options of decoding on each device, and weights that engines share."""
+
+import dataclasses
 
 import jax
 import pytest
+from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from dga_jax.generation import Engine, Request
 from dga_jax.generation.programs import decode_options
+from dga_jax.generation.weights import compute_weights
+from dga_jax.model import Decoder
+from tests.dga_jax.generation.small_model import CONFIG, GREEDY, prompt_of, run
 
 
 def options_for(kind: str, platform: str) -> dict[str, bool | int]:
@@ -31,3 +38,22 @@ def test_xla_knows_the_options():
   options = options_for("NVIDIA H100 80GB HBM3", "gpu")
   compiled = jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options)
   assert compiled(1.0) == 2.0
+
+
+def test_engines_of_two_kinds_share_weights():
+  dga = Decoder(CONFIG, rngs=nnx.Rngs(0))
+  config = dataclasses.replace(CONFIG, attention="dense")
+  dense = nnx.merge(nnx.split(Decoder(config, rngs=nnx.Rngs(1)))[0], nnx.state(dga))
+  weights = compute_weights(dga)
+  sizes = {"slots": 1, "max_length": 80, "prompt_chunk": 32}
+  alone, shares = Engine(dense, **sizes), Engine(dense, **sizes, weights=weights)
+  request = Request(prompt_of(30), 8, GREEDY)
+  assert run(shares, [request])[0][0] == run(alone, [request])[0][0]
+  pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(shares.programs._params)]
+  assert pointers == [x.unsafe_buffer_pointer() for x in jax.tree.leaves(weights)]
+
+
+def test_weights_of_another_decoder_are_refused():
+  wide = Decoder(dataclasses.replace(CONFIG, mlp_dim=96), rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="weights has other parameters"):
+    Engine(wide, slots=1, max_length=80, weights=compute_weights(Decoder(CONFIG, rngs=nnx.Rngs(0))))
