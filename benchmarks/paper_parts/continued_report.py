@@ -151,7 +151,9 @@ def _with_spread(values: np.ndarray) -> str:
 
 def _plot(by_run: ByRun, path: Path) -> None:
   """The loss by position above that of dense attention, and the training losses."""
-  figure, (by_position, by_step) = make_figure(2, "Continued pretraining of SmolLM2-135M")
+  figure, (by_position, by_step) = make_figure(
+    2, "Continued pretraining of SmolLM2-135M", height=5.0
+  )
   dense = by_run.get("dense", {}).get("loss")
   for index, (name, measures) in enumerate(by_run.items()):
     style: dict[str, Any] = {"color": f"C{index}", "label": _LABELS.get(name, name)}
@@ -168,9 +170,14 @@ def _plot(by_run: ByRun, path: Path) -> None:
       smooth = np.convolve(losses, np.ones(window) / window, "valid")
       by_step.plot(np.arange(len(smooth)) + window, smooth, lw=1, **style)
   by_position.axhline(0, color="black", lw=0.8)
+  by_position.set_yscale("symlog", linthresh=0.01)
+  by_position.yaxis.set_major_formatter("{x:g}")
   label(by_position, "held-out loss above dense", "position", "nats per token")
   label(by_step, "training loss, moving average", "step", "nats per token")
-  for axes in (by_position, by_step):
-    if axes.get_legend_handles_labels()[0]:
-      axes.legend(fontsize=6, loc="upper right")
+  lines = {line.get_label(): line for axes in (by_step, by_position) for line in axes.get_lines()}
+  named = {name: line for name, line in lines.items() if not str(name).startswith("_")}
+  if named:
+    figure.legend(
+      named.values(), list(map(str, named)), loc="outside lower center", ncols=3, fontsize=8
+    )
   save(figure, path)
