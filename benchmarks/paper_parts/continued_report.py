@@ -40,6 +40,7 @@ def write(results: Results, out: Path) -> str:
   names += sorted(set(by_run) - set(names))
   tables = [
     _losses({name: by_run[name] for name in names}),
+    _summary({name: by_run[name]["recall"] for name in names if "recall" in by_run[name]}),
     _recall({name: by_run[name]["recall"] for name in names if "recall" in by_run[name]}),
     _trainings({name: by_run[name]["train"] for name in names if "train" in by_run[name]}),
   ]
@@ -102,6 +103,37 @@ def _recall(by_run: Mapping[str, Results]) -> str:
       means = [np.mean([one[task] for one in results]) for results in shares.values()]
       rows.append([task.replace("_", " "), *(f"{mean:.0%}" for mean in means)])
   return markdown(["task", *(_LABELS.get(name, name) for name in by_run)], rows)
+
+
+def _summary(by_run: Mapping[str, Results]) -> str:
+  """The mean over the retrieval tasks of each length, and over RULER's four needle tasks."""
+  if not by_run:
+    return ""
+  lengths = list(dict.fromkeys(task.split()[1] for task in _first(by_run)["retrieval"]))
+  rows = []
+  for name, results in by_run.items():
+    means = []
+    for length in lengths:
+      own = [
+        task["share"]
+        for one in results
+        for title, task in one["retrieval"].items()
+        if title.endswith(f" {length}")
+      ]
+      means.append(np.mean(own))
+    needles = [
+      score["score"]
+      for one in results
+      for task, score in one["ruler"].items()
+      if task.startswith(("single", "multi"))
+    ]
+    rows.append([_LABELS.get(name, name), *(f"{x:.0%}" for x in (*means, np.mean(needles)))])
+  header = [f"retrieval, {length} tokens" for length in lengths]
+  return markdown(["attention", *header, "RULER's needles"], rows)
+
+
+def _first(by_run: Mapping[str, Results]) -> Mapping[str, Any]:
+  return next(iter(by_run.values()))[0]
 
 
 def _shares(result: Mapping[str, Any]) -> dict[str, float]:
