@@ -14,7 +14,9 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 
-_MOST_ROWS = 64  # More rows do not fit a program's registers.
+# At one row of LLaMA2-7B's shapes a token takes 3 % less time than with XLA's products, at four
+# rows 2 % more (H200). Narrower layers are not measured.
+_MOST_ROWS, _LEAST_WIDTH = 1, 4096
 _LEAST_DIVISOR = 16  # The tile of a weight has at least 16 rows and columns.
 
 
@@ -149,7 +151,9 @@ def refusal(x: Array | NormInput, *arrays: Array, **_: float) -> str | None:
     # In float16 the product of x and the scale of RMSNorm could overflow.
     return f"dtype is {rows.dtype}; it must be bfloat16 or float32"
   if rows.shape[0] > _MOST_ROWS:
-    return f"there are {rows.shape[0]} rows; at most {_MOST_ROWS} fit a program's registers"
+    return f"there are {rows.shape[0]} rows; XLA is faster above {_MOST_ROWS}"
+  if rows.shape[1] < _LEAST_WIDTH:
+    return f"the width is {rows.shape[1]}; the kernels are for {_LEAST_WIDTH} and more"
   sizes = {rows.shape[1], *(array.shape[-1] for array in arrays)}
   odd = sorted(size for size in sizes if size % _LEAST_DIVISOR)
   if odd:
