@@ -163,8 +163,8 @@ class TileSchedule(NamedTuple):
 
   def tiles_of_program(self) -> Array:
     """How many tiles of work this program has."""
-    total, programs = math.prod(self.grid), lax.axis_size("program")
-    return total // programs + (lax.axis_index("program") < total % programs).astype(jnp.int32)
+    program, programs = lax.axis_index("program"), lax.axis_size("program")
+    return num_dealt_tiles(math.prod(self.grid), program, programs)
 
   def key_tiles(
     self,
