@@ -23,8 +23,8 @@ def for_kernel(query: Array, sources: KVSources, metadata: AttentionMetadata) ->
 def in_block_order(sources: KVSources, metadata: AttentionMetadata) -> KVSources:
   """The sources with groups among the focal tokens, or unchanged where that is not possible.
 
-  It is possible for streaming selection on rows of one document whose groups have no logit bias,
-  since one source has one bias.
+  It is possible for causal streaming selection on rows of one document whose groups have no logit
+  bias, since one source has one bias.
 
   Args:
     sources: focal tokens and groups of all blocks, from `merge_tokens`.
@@ -33,6 +33,7 @@ def in_block_order(sources: KVSources, metadata: AttentionMetadata) -> KVSources
   config, streaming = metadata.config, metadata.by_selection
   if (
     not isinstance(streaming, StreamingMetadata)
+    or not config.causal
     or metadata.documents.rows == "packed"
     or config.group_logit_bias != "none"
   ):

@@ -54,7 +54,9 @@ def test_one_source_equals_two(sinks: int, lengths: tuple[int, int] | None):
 def test_sources_that_are_no_single_range_stay_as_they_are():
   segment_ids = np.repeat([[0] * 40 + [1] * 50], 2, axis=0)
   bias = dataclasses.replace(CONFIG, group_logit_bias="log_size")
-  for config, ids in ((CONFIG, segment_ids), (bias, None), (DGAConfig(min_focal_tokens=4), None)):
+  both_ways = dataclasses.replace(CONFIG, causal=False)
+  ranked = DGAConfig(min_focal_tokens=4)
+  for config, ids in ((CONFIG, segment_ids), (bias, None), (both_ways, None), (ranked, None)):
     merged, metadata = _merged(config, segment_ids=ids)
     assert in_block_order(merged.sources, metadata) is merged.sources
 
