@@ -49,6 +49,7 @@ def documents(B: int, L: int) -> dict[str, Any]:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("rows", ["whole", "packed"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_of_all_settings_are_as_exact_as_xla(shape: str, rows: str):
@@ -78,6 +79,7 @@ def test_kernels_of_all_settings_are_as_exact_as_xla(shape: str, rows: str):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("rows", ["whole", "packed"])
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
