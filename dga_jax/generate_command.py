@@ -71,6 +71,12 @@ _SAVE_CACHE = define_path("save_cache", None, "File for the cache of --context."
 _LOAD_CACHE = define_path("load_cache", None, "File of --save_cache to read, not --context.")
 _PROMPT_AUDIO = define_path("prompt_audio", None, "Audio file to continue (WAV, FLAC).")
 _OUTPUT_AUDIO = define_path("output_audio", None, "WAV file for the continuation.")
+_PROMPT_SECONDS = flags.DEFINE_float(
+  "prompt_seconds",
+  None,
+  "Continue the last seconds of --prompt_audio; default: the whole file.",
+  lower_bound=0.01,
+)
 _SECONDS = flags.DEFINE_float(
   "seconds", 2.0, "Length of the continuation of --prompt_audio.", lower_bound=0.01
 )
@@ -240,6 +246,8 @@ def _continue_audio(loaded: "Loaded", sampling: "Sampling") -> None:
   workdir = str(_WORKDIR.value)
   rate = sample_rate_of(load_config(workdir, _STEP.value), workdir)
   prompt = read_audio(str(_PROMPT_AUDIO.value), rate)
+  if _PROMPT_SECONDS.value is not None:
+    prompt = prompt[-max(1, round(_PROMPT_SECONDS.value * rate)) :]
   wanted = round(_SECONDS.value * rate)
   result = continue_sound(loaded.model, loaded.tokenizer, prompt, wanted, sampling)
   if not len(result.samples):

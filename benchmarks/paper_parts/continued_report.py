@@ -40,6 +40,7 @@ def write(results: Results, out: Path) -> str:
   names += sorted(set(by_run) - set(names))
   tables = [
     _losses({name: by_run[name] for name in names}),
+    _summary({name: by_run[name]["recall"] for name in names if "recall" in by_run[name]}),
     _recall({name: by_run[name]["recall"] for name in names if "recall" in by_run[name]}),
     _trainings({name: by_run[name]["train"] for name in names if "train" in by_run[name]}),
   ]
@@ -104,6 +105,37 @@ def _recall(by_run: Mapping[str, Results]) -> str:
   return markdown(["task", *(_LABELS.get(name, name) for name in by_run)], rows)
 
 
+def _summary(by_run: Mapping[str, Results]) -> str:
+  """The mean over the retrieval tasks of each length, and over RULER's four needle tasks."""
+  if not by_run:
+    return ""
+  lengths = list(dict.fromkeys(task.split()[1] for task in _first(by_run)["retrieval"]))
+  rows = []
+  for name, results in by_run.items():
+    means = []
+    for length in lengths:
+      own = [
+        task["share"]
+        for one in results
+        for title, task in one["retrieval"].items()
+        if title.endswith(f" {length}")
+      ]
+      means.append(np.mean(own))
+    needles = [
+      score["score"]
+      for one in results
+      for task, score in one["ruler"].items()
+      if task.startswith(("single", "multi"))
+    ]
+    rows.append([_LABELS.get(name, name), *(f"{x:.0%}" for x in (*means, np.mean(needles)))])
+  header = [f"retrieval, {length} tokens" for length in lengths]
+  return markdown(["attention", *header, "RULER's needles"], rows)
+
+
+def _first(by_run: Mapping[str, Results]) -> Mapping[str, Any]:
+  return next(iter(by_run.values()))[0]
+
+
 def _shares(result: Mapping[str, Any]) -> dict[str, float]:
   """The share of right answers by task."""
   shares = {task: one["share"] for task, one in result["retrieval"].items()}
@@ -151,7 +183,9 @@ def _with_spread(values: np.ndarray) -> str:
 
 def _plot(by_run: ByRun, path: Path) -> None:
   """The loss by position above that of dense attention, and the training losses."""
-  figure, (by_position, by_step) = make_figure(2, "Continued pretraining of SmolLM2-135M")
+  figure, (by_position, by_step) = make_figure(
+    2, "Continued pretraining of SmolLM2-135M", height=5.0
+  )
   dense = by_run.get("dense", {}).get("loss")
   for index, (name, measures) in enumerate(by_run.items()):
     style: dict[str, Any] = {"color": f"C{index}", "label": _LABELS.get(name, name)}
@@ -168,9 +202,14 @@ def _plot(by_run: ByRun, path: Path) -> None:
       smooth = np.convolve(losses, np.ones(window) / window, "valid")
       by_step.plot(np.arange(len(smooth)) + window, smooth, lw=1, **style)
   by_position.axhline(0, color="black", lw=0.8)
+  by_position.set_yscale("symlog", linthresh=0.01)
+  by_position.yaxis.set_major_formatter("{x:g}")
   label(by_position, "held-out loss above dense", "position", "nats per token")
   label(by_step, "training loss, moving average", "step", "nats per token")
-  for axes in (by_position, by_step):
-    if axes.get_legend_handles_labels()[0]:
-      axes.legend(fontsize=6, loc="upper right")
+  lines = {line.get_label(): line for axes in (by_step, by_position) for line in axes.get_lines()}
+  named = {name: line for name, line in lines.items() if not str(name).startswith("_")}
+  if named:
+    figure.legend(
+      named.values(), list(map(str, named)), loc="outside lower center", ncols=3, fontsize=8
+    )
   save(figure, path)

@@ -113,16 +113,16 @@ def merge_tokens(
     plan = make_plan(query, key, metadata, focal_scores)
     return merge_planned(query, key, value, plan, implementation=implementation)
   query, key, value = zero_padding(metadata.documents, query, key, value)
-  is_whole = metadata.documents.rows == "whole" and config.sink_tokens == 0
   query, entries, _ = merge_blocks(
     query,
     key,
     value,
-    None if is_whole else streaming.blocks.start,
+    None if metadata.documents.rows == "whole" else streaming.blocks.start,
     None if focal_scores is None else comparable_scores(focal_scores),
     members=config.group_size,
     focal=config.focal_in_block,
     scale=merge_scale(config, query.shape[-1]),
+    first=config.sink_tokens,
     implementation=merging_implementation(implementation),
   )
   if config.sink_tokens > 0:

@@ -9,6 +9,9 @@ from jaxtyping import Float
 # A file of a few bytes can declare hours of sound.
 _LONGEST_SECONDS = 12 * 3600
 
+# Sizes in the header of a WAV file that was written to a pipe.
+_UNKNOWN_SIZES = (0, 2**32 - 1)
+
 
 def read_audio(path: str | os.PathLike[str], sample_rate: int) -> Float[np.ndarray, "T"]:
   """The samples of a file as float32, with the mean of its channels, at `sample_rate`.
@@ -33,6 +36,7 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int) -> Float[np.ndarr
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f"There is no audio file {path}.")
+  _check_wav_size(path)
   try:
     with soundfile.SoundFile(path) as file:
       rate, seconds = file.samplerate, file.frames / file.samplerate
@@ -61,6 +65,24 @@ def read_audio(path: str | os.PathLike[str], sample_rate: int) -> Float[np.ndarr
     if not len(samples_T):
       raise ValueError(f"{path} is shorter than one sample at {sample_rate} Hz. Leave it out.")
   return np.clip(samples_T, -1, 1)
+
+
+def _check_wav_size(path: Path) -> None:
+  """Raises ValueError for a WAV file with fewer bytes than its header says.
+
+  libsndfile reads the samples that are there and reports no error.
+  """
+  with path.open("rb") as file:
+    header = file.read(12)
+  if header[:4] != b"RIFF" or header[8:] != b"WAVE":
+    return
+  size = int.from_bytes(header[4:8], "little")
+  found = path.stat().st_size
+  # Some programs count a byte of padding that they do not write.
+  if size not in _UNKNOWN_SIZES and found < size + 8 - 1:
+    raise ValueError(
+      f"{path} is damaged: its header says {size + 8} bytes, and {found} are there. Copy it again."
+    )
 
 
 def write_wav(

@@ -71,6 +71,7 @@ def merge_blocks(
   members: int,
   focal: int,
   scale: float,
+  first: int = 0,
   implementation: dispatch.Implementation = None,
 ) -> tuple[Float[Array, "B L H D"], Entries, Int[Array, "B N k f"]]:
   """As `merge_groups`, for blocks of consecutive tokens, each with its own choice of focal tokens.
@@ -82,12 +83,13 @@ def merge_blocks(
 
   Args:
     query: any float dtype, which all arrays share.
-    start: int32 first position of each block, ascending; L for none. None for ⌊L / size⌋
-      consecutive blocks from the first token on, with size = members + focal.
+    start: int32 first position of each block, ascending; L for none. None for consecutive blocks
+      from token `first` on, as many as fit.
     scores: of every token, float32 without NaN; None for the attention of each block's last query.
     members: tokens of a block that are merged.
     focal: tokens of a block that stay focal.
     scale: multiplies the merge logits.
+    first: the first token of the first block. Without effect if `start` is given.
     implementation: as in `merge_groups`.
 
   Returns:
@@ -98,7 +100,7 @@ def merge_blocks(
     NotImplementedError: if no named implementation can run this call; the message says why not.
   """
   if scores is not None:
-    start = block_starts(start, key, members + focal)
+    start = block_starts(start, key, members + focal, first)
     chosen = highest_in_blocks(scores, start, size=members + focal, focal=focal)
     query, entries = merge_groups(
       query,
@@ -120,5 +122,6 @@ def merge_blocks(
     members=members,
     focal=focal,
     scale=scale,
+    first=first,
   )
   return result

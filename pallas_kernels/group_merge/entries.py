@@ -22,13 +22,21 @@ class Entries(NamedTuple):
   window_value: Float[Array, "B S_window N D"]
 
 
-def block_starts(start: Int[Array, "B k"] | None, key: Array, size: int) -> Int[Array, "B k"]:
-  """First position of each block; None is as many blocks of `size` tokens as fit a row."""
+def num_blocks(length: int, size: int, first: int) -> int:
+  """How many whole blocks of `size` tokens follow one another in a row from token `first` on."""
+  return max(0, length - first) // size
+
+
+def block_starts(
+  start: Int[Array, "B k"] | None, key: Array, size: int, first: int
+) -> Int[Array, "B k"]:
+  """First position of each block; None is for consecutive blocks from token `first` on."""
   if start is not None:
     return start
   B, L = key.shape[:2]
-  start_k = size * jnp.arange(L // size, dtype=jnp.int32)
-  return jnp.broadcast_to(start_k, (B, L // size))
+  k = num_blocks(L, size, first)
+  start_k = first + size * jnp.arange(k, dtype=jnp.int32)
+  return jnp.broadcast_to(start_k, (B, k))
 
 
 def block_indices(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.dispatch import refuse
-from pallas_kernels.group_merge.entries import Entries
+from pallas_kernels.group_merge.entries import Entries, num_blocks
 from pallas_kernels.group_merge.mosaic_tpu_merge import Groups, merge_rows
 from pallas_kernels.group_merge.mosaic_tpu_merge_grad import merge_rows_grad
 from pallas_kernels.group_merge.mosaic_tpu_row_gather import gather_rows, scatter_rows
@@ -62,6 +62,7 @@ def merge_blocks_mosaic_tpu(
   members: int,
   focal: int,
   scale: float,
+  first: int = 0,
   interpret: Interpret = False,
 ) -> tuple[Array, Entries, Array]:
   """See `merge_blocks`.
@@ -69,13 +70,14 @@ def merge_blocks_mosaic_tpu(
   Raises:
     NotImplementedError: for the reasons of `merge_blocks_refusal`.
   """
-  refuse(merge_blocks_refusal(query, key, value, start, members=members, focal=focal))
+  refuse(merge_blocks_refusal(query, key, value, start, members=members, focal=focal, first=first))
   B, L, N, _ = key.shape
   size = members + focal
   query_BxHxLxD, *rows = (x.swapaxes(1, 2) for x in (query, key, value))
   if start is None:
-    k = L // size
-    weighing = query_BxHxLxD[:, :, size - 1 : k * size : size]
+    k = num_blocks(L, size, first)
+    rows = [x[:, :, first:] for x in rows]
+    weighing = query_BxHxLxD[:, :, first + size - 1 : first + k * size : size]
   else:
     k = start.shape[1]
     start_Bx1xkx1 = start[:, None, :, None]
@@ -100,12 +102,20 @@ def merge_groups_refusal(
 
 
 def merge_blocks_refusal(
-  query: Array, key: Array, value: Array, start: Array | None, *, members: int, focal: int, **_: Any
+  query: Array,
+  key: Array,
+  value: Array,
+  start: Array | None,
+  *,
+  members: int,
+  focal: int,
+  first: int = 0,
+  **_: Any,
 ) -> str | None:
   """Why these kernels cannot run a call of `merge_blocks`; None if they can."""
   del value
   size = members + focal
-  count = key.shape[1] // size if start is None else start.shape[1]
+  count = num_blocks(key.shape[1], size, first) if start is None else start.shape[1]
   return _refusal(query, key, count, size, focal=focal)
 
 

@@ -65,6 +65,7 @@ def merge_blocks_triton(
   members: int,
   focal: int,
   scale: float,
+  first: int = 0,
   interpret: bool = False,
 ) -> tuple[Array, Entries, Array]:
   """See `merge_blocks`.
@@ -73,7 +74,7 @@ def merge_blocks_triton(
     NotImplementedError: for the reasons of `merge_blocks_refusal`.
   """
   refuse(merge_blocks_refusal(query, key, value, start, members=members, focal=focal))
-  start = block_starts(start, key, members + focal)
+  start = block_starts(start, key, members + focal, first)
   static = _Static(scale, members=members, focal=focal, interpret=interpret)
   query, entries, chosen = _merge_blocks(query, key, value, start, static)
   return query, entries, chosen[:, :, : start.shape[1]]

@@ -52,9 +52,10 @@ def merge_blocks_xla(
   members: int,
   focal: int,
   scale: float,
+  first: int = 0,
 ) -> tuple[Array, Entries, Int[Array, "B N k f"]]:
   """See `merge_blocks`."""
-  start_Bxk = block_starts(start_Bxk, key_BxLxNxD, members + focal)
+  start_Bxk = block_starts(start_Bxk, key_BxLxNxD, members + focal, first)
   chosen_BxNxkxf = choose_in_blocks(
     query_BxLxHxD, key_BxLxNxD, start_Bxk, size=members + focal, focal=focal
   )

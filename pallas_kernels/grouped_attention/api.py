@@ -30,7 +30,8 @@ def grouped_attention(
     sources: keys, values and int32 ranges; see `KVSources`. A token outside all ranges must be
       finite.
     scale: multiplies the logits.
-    max_window: static upper bound on end − start of one query's range of the window.
+    max_window: static upper bound on end − start of one query's range of the window. The ranges of
+      any b consecutive queries must cover at most b − 1 + max_window tokens.
     group_bias: added to the logits of groups.
     implementation: "mosaic_gpu" (Hopper GPUs), "mosaic_tpu" (TPUs), "triton" (Ampere and newer
       GPUs), "jax_triton" (likewise; no gradient), "xla" or "reference" (any device); a tuple of

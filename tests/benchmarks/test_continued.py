@@ -107,7 +107,8 @@ def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: py
   monkeypatch.setattr(
     continued, "measure_recall",
     lambda *_: {
-      "retrieval": {"passkey 64": {"share": 0.5}}, "ruler": {"single": {"score": 0.25}},
+      "retrieval": {"passkey 64": {"share": 0.5}},
+      "ruler": {"single": {"score": 0.25}},
     },
   )  # fmt: skip
   results = Results(tmp_path / "paper.jsonl")

@@ -103,6 +103,16 @@ def check_random_selection(axis_type):
     equal(op(q, k, v), want)
 
 
+def check_bidirectional(axis_type):
+  """The op and its plan, whose ranges differ between heads under every selection."""
+  _, (q, k, v, _), given = foreign(axis_type)
+  config = cases.CONFIGS["bidirectional-streaming-sinks-window"]
+  want = dynamic_group_attention(*ARRAYS[:3], config=config, **ROWS)
+  equal(dynamic_group_attention(q, k, v, config=config, **ROWS, **given), want)
+  plan = plan_groups(q, k, config=config, **ROWS, **given)
+  equal(dynamic_group_attention(q, k, v, config=config, plan=plan, **given), want)
+
+
 def check_transformations(axis_type):
   """The op under vmap, checkpoint, grad outside jit, and a shard_map over all or some mesh axes."""
   mesh, (q, k, v, t), given = foreign(axis_type)
@@ -154,6 +164,7 @@ if __name__ == "__main__":
     check_outside_jit(axis_type)
     check_streaming_plan(axis_type)
     check_random_selection(axis_type)
+    check_bidirectional(axis_type)
     check_transformations(axis_type)
     if axis_type == AxisType.Auto:
       check_unknown_and_mixed_axes()

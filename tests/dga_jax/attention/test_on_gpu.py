@@ -11,6 +11,8 @@ from dga_jax import DGAConfig, HeadBudgets, SinkWindow
 from tests.dga_jax.attention.cases import arrays, run
 from tests.rounding import assert_close
 
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
 _FITTED = DGAConfig(
   selection="streaming",
   selector="fitted",
@@ -49,6 +51,7 @@ def documents(B: int, L: int) -> dict[str, Any]:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("rows", ["whole", "packed"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_kernels_of_all_settings_are_as_exact_as_xla(shape: str, rows: str):
@@ -78,6 +81,7 @@ def test_kernels_of_all_settings_are_as_exact_as_xla(shape: str, rows: str):
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("rows", ["whole", "packed"])
 @pytest.mark.parametrize("name", BIDIRECTIONAL)

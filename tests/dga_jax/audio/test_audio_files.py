@@ -111,6 +111,9 @@ def _damage(path: Path, kind: str) -> None:
     case "cut":
       soundfile.write(path, TONE, RATE, format="FLAC")
       path.write_bytes(path.read_bytes()[:2000])
+    case "cut WAV":
+      soundfile.write(path, TONE, RATE, subtype="PCM_24")
+      path.write_bytes(path.read_bytes()[:-300])
 
 
 @pytest.mark.parametrize(
@@ -123,6 +126,7 @@ def _damage(path: Path, kind: str) -> None:
     ("loud", "samples up to 1.5"),
     ("not a number", "samples up to nan"),
     ("cut", "cannot be read as audio|is damaged"),
+    ("cut WAV", "is damaged: its header says 24044 bytes, and 23744 are there"),
   ],
 )
 def test_damaged_files_are_named(tmp_path: Path, kind, message) -> None:
@@ -131,6 +135,16 @@ def test_damaged_files_are_named(tmp_path: Path, kind, message) -> None:
   with pytest.raises(ValueError, match=message) as error:
     read_audio(path, RATE)
   assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("size", [0, 2**32 - 1])
+def test_a_wav_file_from_a_pipe_has_no_size_and_is_read(tmp_path: Path, size: int) -> None:
+  path = tmp_path / "pipe.wav"
+  soundfile.write(path, TONE, RATE)
+  content = bytearray(path.read_bytes())
+  content[4:8] = size.to_bytes(4, "little")
+  path.write_bytes(content)
+  assert len(read_audio(path, RATE)) == RATE
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

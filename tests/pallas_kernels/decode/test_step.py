@@ -251,6 +251,8 @@ def wide_outputs(case: Case, wide: Case) -> np.ndarray:
   plain = jax.jit(functools.partial(decode_step, layer=LAYER, config=config, implementation="xla"))
   rng, cache, outs = np.random.default_rng(0), wide.cache(), []
   for _ in range(case.tokens):
-    out, cache = plain(*(x.astype("float32") for x in case.token(rng)), cache)
+    token = case.token(rng)
+    scores = case.scores(token[1])
+    out, cache = plain(*(x.astype("float32") for x in token), cache, focal_scores=scores)
     outs.append(np.asarray(out))
   return np.stack(outs)

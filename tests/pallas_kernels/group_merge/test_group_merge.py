@@ -37,7 +37,8 @@ class Case:
   reorder: bool = True
   dtype: str = "float32"
   batch: int = 2
-  contiguous: bool = False  # Blocks follow one another without gaps.
+  contiguous: bool = False  # Blocks follow one another without gaps, from token `first` on.
+  first: int = 0
 
   def arrays(self) -> list[jax.Array]:
     """Random query, key and value."""
@@ -53,7 +54,8 @@ class Case:
     if self.focal_per_block:
       size = m + self.focal_per_block
       if self.contiguous:
-        return (jnp.asarray(np.tile(np.arange(L // size) * size, (self.batch, 1)), jnp.int32),)
+        row = self.first + size * np.arange(max(0, L - self.first) // size)
+        return (jnp.asarray(np.tile(row, (self.batch, 1)), jnp.int32),)
       start = np.arange(L // size) * size + rng.integers(0, 2, size=(self.batch, 1)) * (L % size)
       start[0, -1:] = L
       return (jnp.asarray(start, jnp.int32),)
@@ -72,11 +74,7 @@ class Case:
 
   def tpu_kernels(self, **options: Any) -> Any:
     """The TPU kernels as a function of query, key and value."""
-    kernels = self._bind(merge_blocks_mosaic_tpu, merge_groups_mosaic_tpu, **options)
-    if not self.contiguous:
-      return kernels
-    options |= {"members": self.members, "focal": self.focal_per_block, "scale": 0.3}
-    return lambda q, k, v: merge_blocks_mosaic_tpu(q, k, v, None, **options)
+    return self._bind(merge_blocks_mosaic_tpu, merge_groups_mosaic_tpu, **options)
 
   def plain(self) -> Any:
     """The jax.numpy implementation as a function of query, key and value."""
@@ -89,7 +87,9 @@ class Case:
     else:
       options["reorder_window"] = self.reorder
     call = blocks if self.focal_per_block else by_index
-    indices = self.index_arrays()
+    indices: tuple[Any, ...] = self.index_arrays()
+    if self.contiguous:
+      indices, options = (None,), options | {"first": self.first}
     return lambda q, k, v: call(q, k, v, *indices, **options)
 
 
@@ -103,6 +103,8 @@ CASES = {
   "blocks": Case(focal_per_block=1),
   "wide_blocks": Case(focal_per_block=3, members=18, length=100),
   "many_focal": Case(focal_per_block=9, members=2, query_heads=8, kv_heads=1),
+  "after_sinks": Case(focal_per_block=2, length=97, contiguous=True, first=3),
+  "only_sinks": Case(focal_per_block=2, length=3, contiguous=True, first=5),
   "no_groups": Case(length=3),
   "no_blocks": Case(length=3, focal_per_block=1),
   "half": Case(dtype="bfloat16"),
@@ -112,6 +114,7 @@ TPU_CASES = {
   "reordered": CASES["reordered"],
   "blocks": CASES["blocks"],
   "contiguous": Case(focal_per_block=2, length=97, dtype="bfloat16", contiguous=True),
+  "after_sinks": CASES["after_sinks"],
 }
 GPU_CASES = {
   "global": Case(length=4000, head_dim=128, query_heads=8, members=16, dtype="bfloat16"),

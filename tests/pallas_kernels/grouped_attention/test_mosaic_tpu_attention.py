@@ -84,7 +84,11 @@ def test_interpreted_kernels_equal_reference_without_races(
 @pytest.mark.aot
 @pytest.mark.parametrize(
   "name",
-  "exact_tiles ragged packed fully_masked_row all_focal no_focal wide_window streaming".split(),
+  [
+    *"exact_tiles ragged packed fully_masked_row all_focal no_focal wide_window".split(),
+    "streaming",
+    "bidirectional",
+  ],
 )
 def test_interpreted_kernels_equal_reference_in_further_cases(
   name: str, capfd: pytest.CaptureFixture[str]
