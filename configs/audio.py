@@ -10,6 +10,9 @@ sliding window has a cache of the same size:
 
   --config.model.attention=dense
   --config.model.attention=sliding_window --config.model.sliding_window.window=2048
+
+One H200 (jax 0.11.2), bits per sample of held-out voices and texts, and milliseconds a step: DGA
+3.83 and 14.8, sliding window 3.92 and 15.2, dense 4.31 and 23.9 (docs/audio.md).
 """
 
 from ml_collections import ConfigDict

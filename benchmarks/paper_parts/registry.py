@@ -54,6 +54,7 @@ def write_report(results: Sequence[Mapping[str, Any]], out: Path) -> None:
     own = [result for result in results if result["task"] == name]
     if own:
       sections.append(f"## {name.capitalize()}\n\n{part.write(own, out)}\n")
+  out.mkdir(parents=True, exist_ok=True)  # Every job may have failed.
   path = out / "paper.md"
   path.write_text("\n".join(sections), encoding="utf-8")
   print(path)

@@ -8,6 +8,10 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.dispatch import find_target
+
+_LONG_PROGRAMS = 4  # Of an engine: two lengths of pieces, log probabilities, decoding.
+
 Progress = Callable[[Sequence["Job"]], Iterable["Job"]]
 
 
@@ -30,6 +34,19 @@ class Job:
   options: dict[str, bool | int] | None = None
 
 
+def xla_options(job: Job) -> dict[str, bool | int]:
+  """The options of a job, and on GPUs a bound on the threads that compile its kernels.
+
+  By default XLA starts a thread, and ptxas in it, on every core for each program. Many programs at
+  once would start more processes than the system may allow.
+  """
+  options = dict(job.options or {})
+  if find_target().platform == "gpu":
+    threads = max(1, (os.cpu_count() or 1) // _LONG_PROGRAMS)
+    options["xla_gpu_force_compilation_parallelism"] = threads
+  return options
+
+
 def compile_jobs(jobs: Sequence[Job], progress: Progress) -> dict[str, Any]:
   """The compiled program of each job, by name.
 
@@ -42,7 +59,8 @@ def compile_jobs(jobs: Sequence[Job], progress: Progress) -> dict[str, Any]:
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     running = {
       job.name: pool.submit(
-        jax.jit(job.function, donate_argnums=job.donate).lower(*job.shapes).compile, job.options
+        jax.jit(job.function, donate_argnums=job.donate).lower(*job.shapes).compile,
+        xla_options(job),
       )
       for job in jobs
     }

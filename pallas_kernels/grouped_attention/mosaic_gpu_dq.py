@@ -23,7 +23,9 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   load_ranges,
   operand_smem,
   ROW_LAYOUT,
+  ROW_SLOTS,
   ROWS,
+  RowSlots,
   seen_mask,
   TileCoords,
   TileSchedule,
@@ -38,10 +40,9 @@ class Buffers(NamedTuple):
   """Shared memory and barriers of one program. The result overwrites the queries."""
 
   pipeline: KVPipeline
-  query: Any  # [WORKERS, ROWS, D]
-  dout: Any  # [WORKERS, ROWS, D]
-  rows_ready: Any
-  rows_free: Any
+  query: Any  # [ROW_SLOTS · WORKERS, ROWS, D]
+  dout: Any  # [ROW_SLOTS · WORKERS, ROWS, D]
+  row_slots: RowSlots
 
 
 def mosaic_gpu_dq(
@@ -70,7 +71,7 @@ def mosaic_gpu_dq(
   schedule = TileSchedule(
     split, split.grid(query), tile.block_k, group_bias * LOG2_E, max_window, has_keys
   )
-  rows = operand_smem((WORKERS, ROWS, D), query.dtype)
+  rows = operand_smem((ROW_SLOTS * WORKERS, ROWS, D), query.dtype)
   return plgpu.kernel(
     functools.partial(_dq_kernel, schedule=schedule, scale=scale, interpret=interpret is not None),
     out_type=jax.ShapeDtypeStruct(query.shape, query.dtype),
@@ -79,8 +80,7 @@ def mosaic_gpu_dq(
         pipeline=KVPipeline.scratch(tile.stages, tile.block_k, D, query.dtype),
         query=rows,
         dout=rows,
-        rows_ready=plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS),
-        rows_free=plgpu.Barrier(num_arrivals=WORKERS),
+        row_slots=RowSlots.scratch(2),
       )
     ],
     grid=(min(programs, math.prod(schedule.grid)),),
@@ -115,41 +115,47 @@ def _dq_kernel(
     plgpu.set_max_registers(40, action="decrease")
 
     def load_tile(coords: TileCoords, tiles_before: Array, steps: Array) -> Array:
-      pl.when(tiles_before > 0)(lambda: plgpu.barrier_wait(buffers.rows_free))
+      slot = buffers.row_slots.wait_until_free(tiles_before)
       for worker in range(WORKERS):
-        rows = schedule.split.query_slice(coords, worker)
+        rows, at = schedule.split.query_slice(coords, worker), slot * WORKERS + worker
         for ref, smem in ((q_ref, buffers.query), (dout_ref, buffers.dout)):
-          plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[worker], buffers.rows_ready.at[worker])
-      return key_tiles(coords, functools.partial(buffers.pipeline.load, coords), steps)
+          plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[at], buffers.row_slots.ready.at[at])
+      return key_tiles(coords, functools.partial(buffers.pipeline.loads_of, coords), steps)
 
     steps = schedule.tiles_of_work(spans_ref, load_tile)
-    plgpu.barrier_wait(buffers.rows_free)
+    buffers.row_slots.drain(schedule.tiles_of_program())
     buffers.pipeline.drain(steps)
 
   @pl.when(warpgroup < WORKERS)
   def _compute() -> None:
     plgpu.set_max_registers(232, action="increase")
-    smem = buffers.query.at[warpgroup]
 
     def compute_tile(coords: TileCoords, tiles_before: Array, steps: Array) -> Array:
-      del tiles_before
+      slot = buffers.row_slots.slot(tiles_before)
+      rows_at = slot * WORKERS + warpgroup
       rows = schedule.split.query_slice(coords, warpgroup)
       batch, queries, head = rows
       lse2_Q, delta_Q = (
         plgpu.load(ref.at[batch, head, queries], layout=ROW_LAYOUT, optimized=False)
         for ref in (lse2_ref, delta_ref)
       )
-      plgpu.barrier_wait(buffers.rows_ready.at[warpgroup])
-      step = functools.partial(
-        _add_tile, buffers, coords, queries, lse2_Q, delta_Q, scale * LOG2_E, interpret
-      )
-      carry = (zero_accumulator(smem.shape[-1]), steps)
-      dq_QxD, steps = key_tiles(coords, step, carry)
+
+      def steps_of(source: KVSourceRef, bias2: float) -> Any:
+        ranges = load_ranges(source, (coords.batch, coords.bound_head, queries), ROW_LAYOUT)
+        shift_Q = lse2_Q - bias2
+        return functools.partial(
+          _add_tile, buffers, rows_at, ranges, shift_Q, delta_Q, scale * LOG2_E, interpret
+        )
+
+      plgpu.barrier_wait(buffers.row_slots.ready.at[rows_at])
+      carry = (zero_accumulator(buffers.query.shape[-1]), steps)
+      dq_QxD, steps = key_tiles(coords, steps_of, carry)
+      smem = buffers.query.at[rows_at]
       smem[...] = (dq_QxD * scale).astype(smem.dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(smem, dq_ref.at[rows])
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      plgpu.barrier_arrive(buffers.rows_free)
+      plgpu.barrier_arrive(buffers.row_slots.free.at[slot])
       return steps
 
     schedule.tiles_of_work(spans_ref, compute_tile)
@@ -158,21 +164,18 @@ def _dq_kernel(
 
 def _add_tile(
   buffers: Buffers,
-  coords: TileCoords,
-  queries: Any,
-  lse2_Q: Array,
+  rows_at: Array,
+  ranges: tuple[Array, Array],
+  shift_Q: Array,
   delta_Q: Array,
   scale2: float,
   interpret: bool,
-  source: KVSourceRef,
-  bias2: float,
   first: Array,
   masked: bool,
   carry: tuple[Array, Array],
 ) -> tuple[Array, Array]:
   """One worker's queries against one key tile."""
   dq_QxD, step = carry
-  worker = lax.axis_index("warpgroup")
   pipeline = buffers.pipeline
   slot = pipeline.slot(step)
   shape = (ROWS, pipeline.key.shape[1])
@@ -181,11 +184,11 @@ def _add_tile(
 
   def products(logits_ref: Any, dp_ref: Any) -> tuple[Array, Array]:
     keys, values = (x.at[slot].transpose((1, 0)) for x in (pipeline.key, pipeline.value))
-    plgpu.wgmma(logits_ref, buffers.query.at[worker], keys)
-    plgpu.wgmma(dp_ref, buffers.dout.at[worker], values)
+    plgpu.wgmma(logits_ref, buffers.query.at[rows_at], keys)
+    plgpu.wgmma(dp_ref, buffers.dout.at[rows_at], values)
     # The exponentials overlap the second product.
     logits_QxK = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
-    shift_QxK = lax.broadcast_in_dim(lse2_Q - bias2, shape, [0])
+    shift_QxK = lax.broadcast_in_dim(shift_Q, shape, [0])
     p_QxK = jnp.exp2(logits_QxK * scale2 - shift_QxK)
     return p_QxK, dp_ref[...]
 
@@ -193,8 +196,7 @@ def _add_tile(
   p_QxK, dp_QxK = pl.run_scoped(products, acc, acc)
   plgpu.barrier_arrive(pipeline.value_free.at[slot])
   if masked:
-    start_Q, end_Q = load_ranges(source, (coords.batch, coords.bound_head, queries), ROW_LAYOUT)
-    p_QxK = jnp.where(seen_mask(start_Q, end_Q, first, shape, query_axis=0), p_QxK, 0.0)
+    p_QxK = jnp.where(seen_mask(*ranges, first, shape, query_axis=0), p_QxK, 0.0)
   ds_QxK = p_QxK * (dp_QxK - lax.broadcast_in_dim(delta_Q, shape, [0]))
   ds_QxK = ds_QxK.astype(pipeline.key.dtype)
   dq_QxD = add_product(dq_QxD, ds_QxK, pipeline.key.at[slot], interpret=interpret)

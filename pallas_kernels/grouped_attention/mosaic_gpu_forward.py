@@ -3,8 +3,8 @@
 A program has three warpgroups. One loads queries, then the key and value tiles of the three
 sources in order, through a pipeline of buffers that the TMA unit fills. Two compute, each for 64
 queries of one head; they take turns on the tensor cores, so that one multiplies while the other
-computes exponentials. Programs are persistent: loads of the next tile of work overlap the end of
-the last one.
+computes exponentials. Programs are persistent: loads of the next tile of work overlap the
+computation of the last one, whose queries are in another buffer.
 """
 
 import functools
@@ -26,8 +26,10 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   load_ranges,
   operand_smem,
   ROW_LAYOUT,
+  ROW_SLOTS,
   row_vector,
   ROWS,
+  RowSlots,
   seen_mask,
   TileCoords,
   TileSchedule,
@@ -42,9 +44,8 @@ class Buffers(NamedTuple):
   """Shared memory and barriers of one program."""
 
   pipeline: KVPipeline
-  query: Any  # [WORKERS, ROWS, D]
-  query_ready: Any
-  query_free: Any
+  query: Any  # [ROW_SLOTS · WORKERS, ROWS, D]
+  query_slots: RowSlots
   turn: Any  # see `_take_turn`
   out: Any  # [WORKERS, ROWS, D]
   lse2: Any  # [WORKERS, ROWS]
@@ -76,6 +77,7 @@ def mosaic_gpu_forward(
     split, split.grid(query), tile.block_k, group_bias * LOG2_E, max_window, has_keys
   )
   rows = operand_smem((WORKERS, ROWS, D), dtype)
+  queries = operand_smem((ROW_SLOTS * WORKERS, ROWS, D), dtype)
   return plgpu.kernel(
     functools.partial(
       _forward_kernel, schedule=schedule, scale2=scale * LOG2_E, interpret=interpret is not None
@@ -87,9 +89,8 @@ def mosaic_gpu_forward(
     scratch_types=[
       Buffers(
         pipeline=KVPipeline.scratch(tile.stages, tile.block_k, D, dtype),
-        query=rows,
-        query_ready=plgpu.Barrier(num_barriers=WORKERS),
-        query_free=plgpu.Barrier(num_arrivals=WORKERS),
+        query=queries,
+        query_slots=RowSlots.scratch(1),
         turn=plgpu.Barrier(num_arrivals=WORKERS),
         out=rows,
         lse2=plgpu.SMEM((WORKERS, ROWS), jnp.float32),
@@ -125,17 +126,18 @@ def _forward_kernel(
     plgpu.set_max_registers(40, action="decrease")
 
     def load_tile(coords: TileCoords, tiles_before: Array, steps: Array) -> Array:
-      pl.when(tiles_before > 0)(lambda: plgpu.barrier_wait(buffers.query_free))
+      slot = buffers.query_slots.wait_until_free(tiles_before)
       for worker in range(WORKERS):
+        at = slot * WORKERS + worker
         plgpu.copy_gmem_to_smem(
           q_ref.at[schedule.split.query_slice(coords, worker)],
-          buffers.query.at[worker],
-          buffers.query_ready.at[worker],
+          buffers.query.at[at],
+          buffers.query_slots.ready.at[at],
         )
-      return key_tiles(coords, functools.partial(buffers.pipeline.load, coords), steps)
+      return key_tiles(coords, functools.partial(buffers.pipeline.loads_of, coords), steps)
 
     steps = schedule.tiles_of_work(spans_ref, load_tile)
-    plgpu.barrier_wait(buffers.query_free)
+    buffers.query_slots.drain(schedule.tiles_of_program())
     buffers.pipeline.drain(steps)
 
   @pl.when(warpgroup < WORKERS)
@@ -143,29 +145,33 @@ def _forward_kernel(
     plgpu.set_max_registers(232, action="increase")
 
     def compute_tile(coords: TileCoords, tiles_before: Array, steps: Array) -> Array:
-      del tiles_before
-      plgpu.barrier_wait(buffers.query_ready.at[warpgroup])
-      pl.when(warpgroup == 1)(lambda: _take_turn(buffers))
+      slot = buffers.query_slots.slot(tiles_before)
+      query_at = slot * WORKERS + warpgroup
       rows = schedule.split.query_slice(coords, warpgroup)
-      step = functools.partial(_attend, buffers, coords, rows[1], scale2, interpret)
+
+      def steps_of(source: KVSourceRef, bias2: float) -> Any:
+        ranges = load_ranges(source, (coords.batch, coords.bound_head, rows[1]), ROW_LAYOUT)
+        return functools.partial(_attend, buffers, query_at, ranges, scale2, bias2, interpret)
+
+      plgpu.barrier_wait(buffers.query_slots.ready.at[query_at])
       zeros = zero_accumulator(buffers.query.shape[-1])
       carry = (zeros, row_vector(MASK_VALUE), row_vector(0.0), steps)
-      acc_QxD, m_Q, l_Q, steps = key_tiles(coords, step, carry)
-      pl.when(warpgroup == 0)(lambda: plgpu.barrier_arrive(buffers.turn))
+      acc_QxD, m_Q, l_Q, steps = key_tiles(coords, steps_of, carry)
+      plgpu.barrier_arrive(buffers.query_slots.free.at[slot])
       _write(buffers, out_ref, lse2_ref, rows, acc_QxD, m_Q, l_Q)
-      pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(buffers.turn))
       return steps
 
+    pl.when(warpgroup == 1)(lambda: _take_turn(buffers))
     schedule.tiles_of_work(spans_ref, compute_tile)
+    pl.when(warpgroup == 0)(lambda: _take_turn(buffers))
     plgpu.wait_smem_to_gmem(0)
 
 
 def _take_turn(buffers: Buffers) -> None:
   """Synchronizes with the other worker, which is one turn ahead or behind.
 
-  Worker 1 starts one turn late, so that the phases of the workers interleave. Its last turn of a
-  tile of work comes after the last step of worker 0, which therefore takes an extra turn: without
-  it the two would wait for each other through the query buffer.
+  Worker 1 starts one turn late, so that the phases of the workers interleave, across tiles of work
+  too. Worker 0 takes one more turn after its last step. Both then have taken equally many.
   """
   plgpu.barrier_arrive(buffers.turn)
   plgpu.barrier_wait(buffers.turn)
@@ -173,26 +179,24 @@ def _take_turn(buffers: Buffers) -> None:
 
 def _attend(
   buffers: Buffers,
-  coords: TileCoords,
-  rows: Any,
+  query_at: Array,
+  ranges: tuple[Array, Array],
   scale2: float,
-  interpret: bool,
-  source: KVSourceRef,
   bias2: float,
+  interpret: bool,
   first: Array,
   masked: bool,
   carry: tuple[Array, Array, Array, Array],
 ) -> tuple[Array, Array, Array, Array]:
   """One worker's queries against one key tile."""
   acc_QxD, m_Q, l_Q, step = carry
-  worker = lax.axis_index("warpgroup")
   pipeline = buffers.pipeline
   slot = pipeline.slot(step)
   shape = (ROWS, pipeline.key.shape[1])
 
   def query_key(acc_ref: Any) -> Array:
     keys = pipeline.key.at[slot].transpose((1, 0))
-    plgpu.wgmma(acc_ref, buffers.query.at[worker], keys)
+    plgpu.wgmma(acc_ref, buffers.query.at[query_at], keys)
     _take_turn(buffers)
     return acc_ref[...]
 
@@ -200,8 +204,7 @@ def _attend(
   logits_QxK = pl.run_scoped(query_key, plgpu.ACC(shape, jnp.float32))
   plgpu.barrier_arrive(pipeline.key_free.at[slot])
   if masked:
-    start_Q, end_Q = load_ranges(source, (coords.batch, coords.bound_head, rows), ROW_LAYOUT)
-    seen_QxK = seen_mask(start_Q, end_Q, first, shape, query_axis=0)
+    seen_QxK = seen_mask(*ranges, first, shape, query_axis=0)
     logits_QxK = jnp.where(seen_QxK, logits_QxK, -jnp.inf)
 
   new_m_Q = jnp.maximum(m_Q, logits_QxK.max(axis=1) * scale2 + bias2)
@@ -230,10 +233,9 @@ def _write(
   m_Q: Array,
   l_Q: Array,
 ) -> None:
-  """Frees the query buffer, and stores one worker's normalised output and logsumexp."""
+  """Stores one worker's normalised output and logsumexp."""
   worker = lax.axis_index("warpgroup")
   batch, queries, head = rows
-  plgpu.barrier_arrive(buffers.query_free)
   empty_Q = l_Q == 0
   l_Q = jnp.where(empty_Q, 1.0, l_Q)
   out_QxD = acc_QxD * lax.broadcast_in_dim(1 / l_Q, acc_QxD.shape, [0])

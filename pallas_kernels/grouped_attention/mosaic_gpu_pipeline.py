@@ -25,13 +25,17 @@ from pallas_kernels.grouped_attention.tile_ranges import (
 )
 
 WORKERS = 2  # warpgroups that compute; one more loads
+ROW_SLOTS = 2  # tiles of work whose queries fit the shared memory: one is computed, one is loaded
 ROWS = 64  # rows of one worker: the height of a warpgroup's matrix product
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)  # one number for each row of a product
 COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)  # ... for each column
 
-# All layouts are written out: the lowering would search for them for minutes.
+# All layouts are written out: the lowering would search for them for minutes. A row of a product
+# belongs to one warp, so reductions over columns need no scratch in shared memory.
 COMPILER_PARAMS = plgpu.CompilerParams(
-  approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane
+  approx_math=True,
+  lowering_semantics=plgpu.LoweringSemantics.Lane,
+  reduction_scratch_bytes=0,
 )
 
 
@@ -157,15 +161,20 @@ class TileSchedule(NamedTuple):
 
     return work_loop(self.grid, tile)
 
+  def tiles_of_program(self) -> Array:
+    """How many tiles of work this program has."""
+    program, programs = lax.axis_index("program"), lax.axis_size("program")
+    return num_dealt_tiles(math.prod(self.grid), program, programs)
+
   def key_tiles(
     self,
     sources: KVSourcesRef,
     spans_ref: Any,
     coords: TileCoords,
-    body: Callable[..., Any],
+    body_of: Callable[[KVSourceRef, float], Callable[..., Any]],
     carry: Any,
   ) -> Any:
-    """Calls body(source, its bias, first key, masked, carry) for every key tile that is seen."""
+    """Calls body_of(source, its bias)(first key, masked, carry) for every key tile that is seen."""
     for i, source in enumerate(sources):
       if not self.has_keys[i]:
         continue
@@ -174,7 +183,7 @@ class TileSchedule(NamedTuple):
       carry = loop_span(
         coords.span(spans_ref, i),
         self.block_k,
-        functools.partial(body, source, self.group_bias2 if is_group else 0.0),
+        body_of(source, self.group_bias2 if is_group else 0.0),
         carry,
         has_full_tiles=not narrow,
       )
@@ -206,17 +215,18 @@ class KVPipeline(NamedTuple):
     """The stage that holds the key tile number `step`."""
     return lax.rem(step, jnp.int32(self.key.shape[0]))
 
-  def load(
-    self,
-    coords: TileCoords,
-    source: KVSourceRef,
-    bias2: float,
-    first: Array,
-    masked: bool,
-    step: Array,
+  def loads_of(
+    self, coords: TileCoords, source: KVSourceRef, bias2: float
+  ) -> Callable[[Array, bool, Array], Array]:
+    """The body for `TileSchedule.key_tiles` that loads a tile into the next free stage."""
+    del bias2
+    return functools.partial(self._load, coords, source)
+
+  def _load(
+    self, coords: TileCoords, source: KVSourceRef, first: Array, masked: bool, step: Array
   ) -> Array:
-    """A body for `TileSchedule.key_tiles`: loads into the next stage once that is free."""
-    del bias2, masked
+    """Loads into the next stage once that is free."""
+    del masked
     stages, block_k, _ = self.key.shape
     slot = self.slot(step)
     rows = (coords.batch, pl.ds(first, block_k), coords.kv_head)
@@ -236,6 +246,39 @@ class KVPipeline(NamedTuple):
       def _(stage: int = stage) -> None:
         plgpu.barrier_wait(self.key_free.at[stage])
         plgpu.barrier_wait(self.value_free.at[stage])
+
+
+class RowSlots(NamedTuple):
+  """Slots for the queries of two tiles of work, so that loads run ahead of the computation.
+
+  `ready`: the rows of a worker are loaded. `free`: both workers have read the slot.
+  """
+
+  ready: Any  # one for each slot and worker
+  free: Any  # one for each slot
+
+  @classmethod
+  def scratch(cls, arrays: int) -> "RowSlots":
+    """The scratch types, for `arrays` arrays of rows."""
+    return cls(
+      ready=plgpu.Barrier(num_arrivals=arrays, num_barriers=ROW_SLOTS * WORKERS),
+      free=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=ROW_SLOTS),
+    )
+
+  def slot(self, tiles_before: Array) -> Array:
+    """The slot of the tile of work after `tiles_before` others."""
+    return lax.rem(tiles_before, jnp.int32(ROW_SLOTS))
+
+  def wait_until_free(self, tiles_before: Array) -> Array:
+    """Waits until the slot of a tile of work is free; returns the slot."""
+    slot = self.slot(tiles_before)
+    pl.when(tiles_before >= ROW_SLOTS)(lambda: plgpu.barrier_wait(self.free.at[slot]))
+    return slot
+
+  def drain(self, tiles: Array) -> None:
+    """Waits until all slots are free, after `tiles` tiles of work."""
+    for slot in range(ROW_SLOTS):
+      pl.when(tiles > slot)(functools.partial(plgpu.barrier_wait, self.free.at[slot]))
 
 
 def row_vector(value: float) -> Array:

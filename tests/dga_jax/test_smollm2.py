@@ -18,7 +18,9 @@ from dga_jax.checkpoint import abstract_decoder
 from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.importing import import_params
 from dga_jax.generation import generate, Generation, Sampling
+from dga_jax.head_budgets import read_head_budgets
 from dga_jax.model import Decoder, ModelConfig
+from dga_jax.model.flops import setting_keys
 from dga_jax.tokenizer import Tokenizer
 
 EXPECTED = Path(__file__).parents[1] / "golden" / "smollm2" / "expected.npz"
@@ -67,17 +69,50 @@ def test_the_capital_of_france(loaded: Any) -> None:
 
 
 def test_the_prompt_has_the_requested_length() -> None:
-  prompt = smollm2_demo.long_prompt(Tokenizer.byte_level(), 500)
-  assert len(prompt) == 500
+  prompt = smollm2_demo.long_prompt(Tokenizer.byte_level(), 3000)
+  assert len(prompt) == 3000
   assert prompt[0] == 256
-  with pytest.raises(ValueError, match="prompt_tokens is 100000000"):
-    smollm2_demo.long_prompt(Tokenizer.byte_level(), 10**8)
+  text = Tokenizer.byte_level().decode(prompt)
+  before, after = text.split(smollm2_demo.FACT)
+  assert before.endswith(".")
+  assert 0.3 < len(before) / (len(before) + len(after)) < 0.45
+  assert text.endswith(smollm2_demo.PASS_KEY_QUESTION)
+  for length in (10**8, 100):
+    with pytest.raises(ValueError, match=f"prompt_tokens is {length}; it must leave 3 to"):
+      smollm2_demo.long_prompt(Tokenizer.byte_level(), length)
 
 
-def test_the_table_has_a_column_for_each_kind() -> None:
-  result = Generation([[1]], [False], 2.5, 0.05, 2.6, 3_000_000, 3_000_000, "float32")
-  lines = smollm2_demo.table({"dense": result, "dga": result}).splitlines()
-  assert lines[0].split() == ["dense", "dga"]
+def generation(tokens: list[int]) -> Generation:
+  return Generation([tokens], [False], 2.5, 0.05, 2.6, 3_000_000, 3_000_000, "float32")
+
+
+def test_the_comparison_says_what_is_equal_and_what_is_found() -> None:
+  tokenizer = Tokenizer.byte_level()
+  right, wrong = (tokenizer.encode(f" {number}.") for number in (smollm2_demo.PASS_KEY, "48219"))
+  same = smollm2_demo.compare(
+    tokenizer, {"dense": generation(right), "budgets": generation(right)}
+  ).splitlines()
+  assert same[1:] == ["budgets finds the pass key.", "Both continuations are equal: 7 tokens."]
+  other = smollm2_demo.compare(
+    tokenizer, {"dense": generation(right), "budgets": generation(wrong)}
+  ).splitlines()
+  assert other[1:] == [
+    "budgets does not find the pass key.",
+    "The continuations differ after 5 of 7 tokens.",
+  ]
+
+
+def test_the_budgets_are_those_of_the_model() -> None:
+  budgets = read_head_budgets(smollm2_demo.BUDGETS)
+  assert (budgets.num_layers, budgets.num_kv_heads) == (30, 3)
+  keys = sum(setting_keys(one, 8192) * count for one, count in budgets.counts().items())
+  assert keys <= 0.35 * 90 * 8192
+
+
+def test_the_table_has_a_column_for_each_result() -> None:
+  result = generation([1])
+  lines = smollm2_demo.table({"dense": result, "budgets": result}).splitlines()
+  assert lines[0].split() == ["dense", "budgets"]
   assert lines[1].split()[-2:] == ["2.50", "2.50"]
   assert lines[3].split()[-2:] == ["3.0", "3.0"]
 

@@ -11,6 +11,8 @@ from dga_jax import DGAConfig, HeadBudgets, SinkWindow
 from tests.dga_jax.attention.cases import arrays, run
 from tests.rounding import assert_close
 
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
 _FITTED = DGAConfig(
   selection="streaming",
   selector="fitted",

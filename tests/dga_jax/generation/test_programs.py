@@ -8,16 +8,21 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dga_jax.generation import Engine, Request
+from dga_jax.generation.compile_jobs import Job, xla_options
 from dga_jax.generation.programs import decode_options
 from dga_jax.generation.weights import compute_weights
 from dga_jax.model import Decoder
 from tests.dga_jax.generation.small_model import CONFIG, GREEDY, prompt_of, run
 
 
-def options_for(kind: str, platform: str) -> dict[str, bool | int]:
+def on_device(kind: str, platform: str):
   device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
   mesh = AbstractMesh((1,), ("x",), axis_types=(AxisType.Auto,), abstract_device=device)
-  with jax.sharding.use_abstract_mesh(mesh):
+  return jax.sharding.use_abstract_mesh(mesh)
+
+
+def options_for(kind: str, platform: str) -> dict[str, bool | int]:
+  with on_device(kind, platform):
     return decode_options()
 
 
@@ -35,7 +40,10 @@ def test_products_are_merged_on_gpus_from_ampere_on(kind: str, platform: str, me
 
 
 def test_xla_knows_the_options():
-  options = options_for("NVIDIA H100 80GB HBM3", "gpu")
+  with on_device("NVIDIA H100 80GB HBM3", "gpu"):
+    options = xla_options(Job("decode", lambda: None, (), options=decode_options()))
+  assert len(options) == 3
+  assert options["xla_gpu_force_compilation_parallelism"] >= 1
   compiled = jax.jit(lambda x: x + 1).lower(1.0).compile(compiler_options=options)
   assert compiled(1.0) == 2.0
 
