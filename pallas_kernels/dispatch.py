@@ -190,13 +190,6 @@ OPS: dict[str, tuple[Backend, ...]] = {
     ),
     Backend("xla", _ANY, "decode.xla_dense:dense_step_xla"),
   ),
-  **{
-    op: (
-      Backend("triton", _AMPERE, f"decode.triton_products:{op}_triton", "decode.products:refusal"),
-      Backend("xla", _ANY, f"decode.xla_products:{op}_xla"),
-    )
-    for op in ("normed_qkv", "add_product", "normed_swiglu")
-  },
 }
 
 

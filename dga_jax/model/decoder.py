@@ -15,7 +15,6 @@ from dga_jax.attention import validation
 from dga_jax.attention.segments import find_documents, IntArray
 from dga_jax.attention.validation import Lengths, SegmentIds
 from dga_jax.model.config import ModelConfig
-from dga_jax.model.decode_layers import decode_layers, runs_decode_layers
 from dga_jax.model.layers import constrain_residual, DecoderLayer, rms_norm, weight
 from dga_jax.model.logits import logits
 from dga_jax.model.on_mesh import on_mesh
@@ -239,7 +238,7 @@ class Decoder(nnx.Module):
       return o_BxHxD[:, None], caches
 
     states_Bx1xE, layers = self._run_layers(
-      jnp.asarray(tokens_B)[:, None], cache.length[:, None], attend, cache.layers, one_token=True
+      jnp.asarray(tokens_B)[:, None], cache.length[:, None], attend, cache.layers
     )
     return self.unembed(states_Bx1xE[:, 0]), DecoderCache(layers, cache.length + 1)
 
@@ -318,7 +317,6 @@ class Decoder(nnx.Module):
     positions_BxL: Int[Array, "B L"],
     attend: LayerAttend,
     caches: Any = None,
-    one_token: bool = False,
   ) -> tuple[Float[Array, "B L E"], Any]:
     """Embeds the tokens, runs the layers, normalises.
 
@@ -327,7 +325,6 @@ class Decoder(nnx.Module):
       positions_BxL: the rotary position of each token.
       attend: see `run_stacked`.
       caches: of all layers, stacked, or None.
-      one_token: whether `decode_layers` may run the layers.
     """
     config = self.config
     rope = rope_table(positions_BxL, config.rope_frequencies())
@@ -344,10 +341,8 @@ class Decoder(nnx.Module):
         remat=config.remat,
       )
     else:
-      index, layers = config.make_attention().layer_index, list(self.layers)
-      fast = one_token and runs_decode_layers(layers[0], x_BxLxE, rope)
-      run = decode_layers if fast else run_unstacked
-      x_BxLxE, caches = run(layers, x_BxLxE, rope, attend, caches, index)
+      layer_index = config.make_attention().layer_index
+      x_BxLxE, caches = run_unstacked(self.layers, x_BxLxE, rope, attend, caches, layer_index)
     return self.norm(x_BxLxE).astype(config.dtype), caches
 
 

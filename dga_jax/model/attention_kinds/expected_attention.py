@@ -34,13 +34,14 @@ class ExpectedAttentionConfig(BaselineSettings):
     capacity: tokens of the prompt that stay, sinks included.
     sinks: first tokens.
     future_positions: positions after the prompt over which rotations are averaged.
-    epsilon: added to the normalised weight.
+    epsilon: added to the normalised weight. The paper's 0.02 goes with budgets that differ between
+      heads: at one capacity for all, the norm of the value alone would then decide.
   """
 
   capacity: int = 1024
   sinks: int = 4
   future_positions: int = 512
-  epsilon: float = 0.02
+  epsilon: float = 0.0
 
   _LEAST: ClassVar = {"capacity": 1, "future_positions": 1}
 
