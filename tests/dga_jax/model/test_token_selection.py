@@ -23,7 +23,9 @@ LENGTHS = (23, 15, 3)
 SETTINGS = {
   "snapkv": SnapKVConfig(capacity=9, window=4, kernel=3),
   "quest": QuestConfig(budget=10, page_size=4, dense_layers=1),
-  "expected_attention": ExpectedAttentionConfig(capacity=8, sinks=2, future_positions=5),
+  "expected_attention": ExpectedAttentionConfig(
+    capacity=8, sinks=2, future_positions=5, epsilon=0.02
+  ),
   "clusterkv": ClusterKVConfig(
     budget=9, sinks=2, tokens_per_cluster=5, iterations=3, dense_layers=1
   ),
