@@ -52,9 +52,9 @@ def _streaming(group_size: int, local_window: int) -> dict[str, Any]:
 # and 1024 in the mean over heads.
 ATTENTION: dict[str, dict[str, Any]] = {
   "dense": {"attention": "dense"},
-  "global": {"attention": "dga", "dga": {"selection": "global"}},  # The paper's: m = 16, γ = 0.1.
-  "streaming_quarter": {"attention": "dga", "dga": _streaming(30, local_window=38)},
-  "streaming_eighth": {"attention": "dga", "dga": _streaming(30, local_window=6)},
+  "global": {"dga": {"selection": "global"}},  # The paper's: m = 16, γ = 0.1.
+  "streaming_quarter": {"dga": _streaming(30, local_window=38)},
+  "streaming_eighth": {"dga": _streaming(30, local_window=6)},
   "window_quarter": {
     "attention": "head_budgets",
     "head_budgets": {
@@ -102,8 +102,6 @@ def get_config(run: str = "streaming_quarter") -> ConfigDict:
     )
   return ConfigDict(
     {
-      "num_steps": 1000,
-      "batch_size": 8,
       "learning_rate": 3e-4,
       "warmup_steps": 50,
       "log_every": 20,
