@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from dga_jax.attention.dense import xla_attention
 from dga_jax.model import Decoder
+from dga_jax.model.layers import DecoderLayer
 from dga_jax.model.rope import rope_table
 from dga_jax.model.run_layers import LayerAttend, run_stacked
 
@@ -31,6 +32,7 @@ def run_layers(
   config, (B, L) = model.config, x_BxLxE.shape[:2]
   positions_BxL = jnp.broadcast_to(jnp.arange(L)[None], (B, L))
   rope = rope_table(positions_BxL, config.rope_frequencies())
+  assert isinstance(model.layers, DecoderLayer)  # The layers are stacked.
   x_BxLxE, by_layer = run_stacked(
     model.layers, x_BxLxE, rope, attend, None, num_layers=config.num_layers, remat="none"
   )

@@ -106,6 +106,7 @@ def dga_counts(
   schedule = schedule_of(blocks, query, sources, **options)
   streaming = prepare(find_documents(1, L, None, None), config).by_selection
   assert isinstance(streaming, StreamingMetadata)
+  assert streaming.visibility is not None  # Causal streaming selection has it.
   entries = Entries(*(x for pair in sources.kv for x in pair))
   bounds = pack_bounds(streaming.visibility.sources(entries), schedule.group_offset, L)
 

@@ -122,6 +122,7 @@ class _Model:
         f"--kinds contains {kind!r}, whose floor is unknown, because it compresses its cache"
         " repeatedly. Remove it from --kinds."
       )
+    cache_dtype: Any = _CACHE_DTYPE.value  # The flag has the names of the field.
     config = ModelConfig(
       vocab_size=32000,
       num_layers=_LAYERS.value,
@@ -131,7 +132,7 @@ class _Model:
       head_dim=128,
       mlp_dim=11008,
       attention=kind,
-      dga=DGAConfig(selection="streaming", cache_dtype=_CACHE_DTYPE.value),
+      dga=DGAConfig(selection="streaming", cache_dtype=cache_dtype),
       param_dtype="bfloat16",
     )
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstack_layers())

@@ -24,6 +24,7 @@ from dga_jax import DGAConfig, HeadBudgets
 from dga_jax.attention.segments import find_documents
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.model.attention_kinds.head_budgets import HeadBudgetsAttention
+from dga_jax.model.layers import DecoderLayer
 from dga_jax.model.rope import rope_table
 from dga_jax.model.run_layers import run_stacked
 
@@ -69,14 +70,15 @@ def layer_stack(config: ModelConfig, way: str) -> tuple[Any, Callable[..., jax.A
     def attend(q: Any, k: Any, v: Any, _: None, layer: Any) -> tuple[jax.Array, None]:
       if way != "padding":
         return kind.at_layer(layer).attend(q, k, v, metadata), None
-      both = [of.attend(q, k, v, own) for of, own in zip(kind.kinds, metadata, strict=True)]
+      full, window = (of.attend(q, k, v, own) for of, own in zip(kind.kinds, metadata, strict=True))
       is_full_N = jnp.asarray(kind.budgets.assignment)[layer] == 0
       is_full_H = jnp.repeat(is_full_N, HEADS // KV_HEADS)
-      return jnp.where(is_full_H[None, None, :, None], *both), None
+      return jnp.where(is_full_H[None, None, :, None], full, window), None
 
     if way == "switch" and config.remat == "none":
       attend = jax.checkpoint(attend, prevent_cse=False)
     layers = nnx.merge(structure, params)
+    assert isinstance(layers, DecoderLayer)  # They are stacked.
     return run_stacked(layers, x_BxLxE, rope, attend, None, num_layers=LAYERS, remat=config.remat)[
       0
     ]
@@ -88,6 +90,7 @@ def main(argv: Sequence[str]) -> None:
   """Prints one row of the table."""
   del argv
   way = _WAY.value
+  remat: Any = _REMAT.value  # The flag has the names of the field.
   config = ModelConfig(
     vocab_size=8,
     num_layers=LAYERS,
@@ -98,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     mlp_dim=1536,
     attention="head_budgets",
     head_budgets=HeadBudgets(("full", WINDOW), assignment(way)),
-    remat=_REMAT.value,
+    remat=remat,
   )
   params, run = layer_stack(config, way)
   x = jax.ShapeDtypeStruct((1, _LENGTH.value, config.embed_dim), config.dtype)
@@ -110,6 +113,7 @@ def main(argv: Sequence[str]) -> None:
   compiled = lowered.compile()
   end = time.process_time()
   memory = compiled.memory_analysis()
+  assert memory is not None  # The CPU's compiler has it.
   print(environment())
   print(
     "| way | remat | distinct layers | trace and lower, CPU s | compile, CPU s "

@@ -150,6 +150,7 @@ def _compile(program: Program) -> float:
     return out, pull(dout)
 
   text = compile_for_tpu(both, *shapes, chip=program.chip).as_text()
+  assert text is not None  # A compiled TPU program has a text.
   cycles = [int(x) for x in re.findall(r'estimated_cycles":"(\d+)"', text)]
   # Operations without an estimate have −1, written as an unsigned integer.
   return float(sum(x for x in cycles if x < 2**62))

@@ -31,7 +31,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -41,6 +41,7 @@ from tqdm import tqdm
 from benchmarks import _aot_gpu
 from benchmarks._collectives import nvlink_received_bytes, take_profile
 from benchmarks.timing import environment
+from dga_jax.choices import AttentionName
 from dga_jax.model import flops_per_token
 from dga_jax.sharding import make_mesh, MeshConfig
 from train.aot_compile import lower_step
@@ -155,7 +156,7 @@ def _config(length: int, attention: str, mesh: str) -> TrainConfig:
     config,
     mesh=shapes[mesh],
     grad_accumulation=micro_batches,
-    model=dataclasses.replace(config.model, attention=attention),
+    model=dataclasses.replace(config.model, attention=cast(AttentionName, attention)),
     data=dataclasses.replace(config.data, sequence_length=length, max_documents=1),
   )
 
@@ -337,13 +338,16 @@ def _compiled_path(folder: str, config: TrainConfig) -> Path:
 
 def _compile_ahead() -> None:
   """Compiles the DGA step of each length for one H100 and saves the programs."""
+  folder = _COMPILE_TO.value
+  assert folder is not None  # Without it nothing is compiled ahead.
   for length in tqdm(_LENGTHS.value, desc="compiling", disable=None):
     config = _config(int(length), "dga", "one")
     functions = make_functions(config, make_mesh(config.mesh, [_aot_gpu.h100_device()]))
     compiled = lower_step(config, functions).compile()
     analysis = compiled.memory_analysis()
+    assert analysis is not None  # The compiler for GPUs has it.
     print(f"L={length}: {analysis.peak_memory_in_bytes / 1e9:.1f} GB", flush=True)
-    _aot_gpu.save_compiled(_compiled_path(_COMPILE_TO.value, config), compiled)
+    _aot_gpu.save_compiled(_compiled_path(folder, config), compiled)
 
 
 if __name__ == "__main__":

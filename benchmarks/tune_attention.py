@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     attention, best, candidates = _search_space(backend, shape, device_kind)
     for kernel, tiles in candidates.items():
       current = getattr(best, kernel)
-      attentions = {
+      attentions: dict[Any, Callable[..., Any]] = {
         tile: functools.partial(attention, blocks=dataclasses.replace(best, **{kernel: tile}))
         for tile in dict.fromkeys([current, *tiles])
       }

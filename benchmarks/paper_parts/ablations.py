@@ -157,8 +157,8 @@ def _decoding(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> tup
     return "", "", ""
   ratio = math.exp(np.mean(result["decoded_loss"]) - np.mean(dense["decoded_loss"]))
   latency = result["latency"]
-  times = (1e3 * latency[name] for name in ("prompt_seconds", "token_seconds"))
-  return f"{ratio:.3f}", *(f"{time:.2f}" for time in times)
+  prompt, token = (1e3 * latency[name] for name in ("prompt_seconds", "token_seconds"))
+  return f"{ratio:.3f}", f"{prompt:.2f}", f"{token:.2f}"
 
 
 def _ratio(result: Mapping[str, Any], dense: Mapping[str, Any] | None) -> float | None:
@@ -171,7 +171,7 @@ def _plot(by_name: Mapping[str, Mapping[str, Any]], path: Path) -> None:
   figure, panels = make_figure(
     2, "m and γ: loss above the best setting, without training and in the paper"
   )
-  tables = (
+  tables: tuple[tuple[str, Mapping[float, tuple[float, float]], float, str], ...] = (
     ("m", GROUP_SIZE, 16, "group size m, γ = 0.1"),
     ("γ", IMPORTANCE_RATE, 0.1, "importance rate γ, m = 16"),
   )

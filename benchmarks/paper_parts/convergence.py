@@ -146,9 +146,14 @@ def _table(results: Sequence[Mapping[str, Any]]) -> str:
       row = [str(result["length"]), name, f"{result['optimum'][str(m)]:.3f}"]
       for method in METHODS:
         losses = dict(zip(result["steps"], result["curves"][method][str(m)], strict=True))
-        at = [min(losses, key=lambda step, goal=goal: abs(step - goal)) for goal in (10, 100, 1000)]
+        at = [_nearest(goal, list(losses)) for goal in (10, 100, 1000)]
         row.append(", ".join(f"{losses[step]:.2g}" for step in at))
       rows.append(row)
   header = ["L", "weights", "smallest loss without constraints"]
   header += [f"{name}: loss after 10, 100, 1000 steps" for name in METHODS]
   return markdown(header, rows)
+
+
+def _nearest(goal: int, steps: Sequence[int]) -> int:
+  """The first of the steps that are nearest to a goal."""
+  return min(steps, key=lambda step: abs(step - goal))

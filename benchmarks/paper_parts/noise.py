@@ -102,7 +102,8 @@ def _states(
   """Final states [1, L, E] with noise of the given relative sizes."""
   model = nnx.merge(graphdef, params)
   kind = model.config.make_attention()
-  metadata = kind.prepare(find_documents(*tokens_1xL.shape, None, None))
+  B, L = tokens_1xL.shape
+  metadata = kind.prepare(find_documents(B, L, None, None))
   x_BxLxE = embed(model, tokens_1xL)
   x_BxLxE += relative_noise(jax.random.fold_in(key, 0), x_BxLxE, embedding_noise)
 

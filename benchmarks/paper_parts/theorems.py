@@ -119,11 +119,11 @@ def condition_numbers(draws: int, rng: np.random.Generator) -> list[dict[str, An
           logits = np.zeros(length) if weights == "even" else rng.standard_normal(length)
           grouped = merge(V, logits, m)
           changes.append(condition_number(grouped) / condition_number(V))
-        changes = np.array(changes)
+        change = np.array(changes)
         values.append(
           {
-            "m": m, "ratio": ratio, "weights": weights, "median": float(np.median(changes)),
-            "larger": float((changes > 1 + 1e-9).mean()),
+            "m": m, "ratio": ratio, "weights": weights, "median": float(np.median(change)),
+            "larger": float((change > 1 + 1e-9).mean()),
           }
         )  # fmt: skip
   return values
