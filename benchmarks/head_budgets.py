@@ -23,29 +23,27 @@ retrieval. Each result is appended to OUT/results.jsonl when it is measured, and
 continues an interrupted run. OUT/table.md is the table of all results.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import app, flags
 
+from benchmarks._budget_baselines import as_baseline, interval, make_baselines, Set
 from benchmarks.timing import environment
-from dga_jax.calibration.comparison import Baseline, one_setting, sinks_and_window, spread_window
 from dga_jax.calibration.measuring import Measurer
 from dga_jax.calibration.rows import Rows
 from dga_jax.calibration.run import make_budgets
 from dga_jax.checkpoint import load_model, load_model_config
-from dga_jax.config import DGAConfig
 from dga_jax.evaluation.report import markdown
 from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.retrieval import TASKS
 from dga_jax.evaluation.texts import read_documents
 from dga_jax.files.path_flags import define_path
-from dga_jax.head_budgets import FULL, HeadBudgets, HeadSetting, read_head_budgets, SinkWindow
+from dga_jax.head_budgets import FULL, read_head_budgets
 from dga_jax.model import ModelConfig
 
 _WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)
@@ -65,39 +63,6 @@ _SCALE = flags.DEFINE_bool("scale_windows", True, "Scale windows with the length
 _ROPE_BASE = flags.DEFINE_float("rope_base", None, "RoPE base; default: the checkpoint's.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype to compute in.")
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 32768, "Tokens of one batch.")
-
-_BOOTSTRAP = 2000
-
-
-class Set(NamedTuple):
-  """Budgets or a baseline.
-
-  Attributes:
-    file: the name of the file of budgets; "" for dense attention.
-    kind: "dense", "budgets" or a baseline.
-    budgets: the setting of each KV head.
-    length: that the budgets were calibrated for.
-  """
-
-  file: str
-  kind: str
-  budgets: HeadBudgets
-  length: int
-
-  def share(self, length: int) -> float:
-    """Keys in the cache over all keys."""
-    return _as_baseline(self.budgets).share(length)
-
-  def scaled_to(self, length: int) -> "Set":
-    """The set with windows for another length."""
-    ratio = length / self.length
-    settings = tuple(_scale(one, ratio) for one in self.budgets.settings)
-    if len(set(settings)) < len(settings):
-      raise ValueError(
-        f"length is {length}; two windows of {self.file} are equal when they are scaled from"
-        f" {self.length} tokens to it. Use --noscale_windows or another length."
-      )
-    return self._replace(budgets=HeadBudgets(settings, self.budgets.assignment), length=length)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -157,35 +122,6 @@ def _read_sets(config: ModelConfig) -> Iterator[Set]:
         yield Set(file, kind, one, length)
 
 
-def make_baselines(
-  budgets: HeadBudgets, stored: dict[str, Any], config: ModelConfig
-) -> Iterator[tuple[str, HeadBudgets | None]]:
-  """The baselines with at most the keys of the budgets; None for one that its keys do not reach.
-
-  Args:
-    budgets: calibrated.
-    stored: "length" and "starts" of their calibration.
-    config: of the model.
-  """
-  own, length = _as_baseline(budgets), stored["length"]
-  keys = round(own.share(length) * length * own.assignment.size)
-  no_full_head = np.zeros(own.assignment.shape, bool)
-  blocks = DGAConfig(
-    selection="streaming",
-    selector="fitted" if config.focal_selector else "last_query",
-    group_size=30,
-    focal_per_block=2,
-    sink_tokens=4,
-  )
-  duo = [one for one in stored["starts"] if one["name"].endswith("full heads, sinks and window")]
-  best = min(duo, key=lambda one: one["score"], default=None)
-  with_sinks = (*own.candidates, SinkWindow(1, 4))
-  yield "same full heads", _optional(sinks_and_window(with_sinks, own.assignment, length))
-  yield "sinks and window", None if best is None else HeadBudgets.from_dict(best["budgets"])
-  yield "one window", _optional(spread_window(no_full_head, keys, 4, length))
-  yield "one DGA setting", _optional(one_setting((*own.candidates, blocks), own.assignment, length))
-
-
 class _Measure:
   """Measures sets on rows."""
 
@@ -198,7 +134,7 @@ class _Measure:
     settings = dict.fromkeys(setting for one in sets for setting in one.budgets.settings)
     batch = max(1, _BATCH_TOKENS.value // length)
     measurer = Measurer(self._model, list(settings), self._results, batch)
-    return [measurer.measure_rows(name, rows, *_as_baseline(one.budgets)) for one in sets]
+    return [measurer.measure_rows(name, rows, *as_baseline(one.budgets)) for one in sets]
 
 
 def _text_table(
@@ -236,34 +172,6 @@ def _retrieval_table(sets: Sequence[Set], found: dict[tuple[str, int], list[np.n
     ])  # fmt: skip
   header = ["file", "set", "mean", "points against dense", *map(str, lengths), *tasks]
   return markdown(header, body)
-
-
-def interval(cells: Sequence[np.ndarray], seed: int) -> np.ndarray:
-  """The interval of 95 % of bootstrap samples of the mean over cells of the means of their values.
-
-  Args:
-    cells: numbers that are drawn with replacement within their cell.
-    seed: of the draws.
-  """
-  rng = np.random.default_rng(seed)
-  means = [rng.choice(cell, (_BOOTSTRAP, len(cell))).mean(axis=1) for cell in cells]
-  return np.quantile(np.mean(means, axis=0), [0.025, 0.975])
-
-
-def _scale(setting: HeadSetting, ratio: float) -> HeadSetting:
-  if isinstance(setting, DGAConfig):
-    return dataclasses.replace(setting, local_window=round(setting.local_window * ratio))
-  if isinstance(setting, SinkWindow):
-    return SinkWindow(max(1, int(setting.window * ratio)), setting.sinks)
-  return setting
-
-
-def _as_baseline(budgets: HeadBudgets) -> Baseline:
-  return Baseline(budgets.settings, np.array(budgets.assignment))
-
-
-def _optional(one: Baseline | None) -> HeadBudgets | None:
-  return None if one is None else make_budgets(*one)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.head_budgets import interval, make_baselines, Set
+from benchmarks._budget_baselines import interval, make_baselines, Set
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import FULL, HeadBudgets, SinkWindow
 from tests.dga_jax.evaluation import tiny

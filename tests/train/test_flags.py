@@ -141,7 +141,7 @@ def parse_config(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     ("configs/quikstart.py", r"Did you mean configs/quickstart\.py\?"),
     ("quickstart", r"Did you mean configs/quickstart\.py\?"),
     ("configs/quikstart.py:small", r"Did you mean configs/quickstart\.py\?"),
-    ("zzz.py", r"There are .*configs/quickstart\.py, configs/recall\.py\."),
+    ("zzz.py", r"There are .*configs/recall\.py, configs/smollm2_continued\.py\."),
     ("gs://bucket/quickstart.py", r"gs:// is not supported here"),
   ],
 )
