@@ -1,4 +1,4 @@
-"""Forward passes of benchmarks whose attention the caller defines."""
+"""Forward passes of benchmarks whose attention the caller defines, and greedy decoding."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from dga_jax.attention.dense import xla_attention
 from dga_jax.model import Decoder
+from dga_jax.model.decoder import DecoderCache
 from dga_jax.model.layers import DecoderLayer
 from dga_jax.model.rope import rope_table
 from dga_jax.model.run_layers import LayerAttend, run_stacked
@@ -63,3 +64,25 @@ def relative_noise(key: Array, x: Float[Array, "*S"], size: Array) -> Float[Arra
   """Gaussian noise with a standard deviation of `size` times the root mean square of `x`."""
   deviation = size * jnp.sqrt(jnp.mean(jnp.square(x.astype(jnp.float32))))
   return (deviation * jax.random.normal(key, x.shape)).astype(x.dtype)
+
+
+def greedy_steps(
+  model: Decoder, token_B: Int[Array, "B"], cache: DecoderCache, count: int
+) -> Int[Array, "T B"]:
+  """The `count` most likely tokens of each sequence after `token_B`, one after another.
+
+  Args:
+    model: the decoder.
+    token_B: follows the tokens of the cache.
+    cache: of the sequences.
+    count: T.
+  """
+
+  def step(carry: tuple[DecoderCache, Array], _: None) -> tuple[tuple[DecoderCache, Array], Array]:
+    cache, token_B = carry
+    logits_BxV, cache = model.decode(token_B, cache)
+    token_B = logits_BxV.argmax(axis=-1).astype(jnp.int32)
+    return (cache, token_B), token_B
+
+  tokens_TxB: Array = jax.lax.scan(step, (cache, token_B), None, length=count)[1]
+  return tokens_TxB

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dga_jax.head_budgets import HeadBudgets, read_head_budgets
-from dga_jax.model.flops import setting_keys
+from dga_jax.model.flops import mean_head_keys
 
 # A file of `dga calibrate --keys=0.25` keeps at most a quarter of its own length. At another length
 # sinks, windows and unfinished blocks are another share.
@@ -64,6 +64,4 @@ def choose_budgets(
 
 def share_of_keys(budgets: HeadBudgets, length: int) -> float:
   """Keys that the caches of all heads hold for `length` tokens, over those of dense caches."""
-  counts = budgets.counts()
-  held = sum(setting_keys(setting, length) * heads for setting, heads in counts.items())
-  return held / (length * sum(counts.values()))
+  return mean_head_keys(budgets.counts(), length) / length

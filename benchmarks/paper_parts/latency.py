@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Int
 
+from benchmarks._forward import greedy_steps
+
 _TOKENS = 64  # Decoding steps of one timed call.
 _REPEATS = 5
 
@@ -67,12 +69,4 @@ def _read(
 def _decode(
   graphdef: nnx.GraphDef, params: Any, token_B: Int[Array, "B"], cache: Any
 ) -> Int[Array, "T B"]:
-  model = nnx.merge(graphdef, params)
-
-  def step(carry: tuple[Any, Array], _: None) -> tuple[tuple[Any, Array], Array]:
-    cache, token_B = carry
-    logits_BxV, cache = model.decode(token_B, cache)
-    token_B = logits_BxV.argmax(axis=-1).astype(jnp.int32)
-    return (cache, token_B), token_B
-
-  return jax.lax.scan(step, (cache, token_B), None, length=_TOKENS)[1]
+  return greedy_steps(nnx.merge(graphdef, params), token_B, cache, _TOKENS)

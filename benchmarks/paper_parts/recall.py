@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int
 
+from benchmarks._forward import greedy_steps
 from dga_jax.evaluation.losses import batches, fill
 from dga_jax.evaluation.retrieval import exact_match, TASKS
 from dga_jax.evaluation.ruler import RULER_TASKS, RulerTexts
@@ -150,11 +151,6 @@ def _continue(
   max_length = prompts_BxL.shape[1] + new_tokens
   logits_BxV, cache = model.prefill(prompts_BxL, lengths_B, max_length=max_length)
 
-  def step(carry: tuple[Any, Array], _: None) -> tuple[tuple[Any, Array], Array]:
-    cache, token_B = carry
-    logits_BxV, cache = model.decode(token_B, cache)
-    return (cache, logits_BxV.argmax(axis=-1).astype(jnp.int32)), token_B
-
   first_B = logits_BxV.argmax(axis=-1).astype(jnp.int32)
-  _, tokens_TxB = jax.lax.scan(step, (cache, first_B), None, length=new_tokens)
-  return tokens_TxB.T
+  later_TxB = greedy_steps(model, first_B, cache, new_tokens - 1)
+  return jnp.concatenate([first_B[None], later_TxB]).T

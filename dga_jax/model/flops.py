@@ -1,6 +1,7 @@
 """Sizes and costs by formula: parameters, and floating-point operations of a training token."""
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -91,8 +92,13 @@ def cache_keys(config: ModelConfig, max_length: int) -> float:
         f"attention is {config.attention!r}; cache_keys counts 'dense', 'head_budgets', and 'dga' "
         "with streaming selection. Measure other caches with dga_jax.evaluation.variants.Family."
       )
-  heads = sum(settings.values())
-  return sum(setting_keys(one, max_length) * count for one, count in settings.items()) / heads
+  return mean_head_keys(settings, max_length)
+
+
+def mean_head_keys(heads: Mapping[HeadSetting, int], max_length: int) -> float:
+  """The mean of `setting_keys` over heads, given as the number of heads of each setting."""
+  held = sum(setting_keys(setting, max_length) * count for setting, count in heads.items())
+  return held / sum(heads.values())
 
 
 def setting_keys(setting: HeadSetting, max_length: int) -> int:
