@@ -17,6 +17,7 @@ Without --documents the text is the source of Python's library alone.
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast, get_args
@@ -33,6 +34,7 @@ from dga_jax.evaluation.jobs import run_jobs
 from dga_jax.evaluation.results import Results
 from dga_jax.files.path_flags import define_path, define_paths
 from train.logs import set_up_logging
+from train.stop_signals import EXIT_STATUS, StoppedError, StopSignals
 
 _OUT = define_path("out", None, "Folder for results.", required=True)
 _SELECTED = flags.DEFINE_list("parts", list(PARTS), f"Parts to run: {', '.join(PARTS)}.")
@@ -72,6 +74,16 @@ flags.register_validator(
 def main(argv: Sequence[str]) -> None:
   """Runs the missing jobs of the parts, then writes tables and pictures of all results."""
   del argv
+  with StopSignals() as signals:
+    try:
+      _run(signals)
+    except (InterruptedError, StoppedError) as error:
+      print(error)
+      sys.exit(EXIT_STATUS)
+
+
+def _run(signals: StopSignals) -> None:
+  """Runs the jobs of the flags."""
   set_up_logging()
   if not _TRAIN_FILES.value:  # The trainer logs its steps.
     logging.set_verbosity(logging.WARNING)
@@ -86,6 +98,7 @@ def main(argv: Sequence[str]) -> None:
     Ablation(_LENGTH.value, 8 if _LATENCY.value else None),
     cast(DtypeName, _DTYPE.value),
     _BUDGETS.value,
+    signals,
   )
   origin = Path(_WORKDIR.value).name if _WORKDIR.value else "SmolLM2-135M-Instruct Q4_1"
   every = [job for name in _SELECTED.value for job in PARTS[name].make_jobs(inputs)]
@@ -110,8 +123,8 @@ def _pretraining(out: Path) -> Pretraining | None:
     overrides={
       "num_steps": steps,
       "warmup_steps": steps // 20,
-      "eval_every": steps,
-      "checkpoint_every": -(-steps // 2),
+      "eval_every": -(-steps // 2),
+      "checkpoint_every": -(-steps // 4),
     },
   )
 

@@ -16,8 +16,6 @@ DGA global 1.26, streaming at a quarter 1.025, sinks and window 1.020, full head
 1.0055, full heads with DGA 1.0062 (docs/paper.md).
 """
 
-import json
-import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -82,28 +80,19 @@ def get_config(run: str = "streaming_quarter") -> ConfigDict:
     run: the key, or a path that ends in .json.
 
   Raises:
-    OSError: the file cannot be read.
-    ValueError: no such key, or the file is not JSON.
+    ValueError: no such key.
   """
-  if run.endswith(".json"):
-    values = json.loads(pathlib.Path(run).read_text(encoding="utf-8"))
-    budgets = {name: values[name] for name in ("settings", "assignment")}
-    fitted = any(one != "full" and one.get("selector") == "fitted" for one in budgets["settings"])
-    attention: dict[str, Any] = {
-      "attention": "head_budgets",
-      "head_budgets": budgets,
-      "focal_selector": fitted,  # MODEL then needs the weights of dga fit_selector.
-    }
-  elif run in ATTENTION:
-    attention = ATTENTION[run]
-  else:
+  is_file = run.endswith(".json")
+  if not is_file and run not in ATTENTION:
     raise ValueError(
       f"run is {run!r}; it must be a JSON file of head budgets or one of {', '.join(ATTENTION)}."
     )
   return ConfigDict(
     {
+      "budgets": run if is_file else None,
       "learning_rate": 3e-4,
       "warmup_steps": 50,
+      "loss_chunk": 1024,
       "log_every": 20,
       "eval_every": 500,
       "eval_batches": 4,
@@ -125,7 +114,7 @@ def get_config(run: str = "streaming_quarter") -> ConfigDict:
         "mlp_dim": 1536,
         "rope_base": 100000.0,
         "tie_embeddings": True,
-        **attention,
+        **({} if is_file else ATTENTION[run]),
       },
     }
   )

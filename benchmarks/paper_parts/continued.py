@@ -20,10 +20,12 @@ from dga_jax.checkpoint import load_model
 from dga_jax.evaluation.jobs import Job
 from dga_jax.evaluation.perplexity import measure_perplexity
 from dga_jax.evaluation.variants import Family, Variant
+from dga_jax.head_budgets import read_head_budgets
 from train.config import to_dict, TrainConfig
 from train.data.pipeline import load_data
 from train.metrics import read_metrics
 from train.setup import train
+from train.stop_signals import StopSignals
 
 TASK = "continued"
 UNTRAINED = "untrained"
@@ -47,8 +49,24 @@ class _Models:
 def make_jobs(inputs: Inputs) -> Iterator[Job]:
   """The preparation of the data, then three jobs for each seed and run; two for the model before.
 
-  Without `inputs.pretraining` there are none.
+  Without `inputs.pretraining` there are none. After a signal no job starts.
   """
+  for job in _jobs(inputs):
+    run = functools.partial(_unless_stopped, inputs.signals, job.run)
+    yield dataclasses.replace(job, run=run)
+
+
+def _unless_stopped(
+  signals: StopSignals | None,
+  run: Callable[[Callable[[], Any]], dict[str, Any]],
+  tick: Callable[[], Any],
+) -> dict[str, Any]:
+  if signals is not None and signals.asked:
+    raise InterruptedError("A signal stopped the command. The same command continues it.")
+  return run(tick)
+
+
+def _jobs(inputs: Inputs) -> Iterator[Job]:
   settings = inputs.pretraining
   if settings is None:
     return
@@ -61,7 +79,8 @@ def make_jobs(inputs: Inputs) -> Iterator[Job]:
       config = settings.config(run, seed, inputs.workdir)
       name = Path(run).stem
       workdir = settings.folder / f"{name}_{seed}"
-      yield _job(name, seed, "train", config, functools.partial(_train, config, workdir))
+      run_to_end = functools.partial(_train, config, workdir, inputs.signals)
+      yield _job(name, seed, "train", config, run_to_end)
       yield from _evaluation_jobs(inputs, settings, models, name, config, str(workdir))
 
 
@@ -74,17 +93,17 @@ def _evaluation_jobs(
   workdir: str,
 ) -> Iterator[Job]:
   length = config.data.sequence_length
+  # An imported model may have another dtype than the runs, in which dense attention is slower.
+  variant = Variant(run, {"dtype": config.model.dtype})
 
   def loss() -> dict[str, Any]:
     per_book = -(-settings.rows // len(inputs.corpora[inputs.books]))
     rows = inputs.rows(inputs.books, length, per_book)
-    return measure_perplexity(models.family(workdir), Variant(run), rows, settings.perplexity)
+    return measure_perplexity(models.family(workdir), variant, rows, settings.perplexity)
 
   def recall() -> dict[str, Any]:
     family = models.family(workdir)
-    return measure_recall(
-      family, Variant(run), inputs.tokenizer, inputs.ruler_texts, settings.recall
-    )
+    return measure_recall(family, variant, inputs.tokenizer, inputs.ruler_texts, settings.recall)
 
   seed = config.seed
   yield _job(run, seed, "loss", config, loss, settings.rows, vars(settings.perplexity))
@@ -106,6 +125,8 @@ def _job(
 
   values = to_dict(config)
   values.pop("init_from")  # Paths of one machine are no part of a result.
+  if config.budgets is not None:
+    values["budgets"] = read_head_budgets(config.budgets).to_dict()
   values["data"].pop("cache_dir")
   values["data"]["train_files"] = [Path(file).name for file in config.data.train_files]
   return Job(
@@ -127,14 +148,14 @@ def _prepare(config: TrainConfig, inputs: Inputs, settings: Pretraining) -> dict
   return {"bytes": sizes, "preparation_seconds": time.perf_counter() - begin}
 
 
-def _train(config: TrainConfig, workdir: Path) -> dict[str, Any]:
+def _train(config: TrainConfig, workdir: Path, signals: StopSignals | None) -> dict[str, Any]:
   """Trains or continues the run; the numbers of its metrics.jsonl.
 
   Raises:
-    InterruptedError: a signal has stopped the run; its step is saved.
+    InterruptedError: a signal stopped the run; its step is saved.
   """
   begin = time.perf_counter()
-  if not train(config, workdir):
+  if not train(config, workdir, signals=signals):
     raise InterruptedError(f"The run in {workdir} was stopped. The same command continues it.")
   records = read_metrics(workdir)
   steps = [record for record in records if "loss" in record]

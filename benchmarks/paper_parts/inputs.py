@@ -18,6 +18,7 @@ from dga_jax.evaluation.texts import Document, read_documents, token_rows
 from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.model import Decoder
 from dga_jax.tokenizer import Tokenizer
+from train.stop_signals import StopSignals
 
 _PYTHON_CHARACTERS = 300_000  # Of each of the two documents of Python source.
 _HAY_CHARACTERS = 400_000  # Of each book in which facts are hidden.
@@ -48,6 +49,8 @@ class Inputs:
     ablation: what the part "ablations" measures.
     dtype: of the activations.
     budgets: JSON files of calibrated budgets of the model.
+    signals: stop a run of continued pretraining after a step that is saved; None where nothing
+      handles signals.
   """
 
   def __init__(
@@ -59,10 +62,12 @@ class Inputs:
     ablation: Ablation | None = None,
     dtype: DtypeName = "float32",
     budgets: Sequence[str] = (),
+    signals: StopSignals | None = None,
   ) -> None:
     self._workdir, self._documents, self._max_documents = workdir, documents, max_documents
     self.pretraining, self.ablation = pretraining, ablation or Ablation()
     self._dtype, self.budgets = dtype, tuple(budgets)
+    self.signals = signals
 
   @functools.cached_property
   def workdir(self) -> str:

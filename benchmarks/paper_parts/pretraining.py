@@ -10,7 +10,7 @@ from configs.smollm2_continued import ATTENTION, get_config
 from dga_jax.evaluation.perplexity import PerplexitySettings
 from train.config import make_config, TrainConfig
 
-_PERPLEXITY = PerplexitySettings(batch_size=8, targets=512, always_decode=False)
+_PERPLEXITY = PerplexitySettings(batch_size=12, targets=512, always_decode=False)
 
 
 @dataclasses.dataclass(frozen=True)

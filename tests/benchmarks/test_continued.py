@@ -21,6 +21,8 @@ from dga_jax.model.flops import cache_keys
 from tests.dga_jax.evaluation.tiny import family, STORY, TOKENIZER, write_checkpoint
 from train.config import make_config
 from train.flags import with_defaults
+from train.init_from import find_initial
+from train.stop_signals import StopSignals
 
 
 @pytest.mark.parametrize("run", list(ATTENTION))
@@ -37,11 +39,14 @@ def test_a_run_is_named_by_a_file_of_budgets(tmp_path: Path):
   budgets = dict(ATTENTION["duo_quarter"]["head_budgets"])
   path = tmp_path / "found.json"
   path.write_text(json.dumps(budgets | {"calibration": {"keys": 0.25}}))
-  model = make_config(with_defaults(get_config(str(path)))).model
-  assert model == make_config(get_config("duo_quarter")).model
-  fitted = ATTENTION["streaming_quarter"]["dga"] | {"selector": "fitted"}
-  path.write_text(json.dumps({"settings": ["full", fitted], "assignment": budgets["assignment"]}))
-  assert make_config(with_defaults(get_config(str(path)))).model.focal_selector
+  config = make_config(with_defaults(get_config(str(path))))
+  assert config.budgets == str(path)
+  found = find_initial(config, None).config.model
+  want = make_config(get_config("duo_quarter")).model
+  assert found.head_budgets.counts() == want.head_budgets.counts()
+  assert dataclasses.replace(found, head_budgets=want.head_budgets) == want
+  # The heads of a setting are adjacent, so few rows are distinct.
+  assert all(list(row) == sorted(row) for row in found.head_budgets.assignment)
   with pytest.raises(ValueError, match="run is 'unknown'; it must be a JSON file"):
     get_config("unknown")
 
@@ -132,6 +137,12 @@ def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: py
     assert after < before
     assert by_label[run, "loss"]["loss"] < by_label["untrained", "loss"]["loss"]
   assert str(tmp_path) not in json.dumps([one["depends_on"] for one in results.all()])
+  # A signal stops the command before the next job.
+  stopped = StopSignals()
+  stopped.asked = True
+  inputs.signals = stopped
+  with pytest.raises(InterruptedError, match="The same command continues it"):
+    next(iter(continued.make_jobs(inputs))).run(lambda: None)
   # A second start measures nothing, and a longer run is another result.
   again = list(continued.make_jobs(inputs))
   assert {job.key for job in again} == {job.key for job in jobs}
