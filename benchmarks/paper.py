@@ -26,6 +26,7 @@ from absl import app, flags, logging
 
 from benchmarks.paper_parts.inputs import Ablation, Inputs
 from benchmarks.paper_parts.pretraining import Pretraining
+from benchmarks.paper_parts.question_sets import QuestionSets
 from benchmarks.paper_parts.registry import PARTS, write_report
 from benchmarks.timing import environment
 from configs.smollm2_continued import ATTENTION
@@ -56,6 +57,9 @@ _RUNS = flags.DEFINE_list(
   f"Runs of continued pretraining: JSON files of head budgets, or of {', '.join(ATTENTION)}.",
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of continued pretraining, one run for each.")
+_LONGBENCH = define_path("longbench", None, "For continued pretraining: LongBench-E's folder.")
+_QUESTIONS = define_path("questions", None, "For continued pretraining: questions of Liu et al.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Largest number of examples of a file.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 1000, "Steps of continued pretraining.", lower_bound=20)
 _CACHE_DIR = define_path("cache_dir", None, "Folder of tokenized text; default: in OUT.")
 flags.register_validator(
@@ -120,6 +124,7 @@ def _pretraining(out: Path) -> Pretraining | None:
     train_files=(books, facts),
     runs=tuple(_RUNS.value),
     seeds=tuple(map(int, _SEEDS.value)),
+    question_sets=QuestionSets(_LONGBENCH.value, _QUESTIONS.value, _LIMIT.value),
     overrides={
       "num_steps": steps,
       "warmup_steps": steps // 20,

@@ -2,7 +2,8 @@
 
 All runs start from the same model and have the same data, steps and learning rate
 (configs/smollm2_continued.py). Each has three results: the training itself, the loss by position on
-held-out books, and the answers to prompts in which facts are told and asked for later. The run
+held-out books, and the answers to prompts in which facts are told and asked for later. Where files
+of LongBench-E or of questions about many documents are given, their scores are a fourth. The run
 "untrained" is the model before training.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 
 from benchmarks.paper_parts.inputs import Inputs
 from benchmarks.paper_parts.pretraining import Pretraining
+from benchmarks.paper_parts.question_sets import measure_question_sets
 from benchmarks.paper_parts.recall import measure_recall
 from dga_jax.checkpoint import load_model
 from dga_jax.evaluation.jobs import Job
@@ -105,9 +107,16 @@ def _evaluation_jobs(
     family = models.family(workdir)
     return measure_recall(family, variant, inputs.tokenizer, inputs.ruler_texts, settings.recall)
 
+  def questions() -> dict[str, Any]:
+    return measure_question_sets(
+      models.family(workdir), variant, inputs.tokenizer, length, settings.question_sets
+    )
+
   seed = config.seed
   yield _job(run, seed, "loss", config, loss, settings.rows, vars(settings.perplexity))
   yield _job(run, seed, "recall", config, recall, dataclasses.asdict(settings.recall))
+  if settings.question_sets:
+    yield _job(run, seed, "questions", config, questions, settings.question_sets.names())
 
 
 def _job(

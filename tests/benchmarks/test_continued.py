@@ -10,6 +10,7 @@ import pytest
 from benchmarks.paper_parts import continued, continued_report, recall
 from benchmarks.paper_parts.inputs import Inputs
 from benchmarks.paper_parts.pretraining import Pretraining
+from benchmarks.paper_parts.question_sets import measure_question_sets, QuestionSets
 from configs.smollm2_continued import ATTENTION, get_config
 from dga_jax.evaluation.answers import answer
 from dga_jax.evaluation.jobs import run_jobs
@@ -89,6 +90,41 @@ def test_recall_scores_every_task(monkeypatch: pytest.MonkeyPatch):
   assert {one["score"] for one in result["ruler"].values()} == {1.0}
   assert len(result["retrieval"]) == 10
   assert len(result["ruler"]) == 7
+
+
+def test_questions_of_files_are_answered_and_reported(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  """Files in the formats of LongBench-E and of Liu et al., and a model that knows one answer."""
+  (tmp_path / "dataset2prompt.json").write_text('{"qasper": "{context} {input}"}')
+  (tmp_path / "dataset2maxlen.json").write_text('{"qasper": 5}')
+  paper = {"context": STORY * 9, "answers": ["porch"], "length": 400, "all_classes": None}
+  lines = [json.dumps(paper | {"input": place}) for place in ("Where?", "When?")]
+  (tmp_path / "qasper_e.jsonl").write_text("\n".join(lines))
+  documents = [
+    {"title": str(number), "text": "Rain.", "isgold": number == 1} for number in range(3)
+  ]
+  question = {"question": "What fell?", "answers": ["rain"], "ctxs": documents}
+  (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+  sets = QuestionSets(str(tmp_path), str(tmp_path / "questions.jsonl"))
+  assert sets
+  assert not QuestionSets()
+  prompts: list[int] = []
+
+  def answers(_: Any, __: Any, tokens: list[list[int]], *, new_tokens: int, **___: Any) -> Any:
+    prompts.extend(len(one) + new_tokens for one in tokens)
+    return ["porch", "rain"] if len(tokens) == 2 else ["some rain"]
+
+  variant = Variant("own")
+  real = measure_question_sets(family(), variant, TOKENIZER, 512, sets)
+  assert set(real["scores"]) == {"qasper", "many documents"}
+  assert len(real["results"]["qasper"]["answers"]) == 2
+  monkeypatch.setattr("dga_jax.evaluation.jobs.answer", answers)
+  result = measure_question_sets(family(), variant, TOKENIZER, 512, sets)
+  assert result["scores"] == {"qasper": 50.0, "many documents": 100.0}
+  assert max(prompts) <= 512
+  table = continued_report._questions({"dense": [result], "other": [result]})
+  assert "| qasper | 50.0 | 50.0 |" in table
 
 
 def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
