@@ -46,7 +46,10 @@ _JOBS = flags.DEFINE_string("jobs", "", "Run the jobs whose name matches this re
 _MINUTES = flags.DEFINE_float("minutes", None, "Start no job after this many minutes.")
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of a row of the ablations.", lower_bound=2)
 _LATENCY = flags.DEFINE_bool(
-  "latency", False, "Also measure the times of the ablations, for 8 sequences, and decoding."
+  "latency", False, "Also measure the times of the ablations, for 8 sequences."
+)
+_MODELS = define_paths(
+  "models", "For the ablations: workdirs of trained models, in place of the model."
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", get_args(DtypeName), "Dtype of the activations.")
 _BUDGETS = define_paths("budgets", "For the shares: JSON files of calibrated budgets.")
@@ -99,7 +102,7 @@ def _run(signals: StopSignals) -> None:
     _DOCUMENTS.value,
     _MAX_DOCUMENTS.value,
     _pretraining(out),
-    Ablation(_LENGTH.value, 8 if _LATENCY.value else None),
+    Ablation(_LENGTH.value, 8 if _LATENCY.value else None, tuple(_MODELS.value)),
     cast(DtypeName, _DTYPE.value),
     _BUDGETS.value,
     signals,

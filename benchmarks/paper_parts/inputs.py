@@ -32,10 +32,14 @@ class Ablation:
   Attributes:
     length: tokens of a row.
     latency_batch: sequences that are decoded at once to measure times; None measures none.
+    models: workdirs of models with the tokenizer of the model of `Inputs`, such as runs of
+      continued pretraining; the settings of each are measured. None of them is the model of
+      `Inputs` alone.
   """
 
   length: int = 2048
   latency_batch: int | None = None
+  models: tuple[str, ...] = ()
 
 
 class Inputs:
@@ -68,6 +72,7 @@ class Inputs:
     self.pretraining, self.ablation = pretraining, ablation or Ablation()
     self._dtype, self.budgets = dtype, tuple(budgets)
     self.signals = signals
+    self._trained: tuple[str, Family] | None = None
 
   @functools.cached_property
   def workdir(self) -> str:
@@ -82,7 +87,20 @@ class Inputs:
   @functools.cached_property
   def family(self) -> Family:
     """The model with the dtype of the activations."""
-    model, tokenizer = self._loaded
+    return self._dense_family(*self._loaded)
+
+  def trained_family(self, workdir: str) -> Family:
+    """The newest model of a workdir with dense attention and the dtype of the activations.
+
+    Only the last one is kept.
+    """
+    if self._trained is None or self._trained[0] != workdir:
+      self._trained = None  # Frees the memory of the model before.
+      model, _, tokenizer = load_model(workdir)
+      self._trained = (workdir, self._dense_family(model, tokenizer))
+    return self._trained[1]
+
+  def _dense_family(self, model: Decoder, tokenizer: Tokenizer) -> Family:
     dense = Variant("dense", {"attention": "dense", "dtype": self._dtype})
     return Family(Family(model).model(dense, 1), tokenizer.start_ids)
 
