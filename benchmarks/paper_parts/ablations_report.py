@@ -9,14 +9,14 @@ import numpy as np
 
 from benchmarks.paper_parts.ablations import variants
 from benchmarks.paper_parts.plots import label, make_figure, save
-from benchmarks.paper_parts.published import GROUP_SIZE, IMPORTANCE_RATE, SELECTION
+from benchmarks.paper_parts.published import GROUP_SIZE, IMPORTANCE_RATE, Published, SELECTION
 from dga_jax.evaluation.report import markdown
 
 type ByVariant = Mapping[str, Mapping[str, Any]]
 
 _HEADER = (
   "setting", "keys", "perplexity", "over dense", "accuracy", "decoded: over dense",
-  "prompts, ms", "token, ms", "paper: perplexity", "paper: accuracy",
+  "prompts, ms", "token, ms", "paper: perplexity", "paper: accuracy", "paper: latency, ms",
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
 
 
 def _table(by_name: ByVariant) -> str:
-  published: dict[str, tuple[float, float]] = {"paper": GROUP_SIZE[16]}
+  published = {"paper": GROUP_SIZE[16]}
   published |= {f"m = {m}": values for m, values in GROUP_SIZE.items() if m != 16}
   published |= {f"γ = {g}": values for g, values in IMPORTANCE_RATE.items() if g != 0.1}
   published["random focal tokens"] = SELECTION["random"]
@@ -50,10 +50,17 @@ def _table(by_name: ByVariant) -> str:
         f"{np.mean(result['accuracy']):.1%}",
         _ratio(result, dense, "decoded_loss"),
         *_times(result),
-        *(("", "") if theirs is None else (f"{theirs[0]:.2f}", f"{theirs[1]:.1f}%")),
+        *_published(theirs),
       ]
     )
   return markdown(_HEADER, rows)
+
+
+def _published(theirs: Published | None) -> tuple[str, str, str]:
+  if theirs is None:
+    return "", "", ""
+  latency = "" if theirs.latency is None else f"{theirs.latency:.0f}"
+  return f"{theirs.perplexity:.2f}", f"{theirs.accuracy:.1f}%", latency
 
 
 def _ratio(result: Mapping[str, Any], dense: Mapping[str, Any] | None, loss: str) -> str:
@@ -76,7 +83,7 @@ def _times(result: Mapping[str, Any]) -> tuple[str, str]:
 def _plot(by_model: Mapping[str, ByVariant], path: Path) -> None:
   """The loss in decoding above dense attention for each model, and the paper's losses."""
   figure, panels = make_figure(2, "m and γ under global selection")
-  tables: tuple[tuple[str, Mapping[float, tuple[float, float]], float, str], ...] = (
+  tables: tuple[tuple[str, Mapping[float, Published], float, str], ...] = (
     ("m", GROUP_SIZE, 16, "group size m, γ = 0.1"),
     ("γ", IMPORTANCE_RATE, 0.1, "importance rate γ, m = 16"),
   )
@@ -88,9 +95,9 @@ def _plot(by_model: Mapping[str, ByVariant], path: Path) -> None:
         continue
       excess = [_excess(by_name[names[value]], by_name["dense"], "decoded_loss") for value in own]
       axes.plot(own, excess, f"C{index}o-", label=f"{model}: above dense, decoded")
-    best = min(perplexity for perplexity, _ in table.values())
+    best = min(one.perplexity for one in table.values())
     axes.plot(
-      list(table), [math.log(perplexity / best) for perplexity, _ in table.values()],
+      list(table), [math.log(one.perplexity / best) for one in table.values()],
       "ks--", mfc="none", label="paper: above its best setting",
     )  # fmt: skip
     axes.set_ylim(bottom=0)

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import dga_jax
 from dga_jax import DGAConfig
 from dga_jax.checkpoint import CheckpointError, load_config, load_model
+from dga_jax.conversion.exporting import export_hugging_face
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
 from dga_jax.head_budgets import read_head_budgets
@@ -107,6 +109,13 @@ def test_training_starts_with_calibrated_budgets(
       lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, a.dtype)),
       *(nnx.to_pure_dict(nnx.state(one, nnx.Param)) for one in (got, want)),
     )
+  # The export is whole in a folder of its own: weights, tokenizer and budgets.
+  export_hugging_face(tmp_path / "run", tmp_path / "exported")
+  moved = shutil.move(tmp_path / "exported", tmp_path / "elsewhere")
+  loaded, _ = dga_jax.load(moved)
+  tokens = np.arange(48).reshape(2, 24)
+  np.testing.assert_allclose(loaded(tokens), got(tokens), rtol=1e-5, atol=1e-5)
+  assert loaded.config.head_budgets == trained.head_budgets
   # Another file at the same path is another run.
   path.write_text(json.dumps({"settings": ["full"], "assignment": [[0] * N] * before.num_layers}))
   with pytest.raises(ValueError, match="head_budgets"):
