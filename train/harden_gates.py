@@ -62,7 +62,7 @@ def main() -> None:
   full = [(int(k), int(n)) for k, n in np.argwhere(np.array(budgets.assignment) == 0)]
   print(
     f"{num_full} of {gates_KxN.size} KV heads are full, as (layer, KV head): {full}. All others: "
-    f"{label(compact)}. The cache keeps {keys:.0f} of {_LENGTH.value} keys in the mean of the heads."
+    f"{label(compact)}. The cache keeps {keys:.0f} of {_LENGTH.value} keys in the mean of heads."
   )
   print(output)
 

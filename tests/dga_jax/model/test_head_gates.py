@@ -91,7 +91,7 @@ def test_hardened_gates_equal_a_decoder_with_these_budgets(
   assert budgets.settings == (FULL, compact)
   assert budgets.assignment == ((1, 0), (0, 1))  # Of the two equal gates the earlier head's.
   ours = states(gated, jnp.array([[0.0, 1.0], [1.0, 0.0]]))
-  params = {name: x for name, x in model_params(random_decoder(GATED)).items()}
+  params = model_params(random_decoder(GATED))
   del params["head_gates"]
   # Applying budgets permutes the heads of layer 0.
   model = apply_budgets(merged(without_gates(), params), budgets)
@@ -126,7 +126,7 @@ def test_errors_name_the_argument_and_the_remedy() -> None:
     count_full_heads(1.5, 512, COMPACT, GATED)
   with pytest.raises(ValueError, match="no less than a full head: lower its window"):
     count_full_heads(0.5, 16, SinkWindow(window=64), GATED)
-  with pytest.raises(ValueError, match="head_gates is True; it must be False with attention='dense'"):
+  with pytest.raises(ValueError, match="head_gates is True; it must be False with attention='den"):
     dataclasses.replace(GATED, attention="dense")
   with pytest.raises(ValueError, match="the model has no gates"):
     compact_setting(without_gates())
