@@ -29,9 +29,7 @@ def take_part(
   return x, _slice(x, starts, sizes)
 
 
-def _take_part_fwd(
-  x: Array, starts: Starts, sizes: Sizes
-) -> tuple[tuple[Array, Array], None]:
+def _take_part_fwd(x: Array, starts: Starts, sizes: Sizes) -> tuple[tuple[Array, Array], None]:
   return take_part(x, starts, sizes), None
 
 

@@ -120,9 +120,7 @@ def merge_tokens(
     implementation: as for `attend`.
   """
   config, streaming = metadata.config, metadata.by_selection
-  own_query, own_key = (
-    x if heads is None else heads.of(x, key.shape[2]) for x in (query, key)
-  )
+  own_query, own_key = (x if heads is None else heads.of(x, key.shape[2]) for x in (query, key))
   validation.focal_scores(focal_scores, own_key, config)
   # Sinks of packed documents are anywhere in the row, so their positions come from a layout.
   packed_sinks = config.sink_tokens > 0 and metadata.documents.rows == "packed"

@@ -88,7 +88,6 @@ def attend_heads(
       key,
       value,
       classes,
-      budgets.settings,
       {index: _prepare(budgets.settings[index], documents) for index in classes.settings},
       focal_scores=scores[0][..., 0] if scores else None,
       scale=scale,

@@ -26,6 +26,8 @@ from pallas_kernels.dispatch import find_target, Implementation
 from pallas_kernels.group_merge import HeadRange
 from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
 
+FULL_JOINT = False
+
 # The metadata of one setting: of its attention, or the documents for "full".
 type SettingMetadata = AttentionMetadata | SinkWindowMetadata | Documents
 type MetadataOfSettings = Mapping[int, SettingMetadata] | Sequence[SettingMetadata]
@@ -74,7 +76,6 @@ def attend_jointly(
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
   classes: HeadClasses,
-  settings: Sequence[HeadSetting],
   metadata: MetadataOfSettings,
   *,
   focal_scores: Float[Array, "B L N"] | None = None,
@@ -92,8 +93,8 @@ def attend_jointly(
     key: N KV heads.
     value: as key.
     classes: the setting of every KV head; the heads of a setting are adjacent.
-    settings: of the layer; no groups' logits have a bias.
-    metadata: of each of `settings`: the result of `prepare`, of `prepare_sink_window`, or documents.
+    metadata: of each setting: from `prepare`, from `prepare_sink_window`, or the documents. Groups
+      have no logit bias.
     focal_scores: float32, if a setting has the selector "fitted".
     scale: of the attention logits, default 1/√D.
     implementation: of `grouped_attention`.
@@ -102,9 +103,10 @@ def attend_jointly(
   tokens = _Tokens(*zero_padding(documents, query, key, value))
   parts: list[tuple[HeadRange, KVSources]] = []
   dense: list[tuple[HeadRange, _Tokens]] = []
+  costly: list[HeadRange] = []
   max_window = 1
   for index in classes.settings:
-    heads, setting, own = classes.range(index), settings[index], metadata[index]
+    heads, own = classes.range(index), metadata[index]
     if isinstance(own, AttentionMetadata):
       is_fitted = own.config.selector == "fitted"
       assert not is_fitted or focal_scores is not None
@@ -123,12 +125,14 @@ def attend_jointly(
       tokens = _Tokens(tokens.query, sources.window.key, sources.window.value)
       most = min(own.window, key.shape[1])
     else:
-      is_joint = own.rows == "packed"
+      is_joint = FULL_JOINT or own.rows == "packed"
       sources, most = _full_sources(tokens, heads, own, is_seen=is_joint), key.shape[1]
       if not is_joint:
         tokens, part = tokens.take_heads(heads)
         dense.append((heads, part))
         most = 1
+      else:
+        costly.append(heads)
     max_window = max(max_window, most)
     parts.append((heads, sources))
   out_BxLxHxD = grouped_attention(
@@ -136,6 +140,7 @@ def attend_jointly(
     _join_sources(sorted(parts, key=lambda part: part[0].first), tokens),
     scale=query.shape[-1] ** -0.5 if scale is None else scale,
     max_window=max_window,
+    head_runs=(*costly, *(heads for heads, _ in parts if heads not in costly)),
     implementation=implementation,
   )
   for heads, part in dense:

@@ -198,7 +198,7 @@ class LayerHeads(AttentionKind):
       classes = HeadClasses(row)
       if attends_jointly(q, classes, settings):
         own = scores[0][..., 0] if scores else None
-        return attend_jointly(q, k, v, classes, settings, metadata, focal_scores=own)
+        return attend_jointly(q, k, v, classes, metadata, focal_scores=own)
       return classes.map(attend, q, k, v, *scores)
 
     return self._switch(
