@@ -160,7 +160,8 @@ def _full_sources(
   i_BxL = documents.start + documents.position
   end_BxL = i_BxL + documents.is_token if is_seen else documents.start
   none = jnp.zeros_like(i_BxL)[:, None]
-  no_key = heads.of(tokens.key[:, :0], tokens.key.shape[2])
+  B, _, _, D = tokens.key.shape
+  no_key = jnp.zeros((B, 0, heads.count, D), tokens.key.dtype)
   empty = KVSource(no_key, no_key, none, none)
   window = KVSource(tokens.key, tokens.value, documents.start[:, None], end_BxL[:, None])
   return KVSources(empty, empty, window)
