@@ -88,7 +88,7 @@ def attend_heads(
       key,
       value,
       classes,
-      {index: _prepare(budgets.settings[index], documents) for index in classes.settings},
+      {index: prepare_setting(budgets.settings[index], documents) for index in classes.settings},
       focal_scores=scores[0][..., 0] if scores else None,
       scale=scale,
       implementation=implementation,
@@ -105,7 +105,7 @@ def attend_heads(
   )
 
 
-def _prepare(setting: HeadSetting, documents: Documents) -> SettingMetadata:
+def prepare_setting(setting: HeadSetting, documents: Documents) -> SettingMetadata:
   """The metadata of a setting."""
   if isinstance(setting, DGAConfig):
     return prepare(documents, setting)

@@ -53,7 +53,7 @@ class HeadClasses:
     """Whether the heads of every setting are adjacent."""
     return len(self._runs) == len(self.settings)
 
-  def range(self, setting: int) -> HeadRange:
+  def heads_of(self, setting: int) -> HeadRange:
     """The KV heads of a setting, whose heads are adjacent."""
     return HeadRange(self.row.index(setting), self.count(setting))
 

@@ -66,7 +66,7 @@ class _Tokens(NamedTuple):
     pairs = []
     for x in self:
       ratio = x.shape[2] // N
-      pairs.append(take_part(x, (0, 0, heads.first * ratio), (B, L, heads.count * ratio)))
+      pairs.append(take_part(x, (0, 0, heads.first * ratio), (B, L, heads.size * ratio)))
     whole, part = zip(*pairs, strict=True)
     return _Tokens(*whole), _Tokens(*part)
 
@@ -106,15 +106,16 @@ def attend_jointly(
   costly: list[HeadRange] = []
   max_window = 1
   for index in classes.settings:
-    heads, own = classes.range(index), metadata[index]
+    heads, own = classes.heads_of(index), metadata[index]
     if isinstance(own, AttentionMetadata):
-      is_fitted = own.config.selector == "fitted"
-      assert not is_fitted or focal_scores is not None
+      own_scores = None
+      if focal_scores is not None and own.config.selector == "fitted":
+        own_scores = focal_scores[..., heads.first : heads.first + heads.size]
       merged = merge_tokens(
         *tokens,
         own,
         heads=heads,
-        focal_scores=heads.of(focal_scores[..., None], key.shape[2])[..., 0] if is_fitted else None,
+        focal_scores=own_scores,
         implementation=implementation,
       )
       tokens = _Tokens(merged.query, merged.sources.window.key, merged.sources.window.value)
@@ -161,7 +162,7 @@ def _full_sources(
   end_BxL = i_BxL + documents.is_token if is_seen else documents.start
   none = jnp.zeros_like(i_BxL)[:, None]
   B, _, _, D = tokens.key.shape
-  no_key = jnp.zeros((B, 0, heads.count, D), tokens.key.dtype)
+  no_key = jnp.zeros((B, 0, heads.size, D), tokens.key.dtype)
   empty = KVSource(no_key, no_key, none, none)
   window = KVSource(tokens.key, tokens.value, documents.start[:, None], end_BxL[:, None])
   return KVSources(empty, empty, window)
@@ -173,7 +174,7 @@ def _join_sources(parts: Sequence[tuple[HeadRange, KVSources]], tokens: _Tokens)
   def ranges(name: str, bound: str) -> Array:
     each = [(heads, getattr(getattr(sources, name), bound)) for heads, sources in parts]
     return jnp.concatenate(
-      [jnp.broadcast_to(x, (x.shape[0], heads.count, x.shape[2])) for heads, x in each], axis=1
+      [jnp.broadcast_to(x, (x.shape[0], heads.size, x.shape[2])) for heads, x in each], axis=1
     )
 
   def entries(name: str, kind: str) -> Array:

@@ -139,10 +139,10 @@ def sink_window_sources(
 
   def take_sinks(x: Array) -> tuple[Array, Array]:
     if metadata.sink_index is None:
-      return take_part(x, (0, 0, heads.first), (B, metadata.sinks, heads.count))
+      return take_part(x, (0, 0, heads.first), (B, metadata.sinks, heads.size))
     return x, take_positions(heads.of(x, N), metadata.sink_index)
 
   (key, sink_key), (value, sink_value) = take_sinks(key), take_sinks(value)
-  no_key = jnp.zeros((B, 0, heads.count, D), key.dtype)
+  no_key = jnp.zeros((B, 0, heads.size, D), key.dtype)
   entries = Entries(sink_key, sink_value, no_key, no_key, key, value)
   return metadata.visibility.sources(entries)

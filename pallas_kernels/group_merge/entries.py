@@ -8,10 +8,10 @@ from jaxtyping import Float, Int
 
 
 class HeadRange(NamedTuple):
-  """Adjacent KV heads: `count` heads from head `first` on. Static."""
+  """Adjacent KV heads: `size` heads from head `first` on. Static."""
 
   first: int
-  count: int
+  size: int
 
   def of(self, x: Array, num_kv_heads: int) -> Array:
     """These heads of an array [..., heads, D], or the query heads that belong to them.
@@ -21,7 +21,7 @@ class HeadRange(NamedTuple):
       num_kv_heads: N.
     """
     ratio = x.shape[-2] // num_kv_heads
-    return x[..., self.first * ratio : (self.first + self.count) * ratio, :]
+    return x[..., self.first * ratio : (self.first + self.size) * ratio, :]
 
 
 def all_heads(key: Array) -> HeadRange:

@@ -53,7 +53,7 @@ def merge_rows(
     heads: the N KV heads of the results, of more heads of query, key and value.
   """
   B, L, _, D = key.shape
-  N = heads.count
+  N = heads.size
   tiles, G, rows = row_BxnxtxT.shape[2], group_tile.groups, group_tile.rows
   counts = [G, G]
   counts += [G * focal] * 2 if focal else []

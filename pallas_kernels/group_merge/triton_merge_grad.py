@@ -74,7 +74,7 @@ def merge_rows_grad(
       scale=scale,
       has_window=dwindow is not None,
     ),
-    grid=(row_BxNxtxT.shape[2], heads.count, B),
+    grid=(row_BxNxtxT.shape[2], heads.size, B),
     in_specs=[*in_specs, queries, tokens, tokens],
     out_specs=[queries, tokens, tokens],
     out_shape=[out_struct(x, x.shape, x.dtype) for x in onto],

@@ -18,9 +18,9 @@ def merge_groups_xla(
   query_BxLxHxD: Float[Array, "B L H D"],
   key_BxLxNxD: Float[Array, "B L N D"],
   value_BxLxNxD: Float[Array, "B L N D"],
-  focal_index_BxNxr: Int[Array, "B N r"],
-  member_index_BxNxkxm: Int[Array, "B N k m"],
-  group_query_BxNxk: Int[Array, "B N k"],
+  focal_index_BxNxr: Int[Array, "B n r"],
+  member_index_BxNxkxm: Int[Array, "B n k m"],
+  group_query_BxNxk: Int[Array, "B n k"],
   *,
   scale: float,
   reorder_window: bool,
@@ -66,7 +66,7 @@ def merge_blocks_xla(
   scale: float,
   first: int = 0,
   heads: HeadRange | None = None,
-) -> tuple[Array, Entries, Int[Array, "B N k f"]]:
+) -> tuple[Array, Entries, Int[Array, "B n k f"]]:
   """See `merge_blocks`."""
   start_Bxk = block_starts(start_Bxk, key_BxLxNxD, members + focal, first)
   heads, num_kv_heads = heads or all_heads(key_BxLxNxD), key_BxLxNxD.shape[2]

@@ -80,7 +80,8 @@ def work_loop(
 
 def grid_index(tile: Array, grid: tuple[int, int, int], runs: HeadRuns) -> tuple[Array, ...]:
   """The index of tile number `tile` of a grid whose last axis is visited run by run."""
-  before, index = 0, (tile, tile, tile)
+  before = 0
+  index: tuple[Array, ...] = (tile, tile, tile)
   for first, count in runs:
     rest = tile - before
     step, rest = (
