@@ -26,6 +26,7 @@ from pallas_kernels.dispatch import find_target, Implementation
 from pallas_kernels.group_merge import HeadRange
 from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
 
+# Whether full heads are a class of the joint call where a dense kernel could run them too.
 FULL_JOINT = False
 
 # The metadata of one setting: of its attention, or the documents for "full".
