@@ -23,8 +23,8 @@ from dga_jax.attention.sink_window import sink_window_sources, SinkWindowMetadat
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadSetting
 from pallas_kernels.dispatch import find_target, Implementation
-from pallas_kernels.group_merge import HeadRange
 from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
+from pallas_kernels.head_range import HeadRange
 
 # Whether full heads are a class of the joint call where a dense kernel could run them too.
 FULL_JOINT = False

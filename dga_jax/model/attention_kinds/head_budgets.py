@@ -22,6 +22,7 @@ from dga_jax.head_budgets import HeadBudgets, HeadRow, HeadSetting, SinkWindow, 
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
+from dga_jax.model.attention_kinds.joint_decode import decode_jointly
 from dga_jax.model.attention_kinds.sink_window import SinkWindowAttention
 from dga_jax.sharding import head_part
 
@@ -138,7 +139,7 @@ class HeadBudgetsAttention(AttentionKind):
       return self.kinds[setting].decode(*qkv, cache, rank, **options)
 
     qkv = (q_BxHxD, k_BxNxD, v_BxNxD)
-    return self.at_layer(layer).update(cache, decode, qkv, focal_scores)
+    return self.at_layer(layer).update(cache, decode, qkv, focal_scores, jointly=decode_jointly)
 
   def extend(
     self,
@@ -277,6 +278,8 @@ class LayerHeads(AttentionKind):
     function: Callable[..., tuple[Array, Any]],
     qkv: _QKV,
     focal_scores: Array | None,
+    *,
+    jointly: Callable[..., tuple[Array, tuple[Any, ...]] | None] | None = None,
   ) -> tuple[Array, HeadCaches]:
     """Attends and updates this layer's part of the caches.
 
@@ -286,10 +289,21 @@ class LayerHeads(AttentionKind):
         layer) to the output and the updated cache.
       qkv: queries, keys and values.
       focal_scores: of all KV heads, or None.
+      jointly: as `decode_jointly`, for all classes at once; replaces `function` unless it returns
+        None.
     """
 
     def run(row: HeadRow, caches: HeadCaches, rank: Array, *heads: Array) -> Any:
       place, classes = self.kind.rows.index(row), HeadClasses(row)
+      before, after = caches[:place], caches[place + 1 :]
+      if jointly is not None:
+        q, k, v, *scores = heads
+        own = scores[0][..., 0] if scores else None
+        settings = self.kind.budgets.settings
+        stepped = jointly(q, k, v, caches[place], classes, settings, rank, focal_scores=own)
+        if stepped is not None:
+          out, joint = stepped
+          return out, (*before, joint, *after)
       outs, updated = [], []
       for setting, cache in zip(classes.settings, caches[place], strict=True):
         q, k, v, *scores = (classes.take(x, setting) for x in heads)
@@ -297,7 +311,7 @@ class LayerHeads(AttentionKind):
         out, cache = function(setting, (q, k, v), options, cache, rank)
         outs.append(out)
         updated.append(cache)
-      return classes.join(outs), (*caches[:place], tuple(updated), *caches[place + 1 :])
+      return classes.join(outs), (*before, tuple(updated), *after)
 
     if isinstance(self.layer, LayerPlace):
       rank: Array = self.layer.rank
