@@ -72,6 +72,13 @@ class _Tokens(NamedTuple):
     return _Tokens(*whole), _Tokens(*part)
 
 
+class JointAttention(NamedTuple):
+  """The output of all heads, and for each setting with a `DGAConfig` its merged tokens."""
+
+  out: Float[Array, "B L H D"]
+  merged: dict[int, KVSources]
+
+
 def attend_jointly(
   query: Float[Array, "B L H D"],
   key: Float[Array, "B L N D"],
@@ -82,7 +89,7 @@ def attend_jointly(
   focal_scores: Float[Array, "B L N"] | None = None,
   scale: Any = None,
   implementation: Implementation = None,
-) -> Float[Array, "B L H D"]:
+) -> JointAttention:
   """Attention of every head under the setting of its KV head.
 
   Heads with the setting "full" take the fastest dense kernel, on a copy of these few heads. In
@@ -105,6 +112,7 @@ def attend_jointly(
   parts: list[tuple[HeadRange, KVSources]] = []
   dense: list[tuple[HeadRange, _Tokens]] = []
   costly: list[HeadRange] = []
+  all_merged: dict[int, KVSources] = {}
   max_window = 1
   for index in classes.settings:
     heads, own = classes.heads_of(index), metadata[index]
@@ -120,6 +128,7 @@ def attend_jointly(
         implementation=implementation,
       )
       tokens = _Tokens(merged.query, merged.sources.window.key, merged.sources.window.value)
+      all_merged[index] = merged.sources
       sources = for_kernel(query, merged.sources, own)
       most = attention_kwargs(query, own.config, scale)["max_window"]
     elif isinstance(own, SinkWindowMetadata):
@@ -148,7 +157,7 @@ def attend_jointly(
   for heads, part in dense:
     full = dense_attention(*part, documents, scale=scale)
     out_BxLxHxD = put_part(out_BxLxHxD, full, (0, 0, heads.first * query.shape[2] // key.shape[2]))
-  return _nan_where_invalid(out_BxLxHxD, classes, metadata)
+  return JointAttention(_nan_where_invalid(out_BxLxHxD, classes, metadata), all_merged)
 
 
 def _documents(metadata: SettingMetadata) -> Documents:
