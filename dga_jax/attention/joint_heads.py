@@ -23,7 +23,7 @@ from dga_jax.attention.sink_window import sink_window_sources, SinkWindowMetadat
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadSetting
 from pallas_kernels.dispatch import find_target, Implementation
-from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
+from pallas_kernels.grouped_attention import grouped_attention, HeadRuns, KVSource, KVSources
 from pallas_kernels.head_range import HeadRange
 
 # Whether full heads are a class of the joint call where a dense kernel could run them too.
@@ -151,13 +151,18 @@ def attend_jointly(
     _join_sources(sorted(parts, key=lambda part: part[0].first), tokens),
     scale=query.shape[-1] ** -0.5 if scale is None else scale,
     max_window=max_window,
-    head_runs=(*costly, *(heads for heads, _ in parts if heads not in costly)),
+    head_runs=_costly_first(costly, [heads for heads, _ in parts]),
     implementation=implementation,
   )
   for heads, part in dense:
     full = dense_attention(*part, documents, scale=scale)
     out_BxLxHxD = put_part(out_BxLxHxD, full, (0, 0, heads.first * query.shape[2] // key.shape[2]))
   return JointAttention(_nan_where_invalid(out_BxLxHxD, classes, metadata), all_merged)
+
+
+def _costly_first(costly: Sequence[HeadRange], heads: Sequence[HeadRange]) -> HeadRuns | None:
+  """Ranges of heads, those that see most keys first; None where all see about as many."""
+  return (*costly, *(one for one in heads if one not in costly)) if costly else None
 
 
 def _documents(metadata: SettingMetadata) -> Documents:
