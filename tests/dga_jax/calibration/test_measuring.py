@@ -71,6 +71,27 @@ def test_a_rise_beside_a_set_is_the_difference_of_two_sets(tmp_path: Path) -> No
   assert not np.take_along_axis(rises.text, base[..., None], axis=-1).any()
 
 
+def test_the_loss_rises_in_place_of_the_divergence(
+  measured: tuple[Path, HeadRises], tmp_path: Path
+) -> None:
+  path = tmp_path / "heads.jsonl"
+  path.write_text(measured[0].read_text())
+  rows = small.rows()
+  own = Measurer(small.decoder(), small.CANDIDATES, Results(path), 2, "loss")
+  before = path.read_text().count('"head ')
+  rises = own.measure_heads(rows, ALL, FULL_HEADS)
+  assert path.read_text().count('"head ') == before  # The file has both.
+  dense = own.measure_set(rows, small.CANDIDATES, FULL_HEADS)
+  assignment = FULL_HEADS.copy()
+  assignment[1, 1] = 2
+  alone = own.measure_set(rows, small.CANDIDATES, assignment)
+  whole = own.rise_of_set(rows, small.CANDIDATES, assignment)
+  for name in ("text", "retrieval"):
+    rise = getattr(alone, name) - getattr(dense, name)
+    assert getattr(whole, name) == rise != getattr(alone.divergence, name)
+    assert getattr(rises, name)[1, 1, 2] == pytest.approx(rise, abs=1e-6)
+
+
 def test_equal_sets_are_measured_once(tmp_path: Path) -> None:
   path = tmp_path / "sets.jsonl"
   rows, own = small.rows(), measurer(path)
