@@ -180,12 +180,14 @@ class TileSchedule(NamedTuple):
         continue
       is_group = i == 1
       narrow = i == 2 and self.max_window < self.block_k
+      body = body_of(source, self.group_bias2 if is_group else 0.0)
       carry = loop_span(
         coords.span(spans_ref, i),
         self.block_k,
-        body_of(source, self.group_bias2 if is_group else 0.0),
+        body,
         carry,
         has_full_tiles=not narrow,
+        full_tiles=getattr(body, "full_tiles", None),
       )
     return carry
 

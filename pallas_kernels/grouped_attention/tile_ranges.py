@@ -30,10 +30,12 @@ def loop_span[T](
   carry: T,
   *,
   has_full_tiles: bool = True,
+  full_tiles: Callable[[Array, T], T] | None = None,
 ) -> T:
   """Runs `body(first, masked, carry)` over [span.first, span.last) in steps of `block`.
 
-  Tiles that every row sees whole run in a loop of their own, without a mask.
+  Tiles that every row sees whole run in a loop of their own, without a mask, or in
+  `full_tiles(count, carry)`, which needs no positions.
   `has_full_tiles=False` omits that loop, for sources too narrow to hold such a tile.
   """
   num_tiles = lax.div(jnp.maximum(span.last - span.first, 0) + (block - 1), block)
@@ -50,7 +52,10 @@ def loop_span[T](
     tile = jnp.where(t < before, t, t + num_full)
     return body(span.first + tile * block, True, carry)
 
-  carry = lax.fori_loop(0, num_full, full, carry)
+  if full_tiles is None:
+    carry = lax.fori_loop(0, num_full, full, carry)
+  else:
+    carry = full_tiles(num_full, carry)
   return lax.fori_loop(0, num_tiles - num_full, straddling, carry)
 
 
