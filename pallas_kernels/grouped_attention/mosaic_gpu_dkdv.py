@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_attention.block_sizes import MosaicKeyTile
 from pallas_kernels.grouped_attention.kv_sources import KVSource, KVSourceRef
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
-  add_product,
+  add_products,
   COLUMN_LAYOUT,
   COMPILER_PARAMS,
   load_ranges,
@@ -312,9 +312,9 @@ def _add_queries(
     p_KxQ = jnp.where(seen_mask(start_Q, end_Q, first_key, shape, query_axis=1), p_KxQ, 0.0)
   delta_Q = plgpu.load(pipeline.delta.at[slot], layout=COLUMN_LAYOUT)
   ds_KxQ = p_KxQ * (dp_KxQ - lax.broadcast_in_dim(delta_Q, shape, [1]))
-  dtype = pipeline.query.dtype
-  dv_KxD = add_product(dv_KxD, p_KxQ.astype(dtype), pipeline.dout.at[slot], interpret=interpret)
-  dk_KxD = add_product(dk_KxD, ds_KxQ.astype(dtype), pipeline.query.at[slot], interpret=interpret)
+  low = (p_KxQ.astype(pipeline.dout.dtype), ds_KxQ.astype(pipeline.query.dtype))
+  operands = ((low[0], pipeline.dout.at[slot]), (low[1], pipeline.query.at[slot]))
+  dv_KxD, dk_KxD = add_products((dv_KxD, dk_KxD), operands, interpret=interpret)
   plgpu.barrier_arrive(pipeline.free.at[slot])
   return dk_KxD, dv_KxD, step + 1
 

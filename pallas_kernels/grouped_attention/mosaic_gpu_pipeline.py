@@ -325,3 +325,23 @@ def add_product(acc: Array, lhs: Array, rhs_smem: Any, *, interpret: bool) -> Ar
     plgpu.wgmma(acc_ref, lhs, rhs_smem)
 
   return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+
+def add_products(
+  accs: tuple[Array, ...], operands: tuple[tuple[Array, Any], ...], *, interpret: bool
+) -> tuple[Array, ...]:
+  """acc + lhs @ rhs of each pair, queued one behind another on the tensor cores.
+
+  The left operands are in registers, which no instruction may write between the products.
+  """
+  if interpret:
+    return tuple(
+      add_product(acc, *pair, interpret=True) for acc, pair in zip(accs, operands, strict=True)
+    )
+  left = lax.optimization_barrier(tuple(lhs for lhs, _ in operands))
+
+  def multiply(acc_refs: Any) -> None:
+    for acc_ref, lhs, (_, rhs_smem) in zip(acc_refs, left, operands, strict=True):
+      plgpu.wgmma(acc_ref, lhs, rhs_smem)
+
+  return pl.run_state(multiply)(tuple(plgpu.ACC.init(acc) for acc in accs))
