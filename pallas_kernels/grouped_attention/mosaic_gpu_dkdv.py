@@ -46,7 +46,8 @@ class QueryPipeline(NamedTuple):
   lse2: Any  # [stages, Q]
   delta: Any  # [stages, Q]
   query_ready: Any  # with lse2
-  dout_ready: Any  # with delta
+  dout_ready: Any
+  delta_ready: Any
   free: Any
 
   def slot(self, step: Array) -> Array:
@@ -163,7 +164,8 @@ def mosaic_gpu_dkdv(
           numbers,
           numbers,
           query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-          dout_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+          dout_ready=plgpu.Barrier(num_barriers=stages),
+          delta_ready=plgpu.Barrier(num_barriers=stages),
           free=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
         ),
         key=rows,
@@ -264,7 +266,7 @@ def _load_queries(
     (q_ref, (coords.batch, rows, head), pipeline.query, pipeline.query_ready),
     (lse2_ref, (coords.batch, head, rows), pipeline.lse2, pipeline.query_ready),
     (dout_ref, (coords.batch, rows, head), pipeline.dout, pipeline.dout_ready),
-    (delta_ref, (coords.batch, head, rows), pipeline.delta, pipeline.dout_ready),
+    (delta_ref, (coords.batch, head, rows), pipeline.delta, pipeline.delta_ready),
   ):
     plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], ready.at[slot])
   return step + 1
@@ -300,7 +302,9 @@ def _add_queries(
     logits_KxQ = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
     lse2_Q = plgpu.load(pipeline.lse2.at[slot], layout=COLUMN_LAYOUT)
     shift_KxQ = lax.broadcast_in_dim(lse2_Q - bias2, shape, [1])
-    p_KxQ = jnp.exp2(logits_KxQ * scale2 - shift_KxQ)
+    p_KxQ = lax.optimization_barrier(jnp.exp2(logits_KxQ * scale2 - shift_KxQ))
+    # Without a wait for memory here, the compiler moves the wait for the second product up.
+    plgpu.barrier_wait(pipeline.delta_ready.at[slot])
     return p_KxQ, dp_ref[...]
 
   acc = plgpu.ACC(shape, jnp.float32)
