@@ -142,7 +142,8 @@ def _dq_kernel(
         for ref in (lse2_ref, delta_ref)
       )
 
-      def steps_of(source: KVSourceRef, bias2: float) -> Any:
+      def steps_of(source: KVSourceRef, bias2: float, keys: int) -> Any:
+        del keys  # All of a stage.
         ranges = load_ranges(source, (coords.batch, coords.bound_head, queries), ROW_LAYOUT)
         shift_Q = lse2_Q - bias2
         return functools.partial(

@@ -149,9 +149,9 @@ def _forward_kernel(
       query_at = slot * WORKERS + warpgroup
       rows = schedule.split.query_slice(coords, warpgroup)
 
-      def steps_of(source: KVSourceRef, bias2: float) -> Any:
+      def steps_of(source: KVSourceRef, bias2: float, keys: int) -> Any:
         ranges = load_ranges(source, (coords.batch, coords.bound_head, rows[1]), ROW_LAYOUT)
-        return KeySteps(buffers, query_at, ranges, scale2, bias2, interpret)
+        return KeySteps(buffers, query_at, ranges, keys, scale2, bias2, interpret)
 
       plgpu.barrier_wait(buffers.query_slots.ready.at[query_at])
       zeros = zero_accumulator(buffers.query.shape[-1])
@@ -186,13 +186,14 @@ class KeySteps(NamedTuple):
   buffers: Buffers
   query_at: Array
   ranges: tuple[Array, Array]
+  keys: int  # of a tile
   scale2: float
   bias2: float
   interpret: bool
 
   @property
   def _shape(self) -> tuple[int, int]:
-    return ROWS, self.buffers.pipeline.key.shape[1]
+    return ROWS, self.keys
 
   def __call__(self, first: Array, masked: bool, carry: Any) -> Any:
     """The key tile from `first` on, all of it before the next tile."""
@@ -260,7 +261,7 @@ class KeySteps(NamedTuple):
       def logits(logits_ref: Any) -> Array:
         slot = pipeline.slot(step)
         plgpu.barrier_wait(pipeline.key_ready.at[slot])
-        keys = pipeline.key.at[slot].transpose((1, 0))
+        keys = pipeline.key.at[slot, pl.ds(0, self.keys)].transpose((1, 0))
         plgpu.wgmma(logits_ref, self.buffers.query.at[self.query_at], keys)
         plgpu.wgmma(acc_ref, low_QxK, pipeline.value.at[last])
         _take_turn(self.buffers)
@@ -292,7 +293,7 @@ class KeySteps(NamedTuple):
     slot = pipeline.slot(step)
 
     def product(acc_ref: Any) -> Array:
-      keys = pipeline.key.at[slot].transpose((1, 0))
+      keys = pipeline.key.at[slot, pl.ds(0, self.keys)].transpose((1, 0))
       plgpu.wgmma(acc_ref, self.buffers.query.at[self.query_at], keys)
       _take_turn(self.buffers)
       return acc_ref[...]
@@ -317,7 +318,9 @@ class KeySteps(NamedTuple):
     """acc + weights @ values of a loaded tile."""
     pipeline = self.buffers.pipeline
     slot = pipeline.slot(step)
-    acc_QxD = add_product(acc_QxD, low_QxK, pipeline.value.at[slot], interpret=self.interpret)
+    acc_QxD = add_product(
+      acc_QxD, low_QxK, pipeline.value.at[slot, pl.ds(0, self.keys)], interpret=self.interpret
+    )
     plgpu.barrier_arrive(pipeline.value_free.at[slot])
     return acc_QxD
 

@@ -171,16 +171,21 @@ class TileSchedule(NamedTuple):
     sources: KVSourcesRef,
     spans_ref: Any,
     coords: TileCoords,
-    body_of: Callable[[KVSourceRef, float], Callable[..., Any]],
+    body_of: Callable[[KVSourceRef, float, int], Callable[..., Any]],
     carry: Any,
   ) -> Any:
-    """Calls body_of(source, its bias)(first key, masked, carry) for every key tile that is seen."""
+    """Calls body_of(source, its bias, keys of a tile)(first key, masked, carry) for every key tile
+    that is seen. A last tile with few keys is half as wide.
+    """
     for i, source in enumerate(sources):
       if not self.has_keys[i]:
         continue
       is_group = i == 1
       narrow = i == 2 and self.max_window < self.block_k
-      body = body_of(source, self.group_bias2 if is_group else 0.0)
+      bias2 = self.group_bias2 if is_group else 0.0
+      body = body_of(source, bias2, self.block_k)
+      # The tensor cores sum over 64 keys or a multiple of it.
+      has_half = not narrow and self.block_k % 128 == 0
       carry = loop_span(
         coords.span(spans_ref, i),
         self.block_k,
@@ -188,6 +193,7 @@ class TileSchedule(NamedTuple):
         carry,
         has_full_tiles=not narrow,
         full_tiles=getattr(body, "full_tiles", None),
+        half_body=body_of(source, bias2, self.block_k // 2) if has_half else None,
       )
     return carry
 
@@ -218,26 +224,31 @@ class KVPipeline(NamedTuple):
     return lax.rem(step, jnp.int32(self.key.shape[0]))
 
   def loads_of(
-    self, coords: TileCoords, source: KVSourceRef, bias2: float
+    self, coords: TileCoords, source: KVSourceRef, bias2: float, keys: int
   ) -> Callable[[Array, bool, Array], Array]:
     """The body for `TileSchedule.key_tiles` that loads a tile into the next free stage."""
     del bias2
-    return functools.partial(self._load, coords, source)
+    return functools.partial(self._load, coords, source, keys)
 
   def _load(
-    self, coords: TileCoords, source: KVSourceRef, first: Array, masked: bool, step: Array
+    self,
+    coords: TileCoords,
+    source: KVSourceRef,
+    keys: int,
+    first: Array,
+    masked: bool,
+    step: Array,
   ) -> Array:
     """Loads into the next stage once that is free."""
     del masked
-    stages, block_k, _ = self.key.shape
-    slot = self.slot(step)
-    rows = (coords.batch, pl.ds(first, block_k), coords.kv_head)
+    stages, slot = self.key.shape[0], self.slot(step)
+    rows = (coords.batch, pl.ds(first, keys), coords.kv_head)
     for ref, smem, free, ready in (
       (source.key, self.key, self.key_free, self.key_ready),
       (source.value, self.value, self.value_free, self.value_ready),
     ):
       pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-      plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[slot], ready.at[slot])
+      plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[slot, pl.ds(0, keys)], ready.at[slot])
     return step + 1
 
   def drain(self, steps: Array) -> None:
