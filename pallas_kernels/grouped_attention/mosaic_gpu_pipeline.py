@@ -174,8 +174,9 @@ class TileSchedule(NamedTuple):
     body_of: Callable[[KVSourceRef, float, int], Callable[..., Any]],
     carry: Any,
   ) -> Any:
-    """Calls body_of(source, its bias, keys of a tile)(first key, masked, carry) for every key tile
-    that is seen. A last tile with few keys is half as wide.
+    """Calls body_of(source, its bias, keys of a tile)(first key, masked, carry) for every key tile.
+
+    A last tile of which few keys are seen is half as wide.
     """
     for i, source in enumerate(sources):
       if not self.has_keys[i]:

@@ -22,7 +22,7 @@ from tests.pallas_kernels.grouped_attention.kernel_cases import CASES, check_aga
 # Blocks for one program (`programs=1`), which processes several work tiles and whose warpgroups
 # wait for one another.
 _BLOCKS = MosaicBlocks(
-  forward=MosaicQueryTile(block_k=64, stages=2),
+  forward=MosaicQueryTile(block_k=128, stages=2),
   dq=MosaicQueryTile(block_k=64, stages=2),
   dkdv=MosaicKeyTile(block_q=64, stages=2),
 )
