@@ -105,6 +105,10 @@ class TrainConfig:
       from its parameters and uses its tokenizer instead of data.tokenizer. The checkpoint's model
       config replaces `model`, except for the attention kind and its settings, the dtypes and
       remat. None draws random parameters.
+    budgets: JSON file of head budgets, such as `dga calibrate` writes for the model in `init_from`.
+      The run then has attention="head_budgets" in place of model.attention, and its weights have
+      the KV heads of every setting side by side (`dga_jax.model.apply_budgets`). Every start of the
+      run reads the file. None for model.attention.
     seed: of the initial parameters and of the order of the data.
     num_steps: optimizer steps.
     batch_size: sequences of one optimizer step, over all processes.
@@ -125,6 +129,7 @@ class TrainConfig:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
   init_from: str | None = None
+  budgets: str | None = None
   seed: int = 0
   num_steps: int = 1000
   batch_size: int = 8
@@ -143,6 +148,10 @@ class TrainConfig:
       raise config_error(self, "init_from", "a folder or None")
     if self.init_from is not None:
       check_path("TrainConfig.init_from", self.init_from, allow_gcs=True)
+    if not isinstance(self.budgets, str | None):
+      raise config_error(self, "budgets", "a JSON file or None")
+    if self.budgets is not None:
+      check_path("TrainConfig.budgets", self.budgets)
     require_int(self, "seed", least=0, most=LARGEST_SEED)
     require_int(self, "warmup_steps", "eval_batches", least=0)
     require_int(
@@ -168,6 +177,7 @@ class TrainConfig:
 # check, they exist to be changed after a spike.
 _FREE_ON_RESUME = frozenset(
   {
+    "budgets",  # model.head_budgets has the content of the file.
     "log_every",
     "eval_every",
     "eval_batches",
