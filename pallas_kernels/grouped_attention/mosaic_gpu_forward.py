@@ -36,6 +36,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   ROWS,
   RowSlots,
   seen_mask,
+  TileBody,
   TileCoords,
   TileSchedule,
   WORKERS,
@@ -161,9 +162,10 @@ def _forward_kernel(
       query_at = slot * WORKERS + warpgroup
       rows = schedule.split.query_slice(coords, warpgroup)
 
-      def steps_of(source: KVSourceRef, bias2: float, keys: int) -> Any:
+      def steps_of(source: KVSourceRef, bias2: float, keys: int) -> TileBody:
         ranges = load_ranges(source, (coords.batch, coords.bound_head, rows[1]), ROW_LAYOUT)
-        return KeySteps(buffers, query_at, ranges, keys, scale2, bias2, interpret)
+        steps = KeySteps(buffers, query_at, ranges, keys, scale2, bias2, interpret)
+        return TileBody(steps.tile, steps.full_tiles)
 
       plgpu.barrier_wait(buffers.query_slots.ready.at[query_at])
       zeros = zero_accumulator(buffers.query.shape[-1])
@@ -207,7 +209,7 @@ class KeySteps(NamedTuple):
   def _shape(self) -> tuple[int, int]:
     return ROWS, self.keys
 
-  def __call__(self, first: Array, masked: bool, carry: Any) -> Any:
+  def tile(self, first: Array, masked: bool, carry: Any) -> Any:
     """The key tile from `first` on, all of it before the next tile."""
     acc_QxD, m_Q, l_Q, step = carry
     logits_QxK = self._logits(step)

@@ -170,6 +170,14 @@ class WorkSplit(NamedTuple):
     return coords.batch, pl.ds(row, ROWS), head
 
 
+class TileBody(NamedTuple):
+  """What a warpgroup does with the key tiles of one source."""
+
+  tile: Callable[[Array, bool, Any], Any]  # (first key, masked, carry) -> carry
+  # (count, carry) -> carry: consecutive tiles without a mask. None calls `tile` for each.
+  full_tiles: Callable[[Array, Any], Any] | None = None
+
+
 class TileSchedule(NamedTuple):
   """The order in which all warpgroups of a program go through its work. Static."""
 
@@ -199,30 +207,29 @@ class TileSchedule(NamedTuple):
     sources: KVSourcesRef,
     spans_ref: Any,
     coords: TileCoords,
-    body_of: Callable[[KVSourceRef, float, int], Callable[..., Any]],
+    body_of: Callable[[KVSourceRef, float, int], TileBody],
     carry: Any,
   ) -> Any:
-    """Calls body_of(source, its bias, keys of a tile)(first key, masked, carry) for every key tile.
+    """Runs body_of(source, its bias, keys of a tile) over the key tiles that are seen.
 
     A last tile of which few keys are seen is half as wide.
     """
     for i, source in enumerate(sources):
       if not self.has_keys[i]:
         continue
-      is_group = i == 1
+      bias2 = self.group_bias2 if i == 1 else 0.0
       narrow = i == 2 and self.max_window < self.block_k
-      bias2 = self.group_bias2 if is_group else 0.0
-      body = body_of(source, bias2, self.block_k)
-      # The tensor cores sum over 64 keys or a multiple of it.
+      # The tensor cores sum over a multiple of 64 keys.
       has_half = not narrow and self.block_k % 128 == 0
+      body = body_of(source, bias2, self.block_k)
       carry = loop_span(
         coords.span(spans_ref, i),
         self.block_k,
-        body,
+        body.tile,
         carry,
         has_full_tiles=not narrow,
-        full_tiles=getattr(body, "full_tiles", None),
-        half_body=body_of(source, bias2, self.block_k // 2) if has_half else None,
+        full_tiles=body.full_tiles,
+        half_tile=body_of(source, bias2, self.block_k // 2).tile if has_half else None,
       )
     return carry
 
@@ -252,12 +259,10 @@ class KVPipeline(NamedTuple):
     """The stage that holds the key tile number `step`."""
     return lax.rem(step, jnp.int32(self.key.shape[0]))
 
-  def loads_of(
-    self, coords: TileCoords, source: KVSourceRef, bias2: float, keys: int
-  ) -> Callable[[Array, bool, Array], Array]:
+  def loads_of(self, coords: TileCoords, source: KVSourceRef, bias2: float, keys: int) -> TileBody:
     """The body for `TileSchedule.key_tiles` that loads a tile into the next free stage."""
     del bias2
-    return functools.partial(self._load, coords, source, keys)
+    return TileBody(functools.partial(self._load, coords, source, keys))
 
   def _load(
     self,

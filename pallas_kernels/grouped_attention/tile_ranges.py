@@ -31,18 +31,18 @@ def loop_span[T](
   *,
   has_full_tiles: bool = True,
   full_tiles: Callable[[Array, T], T] | None = None,
-  half_body: Callable[[Array, bool, T], T] | None = None,
+  half_tile: Callable[[Array, bool, T], T] | None = None,
 ) -> T:
   """Runs `body(first, masked, carry)` over [span.first, span.last) in steps of `block`.
 
   Tiles that every row sees whole run in a loop of their own, without a mask, or in
   `full_tiles(count, carry)`, which needs no positions.
   `has_full_tiles=False` omits that loop, for sources too narrow to hold such a tile.
-  With `half_body`, it takes the last tile if that has block / 2 entries or fewer.
+  With `half_tile`, it takes the last tile if that has block / 2 entries or fewer.
   """
   size = jnp.maximum(span.last - span.first, 0)
   num_tiles = lax.div(size + (block - 1), block)
-  if half_body is not None:
+  if half_tile is not None:
     rest = size - lax.div(size, block) * block
     num_halves = ((rest > 0) & (rest <= block // 2)).astype(jnp.int32)
     num_tiles -= num_halves
@@ -64,10 +64,10 @@ def loop_span[T](
   else:
     carry = full_tiles(num_full, carry)
   carry = lax.fori_loop(0, num_tiles - num_full, straddling, carry)
-  if half_body is None:
+  if half_tile is None:
     return carry
   last = span.first + num_tiles * block
-  return lax.fori_loop(0, num_halves, lambda _, c: half_body(last, True, c), carry)
+  return lax.fori_loop(0, num_halves, lambda _, c: half_tile(last, True, c), carry)
 
 
 def chunk_of_span(span: Span, chunk: Array, chunks: int, block: int) -> Span:
