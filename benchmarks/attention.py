@@ -18,6 +18,8 @@ that a query attends to) operations, and 9/2 of that for both passes.
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false ./workspace bench attention --heads=64 --kv_heads=4 --nsa
 
+--dsa adds DeepSeek Sparse Attention of the package jax-linear-attention.
+
 On random inputs global selection prefers the first keys of a row. --inputs adds programs on the
 queries, keys and values of a model, repeated to each length; the heads and the head dim are those
 of the file, which `benchmarks.model_inputs` writes:
@@ -52,7 +54,7 @@ from benchmarks._inputs import (
   with_gradients,
 )
 from benchmarks._paired_timing import compare, TimedProgram
-from benchmarks._peers import native_sparse_attention
+from benchmarks._peers import deepseek_sparse_attention, native_sparse_attention
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig, dynamic_group_attention
 from dga_jax.attention.attend import attention_kwargs
@@ -88,6 +90,9 @@ _NSA = flags.DEFINE_bool(
   "nsa", False, "also time Native Sparse Attention of flash-linear-attention, if it is installed"
 )
 _INPUTS = define_path("inputs", None, "file of queries, keys and values beside random ones")
+_DSA = flags.DEFINE_bool(
+  "dsa", False, "also time DeepSeek Sparse Attention of jax-linear-attention, if it is installed"
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 11, "samples of each program")
 _REPEATS = flags.DEFINE_integer("repeats", 20, "queued calls in one sample")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the random inputs")
@@ -131,8 +136,8 @@ def main(argv: list[str]) -> None:
     )
     if given is not None:
       programs |= _on_given_inputs(repeat_to(shape, given), programs)
-    if _NSA.value:
-      programs |= native_sparse_attention(shape, backward=_BACKWARD.value)
+    for wanted, peer in ((_NSA, native_sparse_attention), (_DSA, deepseek_sparse_attention)):
+      programs |= peer(shape, backward=_BACKWARD.value) if wanted.value else {}
     timings, refused = compare(
       programs, rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=_SEED.value
     )
