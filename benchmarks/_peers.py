@@ -14,7 +14,7 @@ from benchmarks._inputs import Shape
 from benchmarks._paired_timing import TimedProgram
 
 _BLOCK, _BLOCKS = 64, 16  # of the NSA paper
-# Of DeepSeek-V3.2: keys of a query, and the heads and the head dim of the indexer that selects them.
+# Of DeepSeek-V3.2: keys of a query; heads and head dim of the indexer, which selects the keys.
 _DSA_KEYS, _INDEX_HEADS, _INDEX_DIM = 2048, 64, 128
 
 

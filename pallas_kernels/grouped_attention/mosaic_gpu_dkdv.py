@@ -1,7 +1,9 @@
 """Key and value gradients of one key source for Hopper, written in Pallas Mosaic GPU.
 
 A program holds 128 keys, 64 for each computing warpgroup, while a third warpgroup loads the queries
-that see them, tile by tile, head by head. All products are transposed: keys are rows.
+that see them, tile by tile, head by head. All products are transposed: keys are rows. The two
+computing warpgroups take turns on the tensor cores, so that one multiplies while the other computes
+exponentials.
 
 A source with few keys has fewer key tiles than a GPU has multiprocessors. The queries that see a
 key tile are then divided into chunks, each chunk is a tile of work, and the caller adds the partial
@@ -64,6 +66,7 @@ class Buffers(NamedTuple):
   value: Any  # [WORKERS, ROWS, D]
   kv_ready: Any
   kv_free: Any
+  turn: Any  # see `_take_turn`
 
 
 class KeyTileCoords(NamedTuple):
@@ -177,6 +180,7 @@ def mosaic_gpu_dkdv(
         value=rows,
         kv_ready=plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS),
         kv_free=plgpu.Barrier(num_arrivals=WORKERS),
+        turn=plgpu.Barrier(num_arrivals=WORKERS),
       )
     ],
     grid=(min(programs, math.prod(schedule.grid)),),
@@ -240,7 +244,11 @@ def _dkdv_kernel(
         _add_queries, buffers, source, coords, scale * LOG2_E, bias2, interpret
       )
       carry = (zeros, zeros, steps)
+      # Worker 1 is one turn late. Both wait for one another in every tile of work, since the keys
+      # and values of the next one need the same shared memory.
+      pl.when(warpgroup == 1)(lambda: _take_turn(buffers))
       dk_KxD, dv_KxD, steps = schedule.query_tiles(coords, span, step, carry)
+      pl.when(warpgroup == 0)(lambda: _take_turn(buffers))
       _write(buffers, coords, dk_ref, dv_ref, dk_KxD * scale, dv_KxD)
       plgpu.barrier_arrive(buffers.kv_free)
       return steps
@@ -303,6 +311,7 @@ def _add_queries(
     plgpu.wgmma(logits_ref, buffers.key.at[worker], queries)
     plgpu.barrier_wait(pipeline.dout_ready.at[slot])
     plgpu.wgmma(dp_ref, buffers.value.at[worker], douts)
+    _take_turn(buffers)
     # The exponentials overlap the second product.
     logits_KxQ = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
     lse2_Q = plgpu.load(pipeline.lse2.at[slot], layout=COLUMN_LAYOUT)
@@ -323,9 +332,16 @@ def _add_queries(
   ds_KxQ = p_KxQ * (dp_KxQ - lax.broadcast_in_dim(delta_Q, shape, [1]))
   low = (p_KxQ.astype(pipeline.dout.dtype), ds_KxQ.astype(pipeline.query.dtype))
   operands = ((low[0], pipeline.dout.at[slot]), (low[1], pipeline.query.at[slot]))
+  _take_turn(buffers)
   dv_KxD, dk_KxD = add_products((dv_KxD, dk_KxD), operands, interpret=interpret)
   plgpu.barrier_arrive(pipeline.free.at[slot])
   return dk_KxD, dv_KxD, step + 1
+
+
+def _take_turn(buffers: Buffers) -> None:
+  """Synchronizes with the other worker, which is one turn ahead or behind."""
+  plgpu.barrier_arrive(buffers.turn)
+  plgpu.barrier_wait(buffers.turn)
 
 
 def _write(
