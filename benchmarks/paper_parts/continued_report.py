@@ -1,16 +1,17 @@
 """Tables and pictures of continued pretraining."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.paper_parts.continued import UNTRAINED
 from benchmarks.paper_parts.plots import label, make_figure, save
 from dga_jax.evaluation.report import markdown
 
 _LABELS = {
-  "untrained": "dense, before training",
+  UNTRAINED: "dense, before training",
   "dense": "dense",
   "global": "DGA global, m = 16, γ = 0.1",
   "streaming_quarter": "DGA streaming, a quarter of the keys",
@@ -52,33 +53,50 @@ def write(results: Results, out: Path) -> str:
 def _losses(by_run: ByRun) -> str:
   """Held-out losses and the ratio of perplexities to dense attention that was trained alike.
 
-  Whole rows, with the standard error of the difference over rows; and the last tokens of each row
-  in decoding. For global selection the loss of whole rows is lower than decoding can reach.
+  Whole rows, and the last tokens of each row in decoding. For global selection the loss of whole
+  rows is lower than decoding can reach. A ratio compares the seeds that both runs have; ± is the
+  standard error over rows of the mean difference of these seeds.
   """
-  dense = by_run.get("dense", {}).get("loss")
+  dense = by_run.get("dense", {}).get("loss", ())
   rows = []
   for name, measures in by_run.items():
     if "loss" not in measures:
       continue
     own = measures["loss"]
-    whole, decoded = (_seeds(own, read) for read in (_whole, _decoded))
-    ratios = ["", ""]
-    if dense:
-      pairs = zip(own[0]["loss_by_row"], dense[0]["loss_by_row"], strict=True)
-      difference = np.array([loss - base for loss, base in pairs])
-      error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-      ratio = np.exp(whole.mean() - _seeds(dense, _whole).mean())
-      ratios = [
-        f"{ratio:.4f} ± {ratio * error:.4f}",
-        f"{np.exp(decoded.mean() - _seeds(dense, _decoded).mean()):.4f}",
-      ]
+    whole, decoded = ([read(one) for one in own] for read in (_whole, _decoded))
     share = f"{own[0]['budget']['share']:.1%}"
-    row = [_LABELS.get(name, name), str(len(own)), share, _with_spread(whole), ratios[0]]
-    rows.append([*row, _with_spread(decoded), ratios[1]])
+    row = [_LABELS.get(name, name), str(len(own)), share, _with_spread(whole)]
+    rows.append([*row, *_ratios(own, dense, with_seeds=name != "dense"), _with_spread(decoded)])
   if not rows:
     return ""
-  header = ["attention", "seeds", "cache", "loss", "perplexity/dense"]
-  return markdown([*header, "decoded tokens: loss", "perplexity/dense"], rows)
+  header = ["attention", "seeds", "cache", "loss", "perplexity/dense", "of each seed"]
+  return markdown([*header, "decoded: perplexity/dense", "decoded: loss"], rows)
+
+
+def _ratios(own: Results, dense: Results, *, with_seeds: bool) -> list[str]:
+  """The ratio with its error, that of each seed, and the ratio of the decoded tokens.
+
+  The model before training has one seed, which is compared with every seed of dense attention.
+  """
+  by_seed = {one["seed"]: one for one in own}
+  if own[0]["run"] == UNTRAINED:
+    by_seed = {one["seed"]: own[0] for one in dense}
+  pairs = [(by_seed[base["seed"]], base) for base in dense if base["seed"] in by_seed]
+  if not pairs:
+    return ["", "", ""]
+  differences = np.array(
+    [np.subtract(one["loss_by_row"], base["loss_by_row"]) for one, base in pairs]
+  )
+  by_row = differences.mean(axis=0)
+  ratio = np.exp(by_row.mean())
+  error = by_row.std(ddof=1) / len(by_row) ** 0.5 if len(by_row) > 1 else 0.0
+  decoded = np.exp(np.mean([_decoded(one) - _decoded(base) for one, base in pairs]))
+  seeds = [f"{one:.4f}" for one in np.exp(differences.mean(axis=1))]
+  return [
+    f"{ratio:.4f} ± {ratio * error:.4f}",
+    ", ".join(seeds) if with_seeds and len(seeds) > 1 else "",
+    f"{decoded:.4f}",
+  ]
 
 
 def _whole(result: Mapping[str, Any]) -> float:
@@ -87,10 +105,6 @@ def _whole(result: Mapping[str, Any]) -> float:
 
 def _decoded(result: Mapping[str, Any]) -> float:
   return float(result["last"]["decoded_loss"])
-
-
-def _seeds(results: Results, read: Callable[[Mapping[str, Any]], float]) -> np.ndarray:
-  return np.array([read(one) for one in results])
 
 
 def _recall(by_run: Mapping[str, Results]) -> str:
@@ -188,10 +202,10 @@ def _by_corpus(evaluation: Mapping[str, Any]) -> str:
   return ", ".join(f"{Path(name).stem} {loss:.4f}" for name, loss in evaluation["losses"].items())
 
 
-def _with_spread(values: np.ndarray) -> str:
+def _with_spread(values: Sequence[float]) -> str:
   if len(values) == 1:
     return f"{values[0]:.4f}"
-  return f"{values.mean():.4f} ({', '.join(f'{value:.4f}' for value in values)})"
+  return f"{np.mean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
 
 
 def _plot(by_run: ByRun, path: Path) -> None:
