@@ -109,6 +109,11 @@ class TrainConfig:
       The run then has attention="head_budgets" in place of model.attention, and its weights have
       the KV heads of every setting side by side (`dga_jax.model.apply_budgets`). Every start of the
       run reads the file. None for model.attention.
+    distillation: w in [0, 1] of the loss (1 − w)·cross entropy + w·KL(dense‖model), where `dense`
+      is the prediction of the same weights with dense attention, which has no gradient
+      (train/distillation.py). Above 0 a step also takes a forward pass of dense attention.
+    full_heads: with model.head_gates the mean of the gates, which is the share of KV heads that
+      will be full. All other weights stay fixed (train/gates.py).
     seed: of the initial parameters and of the order of the data.
     num_steps: optimizer steps.
     batch_size: sequences of one optimizer step, over all processes.
@@ -130,6 +135,8 @@ class TrainConfig:
   guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
   init_from: str | None = None
   budgets: str | None = None
+  distillation: float = 0.0
+  full_heads: float = 0.125
   seed: int = 0
   num_steps: int = 1000
   batch_size: int = 8
@@ -167,6 +174,12 @@ class TrainConfig:
       least=1,
     )
     require_number(self, "learning_rate", least=0)
+    require_number(self, "distillation", least=0, most=1)
+    require_number(self, "full_heads", above=0, below=1)
+    if self.model.head_gates and self.init_from is None:
+      raise config_error(
+        self, "init_from", "a folder with a model: model.head_gates chooses full heads of its heads"
+      )
     if self.batch_size % self.grad_accumulation:
       raise config_error(self, "grad_accumulation", f"a divisor of batch_size={self.batch_size}")
     if self.warmup_steps >= self.num_steps:

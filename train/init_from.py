@@ -17,10 +17,13 @@ from dga_jax.model import apply_budgets
 from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
+from train.gates import GATES, initial_gates
 
 # Fields that the training config decides; the checkpoint decides the others, which define the
 # weights and RoPE.
-_OWN_FIELDS = frozenset({"attention", *ATTENTION_SETTINGS, "dtype", "param_dtype", "remat"})
+_OWN_FIELDS = frozenset(
+  {"attention", *ATTENTION_SETTINGS, "head_gates", "dtype", "param_dtype", "remat"}
+)
 
 # Entry of a checkpoint's config: what an import knows of the model besides, for an export.
 ORIGIN = "origin"
@@ -31,8 +34,8 @@ class Initial:
   """What a run takes over from the checkpoint that training begins with.
 
   Attributes:
-    config: the training config with that checkpoint's model; attention, its settings, dtypes and
-      remat stay those of the config.
+    config: the training config with that checkpoint's model; attention, its settings, gates,
+      dtypes and remat stay those of the config.
     tokenizer: the checkpoint's, or None where training begins with nothing.
     entries: further entries for the config in the run's own checkpoints.
   """
@@ -81,7 +84,8 @@ def load_params(config: TrainConfig, mesh: Mesh) -> PyTree[Array]:
   """The parameters in `config.init_from`, in the dtype that the config stores them in.
 
   Each device reads its own shards over `mesh`. With `config.budgets` the heads are in the order of
-  the budgets of `find_initial`.
+  the budgets of `find_initial`. With `config.model.head_gates` all gates start at
+  `config.full_heads`.
 
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
@@ -94,4 +98,8 @@ def load_params(config: TrainConfig, mesh: Mesh) -> PyTree[Array]:
     model = apply_budgets(model, read_head_budgets(config.budgets))
   params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   dtype = jnp.dtype(config.model.param_dtype)
-  return jax.tree.map(lambda array: array.astype(dtype), params)
+  params = jax.tree.map(lambda array: array.astype(dtype), params)
+  params.pop(GATES, None)
+  if config.model.head_gates:
+    params[GATES] = initial_gates(config)
+  return params
