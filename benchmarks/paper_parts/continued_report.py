@@ -74,14 +74,8 @@ def _losses(by_run: ByRun) -> str:
 
 
 def _ratios(own: Results, dense: Results, *, with_seeds: bool) -> list[str]:
-  """The ratio with its error, that of each seed, and the ratio of the decoded tokens.
-
-  The model before training has one seed, which is compared with every seed of dense attention.
-  """
-  by_seed = {one["seed"]: one for one in own}
-  if own[0]["run"] == UNTRAINED:
-    by_seed = {one["seed"]: own[0] for one in dense}
-  pairs = [(by_seed[base["seed"]], base) for base in dense if base["seed"] in by_seed]
+  """The ratio with its error, that of each seed, and the ratio of the decoded tokens."""
+  pairs = _pairs(own, dense)
   if not pairs:
     return ["", "", ""]
   differences = np.array(
@@ -99,12 +93,27 @@ def _ratios(own: Results, dense: Results, *, with_seeds: bool) -> list[str]:
   ]
 
 
+def _pairs(own: Results, dense: Results) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+  """The results of a run and of dense attention with equal seeds.
+
+  The model before training has one seed, which is compared with every seed of dense attention.
+  """
+  by_seed = {one["seed"]: one for one in own}
+  if own[0]["run"] == UNTRAINED:
+    by_seed = {one["seed"]: own[0] for one in dense}
+  return [(by_seed[base["seed"]], base) for base in dense if base["seed"] in by_seed]
+
+
 def _whole(result: Mapping[str, Any]) -> float:
   return float(result["loss"])
 
 
 def _decoded(result: Mapping[str, Any]) -> float:
   return float(result["last"]["decoded_loss"])
+
+
+def _by_position(result: Mapping[str, Any]) -> np.ndarray:
+  return np.array([one["loss"] for one in result["by_position"]])
 
 
 def _recall(by_run: Mapping[str, Results]) -> str:
@@ -127,24 +136,28 @@ def _summary(by_run: Mapping[str, Results]) -> str:
   lengths = list(dict.fromkeys(task.split()[1] for task in _first(by_run)["retrieval"]))
   rows = []
   for name, results in by_run.items():
-    means = []
-    for length in lengths:
-      own = [
-        task["share"]
-        for one in results
-        for title, task in one["retrieval"].items()
-        if title.endswith(f" {length}")
-      ]
-      means.append(np.mean(own))
-    needles = [
-      score["score"]
-      for one in results
-      for task, score in one["ruler"].items()
-      if task.startswith(("single", "multi"))
-    ]
-    rows.append([_LABELS.get(name, name), *(f"{x:.0%}" for x in (*means, np.mean(needles)))])
+    columns = [[_mean_of_length(one, length) for one in results] for length in lengths]
+    columns.append([_mean_of_needles(one) for one in results])
+    rows.append([_LABELS.get(name, name), *map(_percents, columns)])
   header = [f"retrieval, {length} tokens" for length in lengths]
   return markdown(["attention", *header, "RULER's needles"], rows)
+
+
+def _mean_of_length(result: Mapping[str, Any], length: str) -> float:
+  titles = result["retrieval"].items()
+  return float(np.mean([one["share"] for title, one in titles if title.endswith(f" {length}")]))
+
+
+def _mean_of_needles(result: Mapping[str, Any]) -> float:
+  needles = ("single", "multi")
+  tasks = result["ruler"].items()
+  return float(np.mean([one["score"] for task, one in tasks if task.startswith(needles)]))
+
+
+def _percents(values: Sequence[float]) -> str:
+  """The mean over seeds, and each seed's value if there are several."""
+  mean = f"{np.mean(values):.0%}"
+  return mean if len(values) == 1 else f"{mean} ({', '.join(f'{one:.0%}' for one in values)})"
 
 
 def _questions(by_run: Mapping[str, Results]) -> str:
@@ -209,19 +222,18 @@ def _with_spread(values: Sequence[float]) -> str:
 
 
 def _plot(by_run: ByRun, path: Path) -> None:
-  """The loss by position above that of dense attention, and the training losses."""
+  """The loss by position above that of dense attention, and the training losses of one seed."""
   figure, (by_position, by_step) = make_figure(
     2, "Continued pretraining of SmolLM2-135M", height=5.0
   )
-  dense = by_run.get("dense", {}).get("loss")
+  dense = by_run.get("dense", {}).get("loss", ())
   for index, (name, measures) in enumerate(by_run.items()):
     style: dict[str, Any] = {"color": f"C{index}", "label": _LABELS.get(name, name)}
-    if dense and "loss" in measures and name != "dense":
-      pairs = zip(measures["loss"][0]["by_position"], dense[0]["by_position"], strict=True)
-      middles, excess = zip(
-        *(((one["from"] + one["to"]) / 2, one["loss"] - base["loss"]) for one, base in pairs),
-        strict=True,
-      )
+    pairs = _pairs(measures["loss"], dense) if "loss" in measures and name != "dense" else []
+    if pairs:
+      places = pairs[0][0]["by_position"]
+      excess = np.mean([_by_position(one) - _by_position(base) for one, base in pairs], axis=0)
+      middles = [(one["from"] + one["to"]) / 2 for one in places]
       by_position.plot(middles, excess, "o-", ms=3, **style)
     if "train" in measures:
       losses = np.array(measures["train"][0]["losses"])
