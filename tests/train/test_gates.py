@@ -122,6 +122,19 @@ def test_only_gates_move_and_their_mean_stays(
   after = dataclasses.replace(gated, model=model, init_from=str(tmp_path / "whole"))
   assert GATES not in load_params(after, make_mesh(after.mesh))
 
+  # Training under the budgets begins with permuted heads; no gates are trained for its model.
+  under_budgets = dataclasses.replace(
+    gated, model=dataclasses.replace(gated.model, head_gates=False), budgets=str(output)
+  )
+  under_budgets = dataclasses.replace(under_budgets, num_steps=3, distillation=0.5)
+  train(under_budgets, tmp_path / "budgets")
+  assert load_model_config(tmp_path / "budgets").head_budgets == budgets.permute_kv_heads(
+    budgets.contiguous_order()
+  )
+  again = dataclasses.replace(gated, init_from=str(tmp_path / "budgets"))
+  with pytest.raises(ValueError, match="gates choose the full heads of a model without budgets"):
+    load_params(again, make_mesh(again.mesh))
+
 
 def harden(workdir: Path, output: Path) -> None:
   """Runs the command."""
@@ -196,6 +209,8 @@ def test_the_optimizer_has_a_state_for_gates_alone(gated: TrainConfig) -> None:
 def test_errors(gated: TrainConfig) -> None:
   with pytest.raises(ValueError, match=r"init_from is None; it must be a folder with a model"):
     dataclasses.replace(gated, init_from=None)
+  with pytest.raises(ValueError, match=r"budgets is 'b\.json'; it must be None with model\.head_g"):
+    dataclasses.replace(gated, budgets="b.json")
   with pytest.raises(ValueError, match=r"TrainConfig\.distillation is 1\.5"):
     dataclasses.replace(gated, distillation=1.5)
   with pytest.raises(ValueError, match=r"TrainConfig\.full_heads is 0"):
