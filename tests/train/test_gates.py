@@ -21,7 +21,7 @@ from dga_jax import DGAConfig
 from dga_jax.checkpoint import abstract_decoder, load_model, load_model_config
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
-from dga_jax.head_budgets import read_head_budgets
+from dga_jax.head_budgets import HeadBudgets, read_head_budgets, SinkWindow
 from dga_jax.model.flops import mean_head_keys
 from dga_jax.sharding import make_mesh
 from train.config import TrainConfig
@@ -107,7 +107,7 @@ def test_only_gates_move_and_their_mean_stays(
 
   # Budgets of these gates.
   output = tmp_path / "budgets.json"
-  harden(tmp_path / "whole", output)
+  harden(tmp_path / "whole", output, "--keys=0.8")
   budgets = read_head_budgets(output)
   assert mean_head_keys(budgets.counts(), 512) <= 0.8 * 512
   num_full = budgets.counts()["full"]
@@ -117,6 +117,14 @@ def test_only_gates_move_and_their_mean_stays(
   assert 0 < num_full < gates.size
   stored = json.loads(output.read_text())["calibration"]
   assert stored["cost"] <= stored["share"] == 0.8
+  # Other numbers of heads, by the same gates.
+  other = HeadBudgets((SinkWindow(window=8), "full"), ((1, 0), (0, 0)))
+  (tmp_path / "other.json").write_text(other.to_json())
+  harden(tmp_path / "whole", tmp_path / "like.json", f"--like={tmp_path / 'other.json'}")
+  like = read_head_budgets(tmp_path / "like.json")
+  assert like.settings == ("full", SinkWindow(window=8))
+  assert np.flatnonzero(np.array(like.assignment).ravel() == 0).tolist() == [order[0]]
+
   # Training that begins with this run and has no gates begins with the same weights.
   model = dataclasses.replace(load_model_config(tmp_path / "whole"), head_gates=False)
   after = dataclasses.replace(gated, model=model, init_from=str(tmp_path / "whole"))
@@ -136,10 +144,10 @@ def test_only_gates_move_and_their_mean_stays(
     load_params(again, make_mesh(again.mesh))
 
 
-def harden(workdir: Path, output: Path) -> None:
+def harden(workdir: Path, output: Path, *flags: str) -> None:
   """Runs the command."""
   command = [sys.executable, "-m", "train.harden_gates", f"--workdir={workdir}"]
-  command += ["--keys=0.8", "--length=512", f"--output={output}"]
+  command += [*flags, "--length=512", f"--output={output}"]
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
     command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True
