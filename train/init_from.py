@@ -57,8 +57,13 @@ def find_initial(config: TrainConfig, workdir: str | None, step: int | None = No
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
     OSError: the file of `config.budgets` cannot be read.
-    ValueError: the budgets do not fit the model.
+    ValueError: the budgets do not fit the model, or gates have no model.
   """
+  if config.model.head_gates and config.init_from is None:
+    raise ValueError(
+      "config.init_from is None; it must be a folder with a model, since config.model.head_gates "
+      "chooses full heads among those of a given model."
+    )
   attention = _attention_of_budgets(config)
   if config.init_from is None or workdir is None:
     model = dataclasses.replace(config.model, **attention)

@@ -26,7 +26,7 @@ from dga_jax.model.flops import mean_head_keys
 from dga_jax.sharding import make_mesh
 from train.config import TrainConfig
 from train.gates import GATES, project
-from train.init_from import load_params
+from train.init_from import find_initial, load_params
 from train.metrics import read_metrics
 from train.optimizer import make_optimizer
 from train.setup import train
@@ -216,7 +216,7 @@ def test_the_optimizer_has_a_state_for_gates_alone(gated: TrainConfig) -> None:
 @pytest.mark.invalid_arguments
 def test_errors(gated: TrainConfig) -> None:
   with pytest.raises(ValueError, match=r"init_from is None; it must be a folder with a model"):
-    dataclasses.replace(gated, init_from=None)
+    find_initial(dataclasses.replace(gated, init_from=None), None)
   with pytest.raises(ValueError, match=r"budgets is 'b\.json'; it must be None with model\.head_g"):
     dataclasses.replace(gated, budgets="b.json")
   with pytest.raises(ValueError, match=r"TrainConfig\.distillation is 1\.5"):
