@@ -69,7 +69,7 @@ __all__ = [
 # Fields of ModelConfig that may differ between training and use: they change how the parameters
 # are used, not what they are.
 _FREE_MODEL_FIELDS = frozenset(
-  {"attention", *ATTENTION_SETTINGS, "dtype", "remat", "rope_base", "rope_scaling"}
+  {"attention", *ATTENTION_SETTINGS, "dtype", "remat", "rope_base", "rope_scaling", "unroll_layers"}
 )
 
 

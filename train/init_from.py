@@ -18,7 +18,7 @@ from train.config import TrainConfig
 
 # Fields that the training config decides; the checkpoint decides the others, which define the
 # weights and RoPE.
-_OWN_FIELDS = frozenset({"attention", *ATTENTION_SETTINGS, "dtype", "param_dtype", "remat"})
+_OWN_FIELDS = frozenset({"attention", *ATTENTION_SETTINGS, "dtype", "param_dtype", "remat", "unroll_layers"})
 
 # Entry of a checkpoint's config: what an import knows of the model besides, for an export.
 ORIGIN = "origin"
