@@ -18,7 +18,9 @@ from train.config import TrainConfig
 
 # Fields that the training config decides; the checkpoint decides the others, which define the
 # weights and RoPE.
-_OWN_FIELDS = frozenset({"attention", *ATTENTION_SETTINGS, "dtype", "param_dtype", "remat", "unroll_layers"})
+_OWN_FIELDS = frozenset(
+  {"attention", *ATTENTION_SETTINGS, "dtype", "param_dtype", "remat", "unroll_layers"}
+)
 
 # Entry of a checkpoint's config: what an import knows of the model besides, for an export.
 ORIGIN = "origin"
@@ -29,8 +31,8 @@ class Initial:
   """What a run takes over from the checkpoint that training begins with.
 
   Attributes:
-    config: the training config with that checkpoint's model; attention, its settings, dtypes and
-      remat stay those of the config.
+    config: the training config with that checkpoint's model; attention, its settings, dtypes,
+      remat and unroll_layers stay those of the config.
     tokenizer: the checkpoint's, or None where training begins with nothing.
     entries: further entries for the config in the run's own checkpoints.
   """

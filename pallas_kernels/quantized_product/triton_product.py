@@ -9,7 +9,6 @@ Letters: M rows, rounded up; B of them exist. T output channels of a program. K 
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
@@ -30,7 +29,12 @@ class Tile(NamedTuple):
 
 
 def quantized_product_triton(
-  x_BxK: Array, numbers_TxK: Array, scale_T: Array, *, tile: Tile | None = None, interpret: bool = False
+  x_BxK: Array,
+  numbers_TxK: Array,
+  scale_T: Array,
+  *,
+  tile: Tile | None = None,
+  interpret: bool = False,
 ) -> Array:
   (B, inputs), channels = x_BxK.shape, numbers_TxK.shape[0]
   tile = tile or Tile()
