@@ -26,8 +26,8 @@ def compute_weights(model: Decoder, mesh: Mesh | None = None) -> nnx.State:
   """
   if mesh is not None and (name := weight_name(model)) is not None:
     raise ValueError(
-      f"the weights are in 8 bits ({name}), which one device holds, but there is a mesh; give a mesh"
-      " or weights in 8 bits."
+      f"the weights are in 8 bits ({name}), which one device holds, but there is a mesh; give a"
+      " mesh or weights in 8 bits."
     )
   # Cast before the layers are unstacked, since unstacking copies the weights.
   graphdef, params = nnx.split(model)

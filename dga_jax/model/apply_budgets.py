@@ -11,7 +11,7 @@ from jaxtyping import Array
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.model.decoder import Decoder
 from dga_jax.model.layers import DecoderLayer
-from dga_jax.model.quantized import QuantizedAttention
+from dga_jax.model.quantized import QuantizedLayer
 
 
 def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> Decoder:
@@ -39,7 +39,7 @@ def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> De
     raise ValueError(
       "model has unstacked layers; call apply_budgets before Decoder.unstack_layers."
     )
-  if isinstance(model.layers.attention, QuantizedAttention):
+  if isinstance(model.layers, QuantizedLayer):
     raise ValueError("model has weights in 8 bits; call apply_budgets before quantize_weights.")
   if model.config.head_budgets is not None:
     raise ValueError(

@@ -10,7 +10,7 @@ that a token reads, and the unembedding decides the token.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from jaxtyping import Array, Float, Shaped
 
 from dga_jax.choices import WeightName
 from dga_jax.model.decoder import Decoder
-from dga_jax.model.layers import axis_names, DecoderLayer, SelfAttention, SwiGLU
+from dga_jax.model.layers import Attend, axis_names, DecoderLayer
+from dga_jax.model.rope import RopeTable
 from pallas_kernels.decode import pack_rows
 from pallas_kernels.quantized_product import quantized_product
 
@@ -32,7 +33,9 @@ class QuantizedProjection(nnx.Module):
   The numbers are stored transposed, so that the inputs of an output are adjacent in memory.
   """
 
-  def __init__(self, numbers: Shaped[Array, "*layers T K"], scale: Float[Array, "*layers T"]):
+  def __init__(
+    self, numbers: Shaped[Array, "*layers T K"], scale: Float[Array, "*layers T"]
+  ) -> None:
     layers = ("layers",) * (scale.ndim - 1)
     self.numbers = nnx.Param(numbers, **axis_names(*layers, "outputs", "inputs"))
     self.scale = nnx.Param(scale, **axis_names(*layers, "outputs"))
@@ -63,66 +66,97 @@ class QuantizedProjection(nnx.Module):
     assert scale is not None  # The dtype has 8 bits.
     return cls(numbers, scale)
 
-  def __call__(self, x: Float[Array, "*S K"]) -> Float[Array, "*S T"]:
-    """The product in the dtype of x, summed in float32."""
-    rows = x.reshape(-1, x.shape[-1])
-    out = _product(rows, self.numbers[...], self.scale[...])
+  def __call__(
+    self,
+    x: Float[Array, "*S K"],
+    *,
+    norm: nnx.RMSNorm | None = None,
+    swiglu: bool = False,
+    residual: Float[Array, "*S U"] | None = None,
+  ) -> Float[Array, "*S U"]:
+    """The product and the operations of a layer around it, see `quantized_product`.
+
+    Args:
+      x: inputs.
+      norm: RMSNorm of the inputs; None for none.
+      swiglu: whether the outputs are gates and values of SwiGLU.
+      residual: added to the result; None for no sum.
+    """
+    rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    operands = (
+      x.reshape(-1, x.shape[-1]),
+      self.numbers[...],
+      self.scale[...],
+      None if norm is None else norm.scale[...],
+      rows,
+    )
+    out = _product(0.0 if norm is None else norm.epsilon, swiglu, *operands)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-@jax.custom_vjp
-def _product(x: Array, numbers: Array, scale: Array) -> Array:
-  return quantized_product(x, numbers, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(
+  epsilon: float,
+  swiglu: bool,
+  x: Array,
+  numbers: Array,
+  scale: Array,
+  norm_scale: Array | None,
+  residual: Array | None,
+) -> Array:
+  return quantized_product(
+    x,
+    numbers,
+    scale,
+    norm_scale=norm_scale,
+    epsilon=epsilon,
+    swiglu=swiglu,
+    residual=residual,
+  )
 
 
-def _no_gradient(x: Array, numbers: Array, scale: Array) -> tuple[Array, None]:
+def _no_gradient(epsilon: float, swiglu: bool, x: Array, numbers: Array, *_: Any) -> Any:
   raise ValueError(
     f"the weights are in 8 bits ({numbers.dtype}), which have no gradient; train the model with the"
     " weights of its checkpoint, and quantize the result."
   )
 
 
-_product.defvjp(_no_gradient, lambda _, gradient: (gradient, None, None))
+_product.defvjp(_no_gradient, _no_gradient)
 
 
-class QuantizedAttention(SelfAttention):
-  """SelfAttention whose projections have weights in 8 bits."""
+class QuantizedLayer(DecoderLayer):
+  """A decoder layer whose projections have weights in 8 bits.
 
-  def __init__(self, attention: SelfAttention, dtype: WeightName, *, layers: int) -> None:
-    weights = ("query", "key", "value", "out")
-    for name, value in vars(attention).items():
-      if name not in weights and not name.startswith("_"):
-        setattr(self, name, value)
+  Attributes:
+    attention: without the weights of its projections.
+  """
+
+  def __init__(self, layer: DecoderLayer, dtype: WeightName, *, layers: int) -> None:
+    attention, mlp = layer.attention, layer.mlp
     pack = functools.partial(QuantizedProjection.from_weights, dtype=dtype, layers=layers)
+    self.dtype = layer.dtype
+    self.attention_norm, self.mlp_norm = layer.attention_norm, layer.mlp_norm
     self.qkv = pack([attention.query, attention.key, attention.value], inputs=1)
-    self.output = pack([attention.out], inputs=2)
+    self.out = pack([attention.out], inputs=2)
+    self.gate_up = pack([mlp.gate, mlp.up], inputs=1)
+    self.down = pack([mlp.down], inputs=1)
+    for name in ("query", "key", "value", "out"):
+      delattr(attention, name)
+    self.attention = attention
 
-  def project_in(
-    self, x_BxLxE: Float[Array, "B L E"]
-  ) -> tuple[Float[Array, "B L H D"], Float[Array, "B L N D"], Float[Array, "B L N D"]]:
-    """Query, key and value without their biases."""
-    H, N, D = self.config.num_heads, self.config.num_kv_heads, self.config.head_dim
-    qkv = self.qkv(x_BxLxE).reshape(*x_BxLxE.shape[:2], H + 2 * N, D)
-    return qkv[:, :, :H], qkv[:, :, H : H + N], qkv[:, :, H + N :]
-
-  def project_out(self, o_BxLxHxD: Float[Array, "B L H D"]) -> Float[Array, "B L E"]:
-    """The output projection."""
-    return self.output(o_BxLxHxD.reshape(*o_BxLxHxD.shape[:2], -1))
-
-
-class QuantizedSwiGLU(SwiGLU):
-  """SwiGLU whose weights are in 8 bits."""
-
-  def __init__(self, mlp: SwiGLU, dtype: WeightName, *, layers: int) -> None:
-    self.dtype = mlp.dtype
-    pack = functools.partial(QuantizedProjection.from_weights, dtype=dtype, layers=layers, inputs=1)
-    self.gate_up = pack([mlp.gate, mlp.up])
-    self.down_projection = pack([mlp.down])
-
-  def __call__(self, x_BxLxE: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
-    """The equation of `SwiGLU`, in the compute dtype."""
-    gate_BxLxF, up_BxLxF = jnp.split(self.gate_up(x_BxLxE), 2, axis=-1)
-    return self.down_projection(jax.nn.silu(gate_BxLxF) * up_BxLxF)
+  def __call__(
+    self, x_BxLxE: Float[Array, "B L E"], rope: RopeTable, attend: Attend
+  ) -> tuple[Float[Array, "B L E"], Any]:
+    """See `DecoderLayer`."""
+    (B, L, _), config = x_BxLxE.shape, self.attention.config
+    H, N, D = config.num_heads, config.num_kv_heads, config.head_dim
+    qkv = self.qkv(x_BxLxE, norm=self.attention_norm).reshape(B, L, H + 2 * N, D)
+    q_BxLxHxD, k_BxLxNxD, v_BxLxNxD = jnp.split(qkv, (H, H + N), axis=2)
+    o_BxLxHxD, cache = self.attention.mix(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, rope, attend)
+    x_BxLxE = self.out(o_BxLxHxD.reshape(B, L, H * D), residual=x_BxLxE)
+    inner_BxLxF = self.gate_up(x_BxLxE, norm=self.mlp_norm, swiglu=True)
+    return self.down(inner_BxLxF, residual=x_BxLxE), cache
 
 
 def quantize_weights(model: Decoder, dtype: WeightName) -> Decoder:
@@ -148,23 +182,19 @@ def quantize_weights(model: Decoder, dtype: WeightName) -> Decoder:
       f"the model has weights in 8 bits ({found}) already; quantize the model from before."
     )
   quantized: Decoder = nnx.merge(*nnx.split(model))
-  stacked = isinstance(quantized.layers, DecoderLayer)
-  for layer in _layers(quantized):
-    layer.attention = QuantizedAttention(layer.attention, dtype, layers=int(stacked))
-    layer.mlp = QuantizedSwiGLU(layer.mlp, dtype, layers=int(stacked))
+  layers = quantized.layers
+  if isinstance(layers, DecoderLayer):
+    quantized.layers = QuantizedLayer(layers, dtype, layers=1)
+  else:
+    quantized.layers = nnx.List([QuantizedLayer(layer, dtype, layers=0) for layer in layers])
   return quantized
 
 
 def weight_name(model: Decoder) -> WeightName | None:
   """The dtype of the weights of a model from `quantize_weights`; None for another model."""
-  attention = _layers(model)[0].attention
-  if not isinstance(attention, QuantizedAttention):
-    return None
-  stored = str(attention.qkv.numbers[...].dtype)
-  return next(name for name, dtype in _DTYPES.items() if dtype == stored)
-
-
-def _layers(model: Decoder) -> list[DecoderLayer]:
-  """The layers, or the one module of all stacked layers."""
   layers = model.layers
-  return [layers] if isinstance(layers, DecoderLayer) else list(layers)
+  layer = layers if isinstance(layers, DecoderLayer) else layers[0]
+  if not isinstance(layer, QuantizedLayer):
+    return None
+  stored = str(layer.qkv.numbers[...].dtype)
+  return next(name for name, dtype in _DTYPES.items() if dtype == stored)
