@@ -84,10 +84,11 @@ def _measure(weights: WeightName | None) -> list[_Row]:
   read = jax.jit(lambda params, tokens: _read(nnx.merge(graphdef, params), tokens))
   half = _LENGTH.value // 2
   continuations = _continue(model, [tokens[:half] for tokens in rows])
-  return [
-    _Row(*(np.asarray(x)[0] for x in read(params, jnp.array([tokens]))), continuation)
-    for tokens, continuation in zip(rows, continuations, strict=True)
-  ]
+  measured = []
+  for tokens, continuation in zip(rows, continuations, strict=True):
+    losses, likely = (np.asarray(x)[0] for x in read(params, jnp.array([tokens])))
+    measured.append(_Row(losses, likely, continuation))
+  return measured
 
 
 def _read(model: Decoder, tokens_1xL: jax.Array) -> tuple[jax.Array, jax.Array]:

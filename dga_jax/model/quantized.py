@@ -83,11 +83,12 @@ class QuantizedProjection(nnx.Module):
       residual: added to the result; None for no sum.
     """
     rows = None if residual is None else residual.reshape(-1, residual.shape[-1])
+    norm_scale: Any = None if norm is None else norm.scale  # Flax allows a norm without a scale.
     operands = (
       x.reshape(-1, x.shape[-1]),
       self.numbers[...],
       self.scale[...],
-      None if norm is None else norm.scale[...],
+      None if norm is None else norm_scale[...],
       rows,
     )
     out = _product(0.0 if norm is None else norm.epsilon, swiglu, *operands)
