@@ -53,17 +53,7 @@ class QuantizedProjection(nnx.Module):
       layers: 1 if the weights of all layers are stacked, else 0.
     """
 
-    def rows(weight: Array) -> Array:
-      K = math.prod(weight.shape[layers : layers + inputs])
-      return jnp.swapaxes(weight.reshape(*weight.shape[:layers], K, -1), -1, -2)
-
-    @jax.jit  # In one program no float32 copy of a weight exists.
-    def pack(weights: list[Array]) -> tuple[Array, Array | None]:
-      return pack_rows(jnp.concatenate([rows(weight) for weight in weights], axis=-2), stored)
-
-    stored = _DTYPES[dtype]
-    numbers, scale = pack([weight[...] for weight in weights])
-    assert scale is not None  # The dtype has 8 bits.
+    numbers, scale = _pack([weight[...] for weight in weights], _DTYPES[dtype], inputs, layers)
     return cls(numbers, scale)
 
   def __call__(
@@ -93,6 +83,18 @@ class QuantizedProjection(nnx.Module):
     )
     out = _product(0.0 if norm is None else norm.epsilon, swiglu, *operands)
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))  # No float32 copy of a weight exists.
+def _pack(weights: list[Array], stored: str, inputs: int, layers: int) -> tuple[Array, Array]:
+  """Numbers and scales of weights side by side; see `QuantizedProjection.from_weights`."""
+  rows = []
+  for weight in weights:
+    K = math.prod(weight.shape[layers : layers + inputs])
+    rows.append(jnp.swapaxes(weight.reshape(*weight.shape[:layers], K, -1), -1, -2))
+  numbers, scale = pack_rows(jnp.concatenate(rows, axis=-2), stored)
+  assert scale is not None  # The dtype has 8 bits.
+  return numbers, scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
