@@ -52,7 +52,6 @@ class QuantizedProjection(nnx.Module):
       inputs: axes that the product sums over.
       layers: 1 if the weights of all layers are stacked, else 0.
     """
-
     numbers, scale = _pack([weight[...] for weight in weights], _DTYPES[dtype], inputs, layers)
     return cls(numbers, scale)
 
