@@ -1,10 +1,10 @@
 """The product of a few rows with a weight in 8 bits, lowered through Pallas-Triton.
 
-A program computes a few output channels of all rows. It reads the numbers of these channels once,
-in 8 bits, and converts them in registers. For few rows it multiplies
-and adds element by element and sums over the inputs at the end. More rows are a matrix product.
+A program computes a few output channels of all rows as a matrix product. It reads the numbers of
+these channels once, as words of four, and makes floating-point numbers of them in registers. Byte
+j of word c is input j·K/4 + c, so that the inputs of one byte are adjacent in the rows.
 
-Letters: B rows, M of them with padding. T output channels of a program. K inputs of a tile.
+Letters: B rows, M of them with padding. T output channels of a program. C words of a tile.
 """
 
 import functools
@@ -20,20 +20,21 @@ from pallas_kernels.kernel_common import out_struct
 from pallas_kernels.quantized_product.xla import rms_norm
 from pallas_kernels.triton_common import dot, padded_slice
 
-_MOST_VECTOR_ROWS = 4
-
 
 class Tile(NamedTuple):
-  """The tile of a weight that a program reads at a time, and its launch parameters."""
+  """The tile of a weight that a program reads at a time, and its launch parameters.
 
-  channels: int
-  inputs: int
-  num_warps: int
-  num_stages: int = 2
+  Attributes:
+    channels: output channels of a program.
+    words: of 4 inputs each.
+    num_warps: of a program.
+    num_stages: tiles in flight.
+  """
 
-
-_VECTOR_TILE = Tile(4, 1024, 4)
-_DOT_TILE = Tile(32, 256, 4, 4)
+  channels: int = 32
+  words: int = 64
+  num_warps: int = 4
+  num_stages: int = 4
 
 
 class _Operands(NamedTuple):
@@ -45,13 +46,12 @@ class _Operands(NamedTuple):
   x: Any
   numbers: list[Any]
   scales: list[Any]
-  norm: Any
   residual: Any
 
 
 def quantized_product_triton(
   x_BxK: Array,
-  numbers_TxK: Array,
+  numbers_TxCx4: Array,
   scale_T: Array,
   *,
   norm_scale: Array | None,
@@ -62,116 +62,95 @@ def quantized_product_triton(
   interpret: bool = False,
 ) -> Array:
   """See `quantized_product`."""
-  (B, inputs), parts = x_BxK.shape, range(2 if swiglu else 1)
-  channels = numbers_TxK.shape[0] // len(parts)
-  vector = B <= _MOST_VECTOR_ROWS
-  tile = _fitted(tile or (_VECTOR_TILE if vector else _DOT_TILE), channels, inputs, vector)
-  if norm_scale is not None and not vector:
+  if norm_scale is not None:
     # In the loop over the inputs, the norm would delay the loads of the weight.
-    x_BxK, norm_scale = rms_norm(x_BxK, norm_scale, epsilon), None
-  T = tile.channels
-  programs = channels // T
-  out_block = pl.BlockSpec((B, T), lambda t: (0, t))
+    x_BxK = rms_norm(x_BxK, norm_scale, epsilon)
+  parts = range(2 if swiglu else 1)
+  B, (rows, quarter, _) = x_BxK.shape[0], numbers_TxCx4.shape
+  channels = rows // len(parts)
+  tile = _fitted(tile or Tile(), channels, quarter)
+  T, programs = tile.channels, channels // tile.channels
+  words_TxC = lax.bitcast_convert_type(numbers_TxCx4, jnp.int32)
 
   def channel_block(part: int, *width: int) -> pl.BlockSpec:
     return pl.BlockSpec((T, *width), lambda t: (t + part * programs, *[0] * len(width)))
 
-  arrays = _Operands(
-    x_BxK, [numbers_TxK for _ in parts], [scale_T for _ in parts], norm_scale, residual
-  )
+  out_block = pl.BlockSpec((B, T), lambda t: (0, t))
+  operands = _Operands(x_BxK, [words_TxC for _ in parts], [scale_T for _ in parts], residual)
   specs = _Operands(
-    pl.BlockSpec((B, inputs), lambda t: (0, 0)),
-    [channel_block(part, inputs) for part in parts],
+    pl.BlockSpec(x_BxK.shape, lambda t: (0, 0)),
+    [channel_block(part, quarter) for part in parts],
     [channel_block(part) for part in parts],
-    None if norm_scale is None else pl.BlockSpec((inputs,), lambda t: (0,)),
     None if residual is None else out_block,
   )
   out: Array = pl.pallas_call(
-    functools.partial(_vector_kernel if vector else _dot_kernel, tile=tile, epsilon=epsilon),
+    functools.partial(_kernel, tile=tile, stored=numbers_TxCx4.dtype.name),
     grid=(programs,),
     in_specs=[specs],
     out_specs=out_block,
     out_shape=out_struct(x_BxK, (B, channels), x_BxK.dtype),
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
-    name="quantized_product",
-  )(arrays)
+    name=f"quantized_product_{rows}x{4 * quarter}",
+  )(operands)
   return out
 
 
-def _fitted(tile: Tile, channels: int, inputs: int, vector: bool) -> Tile:
-  """The tile with a divisor of the channels, and of the inputs for a matrix product."""
-  K = pl.next_power_of_2(inputs) if vector else inputs & -inputs
+def _fitted(tile: Tile, channels: int, words: int) -> Tile:
+  """The tile with divisors of the channels and of the words of a channel."""
   return tile._replace(
-    channels=min(tile.channels, channels & -channels), inputs=min(tile.inputs, K)
+    channels=min(tile.channels, channels & -channels), words=min(tile.words, words & -words)
   )
 
 
-def _vector_kernel(ref: _Operands, out_ref: Any, *, tile: Tile, epsilon: float) -> None:
-  (B, E), K, T = ref.x.shape, tile.inputs, tile.channels
-  sums = [[jnp.zeros((T, K), jnp.float32) for _ in ref.numbers] for _ in range(B)]
-  squares = [jnp.zeros((K,), jnp.float32) for _ in range(B)]
-  for first in range(0, E, K):
-    load = functools.partial(_load_inputs, first=first, inputs=E, K=K)
-    tiles = [load(numbers.at[:, padded_slice(first, K)]) for numbers in ref.numbers]
-    norm_K = None if ref.norm is None else load(ref.norm.at[padded_slice(first, K)])
-    for b in range(B):
-      x_K = load(ref.x.at[jnp.int32(b), padded_slice(first, K)])
-      if norm_K is not None:
-        squares[b] += x_K * x_K
-        x_K *= norm_K
-      sums[b] = [total + w_TxK * x_K[None] for total, w_TxK in zip(sums[b], tiles, strict=True)]
-  for b in range(B):
-    factor = 1.0 if ref.norm is None else lax.rsqrt(squares[b].sum() / E + epsilon)
-    row = jnp.int32(b)
-    out_T = _combine_parts(
-      [
-        total.sum(axis=1) * factor * scale[...]
-        for total, scale in zip(sums[b], ref.scales, strict=True)
-      ]
-    )
-    if ref.residual is not None:
-      out_T += ref.residual[row, :].astype(jnp.float32)
-    out_ref[row, :] = out_T.astype(out_ref.dtype)
-
-
-def _load_inputs(part: Any, *, first: int, inputs: int, K: int) -> Array:
-  """Values of K inputs from the given one on, in float32; zeros beyond the last input."""
-  if first + K <= inputs:
-    return plgpu.load(part).astype(jnp.float32)
-  mask = jnp.broadcast_to(first + jnp.arange(K) < inputs, part.shape)
-  return plgpu.load(part, mask=mask, other=0).astype(jnp.float32)
-
-
-def _dot_kernel(ref: _Operands, out_ref: Any, *, tile: Tile, epsilon: float) -> None:
-  del epsilon  # The rows are normalised before.
-  (B, E), K, T = ref.x.shape, tile.inputs, tile.channels
+def _kernel(ref: _Operands, out_ref: Any, *, tile: Tile, stored: str) -> None:
+  B, quarter, C, T = ref.x.shape[0], ref.numbers[0].shape[1], tile.words, tile.channels
   M = max(MIN_DOT_SIDE, pl.next_power_of_2(B))
   rows, exists_M = padded_slice(0, M), jnp.arange(M) < B
+  mask_MxC = jnp.broadcast_to(exists_M[:, None], (M, C))
 
-  def step(k: Array, sums: list[Array]) -> list[Array]:
-    at = padded_slice(k * K, K)
-    mask = jnp.broadcast_to(exists_M[:, None], (M, K))
-    x_MxK = plgpu.load(ref.x.at[rows, at], mask=mask, other=0.0)
-    return [
-      total + dot(x_MxK, plgpu.load(numbers.at[:, at]).astype(x_MxK.dtype), trans_b=True)
-      for total, numbers in zip(sums, ref.numbers, strict=True)
-    ]
+  def step(c: Array, sums: list[Array]) -> list[Array]:
+    words = [plgpu.load(numbers.at[:, padded_slice(c * C, C)]) for numbers in ref.numbers]
+    for byte in range(4):
+      at = padded_slice(byte * quarter + c * C, C)
+      x_MxC = plgpu.load(ref.x.at[rows, at], mask=mask_MxC, other=0.0)
+      sums = [
+        total
+        + dot(x_MxC, number_in_word(words_TxC, byte, stored).astype(x_MxC.dtype), trans_b=True)
+        for total, words_TxC in zip(sums, words, strict=True)
+      ]
+    return sums
 
   zeros = [jnp.zeros((M, T), jnp.float32) for _ in ref.numbers]
-  products = lax.fori_loop(0, E // K, step, zeros)
-  out_MxT = _combine_parts(
-    [product * scale[...][None] for product, scale in zip(products, ref.scales, strict=True)]
-  )
-  mask = jnp.broadcast_to(exists_M[:, None], (M, T))
+  products = lax.fori_loop(0, quarter // C, step, zeros)
+  products = [
+    product * scale[...][None] for product, scale in zip(products, ref.scales, strict=True)
+  ]
+  out_MxT = products[0]
+  if len(products) == 2:
+    gate_MxT, up_MxT = products
+    out_MxT = gate_MxT * up_MxT / (1 + jnp.exp(-gate_MxT))
+  mask_MxT = jnp.broadcast_to(exists_M[:, None], (M, T))
   if ref.residual is not None:
-    out_MxT += plgpu.load(ref.residual.at[rows, :], mask=mask, other=0.0).astype(jnp.float32)
-  plgpu.store(out_ref.at[rows, :], out_MxT.astype(out_ref.dtype), mask=mask)
+    residual_MxT = plgpu.load(ref.residual.at[rows, :], mask=mask_MxT, other=0.0)
+    out_MxT += residual_MxT.astype(jnp.float32)
+  plgpu.store(out_ref.at[rows, :], out_MxT.astype(out_ref.dtype), mask=mask_MxT)
 
 
-def _combine_parts(parts: list[Array]) -> Array:
-  """The product itself, or silu(gate) ⊙ up."""
-  if len(parts) == 1:
-    return parts[0]
-  gate, up = parts
-  return gate * up / (1 + jnp.exp(-gate))
+def number_in_word(words: Array, byte: int, stored: str) -> Array:
+  """The number in one byte of each word, in float32.
+
+  Instructions that convert from 8 bits have a quarter of the rate of others, so the bits of a
+  float32 or float16 are made from the byte.
+  """
+  if stored == "int8":
+    # The byte plus 128 is the end of the fraction of 2²³ + 128 + number.
+    flipped = words ^ jnp.int32(-0x7F7F7F80)
+    bits = (lax.shift_right_logical(flipped, jnp.int32(8 * byte)) & 0xFF) | 0x4B000000
+    return lax.bitcast_convert_type(bits, jnp.float32) - (2.0**23 + 128)
+  # Sign, 4 bits of exponent and 3 of fraction move to their places in a float16, whose exponent
+  # counts from 15 in place of 7.
+  first = lax.shift_left(words, jnp.int32(24 - 8 * byte))
+  high = lax.shift_right_arithmetic(first, jnp.int32(1)) & jnp.int32(-0x40800000)
+  half = lax.shift_right_arithmetic(high, jnp.int32(16)).astype(jnp.int16)
+  return lax.bitcast_convert_type(half, jnp.float16).astype(jnp.float32) * 2.0**8
