@@ -64,9 +64,9 @@ def quantized_product(
   return out
 
 
-def refusal(x: jax.Array, numbers: jax.Array, *_: Any, **options: Any) -> str | None:
+def refusal(x: jax.Array, numbers: jax.Array, *arrays: Any, **options: Any) -> str | None:
   """Why the Triton kernel cannot run a call; None if it can."""
-  del options
+  del arrays, options
   if str(x.dtype) not in ("bfloat16", "float16", "float32"):
     return f"dtype is {x.dtype}; it must be bfloat16, float16 or float32"
   if x.shape[0] > MOST_ROWS:
