@@ -22,7 +22,7 @@ from train.gates import GATES, initial_gates
 # Fields that the training config decides; the checkpoint decides the others, which define the
 # weights and RoPE.
 _OWN_FIELDS = frozenset(
-  {"attention", *ATTENTION_SETTINGS, "head_gates", "dtype", "param_dtype", "remat"}
+  {"attention", *ATTENTION_SETTINGS, "head_gates", "dtype", "param_dtype", "remat", "unroll_layers"}
 )
 
 # Entry of a checkpoint's config: what an import knows of the model besides, for an export.
@@ -35,7 +35,7 @@ class Initial:
 
   Attributes:
     config: the training config with that checkpoint's model; attention, its settings, gates,
-      dtypes and remat stay those of the config.
+      dtypes, remat and unroll_layers stay those of the config.
     tokenizer: the checkpoint's, or None where training begins with nothing.
     entries: further entries for the config in the run's own checkpoints.
   """
