@@ -204,7 +204,9 @@ def _random_params(model: _Model) -> dict[str, Array]:
 
 def _params_of(model: _Model, params: dict[str, Array]) -> Any:
   """The parameters that a model has; without a selector these are fewer."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: params[jax.tree_util.keystr(path)], model[1])
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: params[jax.tree_util.keystr(path)], model[1]
+  )
 
 
 type _State = tuple[Any, Array]  # Cache and last tokens.
