@@ -2,7 +2,7 @@
 
   python -m dga_jax.convert --source=SmolLM2-135M-Instruct.Q4_1.gguf --workdir=runs/smollm2
   python -m benchmarks.selector --workdir=runs/smollm2 --fit_documents=some.jsonl \
-    --documents=others.jsonl --lengths=2048 --windows=4 --out=runs/selector.jsonl
+    --documents=others.jsonl --lengths=2048 --settings=30+2:4 --out=runs/selector.jsonl
 
 The selector is fitted to --fit_documents. Then every choice selects the focal tokens of the same
 blocks in rows of --documents, in all layers:
@@ -63,8 +63,11 @@ _FIT_ROWS = flags.DEFINE_integer("fit_rows", 2, "Rows of the fit, one of each te
 _TEXTS = flags.DEFINE_integer("texts", 2, "Texts of the test.", lower_bound=1)
 _ROWS = flags.DEFINE_integer("rows_per_document", 1, "Rows of each of them.", lower_bound=1)
 _LENGTHS = flags.DEFINE_list("lengths", ["4096"], "Tokens of a row.")
-_BLOCKS = flags.DEFINE_list("blocks", ["30+2"], "Blocks of m merged and f focal tokens, as m+f.")
-_WINDOWS = flags.DEFINE_list("windows", ["4", "38"], "Raw blocks before a query's own.")
+_SETTINGS = flags.DEFINE_list(
+  "settings",
+  ["30+2:4", "30+2:38"],
+  "Blocks of m merged and f focal tokens, and raw blocks w before a query's own, as m+f:w.",
+)
 _CHOICES = flags.DEFINE_list(
   "choices",
   ["last_query", "oracle", "fitted", "expected", "accumulated", "random"],
@@ -123,13 +126,12 @@ def main(argv: Sequence[str]) -> None:
       fit_rows = token_rows(read_documents(_FIT.value)[: _FIT_ROWS.value], tokenizer, length)
       # Compiled once, if a setting of this length has something to measure.
       dense = functools.cache(functools.partial(pool.submit, _compile, dense_loss, base, rows))
-      for blocks in _BLOCKS.value:
-        for window in map(int, _WINDOWS.value):
-          name = f"{length} tokens {blocks} w={window} {_DTYPE.value}"
-          config = _config(blocks, window)
-          settings.append(_Setting(name, base, config, rows, fit_rows[:, :-1], dense, pool))
-          if not settings[-1].is_measured(choices, results):
-            settings[-1].start({form for form, _ in choices})
+      for blocks, window in (setting.split(":") for setting in _SETTINGS.value):
+        name = f"{length} tokens {blocks} w={window} {_DTYPE.value}"
+        config = _config(blocks, int(window))
+        settings.append(_Setting(name, base, config, rows, fit_rows[:, :-1], dense, pool))
+        if not settings[-1].is_measured(choices, results):
+          settings[-1].start({form for form, _ in choices})
     for setting in settings:
       for form, merge in choices:
         setting.measure(form, merge, results)

@@ -205,7 +205,7 @@ def test_the_command_measures_all_forms_and_resumes(tmp_path):
   command = [
     sys.executable, "-m", "benchmarks.selector", f"--workdir={tmp_path / 'run'}", "--lengths=64",
     f"--documents={documents}", f"--fit_documents={documents}", f"--out={tmp_path / 'out.jsonl'}",
-    "--blocks=6+2", "--windows=1", "--steps=5", "--texts=1",
+    "--settings=6+2:1", "--steps=5", "--texts=1",
     "--choices=last_query,oracle,fitted,expected/mean,mlp_hidden,ridge_place/scores",
   ]  # fmt: skip
   root = Path(__file__).parents[2]
