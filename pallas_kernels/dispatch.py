@@ -137,6 +137,12 @@ OPS: dict[str, tuple[Backend, ...]] = {
       "importance.triton_importance:sampled_importance_triton",
       "importance.triton_importance:refusal",
     ),
+    Backend(
+      "mosaic_tpu",
+      _TPU,
+      "importance.mosaic_tpu_importance:sampled_importance_mosaic_tpu",
+      "importance.mosaic_tpu_importance:refusal",
+    ),
     Backend("xla", _ANY, "importance.xla:sampled_importance_xla"),
   ),
   "segmented_top_k": (

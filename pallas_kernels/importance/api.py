@@ -26,8 +26,9 @@ def sampled_importance(
     key_BxLxNxD: same dtype.
     start_BxS: int32, first key that a query sees.
     end_BxS: int32, at most L. A query with end ≤ start sees nothing and counts for no key.
-    implementation: "triton" (Ampere and newer GPUs; no float64) or "xla" (any device); a tuple of
-      names in order of preference; None for the first that can run the call.
+    implementation: "triton" (Ampere and newer GPUs; no float64), "mosaic_tpu" (TPUs; bfloat16 and
+      float32, D ≤ 256) or "xla" (any device); a tuple of names in order of preference; None for the
+      first that can run the call.
 
   Returns:
     float32 scores; 0 for keys that no query sees. A non-finite key makes the scores of all keys

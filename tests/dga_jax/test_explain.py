@@ -35,7 +35,7 @@ SINKS = dataclasses.replace(STREAMING, sink_tokens=2)
       GLOBAL,
       tpu,
       {
-        "sampled_importance": "xla",
+        "sampled_importance": "mosaic_tpu",
         "segmented_top_k": "mosaic_tpu",
         "compact_indices": "mosaic_tpu",
         "merge_groups": "mosaic_tpu",

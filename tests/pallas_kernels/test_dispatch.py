@@ -96,7 +96,7 @@ def test_reports_cover_every_op_of_a_call():
     "grouped_attention": "mosaic_gpu",
   }
   assert _chosen(selected, chip) == {
-    "sampled_importance": "xla",
+    "sampled_importance": "mosaic_tpu",
     "segmented_top_k": "mosaic_tpu",
     "compact_indices": "mosaic_tpu",
     "merge_groups": "mosaic_tpu",

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention.head_classes import HeadClasses, switch_rows
+from dga_jax.attention.joint_heads import attend_jointly, attends_jointly
 from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadBudgets, HeadRow, HeadSetting, SinkWindow, split_row
@@ -187,13 +188,21 @@ class LayerHeads(AttentionKind):
     focal_scores: Float[Array, "B L N"] | None = None,
   ) -> Float[Array, "B L H D"]:
     """Attention over whole sequences; inside a `jax.shard_map`, of the device's heads."""
+    settings = self.kind.budgets.settings
 
     def attend(setting: int, q: Array, k: Array, v: Array, *scores: Array) -> Array:
       kind = self.kind.kinds[setting]
       return kind.attend(q, k, v, metadata[setting], **_own_scores(kind, scores))
 
+    def attend_row(row: HeadRow, q: Array, k: Array, v: Array, *scores: Array) -> Array:
+      classes = HeadClasses(row)
+      if attends_jointly(q, classes, settings):
+        own = scores[0][..., 0] if scores else None
+        return attend_jointly(q, k, v, classes, metadata, focal_scores=own)
+      return classes.map(attend, q, k, v, *scores)
+
     return self._switch(
-      lambda row, *heads: HeadClasses(row).map(attend, *heads),
+      attend_row,
       q_BxLxHxD,
       k_BxLxNxD,
       v_BxLxNxD,
