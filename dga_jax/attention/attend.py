@@ -30,12 +30,12 @@ from pallas_kernels.dispatch import Implementation
 from pallas_kernels.group_merge import (
   choose_in_blocks,
   Entries,
-  HeadRange,
   highest_in_blocks,
   merge_blocks,
   merge_groups,
 )
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
+from pallas_kernels.head_range import HeadRange
 
 
 def attend(

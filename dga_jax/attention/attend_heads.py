@@ -92,7 +92,7 @@ def attend_heads(
       focal_scores=scores[0][..., 0] if scores else None,
       scale=scale,
       implementation=implementation,
-    )
+    ).out
 
   return switch_rows(
     split_row(budgets.assignment[0], parts),

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from dga_jax.head_budgets import HeadRow
-from pallas_kernels.group_merge import HeadRange
+from pallas_kernels.head_range import HeadRange
 
 
 class _Run(NamedTuple):

@@ -23,8 +23,8 @@ from dga_jax.attention.sink_window import sink_window_sources, SinkWindowMetadat
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadSetting
 from pallas_kernels.dispatch import find_target, Implementation
-from pallas_kernels.group_merge import HeadRange
-from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
+from pallas_kernels.grouped_attention import grouped_attention, HeadRuns, KVSource, KVSources
+from pallas_kernels.head_range import HeadRange
 
 # Whether full heads are a class of the joint call where a dense kernel could run them too.
 FULL_JOINT = False
@@ -72,6 +72,13 @@ class _Tokens(NamedTuple):
     return _Tokens(*whole), _Tokens(*part)
 
 
+class JointAttention(NamedTuple):
+  """The output of all heads, and for each setting with a `DGAConfig` its merged tokens."""
+
+  out: Float[Array, "B L H D"]
+  merged: dict[int, KVSources]
+
+
 def attend_jointly(
   query: Float[Array, "B L H D"],
   key: Float[Array, "B L N D"],
@@ -82,7 +89,7 @@ def attend_jointly(
   focal_scores: Float[Array, "B L N"] | None = None,
   scale: Any = None,
   implementation: Implementation = None,
-) -> Float[Array, "B L H D"]:
+) -> JointAttention:
   """Attention of every head under the setting of its KV head.
 
   Heads with the setting "full" take the fastest dense kernel, on a copy of these few heads. In
@@ -105,6 +112,7 @@ def attend_jointly(
   parts: list[tuple[HeadRange, KVSources]] = []
   dense: list[tuple[HeadRange, _Tokens]] = []
   costly: list[HeadRange] = []
+  all_merged: dict[int, KVSources] = {}
   max_window = 1
   for index in classes.settings:
     heads, own = classes.heads_of(index), metadata[index]
@@ -120,6 +128,7 @@ def attend_jointly(
         implementation=implementation,
       )
       tokens = _Tokens(merged.query, merged.sources.window.key, merged.sources.window.value)
+      all_merged[index] = merged.sources
       sources = for_kernel(query, merged.sources, own)
       most = attention_kwargs(query, own.config, scale)["max_window"]
     elif isinstance(own, SinkWindowMetadata):
@@ -142,13 +151,18 @@ def attend_jointly(
     _join_sources(sorted(parts, key=lambda part: part[0].first), tokens),
     scale=query.shape[-1] ** -0.5 if scale is None else scale,
     max_window=max_window,
-    head_runs=(*costly, *(heads for heads, _ in parts if heads not in costly)),
+    head_runs=_costly_first(costly, [heads for heads, _ in parts]),
     implementation=implementation,
   )
   for heads, part in dense:
     full = dense_attention(*part, documents, scale=scale)
     out_BxLxHxD = put_part(out_BxLxHxD, full, (0, 0, heads.first * query.shape[2] // key.shape[2]))
-  return _nan_where_invalid(out_BxLxHxD, classes, metadata)
+  return JointAttention(_nan_where_invalid(out_BxLxHxD, classes, metadata), all_merged)
+
+
+def _costly_first(costly: Sequence[HeadRange], heads: Sequence[HeadRange]) -> HeadRuns | None:
+  """Ranges of heads, those that see most keys first; None where all see about as many."""
+  return (*costly, *(one for one in heads if one not in costly)) if costly else None
 
 
 def _documents(metadata: SettingMetadata) -> Documents:

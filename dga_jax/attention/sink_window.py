@@ -19,8 +19,9 @@ from dga_jax.attention.visibility import Visibility
 from pallas_kernels.compact_indices import compact_indices
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.gather import take_positions
-from pallas_kernels.group_merge import Entries, HeadRange
+from pallas_kernels.group_merge import Entries
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
+from pallas_kernels.head_range import HeadRange
 
 
 @functools.partial(

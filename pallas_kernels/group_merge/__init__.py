@@ -1,7 +1,7 @@
 """Group merging: from tokens to focal tokens, merged groups and the raw window."""
 
 from pallas_kernels.group_merge.api import merge_blocks, merge_groups
-from pallas_kernels.group_merge.entries import block_indices, Entries, HeadRange
+from pallas_kernels.group_merge.entries import block_indices, Entries
 from pallas_kernels.group_merge.xla import (
   block_scores,
   choose_in_blocks,
@@ -11,7 +11,6 @@ from pallas_kernels.group_merge.xla import (
 
 __all__ = [
   "Entries",
-  "HeadRange",
   "block_indices",
   "block_scores",
   "choose_in_blocks",

@@ -3,8 +3,9 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries, HeadRange
+from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries
 from pallas_kernels.group_merge.xla import highest_in_blocks
+from pallas_kernels.head_range import HeadRange
 
 
 def merge_groups(

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.dispatch import refuse
-from pallas_kernels.group_merge.entries import all_heads, Entries, HeadRange, num_blocks
+from pallas_kernels.group_merge.entries import Entries, num_blocks
 from pallas_kernels.group_merge.mosaic_tpu_merge import Groups, merge_rows
 from pallas_kernels.group_merge.mosaic_tpu_merge_grad import merge_rows_grad
 from pallas_kernels.group_merge.mosaic_tpu_row_gather import gather_rows, scatter_rows
+from pallas_kernels.head_range import all_heads, HeadRange
 from pallas_kernels.mosaic_tpu_common import Interpret
 
 _MAX_ROWS = 128  # of a group or block: a kernel holds it in registers

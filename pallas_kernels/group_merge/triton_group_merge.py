@@ -14,17 +14,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.dispatch import refuse
-from pallas_kernels.group_merge.entries import (
-  all_heads,
-  block_indices,
-  block_starts,
-  Entries,
-  HeadRange,
-)
+from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries
 from pallas_kernels.group_merge.triton_group_tile import GroupTile, pad_index
 from pallas_kernels.group_merge.triton_merge import merge_rows
 from pallas_kernels.group_merge.triton_merge_grad import merge_rows_grad
 from pallas_kernels.group_merge.triton_row_gather import gather_rows, ROWS, scatter_rows
+from pallas_kernels.head_range import all_heads, HeadRange
 from pallas_kernels.triton_common import head_refusal
 
 _FORWARD, _BACKWARD = 128 * 128, 64 * 128  # keys × head dim of a tile

@@ -13,7 +13,6 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.group_merge.entries import HeadRange
 from pallas_kernels.group_merge.triton_group_tile import group_softmax, GroupTile
 from pallas_kernels.group_merge.triton_row_gather import (
   load_indexed_rows,
@@ -22,6 +21,7 @@ from pallas_kernels.group_merge.triton_row_gather import (
   tile,
   whole,
 )
+from pallas_kernels.head_range import HeadRange
 from pallas_kernels.kernel_common import out_struct
 from pallas_kernels.triton_common import dot
 

@@ -5,13 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gather import take_positions, take_rows
-from pallas_kernels.group_merge.entries import (
-  all_heads,
-  block_indices,
-  block_starts,
-  Entries,
-  HeadRange,
-)
+from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries
+from pallas_kernels.head_range import all_heads, HeadRange
 
 
 def merge_groups_xla(

@@ -80,21 +80,20 @@ def work_loop(
 
 def grid_index(tile: Array, grid: tuple[int, int, int], runs: HeadRuns) -> tuple[Array, ...]:
   """The index of tile number `tile` of a grid whose last axis is visited run by run."""
-  before = 0
-  index: tuple[Array, ...] = (tile, tile, tile)
-  for first, count in runs:
-    rest = tile - before
-    step, rest = (
-      lax.div(rest, jnp.int32(grid[1] * count)),
-      lax.rem(rest, jnp.int32(grid[1] * count)),
-    )
-    of_run = (step, lax.div(rest, jnp.int32(count)), first + lax.rem(rest, jnp.int32(count)))
-    # A later run replaces the index of an earlier one.
-    index = tuple(
-      jnp.where(tile >= before, new, old) for new, old in zip(of_run, index, strict=True)
-    )
-    before += grid[0] * grid[1] * count
-  return index
+  steps, batch, _ = grid
+  first, count = (jnp.int32(x) for x in runs[0])
+  before, in_run = steps * batch * runs[0][1], tile
+  for later_first, later_count in runs[1:]:  # A later run replaces the earlier one.
+    is_later = tile >= before
+    first, count = jnp.where(is_later, later_first, first), jnp.where(is_later, later_count, count)
+    in_run = jnp.where(is_later, tile - before, in_run)
+    before += steps * batch * later_count
+  index: list[Array] = []
+  for size in (count, jnp.int32(batch), jnp.int32(steps)):
+    index.insert(0, lax.rem(in_run, size))
+    in_run = lax.div(in_run, size)
+  step, row, head = index
+  return step, row, first + head
 
 
 def scaled_runs(

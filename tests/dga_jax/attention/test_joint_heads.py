@@ -75,7 +75,7 @@ def test_values_and_gradients_are_those_of_each_class(rows: str):
 
   def joint(q, k, v):
     metadata = {index: prepare_setting(SETTINGS[index], documents) for index in classes.settings}
-    return attend_jointly(q, k, v, classes, metadata, focal_scores=scores, implementation="xla")
+    return attend_jointly(q, k, v, classes, metadata, focal_scores=scores, implementation="xla").out
 
   op = functools.partial(dynamic_group_attention, focal_scores=scores, **options)
   wanted = functools.partial(op, config=HeadBudgets(SETTINGS, (ROW,)), implementation="xla")
@@ -94,7 +94,7 @@ def test_documents_beyond_the_bound_of_a_setting_are_nan_in_its_heads_alone():
   def joint(ids):
     documents = find_documents(B, L, None, ids)
     metadata = {index: prepare_setting(bounded[index], documents) for index in classes.settings}
-    return attend_jointly(q, k, v, classes, metadata, focal_scores=scores, implementation="xla")
+    return attend_jointly(q, k, v, classes, metadata, focal_scores=scores, implementation="xla").out
 
   is_nan = np.isnan(joint(IDS)).any(axis=-1)
   expected = np.zeros_like(is_nan)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.group_merge import Entries, HeadRange, merge_blocks, merge_groups
+from pallas_kernels.group_merge import Entries, merge_blocks, merge_groups
 from pallas_kernels.group_merge.mosaic_tpu_group_merge import (
   merge_blocks_mosaic_tpu,
   merge_groups_mosaic_tpu,
 )
 from pallas_kernels.group_merge.triton_group_merge import merge_blocks_triton, merge_groups_triton
 from pallas_kernels.group_merge.xla import merge_blocks_xla, merge_groups_xla
+from pallas_kernels.head_range import HeadRange
 from pallas_kernels.mosaic_tpu_common import CHECKED
 from tests.pallas_kernels.group_merge.reference import groups_reference, indices_of_blocks
 from tests.pallas_kernels.h100 import compile_for_h100, lower_for_h100, needs_cuda_compiler
