@@ -98,6 +98,7 @@ class _FormKind:
 
 
 FORMS = {
+  "ridge": _FormKind(listwise=False),
   "ridge_hidden": _FormKind(hidden=True, listwise=False),
   "ridge_place": _FormKind(place=True, listwise=False),
   "listwise": _FormKind(),
