@@ -147,6 +147,7 @@ def main() -> None:
 
   from dga_jax.generation import Sampling
   from dga_jax.loading import load_with_facts
+  from dga_jax.pretrained import calibration_note
 
   # In a pause the next sample is almost certain, so a bound on the probability would never end it.
   temperature, top_p = (1.0, 1.0) if _PROMPT_AUDIO.value is not None else (0.8, 0.95)
@@ -157,15 +158,19 @@ def main() -> None:
     min_p=_MIN_P.value,
     seed=_SEED.value,
   )
+  # Budgets of --keys are applied to a model without budgets.
+  attention = "dense" if _KEYS.value is not None else _ATTENTION.value
   loaded = load_with_facts(
     str(_WORKDIR.value),
     step=_STEP.value,
-    attention=cast(AttentionName | None, _ATTENTION.value),
+    attention=cast(AttentionName | None, attention),
     dtype=cast(DtypeName | None, _DTYPE.value),
     budgets=None if _KEYS.value is not None else command_line.read_budgets(_BUDGETS),
   )
   if _KEYS.value is not None:
     loaded = _with_budgets(loaded, _KEYS.value)
+  elif loaded.is_imported and (note := calibration_note(loaded.model.config, str(_WORKDIR.value))):
+    print(note, file=sys.stderr)
   if _PROMPT_AUDIO.value is not None:
     _continue_audio(loaded, sampling)
   elif _INTERACTIVE.value:

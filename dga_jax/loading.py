@@ -15,6 +15,7 @@ from dga_jax.config import retrofit
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.hub_names import check_exists
 from dga_jax.model import apply_budgets, Decoder, ModelConfig
+from dga_jax.pretrained import default_budgets
 from dga_jax.tokenizer import Tokenizer
 
 
@@ -51,7 +52,8 @@ def load(
       Hugging Face's transformers, or a GGUF file. Reading the last two needs the extra "convert".
     step: of a checkpoint; None for the newest.
     attention: the attention kind; None for the model's own. "dga" has the settings of the
-      checkpoint, or those of `dga_jax.config.retrofit` for the files of other programs.
+      checkpoint, or those of `dga_jax.config.retrofit` for the files of other programs. For an
+      imported SmolLM2-135M it is "head_budgets" with `dga_jax.pretrained.default_budgets`.
     dtype: of the activations; None for the model's own.
     budgets: the setting of each KV head, for example `read_head_budgets` of the file that
       `dga calibrate` writes; None for the model's own attention.
@@ -87,9 +89,11 @@ def load_with_facts(
     saved = load_config(path, step)
     config = dataclasses.replace(ModelConfig.from_dict(saved["model"]), **given)
     model, _, tokenizer = load_model(path, step, config=config)
+  origin = saved.get("origin") or {}
+  if budgets is None and origin:
+    budgets = default_budgets(model.config)
   if budgets is not None:
     model = apply_budgets(model, budgets)
-  origin = saved.get("origin") or {}
   if template_sources(origin):
     tokenizer.chat_template = chat_template_of(origin, tokenizer)
   return Loaded(model, tokenizer, trained_length(saved), bool(origin))

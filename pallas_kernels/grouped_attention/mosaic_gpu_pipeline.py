@@ -81,19 +81,22 @@ def work_loop(
 def grid_index(tile: Array, grid: tuple[int, int, int], runs: HeadRuns) -> tuple[Array, ...]:
   """The index of tile number `tile` of a grid whose last axis is visited run by run."""
   steps, batch, _ = grid
-  first, count = (jnp.int32(x) for x in runs[0])
-  before, in_run = steps * batch * runs[0][1], tile
-  for later_first, later_count in runs[1:]:  # A later run replaces the earlier one.
-    is_later = tile >= before
-    first, count = jnp.where(is_later, later_first, first), jnp.where(is_later, later_count, count)
-    in_run = jnp.where(is_later, tile - before, in_run)
-    before += steps * batch * later_count
-  index: list[Array] = []
-  for size in (count, jnp.int32(batch), jnp.int32(steps)):
-    index.insert(0, lax.rem(in_run, size))
-    in_run = lax.div(in_run, size)
-  step, row, head = index
-  return step, row, first + head
+
+  def in_run(tile: Array, first: int, count: int) -> list[Array]:
+    index: list[Array] = []
+    for size in (count, batch, steps):
+      index.insert(0, lax.rem(tile, jnp.int32(size)))
+      tile = lax.div(tile, jnp.int32(size))
+    return [*index[:2], index[2] + first] if first else index
+
+  index, before = in_run(tile, *runs[0]), steps * batch * runs[0][1]
+  for run in runs[1:]:
+    # The sign bit, in place of a choice: tiles of a later run replace the index.
+    is_later = lax.shift_right_logical(jnp.int32(before - 1) - tile, jnp.int32(31))
+    later = in_run(tile - before, *run)
+    index = [old + is_later * (new - old) for new, old in zip(later, index, strict=True)]
+    before += steps * batch * run[1]
+  return tuple(index)
 
 
 def scaled_runs(
