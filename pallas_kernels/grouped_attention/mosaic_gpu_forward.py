@@ -170,10 +170,18 @@ def _forward_kernel(
       plgpu.barrier_wait(buffers.query_slots.ready.at[query_at])
       zeros = zero_accumulator(buffers.query.shape[-1])
       carry = (zeros, row_vector(MASK_VALUE), row_vector(0.0), steps)
-      acc_QxD, m_Q, l_Q, steps = key_tiles(coords, steps_of, carry)
+      acc_QxD, m_Q, l_Q, steps_after = key_tiles(coords, steps_of, carry)
+
+      # Queries without keys take the two turns of a step. Else the other worker would wait in its
+      # last tile of work for a turn in the next tile but one, whose queries need its slot.
+      @pl.when(steps_after == steps)
+      def _() -> None:
+        _take_turn(buffers)
+        _take_turn(buffers)
+
       plgpu.barrier_arrive(buffers.query_slots.free.at[slot])
       _write(buffers, out_ref, lse2_ref, rows, acc_QxD, m_Q, l_Q)
-      return steps
+      return steps_after
 
     pl.when(warpgroup == 1)(lambda: _take_turn(buffers))
     schedule.tiles_of_work(spans_ref, compute_tile)

@@ -34,6 +34,7 @@ class Case:
     dtype: dtype of query, keys and values.
     without_groups: whether the group source has no keys, as for sinks with a window.
     full_heads: the first KV heads, which see all earlier tokens of their document as the window.
+      With them, the last KV head sees no keys.
   """
 
   documents: tuple[tuple[int, ...], ...]
@@ -59,9 +60,7 @@ class Case:
     make = self._bidirectional_row if self.bidirectional else make
     fields_BxnxFxL = np.stack(
       [
-        np.stack(
-          [(self._full_row if n < self.full_heads else make)(rng, row) for n in range(bound_heads)]
-        )
+        np.stack([self._row_of_head(n, make)(rng, row) for n in range(bound_heads)])
         for row in self.documents
       ]
     )
@@ -133,6 +132,14 @@ class Case:
       columns.append(row + np.repeat(base, 2)[:, None])
       base += [length // block, length // block, length]
     return self._pad(columns, base)
+
+  def _row_of_head(self, head: int, make: Any) -> Any:
+    """The function that makes the ranges of a head, which is `make` for most heads."""
+    if head < self.full_heads:
+      return self._full_row
+    if self.full_heads and head == self.kv_heads - 1:
+      return lambda *_: np.zeros((6, self.length), int)
+    return make
 
   def _full_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
     """Ranges of causal dense attention inside each document."""
