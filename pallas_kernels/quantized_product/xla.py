@@ -19,8 +19,12 @@ def quantized_product_xla(
   dtype = x_BxK.dtype
   if norm_scale is not None:
     x_BxK = rms_norm(x_BxK, norm_scale, epsilon)
+  # The rows take the order of the weight, which is the larger array.
   product_BxT = jnp.einsum(
-    "BK,TK->BT", x_BxK, unpack(numbers_TxCx4).astype(dtype), preferred_element_type=jnp.float32
+    "BK,TK->BT",
+    pack(x_BxK).reshape(x_BxK.shape),
+    numbers_TxCx4.reshape(numbers_TxCx4.shape[0], -1).astype(dtype),
+    preferred_element_type=jnp.float32,
   )
   out = (product_BxT * scale_T[None]).astype(dtype)
   if swiglu:
@@ -29,7 +33,7 @@ def quantized_product_xla(
   return out if residual is None else residual + out
 
 
-def pack(numbers: Shaped[Array, "*S T K"]) -> Shaped[Array, "*S T C 4"]:
+def pack(numbers: Shaped[Array, "*S K"]) -> Shaped[Array, "*S C 4"]:
   """Numbers in the order of a weight in memory: inputs c, c + K/4, c + K/2 and c + 3K/4 adjacent.
 
   Raises:
@@ -41,7 +45,7 @@ def pack(numbers: Shaped[Array, "*S T K"]) -> Shaped[Array, "*S T C 4"]:
   return jnp.swapaxes(numbers.reshape(*numbers.shape[:-1], 4, K // 4), -1, -2)
 
 
-def unpack(numbers: Shaped[Array, "*S T C 4"]) -> Shaped[Array, "*S T K"]:
+def unpack(numbers: Shaped[Array, "*S C 4"]) -> Shaped[Array, "*S K"]:
   """The inverse of `pack`."""
   return jnp.swapaxes(numbers, -1, -2).reshape(*numbers.shape[:-2], -1)
 
