@@ -1,0 +1,60 @@
+"""The attention of a decoder layer compiled for TPUs without the hardware: no array is transposed.
+
+The TPU kernels read heads before tokens. XLA lets the projections write that layout, so that the
+model's code keeps tokens before heads, which the GPU kernels read.
+"""
+
+import math
+import re
+
+import jax
+import pytest
+
+from benchmarks._tpu_layers import AttentionShape, compile_both_passes
+from dga_jax import DGAConfig, dynamic_group_attention
+from tests.nightly import nightly_except
+from tests.pallas_kernels.tpu import TOPOLOGIES
+
+pytestmark = pytest.mark.aot
+
+SHAPE = AttentionShape(L=8192, H=8, N=2, D=128)
+CONFIGS = {
+  "streaming": DGAConfig(selection="streaming", min_focal_tokens=0),
+  "global": DGAConfig(selection="global", min_focal_tokens=0),
+}
+KV_ELEMENTS = SHAPE.L * SHAPE.N * SHAPE.D
+
+
+def compile_attention(selection: str, chip: str, *, in_layer: bool) -> str:
+  def attend(*qkv: jax.Array) -> jax.Array:
+    return dynamic_group_attention(*qkv, config=CONFIGS[selection])
+
+  text = compile_both_passes(attend, SHAPE, chip=chip, in_layer=in_layer).as_text()
+  assert text is not None
+  return text
+
+
+def copied_tokens(text: str) -> list[str]:
+  """The copies and transpositions of arrays with a row for each token, of KV size or larger."""
+  entry = text[text.index("\nENTRY") :]
+  found = re.findall(r"%([\w.\-]+) = \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", entry)
+  shapes = {name: [int(size) for size in shape.split(",")] for name, shape in found}
+  return [
+    name for name, shape in shapes.items() if SHAPE.L in shape and math.prod(shape) >= KV_ELEMENTS
+  ]
+
+
+@pytest.mark.parametrize("chip", nightly_except(TOPOLOGIES, "v5e", "v6e"))
+def test_a_layer_transposes_no_array_of_tokens(chip: str):
+  text = compile_attention("streaming", chip, in_layer=True)
+  assert copied_tokens(text) == []
+  # The product with the output weights would be several times slower with two axes of heads.
+  assert f"[1,{SHAPE.N},{SHAPE.H // SHAPE.N},{SHAPE.L},{SHAPE.D}]" not in text
+
+
+def test_a_layer_with_global_selection_transposes_no_array_of_tokens():
+  assert copied_tokens(compile_attention("global", "v5e", in_layer=True)) == []
+
+
+def test_the_op_alone_transposes_its_arguments_and_results():
+  assert len(copied_tokens(compile_attention("streaming", "v5e", in_layer=False))) >= 6
