@@ -6,14 +6,18 @@ model's code keeps tokens before heads, which the GPU kernels read.
 
 import math
 import re
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from benchmarks._tpu_layers import AttentionShape, compile_both_passes
 from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax.model import Decoder, ModelConfig
 from tests.nightly import nightly_except
-from tests.pallas_kernels.tpu import TOPOLOGIES
+from tests.pallas_kernels.tpu import compile_for_tpu, TOPOLOGIES
 
 pytestmark = pytest.mark.aot
 
@@ -35,12 +39,18 @@ def compile_attention(selection: str, chip: str, *, in_layer: bool) -> str:
 
 
 def copied_tokens(text: str) -> list[str]:
-  """The copies and transpositions of arrays with a row for each token, of KV size or larger."""
-  entry = text[text.index("\nENTRY") :]
-  found = re.findall(r"%([\w.\-]+) = \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", entry)
+  """Copies and transpositions of arrays with tokens and a head dim, of KV size or larger.
+
+  What fusions copy while they compute is not among them.
+  """
+  computations = re.split(r"\n(?=%|ENTRY)", text)
+  outside_fusions = "".join(x for x in computations if not x.startswith("%fused_computation"))
+  found = re.findall(r"%([\w.\-]+) = \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", outside_fusions)
   shapes = {name: [int(size) for size in shape.split(",")] for name, shape in found}
   return [
-    name for name, shape in shapes.items() if SHAPE.L in shape and math.prod(shape) >= KV_ELEMENTS
+    name
+    for name, shape in shapes.items()
+    if {SHAPE.L, SHAPE.D} <= set(shape) and math.prod(shape) >= KV_ELEMENTS
   ]
 
 
@@ -54,6 +64,31 @@ def test_a_layer_transposes_no_array_of_tokens(chip: str):
 
 def test_a_layer_with_global_selection_transposes_no_array_of_tokens():
   assert copied_tokens(compile_attention("global", "v5e", in_layer=True)) == []
+
+
+@pytest.mark.nightly
+def test_the_scan_over_layers_transposes_no_array_of_heads():
+  """What the backward pass needs of each layer is stacked heads first, too."""
+  config = ModelConfig(
+    vocab_size=256,
+    num_layers=3,
+    embed_dim=1024,
+    num_heads=SHAPE.H,
+    num_kv_heads=SHAPE.N,
+    head_dim=SHAPE.D,
+    mlp_dim=2048,
+    dga=CONFIGS["streaming"],
+  )
+  structure, weights = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+
+  def loss(weights: Any, tokens_BxL: jax.Array) -> jax.Array:
+    return nnx.merge(structure, weights).hidden(tokens_BxL).astype(jnp.float32).sum()
+
+  tokens = jax.ShapeDtypeStruct((1, SHAPE.L), jnp.int32)
+  text = compile_for_tpu(jax.grad(loss), weights, tokens, chip="v5e").as_text()
+  assert text is not None
+  assert "grouped_attention_dq" in text
+  assert copied_tokens(text) == []
 
 
 def test_the_op_alone_transposes_its_arguments_and_results():
