@@ -6,9 +6,8 @@
 Batch 1, bfloat16. A layer has --full_heads KV heads with causal dense attention; the other KV heads
 follow --other. "mixed" is the op with `HeadBudgets`. "full heads" and "other heads" are the
 attention of these heads alone, on arrays of their own. The benchmark prints the time of "mixed"
-over the sum of the parts. "mixed, two streams" runs the two parts on two streams of the GPU.
-Programs run in alternating rounds on new random inputs; times are medians with the lowest and the
-highest round.
+over the sum of the parts. Programs run in alternating rounds on new random inputs; times are
+medians with the lowest and the highest round.
 """
 
 import functools
@@ -16,11 +15,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 from jax import Array
-from jax.experimental.compute_on import compute_on
 
+from benchmarks._head_settings import SETTINGS
 from benchmarks._inputs import Shape
 from benchmarks._paired_timing import compare, TimedProgram
 from benchmarks.timing import environment
@@ -41,25 +39,14 @@ _BACKWARD = flags.DEFINE_bool("backward", False, "time both passes instead of th
 _ROUNDS = flags.DEFINE_integer("rounds", 7, "samples of each program")
 _REPEATS = flags.DEFINE_integer("repeats", 8, "queued calls in one sample")
 
-# Each of the settings keeps 4 sinks and a raw window of about 1100 tokens.
-SETTINGS: dict[str, DGAConfig | SinkWindow] = {
-  "30+2": DGAConfig(
-    group_size=30, focal_per_block=2, selection="streaming", sink_tokens=4, local_window=38
-  ),
-  "126+2": DGAConfig(
-    group_size=126, focal_per_block=2, selection="streaming", sink_tokens=4, local_window=8
-  ),
-  "window": SinkWindow(window=1088, sinks=4),
-}
-
 
 def main(argv: list[str]) -> None:
   """Prints one table row for each length and setting."""
   del argv
   print(environment())
   print("forward + backward" if _BACKWARD.value else "forward")
-  print("| L, other | mixed | two streams | full heads | other heads | mixed / sum | all dense |")
-  print("| --- | --- | --- | --- | --- | --- | --- |")
+  print("| L, other | mixed | full heads | other heads | mixed / sum | all dense |")
+  print("| --- | --- | --- | --- | --- | --- |")
   for length in _LENGTHS.value:
     for other in _OTHERS.value:
       print(_row(int(length), other), flush=True)
@@ -74,7 +61,7 @@ def _row(length: int, other: str) -> str:
     repeats=_REPEATS.value,
     seed=0,
   )
-  names = ("mixed", "two streams", "full heads", "other heads")
+  names = ("mixed", "full heads", "other heads")
   cells = [str(timings[name]) if name in timings else refused[name][:80] for name in names]
   parts = timings["full heads"].median + timings["other heads"].median
   ratio = timings["mixed"].median / parts
@@ -91,18 +78,9 @@ def _programs(shape: Shape, full: int, other: DGAConfig | SinkWindow) -> dict[st
     q, k, v = shape.tokens(key)
     return q[:, :, first * ratio : last * ratio], k[:, :, first:last], v[:, :, first:last]
 
-  def two_streams(q: Array, k: Array, v: Array) -> Array:
-    side = compute_on(
-      _dense, compute_type="gpu_stream:1", out_memory_spaces=jax.memory.Space.Device
-    )
-    first = side(q[:, :, : full * ratio], k[:, :, :full], v[:, :, :full])
-    rest = _mixed(others, q[:, :, full * ratio :], k[:, :, full:], v[:, :, full:])
-    return jnp.concatenate([first, rest], axis=2)
-
   everything = functools.partial(heads, 0, shape.N)
   functions: dict[str, tuple[Callable[..., Array], Callable[..., Any]]] = {
     "mixed": (functools.partial(_mixed, budgets), everything),
-    "two streams": (two_streams, everything),
     "full heads": (_dense, functools.partial(heads, 0, full)),
     "other heads": (functools.partial(_mixed, others), functools.partial(heads, full, shape.N)),
     "all dense": (_dense, everything),

@@ -17,6 +17,7 @@ Without --documents the text is the source of Python's library alone.
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast, get_args
@@ -25,6 +26,7 @@ from absl import app, flags, logging
 
 from benchmarks.paper_parts.inputs import Ablation, Inputs
 from benchmarks.paper_parts.pretraining import Pretraining
+from benchmarks.paper_parts.question_sets import QuestionSets
 from benchmarks.paper_parts.registry import PARTS, write_report
 from benchmarks.timing import environment
 from configs.smollm2_continued import ATTENTION
@@ -33,6 +35,7 @@ from dga_jax.evaluation.jobs import run_jobs
 from dga_jax.evaluation.results import Results
 from dga_jax.files.path_flags import define_path, define_paths
 from train.logs import set_up_logging
+from train.stop_signals import EXIT_STATUS, StoppedError, StopSignals
 
 _OUT = define_path("out", None, "Folder for results.", required=True)
 _SELECTED = flags.DEFINE_list("parts", list(PARTS), f"Parts to run: {', '.join(PARTS)}.")
@@ -43,7 +46,10 @@ _JOBS = flags.DEFINE_string("jobs", "", "Run the jobs whose name matches this re
 _MINUTES = flags.DEFINE_float("minutes", None, "Start no job after this many minutes.")
 _LENGTH = flags.DEFINE_integer("length", 2048, "Tokens of a row of the ablations.", lower_bound=2)
 _LATENCY = flags.DEFINE_bool(
-  "latency", False, "Also measure the times of the ablations, for 8 sequences, and decoding."
+  "latency", False, "Also measure the times of the ablations, for 8 sequences."
+)
+_MODELS = define_paths(
+  "models", "For the ablations: workdirs of trained models, in place of the model."
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", get_args(DtypeName), "Dtype of the activations.")
 _BUDGETS = define_paths("budgets", "For the shares: JSON files of calibrated budgets.")
@@ -54,6 +60,9 @@ _RUNS = flags.DEFINE_list(
   f"Runs of continued pretraining: JSON files of head budgets, or of {', '.join(ATTENTION)}.",
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of continued pretraining, one run for each.")
+_LONGBENCH = define_path("longbench", None, "For continued pretraining: LongBench-E's folder.")
+_QUESTIONS = define_path("questions", None, "For continued pretraining: questions of Liu et al.")
+_LIMIT = flags.DEFINE_integer("limit", None, "Largest number of examples of a file.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 1000, "Steps of continued pretraining.", lower_bound=20)
 _CACHE_DIR = define_path("cache_dir", None, "Folder of tokenized text; default: in OUT.")
 flags.register_validator(
@@ -72,6 +81,16 @@ flags.register_validator(
 def main(argv: Sequence[str]) -> None:
   """Runs the missing jobs of the parts, then writes tables and pictures of all results."""
   del argv
+  with StopSignals() as signals:
+    try:
+      _run(signals)
+    except (InterruptedError, StoppedError) as error:
+      print(error)
+      sys.exit(EXIT_STATUS)
+
+
+def _run(signals: StopSignals) -> None:
+  """Runs the jobs of the flags."""
   set_up_logging()
   if not _TRAIN_FILES.value:  # The trainer logs its steps.
     logging.set_verbosity(logging.WARNING)
@@ -83,9 +102,10 @@ def main(argv: Sequence[str]) -> None:
     _DOCUMENTS.value,
     _MAX_DOCUMENTS.value,
     _pretraining(out),
-    Ablation(_LENGTH.value, 8 if _LATENCY.value else None),
+    Ablation(_LENGTH.value, 8 if _LATENCY.value else None, tuple(_MODELS.value)),
     cast(DtypeName, _DTYPE.value),
     _BUDGETS.value,
+    signals,
   )
   origin = Path(_WORKDIR.value).name if _WORKDIR.value else "SmolLM2-135M-Instruct Q4_1"
   every = [job for name in _SELECTED.value for job in PARTS[name].make_jobs(inputs)]
@@ -107,11 +127,12 @@ def _pretraining(out: Path) -> Pretraining | None:
     train_files=(books, facts),
     runs=tuple(_RUNS.value),
     seeds=tuple(map(int, _SEEDS.value)),
+    question_sets=QuestionSets(_LONGBENCH.value, _QUESTIONS.value, _LIMIT.value),
     overrides={
       "num_steps": steps,
       "warmup_steps": steps // 20,
-      "eval_every": steps,
-      "checkpoint_every": -(-steps // 2),
+      "eval_every": -(-steps // 2),
+      "checkpoint_every": -(-steps // 4),
     },
   )
 

@@ -105,6 +105,15 @@ class TrainConfig:
       from its parameters and uses its tokenizer instead of data.tokenizer. The checkpoint's model
       config replaces `model`, except for the attention kind and its settings, the dtypes and
       remat. None draws random parameters.
+    budgets: JSON file of head budgets, such as `dga calibrate` writes for the model in `init_from`.
+      The run then has attention="head_budgets" in place of model.attention, and its weights have
+      the KV heads of every setting side by side (`dga_jax.model.apply_budgets`). Every start of the
+      run reads the file. None for model.attention.
+    distillation: w in [0, 1] of the loss (1 − w)·cross entropy + w·KL(dense‖model), where `dense`
+      is the prediction of the same weights with dense attention, which has no gradient
+      (train/distillation.py). Above 0 a step also takes a forward pass of dense attention.
+    full_heads: with model.head_gates the mean of the gates, which is the share of KV heads that
+      will be full. All other weights stay fixed (train/gates.py).
     seed: of the initial parameters and of the order of the data.
     num_steps: optimizer steps.
     batch_size: sequences of one optimizer step, over all processes.
@@ -125,6 +134,9 @@ class TrainConfig:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
   init_from: str | None = None
+  budgets: str | None = None
+  distillation: float = 0.0
+  full_heads: float = 0.125
   seed: int = 0
   num_steps: int = 1000
   batch_size: int = 8
@@ -143,6 +155,10 @@ class TrainConfig:
       raise config_error(self, "init_from", "a folder or None")
     if self.init_from is not None:
       check_path("TrainConfig.init_from", self.init_from, allow_gcs=True)
+    if not isinstance(self.budgets, str | None):
+      raise config_error(self, "budgets", "a JSON file or None")
+    if self.budgets is not None:
+      check_path("TrainConfig.budgets", self.budgets)
     require_int(self, "seed", least=0, most=LARGEST_SEED)
     require_int(self, "warmup_steps", "eval_batches", least=0)
     require_int(
@@ -158,6 +174,12 @@ class TrainConfig:
       least=1,
     )
     require_number(self, "learning_rate", least=0)
+    require_number(self, "distillation", least=0, most=1)
+    require_number(self, "full_heads", above=0, below=1)
+    if self.model.head_gates and self.init_from is None:
+      raise config_error(
+        self, "init_from", "a folder with a model: model.head_gates chooses full heads of its heads"
+      )
     if self.batch_size % self.grad_accumulation:
       raise config_error(self, "grad_accumulation", f"a divisor of batch_size={self.batch_size}")
     if self.warmup_steps >= self.num_steps:
@@ -168,6 +190,7 @@ class TrainConfig:
 # check, they exist to be changed after a spike.
 _FREE_ON_RESUME = frozenset(
   {
+    "budgets",  # model.head_budgets has the content of the file.
     "log_every",
     "eval_every",
     "eval_batches",

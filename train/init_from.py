@@ -12,13 +12,18 @@ from jaxtyping import Array, PyTree
 
 from dga_jax.checkpoint import load_config, load_model, load_model_config, load_tokenizer
 from dga_jax.checkpoint_files import existing_step
+from dga_jax.head_budgets import read_head_budgets
+from dga_jax.model import apply_budgets
 from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
+from train.gates import GATES, initial_gates
 
 # Fields that the training config decides; the checkpoint decides the others, which define the
 # weights and RoPE.
-_OWN_FIELDS = frozenset({"attention", *ATTENTION_SETTINGS, "dtype", "param_dtype", "remat"})
+_OWN_FIELDS = frozenset(
+  {"attention", *ATTENTION_SETTINGS, "head_gates", "dtype", "param_dtype", "remat"}
+)
 
 # Entry of a checkpoint's config: what an import knows of the model besides, for an export.
 ORIGIN = "origin"
@@ -29,8 +34,8 @@ class Initial:
   """What a run takes over from the checkpoint that training begins with.
 
   Attributes:
-    config: the training config with that checkpoint's model; attention, its settings, dtypes and
-      remat stay those of the config.
+    config: the training config with that checkpoint's model; attention, its settings, gates,
+      dtypes and remat stay those of the config.
     tokenizer: the checkpoint's, or None where training begins with nothing.
     entries: further entries for the config in the run's own checkpoints.
   """
@@ -51,27 +56,50 @@ def find_initial(config: TrainConfig, workdir: str | None, step: int | None = No
 
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
+    OSError: the file of `config.budgets` cannot be read.
+    ValueError: the budgets do not fit the model.
   """
+  attention = _attention_of_budgets(config)
   if config.init_from is None or workdir is None:
-    return Initial(config)
+    model = dataclasses.replace(config.model, **attention)
+    return Initial(dataclasses.replace(config, model=model))
   step = existing_step(workdir, step)
   saved = load_config(workdir, step)
-  own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
+  own = {name: getattr(config.model, name) for name in _OWN_FIELDS} | attention
   model = dataclasses.replace(load_model_config(workdir, step), **own)
   entries = {ORIGIN: saved[ORIGIN]} if ORIGIN in saved else {}
   return Initial(dataclasses.replace(config, model=model), load_tokenizer(workdir, step), entries)
 
 
+def _attention_of_budgets(config: TrainConfig) -> dict[str, Any]:
+  """The fields of the model that `config.budgets` decides; none without budgets."""
+  if config.budgets is None:
+    return {}
+  budgets = read_head_budgets(config.budgets)
+  permuted = budgets.permute_kv_heads(budgets.contiguous_order())
+  return {"attention": "head_budgets", "head_budgets": permuted}
+
+
 def load_params(config: TrainConfig, mesh: Mesh) -> PyTree[Array]:
   """The parameters in `config.init_from`, in the dtype that the config stores them in.
 
-  Each device reads its own shards over `mesh`.
+  Each device reads its own shards over `mesh`. With `config.budgets` the heads are in the order of
+  the budgets of `find_initial`. With `config.model.head_gates` all gates start at
+  `config.full_heads`.
 
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
+    OSError: the file of `config.budgets` cannot be read.
+    ValueError: the budgets do not fit the model, or the model has budgets already.
   """
   assert config.init_from is not None
   model, _, _ = load_model(config.init_from, mesh=mesh)
+  if config.budgets is not None:
+    model = apply_budgets(model, read_head_budgets(config.budgets))
   params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   dtype = jnp.dtype(config.model.param_dtype)
-  return jax.tree.map(lambda array: array.astype(dtype), params)
+  params = jax.tree.map(lambda array: array.astype(dtype), params)
+  params.pop(GATES, None)
+  if config.model.head_gates:
+    params[GATES] = initial_gates(config)
+  return params

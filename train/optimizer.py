@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import PyTree
 
 from train.config import TrainConfig
+from train.gates import gate_optimizer, gates_shape
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -27,12 +28,14 @@ def make_schedule(config: TrainConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig, variables: nnx.State) -> optax.GradientTransformation:
-  """AdamW for parameters given as a nested dict.
+  """AdamW for parameters given as a nested dict; of a model with gates the rule of train/gates.py.
 
   Args:
     config: the training config.
     variables: the model's parameters, possibly abstract, with the names of their axes.
   """
+  if config.model.head_gates:
+    return gate_optimizer(make_schedule(config), config.full_heads, gates_shape(config))
   settings = config.optimizer
   return optax.chain(
     optax.clip_by_global_norm(settings.clip_norm),

@@ -19,6 +19,8 @@ from dga_jax.model import Decoder
 from dga_jax.sharding import make_mesh, parameter_shardings, zigzag_order
 from train.bad_steps import choose, Guard, is_good, new_guard, seen
 from train.config import TrainConfig
+from train.distillation import dense_states
+from train.gates import freeze_others
 from train.loss import token_losses, weighted_loss
 from train.optimizer import make_optimizer, make_schedule
 from train.sharding import (
@@ -63,9 +65,10 @@ class Functions:
     shard_batch: transfers this process's rows of a batch (see `train.sharding`) to the mesh.
     init: makes the state before the first step.
     from_params: makes that state from given parameters, which are donated.
-    step: one step; the state given to it is donated. Its scalars are the loss (nats per token),
-      accuracy, grad_norm before clipping, param_norm after the update, learning_rate, tokens
-      (those with a loss), and skipped: 1 if the step was bad and changed nothing, else 0.
+    step: one step; the state given to it is donated. Its scalars are the loss (nats per token, see
+      `TrainConfig.distillation`), accuracy, grad_norm before clipping, param_norm after the update,
+      learning_rate, tokens (those with a loss), and skipped: 1 if the step was bad and changed
+      nothing, else 0.
   """
 
   graphdef: nnx.GraphDef
@@ -169,6 +172,8 @@ def mean_gradient(
 ) -> tuple[Float[Array, ""], Float[Array, ""], PyTree[Array]]:
   """Loss, accuracy and gradient, each the mean over the batch's tokens with a loss.
 
+  The loss is that of `TrainConfig.distillation`. Of a model with gates only these have a gradient.
+
   The batch is cut into `grad_accumulation` micro-batches, which run in sequence. Each adds its sum
   divided by the token count of the whole batch, which is exact for any distribution of the tokens.
   """
@@ -177,12 +182,21 @@ def mean_gradient(
   def loss_share(
     params: PyTree[Array], micro_batch: Batch
   ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    if config.model.head_gates:
+      params = freeze_others(params)
     model = nnx.merge(graphdef, params)
-    hidden_BxLxE = model.hidden(micro_batch["inputs"], **_documents(config, micro_batch))
-    targets_BxL = _in_order_of_states(micro_batch["targets"])
-    weights_BxL = _in_order_of_states(micro_batch["loss_mask"]) / tokens
+    inputs_BxL, documents = micro_batch["inputs"], _documents(config, micro_batch)
+    teacher_BxLxE = None
+    if config.distillation:
+      teacher_BxLxE = dense_states(graphdef, params, inputs_BxL, documents)
     loss, correct = weighted_loss(
-      model.unembedder(), hidden_BxLxE, targets_BxL, weights_BxL, chunk=config.loss_chunk
+      model.unembedder(),
+      model.hidden(inputs_BxL, **documents),
+      _in_order_of_states(micro_batch["targets"]),
+      _in_order_of_states(micro_batch["loss_mask"]) / tokens,
+      chunk=config.loss_chunk,
+      teacher_BxLxE=teacher_BxLxE,
+      distillation=config.distillation,
     )
     return loss, correct / tokens
 

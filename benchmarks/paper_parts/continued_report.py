@@ -42,6 +42,7 @@ def write(results: Results, out: Path) -> str:
     _losses({name: by_run[name] for name in names}),
     _summary({name: by_run[name]["recall"] for name in names if "recall" in by_run[name]}),
     _recall({name: by_run[name]["recall"] for name in names if "recall" in by_run[name]}),
+    _questions({name: own["questions"] for name, own in by_run.items() if "questions" in own}),
     _trainings({name: by_run[name]["train"] for name in names if "train" in by_run[name]}),
   ]
   _plot({name: by_run[name] for name in names}, out / "continued.png")
@@ -130,6 +131,18 @@ def _summary(by_run: Mapping[str, Results]) -> str:
     rows.append([_LABELS.get(name, name), *(f"{x:.0%}" for x in (*means, np.mean(needles)))])
   header = [f"retrieval, {length} tokens" for length in lengths]
   return markdown(["attention", *header, "RULER's needles"], rows)
+
+
+def _questions(by_run: Mapping[str, Results]) -> str:
+  """Scores in percent of LongBench-E's data sets and of the questions about many documents."""
+  if not by_run:
+    return ""
+  rows = []
+  for task in _first(by_run)["scores"]:
+    scores = [[one["scores"].get(task) for one in results] for results in by_run.values()]
+    known = [[score for score in own if score is not None] for own in scores]
+    rows.append([task, *(f"{np.mean(own):.1f}" if own else "" for own in known)])
+  return markdown(["data set", *(_LABELS.get(name, name) for name in by_run)], rows)
 
 
 def _first(by_run: Mapping[str, Results]) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ from dga_jax.evaluation.texts import Document, read_documents, token_rows
 from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.model import Decoder
 from dga_jax.tokenizer import Tokenizer
+from train.stop_signals import StopSignals
 
 _PYTHON_CHARACTERS = 300_000  # Of each of the two documents of Python source.
 _HAY_CHARACTERS = 400_000  # Of each book in which facts are hidden.
@@ -31,10 +32,14 @@ class Ablation:
   Attributes:
     length: tokens of a row.
     latency_batch: sequences that are decoded at once to measure times; None measures none.
+    models: workdirs of models with the tokenizer of the model of `Inputs`, such as runs of
+      continued pretraining; the settings of each are measured. None of them is the model of
+      `Inputs` alone.
   """
 
   length: int = 2048
   latency_batch: int | None = None
+  models: tuple[str, ...] = ()
 
 
 class Inputs:
@@ -48,6 +53,8 @@ class Inputs:
     ablation: what the part "ablations" measures.
     dtype: of the activations.
     budgets: JSON files of calibrated budgets of the model.
+    signals: stop a run of continued pretraining after a step that is saved; None where nothing
+      handles signals.
   """
 
   def __init__(
@@ -59,10 +66,13 @@ class Inputs:
     ablation: Ablation | None = None,
     dtype: DtypeName = "float32",
     budgets: Sequence[str] = (),
+    signals: StopSignals | None = None,
   ) -> None:
     self._workdir, self._documents, self._max_documents = workdir, documents, max_documents
     self.pretraining, self.ablation = pretraining, ablation or Ablation()
     self._dtype, self.budgets = dtype, tuple(budgets)
+    self.signals = signals
+    self._trained: tuple[str, Family] | None = None
 
   @functools.cached_property
   def workdir(self) -> str:
@@ -77,7 +87,20 @@ class Inputs:
   @functools.cached_property
   def family(self) -> Family:
     """The model with the dtype of the activations."""
-    model, tokenizer = self._loaded
+    return self._dense_family(*self._loaded)
+
+  def trained_family(self, workdir: str) -> Family:
+    """The newest model of a workdir with dense attention and the dtype of the activations.
+
+    Only the last one is kept.
+    """
+    if self._trained is None or self._trained[0] != workdir:
+      self._trained = None  # Frees the memory of the model before.
+      model, _, tokenizer = load_model(workdir)
+      self._trained = (workdir, self._dense_family(model, tokenizer))
+    return self._trained[1]
+
+  def _dense_family(self, model: Decoder, tokenizer: Tokenizer) -> Family:
     dense = Variant("dense", {"attention": "dense", "dtype": self._dtype})
     return Family(Family(model).model(dense, 1), tokenizer.start_ids)
 

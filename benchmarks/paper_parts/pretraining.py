@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.paper_parts.question_sets import QuestionSets
 from benchmarks.paper_parts.recall import Recall
 from configs.smollm2_continued import ATTENTION, get_config
 from dga_jax.evaluation.perplexity import PerplexitySettings
 from train.config import make_config, TrainConfig
 
-_PERPLEXITY = PerplexitySettings(batch_size=8, targets=512, always_decode=False)
+_PERPLEXITY = PerplexitySettings(batch_size=12, targets=512, always_decode=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Pretraining:
     rows: of the held-out loss, an equal number from each book.
     perplexity: settings of the held-out loss.
     recall: the prompts.
+    question_sets: further prompts, from files.
   """
 
   folder: Path
@@ -38,6 +40,7 @@ class Pretraining:
   rows: int = 24
   perplexity: PerplexitySettings = _PERPLEXITY
   recall: Recall = dataclasses.field(default_factory=Recall)
+  question_sets: QuestionSets = dataclasses.field(default_factory=QuestionSets)
 
   def config(self, run: str, seed: int, init_from: str) -> TrainConfig:
     """The training config of a run."""

@@ -43,7 +43,7 @@ class Recall:
   samples: int = 2
   ruler_samples: int = 16
   new_tokens: int = 128
-  batch_size: int = 16
+  batch_size: int = 32
   seed: int = 0
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.paper_parts import (
   ablations,
+  ablations_report,
   cache,
   continued,
   continued_report,
@@ -40,7 +41,7 @@ PARTS = {
   "training": Part(training.make_jobs, training.write),
   "cache": Part(cache.make_jobs, cache.write),
   "sparsity": Part(sparsity.make_jobs, sparsity_report.write),
-  "ablations": Part(ablations.make_jobs, ablations.write),
+  "ablations": Part(ablations.make_jobs, ablations_report.write),
   "noise": Part(noise.make_jobs, noise.write),
   "shares": Part(shares.make_jobs, shares.write),
   "continued": Part(continued.make_jobs, continued_report.write),

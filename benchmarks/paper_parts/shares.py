@@ -2,8 +2,11 @@
 
 The authors answer on OpenReview that tasks need different m. Here one model is measured with one
 setting of DGA for all heads at several shares, and with files of calibrated budgets (--budgets).
-RULER's word tasks (common and frequent words) stand for summaries: the answer depends on the whole
-text, and no single token decides. The other tasks need facts that one sentence tells.
+Two measures stand for summaries, whose words depend on the whole text and on no single token:
+RULER's word tasks (common and frequent words), and the kept gain of the context. The gain is how
+much the loss of the last tokens of a novel falls when dense attention reads the tokens before them
+and not only the last `_NEAR`; a share keeps as much of the gain as its own loss falls, in decoding.
+The other tasks need facts that one sentence tells.
 """
 
 import dataclasses
@@ -28,8 +31,9 @@ from dga_jax.head_budgets import read_head_budgets
 TASK = "shares"
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 _LENGTH = 8192
-_ROWS_PER_BOOK = 1
-_PERPLEXITY = PerplexitySettings(batch_size=8, always_decode=False)
+_ROWS_PER_BOOK = 4
+_NEAR = 512  # Tokens of context of the loss that has no gain.
+_ROW = PerplexitySettings(batch_size=8, targets=512, contexts=(_NEAR,), always_decode=False)
 _RECALL = Recall(lengths=(_LENGTH // 2, _LENGTH), samples=1)
 _GROUPS = {
   "one fact": ("single", "multi_key", "variable_tracking"),
@@ -73,7 +77,7 @@ def make_jobs(inputs: Inputs) -> Iterator[Job]:
       depends_on=[
         variant.config(inputs.family.config, _LENGTH).to_dict(),
         dataclasses.asdict(_RECALL),
-        vars(_PERPLEXITY),
+        vars(_ROW),
         [document.id for document in inputs.corpora[inputs.books]],
       ],
       ticks=1,
@@ -84,7 +88,7 @@ def make_jobs(inputs: Inputs) -> Iterator[Job]:
 def _run(inputs: Inputs, variant: Variant, tick: Callable[[], Any]) -> dict[str, Any]:
   rows = inputs.rows(inputs.books, _LENGTH, _ROWS_PER_BOOK)
   family = inputs.family
-  loss = measure_perplexity(family, variant, rows, _PERPLEXITY)
+  loss = measure_perplexity(family, variant, rows, _ROW)
   recall = measure_recall(family, variant, inputs.tokenizer, inputs.ruler_texts, _RECALL)
   tick()
   return {"perplexity": loss, **recall}
@@ -96,36 +100,60 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
   dense = next((one for one in results if one["variant"] == "dense"), None)
   rows = []
   for one in results:
-    ratio = ""
+    ratio, kept = "", ""
     if dense is not None:
       ratio = f"{np.exp(one['perplexity']['loss'] - dense['perplexity']['loss']):.3f}"
+      kept = f"{_kept_gain(one, dense):.0%}"
     passkeys = one["retrieval"][f"passkey {_LENGTH}"]
     rows.append(
       [
         one["variant"],
         f"{one['perplexity']['budget']['share']:.1%}",
         ratio,
+        kept,
         *(f"{_score(one, tasks):.0%}" for tasks in _GROUPS.values()),
         f"{passkeys['hits']} of {passkeys['samples']}",
       ]
     )
-  figure, (axes,) = make_figure(1, "One model with several shares of the cache")
-  for index, (name, tasks) in enumerate(_GROUPS.items()):
-    for marker, kept, note in (
-      ("o-", [one for one in results if one["variant"].startswith(("DGA", "dense"))], ""),
-      ("s:", [one for one in results if not one["variant"].startswith("DGA")], ", calibrated"),
-    ):
-      if len(kept) > 1:
-        shares = [one["perplexity"]["budget"]["share"] for one in kept]
-        scores = [_score(one, tasks) for one in kept]
-        axes.plot(shares, scores, marker, color=f"C{index}", ms=4, label=name + note)
-  axes.set_xscale("log", base=2)
-  axes.set_ylim(0, 1)
-  axes.xaxis.set_major_formatter("{x:.3g}")
-  axes.legend(fontsize=7, loc="upper left")
-  label(axes, "RULER at 8192 tokens", "share of the dense cache", "score")
-  save(figure, out / "shares.png")
-  return markdown(["heads", "cache", "perplexity/dense", *_GROUPS, "passkeys at 8K"], rows)
+  if dense is not None:
+    _plot(results, dense, out / "shares.png")
+  header = ["heads", "cache", "perplexity/dense", "kept gain of the context", *_GROUPS]
+  return markdown([*header, "passkeys at 8K"], rows)
+
+
+def _kept_gain(result: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
+  """The share of the gain of the context that a result keeps; 1 for dense attention."""
+  near = dense["perplexity"]["restart"][0]["loss"]
+  own, best = (one["perplexity"]["last"]["decoded_loss"] for one in (result, dense))
+  return float((near - own) / (near - best))
+
+
+def _plot(results: Sequence[Mapping[str, Any]], dense: Mapping[str, Any], path: Path) -> None:
+  """RULER's scores and the kept gain of the context over the share of the cache."""
+  figure, (by_task, gain) = make_figure(2, "One model with several shares of the cache")
+  own = [one for one in results if one["variant"].startswith(("DGA", "dense"))]
+  calibrated = [one for one in results if not one["variant"].startswith(("DGA", "dense"))]
+  for style, kept, note in (("o-", own, ""), ("s:", calibrated, ", calibrated")):
+    shares = [one["perplexity"]["budget"]["share"] for one in kept]
+    if not shares:
+      continue
+    for index, (name, tasks) in enumerate(_GROUPS.items()):
+      scores = [_score(one, tasks) for one in kept]
+      by_task.plot(shares, scores, style, color=f"C{index}", ms=4, label=name + note)
+    gains = [_kept_gain(one, dense) for one in kept]
+    gain.plot(shares, gains, style, color="C3", ms=4, label=f"kept gain{note}")
+  for axes in (by_task, gain):
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.3g}")
+    axes.legend(fontsize=7)
+  by_task.set_ylim(bottom=0)
+  gain.axhline(1, color="black", lw=0.8)
+  label(by_task, f"RULER at {_LENGTH} tokens", "share of the dense cache", "score")
+  label(
+    gain, f"gain of {_LENGTH} tokens of context over {_NEAR}", "share of the dense cache",
+    "kept share of the gain",
+  )  # fmt: skip
+  save(figure, path)
 
 
 def _score(result: Mapping[str, Any], tasks: Sequence[str]) -> float:

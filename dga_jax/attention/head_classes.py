@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 from dga_jax.head_budgets import HeadRow
+from pallas_kernels.head_range import HeadRange
 
 
 class _Run(NamedTuple):
@@ -46,6 +47,15 @@ class HeadClasses:
   def count(self, setting: int) -> int:
     """KV heads of a setting."""
     return self.row.count(setting)
+
+  @property
+  def are_adjacent(self) -> bool:
+    """Whether the heads of every setting are adjacent."""
+    return len(self._runs) == len(self.settings)
+
+  def heads_of(self, setting: int) -> HeadRange:
+    """The KV heads of a setting, whose heads are adjacent."""
+    return HeadRange(self.row.index(setting), self.count(setting))
 
   @functools.cached_property
   def _runs(self) -> tuple[_Run, ...]:

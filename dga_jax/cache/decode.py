@@ -118,7 +118,7 @@ def _step(
   """`decode_step` on a cache with a leading axis of layers."""
   D = query_BxHxD.shape[-1]
   scale = D**-0.5 if scale is None else scale
-  rule = BlockRule(cache_layout(config), D**-0.5, merge_scale(config, D))
+  rule = block_rule(config, D)
   if has_step_kernel(query_BxHxD, cache.arrays, rule, implementation):
     out_BxHxD, arrays, length = step_in_place(
       query_BxHxD,
@@ -130,7 +130,7 @@ def _step(
       scores_BxN,
       rule=rule,
       scale=scale,
-      group_bias=_group_logit_bias(config),
+      group_bias=group_logit_bias(config),
     )
     lengths = cache.lengths._replace(length=length)
     return out_BxHxD, dataclasses.replace(cache, arrays=arrays, lengths=lengths)
@@ -153,12 +153,18 @@ def _step(
   return out_BxHxD, _flush(query_BxHxD, cache, layer, token, config)
 
 
-def _group_logit_bias(config: DGAConfig) -> float:
+def block_rule(config: DGAConfig, head_dim: int) -> BlockRule:
+  """How a complete block becomes compact entries."""
+  return BlockRule(cache_layout(config), head_dim**-0.5, merge_scale(config, head_dim))
+
+
+def group_logit_bias(config: DGAConfig) -> float:
+  """What is added to the logits of groups."""
   return math.log(config.group_size) if config.group_logit_bias == "log_size" else 0.0
 
 
 def _group_bias(cache: CompactCache, layer: Array | int, config: DGAConfig) -> GroupBias | None:
-  amount = _group_logit_bias(config)
+  amount = group_logit_bias(config)
   if not amount:
     return None
   lengths = cache.lengths

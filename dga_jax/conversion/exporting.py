@@ -53,12 +53,17 @@ def export_hugging_face(
 
   Raises:
     CheckpointError: there is no such checkpoint, or it is damaged.
-    ValueError: `folder` exists, or transformers has no such model.
+    ValueError: `folder` exists, transformers has no such model, or the model has gates.
     OSError: the files could not be written.
   """
   if os.path.lexists(folder):
     raise ValueError(f"{folder} exists; name a folder to be made.")
   model, config, tokenizer = load_model(workdir, step)
+  if config.head_gates:
+    raise ValueError(
+      f"the model in {workdir} has a gate for each KV head, which no export holds. Export the "
+      "model that the gates were trained for (config.init_from)."
+    )
   origin = _origin(load_config(workdir, step))
   files, templates = json_files(config, origin, tokenizer), chat_templates(origin)
   params = nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -31,8 +31,8 @@ def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> De
     A new model. The parameters that do not depend on the order of heads are shared.
 
   Raises:
-    ValueError: the budgets do not fit the model, the model has budgets, parts does not divide its
-      KV heads, or its layers are unstacked.
+    ValueError: the budgets do not fit the model, the model has budgets or gates, parts does not
+      divide its KV heads, or its layers are unstacked.
   """
   if not isinstance(model.layers, DecoderLayer):
     raise ValueError(
@@ -42,6 +42,11 @@ def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> De
     raise ValueError(
       "model has head budgets already, and its heads are in their order. Apply budgets to the "
       "model from before any budgets were applied."
+    )
+  if model.config.head_gates:
+    raise ValueError(
+      "model has a gate for each KV head. Apply budgets to the model that the gates were trained "
+      "for (config.init_from), without gates."
     )
   # The new config checks that the budgets fit the model.
   dataclasses.replace(model.config, head_budgets=budgets)

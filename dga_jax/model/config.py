@@ -55,6 +55,9 @@ class ModelConfig:
     focal_selector: whether each layer has the weights of the fitted selector, which the attention
       settings with selector="fitted" need (dga_jax/model/focal_selector.py). The weights of a new
       model are 0, under which the first tokens of a block stay focal; `dga fit_selector` fits them.
+    head_gates: whether every KV head has a gate that mixes dense attention into the output of
+      `attention` (dga_jax/model/head_gates.py), for training that chooses full heads. Such a model
+      has no cache. The gates of a new model are 0.
     attention: the attention kind. Every kind but "dense" has settings in the field of its name;
       the other kinds' settings are ignored.
     dga: settings of Dynamic Group Attention.
@@ -94,6 +97,7 @@ class ModelConfig:
   qkv_bias: bool = False
   qk_norm: bool = False
   focal_selector: bool = False
+  head_gates: bool = False
   attention: AttentionName = "dga"
   dga: DGAConfig = dataclasses.field(default_factory=DGAConfig)
   head_budgets: HeadBudgets | None = None
@@ -133,7 +137,7 @@ class ModelConfig:
       raise config_error(self, "head_dim", "even, since RoPE rotates pairs of channels")
     require_number(self, "rope_base", "norm_eps", above=0)
     require_type(self, "rope_scaling", RopeScaling, type(None))
-    for name in ("tie_embeddings", "qkv_bias", "qk_norm", "focal_selector"):
+    for name in ("tie_embeddings", "qkv_bias", "qk_norm", "focal_selector", "head_gates"):
       require_type(self, name, bool)
     for name, settings in ATTENTION_SETTINGS.items():
       require_type(self, name, settings, *((type(None),) if name == "head_budgets" else ()))
@@ -145,6 +149,10 @@ class ModelConfig:
       )
     self._check_head_budgets()
     self._check_focal_selector()
+    if self.head_gates and self.attention == "dense":
+      raise config_error(
+        self, "head_gates", "False with attention='dense', which the gates mix into another kind"
+      )
     require_choice(self, "remat", RematName)
     require_choice(self, "dtype", DtypeName)
     require_choice(self, "param_dtype", DtypeName)

@@ -12,10 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention import validation
-from dga_jax.attention.segments import find_documents, IntArray
+from dga_jax.attention.segments import Documents, find_documents, IntArray
 from dga_jax.attention.validation import Lengths, SegmentIds
+from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.model.config import ModelConfig
-from dga_jax.model.layers import constrain_residual, DecoderLayer, rms_norm, weight
+from dga_jax.model.head_gates import mix_with_full
+from dga_jax.model.layers import bias, constrain_residual, DecoderLayer, rms_norm, weight
 from dga_jax.model.logits import logits
 from dga_jax.model.on_mesh import on_mesh
 from dga_jax.model.rope import rope_table
@@ -56,6 +59,9 @@ class Decoder(nnx.Module):
     self.norm = rms_norm(config, rngs=rngs)
     if not config.tie_embeddings:
       self.unembedding = weight(config, (E, V), ("embed", "vocab"), inputs=(0,), rngs=rngs)
+    if config.head_gates:
+      gates = (config.num_layers, config.num_kv_heads)
+      self.head_gates = bias(config, gates, ("layers", "kv_heads"))
 
   @on_mesh("batch", None, "vocab")
   def __call__(
@@ -102,17 +108,14 @@ class Decoder(nnx.Module):
     B, L = _check_tokens(tokens_BxL)
     documents = find_documents(B, L, *validation.rows(B, L, lengths, segment_ids))
     kind = self.config.make_attention()
-    metadata = prepare_on_mesh(kind, documents)
-
-    def attend(
-      q: Array, k: Array, v: Array, _: None, layer: Any, scores: Array | None = None
-    ) -> tuple[Array, None]:
-      return attend_on_mesh(kind, q, k, v, metadata, layer, scores), None
-
+    attend = _attend_whole(kind, documents)
     if kind.branches > 1 and self.config.remat == "none":
       # The backward pass of a switch stores the intermediate values of all branches. Instead it
       # recomputes attention from queries, keys and values.
       attend = jax.checkpoint(attend, prevent_cse=False)
+    if self.config.head_gates:
+      full = _attend_whole(DenseAttention(), documents)
+      attend = mix_with_full(attend, full, self.head_gates[...])
 
     tokens_BxL, positions_BxL = jnp.asarray(tokens_BxL), documents.position
     order_L = zigzag_order(L)
@@ -137,8 +140,9 @@ class Decoder(nnx.Module):
     """An empty cache for sequences of up to `max_length` tokens, prompt included.
 
     Raises:
-      ValueError: a size below 1.
+      ValueError: a size below 1, or the model has gates.
     """
+    self._refuse_gates()
     if batch_size < 1 or max_length < 1:
       raise ValueError(
         f"init_cache got batch_size={batch_size}, max_length={max_length}; both must be at least 1."
@@ -172,8 +176,9 @@ class Decoder(nnx.Module):
       The float32 logits of the token after each prompt, and the cache to decode from.
 
     Raises:
-      ValueError: as for `hidden`, or L exceeds max_length.
+      ValueError: as for `hidden`, L exceeds max_length, or the model has gates.
     """
+    self._refuse_gates()
     B, L = _check_tokens(tokens_BxL)
     lengths, _ = validation.rows(B, L, lengths, None)
     if max_length < L:
@@ -301,6 +306,7 @@ class Decoder(nnx.Module):
     For decoding: XLA copies a layer out of stacked weights before it multiplies with them, which
     makes a token three times as expensive. `prefill`, `decode` and `extend` compute the same.
     """
+    self._refuse_gates()
     model: Decoder = nnx.merge(*nnx.split(self))
     structure: Any
     structure, stacked = nnx.split(model.layers)
@@ -310,6 +316,14 @@ class Decoder(nnx.Module):
     ]
     model.layers = nnx.List(layers)
     return model
+
+  def _refuse_gates(self) -> None:
+    if self.config.head_gates:
+      raise ValueError(
+        "the model has a gate for each KV head (head_gates=True) and no cache. Make head budgets "
+        "of its gates with python -m train.harden_gates, and use them with the model that the "
+        "gates were trained for."
+      )
 
   def _run_layers(
     self,
@@ -344,6 +358,18 @@ class Decoder(nnx.Module):
       layer_index = config.make_attention().layer_index
       x_BxLxE, caches = run_unstacked(self.layers, x_BxLxE, rope, attend, caches, layer_index)
     return self.norm(x_BxLxE).astype(config.dtype), caches
+
+
+def _attend_whole(kind: AttentionKind, documents: Documents) -> LayerAttend:
+  """Attention of every layer over whole sequences, without caches."""
+  metadata = prepare_on_mesh(kind, documents)
+
+  def attend(
+    q: Array, k: Array, v: Array, _: None, layer: Any, scores: Array | None = None
+  ) -> tuple[Array, None]:
+    return attend_on_mesh(kind, q, k, v, metadata, layer, scores), None
+
+  return attend
 
 
 def _stacked_layers(config: ModelConfig, *, rngs: nnx.Rngs) -> DecoderLayer:

@@ -1,7 +1,23 @@
 """Decoding over a compact cache: attention of one token per sequence, or a whole step in place."""
 
-from pallas_kernels.decode.api import decode_attention, dense_step, has_step_kernel, step_in_place
-from pallas_kernels.decode.cache_arrays import BlockRule, CacheArrays, CacheLengths, GroupBias
+from pallas_kernels.decode.api import (
+  decode_attention,
+  dense_step,
+  has_step_kernel,
+  heads_step,
+  heads_step_refusal,
+  step_in_place,
+)
+from pallas_kernels.decode.cache_arrays import (
+  BlockRule,
+  CacheArrays,
+  CacheLengths,
+  CompactHeads,
+  GroupBias,
+  HeadCache,
+  TokenArrays,
+  TokenHeads,
+)
 from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask, TokenCoords
 from pallas_kernels.decode.quantise import pack_rows, unpack_rows
 
@@ -11,11 +27,17 @@ __all__ = [
   "CacheLayout",
   "CacheLengths",
   "CacheMask",
+  "CompactHeads",
   "GroupBias",
+  "HeadCache",
+  "TokenArrays",
   "TokenCoords",
+  "TokenHeads",
   "decode_attention",
   "dense_step",
   "has_step_kernel",
+  "heads_step",
+  "heads_step_refusal",
   "pack_rows",
   "step_in_place",
   "unpack_rows",

@@ -1,11 +1,19 @@
 """The decoding ops and their dispatch: attention over a compact cache, and whole steps in place."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.decode.cache_arrays import BlockRule, CacheArrays, CacheLengths, GroupBias
+from pallas_kernels.decode.cache_arrays import (
+  BlockRule,
+  CacheArrays,
+  CacheLengths,
+  CompactHeads,
+  GroupBias,
+  HeadCache,
+)
 from pallas_kernels.decode.cache_layout import CacheMask
 from pallas_kernels.triton_common import head_refusal
 
@@ -191,4 +199,54 @@ def attention_refusal(query: Array, cache: CacheArrays, *_: Any, **options: Any)
     return f"dtype is {query.dtype}; it must be bfloat16 or float32"
   if 0 in cache.compact_key.shape:
     return "the cache has no compact entries"
+  return None
+
+
+def heads_step(
+  query: Float[Array, "B H D"],
+  key: Float[Array, "B N D"],
+  value: Float[Array, "B N D"],
+  classes: Sequence[HeadCache],
+  layer: Int[Array, ""] | int,
+  score: Float[Array, "B N"] | None = None,
+  *,
+  scale: float,
+) -> tuple[Float[Array, "B H D"], list[tuple[Any, Int[Array, "layers B"]]]]:
+  """Appends a token to every sequence and attends, for heads with caches of several kinds.
+
+  Computes, for the heads of each class, `step_in_place` or `dense_step`, or attention to the sinks
+  and the window of a ring, in one kernel for all heads. Requires that `heads_step_refusal` returned
+  None.
+
+  Args:
+    query: of the new tokens; any float dtype.
+    key: of the new tokens.
+    value: of the new tokens.
+    classes: the caches of all KV heads, which are updated in place: donate them. The classes have
+      equal lengths.
+    layer: the layer that is read and written.
+    score: focal scores of the new tokens, float32 without NaN, where a class has `block_score`;
+      else None.
+    scale: of the attention logits.
+
+  Returns:
+    The output of attention, and for each class its arrays and its lengths with one more token.
+  """
+  from pallas_kernels.decode.triton_heads import heads_step_triton
+
+  return heads_step_triton(query, key, value, classes, layer, score, scale=scale)
+
+
+def heads_step_refusal(query: Array, classes: Sequence[HeadCache]) -> str | None:
+  """Why `heads_step` cannot run a call; None if it can."""
+  target = dispatch.find_target(query)
+  if not target.runs_triton:
+    return f"runs on an Ampere or newer GPU, and this call is for {target}"
+  if reason := head_refusal(query):
+    return reason
+  for one in classes:
+    if 0 in [x.size for x in one.arrays if x is not None]:
+      return "a cache has an empty array"
+    if isinstance(one, CompactHeads) and (reason := step_refusal(query, one.arrays, one.rule)):
+      return reason
   return None

@@ -1,4 +1,4 @@
-"""The records of a compact cache that decoding takes: arrays, lengths, and the rule of a block."""
+"""The records of caches that decoding takes: arrays, lengths, and the rule of a block."""
 
 from typing import NamedTuple
 
@@ -9,6 +9,7 @@ from jaxtyping import Float, Int, Shaped
 
 from pallas_kernels.decode.cache_layout import CacheLayout
 from pallas_kernels.decode.quantise import unpack_rows
+from pallas_kernels.head_range import HeadRange
 
 
 class CacheArrays(NamedTuple):
@@ -99,3 +100,57 @@ class GroupBias(NamedTuple):
       jnp.arange(count)[None], self.prefix[:, None], self.prefix_focal[:, None]
     )
     return self.amount * is_group_BxC.astype(jnp.float32)
+
+
+class TokenArrays(NamedTuple):
+  """Arrays [layers, B, N, entries, D], or references to those of a head, of a cache of raw tokens.
+
+  Attributes:
+    key: of W entries.
+    value: likewise.
+    sink_key: of the first S tokens, which are not among the W entries; None where there are none.
+    sink_value: likewise.
+  """
+
+  key: Float[Array, "layers B N W D"]
+  value: Float[Array, "layers B N W D"]
+  sink_key: Float[Array, "layers B N S D"] | None = None
+  sink_value: Float[Array, "layers B N S D"] | None = None
+
+
+class CompactHeads(NamedTuple):
+  """Heads with a compact cache; see `step_in_place`."""
+
+  heads: HeadRange
+  arrays: CacheArrays  # of these heads
+  lengths: CacheLengths
+  rule: BlockRule
+  group_bias: float
+
+  @property
+  def entries(self) -> int:
+    """Entries of a head."""
+    return self.arrays.compact_key.shape[-2] + self.arrays.raw_key.shape[-2]
+
+
+class TokenHeads(NamedTuple):
+  """Heads with a cache of raw tokens: of all tokens, or of sinks and a window."""
+
+  heads: HeadRange
+  arrays: TokenArrays  # of these heads
+  length: Int[Array, "layers B"]
+  is_ring: bool  # see `TokenStep`
+
+  @property
+  def lengths(self) -> tuple[Array, ...]:
+    """The lengths alone, as `CompactHeads` have more arrays."""
+    return (self.length,)
+
+  @property
+  def entries(self) -> int:
+    """Entries of a head."""
+    sinks = self.arrays.sink_key
+    return self.arrays.key.shape[-2] + (0 if sinks is None else sinks.shape[-2])
+
+
+type HeadCache = CompactHeads | TokenHeads

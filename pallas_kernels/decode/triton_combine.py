@@ -1,5 +1,7 @@
 """The second kernel of a decoding step: combines the softmaxes of all splits into the output."""
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,8 +15,8 @@ from pallas_kernels.triton_common import padded_slice
 
 
 def combine(
-  query: Array, splits: OnlineSoftmax, length: Array, layer: Array, *, interpret: bool
-) -> tuple[Array, Array]:
+  query: Array, splits: OnlineSoftmax, lengths: Sequence[Array], layer: Array, *, interpret: bool
+) -> tuple[Array, list[Array]]:
   """Combines the splits, and counts the new token.
 
   With split p's weighted sum acc_p, largest logit m_p and sum of weights l_p, m = max_p m_p and
@@ -23,12 +25,12 @@ def combine(
   Args:
     query: [B, H, D]; the output has its shape and dtype.
     splits: acc [B, H, P, D], m [B, H, P] and l [B, H, P] of P splits, float32.
-    length: [layers, B], before the new token.
+    lengths: [layers, B], before the new token; one array or several equal ones.
     layer: [1], the layer of the splits.
     interpret: whether to interpret the kernel on the CPU.
 
   Returns:
-    The output [B, H, D], and the lengths with one more token in this layer.
+    The output [B, H, D], and every array of lengths with one more token in this layer.
   """
   B, H, D = query.shape
   P = splits.m.shape[2]
@@ -36,33 +38,28 @@ def combine(
     pl.BlockSpec((None, None, P, *x.shape[3:]), lambda h, b, r=x.ndim - 3: (b, h, 0, *[0] * r))
     for x in splits
   ]
-  length_spec = pl.BlockSpec(length.shape, lambda h, b: (0, 0))
-  combined: tuple[Array, Array] = pl.pallas_call(
-    _combine_kernel,
+  length_specs = [pl.BlockSpec(length.shape, lambda h, b: (0, 0)) for length in lengths]
+  out, *counted = pl.pallas_call(
+    functools.partial(_combine_kernel, num_lengths=len(lengths)),
     grid=(H, B),
-    in_specs=[pl.BlockSpec((1,), lambda h, b: (0,)), length_spec, *split_specs],
-    out_specs=[pl.BlockSpec((None, None, D), lambda h, b: (b, h, 0)), length_spec],
+    in_specs=[pl.BlockSpec((1,), lambda h, b: (0,)), *split_specs, *length_specs],
+    out_specs=[pl.BlockSpec((None, None, D), lambda h, b: (b, h, 0)), *length_specs],
     out_shape=[
       out_struct(query, query.shape, query.dtype),
-      out_struct(length, length.shape, length.dtype),
+      *(out_struct(x, x.shape, x.dtype) for x in lengths),
     ],
-    input_output_aliases={1: 1},
+    input_output_aliases={1 + len(splits) + i: 1 + i for i in range(len(lengths))},
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
     interpret=interpret,
     name="decode_combine",
-  )(layer, length, *splits)
-  return combined
+  )(layer, *splits, *lengths)
+  return out, counted
 
 
 def _combine_kernel(
-  layer_ref: Any,
-  length_ref: Any,
-  acc_ref: Any,
-  m_ref: Any,
-  l_ref: Any,
-  out_ref: Any,
-  new_length_ref: Any,
+  layer_ref: Any, acc_ref: Any, m_ref: Any, l_ref: Any, *refs: Any, num_lengths: int
 ) -> None:
+  length_refs, out_ref, new_refs = refs[:num_lengths], refs[num_lengths], refs[num_lengths + 1 :]
   head, b, P = pl.program_id(0), pl.program_id(1), m_ref.shape[0]
   Q = pl.next_power_of_2(P)
   rows, exists_Q = padded_slice(0, Q), jnp.arange(Q) < P
@@ -77,4 +74,5 @@ def _combine_kernel(
   @pl.when(head == 0)
   def _() -> None:
     layer = layer_ref[0]
-    new_length_ref[layer, b] = length_ref[layer, b] + 1
+    for length_ref, new_ref in zip(length_refs, new_refs, strict=True):
+      new_ref[layer, b] = length_ref[layer, b] + 1

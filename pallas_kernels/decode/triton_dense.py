@@ -7,13 +7,14 @@ Letters: M query heads of a KV head, rounded up; R of them exist. S rows of the 
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.decode.cache_arrays import TokenArrays
 from pallas_kernels.decode.triton_combine import combine
 from pallas_kernels.decode.triton_split import (
   attend_split,
@@ -34,6 +35,24 @@ from pallas_kernels.kernel_common import out_struct
 from pallas_kernels.triton_common import dot, head_refusal
 
 
+class TokenStep(NamedTuple):
+  """What `attend_tokens` does with a cache. Static.
+
+  Attributes:
+    is_ring: whether a token replaces the token W before it. Else tokens beyond W are not stored.
+    scale: of the attention logits.
+    tile: T.
+    heads: R.
+    programs: P.
+  """
+
+  is_ring: bool
+  scale: float
+  tile: int
+  heads: int
+  programs: int
+
+
 def dense_step_triton(
   query: Array,
   key: Array,
@@ -51,6 +70,7 @@ def dense_step_triton(
   tile = tile or Tile()
   (B, H, D), (N, C) = query.shape, cached_key.shape[-3:-1]
   P = tile.num_splits(B * N, C)
+  static = TokenStep(False, scale, tile.entries, H // N, P)
   layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
   split_specs, split_structs = split_outputs(query, N, P)
 
@@ -61,7 +81,7 @@ def dense_step_triton(
   token = pl.BlockSpec((None, None, D), lambda p, n, b: (b, n, 0))
   caches = [cached_key, cached_value]
   *splits, cached_key, cached_value = pl.pallas_call(
-    functools.partial(_dense_kernel, heads=H // N, tile=tile.entries, scale=scale),
+    functools.partial(_dense_kernel, static=static),
     grid=(P, N, B),
     in_specs=[
       whole(layer),
@@ -79,7 +99,7 @@ def dense_step_triton(
     interpret=interpret,
     name="decode_dense",
   )(layer, length, query, key, value, *caches)
-  out, length = combine(query, OnlineSoftmax(*splits), length, layer, interpret=interpret)
+  out, (length,) = combine(query, OnlineSoftmax(*splits), [length], layer, interpret=interpret)
   return out, cached_key, cached_value, length
 
 
@@ -103,28 +123,79 @@ def _dense_kernel(
   out_key_ref: Any,
   out_value_ref: Any,
   *,
-  heads: int,
-  tile: int,
-  scale: float,
+  static: TokenStep,
 ) -> None:
-  split, b, layer = pl.program_id(0), pl.program_id(2), layer_ref[0]
-  length = jnp.minimum(length_ref[layer, b], key_ref.shape[1])
-  q_MxD = load_rows(q_ref, (), 0, max(MIN_DOT_SIDE, pl.next_power_of_2(heads)), heads)
-  empty = empty_softmax(*q_MxD.shape)
+  b, layer, R = pl.program_id(2), layer_ref[0], static.heads
+  q_MxD = load_rows(q_ref, (), 0, max(MIN_DOT_SIDE, pl.next_power_of_2(R)), R)
+  new, length = (new_key_ref, new_value_ref), length_ref[layer, b]
+  cache, out = TokenArrays(key_ref, value_ref), TokenArrays(out_key_ref, out_value_ref)
+  softmax = attend_tokens(q_MxD, new, cache, out, length, layer, pl.program_id(0), static)
+  store_split(softmax, (acc_ref, m_ref, l_ref), R)
+
+
+def attend_tokens(
+  q_MxD: Array,
+  new: tuple[Any, Any],
+  cache: TokenArrays,
+  out: TokenArrays,
+  length: Array,
+  layer: Array,
+  program: Array,
+  static: TokenStep,
+) -> OnlineSoftmax:
+  """This program's softmax over its part of one head's cache; appends the new token.
+
+  Args:
+    q_MxD: queries of the head.
+    new: references to the key and value of the new token.
+    cache: references to the head's arrays of all layers.
+    out: references to the same memory, for writing.
+    length: tokens of the sequence before the new one.
+    layer: of the cache.
+    program: which of the head's programs this is.
+    static: see `TokenStep`.
+  """
+  empty, W = empty_softmax(*q_MxD.shape), cache.key.shape[1]
+  sinks = 0 if cache.sink_key is None else cache.sink_key.shape[1]
+  slot = length - sinks  # Negative for a sink.
+  if static.is_ring:
+    slot = jnp.where(slot < 0, slot, lax.rem(slot, jnp.int32(W)))
+  held = jnp.minimum(length - sinks, W)
 
   def new_token() -> OnlineSoftmax:
     is_new_S = jnp.arange(MIN_DOT_SIDE) == 0
-    key_SxD, value_SxD = (
-      jnp.where(is_new_S[:, None], ref[...][None], 0) for ref in (new_key_ref, new_value_ref)
-    )
-    logits_MxS = dot(q_MxD, key_SxD, trans_b=True) * scale
-    entry_S = length + jnp.arange(MIN_DOT_SIDE)
-    # Rows at or beyond the end of a full cache are not stored.
-    store_rows(out_key_ref, None, layer, entry_S, key_SxD, is_new_S)
-    store_rows(out_value_ref, None, layer, entry_S, value_SxD, is_new_S)
+    key_SxD, value_SxD = (jnp.where(is_new_S[:, None], ref[...][None], 0) for ref in new)
+    logits_MxS = dot(q_MxD, key_SxD, trans_b=True) * static.scale
+    # Rows at or beyond the end of an array are not stored.
+    rows_S = jnp.arange(MIN_DOT_SIDE)
+    for first, key_ref, value_ref, is_here in (
+      (slot, out.key, out.value, slot >= 0),
+      (length, out.sink_key, out.sink_value, length < sinks),
+    ):
+      if key_ref is not None:
+        store_rows(key_ref, None, layer, first + rows_S, key_SxD, is_new_S & is_here)
+        store_rows(value_ref, None, layer, first + rows_S, value_SxD, is_new_S & is_here)
     return add_tile(empty, jnp.where(is_new_S[None], logits_MxS, -jnp.inf), value_SxD, None)
 
-  softmax = lax.cond(split == 0, new_token, lambda: empty)
-  source = Source(key_ref, value_ref, None, None, length, lambda entry_T: entry_T < length)
-  softmax = attend_split(softmax, q_MxD, source, layer, T=tile, scale=scale)
-  store_split(softmax, (acc_ref, m_ref, l_ref), heads)
+  softmax = lax.cond(program == 0, new_token, lambda: empty)
+  # A full ring's oldest token leaves the window: the new one replaces it.
+  sources = [
+    Source(cache.key, cache.value, None, None, held, lambda at_T: (at_T < held) & (at_T != slot))
+  ]
+  if sinks:
+    seen = jnp.minimum(length, sinks)
+    sources.append(
+      Source(cache.sink_key, cache.sink_value, None, None, seen, lambda at_T: at_T < seen)
+    )
+  for source in sources:
+    softmax = attend_split(
+      softmax,
+      q_MxD,
+      source,
+      layer,
+      T=static.tile,
+      scale=static.scale,
+      split=program,
+      num_splits=static.programs,
+    )
+  return softmax

@@ -64,7 +64,8 @@ def attend_split(
   *,
   T: int,
   scale: float,
-  first: int = 0,
+  split: Array,
+  num_splits: int,
 ) -> OnlineSoftmax:
   """Adds this program's part of a source, a run of whole tiles.
 
@@ -75,9 +76,9 @@ def attend_split(
     layer: of the cache.
     T: entries of a tile.
     scale: of the logits.
-    first: the first program that reads tiles; earlier ones have other work.
+    split: which part is this program's; none if it is negative, or num_splits or more.
+    num_splits: the parts.
   """
-  split, num_splits = pl.program_id(0) - first, pl.num_programs(0) - first
   tiles = lax.div(source.end + (T - 1), T)
   tiles_per_split = lax.div(tiles + (num_splits - 1), num_splits)
   begin = split * tiles_per_split

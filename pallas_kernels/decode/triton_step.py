@@ -41,13 +41,29 @@ from pallas_kernels.kernel_common import out_struct
 from pallas_kernels.triton_common import dot
 
 
-class _Static(NamedTuple):
+class CompactStep(NamedTuple):
+  """What `attend_compact` does with a cache. Static.
+
+  Attributes:
+    rule: the layout of the cache, and how a complete block becomes compact entries.
+    scale: of the attention logits.
+    group_bias: added to the logits of groups.
+    tile: T.
+    heads: R.
+    splits: programs that share the entries of earlier blocks.
+  """
+
   rule: BlockRule
   scale: float
   group_bias: float
-  tile: int  # T
-  heads: int  # R
-  first: int  # program that reads tiles of earlier blocks
+  tile: int
+  heads: int
+  splits: int
+
+  @property
+  def programs(self) -> int:
+    """P: if several programs share the entries, one more reads its own block alone."""
+    return self.splits + (self.splits > 1)
 
 
 def step_triton(
@@ -70,8 +86,8 @@ def step_triton(
   B, H, D = query.shape
   (N, C), W = cache.compact_key.shape[-3:-1], cache.raw_key.shape[-2]
   R, splits = H // N, tile.num_splits(B * N, C + W)
-  P = splits + (splits > 1)  # Of several programs the first reads its own block alone.
-  static = _Static(rule, scale, group_bias, tile.entries, R, P - splits)
+  static = CompactStep(rule, scale, group_bias, tile.entries, R, splits)
+  P = static.programs
   layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
 
   def whole(x: Array) -> pl.BlockSpec:
@@ -106,7 +122,7 @@ def step_triton(
     name="decode_step",
   )(layer, list(lengths), query, key, value, scores, arrays)
   parts = OnlineSoftmax(*results[: len(split_specs)])
-  out, length = combine(query, parts, lengths.length, layer, interpret=interpret)
+  out, (length,) = combine(query, parts, [lengths.length], layer, interpret=interpret)
   return out, jax.tree.unflatten(structure, results[len(split_specs) :]), length
 
 
@@ -123,21 +139,56 @@ def _step_kernel(
   l_ref: Any,
   *out_refs: Any,
   structure: jax.tree_util.PyTreeDef,
-  static: _Static,
+  static: CompactStep,
 ) -> None:
-  split, n, b = (pl.program_id(axis) for axis in range(3))
-  layer, rule, R = layer_ref[0], static.rule, static.heads
-  length, origin, prefix, prefix_focal = (ref[layer, b] for ref in length_refs)
+  n, b, layer, R = pl.program_id(1), pl.program_id(2), layer_ref[0], static.heads
   cache, out = (jax.tree.unflatten(structure, refs) for refs in (array_refs, out_refs))
-  M = max(MIN_DOT_SIDE, pl.next_power_of_2(R))
-  q_MxD = load_rows(q_ref, (), 0, M, R)
+  q_MxD = load_rows(q_ref, (), 0, max(MIN_DOT_SIDE, pl.next_power_of_2(R)), R)
+  score = score_refs[0][b, n] if score_refs else None
+  new = NewToken(key_ref, value_ref, score)
+  lengths = CacheLengths(*(ref[layer, b] for ref in length_refs))
+  softmax = attend_compact(q_MxD, new, cache, out, lengths, layer, pl.program_id(0), static)
+  store_split(softmax, (acc_ref, m_ref, l_ref), R)
+
+
+class NewToken(NamedTuple):
+  """References to the key and value of the new token, and its focal score or None."""
+
+  key_ref: Any
+  value_ref: Any
+  score: Array | None
+
+
+def attend_compact(
+  q_MxD: Array,
+  new: NewToken,
+  cache: CacheArrays,
+  out: CacheArrays,
+  lengths: CacheLengths,
+  layer: Array,
+  program: Array,
+  static: CompactStep,
+) -> OnlineSoftmax:
+  """This program's softmax over its part of one head's compact cache; appends the new token.
+
+  Args:
+    q_MxD: queries of the head.
+    new: the new token.
+    cache: references to the head's arrays of all layers.
+    out: references to the same memory, for writing.
+    lengths: of the sequence.
+    layer: of the cache.
+    program: which of the head's programs this is.
+    static: see `CompactStep`.
+  """
+  rule, R = static.rule, static.heads
+  length, origin, prefix, prefix_focal = lengths
   token = rule.layout.locate(length, origin)
   mask = rule.layout.earlier_blocks(token, prefix)
   empty = empty_softmax(*q_MxD.shape)
 
   def own_block() -> OnlineSoftmax:
-    score = score_refs[0][b, n] if score_refs else None
-    block = load_block(cache, layer, token, key_ref, value_ref, score, rule.layout)
+    block = load_block(cache, layer, token, new.key_ref, new.value_ref, new.score, rule.layout)
     dots_MxS = dot(q_MxD, block.key, trans_b=True)
     is_visible_S = jnp.arange(dots_MxS.shape[1]) <= token.offset
     logits_MxS = jnp.where(is_visible_S[None], dots_MxS * static.scale, -jnp.inf)
@@ -154,12 +205,19 @@ def _step_kernel(
     is_group_T = rule.layout.is_group(entry_T, prefix, prefix_focal)
     return jnp.where(is_group_T, static.group_bias, 0.0)
 
-  softmax = lax.cond(split == 0, own_block, lambda: empty)
+  softmax = lax.cond(program == 0, own_block, lambda: empty)
   for source in _sources(cache, mask, group_bias if static.group_bias else None, rule):
     softmax = attend_split(
-      softmax, q_MxD, source, layer, T=static.tile, scale=static.scale, first=static.first
+      softmax,
+      q_MxD,
+      source,
+      layer,
+      T=static.tile,
+      scale=static.scale,
+      split=program - (static.programs - static.splits),
+      num_splits=static.splits,
     )
-  store_split(softmax, (acc_ref, m_ref, l_ref), R)
+  return softmax
 
 
 def _sources(

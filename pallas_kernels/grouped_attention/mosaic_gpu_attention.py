@@ -17,6 +17,7 @@ from pallas_kernels.grouped_attention.block_sizes import (
   MosaicBlocks,
 )
 from pallas_kernels.grouped_attention.kv_sources import (
+  HeadRuns,
   kv_cotangent,
   KVSource,
   KVSources,
@@ -45,6 +46,7 @@ class _Static:
   group_bias: float
   max_window: int
   has_keys: tuple[bool, bool, bool]
+  head_runs: HeadRuns | None
   blocks: MosaicBlocks
   programs: int
   interpret: Any
@@ -57,6 +59,7 @@ def grouped_attention_mosaic_gpu(
   scale: float,
   group_bias: float,
   max_window: int,
+  head_runs: HeadRuns | None = None,
   blocks: MosaicBlocks | None = None,
   programs: int | None = None,
   interpret: Any = None,
@@ -77,7 +80,7 @@ def grouped_attention_mosaic_gpu(
   programs = programs or target.num_cores or H100_MULTIPROCESSORS
   focal, group, window = (source.key.shape[1] > 0 for source in sources)
   has_keys = (focal, group, window)
-  static = _Static(scale, group_bias, max_window, has_keys, blocks, programs, interpret)
+  static = _Static(scale, group_bias, max_window, has_keys, head_runs, blocks, programs, interpret)
   padded = sources.with_kv(jax.tree.map(lambda x: _pad_rows(x, KEYS), sources.kv))
   return _attend(_pad_rows(query, ROW_UNIT), padded, static)[:, :L]
 
@@ -124,6 +127,7 @@ def _attend_fwd(query: Array, sources: KVSources, static: _Static) -> tuple[Arra
     group_bias=static.group_bias,
     max_window=static.max_window,
     has_keys=static.has_keys,
+    head_runs=static.head_runs,
     tile=static.blocks.forward,
     programs=static.programs,
     interpret=static.interpret,
@@ -149,6 +153,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     group_bias=static.group_bias,
     max_window=static.max_window,
     has_keys=static.has_keys,
+    head_runs=static.head_runs,
     tile=static.blocks.dq,
     programs=static.programs,
     interpret=static.interpret,
@@ -171,6 +176,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
       scale=static.scale,
       bias=static.group_bias if name == "group" else 0.0,
       chunks=1 if name == "window" else _query_chunks(query, source, static.programs, tile.block_q),
+      head_runs=static.head_runs,
       tile=tile,
       programs=static.programs,
       name=name,

@@ -15,7 +15,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicQueryTile
-from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSources, KVSourcesRef
+from pallas_kernels.grouped_attention.kv_sources import (
+  HeadRuns,
+  KVSourceRef,
+  KVSources,
+  KVSourcesRef,
+)
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
   COMPILER_PARAMS,
@@ -58,6 +63,7 @@ def mosaic_gpu_dq(
   group_bias: float,
   max_window: int,
   has_keys: tuple[bool, bool, bool],
+  head_runs: HeadRuns | None = None,
   tile: MosaicQueryTile,
   programs: int,
   interpret: Any = None,
@@ -69,7 +75,13 @@ def mosaic_gpu_dq(
   """
   D = query.shape[-1]
   schedule = TileSchedule(
-    split, split.grid(query), tile.block_k, group_bias * LOG2_E, max_window, has_keys
+    split,
+    split.grid(query),
+    split.runs(head_runs, sources.focal.key.shape[2]),
+    tile.block_k,
+    group_bias * LOG2_E,
+    max_window,
+    has_keys,
   )
   rows = operand_smem((ROW_SLOTS * WORKERS, ROWS, D), query.dtype)
   return plgpu.kernel(

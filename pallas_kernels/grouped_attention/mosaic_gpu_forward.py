@@ -18,7 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicQueryTile
-from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSources, KVSourcesRef
+from pallas_kernels.grouped_attention.kv_sources import (
+  HeadRuns,
+  KVSourceRef,
+  KVSources,
+  KVSourcesRef,
+)
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
   COMPILER_PARAMS,
@@ -61,6 +66,7 @@ def mosaic_gpu_forward(
   group_bias: float,
   max_window: int,
   has_keys: tuple[bool, bool, bool],
+  head_runs: HeadRuns | None = None,
   tile: MosaicQueryTile,
   programs: int,
   interpret: Any = None,
@@ -74,7 +80,13 @@ def mosaic_gpu_forward(
   B, _, H, D = query.shape
   dtype = query.dtype
   schedule = TileSchedule(
-    split, split.grid(query), tile.block_k, group_bias * LOG2_E, max_window, has_keys
+    split,
+    split.grid(query),
+    split.runs(head_runs, sources.focal.key.shape[2]),
+    tile.block_k,
+    group_bias * LOG2_E,
+    max_window,
+    has_keys,
   )
   rows = operand_smem((WORKERS, ROWS, D), dtype)
   queries = operand_smem((ROW_SLOTS * WORKERS, ROWS, D), dtype)

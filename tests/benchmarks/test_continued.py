@@ -10,6 +10,7 @@ import pytest
 from benchmarks.paper_parts import continued, continued_report, recall
 from benchmarks.paper_parts.inputs import Inputs
 from benchmarks.paper_parts.pretraining import Pretraining
+from benchmarks.paper_parts.question_sets import measure_question_sets, QuestionSets
 from configs.smollm2_continued import ATTENTION, get_config
 from dga_jax.evaluation.answers import answer
 from dga_jax.evaluation.jobs import run_jobs
@@ -21,6 +22,8 @@ from dga_jax.model.flops import cache_keys
 from tests.dga_jax.evaluation.tiny import family, STORY, TOKENIZER, write_checkpoint
 from train.config import make_config
 from train.flags import with_defaults
+from train.init_from import find_initial
+from train.stop_signals import StopSignals
 
 
 @pytest.mark.parametrize("run", list(ATTENTION))
@@ -37,11 +40,14 @@ def test_a_run_is_named_by_a_file_of_budgets(tmp_path: Path):
   budgets = dict(ATTENTION["duo_quarter"]["head_budgets"])
   path = tmp_path / "found.json"
   path.write_text(json.dumps(budgets | {"calibration": {"keys": 0.25}}))
-  model = make_config(with_defaults(get_config(str(path)))).model
-  assert model == make_config(get_config("duo_quarter")).model
-  fitted = ATTENTION["streaming_quarter"]["dga"] | {"selector": "fitted"}
-  path.write_text(json.dumps({"settings": ["full", fitted], "assignment": budgets["assignment"]}))
-  assert make_config(with_defaults(get_config(str(path)))).model.focal_selector
+  config = make_config(with_defaults(get_config(str(path))))
+  assert config.budgets == str(path)
+  found = find_initial(config, None).config.model
+  want = make_config(get_config("duo_quarter")).model
+  assert found.head_budgets.counts() == want.head_budgets.counts()
+  assert dataclasses.replace(found, head_budgets=want.head_budgets) == want
+  # The heads of a setting are adjacent, so few rows are distinct.
+  assert all(list(row) == sorted(row) for row in found.head_budgets.assignment)
   with pytest.raises(ValueError, match="run is 'unknown'; it must be a JSON file"):
     get_config("unknown")
 
@@ -84,6 +90,41 @@ def test_recall_scores_every_task(monkeypatch: pytest.MonkeyPatch):
   assert {one["score"] for one in result["ruler"].values()} == {1.0}
   assert len(result["retrieval"]) == 10
   assert len(result["ruler"]) == 7
+
+
+def test_questions_of_files_are_answered_and_reported(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  """Files in the formats of LongBench-E and of Liu et al., and a model that knows one answer."""
+  (tmp_path / "dataset2prompt.json").write_text('{"qasper": "{context} {input}"}')
+  (tmp_path / "dataset2maxlen.json").write_text('{"qasper": 5}')
+  paper = {"context": STORY * 9, "answers": ["porch"], "length": 400, "all_classes": None}
+  lines = [json.dumps(paper | {"input": place}) for place in ("Where?", "When?")]
+  (tmp_path / "qasper_e.jsonl").write_text("\n".join(lines))
+  documents = [
+    {"title": str(number), "text": "Rain.", "isgold": number == 1} for number in range(3)
+  ]
+  question = {"question": "What fell?", "answers": ["rain"], "ctxs": documents}
+  (tmp_path / "questions.jsonl").write_text(json.dumps(question))
+  sets = QuestionSets(str(tmp_path), str(tmp_path / "questions.jsonl"))
+  assert sets
+  assert not QuestionSets()
+  prompts: list[int] = []
+
+  def answers(_: Any, __: Any, tokens: list[list[int]], *, new_tokens: int, **___: Any) -> Any:
+    prompts.extend(len(one) + new_tokens for one in tokens)
+    return ["porch", "rain"] if len(tokens) == 2 else ["some rain"]
+
+  variant = Variant("own")
+  real = measure_question_sets(family(), variant, TOKENIZER, 512, sets)
+  assert set(real["scores"]) == {"qasper", "many documents"}
+  assert len(real["results"]["qasper"]["answers"]) == 2
+  monkeypatch.setattr("dga_jax.evaluation.jobs.answer", answers)
+  result = measure_question_sets(family(), variant, TOKENIZER, 512, sets)
+  assert result["scores"] == {"qasper": 50.0, "many documents": 100.0}
+  assert max(prompts) <= 512
+  table = continued_report._questions({"dense": [result], "other": [result]})
+  assert "| qasper | 50.0 | 50.0 |" in table
 
 
 def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -132,6 +173,12 @@ def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: py
     assert after < before
     assert by_label[run, "loss"]["loss"] < by_label["untrained", "loss"]["loss"]
   assert str(tmp_path) not in json.dumps([one["depends_on"] for one in results.all()])
+  # A signal stops the command before the next job.
+  stopped = StopSignals()
+  stopped.asked = True
+  inputs.signals = stopped
+  with pytest.raises(InterruptedError, match="The same command continues it"):
+    next(iter(continued.make_jobs(inputs))).run(lambda: None)
   # A second start measures nothing, and a longer run is another result.
   again = list(continued.make_jobs(inputs))
   assert {job.key for job in again} == {job.key for job in jobs}

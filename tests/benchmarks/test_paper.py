@@ -18,6 +18,7 @@ from benchmarks._forward import (
 )
 from benchmarks.paper_parts import (
   ablations,
+  ablations_report,
   convergence,
   noise,
   registry,
@@ -192,6 +193,7 @@ def test_latency_is_measured_beside_the_loss_in_decoding(
   results = Results(tmp_path / "paper.jsonl")
   assert run_jobs(list(ablations.make_jobs(inputs)), results, origin="tiny") == 0
   dense, merged = results.all()
+  assert dense["model"] == ablations.PRETRAINED
   rows = inputs.rows("novels", 64, 1)
   want = teacher_forced(inputs.family.graphdef(Variant("dense"), 64), inputs.family.params, rows)
   np.testing.assert_allclose(dense["decoded_loss"], want[:, -8:].mean(axis=1), rtol=1e-4)
@@ -200,7 +202,17 @@ def test_latency_is_measured_beside_the_loss_in_decoding(
     assert result["latency"]["token_seconds"] > 0
     assert result["latency"]["prompt_seconds"] > 0
   ratio = math.exp(np.mean(merged["decoded_loss"]) - np.mean(dense["decoded_loss"]))
-  assert f"| {ratio:.3f} |" in ablations.write(results.all(), tmp_path)
+  assert f"| {ratio:.3f} |" in ablations_report.write(results.all(), tmp_path)
+  # The settings of another model, without times.
+  other = str(write_checkpoint(tmp_path / "other", scale=0.5))
+  inputs.ablation = Ablation(length=64, models=(other,))
+  (job, _) = ablations.make_jobs(inputs)
+  result = job.fields | job.run(lambda: None)
+  assert (result["model"], result["variant"]) == ("other", "dense")
+  own = inputs.trained_family(other)
+  want = teacher_forced(own.graphdef(Variant("dense"), 64), own.params, rows)
+  np.testing.assert_allclose(result["loss"], want[:, 32:].mean(axis=1), rtol=1e-5)
+  assert "latency" not in result
 
 
 @pytest.fixture

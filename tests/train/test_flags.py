@@ -61,6 +61,7 @@ def test_defaults_equal_those_of_the_dataclasses() -> None:
   [
     ("num_steps=2000", 2000),
     ("learning_rate=1", 1.0),
+    ("distillation=0.5", 0.5),
     ("init_from=runs/a", "runs/a"),
     ("model.num_layers=3", 3),
     ("model.tie_embeddings=true", True),
@@ -141,7 +142,7 @@ def parse_config(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     ("configs/quikstart.py", r"Did you mean configs/quickstart\.py\?"),
     ("quickstart", r"Did you mean configs/quickstart\.py\?"),
     ("configs/quikstart.py:small", r"Did you mean configs/quickstart\.py\?"),
-    ("zzz.py", r"There are .*configs/recall\.py, configs/smollm2_continued\.py\."),
+    ("zzz.py", r"There are .*configs/smollm2_continued\.py, configs/smollm2_gates\.py\."),
     ("gs://bucket/quickstart.py", r"gs:// is not supported here"),
   ],
 )

@@ -1,6 +1,7 @@
 """Training that starts from an imported model or from the model of another run."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
@@ -12,10 +13,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import dga_jax
 from dga_jax import DGAConfig
 from dga_jax.checkpoint import CheckpointError, load_config, load_model
+from dga_jax.conversion.exporting import export_hugging_face
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
+from dga_jax.head_budgets import read_head_budgets
+from dga_jax.model import apply_budgets
 from dga_jax.sharding import make_mesh
 from train.config import TrainConfig
 from train.init_from import load_params
@@ -77,6 +82,46 @@ def test_parameters_are_loaded_in_the_param_dtype_of_the_config(
     jax.tree.map(
       lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, a.dtype)), params, before
     )
+
+
+def test_training_starts_with_calibrated_budgets(
+  config: TrainConfig, imported: Path, tmp_path: Path
+) -> None:
+  """With a learning rate of 0 the weights stay those of apply_budgets; a second start resumes."""
+  model, before, _ = load_model(imported)
+  N = before.num_kv_heads
+  window = {"window": 8, "sinks": 2}
+  assignment = [[int(head == layer % N) for head in range(N)] for layer in range(before.num_layers)]
+  path = tmp_path / "budgets.json"
+  path.write_text(
+    json.dumps({"settings": ["full", window], "assignment": assignment, "calibration": {"keys": 1}})
+  )
+  config = dataclasses.replace(
+    config, init_from=str(imported), budgets=str(path), learning_rate=0.0, eval_batches=0
+  )
+  want = apply_budgets(model, read_head_budgets(path))
+  for num_steps in (3, 3):
+    train(dataclasses.replace(config, num_steps=num_steps), tmp_path / "run")
+    got, trained, _ = load_model(tmp_path / "run")
+    assert trained.attention == "head_budgets"
+    assert trained.head_budgets == want.config.head_budgets
+    jax.tree.map(
+      lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, a.dtype)),
+      *(nnx.to_pure_dict(nnx.state(one, nnx.Param)) for one in (got, want)),
+    )
+  # The export is whole in a folder of its own: weights, tokenizer and budgets.
+  export_hugging_face(tmp_path / "run", tmp_path / "exported")
+  moved = shutil.move(tmp_path / "exported", tmp_path / "elsewhere")
+  loaded, _ = dga_jax.load(moved)
+  tokens = np.arange(48).reshape(2, 24)
+  np.testing.assert_allclose(loaded(tokens), got(tokens), rtol=1e-5, atol=1e-5)
+  assert loaded.config.head_budgets == trained.head_budgets
+  # Another file at the same path is another run.
+  path.write_text(json.dumps({"settings": ["full"], "assignment": [[0] * N] * before.num_layers}))
+  with pytest.raises(ValueError, match="head_budgets"):
+    train(dataclasses.replace(config, num_steps=4), tmp_path / "run")
+  with pytest.raises(ValueError, match=r"TrainConfig\.budgets is 3"):
+    dataclasses.replace(config, budgets=3)
 
 
 def test_no_device_receives_a_whole_parameter(tmp_path: Path) -> None:

@@ -52,6 +52,30 @@ def test_losses_and_gradients_equal_those_of_plain_cross_entropy(chunk: int) -> 
   assert counted == B * L - 1  # The first weight is 0.
 
 
+@pytest.mark.parametrize("chunk", [5, L])
+def test_distillation_is_the_divergence_from_the_teacher(chunk: int) -> None:
+  hidden_BxLxE, table_ExV, targets_BxL = make_inputs()
+  teacher_BxLxE = jax.random.normal(jax.random.key(1), (B, L, E))
+  weights_BxL = jnp.linspace(0.0, 1.0, B * L).reshape(B, L)
+  # The teacher's table is an argument without a gradient.
+  teacher_logits = teacher_BxLxE @ table_ExV
+
+  def plain(hidden: Array, table: Array) -> Array:
+    logits = hidden @ table
+    kl = optax.losses.kl_divergence(jax.nn.log_softmax(logits), jax.nn.softmax(teacher_logits))
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets_BxL)
+    return jnp.sum((0.3 * nats + 0.7 * kl) * weights_BxL)
+
+  def ours(hidden: Array, table: Array) -> Array:
+    options = {"chunk": chunk, "teacher_BxLxE": teacher_BxLxE, "distillation": 0.7}
+    unembed = lambda x: x @ table  # noqa: E731
+    return weighted_loss(unembed, hidden, targets_BxL, weights_BxL, **options)[0]
+
+  expected = jax.value_and_grad(plain, argnums=(0, 1))(hidden_BxLxE, table_ExV)
+  got = jax.value_and_grad(ours, argnums=(0, 1))(hidden_BxLxE, table_ExV)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, expected)
+
+
 def test_loss_is_float32_for_low_precision_states() -> None:
   hidden_BxLxE, table_ExV, targets_BxL = make_inputs()
   loss_BxL, _ = chunked(hidden_BxLxE.astype(jnp.bfloat16), table_ExV, targets_BxL, 4)

@@ -2,11 +2,13 @@
 
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from jaxtyping import Bool, Int
 from tensorflow_datasets.core.data_sources.array_record import ArrayRecordDataSource
 from tqdm import tqdm
@@ -19,8 +21,9 @@ from train.data.tfds_builder import build, LocalBuilder
 
 # Tokens of a record: a row of some thousand tokens is read from a few records.
 _BLOCK = 4096
-# Characters that are encoded at a time, on all cores: some thirty books, one on each core.
-_ENCODE_CHARACTERS = 16_000_000
+# Characters that are encoded at a time: some two books for each core. A core encodes whole
+# documents, so the time of a batch is at least that of its longest document.
+_ENCODE_CHARACTERS = 1_000_000 * max(16, os.cpu_count() or 1)
 
 
 class TokenStream:
@@ -89,8 +92,8 @@ class TokenizedText(LocalBuilder):
     documents = self._text().as_data_source(split)
     progress = tqdm(documents, f"Encoding {split} documents", unit=" documents", disable=None)
     texts = (document["text"].decode() for document in progress)
-    for index, block in enumerate(token_blocks(texts, self._tokenizer)):
-      yield index, {"tokens": block}
+    blocks = ({"tokens": block} for block in token_blocks(texts, self._tokenizer))
+    yield from enumerate(_report_time(split, blocks))
 
 
 class EncodedConversations(LocalBuilder):
@@ -116,7 +119,20 @@ class EncodedConversations(LocalBuilder):
     documents = self._text().as_data_source(split)
     progress = tqdm(documents, f"Encoding {split} documents", unit=" documents", disable=None)
     encoded = (self._encoder.encode(document["text"].decode()) for document in progress)
-    yield from enumerate(conversation_blocks(encoded, self._encoder.tokenizer.end_id))
+    blocks = conversation_blocks(encoded, self._encoder.tokenizer.end_id)
+    yield from enumerate(_report_time(split, blocks))
+
+
+def _report_time(
+  split: Split, blocks: Iterable[dict[str, np.ndarray]]
+) -> Iterator[dict[str, np.ndarray]]:
+  """The blocks; logs their tokens and the time to encode and write them."""
+  begin, tokens = time.perf_counter(), 0
+  for block in blocks:
+    tokens += len(block["tokens"])
+    yield block
+  seconds = time.perf_counter() - begin
+  logging.info("Encoded the %s documents: %s tokens in %.1f s.", split, f"{tokens:,}", seconds)
 
 
 def build_conversation_stream(

@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention.head_classes import HeadClasses, switch_rows
+from dga_jax.attention.joint_heads import attend_jointly, attends_jointly
 from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadBudgets, HeadRow, HeadSetting, SinkWindow, split_row
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
+from dga_jax.model.attention_kinds.joint_decode import decode_jointly
 from dga_jax.model.attention_kinds.sink_window import SinkWindowAttention
 from dga_jax.sharding import head_part
 
@@ -137,7 +139,7 @@ class HeadBudgetsAttention(AttentionKind):
       return self.kinds[setting].decode(*qkv, cache, rank, **options)
 
     qkv = (q_BxHxD, k_BxNxD, v_BxNxD)
-    return self.at_layer(layer).update(cache, decode, qkv, focal_scores)
+    return self.at_layer(layer).update(cache, decode, qkv, focal_scores, jointly=decode_jointly)
 
   def extend(
     self,
@@ -187,13 +189,21 @@ class LayerHeads(AttentionKind):
     focal_scores: Float[Array, "B L N"] | None = None,
   ) -> Float[Array, "B L H D"]:
     """Attention over whole sequences; inside a `jax.shard_map`, of the device's heads."""
+    settings = self.kind.budgets.settings
 
     def attend(setting: int, q: Array, k: Array, v: Array, *scores: Array) -> Array:
       kind = self.kind.kinds[setting]
       return kind.attend(q, k, v, metadata[setting], **_own_scores(kind, scores))
 
+    def attend_row(row: HeadRow, q: Array, k: Array, v: Array, *scores: Array) -> Array:
+      classes = HeadClasses(row)
+      if attends_jointly(q, classes, settings):
+        own = scores[0][..., 0] if scores else None
+        return attend_jointly(q, k, v, classes, metadata, focal_scores=own).out
+      return classes.map(attend, q, k, v, *scores)
+
     return self._switch(
-      lambda row, *heads: HeadClasses(row).map(attend, *heads),
+      attend_row,
       q_BxLxHxD,
       k_BxLxNxD,
       v_BxLxNxD,
@@ -257,10 +267,40 @@ class LayerHeads(AttentionKind):
     def prefill(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
       kind = self.kind.kinds[setting]
       out, prompt = kind.prefill(*qkv, metadata[setting], max_length=max_length, **options)
-      written = jax.tree.map(lambda all_layers, one: all_layers.at[rank].set(one), cache, prompt)
-      return out, written
+      return out, _write_layer(cache, prompt, rank)
 
-    return self.update(caches, prefill, (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), focal_scores)
+    def prefill_jointly(
+      q: Array,
+      k: Array,
+      v: Array,
+      caches: tuple[Any, ...],
+      classes: HeadClasses,
+      settings: Sequence[HeadSetting],
+      rank: Array,
+      *,
+      focal_scores: Array | None,
+    ) -> tuple[Array, tuple[Any, ...]] | None:
+      if not attends_jointly(q, classes, settings):
+        return None
+      joint = attend_jointly(q, k, v, classes, metadata, focal_scores=focal_scores)
+
+      def write(setting: int, cache: Any) -> Any:
+        kind: Any = self.kind.kinds[setting]
+        own_k, own_v, *scores = (
+          classes.take(x, setting) for x in (k, v, *_with_channel(focal_scores))
+        )
+        options = _own_scores(kind, scores)
+        if setting in joint.merged:
+          options["sources"] = joint.merged[setting]
+        prompt = kind.cache_prompt(
+          own_k, own_v, metadata[setting], max_length=max_length, **options
+        )
+        return _write_layer(cache, prompt, rank)
+
+      return joint.out, tuple(map(write, classes.settings, caches))
+
+    qkv = (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD)
+    return self.update(caches, prefill, qkv, focal_scores, jointly=prefill_jointly)
 
   def update(
     self,
@@ -268,6 +308,8 @@ class LayerHeads(AttentionKind):
     function: Callable[..., tuple[Array, Any]],
     qkv: _QKV,
     focal_scores: Array | None,
+    *,
+    jointly: Callable[..., tuple[Array, tuple[Any, ...]] | None] | None = None,
   ) -> tuple[Array, HeadCaches]:
     """Attends and updates this layer's part of the caches.
 
@@ -277,10 +319,21 @@ class LayerHeads(AttentionKind):
         layer) to the output and the updated cache.
       qkv: queries, keys and values.
       focal_scores: of all KV heads, or None.
+      jointly: as `decode_jointly`, for all classes at once; replaces `function` unless it returns
+        None.
     """
 
     def run(row: HeadRow, caches: HeadCaches, rank: Array, *heads: Array) -> Any:
       place, classes = self.kind.rows.index(row), HeadClasses(row)
+      before, after = caches[:place], caches[place + 1 :]
+      if jointly is not None:
+        q, k, v, *scores = heads
+        own = scores[0][..., 0] if scores else None
+        settings = self.kind.budgets.settings
+        stepped = jointly(q, k, v, caches[place], classes, settings, rank, focal_scores=own)
+        if stepped is not None:
+          out, joint = stepped
+          return out, (*before, joint, *after)
       outs, updated = [], []
       for setting, cache in zip(classes.settings, caches[place], strict=True):
         q, k, v, *scores = (classes.take(x, setting) for x in heads)
@@ -288,7 +341,7 @@ class LayerHeads(AttentionKind):
         out, cache = function(setting, (q, k, v), options, cache, rank)
         outs.append(out)
         updated.append(cache)
-      return classes.join(outs), (*caches[:place], tuple(updated), *caches[place + 1 :])
+      return classes.join(outs), (*before, tuple(updated), *after)
 
     if isinstance(self.layer, LayerPlace):
       rank: Array = self.layer.rank
@@ -306,6 +359,11 @@ class LayerHeads(AttentionKind):
       return switch_rows(split_row(self.layer.row, parts), part, function, *args)
     rows = [piece for row in assignment for piece in split_row(row, parts)]
     return switch_rows(rows, self.layer * parts + part, function, *args)
+
+
+def _write_layer(stacked: Any, layer: Any, rank: Array) -> Any:
+  """The stacked caches of layers with the cache of one of them."""
+  return jax.tree.map(lambda all_layers, one: all_layers.at[rank].set(one), stacked, layer)
 
 
 def _with_channel(focal_scores: Array | None) -> tuple[Array, ...]:

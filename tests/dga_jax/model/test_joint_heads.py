@@ -1,0 +1,118 @@
+"""Prompts and tokens of a layer with all heads in one call, and class by class."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dga_jax import DGAConfig, HeadBudgets, SinkWindow
+from dga_jax.attention.segments import find_documents
+from dga_jax.model.attention_kinds import head_budgets, joint_decode
+from dga_jax.model.attention_kinds.head_budgets import HeadBudgetsAttention
+from pallas_kernels.decode.triton_heads import heads_step_triton
+from pallas_kernels.decode.triton_split import Tile
+from tests.pallas_kernels.h100 import lower_for_h100
+
+pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+
+B, R, D, M = 2, 3, 16, 64
+SETTINGS = (
+  "full",
+  DGAConfig(selection="streaming", group_size=6, focal_per_block=2, sink_tokens=2, local_window=1),
+  SinkWindow(window=9, sinks=3),
+  DGAConfig(
+    selection="streaming",
+    group_size=3,
+    focal_per_block=1,
+    selector="fitted",
+    cache_dtype="int8",
+  ),
+)
+ROWS = ((0, 1, 1, 2, 2, 3), (2, 2, 2, 2, 2, 2))
+KIND = HeadBudgetsAttention(HeadBudgets(SETTINGS, ROWS))
+N = len(ROWS[0])
+
+
+def tokens(steps):
+  rng = np.random.default_rng(0)
+  shapes = [(steps, B, N * R, D), (steps, B, N, D), (steps, B, N, D), (steps, B, N)]
+  return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+
+
+def decode(layers, steps):
+  """Outputs of all steps in the given layers, and the caches."""
+
+  @jax.jit
+  def step(caches, token):
+    q, k, v, scores = token
+    outs = []
+    for layer in layers:
+      place = KIND.layer_index(layer)
+      out, caches = KIND.decode(q, k, v, caches, place, focal_scores=scores)
+      outs.append(out)
+    return caches, jnp.stack(outs)
+
+  caches = KIND.init_caches(len(ROWS), B, M, N, D, jnp.float32)
+  return jax.lax.scan(step, caches, tokens(steps))
+
+
+def test_interpreted_kernel_decodes_as_the_classes(monkeypatch: pytest.MonkeyPatch):
+  steps = 40  # Blocks are completed, and rings wrap around.
+  wanted_caches, wanted = decode((0, 1), steps)
+  kernel = functools.partial(heads_step_triton, tile=Tile(entries=16, slots=40), interpret=True)
+  monkeypatch.setattr(joint_decode, "heads_step", kernel)
+  monkeypatch.setattr(joint_decode, "heads_step_refusal", lambda *_: None)
+  caches, got = decode((0, 1), steps)
+  np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  for x, y in zip(jax.tree.leaves(caches), jax.tree.leaves(wanted_caches), strict=True):
+    np.testing.assert_allclose(
+      x.astype(jnp.float32),
+      y.astype(jnp.float32),
+      rtol=1e-4,
+      atol=1 if x.dtype == jnp.int8 else 1e-5,
+    )
+
+
+@pytest.mark.parametrize("lengths", [None, (37, 21)])
+def test_a_joint_prompt_has_the_output_and_the_caches_of_the_classes(
+  monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, int] | None
+):
+  L = 37
+  q, k, v, scores = (jnp.moveaxis(x, 0, 1) for x in tokens(L))
+  documents = find_documents(B, L, None if lengths is None else jnp.asarray(lengths), None)
+
+  def prefill():
+    @jax.jit
+    def run(q, k, v, scores, documents):
+      caches = KIND.init_caches(len(ROWS), B, M, N, D, jnp.float32)
+      heads = KIND.at_layer(KIND.layer_index(0))
+      return heads.prefill_into(
+        caches, q, k, v, KIND.prepare(documents), max_length=M, focal_scores=scores
+      )
+
+    return run(q, k, v, scores, documents)
+
+  wanted = prefill()
+  monkeypatch.setattr(head_budgets, "attends_jointly", lambda *_: True)
+  got = prefill()
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1 if x.dtype == jnp.int8 else 1e-5)
+
+
+def test_a_gpu_decodes_a_layer_with_two_kernels_and_copies_no_heads():
+  caches = jax.eval_shape(lambda: KIND.init_caches(len(ROWS), B, M, N, D, jnp.bfloat16))
+  q, k, v, scores = (
+    jax.ShapeDtypeStruct(x.shape[1:], jnp.bfloat16 if i < 3 else x.dtype)
+    for i, x in enumerate(tokens(1))
+  )
+
+  def step(q, k, v, scores, caches):
+    return KIND.decode(q, k, v, caches, KIND.layer_index(0), focal_scores=scores)
+
+  program = lower_for_h100(step, q, k, v, scores, caches)
+  assert program.count("custom_call @__gpu$xla.gpu.triton") == 2
+  assert "decode_heads" in program
+  assert "stablehlo.slice" not in program
+  assert "stablehlo.concatenate" not in program
