@@ -38,32 +38,37 @@ def compile_attention(selection: str, chip: str, *, in_layer: bool) -> str:
   return text
 
 
-def copied_tokens(text: str) -> list[str]:
-  """Copies and transpositions of arrays with tokens and a head dim, of KV size or larger.
+def transposed_tokens(text: str) -> list[str]:
+  """Instructions that transpose an array with tokens and a head dim, of KV size or larger.
 
-  What fusions copy while they compute is not among them.
+  A copy that keeps the order of axes, such as one between HBM and VMEM, is not among them, nor what
+  fusions copy while they compute.
   """
   computations = re.split(r"\n(?=%|ENTRY)", text)
-  outside_fusions = "".join(x for x in computations if not x.startswith("%fused_computation"))
-  found = re.findall(r"%([\w.\-]+) = \w+\[([\d,]+)\]\S* (?:copy|transpose)\(", outside_fusions)
-  shapes = {name: [int(size) for size in shape.split(",")] for name, shape in found}
-  return [
-    name
-    for name, shape in shapes.items()
-    if {SHAPE.L, SHAPE.D} <= set(shape) and math.prod(shape) >= KV_ELEMENTS
-  ]
+  outside_fusions = "\n".join(x for x in computations if not x.startswith("%fused_computation"))
+  array = r"%([\w.\-]+) = \w+\[([\d,]+)\]\{([\d,]+)[^}]*\}"
+  order = {name: axes for name, _, axes in re.findall(array, outside_fusions)}
+  moved = re.findall(array + r" (?:copy|transpose)\(%([\w.\-]+)", outside_fusions)
+  found = []
+  for name, shape, axes, operand in moved:
+    sizes = [int(size) for size in shape.split(",")]
+    has_tokens = {SHAPE.L, SHAPE.D} <= set(sizes) and math.prod(sizes) >= KV_ELEMENTS
+    if has_tokens and order[operand] != axes:
+      found.append(name)
+  return found
 
 
 @pytest.mark.parametrize("chip", nightly_except(TOPOLOGIES, "v5e", "v6e"))
 def test_a_layer_transposes_no_array_of_tokens(chip: str):
   text = compile_attention("streaming", chip, in_layer=True)
-  assert copied_tokens(text) == []
+  assert transposed_tokens(text) == []
   # The product with the output weights would be several times slower with two axes of heads.
   assert f"[1,{SHAPE.N},{SHAPE.H // SHAPE.N},{SHAPE.L},{SHAPE.D}]" not in text
 
 
-def test_a_layer_with_global_selection_transposes_no_array_of_tokens():
-  assert copied_tokens(compile_attention("global", "v5e", in_layer=True)) == []
+def test_a_layer_with_global_selection_transposes_the_queries_once():
+  """XLA's gather of the sampled queries reads tokens before heads."""
+  assert len(transposed_tokens(compile_attention("global", "v5e", in_layer=True))) == 1
 
 
 @pytest.mark.nightly
@@ -88,8 +93,8 @@ def test_the_scan_over_layers_transposes_no_array_of_heads():
   text = compile_for_tpu(jax.grad(loss), weights, tokens, chip="v5e").as_text()
   assert text is not None
   assert "grouped_attention_dq" in text
-  assert copied_tokens(text) == []
+  assert transposed_tokens(text) == []
 
 
 def test_the_op_alone_transposes_its_arguments_and_results():
-  assert len(copied_tokens(compile_attention("streaming", "v5e", in_layer=False))) >= 6
+  assert len(transposed_tokens(compile_attention("streaming", "v5e", in_layer=False))) >= 6
