@@ -1,15 +1,20 @@
 """Sets of head budgets and their baselines with the same bytes, and bootstrap intervals."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dga_jax.calibration.comparison import Baseline, one_setting, sinks_and_window, spread_window
+from dga_jax.calibration.comparison import (
+  Baseline,
+  one_setting,
+  scale_windows,
+  sinks_and_window,
+  spread_window,
+)
 from dga_jax.calibration.run import make_budgets
 from dga_jax.config import DGAConfig
-from dga_jax.head_budgets import HeadBudgets, HeadSetting, SinkWindow
+from dga_jax.head_budgets import HeadBudgets, SinkWindow
 from dga_jax.model import ModelConfig
 
 _BOOTSTRAP = 2000
@@ -36,14 +41,8 @@ class Set(NamedTuple):
 
   def scaled_to(self, length: int) -> "Set":
     """The set with windows for another length."""
-    ratio = length / self.length
-    settings = tuple(_scale(one, ratio) for one in self.budgets.settings)
-    if len(set(settings)) < len(settings):
-      raise ValueError(
-        f"length is {length}; two windows of {self.file} are equal when they are scaled from"
-        f" {self.length} tokens to it. Use --noscale_windows or another length."
-      )
-    return self._replace(budgets=HeadBudgets(settings, self.budgets.assignment), length=length)
+    scaled = scale_windows(as_baseline(self.budgets), length / self.length)
+    return self._replace(budgets=make_budgets(*scaled), length=length)
 
 
 def make_baselines(
@@ -90,14 +89,6 @@ def interval(cells: Sequence[np.ndarray], seed: int) -> np.ndarray:
 def as_baseline(budgets: HeadBudgets) -> Baseline:
   """The budgets in the form of the calibration."""
   return Baseline(budgets.settings, np.array(budgets.assignment))
-
-
-def _scale(setting: HeadSetting, ratio: float) -> HeadSetting:
-  if isinstance(setting, DGAConfig):
-    return dataclasses.replace(setting, local_window=round(setting.local_window * ratio))
-  if isinstance(setting, SinkWindow):
-    return SinkWindow(max(1, int(setting.window * ratio)), setting.sinks)
-  return setting
 
 
 def _optional(one: Baseline | None) -> HeadBudgets | None:

@@ -1,10 +1,12 @@
-"""Random inputs of the attention benchmarks."""
+"""Inputs of the attention benchmarks: random ones, and those of a model."""
 
 import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from dga_jax import DGAConfig
@@ -38,6 +40,25 @@ class Shape:
   def sources(self, config: DGAConfig, key: Array) -> tuple[Array, KVSources]:
     """The arguments of `grouped_attention` that the op computes from random tokens."""
     return merge(config, *self.tokens(key))
+
+
+def load_inputs(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Query [T, H, D], key and value [T, N, D] from a file of `benchmarks.model_inputs`."""
+  with np.load(path) as arrays:
+    return arrays["query"], arrays["key"], arrays["value"]
+
+
+def repeat_to(
+  shape: Shape, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> tuple[Array, Array, Array]:
+  """Arrays of T tokens as [1, L, heads, D] in the dtype of `shape`, repeated or cut to L tokens."""
+
+  def repeat(x_TxHxD: np.ndarray) -> Array:
+    times = -(-shape.L // len(x_TxHxD))
+    return jnp.asarray(np.tile(x_TxHxD, (times, 1, 1))[None, : shape.L], shape.dtype)
+
+  query, key, value = map(repeat, arrays)
+  return query, key, value
 
 
 def merge(config: DGAConfig, query: Array, key: Array, value: Array) -> Merged:

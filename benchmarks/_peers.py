@@ -1,7 +1,7 @@
-"""Sparse attention of other packages, in PyTorch, as programs of `benchmarks._paired_timing`.
+"""Sparse attention of other packages, as programs of `benchmarks._paired_timing`.
 
-PyTorch and JAX share the GPU in one process, so JAX must not reserve the memory: set
-XLA_PYTHON_CLIENT_PREALLOCATE=false.
+With a package in PyTorch, PyTorch and JAX share the GPU in one process, so JAX must not reserve the
+memory: set XLA_PYTHON_CLIENT_PREALLOCATE=false.
 """
 
 import importlib
@@ -13,7 +13,9 @@ import jax
 from benchmarks._inputs import Shape
 from benchmarks._paired_timing import TimedProgram
 
-_BLOCK, _BLOCKS = 64, 16  # of the NSA paper: 16 selected blocks of 64 tokens
+_BLOCK, _BLOCKS = 64, 16  # of the NSA paper
+# Of DeepSeek-V3.2: keys of a query; heads and head dim of the indexer, which selects the keys.
+_DSA_KEYS, _INDEX_HEADS, _INDEX_DIM = 2048, 64, 128
 
 
 class _Pending:
@@ -62,3 +64,36 @@ def native_sparse_attention(shape: Shape, *, backward: bool) -> dict[str, TimedP
   version = importlib.metadata.version("fla-core")
   name = f"NSA of fla {version}, {_BLOCKS} blocks of {_BLOCK}"
   return {name: TimedProgram(run, make_inputs)}
+
+
+def deepseek_sparse_attention(shape: Shape, *, backward: bool) -> dict[str, TimedProgram]:
+  """DeepSeek Sparse Attention of the package jax-linear-attention, whose module is `jla`.
+
+  The indexer scores all keys, each query attends to the 2048 keys of the highest scores. The
+  queries, keys and weights of the indexer are inputs. Both passes exclude the gradient of the
+  indexer, which its own loss trains.
+
+  Raises:
+    ModuleNotFoundError: jax-linear-attention is not installed.
+  """
+  dsa: Any = importlib.import_module("jla.ops.mosaic_gpu.dsa")
+
+  def make_inputs(key: jax.Array) -> tuple[Any, ...]:
+    tokens_key, *keys = jax.random.split(key, 4)
+    sizes = [(_INDEX_HEADS, _INDEX_DIM), (_INDEX_DIM,), (_INDEX_HEADS,)]
+    index = (
+      jax.random.normal(k, (1, shape.L, *size), shape.dtype)
+      for k, size in zip(keys, sizes, strict=True)
+    )
+    return (*shape.tokens(tokens_key), *index)
+
+  def run(q: Any, k: Any, v: Any, *index: Any) -> Any:
+    selected = dsa.index_topk(*index, min(_DSA_KEYS, shape.L), method="radix")
+    if not backward:
+      return dsa.dsa_attention(q, k, v, selected)
+    out, pull = jax.vjp(lambda *qkv: dsa.dsa_attention(*qkv, selected), q, k, v)
+    return out, pull(out)
+
+  version = importlib.metadata.version("jax-linear-attention")
+  name = f"DSA of jla {version}, {_DSA_KEYS} keys"
+  return {name: TimedProgram(jax.jit(run), jax.jit(make_inputs))}

@@ -18,6 +18,14 @@ that a query attends to) operations, and 9/2 of that for both passes.
 
     XLA_PYTHON_CLIENT_PREALLOCATE=false ./workspace bench attention --heads=64 --kv_heads=4 --nsa
 
+--dsa adds DeepSeek Sparse Attention of the package jax-linear-attention.
+
+On random inputs global selection prefers the first keys of a row. --inputs adds programs on the
+queries, keys and values of a model, repeated to each length; the heads and the head dim are those
+of the file, which `benchmarks.model_inputs` writes:
+
+    ./workspace bench attention --inputs=runs/inputs.npz --lengths=8192,32768
+
 Compilation takes longer than measurement. It also runs on a machine without a GPU:
 
     ./workspace bench attention --lengths=32768 --compile_to=runs/programs
@@ -30,18 +38,27 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags
 from jax import Array
 from tqdm import tqdm
 
 from benchmarks import _aot_gpu
 from benchmarks._block_flags import block_config, block_slug
-from benchmarks._inputs import mean_visible, merge, Shape, with_gradients
+from benchmarks._inputs import (
+  load_inputs,
+  mean_visible,
+  merge,
+  repeat_to,
+  Shape,
+  with_gradients,
+)
 from benchmarks._paired_timing import compare, TimedProgram
-from benchmarks._peers import native_sparse_attention
+from benchmarks._peers import deepseek_sparse_attention, native_sparse_attention
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig, dynamic_group_attention
 from dga_jax.attention.attend import attention_kwargs
+from dga_jax.files.path_flags import define_path
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
 
 _LENGTHS = flags.DEFINE_list("lengths", ["8192", "16384", "32768"], "sequence lengths")
@@ -72,6 +89,10 @@ _EXAMPLE = flags.DEFINE_bool(
 _NSA = flags.DEFINE_bool(
   "nsa", False, "also time Native Sparse Attention of flash-linear-attention, if it is installed"
 )
+_INPUTS = define_path("inputs", None, "file of queries, keys and values beside random ones")
+_DSA = flags.DEFINE_bool(
+  "dsa", False, "also time DeepSeek Sparse Attention of jax-linear-attention, if it is installed"
+)
 _ROUNDS = flags.DEFINE_integer("rounds", 11, "samples of each program")
 _REPEATS = flags.DEFINE_integer("repeats", 20, "queued calls in one sample")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the random inputs")
@@ -90,7 +111,8 @@ def main(argv: list[str]) -> None:
   """Prints one table for each length."""
   del argv
   passes = "forward + backward" if _BACKWARD.value else "forward"
-  shapes = [Shape(int(L), _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value) for L in _LENGTHS.value]
+  given = None if _INPUTS.value is None else load_inputs(_INPUTS.value)
+  shapes = _shapes(given)
   if _COMPILE_TO.value is not None:
     for shape in shapes:
       for name, (run, make_inputs) in tqdm(
@@ -112,8 +134,10 @@ def main(argv: list[str]) -> None:
     programs[_BASELINE] = TimedProgram(
       jax.jit(_with_passes(_dense)), jax.jit(functools.partial(_tokens, shape))
     )
-    if _NSA.value:
-      programs |= native_sparse_attention(shape, backward=_BACKWARD.value)
+    if given is not None:
+      programs |= _on_given_inputs(repeat_to(shape, given), programs)
+    for wanted, peer in ((_NSA, native_sparse_attention), (_DSA, deepseek_sparse_attention)):
+      programs |= peer(shape, backward=_BACKWARD.value) if wanted.value else {}
     timings, refused = compare(
       programs, rounds=_ROUNDS.value, repeats=_REPEATS.value, seed=_SEED.value
     )
@@ -122,6 +146,32 @@ def main(argv: list[str]) -> None:
       print(_row(shape, name, times, baseline, programs[name].make_inputs), flush=True)
     for name, reason in refused.items():
       print(f"| {name} | does not run: {reason} | | | |")
+
+
+def _on_given_inputs(
+  arrays: tuple[Array, Array, Array], programs: dict[str, TimedProgram]
+) -> dict[str, TimedProgram]:
+  """The ops and kernels among the programs, with the same query, key and value in every round."""
+  timed = {}
+  for name, program in programs.items():
+    part, _, rest = name.partition(", ")
+    if part == "op":
+      timed[f"{name}, given inputs"] = TimedProgram(program.run, lambda _: (arrays,))
+    elif part == "kernel":
+      merged = jax.jit(functools.partial(merge, _config(rest.partition(", ")[0])))
+      timed[f"{name}, given inputs"] = TimedProgram(program.run, _constant(merged, arrays))
+  return timed
+
+
+def _shapes(given: tuple[np.ndarray, np.ndarray, np.ndarray] | None) -> list[Shape]:
+  heads, kv_heads, head_dim = _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value
+  if given is not None:
+    (_, heads, head_dim), kv_heads = given[0].shape, given[1].shape[1]
+  return [Shape(int(L), heads, kv_heads, head_dim) for L in _LENGTHS.value]
+
+
+def _constant(function: Callable[..., Any], arrays: tuple[Array, ...]) -> Callable[..., Any]:
+  return lambda _: tuple(function(*arrays))
 
 
 def _jit_or_load(shape: Shape, name: str, run: Any, make_inputs: Any) -> Any:

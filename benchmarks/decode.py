@@ -2,12 +2,14 @@
 
     ./workspace bench decode
     ./workspace bench decode --steps=1x16384 --largest= --prompts= --kinds=dga,dense,streaming_llm
+    ./workspace bench decode --largest= --prompts= --weights=bfloat16,int8,fp8
 
 The model has random weights in bfloat16, 32 layers, 32 KV heads and D = 128. DGA uses streaming
 selection with m = 16 and f = 2. The other kinds use the settings of their papers. A decode step
 runs the model, chooses the token with the highest logit and updates the cache. One program decodes
 a chunk of tokens with a donated state, as in `dga_jax.generation`. The kinds alternate. Caches
-contain random numbers and are full at the end of a chunk.
+contain random numbers and are full at the end of a chunk. With --weights the projections of the
+layers have weights in 8 bits, of the same random numbers.
 
 The floor is the time to read once the bytes that a token needs: all weights except the embedding
 table, and the visible entries of the cache at the end of the chunk. The read rate is measured in
@@ -34,7 +36,7 @@ from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig
 from dga_jax.cache.layout import cache_layout
 from dga_jax.generation.programs import decode_options
-from dga_jax.model import Decoder, ModelConfig
+from dga_jax.model import Decoder, ModelConfig, quantize_weights
 
 _KINDS = flags.DEFINE_list("kinds", ["dga", "dense"], "attention kinds to measure")
 _STEPS = flags.DEFINE_list(
@@ -48,6 +50,9 @@ _LARGEST = flags.DEFINE_list(
 _PROMPTS = flags.DEFINE_list("prompts", ["32768", "131072"], "prompt lengths of the prefill")
 _CACHE_DTYPE = flags.DEFINE_enum(
   "cache_dtype", None, ["int8", "float8_e4m3fn"], "dtype of DGA's compact entries"
+)
+_WEIGHTS = flags.DEFINE_list(
+  "weights", ["bfloat16"], "weights of the projections: bfloat16, int8, fp8"
 )
 _LAYERS = flags.DEFINE_integer("layers", 32, "layers of the model; fewer for a quick run")
 _CHUNK = flags.DEFINE_integer("decode_chunk", 32, "decode steps in one program")
@@ -65,10 +70,14 @@ def main(argv: list[str]) -> None:
   print(environment())
   rate = read_rate()
   print(f"read rate: {rate / 1e12:.3f} TB/s; chunks of {_CHUNK.value} tokens")
-  models = {kind: _Model.from_kind(kind) for kind in _KINDS.value}
-  params = make_params(next(iter(models.values())))
-  weights = sum(x.nbytes for x in jax.tree.leaves(params)) - _embedding_bytes(params)
-  print(f"weights that a decode step reads: {weights / 1e9:.2f} GB")
+  models = {}
+  for weights in _WEIGHTS.value:
+    for kind in _KINDS.value:
+      name = kind if weights == "bfloat16" else f"{kind}, {weights}"
+      models[name] = _Model.from_kind(kind, weights)
+  params = make_params([*models.values()])
+  for weights, arrays in params.items():
+    print(f"weights that a decode step reads, {weights}: {_weight_bytes(arrays) / 1e9:.2f} GB")
   programs = _Programs(models, params)
   print(
     "\n| batch, context | kind | ms per token (minimum to maximum) | floor | times the floor |",
@@ -76,9 +85,10 @@ def main(argv: list[str]) -> None:
   )
   print(" tokens/s | cache: live, allocated |\n| --- | --- | --- | --- | --- | --- | --- |")
   for length, chunks in programs.alternating:
-    for (kind, batch), times in _alternate(chunks, params).items():
+    arrays_of = {job: params[models[job[0]].weights] for job in chunks}
+    for (kind, batch), times in _alternate(chunks, arrays_of).items():
       live = models[kind].live_bytes(length) * batch
-      floor = (weights + live) / rate
+      floor = (_weight_bytes(arrays_of[kind, batch]) + live) / rate
       allocated = models[kind].allocated_bytes(batch, length)
       ms = [f"{1e3 * x:.3f}" for x in (*times, floor)]
       print(
@@ -91,7 +101,9 @@ def main(argv: list[str]) -> None:
     print("\n| prompt | kind | seconds to the first token (minimum to maximum) | cache |")
     print("| --- | --- | --- | --- |")
   for (kind, length), prompt in programs.prompts.items():
-    times = _time_prompt(prompt.result(), params, models[kind].config.vocab_size, length)
+    model = models[kind]
+    arrays = params[model.weights]
+    times = _time_prompt(prompt.result(), arrays, model.config.vocab_size, length)
     cache = "kept" if _cache_fits(models[kind], length) else "not kept"
     print(
       f"| {length} | {kind} | {times.median:.3f} ({times.minimum:.3f} to {times.maximum:.3f}) |"
@@ -102,20 +114,22 @@ def main(argv: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-  """LLaMA2-7B with one attention kind. All kinds share the parameters.
+  """LLaMA2-7B with one attention kind. All kinds with the same weights share the parameters.
 
   Attributes:
     config: the model's config.
+    weights: "bfloat16", or the dtype of weights in 8 bits.
     graphdef: the model without its parameters, for `nnx.merge`.
     params: shapes and dtypes of the parameters.
   """
 
   config: ModelConfig
+  weights: str
   graphdef: Any
   params: Any
 
   @classmethod
-  def from_kind(cls, kind: Any) -> "_Model":
+  def from_kind(cls, kind: Any, weights: Any) -> "_Model":
     """The model with the attention kind named `kind`."""
     if kind in ("top_k_eviction", "kv_merger"):
       raise ValueError(
@@ -135,8 +149,12 @@ class _Model:
       dga=DGAConfig(selection="streaming", cache_dtype=cache_dtype),
       param_dtype="bfloat16",
     )
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstack_layers())
-    return cls(config, *nnx.split(abstract))
+
+    def make() -> Decoder:
+      model = Decoder(config, rngs=nnx.Rngs(0)).unstack_layers()
+      return model if weights == "bfloat16" else quantize_weights(model, weights)
+
+    return cls(config, weights, *nnx.split(nnx.eval_shape(make)))
 
   def decoder(self, params: Any) -> Decoder:
     """The decoder with the parameters `params`."""
@@ -161,8 +179,19 @@ class _Model:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache))
 
 
-def make_params(model: _Model) -> Any:
-  """Random parameters of the model, normal with standard deviation 0.02."""
+def make_params(models: list[_Model]) -> dict[str, Any]:
+  """Random parameters, normal with standard deviation 0.02, by the dtype of the weights."""
+  model = next((x for x in models if x.weights == "bfloat16"), None)
+  model = model or _Model.from_kind(models[0].config.attention, "bfloat16")
+  drawn = _draw_params(model)
+  made = {"bfloat16": drawn}
+  for weights in {x.weights for x in models} - {"bfloat16"}:
+    name: Any = weights  # The flag has the names of the dtypes.
+    made[weights] = nnx.state(quantize_weights(model.decoder(drawn), name))
+  return {weights: made[weights] for weights in dict.fromkeys(x.weights for x in models)}
+
+
+def _draw_params(model: _Model) -> Any:
 
   @functools.partial(jax.jit, static_argnums=(1, 2))  # Compiles once for each shape.
   def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
@@ -174,8 +203,10 @@ def make_params(model: _Model) -> Any:
   return jax.block_until_ready(jax.tree.unflatten(tree, drawn))
 
 
-def _embedding_bytes(params: Any) -> int:
-  return int(params["embedding"][...].nbytes)
+def _weight_bytes(params: Any) -> int:
+  """Bytes of the weights that a decode step reads: all but the embedding table."""
+  total = sum(x.nbytes for x in jax.tree.leaves(params))
+  return int(total - params["embedding"][...].nbytes)
 
 
 def read_rate() -> float:
@@ -246,14 +277,16 @@ class _Programs:
     prompts: the compiled prefill by attention kind and prompt length.
   """
 
-  def __init__(self, models: dict[str, _Model], params: Any) -> None:
+  def __init__(self, models: dict[str, _Model], params: dict[str, Any]) -> None:
     pool = concurrent.futures.ThreadPoolExecutor(8)
     steps = [tuple(map(int, text.split("x"))) for text in _STEPS.value]
     self.alternating = [
       (
         length,
         {
-          (kind, batch): pool.submit(_DecodeChunk.compile, model, params, batch, length)
+          (kind, batch): pool.submit(
+            _DecodeChunk.compile, model, params[model.weights], batch, length
+          )
           for kind, model in models.items()
         },
       )
@@ -262,10 +295,10 @@ class _Programs:
     for length in map(int, _LARGEST.value):  # Each fills the memory, so the kinds run one by one.
       for kind, model in models.items():
         batch = _largest_batch(model, length)
-        chunk = pool.submit(_DecodeChunk.compile, model, params, batch, length)
+        chunk = pool.submit(_DecodeChunk.compile, model, params[model.weights], batch, length)
         self.alternating.append((length, {(kind, batch): chunk}))
     self.prompts = {
-      (kind, length): pool.submit(_compile_prompt, model, params, length)
+      (kind, length): pool.submit(_compile_prompt, model, params[model.weights], length)
       for length in map(int, _PROMPTS.value)
       for kind, model in models.items()
     }
@@ -283,7 +316,9 @@ def _largest_batch(model: _Model, length: int) -> int:
   return int(free // model.allocated_bytes(1, length))
 
 
-def _alternate(chunks: dict[_Job, Future[_DecodeChunk]], params: Any) -> dict[_Job, Times]:
+def _alternate(
+  chunks: dict[_Job, Future[_DecodeChunk]], params: dict[_Job, Any]
+) -> dict[_Job, Times]:
   """Times the chunks in alternating rounds; returns seconds per token.
 
   Each sample makes a new state and then deletes it, because two states may not fit the memory.
@@ -294,7 +329,7 @@ def _alternate(chunks: dict[_Job, Future[_DecodeChunk]], params: Any) -> dict[_J
       chunk = compiled.result()
       state = jax.block_until_ready(chunk.start(jax.random.key(number)))
       start = time.perf_counter()
-      state = jax.block_until_ready(chunk.decode(params, state))
+      state = jax.block_until_ready(chunk.decode(params[job], state))
       if number:
         samples[job].append((time.perf_counter() - start) / _CHUNK.value)
       del state

@@ -91,7 +91,7 @@ def get_config(run: str = "streaming_quarter") -> ConfigDict:
     )
   return ConfigDict(
     {
-      "budgets": run if is_file else None,
+      **({"budgets": run} if is_file else {}),
       "learning_rate": 3e-4,
       "warmup_steps": 50,
       "loss_chunk": 1024,

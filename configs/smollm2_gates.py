@@ -1,56 +1,43 @@
 """Gates that choose the full KV heads of SmolLM2-135M at 8192 tokens.
 
-  python -m train.main --config=configs/smollm2_gates.py:quarter --workdir=runs/gates \
+  python -m train.main --config=configs/smollm2_gates.py --workdir=runs/gates \
     --config.init_from=MODEL --config.data.train_files="('books.txt','facts.jsonl')"
   python -m train.harden_gates --workdir=runs/gates --keys=0.25 --length=8192 --output=budgets.json
   python -m train.main --config=configs/smollm2_continued.py:budgets.json --workdir=runs/trained \
     --config.init_from=MODEL --config.data.train_files="('books.txt','facts.jsonl')"
 
-The text after the colon is a key of COMPACT. Model and data are those of
-configs/smollm2_continued.py. The gates are trained by distillation from dense attention alone, and
-all other weights stay fixed.
-"""
+Model and data are those of configs/smollm2_continued.py. The gates are trained by distillation from
+dense attention alone, and all other weights stay fixed. 11 of 90 KV heads will be full. The compact
+setting has 1153 of 8192 keys, so that all heads together have a quarter.
 
-from typing import Any
+40 steps take 10 seconds on one H200 (136 thousand tokens/s) after 30 seconds of start and
+compilation, and 18 GB of its memory. The divergence from dense attention falls from 0.129 to 0.019
+nats per token (docs/paper.md).
+"""
 
 from ml_collections import ConfigDict
 
 from configs.smollm2_continued import get_config as continued
 
-# The compact setting of all heads, of 1153 and 577 keys of 8192, and the share of KV heads that can
-# be full beside it at a quarter and at an eighth of the keys.
-COMPACT: dict[str, tuple[dict[str, Any], float]] = {
-  "quarter": ({"group_size": 62, "local_window": 11}, 11 / 90),
-  "eighth": ({"group_size": 62, "local_window": 2}, 5 / 90),
-}
 
-
-def get_config(run: str = "quarter") -> ConfigDict:
-  """A run by its key in COMPACT.
-
-  Args:
-    run: the key.
-
-  Raises:
-    ValueError: no such key.
-  """
-  if run not in COMPACT:
-    raise ValueError(f"run is {run!r}; it must be one of {', '.join(COMPACT)}.")
-  compact, full_heads = COMPACT[run]
+def get_config() -> ConfigDict:
+  """The run of the docstring."""
   config = continued("streaming_quarter")
   with config.unlocked():
     config.update(
       {
-        "learning_rate": 0.1,
+        "learning_rate": 0.15,
         "warmup_steps": 5,
-        "num_steps": 100,
+        "num_steps": 40,
+        "batch_size": 4,
+        "log_every": 5,
         "eval_batches": 0,
-        "checkpoint_every": 100,
         "distillation": 1.0,
-        "full_heads": full_heads,
+        "full_heads": 11 / 90,
       }
     )
     config.model.head_gates = True
-    config.model.dga.update(compact)
-    del config["eval_every"]  # Without evaluation.
+    config.model.dga.update({"group_size": 62, "local_window": 11})
+    for unused in ("eval_every", "checkpoint_every"):
+      del config[unused]
   return config

@@ -7,10 +7,14 @@ The candidates of a head are "full", streaming selection, and sinks with a slidi
 head alone is given each candidate while all other heads stay dense. Two divergences from dense
 attention are measured: of the predictions in the second half of long texts, and of the answers to
 questions about facts that code hides in texts. A MILP solver (HiGHS, in SciPy) allocates the
-candidates under the budget. The result is the best of this set, of full heads with sinks and a
-window in all others (DuoAttention's form), and of one setting in all heads, after measured changes:
-all heads are measured again beside the best set, and sets with many heads moved or two swapped are
-kept if they measure better.
+candidates under the budget: all of them, all without the blocks of one size, and windows alone.
+These sets, full heads with sinks and a window in all others (DuoAttention's form), one setting in
+all heads, and the sets of --starts are measured. The best --improved of them are improved by
+measured changes: heads are measured again beside the set, and sets with many heads moved, two
+swapped or other windows are kept if they measure better. The result is the best set.
+
+At most --layer_kinds layers differ in the settings of their heads, whose order does not count: the
+compiled model has a branch for each of them.
 
 Measurements are appended to OUTPUT's sibling with the suffix .measured.jsonl; the same command
 continues after an interruption, and other --keys, --objective, --blocks or --windows use the same
@@ -84,9 +88,28 @@ _TAIL = flags.DEFINE_float(
   "tail", 0.05, "Heads that carry at most this share of the divergences are measured under the "
   "smallest candidate alone, and estimated under the others. 0 measures all.", 0.0, 1.0
 )  # fmt: skip
-_ROUNDS = flags.DEFINE_integer("rounds", 16, "Largest number of measured swaps.", lower_bound=0)
+_LAYER_KINDS = flags.DEFINE_integer(
+  "layer_kinds", 8, "Most kinds of layers. The heads of a kind have the same settings, in any "
+  "order. The compiled model has a branch for each.", lower_bound=1
+)  # fmt: skip
+_STARTS = define_paths(
+  "starts", "Files of budgets for the same model, as further sets to start from. Their windows "
+  "are scaled to --length from the length that a file names."
+)  # fmt: skip
+_IMPROVED = flags.DEFINE_integer(
+  "improved", 2, "Sets that are improved by measured changes.", lower_bound=1
+)
+_MEASURE = flags.DEFINE_enum(
+  "measure", "divergence", ["divergence", "loss"],
+  "What rises: the divergence from dense attention, or the loss of the right tokens. Beyond the "
+  "trained length a set may predict better than dense attention, which the loss alone tells.",
+)  # fmt: skip
+_ROPE_BASE = flags.DEFINE_float("rope_base", None, "RoPE base; default: the checkpoint's.")
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 16, "Largest number of measured swaps of a set.", lower_bound=0
+)
 _REFINEMENTS = flags.DEFINE_integer(
-  "refinements", 2, "Most passes that measure every head again beside the best set.", lower_bound=0
+  "refinements", 2, "Most passes that measure the heads again beside the best set.", lower_bound=0
 )
 _SHARES = flags.DEFINE_list(
   "shares", [f"{tenth / 10:g}" for tenth in range(1, 11)], "Shares of the table."
@@ -103,11 +126,14 @@ def main() -> None:
   from dga_jax.calibration.candidates import make_grid
   from dga_jax.calibration.fingerprint import describe_model
   from dga_jax.calibration.measuring import Measurer, open_results
+  from dga_jax.calibration.starts import read_starts
   from dga_jax.checkpoint import load_model, load_model_config
   from dga_jax.model import ModelConfig
 
   config = load_model_config(_WORKDIR.value, _STEP.value)
-  config = ModelConfig.from_dict(config.to_dict() | {"dtype": _DTYPE.value or config.dtype})
+  changes = {"dtype": _DTYPE.value, "rope_base": _ROPE_BASE.value}
+  given = {name: value for name, value in changes.items() if value is not None}
+  config = ModelConfig.from_dict(config.to_dict() | given)
   model, config, tokenizer = load_model(_WORKDIR.value, _STEP.value, config=config)
   candidates = make_grid(
     options.blocks,
@@ -118,6 +144,7 @@ def main() -> None:
     has_selector=config.focal_selector,
   )
   rows = _make_rows(_DOCUMENTS.value, tokenizer, _SEED.value)
+  known = read_starts(map(Path, _STARTS.value or ()), config, _LENGTH.value)
   check_rows = rows
   if _CHECK_DOCUMENTS.value:
     check_rows = _make_rows(_CHECK_DOCUMENTS.value, tokenizer, _SEED.value + 1)
@@ -133,13 +160,12 @@ def main() -> None:
     "batch_size": _BATCH_SIZE.value,
   }
   results = open_results(Path(_OUTPUT.value).with_suffix(".measured.jsonl"), measured_with)
-  measurer = Measurer(model, candidates, results, _BATCH_SIZE.value)
   check_digest = "calibration rows" if check_rows is rows else check_rows.text.digest
+  measure: Any = _MEASURE.value
   for share in options.keys:
-    measurer = Measurer(model, candidates, results, _BATCH_SIZE.value)
-    _calibrate(measurer, config, share, options.shares, (rows, check_rows), measured_with | {
-      "check_rows": check_digest
-    })  # fmt: skip
+    measurer = Measurer(model, candidates, results, _BATCH_SIZE.value, measure)
+    provenance = measured_with | {"check_rows": check_digest, "measure": measure}
+    _calibrate(measurer, config, share, options.shares, (rows, check_rows), known, provenance)
 
 
 def _calibrate(
@@ -148,11 +174,13 @@ def _calibrate(
   share: float,
   table_shares: tuple[float, ...],
   rows: tuple[Any, Any],
+  known: Any,
   measured_with: dict[str, Any],
 ) -> None:
   """Calibrates for one share and writes its files."""
   from dga_jax.calibration import plot, report
-  from dga_jax.calibration.run import calibrate, Goal
+  from dga_jax.calibration.goal import Goal
+  from dga_jax.calibration.run import calibrate
   from dga_jax.evaluation.results import environment
 
   objective: Any = _OBJECTIVE.value
@@ -160,9 +188,17 @@ def _calibrate(
   if len(_KEYS.value) > 1:
     output = output.with_stem(f"{output.stem}-{share:g}")
   goal = Goal(
-    share, objective, _LENGTH.value, _TAIL.value, _ROUNDS.value, _REFINEMENTS.value, table_shares
+    share=share,
+    objective=objective,
+    length=_LENGTH.value,
+    tail=_TAIL.value,
+    rows=_LAYER_KINDS.value,
+    improved=_IMPROVED.value,
+    rounds=_ROUNDS.value,
+    refinements=_REFINEMENTS.value,
+    table_shares=table_shares,
   )
-  result = calibrate(measurer, config, goal, *rows)
+  result = calibrate(measurer, config, goal, *rows, known)
   name = "/".join(Path(_WORKDIR.value).absolute().parts[-2:])
   provenance = measured_with | {
     "name": name,

@@ -50,7 +50,8 @@ from dga_jax.checkpoint_files import (
   read_json,
 )
 from dga_jax.checkpoint_manifest import SaveManifest
-from dga_jax.model import Decoder, ModelConfig
+from dga_jax.choices import WeightName
+from dga_jax.model import Decoder, ModelConfig, quantize_weights
 from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.sharding import parameter_shardings
 from dga_jax.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ __all__ = [
 # Fields of ModelConfig that may differ between training and use: they change how the parameters
 # are used, not what they are.
 _FREE_MODEL_FIELDS = frozenset(
-  {"attention", *ATTENTION_SETTINGS, "dtype", "remat", "rope_base", "rope_scaling"}
+  {"attention", *ATTENTION_SETTINGS, "dtype", "remat", "rope_base", "rope_scaling", "unroll_layers"}
 )
 
 
@@ -329,12 +330,23 @@ def load_tokenizer(workdir: str | os.PathLike[str], step: int | None = None) -> 
     raise damage_error(workdir, step, first_line(error)) from error
 
 
-def abstract_decoder(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract_decoder(
+  config: ModelConfig, weights: WeightName | None = None
+) -> tuple[nnx.GraphDef, nnx.State]:
   """A decoder's structure, and the shapes and axis names of its parameters; computes nothing.
 
   `nnx.merge(structure, params)` with params as a nested dict of arrays is the decoder.
+
+  Args:
+    config: of the decoder.
+    weights: the dtype of weights in 8 bits, see `quantize_weights`; None for other weights.
   """
-  return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), nnx.Param)
+
+  def make() -> Decoder:
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    return model if weights is None else quantize_weights(model, weights)
+
+  return nnx.split(nnx.eval_shape(make), nnx.Param)
 
 
 def _check_agreement(saved: ModelConfig, given: ModelConfig) -> None:

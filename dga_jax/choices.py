@@ -19,5 +19,6 @@ AttentionName = Literal[
   "pqcache",
 ]
 DtypeName = Literal["bfloat16", "float16", "float32"]
+WeightName = Literal["int8", "fp8"]
 RematName = Literal["none", "full", "dots"]
 RopeKind = Literal["linear", "llama3"]

@@ -6,16 +6,17 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import NoReturn, TYPE_CHECKING
+from typing import get_args, NoReturn, TYPE_CHECKING
 
 from absl import app, flags, logging
 
+from dga_jax.choices import WeightName
 from dga_jax.unused_gpu import warn_about_unused_gpu
 
 if TYPE_CHECKING:
   from dga_jax.head_budgets import HeadBudgets
 
-flags.disclaim_key_flags()  # --help lists --budgets with the flags of the command.
+flags.disclaim_key_flags()  # --help lists --budgets and --weights with the flags of the command.
 
 
 def define_budgets() -> flags.FlagHolder[str | None]:
@@ -25,6 +26,18 @@ def define_budgets() -> flags.FlagHolder[str | None]:
     None,
     "JSON file with the setting of each KV head, made for this checkpoint (dga_jax.HeadBudgets); "
     "default: the checkpoint's attention.",
+  )
+  return holder
+
+
+def define_weights() -> flags.FlagHolder[str | None]:
+  """The flag --weights of the commands that load a model."""
+  holder: flags.FlagHolder[str | None] = flags.DEFINE_enum(
+    "weights",
+    None,
+    get_args(WeightName),
+    "Store the weights of the layers' projections in 8 bits, with a scale for each output channel: "
+    "int8, or fp8 (float8_e4m3fn); default: in the dtype of the activations.",
   )
   return holder
 

@@ -173,9 +173,10 @@ class DGAConfig:
     return (r0 + (lengths - r0) % self.group_size).astype(np.int32)
 
 
-# Settings for a model that was pretrained with dense attention. Streaming selection decodes with
-# the function that prefill computes. The first 4 tokens are sinks and the last 38 blocks (1216
-# tokens) stay raw. Of the settings that keep a quarter of 8192 keys, these lose least on SmolLM2
+# One setting for all heads of a model that was pretrained with dense attention and has no
+# calibrated budgets (dga_jax.pretrained). Streaming selection decodes with the function that
+# prefill computes. The first 4 tokens are sinks and the last 38 blocks (1216 tokens) stay raw. Of
+# the settings that keep a quarter of 8192 keys, these lose least on SmolLM2
 # (benchmarks/quality.py).
 RETROFIT = DGAConfig(
   group_size=30, focal_per_block=2, selection="streaming", sink_tokens=4, local_window=38

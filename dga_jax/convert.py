@@ -8,7 +8,8 @@ Supported are LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3 and SmolLM. The import in
 tokenizer, the ids that stop a generation, and chat templates. An imported model attends as in its
 own program (densely, or Mistral by its window) unless --attention says otherwise. The attention
 kind is no part of the weights: generation, training and evaluation may choose another. The settings
-of "dga" are those of `dga_jax.config.retrofit`.
+of "dga" are those of `dga_jax.config.retrofit`, one for all heads; `dga calibrate` makes a setting
+for each KV head. The package has these for SmolLM2-135M, and its attention "dga" uses them.
 
 Every key of config.json and of GGUF metadata is implemented, known to change nothing, or refused.
 A key that is unknown is refused by name; --ignore_keys accepts it.
@@ -97,6 +98,7 @@ def import_by_flags(path: Path) -> str:
   from dga_jax.config import retrofit
   from dga_jax.conversion.checkpoint_reader import TokenizerChoices
   from dga_jax.conversion.importing import import_model, open_source
+  from dga_jax.pretrained import calibration_note
 
   source = open_source(path, _IGNORE_KEYS.value)
   config = source.config()
@@ -106,9 +108,10 @@ def import_by_flags(path: Path) -> str:
   for name, flag in (("dtype", _DTYPE), ("attention", _ATTENTION)):
     if flag.value is not None:
       changes[name] = flag.value
-  return import_model(
+  config = dataclasses.replace(config, **changes)
+  summary = import_model(
     source,
-    dataclasses.replace(config, **changes),
+    config,
     Path(_WORKDIR.value),
     choices=TokenizerChoices(
       end_token=_END_TOKEN.value,
@@ -118,6 +121,8 @@ def import_by_flags(path: Path) -> str:
     ),
     mesh=_MESH.value,
   )
+  note = calibration_note(config, str(_WORKDIR.value))
+  return summary if note is None else f"{summary}\n{note}"
 
 
 if __name__ == "__main__":

@@ -25,11 +25,12 @@ extra "evaluate" (matplotlib).
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from absl import app, flags
 
 from dga_jax import command_line
+from dga_jax.choices import WeightName
 from dga_jax.evaluation.retrieval import TASKS
 from dga_jax.evaluation.ruler import RULER_TASKS
 from dga_jax.files.path_flags import define_path, define_paths
@@ -44,6 +45,7 @@ _TASK = flags.DEFINE_enum(
 )  # fmt: skip
 _OUT = define_path("out", None, "Folder for results; default: WORKDIR/evaluation.")
 _BUDGETS = command_line.define_budgets()
+_WEIGHTS = command_line.define_weights()
 _VARIANTS = flags.DEFINE_string(
   "variants", None, "Names and config overrides, as JSON or a JSON file; default: the model as is."
 )
@@ -144,7 +146,10 @@ def _make_jobs() -> tuple[list[Any], str]:
   variants = read_variants(_VARIANTS.value) if _VARIANTS.value else [Variant("as trained")]
   lengths = _numbers(_LENGTHS, int)
   budgets = command_line.read_budgets(_BUDGETS)
-  model, tokenizer, *_ = load_with_facts(str(_WORKDIR.value), step=_STEP.value, budgets=budgets)
+  weights = cast(WeightName | None, _WEIGHTS.value)
+  model, tokenizer, *_ = load_with_facts(
+    str(_WORKDIR.value), step=_STEP.value, budgets=budgets, weights=weights
+  )
   steps = list_steps(_WORKDIR.value) if _STEP.value is None else [_STEP.value]
   make = task_jobs.TaskJobs(Family(model, tokenizer.start_ids), tokenizer, variants, lengths)
   match _TASK.value:
@@ -165,7 +170,8 @@ def _make_jobs() -> tuple[list[Any], str]:
     case _:
       jobs = make.lost_in_the_middle(str(_QUESTIONS.value), _LIMIT.value, _BATCH_SIZE.value)
   origin = str(_WORKDIR.value) + "".join(f", step {step}" for step in steps[-1:])
-  return list(jobs), origin + ("" if budgets is None else f", budgets {_BUDGETS.value}")
+  origin += "" if budgets is None else f", budgets {_BUDGETS.value}"
+  return list(jobs), origin + ("" if weights is None else f", weights {weights}")
 
 
 if __name__ == "__main__":

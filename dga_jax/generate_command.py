@@ -31,7 +31,7 @@ from typing import Any, cast, get_args, TYPE_CHECKING
 from absl import app, flags
 
 from dga_jax import command_line
-from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.choices import AttentionName, DtypeName, WeightName
 from dga_jax.files.path_flags import define_path
 from dga_jax.hub_names import check_exists
 from dga_jax.prompts import check_text, read_json_lines, read_prompts, read_text
@@ -132,6 +132,7 @@ _KEYS = flags.DEFINE_float(
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, get_args(DtypeName), "Dtype of the activations; default: the checkpoint's."
 )
+_WEIGHTS = command_line.define_weights()
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Seed of sampling, 0 to 4294967295; the same seed repeats the text."
 )
@@ -147,6 +148,7 @@ def main() -> None:
 
   from dga_jax.generation import Sampling
   from dga_jax.loading import load_with_facts
+  from dga_jax.pretrained import calibration_note
 
   # In a pause the next sample is almost certain, so a bound on the probability would never end it.
   temperature, top_p = (1.0, 1.0) if _PROMPT_AUDIO.value is not None else (0.8, 0.95)
@@ -157,15 +159,24 @@ def main() -> None:
     min_p=_MIN_P.value,
     seed=_SEED.value,
   )
+  # Budgets of --keys are applied to a model without budgets.
+  attention = "dense" if _KEYS.value is not None else _ATTENTION.value
   loaded = load_with_facts(
     str(_WORKDIR.value),
     step=_STEP.value,
-    attention=cast(AttentionName | None, _ATTENTION.value),
+    attention=cast(AttentionName | None, attention),
     dtype=cast(DtypeName | None, _DTYPE.value),
     budgets=None if _KEYS.value is not None else command_line.read_budgets(_BUDGETS),
   )
   if _KEYS.value is not None:
     loaded = _with_budgets(loaded, _KEYS.value)
+  elif loaded.is_imported and (note := calibration_note(loaded.model.config, str(_WORKDIR.value))):
+    print(note, file=sys.stderr)
+  if _WEIGHTS.value is not None:
+    from dga_jax.model import quantize_weights
+
+    model = quantize_weights(loaded.model, cast(WeightName, _WEIGHTS.value))
+    loaded = loaded._replace(model=model)
   if _PROMPT_AUDIO.value is not None:
     _continue_audio(loaded, sampling)
   elif _INTERACTIVE.value:

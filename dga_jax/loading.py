@@ -10,11 +10,18 @@ from flax import nnx
 
 from dga_jax.chat.template import chat_template_of, template_sources
 from dga_jax.checkpoint import abstract_decoder, list_steps, load_config, load_model
-from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.choices import AttentionName, DtypeName, WeightName
 from dga_jax.config import retrofit
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.hub_names import check_exists
-from dga_jax.model import apply_budgets, Decoder, ModelConfig
+from dga_jax.model import (
+  apply_budgets,
+  Decoder,
+  ModelConfig,
+  quantize_weights,
+  weight_name,
+)
+from dga_jax.pretrained import default_budgets
 from dga_jax.tokenizer import Tokenizer
 
 
@@ -41,6 +48,7 @@ def load(
   attention: AttentionName | None = None,
   dtype: DtypeName | None = None,
   budgets: HeadBudgets | None = None,
+  weights: WeightName | None = None,
 ) -> tuple[Decoder, Tokenizer]:
   """A model and its tokenizer, for `dga_jax.generate`.
 
@@ -51,10 +59,13 @@ def load(
       Hugging Face's transformers, or a GGUF file. Reading the last two needs the extra "convert".
     step: of a checkpoint; None for the newest.
     attention: the attention kind; None for the model's own. "dga" has the settings of the
-      checkpoint, or those of `dga_jax.config.retrofit` for the files of other programs.
+      checkpoint, or those of `dga_jax.config.retrofit` for the files of other programs. For an
+      imported SmolLM2-135M it is "head_budgets" with `dga_jax.pretrained.default_budgets`.
     dtype: of the activations; None for the model's own.
     budgets: the setting of each KV head, for example `read_head_budgets` of the file that
       `dga calibrate` writes; None for the model's own attention.
+    weights: "int8" or "fp8" for weights in 8 bits, see `dga_jax.model.quantize_weights`; None for
+      weights in `dtype`.
 
   Raises:
     FileNotFoundError: there is no model at `source`; the message names the remedy.
@@ -62,7 +73,10 @@ def load(
     ValueError: the files of another program are damaged, or of an unsupported model; budgets of
       another model; or both `attention` and `budgets`.
   """
-  return load_with_facts(source, step=step, attention=attention, dtype=dtype, budgets=budgets)[:2]
+  loaded = load_with_facts(
+    source, step=step, attention=attention, dtype=dtype, budgets=budgets, weights=weights
+  )
+  return loaded[:2]
 
 
 def load_with_facts(
@@ -72,6 +86,7 @@ def load_with_facts(
   attention: AttentionName | None = None,
   dtype: DtypeName | None = None,
   budgets: HeadBudgets | None = None,
+  weights: WeightName | None = None,
 ) -> Loaded:
   """As `load`, with what is known of the model's training."""
   if attention is not None and budgets is not None:
@@ -87,9 +102,13 @@ def load_with_facts(
     saved = load_config(path, step)
     config = dataclasses.replace(ModelConfig.from_dict(saved["model"]), **given)
     model, _, tokenizer = load_model(path, step, config=config)
+  origin = saved.get("origin") or {}
+  if budgets is None and origin:
+    budgets = default_budgets(model.config)
   if budgets is not None:
     model = apply_budgets(model, budgets)
-  origin = saved.get("origin") or {}
+  if weights is not None:
+    model = quantize_weights(model, weights)
   if template_sources(origin):
     tokenizer.chat_template = chat_template_of(origin, tokenizer)
   return Loaded(model, tokenizer, trained_length(saved), bool(origin))
@@ -112,7 +131,8 @@ def trained_length(saved: Mapping[str, Any]) -> int | None:
 def with_attention(model: Decoder, attention: AttentionName) -> Decoder:
   """The model with the same weights and another attention kind."""
   config = dataclasses.replace(model.config, attention=attention)
-  changed: Decoder = nnx.merge(abstract_decoder(config)[0], nnx.state(model, nnx.Param))
+  structure, _ = abstract_decoder(config, weight_name(model))
+  changed: Decoder = nnx.merge(structure, nnx.state(model, nnx.Param))
   return changed
 
 

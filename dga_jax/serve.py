@@ -14,7 +14,7 @@ from absl import flags
 from tqdm import tqdm
 
 from dga_jax import command_line
-from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.choices import AttentionName, DtypeName, WeightName
 from dga_jax.files.path_flags import define_path
 
 _WORKDIR = define_path(
@@ -51,6 +51,7 @@ _DTYPE = flags.DEFINE_enum(
   get_args(DtypeName),
   "Dtype of the activations; default: the checkpoint's.",
 )
+_WEIGHTS = command_line.define_weights()
 _PROMPT_CHUNK = flags.DEFINE_integer(
   "prompt_chunk",
   256,
@@ -103,6 +104,7 @@ def main() -> None:
     attentions=attentions,
     dtype=cast(DtypeName | None, _DTYPE.value),
     budgets=command_line.read_budgets(_BUDGETS),
+    weights=cast(WeightName | None, _WEIGHTS.value),
     settings=settings,
     progress=functools.partial(tqdm, desc="compiling", unit="program"),
   )

@@ -1,7 +1,8 @@
 """The `smollm2` command without its flags: SmolLM2-135M-Instruct, dense and with head budgets.
 
 The model is the instruction-tuned one, quantized to 4 bits (Q4_1), from PyPI. The package has its
-calibrated head budgets (smollm2_budgets.json); docs/models.md has the command that makes the file.
+calibrated head budgets (smollm2_budgets_SHARE.json); docs/models.md has the command that makes the
+files.
 """
 
 import dataclasses
@@ -27,10 +28,10 @@ from dga_jax.generation import ContinuousBatching, Generation, Request, Sampling
 from dga_jax.head_budgets import read_head_budgets
 from dga_jax.loading import load, with_attention
 from dga_jax.model import apply_budgets, Decoder
+from dga_jax.pretrained import smollm2_budget_files
 from dga_jax.text_generation import generate
 from dga_jax.tokenizer import Tokenizer
 
-BUDGETS = Path(__file__).with_name("smollm2_budgets.json")
 PASS_KEY = "48213"
 FACT = (
   f"\n\nThe pass key number is: {PASS_KEY}. Remember it: {PASS_KEY} is the pass key number.\n\n"
@@ -48,7 +49,7 @@ def run(prompt_tokens: int, max_new_tokens: int) -> None:
   """Downloads and converts the model if it is missing, and prints an answer and continuations.
 
   The model answers `QUESTION` through its chat template. Then it continues a long prompt, which
-  hides a pass key and asks for it, with dense attention and with the head budgets of `BUDGETS`.
+  hides a pass key and asks for it, with dense attention and with each of the calibrated budgets.
 
   Args:
     prompt_tokens: tokens of the prompt.
@@ -70,9 +71,9 @@ def run(prompt_tokens: int, max_new_tokens: int) -> None:
     f"\nThe prompt has {len(prompt)} tokens: Python's documentation, with these sentences in it"
   )
   print(f"{_indent(FACT.strip())}\nand at its end\n{_indent(PASS_KEY_QUESTION.strip())}")
-  models = {
-    "dense": with_attention(model, "dense"),
-    "budgets": apply_budgets(model, read_head_budgets(BUDGETS)),
+  models = {"dense": with_attention(model, "dense")} | {
+    f"{percent} %": apply_budgets(model, read_head_budgets(path))
+    for percent, path in smollm2_budget_files().items()
   }
   results = {
     name: continue_prompt(one, tokenizer, name, prompt, max_new_tokens)
@@ -98,6 +99,8 @@ def model_file(folder: Path) -> Path:
 def prepare(folder: Path) -> Path:
   """Downloads and converts the model unless that was done before; returns its workdir.
 
+  The workdir also has the calibrated budgets, among which `dga generate --keys` chooses.
+
   Raises:
     OSError: the model could not be downloaded or written.
     ValueError: the downloaded file has a wrong hash.
@@ -107,6 +110,8 @@ def prepare(folder: Path) -> Path:
     source = GGUFFile(download(folder))
     config = dataclasses.replace(source.config(), dga=RETROFIT)
     print(import_model(source, config, workdir))
+  for percent, path in smollm2_budget_files().items():
+    shutil.copyfile(path, workdir / f"budgets_{percent}.json")
   return workdir
 
 
@@ -191,18 +196,19 @@ def continue_prompt(
 
 
 def compare(tokenizer: Tokenizer, results: Mapping[str, Generation]) -> str:
-  """Says of each continuation whether it finds the pass key, and how long both are equal."""
+  """Says of each continuation whether it finds the pass key, and how long it equals the first."""
   lines = []
   for name, result in results.items():
     found = first_word_match(tokenizer.decode(result.tokens[0]), PASS_KEY)
     lines.append(f"{name} {'finds' if found else 'does not find'} the pass key.")
-  one, other = (result.tokens[0] for result in results.values())
-  pairs = enumerate(zip(one, other, strict=False))
-  equal = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
-  if one == other:
-    lines.append(f"Both continuations are equal: {equal} tokens.")
-  else:
-    lines.append(f"The continuations differ after {equal} of {len(one)} tokens.")
+  (first, one), *others = ((name, result.tokens[0]) for name, result in results.items())
+  for name, other in others:
+    pairs = enumerate(zip(one, other, strict=False))
+    equal = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+    if one == other:
+      lines.append(f"{name} continues as {first} does: {equal} equal tokens.")
+    else:
+      lines.append(f"{name} differs from {first} after {equal} of {len(one)} tokens.")
   return "\n".join(lines)
 
 

@@ -196,6 +196,15 @@ OPS: dict[str, tuple[Backend, ...]] = {
     ),
     Backend("xla", _ANY, "decode.xla_dense:dense_step_xla"),
   ),
+  "quantized_product": (
+    Backend(
+      "triton",
+      _AMPERE,
+      "quantized_product.triton_product:quantized_product_triton",
+      "quantized_product.api:refusal",
+    ),
+    Backend("xla", _ANY, "quantized_product.xla:quantized_product_xla"),
+  ),
 }
 
 

@@ -176,10 +176,8 @@ class TrainConfig:
     require_number(self, "learning_rate", least=0)
     require_number(self, "distillation", least=0, most=1)
     require_number(self, "full_heads", above=0, below=1)
-    if self.model.head_gates and self.init_from is None:
-      raise config_error(
-        self, "init_from", "a folder with a model: model.head_gates chooses full heads of its heads"
-      )
+    if self.model.head_gates and self.budgets is not None:
+      raise config_error(self, "budgets", "None with model.head_gates, of which budgets are made")
     if self.batch_size % self.grad_accumulation:
       raise config_error(self, "grad_accumulation", f"a divisor of batch_size={self.batch_size}")
     if self.warmup_steps >= self.num_steps:

@@ -22,7 +22,7 @@ from train.gates import GATES, initial_gates
 # Fields that the training config decides; the checkpoint decides the others, which define the
 # weights and RoPE.
 _OWN_FIELDS = frozenset(
-  {"attention", *ATTENTION_SETTINGS, "head_gates", "dtype", "param_dtype", "remat"}
+  {"attention", *ATTENTION_SETTINGS, "head_gates", "dtype", "param_dtype", "remat", "unroll_layers"}
 )
 
 # Entry of a checkpoint's config: what an import knows of the model besides, for an export.
@@ -35,7 +35,7 @@ class Initial:
 
   Attributes:
     config: the training config with that checkpoint's model; attention, its settings, gates,
-      dtypes and remat stay those of the config.
+      dtypes, remat and unroll_layers stay those of the config.
     tokenizer: the checkpoint's, or None where training begins with nothing.
     entries: further entries for the config in the run's own checkpoints.
   """
@@ -57,8 +57,13 @@ def find_initial(config: TrainConfig, workdir: str | None, step: int | None = No
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
     OSError: the file of `config.budgets` cannot be read.
-    ValueError: the budgets do not fit the model.
+    ValueError: the budgets do not fit the model, or gates have no model.
   """
+  if config.model.head_gates and config.init_from is None:
+    raise ValueError(
+      "config.init_from is None; it must be a folder with a model, since config.model.head_gates "
+      "chooses full heads among those of a given model."
+    )
   attention = _attention_of_budgets(config)
   if config.init_from is None or workdir is None:
     model = dataclasses.replace(config.model, **attention)
@@ -90,10 +95,16 @@ def load_params(config: TrainConfig, mesh: Mesh) -> PyTree[Array]:
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
     OSError: the file of `config.budgets` cannot be read.
-    ValueError: the budgets do not fit the model, or the model has budgets already.
+    ValueError: the budgets do not fit the model, or the model has budgets already, to which no
+      budgets or gates are added.
   """
   assert config.init_from is not None
   model, _, _ = load_model(config.init_from, mesh=mesh)
+  if config.model.head_gates and model.config.head_budgets is not None:
+    raise ValueError(
+      f"config.init_from is {config.init_from!r}, whose model has head budgets; gates choose the "
+      "full heads of a model without budgets. Give the model from before any budgets."
+    )
   if config.budgets is not None:
     model = apply_budgets(model, read_head_budgets(config.budgets))
   params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -152,6 +152,8 @@ class Reporter:
         f"  {speed.tokens_per_second:,.0f} tokens/s  MFU {100 * speed.mfu:.1f} %"
         f"  step {speed.step_seconds:.3f} s"
       )
+    if "device_memory_bytes" in measured:
+      shown += f"  peak memory {measured['device_memory_bytes'] / 1e9:.1f} GB"
     self._bar.set_postfix_str(shown, refresh=False)
     self._bar.update()
     if is_logged:

@@ -1,16 +1,17 @@
 """Tables and pictures of continued pretraining."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.paper_parts.continued import UNTRAINED
 from benchmarks.paper_parts.plots import label, make_figure, save
 from dga_jax.evaluation.report import markdown
 
 _LABELS = {
-  "untrained": "dense, before training",
+  UNTRAINED: "dense, before training",
   "dense": "dense",
   "global": "DGA global, m = 16, γ = 0.1",
   "streaming_quarter": "DGA streaming, a quarter of the keys",
@@ -52,33 +53,55 @@ def write(results: Results, out: Path) -> str:
 def _losses(by_run: ByRun) -> str:
   """Held-out losses and the ratio of perplexities to dense attention that was trained alike.
 
-  Whole rows, with the standard error of the difference over rows; and the last tokens of each row
-  in decoding. For global selection the loss of whole rows is lower than decoding can reach.
+  Whole rows, and the last tokens of each row in decoding. For global selection the loss of whole
+  rows is lower than decoding can reach. A ratio compares the seeds that both runs have; ± is the
+  standard error over rows of the mean difference of these seeds.
   """
-  dense = by_run.get("dense", {}).get("loss")
+  dense = by_run.get("dense", {}).get("loss", ())
   rows = []
   for name, measures in by_run.items():
     if "loss" not in measures:
       continue
     own = measures["loss"]
-    whole, decoded = (_seeds(own, read) for read in (_whole, _decoded))
-    ratios = ["", ""]
-    if dense:
-      pairs = zip(own[0]["loss_by_row"], dense[0]["loss_by_row"], strict=True)
-      difference = np.array([loss - base for loss, base in pairs])
-      error = difference.std(ddof=1) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-      ratio = np.exp(whole.mean() - _seeds(dense, _whole).mean())
-      ratios = [
-        f"{ratio:.4f} ± {ratio * error:.4f}",
-        f"{np.exp(decoded.mean() - _seeds(dense, _decoded).mean()):.4f}",
-      ]
+    whole, decoded = ([read(one) for one in own] for read in (_whole, _decoded))
     share = f"{own[0]['budget']['share']:.1%}"
-    row = [_LABELS.get(name, name), str(len(own)), share, _with_spread(whole), ratios[0]]
-    rows.append([*row, _with_spread(decoded), ratios[1]])
+    row = [_LABELS.get(name, name), str(len(own)), share, _with_spread(whole)]
+    rows.append([*row, *_ratios(own, dense, with_seeds=name != "dense"), _with_spread(decoded)])
   if not rows:
     return ""
-  header = ["attention", "seeds", "cache", "loss", "perplexity/dense"]
-  return markdown([*header, "decoded tokens: loss", "perplexity/dense"], rows)
+  header = ["attention", "seeds", "cache", "loss", "perplexity/dense", "of each seed"]
+  return markdown([*header, "decoded: perplexity/dense", "decoded: loss"], rows)
+
+
+def _ratios(own: Results, dense: Results, *, with_seeds: bool) -> list[str]:
+  """The ratio with its error, that of each seed, and the ratio of the decoded tokens."""
+  pairs = _pairs(own, dense)
+  if not pairs:
+    return ["", "", ""]
+  differences = np.array(
+    [np.subtract(one["loss_by_row"], base["loss_by_row"]) for one, base in pairs]
+  )
+  by_row = differences.mean(axis=0)
+  ratio = np.exp(by_row.mean())
+  error = by_row.std(ddof=1) / len(by_row) ** 0.5 if len(by_row) > 1 else 0.0
+  decoded = np.exp(np.mean([_decoded(one) - _decoded(base) for one, base in pairs]))
+  seeds = [f"{one:.4f}" for one in np.exp(differences.mean(axis=1))]
+  return [
+    f"{ratio:.4f} ± {ratio * error:.4f}",
+    ", ".join(seeds) if with_seeds and len(seeds) > 1 else "",
+    f"{decoded:.4f}",
+  ]
+
+
+def _pairs(own: Results, dense: Results) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+  """The results of a run and of dense attention with equal seeds.
+
+  The model before training has one seed, which is compared with every seed of dense attention.
+  """
+  by_seed = {one["seed"]: one for one in own}
+  if own[0]["run"] == UNTRAINED:
+    by_seed = {one["seed"]: own[0] for one in dense}
+  return [(by_seed[base["seed"]], base) for base in dense if base["seed"] in by_seed]
 
 
 def _whole(result: Mapping[str, Any]) -> float:
@@ -89,8 +112,8 @@ def _decoded(result: Mapping[str, Any]) -> float:
   return float(result["last"]["decoded_loss"])
 
 
-def _seeds(results: Results, read: Callable[[Mapping[str, Any]], float]) -> np.ndarray:
-  return np.array([read(one) for one in results])
+def _by_position(result: Mapping[str, Any]) -> np.ndarray:
+  return np.array([one["loss"] for one in result["by_position"]])
 
 
 def _recall(by_run: Mapping[str, Results]) -> str:
@@ -113,24 +136,28 @@ def _summary(by_run: Mapping[str, Results]) -> str:
   lengths = list(dict.fromkeys(task.split()[1] for task in _first(by_run)["retrieval"]))
   rows = []
   for name, results in by_run.items():
-    means = []
-    for length in lengths:
-      own = [
-        task["share"]
-        for one in results
-        for title, task in one["retrieval"].items()
-        if title.endswith(f" {length}")
-      ]
-      means.append(np.mean(own))
-    needles = [
-      score["score"]
-      for one in results
-      for task, score in one["ruler"].items()
-      if task.startswith(("single", "multi"))
-    ]
-    rows.append([_LABELS.get(name, name), *(f"{x:.0%}" for x in (*means, np.mean(needles)))])
+    columns = [[_mean_of_length(one, length) for one in results] for length in lengths]
+    columns.append([_mean_of_needles(one) for one in results])
+    rows.append([_LABELS.get(name, name), *map(_percents, columns)])
   header = [f"retrieval, {length} tokens" for length in lengths]
   return markdown(["attention", *header, "RULER's needles"], rows)
+
+
+def _mean_of_length(result: Mapping[str, Any], length: str) -> float:
+  titles = result["retrieval"].items()
+  return float(np.mean([one["share"] for title, one in titles if title.endswith(f" {length}")]))
+
+
+def _mean_of_needles(result: Mapping[str, Any]) -> float:
+  needles = ("single", "multi")
+  tasks = result["ruler"].items()
+  return float(np.mean([one["score"] for task, one in tasks if task.startswith(needles)]))
+
+
+def _percents(values: Sequence[float]) -> str:
+  """The mean over seeds, and each seed's value if there are several."""
+  mean = f"{np.mean(values):.0%}"
+  return mean if len(values) == 1 else f"{mean} ({', '.join(f'{one:.0%}' for one in values)})"
 
 
 def _questions(by_run: Mapping[str, Results]) -> str:
@@ -188,26 +215,25 @@ def _by_corpus(evaluation: Mapping[str, Any]) -> str:
   return ", ".join(f"{Path(name).stem} {loss:.4f}" for name, loss in evaluation["losses"].items())
 
 
-def _with_spread(values: np.ndarray) -> str:
+def _with_spread(values: Sequence[float]) -> str:
   if len(values) == 1:
     return f"{values[0]:.4f}"
-  return f"{values.mean():.4f} ({', '.join(f'{value:.4f}' for value in values)})"
+  return f"{np.mean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
 
 
 def _plot(by_run: ByRun, path: Path) -> None:
-  """The loss by position above that of dense attention, and the training losses."""
+  """The loss by position above that of dense attention, and the training losses of one seed."""
   figure, (by_position, by_step) = make_figure(
     2, "Continued pretraining of SmolLM2-135M", height=5.0
   )
-  dense = by_run.get("dense", {}).get("loss")
+  dense = by_run.get("dense", {}).get("loss", ())
   for index, (name, measures) in enumerate(by_run.items()):
     style: dict[str, Any] = {"color": f"C{index}", "label": _LABELS.get(name, name)}
-    if dense and "loss" in measures and name != "dense":
-      pairs = zip(measures["loss"][0]["by_position"], dense[0]["by_position"], strict=True)
-      middles, excess = zip(
-        *(((one["from"] + one["to"]) / 2, one["loss"] - base["loss"]) for one, base in pairs),
-        strict=True,
-      )
+    pairs = _pairs(measures["loss"], dense) if "loss" in measures and name != "dense" else []
+    if pairs:
+      places = pairs[0][0]["by_position"]
+      excess = np.mean([_by_position(one) - _by_position(base) for one, base in pairs], axis=0)
+      middles = [(one["from"] + one["to"]) / 2 for one in places]
       by_position.plot(middles, excess, "o-", ms=3, **style)
     if "train" in measures:
       losses = np.array(measures["train"][0]["losses"])

@@ -1,4 +1,8 @@
-"""Causal dense attention with the fastest kernel of the device: splash, cuDNN or XLA."""
+"""Causal dense attention with the fastest kernel of the device.
+
+Splash attention on TPUs, cuDNN on GPUs, the kernels of `grouped_attention` for packed documents on
+GPUs, and XLA.
+"""
 
 from typing import Any, Literal
 
@@ -9,8 +13,9 @@ from jaxtyping import Array, Float
 from dga_jax.attention.segments import Documents, is_traced
 from dga_jax.attention.splash import splash_causal, splash_refusal
 from pallas_kernels import dispatch
+from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
 
-DenseImplementation = Literal["splash", "cudnn", "xla"]
+DenseImplementation = Literal["splash", "cudnn", "grouped", "xla"]
 
 
 def dense_attention(
@@ -33,20 +38,27 @@ def dense_attention(
     documents: the rows.
     scale: of the logits, default 1/√D.
     implementation: "splash" of JAX's Pallas kernels for TPUs, "cudnn" or "xla" of
-      `jax.nn.dot_product_attention`, or None for the first of them that can run the call. cuDNN
-      does not support packed documents, for which it is replaced by "xla".
+      `jax.nn.dot_product_attention`, "grouped" for the GPU kernels of `grouped_attention`, or None
+      for the first of them that can run the call. cuDNN does not support packed documents, for
+      which it is replaced by "xla".
 
   Raises:
-    NotImplementedError: splash attention is named and cannot run the call.
+    NotImplementedError: splash attention or "grouped" is named and cannot run the call.
   """
   scale = query.shape[-1] ** -0.5 if scale is None else scale
   if is_traced(scale):  # The fused kernels take a static scale.
     query, scale = (query * scale).astype(query.dtype), 1.0
   scale = float(scale)
   if implementation is None:
-    implementation = _choose(query, documents)
+    implementation = _choose(query, key, documents, scale)
   if implementation == "splash":
     out_BxLxHxD = splash_causal(query, key, value, documents.index, scale=scale)
+  elif implementation == "grouped":
+    sources, max_window = causal_sources(key, value, documents), key.shape[1]
+    names = _GROUPED_KERNELS
+    return grouped_attention(
+      query, sources, scale=scale, max_window=max_window, implementation=names
+    )
   elif documents.rows == "packed":
     same_BxLxL = documents.index[:, :, None] == documents.index[:, None, :]
     out_BxLxHxD = xla_attention(
@@ -57,6 +69,37 @@ def dense_attention(
   else:
     out_BxLxHxD = xla_attention(query, key, value, scale=scale, is_causal=True)
   return jnp.where(documents.is_token[:, :, None, None], out_BxLxHxD, 0)
+
+
+# Backends of `grouped_attention` whose work follows the ranges of keys.
+_GROUPED_KERNELS = ("mosaic_gpu", "triton")
+
+
+def causal_sources(
+  key: Float[Array, "B L N D"],
+  value: Float[Array, "B L N D"],
+  documents: Documents,
+  *,
+  empty: bool = False,
+) -> KVSources:
+  """The sources of `grouped_attention` for causal attention inside each document.
+
+  The window of a query begins at its document. Padding sees nothing.
+
+  Args:
+    key: of the tokens.
+    value: of the tokens.
+    documents: the rows.
+    empty: whether all windows are empty.
+  """
+  B, _, N, D = key.shape
+  no_key = jnp.zeros((B, 0, N, D), key.dtype)
+  start_BxL = documents.start
+  end_BxL = start_BxL if empty else start_BxL + documents.position + documents.is_token
+  none_Bx1xL = jnp.zeros_like(start_BxL)[:, None]
+  no_source = KVSource(no_key, no_key, none_Bx1xL, none_Bx1xL)
+  window = KVSource(key, value, start_BxL[:, None], end_BxL[:, None])
+  return KVSources(no_source, no_source, window)
 
 
 def xla_attention(
@@ -96,10 +139,15 @@ def _cudnn_causal(q: Array, k: Array, v: Array, scale: float) -> Array:
   return out[:, :L]
 
 
-def _choose(query: Array, documents: Documents) -> DenseImplementation:
+def _choose(query: Array, key: Array, documents: Documents, scale: float) -> DenseImplementation:
   """The first implementation that can run a call; `dispatch.collect_reports` lists the reasons."""
-  reasons = {"splash": _splash_reason(query), "cudnn": _cudnn_reason(query, documents), "xla": None}
-  order: tuple[DenseImplementation, ...] = ("splash", "cudnn", "xla")
+  reasons = {
+    "splash": _splash_reason(query),
+    "cudnn": _cudnn_reason(query, documents),
+    "grouped": _grouped_reason(query, key, documents, scale),
+    "xla": None,
+  }
+  order: tuple[DenseImplementation, ...] = ("splash", "cudnn", "grouped", "xla")
   chosen = next(name for name in order if reasons[name] is None)
   target = dispatch.find_target(query)
   dispatch.record(dispatch.Report("dense_attention", target, reasons, chosen))
@@ -112,6 +160,27 @@ def _splash_reason(query: Array) -> str | None:
   if target.platform != "tpu":
     return f"runs on a TPU, and this call is for {target}"
   return splash_refusal(query)
+
+
+def _grouped_reason(query: Array, key: Array, documents: Documents, scale: float) -> str | None:
+  """Why the GPU kernels of `grouped_attention` do not run a call; None if they do."""
+  if documents.rows != "packed":
+    return "segment_ids are not given; cuDNN is faster for one document in each row"
+  sources = causal_sources(key, key, documents)
+  try:
+    dispatch.choose(
+      "grouped_attention",
+      _GROUPED_KERNELS,
+      query,
+      sources,
+      scale=scale,
+      group_bias=0.0,
+      max_window=key.shape[1],
+      head_runs=None,
+    )
+  except NotImplementedError as refused:
+    return str(refused)
+  return None
 
 
 def _cudnn_reason(query: Array, documents: Documents) -> str | None:

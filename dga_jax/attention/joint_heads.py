@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from dga_jax.attention.array_parts import put_part, take_part
 from dga_jax.attention.attend import attention_kwargs, merge_tokens, zero_padding
 from dga_jax.attention.block_entries import for_kernel
-from dga_jax.attention.dense import dense_attention
+from dga_jax.attention.dense import causal_sources, dense_attention
 from dga_jax.attention.head_classes import HeadClasses
 from dga_jax.attention.metadata import AttentionMetadata
 from dga_jax.attention.segments import Documents
@@ -137,7 +137,9 @@ def attend_jointly(
       most = min(own.window, key.shape[1])
     else:
       is_joint = FULL_JOINT or own.rows == "packed"
-      sources, most = _full_sources(tokens, heads, own, is_seen=is_joint), key.shape[1]
+      own_key, own_value = (heads.of(x, key.shape[2]) for x in (tokens.key, tokens.value))
+      sources = causal_sources(own_key, own_value, own, empty=not is_joint)
+      most = key.shape[1]
       if not is_joint:
         tokens, part = tokens.take_heads(heads)
         dense.append((heads, part))
@@ -167,20 +169,6 @@ def _costly_first(costly: Sequence[HeadRange], heads: Sequence[HeadRange]) -> He
 
 def _documents(metadata: SettingMetadata) -> Documents:
   return metadata if isinstance(metadata, Documents) else metadata.documents
-
-
-def _full_sources(
-  tokens: _Tokens, heads: HeadRange, documents: Documents, *, is_seen: bool
-) -> KVSources:
-  """A window from the document's first token to the query, or where it is not seen an empty one."""
-  i_BxL = documents.start + documents.position
-  end_BxL = i_BxL + documents.is_token if is_seen else documents.start
-  none = jnp.zeros_like(i_BxL)[:, None]
-  B, _, _, D = tokens.key.shape
-  no_key = jnp.zeros((B, 0, heads.size, D), tokens.key.dtype)
-  empty = KVSource(no_key, no_key, none, none)
-  window = KVSource(tokens.key, tokens.value, documents.start[:, None], end_BxL[:, None])
-  return KVSources(empty, empty, window)
 
 
 def _join_sources(parts: Sequence[tuple[HeadRange, KVSources]], tokens: _Tokens) -> KVSources:

@@ -86,6 +86,16 @@ class ListPositions(NamedTuple):
 def list_positions(selection: Selection, documents: Documents, m: int) -> ListPositions:
   """Places of tokens in the lists of focal tokens and members, for groups of m members."""
   is_member_BxNxL = documents.is_token[:, None] & ~selection.focal_mask
+  focal_before_BxNxL = count_before(selection.focal_mask)
+  if documents.rows == "whole":  # One cumulative sum is enough.
+    members_before_BxNxL = documents.position[:, None] - focal_before_BxNxL
+    return ListPositions(
+      is_member=is_member_BxNxL,
+      focal_before=focal_before_BxNxL,
+      members_before=members_before_BxNxL,
+      slot=members_before_BxNxL,
+      section=jnp.zeros_like(members_before_BxNxL),
+    )
   members_BxNxL = count_before(is_member_BxNxL)
   members_before_BxNxL = members_BxNxL - at_document_start(members_BxNxL, documents)
   upto_BxNxL = members_before_BxNxL + is_member_BxNxL
@@ -93,7 +103,7 @@ def list_positions(selection: Selection, documents: Documents, m: int) -> ListPo
   slot_BxNxL = count_before(is_member_BxNxL + fill_BxNxL)
   return ListPositions(
     is_member=is_member_BxNxL,
-    focal_before=count_before(selection.focal_mask),
+    focal_before=focal_before_BxNxL,
     members_before=members_before_BxNxL,
     slot=slot_BxNxL,
     section=at_document_start(slot_BxNxL, documents),

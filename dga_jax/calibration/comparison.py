@@ -98,6 +98,24 @@ def spread_window(
   return Baseline((FULL, setting), np.where(is_full_KxN, 0, 1))
 
 
+def scale_windows(one: Baseline, ratio: float) -> Baseline:
+  """The set with every window multiplied by a ratio, for rows of another length.
+
+  Raw blocks are rounded, and may become 0. Settings that become equal are one setting.
+  """
+  scaled = [_scaled(setting, ratio) for setting in one.candidates]
+  settings = tuple(dict.fromkeys(scaled))
+  return Baseline(settings, np.array([settings.index(x) for x in scaled])[one.assignment])
+
+
+def _scaled(setting: HeadSetting, ratio: float) -> HeadSetting:
+  if isinstance(setting, DGAConfig):
+    return dataclasses.replace(setting, local_window=round(setting.local_window * ratio))
+  if isinstance(setting, SinkWindow):
+    return SinkWindow(max(1, int(setting.window * ratio)), setting.sinks)
+  return setting
+
+
 def most_sinks(candidates: Sequence[HeadSetting]) -> int:
   """The largest number of sinks of a candidate."""
   return max(map(_sinks, candidates))

@@ -1,18 +1,18 @@
 """Local correction of an allocation: changes that measuring accepts or rejects.
 
 The damage of a set is not the sum of its heads' damages, so the solver's set need not be the best.
-The correction starts from the best of several sets. It measures heads again beside the best set and
-moves many heads at once, as long as this lowers the score. Then it swaps pairs of heads.
+The correction measures heads again beside the best set and moves many heads at once, as long as
+this lowers the score. Then it swaps pairs of heads.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from dga_jax.calibration.allocation import allocate, Near
+from dga_jax.calibration.allocation import allocate, Bounds, count_rows, Near
 
 _CONSIDERED = 64  # Heads of each direction that are combined into swaps.
 
@@ -23,104 +23,89 @@ class Corrected(NamedTuple):
   Attributes:
     choice: the candidate of each head.
     score: its measured score.
-    start: the index of the start with the lowest score.
-    starts: the measured score of each start.
-    tried: changes of this start that were measured.
+    tried: changes that were measured.
     accepted: changes that lowered the score.
   """
 
   choice: Int[np.ndarray, "H"]
   score: float
-  start: int
-  starts: tuple[float, ...]
   tried: int
   accepted: int
 
-  def best(self, other: "Corrected", start: int) -> "Corrected":
-    """The result with the lower score, with the changes of both and the starts of this one.
-
-    Args:
-      other: a correction of one set.
-      start: the index of that set, or of the start that it was made from, among these starts.
-    """
-    better = other._replace(start=start) if other.score < self.score else self
-    return better._replace(
-      starts=self.starts,
-      tried=self.tried + other.tried,
-      accepted=self.accepted + other.accepted,
-    )
-
 
 def correct(
-  starts: Sequence[Int[np.ndarray, "H"]],
+  start_H: Int[np.ndarray, "H"],
+  score: float,
   damage_HxC: Float[np.ndarray, "H C"],
   cost_C: Float[np.ndarray, "C"],
   budget: float,
+  bounds: Bounds,
   *,
   measure: Callable[[Int[np.ndarray, "H"]], float],
   rounds: int,
   measure_beside: Callable[[Int[np.ndarray, "H"]], Float[np.ndarray, "H C"]],
   refinements: int,
 ) -> Corrected:
-  """Measures changes of the best start and keeps each one that lowers the measured score.
+  """Measures changes of a set and keeps each one that lowers the measured score.
 
   In a refinement the damages are measured again beside the best set. The solver then moves at most
   H, H/2, H/4, ... 2 heads of it, and each of these sets is measured. A refinement that finds no
   better set is the last one.
 
   A swap gives one head a candidate of less damage and another head one of more, within the budget
-  and among the candidates in use. Swaps are measured in the order of the damage that they add by
-  prediction; after an accepted swap the order is made anew.
+  and the bounds and among the candidates in use. Swaps are measured in the order of the damage that
+  they add by prediction; after an accepted swap the order is made anew.
 
   Args:
-    starts: allocations within the budget.
+    start_H: an allocation within the budget and the bounds.
+    score: its measured score; lower is better.
     damage_HxC: predicted damage of each head under each candidate.
     cost_C: of one head under each candidate.
     budget: bound on the sum of costs.
-    measure: the score of a set; lower is better.
+    bounds: on settings and rows.
+    measure: the score of a set.
     rounds: largest number of measured swaps.
     measure_beside: the damages beside a set; infinite for candidates that were not measured.
     refinements: most passes of `measure_beside`.
   """
   search = _Search(measure)
-  scores = tuple(search.score(start_H) for start_H in starts)
-  best = int(np.argmin(scores))
-  choice_H, score = starts[best], scores[best]
-  first = len(search.scores)
+  choice_H = start_H
+  search.scores[choice_H.tobytes()] = score
   accepted = 0
   for _ in range(refinements):
     damage_HxC = measure_beside(choice_H)
     base_H, before, moved = choice_H, score, len(choice_H)
     while moved >= 2:
-      moved_H = allocate_finite(damage_HxC, cost_C, budget, Near(base_H, moved))
+      moved_H = allocate_finite(damage_HxC, cost_C, budget, bounds, Near(base_H, moved))
       if search.is_new(moved_H) and (measured := search.score(moved_H)) < score:
         choice_H, score, accepted = moved_H, measured, accepted + 1
       moved //= 2
     if score == before:
       break
   used = np.unique(choice_H)
-  proposals = _swaps(choice_H, damage_HxC, cost_C, budget, used)
+  proposals = _swaps(choice_H, damage_HxC, cost_C, budget, bounds, used)
   for _ in range(rounds):
     proposal_H = next(filter(search.is_new, proposals), None)
     if proposal_H is None:
       break
     if (measured := search.score(proposal_H)) < score:
       choice_H, score, accepted = proposal_H, measured, accepted + 1
-      proposals = _swaps(choice_H, damage_HxC, cost_C, budget, used)
-  return Corrected(choice_H, score, best, scores, len(search.scores) - first, accepted)
+      proposals = _swaps(choice_H, damage_HxC, cost_C, budget, bounds, used)
+  return Corrected(choice_H, score, len(search.scores) - 1, accepted)
 
 
 def allocate_finite(
   damage_HxC: Float[np.ndarray, "H C"],
   cost_C: Float[np.ndarray, "C"],
   budget: float,
+  bounds: Bounds,
   near: Near | None = None,
 ) -> Int[np.ndarray, "H"]:
   """`allocate` among the candidates whose damages are finite for all heads."""
   finite = np.flatnonzero(np.isfinite(damage_HxC).all(axis=0))
   if near is not None:
     near = Near(np.searchsorted(finite, near.choice), near.heads)
-  return finite[allocate(damage_HxC[:, finite], cost_C[finite], budget, near=near)]
+  return finite[allocate(damage_HxC[:, finite], cost_C[finite], budget, bounds, near=near)]
 
 
 class _Search:
@@ -140,7 +125,12 @@ class _Search:
 
 
 def _swaps(
-  choice_H: np.ndarray, damage_HxC: np.ndarray, cost_C: np.ndarray, budget: float, used: np.ndarray
+  choice_H: np.ndarray,
+  damage_HxC: np.ndarray,
+  cost_C: np.ndarray,
+  budget: float,
+  bounds: Bounds,
+  used: np.ndarray,
 ) -> Iterator[Int[np.ndarray, "H"]]:
   """Neighbours of a choice, the one with the least predicted damage first."""
   heads = np.arange(len(choice_H))
@@ -158,7 +148,8 @@ def _swaps(
   for _, raised, a, lowered, b in sorted(moves):
     proposal_H = choice_H.copy()
     proposal_H[raised], proposal_H[lowered] = a, b
-    yield proposal_H
+    if count_rows(proposal_H, bounds.kv_heads) <= bounds.rows:
+      yield proposal_H
 
 
 def _least(added_HxC: np.ndarray, allowed_HxC: np.ndarray) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
-"""Head budgets from learned gates: the KV heads with the largest gates become full."""
+"""Head budgets from learned gates: KV heads with larger gates get settings with more keys."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
@@ -71,20 +72,28 @@ def count_full_heads(share: float, length: int, compact: HeadSetting, config: Mo
   return math.floor(num_full * (1 + _ROUNDING))
 
 
-def harden(gates_KxN: Float[np.ndarray, "K N"], compact: HeadSetting, num_full: int) -> HeadBudgets:
-  """Budgets in which the KV heads with the largest gates are full.
+def harden(gates_KxN: Float[np.ndarray, "K N"], heads: Mapping[HeadSetting, int]) -> HeadBudgets:
+  """Budgets in which KV heads with larger gates have earlier settings.
 
   Args:
     gates_KxN: of each layer and KV head, in the order of the model's heads. Of equal gates that of
-      the earlier head is taken.
-    compact: setting of all other heads.
-    num_full: number of full heads.
+      the earlier head counts as the larger one.
+    heads: the number of heads of each setting, the one for the largest gates first.
 
   Returns:
-    Budgets for the model that the gates were learned for, with the settings "full" and `compact`.
+    Budgets for the model that the gates were learned for.
+
+  Raises:
+    ValueError: the numbers do not add up to the heads of the model.
   """
+  counts = list(heads.values())
+  if sum(counts) != gates_KxN.size:
+    raise ValueError(
+      f"the settings have {' + '.join(map(str, counts))} heads; the model has {gates_KxN.size} "
+      "gates. Give numbers that add up to it."
+    )
+  setting_of_head = np.empty(gates_KxN.size, int)
   order = np.argsort(-gates_KxN, axis=None, kind="stable")
-  is_compact = np.ones(gates_KxN.size, int)
-  is_compact[order[:num_full]] = 0
-  rows = tuple(map(tuple, is_compact.reshape(gates_KxN.shape).tolist()))
-  return HeadBudgets((FULL, compact), rows)
+  setting_of_head[order] = np.repeat(np.arange(len(counts)), counts)
+  rows = tuple(map(tuple, setting_of_head.reshape(gates_KxN.shape).tolist()))
+  return HeadBudgets(tuple(heads), rows)

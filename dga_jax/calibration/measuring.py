@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
@@ -19,6 +19,7 @@ from dga_jax.model import Decoder
 
 _AHEAD = 8  # Measurements that the device may be ahead of the file.
 
+Measure = Literal["divergence", "loss"]
 type Tick = Callable[[], Any]
 # A key of the file; and layer, KV head and candidate.
 type _Job = tuple[str, tuple[int, int, int]]
@@ -67,9 +68,9 @@ class Divergence(NamedTuple):
 
 
 class HeadRises(NamedTuple):
-  """The rise of the divergence when one KV head alone leaves a base set for a candidate.
+  """The rise of the divergence or of the loss when one KV head alone leaves a base set.
 
-  The base of the profile is the set of full heads, whose divergence is 0.
+  Each head follows each candidate. The base of the profile is the set of full heads.
 
   Attributes:
     text: nats per token, [layers, KV heads, candidates]; 0 for the candidate of the base.
@@ -115,6 +116,8 @@ class Measurer:
     candidates: settings of a KV head; "full" is the first.
     results: the file of measurements.
     batch_size: rows that run together.
+    measure: what rises: the divergence from dense attention, or the loss, whose rise has more noise
+      and is below 0 where a set predicts better than dense attention, as beyond the trained length.
 
   Attributes:
     candidates: settings that the compiled program has.
@@ -125,12 +128,18 @@ class Measurer:
   """
 
   def __init__(
-    self, model: Decoder, candidates: Sequence[HeadSetting], results: Results, batch_size: int
+    self,
+    model: Decoder,
+    candidates: Sequence[HeadSetting],
+    results: Results,
+    batch_size: int,
+    measure: Measure = "divergence",
   ) -> None:
     if candidates[0] != FULL:
       raise ValueError(f"candidates[0] is {candidates[0]!r}; it must be {FULL!r}.")
     self.candidates = tuple(candidates)
     self._model, self._results, self._batch_size = model, results, batch_size
+    self._rising = measure
     self._decoder = AssignedDecoder(model, candidates)
     self._dense: dict[str, Array] = {}
     self.shape = (model.config.num_layers, model.config.num_kv_heads)
@@ -175,7 +184,7 @@ class Measurer:
     Raises:
       FloatingPointError: a loss is NaN or infinite.
     """
-    whole = self.measure_set(rows, self.candidates, base).divergence
+    whole = self._values(self.measure_set(rows, self.candidates, base))
     is_base = np.arange(wanted.shape[-1]) == base[..., None]
     rises = []
     for name, one in rows._asdict().items():
@@ -184,7 +193,7 @@ class Measurer:
         jobs = self._jobs(name, index, wanted, base)
         self._measure_batch(jobs, base, count, batch, tick)
         for key, at in jobs:
-          total[at] += sum(self._results[key]["divergence"])
+          total[at] += sum(self._results[key][self._rising])
       rises.append(np.where(is_base, 0, total / len(one) - getattr(whole, name)))
     return HeadRises(*rises)
 
@@ -209,6 +218,20 @@ class Measurer:
       found = sum(map(sum, measured["found"]))
     questions = len(rows.retrieval) * rows.retrieval.questions
     return SetLoss(**losses, found=found, questions=questions, divergence=Divergence(**divergence))
+
+  def rise_of_set(
+    self, rows: RowSet, candidates: Sequence[HeadSetting], assignment: Int[np.ndarray, "K N"]
+  ) -> Divergence:
+    """The rise of one assignment over dense attention; the arguments are those of `measure_set`."""
+    own = self._values(self.measure_set(rows, candidates, assignment))
+    dense = self._values(self.measure_set(rows, (FULL,), np.zeros(self.shape, int)))
+    return Divergence(own.text - dense.text, own.retrieval - dense.retrieval)
+
+  def _values(self, measured: SetLoss) -> Divergence:
+    """The divergences or the losses."""
+    if self._rising == "divergence":
+      return measured.divergence
+    return Divergence(measured.text, measured.retrieval)
 
   def measure_rows(
     self,

@@ -39,10 +39,11 @@ def write_json(result: Calibration, provenance: Mapping[str, Any], path: Path) -
       ],
       "starts": [
         {"name": start.name, "score": score, "budgets": make_budgets(*start.set).to_dict()}
-        for start, score in zip(result.starts, result.corrected.starts, strict=True)
+        for start, score in result.starts
       ],
-      "score": result.corrected.score,
-      "changes": {"tried": result.corrected.tried, "accepted": result.corrected.accepted},
+      "chosen_start": result.starts[result.chosen_start][0].name,
+      "score": result.improved.score,
+      "changes": {"tried": result.improved.tried, "accepted": result.improved.accepted},
       "dense": _as_json(result.dense),
       "chosen": _row_as_json(result.chosen),
       "table": [_row_as_json(row) for row in result.table],
@@ -64,7 +65,7 @@ def table(result: Calibration) -> str:
   attention's loss. The last row is the chosen set after its correction. Scores are
   the measured damages on the calibration rows; see `Scale.score`.
   """
-  dense, corrected = result.dense, result.corrected
+  dense, improved = result.dense, result.improved
   lines = [
     f"Dense: perplexity {math.exp(dense.text):.3f}, retrieval {_retrieval(dense)}.",
     "",
@@ -74,10 +75,10 @@ def table(result: Calibration) -> str:
     lines += _lines(row, dense, f"{row.share:.2f}")
   lines += _lines(result.chosen, dense, f"**{result.chosen.share:.2f}, corrected**")
   lines += ["", "Scores of the first sets, lower is better:"]
-  for start, score in zip(result.starts, corrected.starts, strict=True):
-    lines.append(f"- {start.name}: {score:.4f}")
+  lines += [f"- {start.name}: {score:.4f}" for start, score in result.starts]
   lines.append(
-    f"- after {corrected.accepted} of {corrected.tried} measured changes: {corrected.score:.4f}"
+    f"- {result.starts[result.chosen_start][0].name}, after {improved.accepted} of"
+    f" {improved.tried} measured changes of the best starts: {improved.score:.4f}"
   )
   return "\n".join(lines)
 

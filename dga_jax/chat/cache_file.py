@@ -185,7 +185,7 @@ def _binding(model: Decoder, tokenizer: Tokenizer, template: ChatTemplate | None
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
   """The fields of a config that the content of a cache depends on."""
-  unused = {"remat", "param_dtype", *ATTENTION_SETTINGS} - {config.attention}
+  unused = {"remat", "unroll_layers", "param_dtype", *ATTENTION_SETTINGS} - {config.attention}
   values = {name: value for name, value in config.to_dict().items() if name not in unused}
   settings: dict[str, Any] = json.loads(json.dumps(values))
   return settings

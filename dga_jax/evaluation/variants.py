@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dga_jax.checkpoint import abstract_decoder
-from dga_jax.model import Decoder, ModelConfig
+from dga_jax.model import Decoder, ModelConfig, weight_name
 from dga_jax.model.attention_kinds.token_selection import HeadShape, TokenSelectionAttention
 from dga_jax.model.config import ATTENTION_SETTINGS
 
@@ -105,11 +105,12 @@ class Family:
   def __init__(self, model: Decoder, start_ids: Sequence[int] = ()) -> None:
     self.config = model.config
     self.params = nnx.state(model, nnx.Param)
+    self.weights = weight_name(model)
     self.start_ids = tuple(start_ids)
 
   def graphdef(self, variant: Variant, length: int) -> nnx.GraphDef:
     """The graph definition of a variant, for programs with the parameters as an argument."""
-    return abstract_decoder(variant.config(self.config, length))[0]
+    return abstract_decoder(variant.config(self.config, length), self.weights)[0]
 
   def model(self, variant: Variant, length: int) -> Decoder:
     """The decoder of a variant, which shares the parameters."""

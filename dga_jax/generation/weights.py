@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from dga_jax.model import Decoder
+from dga_jax.model import Decoder, weight_name
 from dga_jax.sharding import current_rules, partition_spec
 
 
@@ -22,8 +22,13 @@ def compute_weights(model: Decoder, mesh: Mesh | None = None) -> nnx.State:
     mesh: devices that share the weights by `ShardingRules`; None for one device.
 
   Raises:
-    ValueError: a weight that overflows the dtype of the products.
+    ValueError: a weight that overflows the dtype of the products, or weights in 8 bits on a mesh.
   """
+  if mesh is not None and (name := weight_name(model)) is not None:
+    raise ValueError(
+      f"the weights are in 8 bits ({name}), which one device holds, but there is a mesh; give a"
+      " mesh or weights in 8 bits."
+    )
   # Cast before the layers are unstacked, since unstacking copies the weights.
   graphdef, params = nnx.split(model)
   model = nnx.merge(graphdef, in_compute_dtype(params, model.config.dtype)).unstack_layers()
@@ -88,7 +93,9 @@ def _put(params: nnx.State, mesh: Mesh) -> nnx.State:
 
 
 def in_compute_dtype(params: Any, dtype: str) -> Any:
-  """Casts the weights to the dtype of the products, once; norms compute in float32.
+  """Casts the weights to the dtype of the products, once.
+
+  Norms compute in float32, and weights in 8 bits keep their dtype.
 
   Raises:
     ValueError: a weight that is too large for the dtype, which only float16 can cause.
@@ -96,7 +103,7 @@ def in_compute_dtype(params: Any, dtype: str) -> Any:
 
   def cast(path: tuple[Any, ...], x: Array) -> Float[Array, "..."]:
     name = jax.tree_util.keystr(path)
-    if "scale" in name:
+    if "scale" in name or x.dtype.itemsize == 1:
       return x
     narrow = x.astype(dtype)
     if dtype == "float16" and bool((jnp.isinf(narrow) & jnp.isfinite(x)).any()):

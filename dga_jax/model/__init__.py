@@ -4,6 +4,7 @@ from dga_jax.model.apply_budgets import apply_budgets
 from dga_jax.model.config import ModelConfig, RopeScaling
 from dga_jax.model.decoder import Decoder, DecoderCache
 from dga_jax.model.flops import cache_keys, flops_per_token, mean_keys, parameter_count
+from dga_jax.model.quantized import quantize_weights, weight_name
 
 __all__ = [
   "Decoder",
@@ -15,4 +16,6 @@ __all__ = [
   "flops_per_token",
   "mean_keys",
   "parameter_count",
+  "quantize_weights",
+  "weight_name",
 ]

@@ -11,6 +11,7 @@ from jaxtyping import Array
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.model.decoder import Decoder
 from dga_jax.model.layers import DecoderLayer
+from dga_jax.model.quantized import QuantizedLayer
 
 
 def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> Decoder:
@@ -32,12 +33,14 @@ def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> De
 
   Raises:
     ValueError: the budgets do not fit the model, the model has budgets or gates, parts does not
-      divide its KV heads, or its layers are unstacked.
+      divide its KV heads, its layers are unstacked, or its weights are in 8 bits.
   """
   if not isinstance(model.layers, DecoderLayer):
     raise ValueError(
       "model has unstacked layers; call apply_budgets before Decoder.unstack_layers."
     )
+  if isinstance(model.layers, QuantizedLayer):
+    raise ValueError("model has weights in 8 bits; call apply_budgets before quantize_weights.")
   if model.config.head_budgets is not None:
     raise ValueError(
       "model has head budgets already, and its heads are in their order. Apply budgets to the "

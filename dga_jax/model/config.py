@@ -78,6 +78,9 @@ class ModelConfig:
     param_dtype: of the stored (master) weights.
     remat: what the backward pass recomputes in each layer: "none"; "full", everything from the
       layer's input; "dots", everything but the outputs of products with weights.
+    unroll_layers: whether a program has code of its own for each layer, in place of a loop over
+      stacked arrays. A training step then copies nothing to and from the stacks of values that the
+      backward pass reads, and takes longer to compile.
 
   Raises:
     ValueError: names the field, its value and the values it takes.
@@ -117,6 +120,7 @@ class ModelConfig:
   dtype: DtypeName = "bfloat16"
   param_dtype: DtypeName = "float32"
   remat: RematName = "none"
+  unroll_layers: bool = False
 
   def __post_init__(self) -> None:
     require_int(
@@ -137,7 +141,14 @@ class ModelConfig:
       raise config_error(self, "head_dim", "even, since RoPE rotates pairs of channels")
     require_number(self, "rope_base", "norm_eps", above=0)
     require_type(self, "rope_scaling", RopeScaling, type(None))
-    for name in ("tie_embeddings", "qkv_bias", "qk_norm", "focal_selector", "head_gates"):
+    for name in (
+      "tie_embeddings",
+      "qkv_bias",
+      "qk_norm",
+      "focal_selector",
+      "head_gates",
+      "unroll_layers",
+    ):
       require_type(self, name, bool)
     for name, settings in ATTENTION_SETTINGS.items():
       require_type(self, name, settings, *((type(None),) if name == "head_budgets" else ()))

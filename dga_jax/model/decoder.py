@@ -353,6 +353,7 @@ class Decoder(nnx.Module):
         caches,
         num_layers=config.num_layers,
         remat=config.remat,
+        unroll=config.unroll_layers,
       )
     else:
       layer_index = config.make_attention().layer_index

@@ -160,6 +160,19 @@ class SelfAttention(nnx.Module):
     q_BxLxHxD = jnp.einsum("BLE,EHD->BLHD", x_BxLxE, gather_weight(self.query, self.dtype))
     k_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, gather_weight(self.key, self.dtype))
     v_BxLxNxD = jnp.einsum("BLE,END->BLND", x_BxLxE, gather_weight(self.value, self.dtype))
+    o_BxLxHxD, cache = self.mix(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, rope, attend)
+    out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, gather_weight(self.out, self.dtype))
+    return out_BxLxE, cache
+
+  def mix(
+    self,
+    q_BxLxHxD: Float[Array, "B L H D"],
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    rope: RopeTable,
+    attend: Attend,
+  ) -> tuple[Float[Array, "B L H D"], Any]:
+    """Adds biases to the products, normalises, rotates and attends; see `__call__`."""
     if self.config.qkv_bias:
       q_BxLxHxD = q_BxLxHxD + gather_weight(self.query_bias, self.dtype)[None, None]
       k_BxLxNxD = k_BxLxNxD + gather_weight(self.key_bias, self.dtype)[None, None]
@@ -171,9 +184,7 @@ class SelfAttention(nnx.Module):
     if self.config.focal_selector:
       scores = [focal_scores(k_BxLxNxD, v_BxLxNxD, gather_weight(self.selector, jnp.float32))]
     q_BxLxHxD, k_BxLxNxD = apply_rope(q_BxLxHxD, rope), apply_rope(k_BxLxNxD, rope)
-    o_BxLxHxD, cache = attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, *scores)
-    out_BxLxE = jnp.einsum("BLHD,HDE->BLE", o_BxLxHxD, gather_weight(self.out, self.dtype))
-    return out_BxLxE, cache
+    return attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, *scores)
 
 
 class SwiGLU(nnx.Module):

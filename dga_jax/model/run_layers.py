@@ -34,8 +34,9 @@ def run_stacked(
   *,
   num_layers: int,
   remat: RematName,
+  unroll: bool = False,
 ) -> tuple[Float[Array, "B L E"], Any]:
-  """Runs layers whose parameters are stacked: one program for all of them.
+  """Runs layers whose parameters are stacked: one loop, or with `unroll` code for each layer.
 
   Args:
     layers: parameters with a leading axis of layers.
@@ -46,6 +47,7 @@ def run_stacked(
       scanning over them would copy them.
     num_layers: how many layers are stacked.
     remat: see `ModelConfig.remat`.
+    unroll: see `ModelConfig.unroll_layers`.
 
   Returns:
     The residual stream, and the updated or the stacked new caches.
@@ -63,7 +65,9 @@ def run_stacked(
     # would only cost time.
     step = jax.checkpoint(step, policy=_REMAT_POLICIES[remat], prevent_cse=False)
   layers_and_indices = (params, jnp.arange(num_layers))
-  (x_BxLxE, updated), stacked = jax.lax.scan(step, (x_BxLxE, caches), layers_and_indices)
+  (x_BxLxE, updated), stacked = jax.lax.scan(
+    step, (x_BxLxE, caches), layers_and_indices, unroll=num_layers if unroll else 1
+  )
   return x_BxLxE, stacked if caches is None else updated
 
 

@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dga_jax.choices import AttentionName, DtypeName
+from dga_jax.choices import AttentionName, DtypeName, WeightName
 from dga_jax.generation import Engine
 from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
 from dga_jax.generation.compile_jobs import Progress
@@ -57,6 +57,7 @@ def load_models(
   attentions: Sequence[AttentionName | None],
   dtype: DtypeName | None,
   budgets: HeadBudgets | None = None,
+  weights: WeightName | None = None,
   settings: LaunchSettings,
   progress: Progress,
 ) -> list[ServedModel]:
@@ -72,6 +73,7 @@ def load_models(
     attentions: attention kinds; None for the checkpoint's.
     dtype: of the activations; None for the checkpoint's.
     budgets: the setting of each KV head, in place of an attention kind.
+    weights: the dtype of weights in 8 bits; None for weights in `dtype`.
     settings: of the engines.
     progress: shows the compilation.
 
@@ -84,12 +86,14 @@ def load_models(
       raise ValueError(f"attention is {attention!r}; it must be one of {get_args(AttentionName)}.")
   base = name or Path(workdir).resolve().name
   models: list[ServedModel] = []
-  weights: nnx.State | None = None
+  shared: nnx.State | None = None
   for attention in attentions:
-    loaded = load_with_facts(workdir, step=step, attention=attention, dtype=dtype, budgets=budgets)
-    if weights is None or not fits_weights(loaded.model, weights):
-      weights = compute_weights(loaded.model, settings.mesh)
-    engine = _make_engine(loaded, weights, settings, progress)
+    loaded = load_with_facts(
+      workdir, step=step, attention=attention, dtype=dtype, budgets=budgets, weights=weights
+    )
+    if shared is None or not fits_weights(loaded.model, shared):
+      shared = compute_weights(loaded.model, settings.mesh)
+    engine = _make_engine(loaded, shared, settings, progress)
     models.append(
       ServedModel(
         name=base if len(attentions) == 1 else f"{base}-{attention}",

@@ -27,17 +27,13 @@ from pallas_kernels.grouped_attention.mosaic_gpu_dkdv import KEYS, mosaic_gpu_dk
 from pallas_kernels.grouped_attention.mosaic_gpu_dq import mosaic_gpu_dq
 from pallas_kernels.grouped_attention.mosaic_gpu_forward import mosaic_gpu_forward
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import pcast_like, WorkSplit
+from pallas_kernels.grouped_attention.query_chunks import query_chunks
 from pallas_kernels.grouped_attention.tile_ranges import (
   query_spans,
   ROW_UNIT,
   sum_heads,
   tile_ranges,
 )
-
-# The dk/dv kernels of focal tokens and groups divide the queries until each program has this many
-# tiles of work. A tile of work has at least this many query tiles.
-_TILES_PER_PROGRAM = 8
-_LEAST_STEPS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,17 +184,13 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
 
 
 def _query_chunks(query: Array, source: KVSource, programs: int, block_q: int) -> int:
-  """Chunks of the queries, so that a source with few keys occupies all programs.
+  """Chunks of the queries for the focal tokens or the groups.
 
-  The focal tokens and the groups are few, and nearly all queries see each of them. The window needs
-  no chunks: its keys are as many as the queries.
+  The window needs no chunks: its keys are as many as the queries.
   """
   B, L, H, _ = query.shape
   _, S, N, _ = source.key.shape
-  tiles = math.ceil(S / KEYS) * B * N
-  steps = H // N * math.ceil(L / block_q)  # of a tile that every query sees
-  most = max(1, steps // _LEAST_STEPS)
-  return min(most, max(1, _TILES_PER_PROGRAM * programs // tiles))
+  return query_chunks(math.ceil(S / KEYS), B * N, H // N * math.ceil(L / block_q), programs)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,7 +1,9 @@
 """Key and value gradients of one key source for Hopper, written in Pallas Mosaic GPU.
 
 A program holds 128 keys, 64 for each computing warpgroup, while a third warpgroup loads the queries
-that see them, tile by tile, head by head. All products are transposed: keys are rows.
+that see them, tile by tile, head by head. All products are transposed: keys are rows. The two
+computing warpgroups take turns on the tensor cores, so that one multiplies while the other computes
+exponentials.
 
 A source with few keys has fewer key tiles than a GPU has multiprocessors. The queries that see a
 key tile are then divided into chunks, each chunk is a tile of work, and the caller adds the partial
@@ -21,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.grouped_attention.block_sizes import MosaicKeyTile
 from pallas_kernels.grouped_attention.kv_sources import HeadRuns, KVSource, KVSourceRef
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
-  add_product,
+  add_products,
   COLUMN_LAYOUT,
   COMPILER_PARAMS,
   load_ranges,
@@ -47,7 +49,8 @@ class QueryPipeline(NamedTuple):
   lse2: Any  # [stages, Q]
   delta: Any  # [stages, Q]
   query_ready: Any  # with lse2
-  dout_ready: Any  # with delta
+  dout_ready: Any
+  delta_ready: Any
   free: Any
 
   def slot(self, step: Array) -> Array:
@@ -63,6 +66,7 @@ class Buffers(NamedTuple):
   value: Any  # [WORKERS, ROWS, D]
   kv_ready: Any
   kv_free: Any
+  turn: Any  # see `_take_turn`
 
 
 class KeyTileCoords(NamedTuple):
@@ -168,13 +172,15 @@ def mosaic_gpu_dkdv(
           numbers,
           numbers,
           query_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-          dout_ready=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+          dout_ready=plgpu.Barrier(num_barriers=stages),
+          delta_ready=plgpu.Barrier(num_barriers=stages),
           free=plgpu.Barrier(num_arrivals=WORKERS, num_barriers=stages),
         ),
         key=rows,
         value=rows,
         kv_ready=plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS),
         kv_free=plgpu.Barrier(num_arrivals=WORKERS),
+        turn=plgpu.Barrier(num_arrivals=WORKERS),
       )
     ],
     grid=(min(programs, math.prod(schedule.grid)),),
@@ -238,7 +244,11 @@ def _dkdv_kernel(
         _add_queries, buffers, source, coords, scale * LOG2_E, bias2, interpret
       )
       carry = (zeros, zeros, steps)
+      # Worker 1 is one turn late. Both wait for one another in every tile of work, since the keys
+      # and values of the next one need the same shared memory.
+      pl.when(warpgroup == 1)(lambda: _take_turn(buffers))
       dk_KxD, dv_KxD, steps = schedule.query_tiles(coords, span, step, carry)
+      pl.when(warpgroup == 0)(lambda: _take_turn(buffers))
       _write(buffers, coords, dk_ref, dv_ref, dk_KxD * scale, dv_KxD)
       plgpu.barrier_arrive(buffers.kv_free)
       return steps
@@ -269,7 +279,7 @@ def _load_queries(
     (q_ref, (coords.batch, rows, head), pipeline.query, pipeline.query_ready),
     (lse2_ref, (coords.batch, head, rows), pipeline.lse2, pipeline.query_ready),
     (dout_ref, (coords.batch, rows, head), pipeline.dout, pipeline.dout_ready),
-    (delta_ref, (coords.batch, head, rows), pipeline.delta, pipeline.dout_ready),
+    (delta_ref, (coords.batch, head, rows), pipeline.delta, pipeline.delta_ready),
   ):
     plgpu.copy_gmem_to_smem(ref.at[at], smem.at[slot], ready.at[slot])
   return step + 1
@@ -301,11 +311,14 @@ def _add_queries(
     plgpu.wgmma(logits_ref, buffers.key.at[worker], queries)
     plgpu.barrier_wait(pipeline.dout_ready.at[slot])
     plgpu.wgmma(dp_ref, buffers.value.at[worker], douts)
+    _take_turn(buffers)
     # The exponentials overlap the second product.
     logits_KxQ = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
     lse2_Q = plgpu.load(pipeline.lse2.at[slot], layout=COLUMN_LAYOUT)
     shift_KxQ = lax.broadcast_in_dim(lse2_Q - bias2, shape, [1])
-    p_KxQ = jnp.exp2(logits_KxQ * scale2 - shift_KxQ)
+    p_KxQ = lax.optimization_barrier(jnp.exp2(logits_KxQ * scale2 - shift_KxQ))
+    # Without a wait for memory here, the compiler moves the wait for the second product up.
+    plgpu.barrier_wait(pipeline.delta_ready.at[slot])
     return p_KxQ, dp_ref[...]
 
   acc = plgpu.ACC(shape, jnp.float32)
@@ -317,11 +330,18 @@ def _add_queries(
     p_KxQ = jnp.where(seen_mask(start_Q, end_Q, first_key, shape, query_axis=1), p_KxQ, 0.0)
   delta_Q = plgpu.load(pipeline.delta.at[slot], layout=COLUMN_LAYOUT)
   ds_KxQ = p_KxQ * (dp_KxQ - lax.broadcast_in_dim(delta_Q, shape, [1]))
-  dtype = pipeline.query.dtype
-  dv_KxD = add_product(dv_KxD, p_KxQ.astype(dtype), pipeline.dout.at[slot], interpret=interpret)
-  dk_KxD = add_product(dk_KxD, ds_KxQ.astype(dtype), pipeline.query.at[slot], interpret=interpret)
+  low = (p_KxQ.astype(pipeline.dout.dtype), ds_KxQ.astype(pipeline.query.dtype))
+  operands = ((low[0], pipeline.dout.at[slot]), (low[1], pipeline.query.at[slot]))
+  _take_turn(buffers)
+  dv_KxD, dk_KxD = add_products((dv_KxD, dk_KxD), operands, interpret=interpret)
   plgpu.barrier_arrive(pipeline.free.at[slot])
   return dk_KxD, dv_KxD, step + 1
+
+
+def _take_turn(buffers: Buffers) -> None:
+  """Synchronizes with the other worker, which is one turn ahead or behind."""
+  plgpu.barrier_arrive(buffers.turn)
+  plgpu.barrier_wait(buffers.turn)
 
 
 def _write(

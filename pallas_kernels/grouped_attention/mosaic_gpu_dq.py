@@ -32,6 +32,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   ROWS,
   RowSlots,
   seen_mask,
+  TileBody,
   TileCoords,
   TileSchedule,
   WORKERS,
@@ -152,12 +153,14 @@ def _dq_kernel(
         for ref in (lse2_ref, delta_ref)
       )
 
-      def steps_of(source: KVSourceRef, bias2: float) -> Any:
+      def steps_of(source: KVSourceRef, bias2: float, keys: int) -> TileBody:
+        del keys  # All of a stage.
         ranges = load_ranges(source, (coords.batch, coords.bound_head, queries), ROW_LAYOUT)
         shift_Q = lse2_Q - bias2
-        return functools.partial(
+        tile = functools.partial(
           _add_tile, buffers, rows_at, ranges, shift_Q, delta_Q, scale * LOG2_E, interpret
         )
+        return TileBody(tile)
 
       plgpu.barrier_wait(buffers.row_slots.ready.at[rows_at])
       carry = (zero_accumulator(buffers.query.shape[-1]), steps)

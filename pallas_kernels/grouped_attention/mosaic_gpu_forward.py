@@ -36,6 +36,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   ROWS,
   RowSlots,
   seen_mask,
+  TileBody,
   TileCoords,
   TileSchedule,
   WORKERS,
@@ -161,9 +162,10 @@ def _forward_kernel(
       query_at = slot * WORKERS + warpgroup
       rows = schedule.split.query_slice(coords, warpgroup)
 
-      def steps_of(source: KVSourceRef, bias2: float) -> Any:
+      def steps_of(source: KVSourceRef, bias2: float, keys: int) -> TileBody:
         ranges = load_ranges(source, (coords.batch, coords.bound_head, rows[1]), ROW_LAYOUT)
-        return functools.partial(_attend, buffers, query_at, ranges, scale2, bias2, interpret)
+        steps = KeySteps(buffers, query_at, ranges, keys, scale2, bias2, interpret)
+        return TileBody(steps.tile, steps.full_tiles)
 
       plgpu.barrier_wait(buffers.query_slots.ready.at[query_at])
       zeros = zero_accumulator(buffers.query.shape[-1])
@@ -189,51 +191,152 @@ def _take_turn(buffers: Buffers) -> None:
   plgpu.barrier_wait(buffers.turn)
 
 
-def _attend(
-  buffers: Buffers,
-  query_at: Array,
-  ranges: tuple[Array, Array],
-  scale2: float,
-  bias2: float,
-  interpret: bool,
-  first: Array,
-  masked: bool,
-  carry: tuple[Array, Array, Array, Array],
-) -> tuple[Array, Array, Array, Array]:
-  """One worker's queries against one key tile."""
-  acc_QxD, m_Q, l_Q, step = carry
-  pipeline = buffers.pipeline
-  slot = pipeline.slot(step)
-  shape = (ROWS, pipeline.key.shape[1])
+class KeySteps(NamedTuple):
+  """One worker's queries against the key tiles of one source. Static but for the arrays.
 
-  def query_key(acc_ref: Any) -> Array:
-    keys = pipeline.key.at[slot].transpose((1, 0))
-    plgpu.wgmma(acc_ref, buffers.query.at[query_at], keys)
-    _take_turn(buffers)
-    return acc_ref[...]
+  Logits are `scale2` · q·k + `bias2`, in base 2.
+  """
 
-  plgpu.barrier_wait(pipeline.key_ready.at[slot])
-  logits_QxK = pl.run_scoped(query_key, plgpu.ACC(shape, jnp.float32))
-  plgpu.barrier_arrive(pipeline.key_free.at[slot])
-  if masked:
-    seen_QxK = seen_mask(*ranges, first, shape, query_axis=0)
-    logits_QxK = jnp.where(seen_QxK, logits_QxK, -jnp.inf)
+  buffers: Buffers
+  query_at: Array
+  ranges: tuple[Array, Array]
+  keys: int  # of a tile
+  scale2: float
+  bias2: float
+  interpret: bool
 
-  new_m_Q = jnp.maximum(m_Q, logits_QxK.max(axis=1) * scale2 + bias2)
-  alpha_Q = jnp.exp2(m_Q - new_m_Q)
-  shift_QxK = lax.broadcast_in_dim(new_m_Q - bias2, shape, [0])
-  p_QxK = jnp.exp2(logits_QxK * scale2 - shift_QxK)
-  acc_QxD *= lax.broadcast_in_dim(alpha_Q, acc_QxD.shape, [0])
-  l_Q = l_Q * alpha_Q + p_QxK.sum(axis=1)
-  low_QxK = p_QxK.astype(pipeline.value.dtype)
-  # The compiler may move no part of the softmax past the end of this worker's turn.
-  acc_QxD, l_Q, new_m_Q, low_QxK = lax.optimization_barrier((acc_QxD, l_Q, new_m_Q, low_QxK))
-  plgpu.barrier_arrive(buffers.turn)
-  plgpu.barrier_wait(pipeline.value_ready.at[slot])
-  plgpu.barrier_wait(buffers.turn)
-  acc_QxD = add_product(acc_QxD, low_QxK, pipeline.value.at[slot], interpret=interpret)
-  plgpu.barrier_arrive(pipeline.value_free.at[slot])
-  return acc_QxD, new_m_Q, l_Q, step + 1
+  @property
+  def _shape(self) -> tuple[int, int]:
+    return ROWS, self.keys
+
+  def tile(self, first: Array, masked: bool, carry: Any) -> Any:
+    """The key tile from `first` on, all of it before the next tile."""
+    acc_QxD, m_Q, l_Q, step = carry
+    logits_QxK = self._logits(step)
+    if masked:
+      seen_QxK = seen_mask(*self.ranges, first, self._shape, query_axis=0)
+      logits_QxK = jnp.where(seen_QxK, logits_QxK, -jnp.inf)
+    m_Q, l_Q, alpha_Q, p_QxK = self._softmax(logits_QxK, m_Q, l_Q)
+    low_QxK = p_QxK.astype(self.buffers.pipeline.value.dtype)
+    acc_QxD *= lax.broadcast_in_dim(alpha_Q, acc_QxD.shape, [0])
+    # The compiler may move no part of the softmax past the end of this worker's turn.
+    acc_QxD, m_Q, l_Q, low_QxK = lax.optimization_barrier((acc_QxD, m_Q, l_Q, low_QxK))
+    plgpu.barrier_arrive(self.buffers.turn)
+    plgpu.barrier_wait(self.buffers.pipeline.value_ready.at[self.buffers.pipeline.slot(step)])
+    plgpu.barrier_wait(self.buffers.turn)
+    return self._add_values(acc_QxD, low_QxK, step), m_Q, l_Q, step + 1
+
+  def full_tiles(self, count: Array, carry: Any) -> Any:
+    """`count` key tiles that every query sees whole.
+
+    The product with the values of a tile runs beside the softmax of the next tile.
+    """
+    pipeline = self.buffers.pipeline
+    some = jnp.minimum(count, 1)
+
+    def begin(_: Array, carry: Any) -> Any:
+      acc_QxD, m_Q, l_Q, _, step = carry
+      m_Q, l_Q, alpha_Q, p_QxK = self._softmax(self._logits(step), m_Q, l_Q)
+      low_QxK = p_QxK.astype(pipeline.value.dtype)
+      acc_QxD *= lax.broadcast_in_dim(alpha_Q, acc_QxD.shape, [0])
+      acc_QxD, m_Q, l_Q, low_QxK = lax.optimization_barrier((acc_QxD, m_Q, l_Q, low_QxK))
+      plgpu.barrier_wait(pipeline.value_ready.at[pipeline.slot(step)])
+      _take_turn(self.buffers)
+      return acc_QxD, m_Q, l_Q, low_QxK, step + 1
+
+    def end(_: Array, carry: Any) -> Any:
+      acc_QxD, m_Q, l_Q, low_QxK, step = carry
+      return self._add_values(acc_QxD, low_QxK, step - 1), m_Q, l_Q, low_QxK, step
+
+    acc_QxD, m_Q, l_Q, step = carry
+    low_QxK = plgpu.layout_cast(jnp.zeros(self._shape, pipeline.value.dtype), plgpu.Layout.WGMMA)
+    carry = lax.fori_loop(0, some, begin, (acc_QxD, m_Q, l_Q, low_QxK, step))
+    carry = lax.fori_loop(some, count, lambda _, c: self._overlapped(*c), carry)
+    acc_QxD, m_Q, l_Q, _, step = lax.fori_loop(0, some, end, carry)
+    return acc_QxD, m_Q, l_Q, step
+
+  def _overlapped(
+    self, acc_QxD: Array, m_Q: Array, l_Q: Array, low_QxK: Array, step: Array
+  ) -> tuple[Array, Array, Array, Array, Array]:
+    """The logits and softmax of one tile, and the product with the values of the tile before it."""
+    pipeline, last = self.buffers.pipeline, self.buffers.pipeline.slot(step - 1)
+    if self.interpret:  # One after another: see `add_product`.
+      acc_QxD = self._add_values(acc_QxD, low_QxK, step - 1)
+      m_Q, l_Q, alpha_Q, p_QxK = self._softmax(self._logits(step), m_Q, l_Q)
+      plgpu.barrier_wait(pipeline.value_ready.at[pipeline.slot(step)])
+      low_QxK = p_QxK.astype(pipeline.value.dtype)
+      _take_turn(self.buffers)
+      acc_QxD *= lax.broadcast_in_dim(alpha_Q, acc_QxD.shape, [0])
+      return acc_QxD, m_Q, l_Q, low_QxK, step + 1
+
+    def products(refs: Any) -> None:
+      acc_ref, m_ref, l_ref, alpha_ref, p_ref = refs
+
+      def logits(logits_ref: Any) -> Array:
+        slot = pipeline.slot(step)
+        plgpu.barrier_wait(pipeline.key_ready.at[slot])
+        keys = pipeline.key.at[slot, pl.ds(0, self.keys)].transpose((1, 0))
+        plgpu.wgmma(logits_ref, self.buffers.query.at[self.query_at], keys)
+        plgpu.wgmma(acc_ref, low_QxK, pipeline.value.at[last])
+        _take_turn(self.buffers)
+        logits_QxK = plgpu.wgmma_accumulator_load(logits_ref, wait_n=1)
+        plgpu.barrier_arrive(pipeline.key_free.at[slot])
+        return logits_QxK
+
+      logits_QxK = pl.run_scoped(logits, plgpu.ACC(self._shape, jnp.float32))
+      results = self._softmax(logits_QxK, m_ref[...], l_ref[...])
+      # The compiler may move no part of the softmax past the wait for the product.
+      results = lax.optimization_barrier(results)
+      plgpu.barrier_wait(pipeline.value_ready.at[pipeline.slot(step)])
+      for ref, x in zip((m_ref, l_ref, alpha_ref, p_ref), results, strict=True):
+        ref[...] = x
+
+    no_p = plgpu.layout_cast(jnp.zeros(self._shape, jnp.float32), plgpu.Layout.WGMMA)
+    state = (plgpu.ACC.init(acc_QxD), m_Q, l_Q, row_vector(0.0), no_p)
+    acc_QxD, m_Q, l_Q, alpha_Q, p_QxK = pl.run_state(products)(state)
+    # Rounded here: until the product ends, its weights occupy the registers of the rounded ones.
+    low_QxK = lax.optimization_barrier(p_QxK).astype(low_QxK.dtype)
+    plgpu.barrier_arrive(pipeline.value_free.at[last])
+    acc_QxD *= lax.broadcast_in_dim(alpha_Q, acc_QxD.shape, [0])
+    _take_turn(self.buffers)
+    return acc_QxD, m_Q, l_Q, low_QxK, step + 1
+
+  def _logits(self, step: Array) -> Array:
+    """q·k of a key tile, in this worker's turn."""
+    pipeline = self.buffers.pipeline
+    slot = pipeline.slot(step)
+
+    def product(acc_ref: Any) -> Array:
+      keys = pipeline.key.at[slot, pl.ds(0, self.keys)].transpose((1, 0))
+      plgpu.wgmma(acc_ref, self.buffers.query.at[self.query_at], keys)
+      _take_turn(self.buffers)
+      return acc_ref[...]
+
+    plgpu.barrier_wait(pipeline.key_ready.at[slot])
+    logits_QxK = pl.run_scoped(product, plgpu.ACC(self._shape, jnp.float32))
+    plgpu.barrier_arrive(pipeline.key_free.at[slot])
+    return logits_QxK
+
+  def _softmax(
+    self, logits_QxK: Array, m_Q: Array, l_Q: Array
+  ) -> tuple[Array, Array, Array, Array]:
+    """The new maximum and sum of the online softmax, alpha = 2^(old m - new m), the weights."""
+    new_m_Q = jnp.maximum(m_Q, logits_QxK.max(axis=1) * self.scale2 + self.bias2)
+    alpha_Q = jnp.exp2(m_Q - new_m_Q)
+    shift_QxK = lax.broadcast_in_dim(new_m_Q - self.bias2, logits_QxK.shape, [0])
+    p_QxK = jnp.exp2(logits_QxK * self.scale2 - shift_QxK)
+    l_Q = l_Q * alpha_Q + p_QxK.sum(axis=1)
+    return new_m_Q, l_Q, alpha_Q, p_QxK
+
+  def _add_values(self, acc_QxD: Array, low_QxK: Array, step: Array) -> Array:
+    """acc + weights @ values of a loaded tile."""
+    pipeline = self.buffers.pipeline
+    slot = pipeline.slot(step)
+    acc_QxD = add_product(
+      acc_QxD, low_QxK, pipeline.value.at[slot, pl.ds(0, self.keys)], interpret=self.interpret
+    )
+    plgpu.barrier_arrive(pipeline.value_free.at[slot])
+    return acc_QxD
 
 
 def _write(

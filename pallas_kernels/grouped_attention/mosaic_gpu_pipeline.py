@@ -81,19 +81,22 @@ def work_loop(
 def grid_index(tile: Array, grid: tuple[int, int, int], runs: HeadRuns) -> tuple[Array, ...]:
   """The index of tile number `tile` of a grid whose last axis is visited run by run."""
   steps, batch, _ = grid
-  first, count = (jnp.int32(x) for x in runs[0])
-  before, in_run = steps * batch * runs[0][1], tile
-  for later_first, later_count in runs[1:]:  # A later run replaces the earlier one.
-    is_later = tile >= before
-    first, count = jnp.where(is_later, later_first, first), jnp.where(is_later, later_count, count)
-    in_run = jnp.where(is_later, tile - before, in_run)
-    before += steps * batch * later_count
-  index: list[Array] = []
-  for size in (count, jnp.int32(batch), jnp.int32(steps)):
-    index.insert(0, lax.rem(in_run, size))
-    in_run = lax.div(in_run, size)
-  step, row, head = index
-  return step, row, first + head
+
+  def in_run(tile: Array, first: int, count: int) -> list[Array]:
+    index: list[Array] = []
+    for size in (count, batch, steps):
+      index.insert(0, lax.rem(tile, jnp.int32(size)))
+      tile = lax.div(tile, jnp.int32(size))
+    return [*index[:2], index[2] + first] if first else index
+
+  index, before = in_run(tile, *runs[0]), steps * batch * runs[0][1]
+  for run in runs[1:]:
+    # The sign bit, in place of a choice: tiles of a later run replace the index.
+    is_later = lax.shift_right_logical(jnp.int32(before - 1) - tile, jnp.int32(31))
+    later = in_run(tile - before, *run)
+    index = [old + is_later * (new - old) for new, old in zip(later, index, strict=True)]
+    before += steps * batch * run[1]
+  return tuple(index)
 
 
 def scaled_runs(
@@ -169,6 +172,14 @@ class WorkSplit(NamedTuple):
     return coords.batch, pl.ds(row, ROWS), head
 
 
+class TileBody(NamedTuple):
+  """What a warpgroup does with the key tiles of one source."""
+
+  tile: Callable[[Array, bool, Any], Any]  # (first key, masked, carry) -> carry
+  # (count, carry) -> carry: consecutive tiles without a mask. None calls `tile` for each.
+  full_tiles: Callable[[Array, Any], Any] | None = None
+
+
 class TileSchedule(NamedTuple):
   """The order in which all warpgroups of a program go through its work. Static."""
 
@@ -198,21 +209,29 @@ class TileSchedule(NamedTuple):
     sources: KVSourcesRef,
     spans_ref: Any,
     coords: TileCoords,
-    body_of: Callable[[KVSourceRef, float], Callable[..., Any]],
+    body_of: Callable[[KVSourceRef, float, int], TileBody],
     carry: Any,
   ) -> Any:
-    """Calls body_of(source, its bias)(first key, masked, carry) for every key tile that is seen."""
+    """Runs body_of(source, its bias, keys of a tile) over the key tiles that are seen.
+
+    A last tile of which few keys are seen is half as wide.
+    """
     for i, source in enumerate(sources):
       if not self.has_keys[i]:
         continue
-      is_group = i == 1
+      bias2 = self.group_bias2 if i == 1 else 0.0
       narrow = i == 2 and self.max_window < self.block_k
+      # The tensor cores sum over a multiple of 64 keys.
+      has_half = not narrow and self.block_k % 128 == 0
+      body = body_of(source, bias2, self.block_k)
       carry = loop_span(
         coords.span(spans_ref, i),
         self.block_k,
-        body_of(source, self.group_bias2 if is_group else 0.0),
+        body.tile,
         carry,
         has_full_tiles=not narrow,
+        full_tiles=body.full_tiles,
+        half_tile=body_of(source, bias2, self.block_k // 2).tile if has_half else None,
       )
     return carry
 
@@ -242,27 +261,30 @@ class KVPipeline(NamedTuple):
     """The stage that holds the key tile number `step`."""
     return lax.rem(step, jnp.int32(self.key.shape[0]))
 
-  def loads_of(
-    self, coords: TileCoords, source: KVSourceRef, bias2: float
-  ) -> Callable[[Array, bool, Array], Array]:
+  def loads_of(self, coords: TileCoords, source: KVSourceRef, bias2: float, keys: int) -> TileBody:
     """The body for `TileSchedule.key_tiles` that loads a tile into the next free stage."""
     del bias2
-    return functools.partial(self._load, coords, source)
+    return TileBody(functools.partial(self._load, coords, source, keys))
 
   def _load(
-    self, coords: TileCoords, source: KVSourceRef, first: Array, masked: bool, step: Array
+    self,
+    coords: TileCoords,
+    source: KVSourceRef,
+    keys: int,
+    first: Array,
+    masked: bool,
+    step: Array,
   ) -> Array:
     """Loads into the next stage once that is free."""
     del masked
-    stages, block_k, _ = self.key.shape
-    slot = self.slot(step)
-    rows = (coords.batch, pl.ds(first, block_k), coords.kv_head)
+    stages, slot = self.key.shape[0], self.slot(step)
+    rows = (coords.batch, pl.ds(first, keys), coords.kv_head)
     for ref, smem, free, ready in (
       (source.key, self.key, self.key_free, self.key_ready),
       (source.value, self.value, self.value_free, self.value_ready),
     ):
       pl.when(step >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-      plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[slot], ready.at[slot])
+      plgpu.copy_gmem_to_smem(ref.at[rows], smem.at[slot, pl.ds(0, keys)], ready.at[slot])
     return step + 1
 
   def drain(self, steps: Array) -> None:
@@ -350,3 +372,23 @@ def add_product(acc: Array, lhs: Array, rhs_smem: Any, *, interpret: bool) -> Ar
     plgpu.wgmma(acc_ref, lhs, rhs_smem)
 
   return pl.run_state(multiply)(plgpu.ACC.init(acc))
+
+
+def add_products(
+  accs: tuple[Array, ...], operands: tuple[tuple[Array, Any], ...], *, interpret: bool
+) -> tuple[Array, ...]:
+  """acc + lhs @ rhs of each pair, queued one behind another on the tensor cores.
+
+  The left operands are in registers, which no instruction may write between the products.
+  """
+  if interpret:
+    return tuple(
+      add_product(acc, *pair, interpret=True) for acc, pair in zip(accs, operands, strict=True)
+    )
+  left = lax.optimization_barrier(tuple(lhs for lhs, _ in operands))
+
+  def multiply(acc_refs: Any) -> None:
+    for acc_ref, lhs, (_, rhs_smem) in zip(acc_refs, left, operands, strict=True):
+      plgpu.wgmma(acc_ref, lhs, rhs_smem)
+
+  return pl.run_state(multiply)(tuple(plgpu.ACC.init(acc) for acc in accs))

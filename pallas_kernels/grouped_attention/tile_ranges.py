@@ -30,13 +30,22 @@ def loop_span[T](
   carry: T,
   *,
   has_full_tiles: bool = True,
+  full_tiles: Callable[[Array, T], T] | None = None,
+  half_tile: Callable[[Array, bool, T], T] | None = None,
 ) -> T:
   """Runs `body(first, masked, carry)` over [span.first, span.last) in steps of `block`.
 
-  Tiles that every row sees whole run in a loop of their own, without a mask.
+  Tiles that every row sees whole run in a loop of their own, without a mask, or in
+  `full_tiles(count, carry)`, which needs no positions.
   `has_full_tiles=False` omits that loop, for sources too narrow to hold such a tile.
+  With `half_tile`, it takes the last tile if that has block / 2 entries or fewer.
   """
-  num_tiles = lax.div(jnp.maximum(span.last - span.first, 0) + (block - 1), block)
+  size = jnp.maximum(span.last - span.first, 0)
+  num_tiles = lax.div(size + (block - 1), block)
+  if half_tile is not None:
+    rest = size - lax.div(size, block) * block
+    num_halves = ((rest > 0) & (rest <= block // 2)).astype(jnp.int32)
+    num_tiles -= num_halves
   if not has_full_tiles:
     return lax.fori_loop(0, num_tiles, lambda t, c: body(span.first + t * block, True, c), carry)
   before = lax.div(jnp.maximum(span.full_first - span.first, 0) + (block - 1), block)
@@ -50,8 +59,15 @@ def loop_span[T](
     tile = jnp.where(t < before, t, t + num_full)
     return body(span.first + tile * block, True, carry)
 
-  carry = lax.fori_loop(0, num_full, full, carry)
-  return lax.fori_loop(0, num_tiles - num_full, straddling, carry)
+  if full_tiles is None:
+    carry = lax.fori_loop(0, num_full, full, carry)
+  else:
+    carry = full_tiles(num_full, carry)
+  carry = lax.fori_loop(0, num_tiles - num_full, straddling, carry)
+  if half_tile is None:
+    return carry
+  last = span.first + num_tiles * block
+  return lax.fori_loop(0, num_halves, lambda _, c: half_tile(last, True, c), carry)
 
 
 def chunk_of_span(span: Span, chunk: Array, chunks: int, block: int) -> Span:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,25 @@ def test_questions_of_files_are_answered_and_reported(
   assert max(prompts) <= 512
   table = continued_report._questions({"dense": [result], "other": [result]})
   assert "| qasper | 50.0 | 50.0 |" in table
+
+
+def test_ratios_compare_equal_seeds():
+  def result(run: str, seed: int, losses: list[float]) -> dict[str, Any]:
+    last = {"decoded_loss": losses[0]}
+    return {"run": run, "seed": seed, "loss_by_row": losses, "last": last}
+
+  dense = [result("dense", seed, [3.0 + seed, 4.0]) for seed in (0, 1)]
+  own = [result("other", seed, [3.0 + seed + excess, 4.0]) for seed, excess in ((1, 0.2), (2, 9.0))]
+  # Seed 1 alone is in both: differences of 0.2 and 0 by row.
+  ratio, seeds, decoded = continued_report._ratios(own, dense, with_seeds=True)
+  assert ratio == f"{math.exp(0.1):.4f} ± {0.1 * math.exp(0.1):.4f}"
+  assert seeds == ""
+  assert decoded == f"{math.exp(0.2):.4f}"
+  before = [result("untrained", 0, [4.0, 5.0])]
+  ratio, seeds, decoded = continued_report._ratios(before, dense, with_seeds=True)
+  assert ratio.startswith(f"{math.exp(0.75):.4f} ± ")
+  assert seeds == f"{math.exp(1.0):.4f}, {math.exp(0.5):.4f}"
+  assert continued_report._ratios(own[1:], dense, with_seeds=True) == ["", "", ""]
 
 
 def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -56,8 +56,9 @@ def test_windows_scale_with_the_length() -> None:
   assert longer.settings[:2] == (FULL, SinkWindow(120, 4))
   assert longer.settings[2].local_window == 8  # type: ignore[union-attr]
   assert longer.assignment == budgets.assignment
-  with pytest.raises(ValueError, match=r"length is 16; two windows of b are equal"):
-    Set("b", "budgets", BUDGETS, 512).scaled_to(16)
+  two = HeadBudgets((FULL, SinkWindow(60, 4), SinkWindow(61, 4)), ((0, 1), (2, 2)))
+  shorter = Set("b", "budgets", two, 512).scaled_to(16).budgets
+  assert shorter == HeadBudgets((FULL, SinkWindow(1, 4)), ((0, 1), (1, 1)))
 
 
 def test_the_interval_covers_the_mean_of_the_cells() -> None:

@@ -36,6 +36,7 @@ def test_in_and_used_and_out_again(tmp_path: Path) -> None:
   done = run("dga_jax.convert", f"--source={SOURCE}", f"--workdir={workdir}", *flags)
   assert done.returncode == 0, done.stderr
   assert "weights in bfloat16, attention dga" in done.stdout
+  assert f"Calibrate a setting for each KV head: dga calibrate --workdir={workdir} " in done.stdout
   model = ModelConfig.from_dict(load_config(workdir)["model"])
   assert (model.dtype, model.attention, model.dga) == ("float32", "dga", RETROFIT)
 

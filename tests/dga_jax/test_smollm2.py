@@ -1,5 +1,6 @@
 """SmolLM2-135M: its download, and its outputs if the model has been downloaded."""
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -15,12 +16,15 @@ from flax import nnx
 
 from dga_jax import smollm2_demo
 from dga_jax.checkpoint import abstract_decoder
+from dga_jax.config import RETROFIT
 from dga_jax.conversion.gguf_file import GGUFFile
 from dga_jax.conversion.importing import import_params
 from dga_jax.generation import generate, Generation, Sampling
 from dga_jax.head_budgets import read_head_budgets
-from dga_jax.model import Decoder, ModelConfig
+from dga_jax.loading import load
+from dga_jax.model import apply_budgets, Decoder, ModelConfig
 from dga_jax.model.flops import setting_keys
+from dga_jax.pretrained import calibration_note, default_budgets, smollm2_budget_files
 from dga_jax.tokenizer import Tokenizer
 
 EXPECTED = Path(__file__).parents[1] / "golden" / "smollm2" / "expected.npz"
@@ -90,23 +94,52 @@ def test_the_comparison_says_what_is_equal_and_what_is_found() -> None:
   tokenizer = Tokenizer.byte_level()
   right, wrong = (tokenizer.encode(f" {number}.") for number in (smollm2_demo.PASS_KEY, "48219"))
   same = smollm2_demo.compare(
-    tokenizer, {"dense": generation(right), "budgets": generation(right)}
+    tokenizer,
+    {"dense": generation(right), "35 %": generation(right), "25 %": generation(wrong)},
   ).splitlines()
-  assert same[1:] == ["budgets finds the pass key.", "Both continuations are equal: 7 tokens."]
-  other = smollm2_demo.compare(
-    tokenizer, {"dense": generation(right), "budgets": generation(wrong)}
-  ).splitlines()
-  assert other[1:] == [
-    "budgets does not find the pass key.",
-    "The continuations differ after 5 of 7 tokens.",
+  assert same == [
+    "dense finds the pass key.",
+    "35 % finds the pass key.",
+    "25 % does not find the pass key.",
+    "35 % continues as dense does: 7 equal tokens.",
+    "25 % differs from dense after 5 of 7 tokens.",
   ]
 
 
-def test_the_budgets_are_those_of_the_model() -> None:
-  budgets = read_head_budgets(smollm2_demo.BUDGETS)
+@pytest.mark.parametrize("percent", smollm2_budget_files())
+def test_budgets_are_those_of_the_model_and_keep_their_share(percent: str) -> None:
+  budgets = read_head_budgets(smollm2_budget_files()[percent])
   assert (budgets.num_layers, budgets.num_kv_heads) == (30, 3)
   keys = sum(setting_keys(one, 8192) * count for one, count in budgets.counts().items())
-  assert keys <= 0.35 * 90 * 8192
+  assert 0.95 * int(percent) < 100 * keys / (90 * 8192) <= int(percent)
+  assert len({tuple(sorted(row)) for row in budgets.assignment}) <= 8
+
+
+def test_attention_dga_of_the_imported_model_is_its_budgets(loaded: Any) -> None:
+  model, config, _ = loaded
+  assert default_budgets(config) is None  # Dense attention.
+  dga = dataclasses.replace(config, attention="dga", dga=RETROFIT)
+  budgets = default_budgets(dga)
+  assert budgets == read_head_budgets(smollm2_budget_files()["35"])
+  assert apply_budgets(model, budgets).config.attention == "head_budgets"
+  assert calibration_note(dga, "runs/a") is None
+  other = dataclasses.replace(dga, dga=dataclasses.replace(RETROFIT, local_window=8))
+  assert default_budgets(other) is None
+  deeper = dataclasses.replace(dga, num_layers=31)
+  assert default_budgets(deeper) is None
+  note = calibration_note(deeper, "runs/a")
+  assert note is not None
+  assert "dga calibrate --workdir=runs/a --documents=TEXTS.jsonl --keys=0.35" in note
+
+
+def test_loading_the_file_with_attention_dga_applies_the_budgets(loaded: Any) -> None:
+  del loaded  # Skips without the file.
+  path = smollm2_demo.model_file(smollm2_demo.cache_folder())
+  model, _ = load(path, attention="dga")
+  assert model.config.head_budgets is not None
+  assert model.config.head_budgets.counts() == (
+    read_head_budgets(smollm2_budget_files()["35"]).counts()
+  )
 
 
 def test_the_table_has_a_column_for_each_result() -> None:

@@ -21,12 +21,12 @@ from dga_jax import DGAConfig
 from dga_jax.checkpoint import abstract_decoder, load_model, load_model_config
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
-from dga_jax.head_budgets import read_head_budgets
+from dga_jax.head_budgets import HeadBudgets, read_head_budgets, SinkWindow
 from dga_jax.model.flops import mean_head_keys
 from dga_jax.sharding import make_mesh
 from train.config import TrainConfig
 from train.gates import GATES, project
-from train.init_from import load_params
+from train.init_from import find_initial, load_params
 from train.metrics import read_metrics
 from train.optimizer import make_optimizer
 from train.setup import train
@@ -107,7 +107,7 @@ def test_only_gates_move_and_their_mean_stays(
 
   # Budgets of these gates.
   output = tmp_path / "budgets.json"
-  harden(tmp_path / "whole", output)
+  harden(tmp_path / "whole", output, "--keys=0.8")
   budgets = read_head_budgets(output)
   assert mean_head_keys(budgets.counts(), 512) <= 0.8 * 512
   num_full = budgets.counts()["full"]
@@ -117,16 +117,37 @@ def test_only_gates_move_and_their_mean_stays(
   assert 0 < num_full < gates.size
   stored = json.loads(output.read_text())["calibration"]
   assert stored["cost"] <= stored["share"] == 0.8
+  # Other numbers of heads, by the same gates.
+  other = HeadBudgets((SinkWindow(window=8), "full"), ((1, 0), (0, 0)))
+  (tmp_path / "other.json").write_text(other.to_json())
+  harden(tmp_path / "whole", tmp_path / "like.json", f"--like={tmp_path / 'other.json'}")
+  like = read_head_budgets(tmp_path / "like.json")
+  assert like.settings == ("full", SinkWindow(window=8))
+  assert np.flatnonzero(np.array(like.assignment).ravel() == 0).tolist() == [order[0]]
+
   # Training that begins with this run and has no gates begins with the same weights.
   model = dataclasses.replace(load_model_config(tmp_path / "whole"), head_gates=False)
   after = dataclasses.replace(gated, model=model, init_from=str(tmp_path / "whole"))
   assert GATES not in load_params(after, make_mesh(after.mesh))
 
+  # Training under the budgets begins with permuted heads; no gates are trained for its model.
+  under_budgets = dataclasses.replace(
+    gated, model=dataclasses.replace(gated.model, head_gates=False), budgets=str(output)
+  )
+  under_budgets = dataclasses.replace(under_budgets, num_steps=3, distillation=0.5)
+  train(under_budgets, tmp_path / "budgets")
+  assert load_model_config(tmp_path / "budgets").head_budgets == budgets.permute_kv_heads(
+    budgets.contiguous_order()
+  )
+  again = dataclasses.replace(gated, init_from=str(tmp_path / "budgets"))
+  with pytest.raises(ValueError, match="gates choose the full heads of a model without budgets"):
+    load_params(again, make_mesh(again.mesh))
 
-def harden(workdir: Path, output: Path) -> None:
+
+def harden(workdir: Path, output: Path, *flags: str) -> None:
   """Runs the command."""
   command = [sys.executable, "-m", "train.harden_gates", f"--workdir={workdir}"]
-  command += ["--keys=0.8", "--length=512", f"--output={output}"]
+  command += [*flags, "--length=512", f"--output={output}"]
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
   done = subprocess.run(
     command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True
@@ -195,7 +216,9 @@ def test_the_optimizer_has_a_state_for_gates_alone(gated: TrainConfig) -> None:
 @pytest.mark.invalid_arguments
 def test_errors(gated: TrainConfig) -> None:
   with pytest.raises(ValueError, match=r"init_from is None; it must be a folder with a model"):
-    dataclasses.replace(gated, init_from=None)
+    find_initial(dataclasses.replace(gated, init_from=None), None)
+  with pytest.raises(ValueError, match=r"budgets is 'b\.json'; it must be None with model\.head_g"):
+    dataclasses.replace(gated, budgets="b.json")
   with pytest.raises(ValueError, match=r"TrainConfig\.distillation is 1\.5"):
     dataclasses.replace(gated, distillation=1.5)
   with pytest.raises(ValueError, match=r"TrainConfig\.full_heads is 0"):

@@ -12,11 +12,12 @@ import pytest
 from dga_jax.calibration.allocation import Scale
 from dga_jax.calibration.candidates import make_grid
 from dga_jax.calibration.comparison import Baseline
-from dga_jax.calibration.correction import Corrected
+from dga_jax.calibration.goal import Goal
 from dga_jax.calibration.measuring import Divergence, HeadRises, SetLoss
 from dga_jax.calibration.plot import plot_budgets
 from dga_jax.calibration.report import table, write_json
-from dga_jax.calibration.run import Calibration, Goal, make_budgets, TableRow
+from dga_jax.calibration.run import Calibration, make_budgets, TableRow
+from dga_jax.calibration.search import Improved
 from dga_jax.calibration.starts import Start
 from dga_jax.head_budgets import FULL, HeadBudgets, read_head_budgets
 from dga_jax.model.flops import setting_keys
@@ -49,10 +50,11 @@ def calibration() -> Calibration:
     np.array([3.0, 2, 2, 1, 1]),
     0.44,
     (
-      Start("solver", Baseline(GRID, ASSIGNMENT)),
-      Start("one DGA setting", Baseline(GRID, 0 * ASSIGNMENT + 4)),
+      (Start("solver", Baseline(GRID, ASSIGNMENT)), 0.2),
+      (Start("one DGA setting", Baseline(GRID, 0 * ASSIGNMENT + 4)), 0.7),
     ),
-    Corrected(ASSIGNMENT.ravel(), 0.1, 0, (0.2, 0.7), 5, 2),
+    0,
+    Improved(Baseline(GRID, ASSIGNMENT), 0.1, 5, 2),
     dense,
     row,
     [row],
@@ -75,6 +77,7 @@ def test_the_file_is_read_back(tmp_path: Path) -> None:
   stored = json.loads(path.read_text())["calibration"]
   assert (stored["length"], stored["share"], stored["cost"]) == (1024, 0.5, 0.44)
   assert stored["changes"] == {"tried": 5, "accepted": 2}
+  assert (stored["chosen_start"], stored["score"]) == ("solver", 0.1)
   start = stored["starts"][1]
   assert (start["name"], start["score"]) == ("one DGA setting", 0.7)
   assert HeadBudgets.from_dict(start["budgets"]).counts() == {GRID[4]: 6}
@@ -111,7 +114,7 @@ def test_the_table_shows_ratios_of_perplexity() -> None:
   assert lines[-3:] == [
     "- solver: 0.2000",
     "- one DGA setting: 0.7000",
-    "- after 2 of 5 measured changes: 0.1000",
+    "- solver, after 2 of 5 measured changes of the best starts: 0.1000",
   ]
 
 
@@ -130,7 +133,7 @@ def test_the_picture_is_a_png(copies: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("share", [0.0, 1.1, float("nan")])
 def test_a_share_is_above_0_and_at_most_1(share: float) -> None:
   with pytest.raises(ValueError, match=r"a share of the dense cost is"):
-    Goal(share, "bytes", 64, 0.05, 4, 1, ())
+    Goal(share, "bytes", 64, 0.05, 8, 2, 4, 1, ())
 
 
 def calibrate(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
-"""The dense attention kind: padding, a full cache, cuDNN, splash attention."""
+"""The dense attention kind: padding, a full cache, cuDNN, packed documents, splash attention."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from dga_jax.attention.dense import causal_sources
+from dga_jax.attention.segments import find_documents
 from dga_jax.attention.splash import splash_causal
 from dga_jax.model.attention_kinds.dense import DenseAttention
+from pallas_kernels.grouped_attention import grouped_attention
 from tests.dga_jax.attention.cases import arrays
+from tests.pallas_kernels.h100 import lower_for_h100
 
 
 def test_a_full_cache_keeps_its_tokens() -> None:
@@ -45,28 +50,63 @@ def test_padded_queries_give_zero_in_value_and_gradient() -> None:
       assert not np.asarray(gradient)[padding].any()
 
 
+def test_packed_documents_have_windows_that_begin_at_their_document() -> None:
+  q, k, v, t = arrays(0, 2, 37, 4, 2, 16)
+  ids = jnp.asarray(np.repeat([[1, 2, -1], [3, 3, 4]], [20, 9, 8], axis=1).astype(np.int32))
+  documents = find_documents(2, 37, None, ids)
+
+  def grouped(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    sources = causal_sources(k, v, documents)
+    return grouped_attention(q, sources, scale=0.25, max_window=37, implementation="xla")
+
+  def run(attend: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
+    out, pull = jax.vjp(attend, q, k, v)
+    return (out, *pull(t))
+
+  want = run(lambda q, k, v: DenseAttention("xla")(q, k, v, segment_ids=ids))
+  for ours, theirs in zip(run(grouped), want, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+def test_packed_documents_on_a_gpu_need_no_mask_of_all_pairs() -> None:
+  q = jax.ShapeDtypeStruct((1, 512, 4, 64), jnp.bfloat16)
+  ids = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+
+  def gradients(q: jax.Array, k: jax.Array, v: jax.Array, ids: jax.Array) -> Any:
+    out, pull = jax.vjp(lambda *qkv: DenseAttention()(*qkv, segment_ids=ids), q, k, v)
+    return pull(out)
+
+  program = lower_for_h100(gradients, q, q, q, ids)
+  assert "grouped_attention_dkdv_window" in program
+  assert "512x512" not in program
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [512, 301])
-def test_cudnn_is_used_and_as_exact_as_xla(length: int) -> None:
+def test_gpu_kernels_are_used_and_as_exact_as_xla(length: int, packed: bool) -> None:
   shapes = ((2, length, 8, 64), (2, length, 2, 64), (2, length, 2, 64))
   keys = jax.random.split(jax.random.key(0), 3)
   qkv = [jax.random.normal(*pair, jnp.bfloat16) for pair in zip(keys, shapes, strict=True)]
-  lengths = jnp.array([length, length // 2])
+  position = jnp.arange(length)[None]
+  ids = jnp.where(position < jnp.array([[length], [200]]), position // 150, -1)
+  rows = {"segment_ids": ids} if packed else {"lengths": jnp.array([length, length // 2])}
 
   def attend(kind: DenseAttention, *qkv: jax.Array) -> jax.Array:
-    return kind(*qkv, lengths=lengths).astype(jnp.float32)
+    return kind(*qkv, **rows).astype(jnp.float32)
 
   def values_and_gradients(kind: DenseAttention, qkv: list[jax.Array]) -> list[jax.Array]:
     loss = lambda *qkv: (attend(kind, *qkv) ** 2).sum()  # noqa: E731
     return [attend(kind, *qkv), *jax.grad(loss, argnums=(0, 1, 2))(*qkv)]
 
   program = jax.jit(lambda *qkv: attend(DenseAttention(), *qkv)).lower(*qkv).as_text()
-  assert "cudnn" in program
+  assert ("grouped_attention" if packed else "cudnn") in program
   with jax.default_matmul_precision("highest"):
     exact = values_and_gradients(DenseAttention("xla"), [x.astype(jnp.float32) for x in qkv])
   xla = values_and_gradients(DenseAttention("xla"), qkv)
-  cudnn = values_and_gradients(DenseAttention(), qkv)
-  for want, plain, got, bound in zip(exact, xla, cudnn, (2, 3, 3, 3), strict=True):
+  fused = values_and_gradients(DenseAttention(), qkv)
+  for want, plain, got, bound in zip(exact, xla, fused, (2, 3, 3, 3), strict=True):
     error = np.abs(got.astype(jnp.float32) - want).max()
     assert error <= bound * np.abs(plain.astype(jnp.float32) - want).max()
 

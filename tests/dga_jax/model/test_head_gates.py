@@ -87,7 +87,7 @@ def test_hardened_gates_equal_a_decoder_with_these_budgets(
     gated = dataclasses.replace(GATED, attention="head_budgets", head_budgets=everywhere)
   assert compact_setting(gated) == compact
   learned = np.array([[0.1, 0.9], [0.8, 0.8]], np.float32)
-  budgets = harden(learned, compact, 2)
+  budgets = harden(learned, {FULL: 2, compact: 2})
   assert budgets.settings == (FULL, compact)
   assert budgets.assignment == ((1, 0), (0, 1))  # Of the two equal gates the earlier head's.
   ours = states(gated, jnp.array([[0.0, 1.0], [1.0, 0.0]]))
@@ -99,6 +99,16 @@ def test_hardened_gates_equal_a_decoder_with_these_budgets(
   for row, length in enumerate(LENGTHS):
     theirs = model.hidden(TOKENS, lengths=LENGTHS)[row, :length]
     np.testing.assert_allclose(ours[row, :length], theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_larger_gates_get_earlier_settings() -> None:
+  small = SinkWindow(window=2, sinks=1)
+  gates = np.array([[0.3, 0.0], [0.2, 0.9], [0.0, 0.3]], np.float32)
+  budgets = harden(gates, {FULL: 1, COMPACT: 2, small: 3})
+  assert budgets.settings == (FULL, COMPACT, small)
+  assert budgets.assignment == ((1, 2), (2, 0), (2, 1))
+  with pytest.raises(ValueError, match=r"1 \+ 2 heads; the model has 6 gates"):
+    harden(gates, {FULL: 1, COMPACT: 2})
 
 
 def test_gates_have_gradients() -> None:
@@ -141,4 +151,4 @@ def test_errors_name_the_argument_and_the_remedy() -> None:
     with pytest.raises(ValueError, match=r"no cache\. Make head budgets of its gates"):
       use()
   with pytest.raises(ValueError, match="model has a gate for each KV head"):
-    apply_budgets(model, harden(np.zeros((2, 2), np.float32), COMPACT, 1))
+    apply_budgets(model, harden(np.zeros((2, 2), np.float32), {FULL: 1, COMPACT: 3}))

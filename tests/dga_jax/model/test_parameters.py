@@ -146,6 +146,21 @@ def test_remat_recomputes_and_keeps_gradients() -> None:
   assert products["full"] == products["none"] + 8
 
 
+def test_unrolled_layers_keep_gradients_and_have_no_loop() -> None:
+  gradients, loops = {}, {}
+  for unroll in (False, True):
+    config = dataclasses.replace(CONFIG, dtype="float32", attention="dense", unroll_layers=unroll)
+    gradient, model = jax.jit(nnx.grad(loss)), random_decoder(config)
+    gradients[unroll] = gradient(model)
+    loops[unroll] = gradient.lower(model).as_text().count("stablehlo.while")
+  assert loops == {False: 2, True: 0}
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+    gradients[False],
+    gradients[True],
+  )
+
+
 def test_llama2_7b_shapes() -> None:
   assert parameter_count(LLAMA2_7B) == 6_738_415_616
   model = abstract_decoder(LLAMA2_7B)

@@ -22,14 +22,14 @@ from tests.pallas_kernels.grouped_attention.kernel_cases import CASES, check_aga
 # Blocks for one program (`programs=1`), which processes several work tiles and whose warpgroups
 # wait for one another.
 _BLOCKS = MosaicBlocks(
-  forward=MosaicQueryTile(block_k=64, stages=2),
+  forward=MosaicQueryTile(block_k=128, stages=2),
   dq=MosaicQueryTile(block_k=64, stages=2),
   dkdv=MosaicKeyTile(block_q=64, stages=2),
 )
 
 if __name__ == "__main__":
   # The short sequences of the cases then have several chunks of queries.
-  mosaic_gpu_attention._LEAST_STEPS = 1
+  mosaic_gpu_attention.query_chunks = lambda *_: 2
   attention = functools.partial(
     mosaic_gpu_attention.grouped_attention_mosaic_gpu,
     blocks=_BLOCKS,

@@ -161,6 +161,7 @@ CASES = {
   ),
   "fully_masked_row": Case(documents=((), (70,)), length=70),
   "all_focal": Case(documents=((70,),), length=70, focal_rate=1.0),
+  "full_tiles": Case(documents=((270,),), length=270, focal_rate=1.0),
   "no_focal": Case(documents=((70,),), length=70, focal_rate=0.0),
   "bias": Case(documents=((90,),), length=90, group_bias=1.4),
   "streaming": Case(documents=((100,), (61,)), length=100, streaming=True, query_heads=4),

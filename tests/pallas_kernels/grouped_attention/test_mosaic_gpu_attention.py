@@ -30,8 +30,11 @@ _COMMAND = "tests.pallas_kernels.grouped_attention.interpret_mosaic_gpu"
 _gradients = functools.partial(output_and_gradients, grouped_attention_mosaic_gpu)
 
 
-# Packed rows with two heads per work tile; shared bounds with one head per work tile.
-@pytest.mark.parametrize("name", [*nightly("packed"), "streaming_packed", "without_groups"])
+# Packed rows with two heads per work tile; shared bounds with one head per work tile; key tiles
+# that all queries of a tile see, followed by a half one.
+@pytest.mark.parametrize(
+  "name", [*nightly("packed"), "streaming_packed", "without_groups", "full_tiles"]
+)
 def test_interpreted_kernels_equal_reference_without_races(name: str):
   result = subprocess.run(
     [sys.executable, "-m", _COMMAND, name],

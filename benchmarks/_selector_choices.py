@@ -1,0 +1,102 @@
+"""Choices of focal tokens that `benchmarks.selector` compares, as scores of tokens."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from dga_jax.config import DGAConfig
+from dga_jax.model.rope import apply_rope, rope_table
+
+_FUTURE_POSITIONS = 512  # Of expected attention, as in its paper.
+
+
+def accumulated(
+  q_BxLxHxD: Float[Array, "B L H D"], k_BxLxNxD: Float[Array, "B L N D"], config: DGAConfig
+) -> Float[Array, "B L N"]:
+  """Attention of each query to the tokens of its block up to itself, summed over the queries.
+
+  The sums are float32. Tokens outside of complete blocks get 0.
+  """
+  H, N, D = q_BxLxHxD.shape[2], *k_BxLxNxD.shape[2:]
+  q, k = (blocks_of(x, config) for x in (q_BxLxHxD, k_BxLxNxD))
+  q = q.reshape(*q.shape[:3], N, H // N, D)
+  products = jnp.einsum("bgcnrd,bgjnd->bgnrcj", q, k, preferred_element_type=jnp.float32)
+  causal = jnp.tri(config.block_size, dtype=bool)[None, None, None, None]
+  logits = jnp.where(causal, products * D**-0.5, -jnp.inf)
+  sums_BxgxNxs = jax.nn.softmax(logits, axis=-1).sum(axis=(3, 4))
+  return _tokens(sums_BxgxNxs.swapaxes(2, 3), q_BxLxHxD.shape[1], config)
+
+
+def expected_attention(
+  q_BxLxHxD: Float[Array, "B L H D"],
+  k_BxLxNxD: Float[Array, "B L N D"],
+  v_BxLxNxD: Float[Array, "B L N D"],
+  config: DGAConfig,
+  frequencies: Float[np.ndarray, "F"],
+) -> Float[Array, "B L N"]:
+  """Expected attention (Devoto et al., arXiv 2510.00636) as a causal rule of a block.
+
+  The queries before RoPE of all tokens from the first block to a block's end have the mean μ and
+  the covariance Σ. R̄ is the mean RoPE rotation of the 512 positions from the first query that sees
+  the block by its compact entries alone. The score of key k and value v is
+
+      Σ_h softmax_block(k·R̄μ_h/√D + kᵀR̄Σ_hR̄ᵀk/(2D)) · ‖v‖,
+
+  with the sum over the query heads of a KV head. The paper ranks all tokens of a prompt, with the
+  statistics of the whole prompt; here the softmax is over the tokens of the block.
+
+  Args:
+    q_BxLxHxD: after RoPE at the positions 0 to L − 1.
+    k_BxLxNxD: likewise.
+    v_BxLxNxD: values.
+    config: of the blocks.
+    frequencies: ω of the model's RoPE.
+
+  Returns:
+    float32; 0 for tokens outside of complete blocks.
+  """
+  (_, L, H, D), N, s = q_BxLxHxD.shape, k_BxLxNxD.shape[2], config.block_size
+  back = rope_table(-jnp.arange(L)[None], frequencies)
+  q = blocks_of(apply_rope(q_BxLxHxD.astype(jnp.float32), back), config)
+  k, v = (blocks_of(x.astype(jnp.float32), config) for x in (k_BxLxNxD, v_BxLxNxD))
+  k_BxgxsxHxD = jnp.repeat(_mean_rotation_back(k, config, frequencies), H // N, axis=3)
+  count_g = s * jnp.arange(1, q.shape[1] + 1)
+  mean = q.sum(axis=2).cumsum(axis=1) / count_g[None, :, None, None]
+  second = jnp.einsum("bgshd,bgshe->bghde", q, q).cumsum(axis=1)
+  second = second / count_g[None, :, None, None, None]
+  covariance = second - mean[..., :, None] * mean[..., None, :]
+  linear = jnp.einsum("bgshd,bghd->bgsh", k_BxgxsxHxD, mean) * D**-0.5
+  quadratic = jnp.einsum("bgshd,bghde,bgshe->bgsh", k_BxgxsxHxD, covariance, k_BxgxsxHxD) / (2 * D)
+  expected = jax.nn.softmax(linear + quadratic, axis=2).reshape(*k.shape[:3], N, H // N)
+  scores_BxgxsxN = expected.sum(axis=-1) * jnp.linalg.norm(v, axis=-1)
+  return _tokens(scores_BxgxsxN, L, config)
+
+
+def _mean_rotation_back(
+  k_BxgxsxNxD: Array, config: DGAConfig, frequencies: np.ndarray
+) -> Float[Array, "B g s N D"]:
+  """R̄ᵀk for the keys of each block."""
+  g, s = k_BxgxsxNxD.shape[1:3]
+  first_g = config.sink_tokens + (jnp.arange(g) + 1 + config.local_window) * s
+  table = rope_table(first_g[:, None] + jnp.arange(_FUTURE_POSITIONS)[None], frequencies)
+  cos, sin = (x.mean(axis=1)[None, :, None, None] for x in table)
+  k1, k2 = jnp.split(k_BxgxsxNxD, 2, axis=-1)
+  return jnp.concatenate([k1 * cos + k2 * sin, k2 * cos - k1 * sin], axis=-1)
+
+
+def blocks_of(x_BxLxNxD: Float[Array, "B L N D"], config: DGAConfig) -> Float[Array, "B g s N D"]:
+  """The tokens of complete blocks."""
+  B, L, s = *x_BxLxNxD.shape[:2], config.block_size
+  g = (L - config.sink_tokens) // s
+  inside = x_BxLxNxD[:, config.sink_tokens : config.sink_tokens + g * s]
+  return inside.reshape(B, g, s, *x_BxLxNxD.shape[2:])
+
+
+def _tokens(scores_BxgxsxN: Array, length: int, config: DGAConfig) -> Float[Array, "B L N"]:
+  """Scores of a row from those of its complete blocks, 0 elsewhere."""
+  B, g, s, N = scores_BxgxsxN.shape
+  after = length - config.sink_tokens - g * s
+  scores_BxTxN = scores_BxgxsxN.reshape(B, g * s, N)
+  return jnp.pad(scores_BxTxN, ((0, 0), (config.sink_tokens, after), (0, 0)))

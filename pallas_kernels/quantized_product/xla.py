@@ -1,0 +1,56 @@
+"""The product with weights in 8 bits in plain XLA. Runs on any device, and is the oracle."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+
+def quantized_product_xla(
+  x_BxK: Float[Array, "B K"],
+  numbers_TxCx4: Shaped[Array, "T C 4"],
+  scale_T: Float[Array, "T"],
+  *,
+  norm_scale: Float[Array, "K"] | None,
+  epsilon: float,
+  swiglu: bool,
+  residual: Float[Array, "B U"] | None,
+) -> Float[Array, "B U"]:
+  """See `quantized_product`."""
+  dtype = x_BxK.dtype
+  if norm_scale is not None:
+    x_BxK = rms_norm(x_BxK, norm_scale, epsilon)
+  product_BxT = jnp.einsum(
+    "BK,TK->BT", x_BxK, unpack(numbers_TxCx4).astype(dtype), preferred_element_type=jnp.float32
+  )
+  out = (product_BxT * scale_T[None]).astype(dtype)
+  if swiglu:
+    gate_BxU, up_BxU = jnp.split(out, 2, axis=1)
+    out = jax.nn.silu(gate_BxU) * up_BxU
+  return out if residual is None else residual + out
+
+
+def pack(numbers: Shaped[Array, "*S T K"]) -> Shaped[Array, "*S T C 4"]:
+  """Numbers in the order of a weight in memory: inputs c, c + K/4, c + K/2 and c + 3K/4 adjacent.
+
+  Raises:
+    ValueError: 4 does not divide K.
+  """
+  K = numbers.shape[-1]
+  if K % 4:
+    raise ValueError(f"a weight has {K} inputs; weights in 8 bits need a multiple of 4.")
+  return jnp.swapaxes(numbers.reshape(*numbers.shape[:-1], 4, K // 4), -1, -2)
+
+
+def unpack(numbers: Shaped[Array, "*S T C 4"]) -> Shaped[Array, "*S T K"]:
+  """The inverse of `pack`."""
+  return jnp.swapaxes(numbers, -1, -2).reshape(*numbers.shape[:-2], -1)
+
+
+def rms_norm(
+  x_BxK: Float[Array, "B K"], scale_K: Float[Array, "K"], epsilon: float
+) -> Float[Array, "B K"]:
+  """x/√(mean x² + ε)·scale, computed in float32, in the dtype of x."""
+  wide_BxK = x_BxK.astype(jnp.float32)
+  mean_Bx1 = jnp.mean(wide_BxK * wide_BxK, axis=1, keepdims=True)
+  normed_BxK = wide_BxK * jax.lax.rsqrt(mean_Bx1 + epsilon) * scale_K.astype(jnp.float32)[None]
+  return normed_BxK.astype(x_BxK.dtype)
