@@ -4,9 +4,9 @@
     ./workspace bench mixed_decode --model=smollm2 --contexts=8192
 
 The models have random weights in bfloat16. LLaMA2-7B's shapes: 3 of 32 KV heads of each layer are
-full, the others follow --other. SmolLM2-135M's shapes: --budgets, by default the calibrated set of
-`dga_jax/smollm2_budgets_35.json`. "uniform" is the same model with dense attention in all heads and a
-context whose cache has as many bytes. "attention" is the attention of all layers without the rest
+full, the others follow --other. SmolLM2-135M's shapes: --budgets, by default the calibrated set
+`dga_jax/smollm2_budgets_35.json`. "uniform" is the same model with dense attention in all heads and
+a context whose cache has as many bytes. "attention" is the attention of all layers without the rest
 of the model. One program decodes a chunk of tokens with a donated state, as `dga_jax.generation`
 does. Programs alternate; times are medians with the lowest and the highest round.
 """

@@ -20,7 +20,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicQueryTile
 from pallas_kernels.grouped_attention.kv_sources import (
-  HeadRuns,
   KVSourceRef,
   KVSources,
   KVSourcesRef,
@@ -68,7 +67,6 @@ def mosaic_gpu_forward(
   group_bias: float,
   max_window: int,
   has_keys: tuple[bool, bool, bool],
-  head_runs: HeadRuns | None = None,
   tile: MosaicQueryTile,
   programs: int,
   interpret: Any = None,
@@ -84,7 +82,6 @@ def mosaic_gpu_forward(
   schedule = TileSchedule(
     split,
     split.grid(query),
-    split.runs(head_runs, sources.focal.key.shape[2]),
     tile.block_k,
     group_bias * LOG2_E,
     max_window,
@@ -171,18 +168,10 @@ def _forward_kernel(
       plgpu.barrier_wait(buffers.query_slots.ready.at[query_at])
       zeros = zero_accumulator(buffers.query.shape[-1])
       carry = (zeros, row_vector(MASK_VALUE), row_vector(0.0), steps)
-      acc_QxD, m_Q, l_Q, steps_after = key_tiles(coords, steps_of, carry)
-
-      # Queries without keys take the two turns of a step. Else the other worker would wait in its
-      # last tile of work for a turn in the next tile but one, whose queries need its slot.
-      @pl.when(steps_after == steps)
-      def _() -> None:
-        _take_turn(buffers)
-        _take_turn(buffers)
-
+      acc_QxD, m_Q, l_Q, steps = key_tiles(coords, steps_of, carry)
       plgpu.barrier_arrive(buffers.query_slots.free.at[slot])
       _write(buffers, out_ref, lse2_ref, rows, acc_QxD, m_Q, l_Q)
-      return steps_after
+      return steps
 
     pl.when(warpgroup == 1)(lambda: _take_turn(buffers))
     schedule.tiles_of_work(spans_ref, compute_tile)
