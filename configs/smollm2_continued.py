@@ -13,10 +13,10 @@ With selector="fitted" in the file MODEL is the output of `dga fit_selector`.
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false.
 
 --config.num_steps=500 takes 162 seconds of steps on one H200 with dense attention (202 thousand
-tokens/s) and 132 seconds with full heads and DGA (249 thousand), and 35 GB of its memory; several
-kinds of layers compile for up to two minutes. Held-out perplexity over that of dense attention: DGA
-global 1.26, streaming at a quarter 1.025, sinks and window 1.020, full heads with a window 1.0055,
-full heads with DGA 1.0060 (docs/paper.md).
+tokens/s) and 132 seconds with full heads and DGA (249 thousand), and 35 GB of its memory; full
+heads with DGA compile for up to three minutes on a busy host. Held-out perplexity over that of
+dense attention: DGA global 1.26, streaming at a quarter 1.025, sinks and window 1.020, full heads
+with a window 1.0055, full heads with DGA 1.0060 (docs/paper.md).
 """
 
 from typing import Any
