@@ -10,7 +10,7 @@ import re
 from typing import NamedTuple
 
 # Bundles. Parts up to this length hold only addresses, branches and waits.
-_SMALL = 60
+SMALL = 60
 _LINE = re.compile(r"\s*(?:0x)?([0-9a-f]+)\s+((?:[A-Z]{2},? ?)*)\s*:\s*((?:> ?)*)")
 
 
@@ -29,7 +29,7 @@ class Schedule(NamedTuple):
     prologue: parts outside inner loops, before the first inner loop.
     loops: one iteration of each inner loop.
     epilogue: parts outside inner loops, after the first inner loop.
-    small: sum of all parts of at most _SMALL bundles.
+    small: sum of all parts of at most SMALL bundles.
   """
 
   prologue: list[int]
@@ -80,11 +80,11 @@ def _parse_schedule(text: str) -> Schedule:
       marks[address] = marks.get(address, False) or ("LB" in labels and depth >= 2)
   starts = sorted(marks)
   parts = [(b - a, marks[a]) for a, b in zip(starts, [*starts[1:], end], strict=True)]
-  big = [part for part in parts if part[0] > _SMALL]
+  big = [part for part in parts if part[0] > SMALL]
   first_loop = next((i for i, (_, is_loop) in enumerate(big) if is_loop), len(big))
   return Schedule(
     prologue=[size for size, is_loop in big[:first_loop] if not is_loop],
     loops=[size for size, is_loop in big if is_loop],
     epilogue=[size for size, is_loop in big[first_loop:] if not is_loop],
-    small=sum(size for size, _ in parts if size <= _SMALL),
+    small=sum(size for size, _ in parts if size <= SMALL),
   )

@@ -39,13 +39,15 @@ class KernelCount:
     kernel: a substring of the kernel's name.
     direction: "forward" or "backward".
     bundles: maps the kernel's schedule to the number of issued bundles.
-    is_merge: whether the kernel merges groups (`group_merge`), rather than computing attention.
+    is_merge: whether the kernel selects or merges tokens, rather than computing attention.
+    rows: positions of its last operand or first output, where several kernels have the name.
   """
 
   kernel: str
   direction: str
   bundles: Callable[[Schedule], float]
   is_merge: bool = False
+  rows: int | None = None
 
 
 def splash_counts(
@@ -100,7 +102,7 @@ def dga_counts(
   shapes = [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
   with jax.sharding.use_abstract_mesh(abstract_mesh(CHIPS[chip].kind)):
     query, sources = jax.eval_shape(functools.partial(merge, config), *shapes)
-    grids = _grids(lambda *arrays: merge(config, *arrays).sources.kv, shapes)
+    grids = grid_steps(lambda *arrays: merge(config, *arrays).sources.kv, shapes)
   options = attention_kwargs(query, config, None)
   blocks = tpu_blocks(CHIPS[chip].kind, 2)
   schedule = schedule_of(blocks, query, sources, **options)
@@ -110,23 +112,50 @@ def dga_counts(
   entries = Entries(*(x for pair in sources.kv for x in pair))
   bounds = pack_bounds(streaming.visibility.sources(entries), schedule.group_offset, L)
 
-  queries = _query_side(bounds, schedule, heads[1])
+  return [
+    *attention_counts(bounds, schedule, entries.window_key.shape[1], heads[1]),
+    *merge_counts(grids["group_merge"]),
+  ]
+
+
+def attention_counts(
+  bounds: jax.Array, schedule: TileSchedule, window: int, kv_heads: int
+) -> list[KernelCount]:
+  """The attention kernels of both passes.
+
+  Args:
+    bounds: the packed ranges, of all KV heads at once or of each.
+    schedule: sizes of the call.
+    window: keys of the window source.
+    kv_heads: KV heads.
+  """
+  heads = kv_heads if schedule.shared_bounds else 1  # that share a row of `bounds`
+  queries = _query_side(bounds, schedule, heads)
   summary_tile, window_tile = schedule.summary_grad, schedule.window_grad
-  window_ranges = pack_query_ranges(bounds, WINDOW, 0, entries.window_key.shape[1], window_tile)
-  summaries = _key_side(summary_query_ranges(bounds, schedule), summary_tile, schedule, heads[1])
-  window = _key_side(window_ranges, window_tile, schedule, heads[1])
-
-  def merge_bundles(schedule: Schedule) -> float:
-    # The loop of this kernel runs only for inputs that are not finite.
-    return grids["group_merge"] * schedule.outside_loops
-
+  window_ranges = pack_query_ranges(bounds, WINDOW, 0, window, window_tile)
+  summaries = _key_side(summary_query_ranges(bounds, schedule), summary_tile, schedule, heads)
   return [
     KernelCount("grouped_attention_forward", "forward", queries),
     KernelCount("grouped_attention_dq", "backward", queries),
     KernelCount("grouped_attention_dkdv_summaries", "backward", summaries),
-    KernelCount("grouped_attention_dkdv_window", "backward", window),
-    KernelCount("group_merge_grad", "backward", merge_bundles, is_merge=True),
-    KernelCount("group_merge", "forward", merge_bundles, is_merge=True),
+    KernelCount(
+      "grouped_attention_dkdv_window",
+      "backward",
+      _key_side(window_ranges, window_tile, schedule, heads),
+    ),
+  ]
+
+
+def merge_counts(steps: int) -> list[KernelCount]:
+  """The merging kernels of both passes, of `steps` grid steps each."""
+
+  def bundles(schedule: Schedule) -> float:
+    # The loop of this kernel runs only for inputs that are not finite.
+    return steps * schedule.outside_loops
+
+  return [
+    KernelCount("group_merge_grad", "backward", bundles, is_merge=True),
+    KernelCount("group_merge", "forward", bundles, is_merge=True),
   ]
 
 
@@ -171,7 +200,7 @@ def _key_side(
   return bundles
 
 
-def _grids(function: Callable[..., Any], shapes: list[Any]) -> dict[str, int]:
+def grid_steps(function: Callable[..., Any], shapes: list[Any]) -> dict[str, int]:
   """The number of grid steps of each Pallas kernel that a function calls, by kernel name."""
   grids: dict[str, int] = {}
 

@@ -4,9 +4,9 @@
     ./workspace bench mixed_decode --model=smollm2 --contexts=8192
 
 The models have random weights in bfloat16. LLaMA2-7B's shapes: 3 of 32 KV heads of each layer are
-full, the others follow --other. SmolLM2-135M's shapes: --budgets, by default the calibrated set of
-`dga_jax/smollm2_budgets.json`. "uniform" is the same model with dense attention in all heads and a
-context whose cache has as many bytes. "attention" is the attention of all layers without the rest
+full, the others follow --other. SmolLM2-135M's shapes: --budgets, by default the calibrated set
+`dga_jax/smollm2_budgets_35.json`. "uniform" is the same model with dense attention in all heads and
+a context whose cache has as many bytes. "attention" is the attention of all layers without the rest
 of the model. One program decodes a chunk of tokens with a donated state, as `dga_jax.generation`
 does. Programs alternate; times are medians with the lowest and the highest round.
 """
@@ -37,7 +37,7 @@ _CONTEXTS = flags.DEFINE_list("contexts", ["16384"], "tokens of the caches with 
 _BATCHES = flags.DEFINE_list("batches", ["1"], "sequences")
 _OTHER = flags.DEFINE_enum("other", "126+2", list(SETTINGS), "setting of LLaMA2's other heads")
 _BUDGETS = flags.DEFINE_string(
-  "budgets", str(Path(dga_jax.__file__).with_name("smollm2_budgets.json")), "of SmolLM2"
+  "budgets", str(Path(dga_jax.__file__).with_name("smollm2_budgets_35.json")), "of SmolLM2"
 )
 _LAYERS = flags.DEFINE_integer("layers", None, "layers of the model; fewer for a quick run")
 _CHUNK = flags.DEFINE_integer("decode_chunk", 16, "decode steps in one program")

@@ -22,22 +22,22 @@ from dga_jax.model.decoder import Decoder
 from dga_jax.model.layers import Attend, axis_names, DecoderLayer
 from dga_jax.model.rope import RopeTable
 from pallas_kernels.decode import pack_rows
-from pallas_kernels.quantized_product import pack, quantized_product
+from pallas_kernels.quantized_product import quantized_product
 
 _DTYPES: dict[WeightName, str] = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
 
 class QuantizedProjection(nnx.Module):
-  """x·W for a weight in 8 bits: `numbers` [T, K/4, 4] and `scale` [T].
+  """x·W for a weight in 8 bits: `numbers` [T, K] and `scale` [T].
 
-  The inputs of an output are adjacent in memory, in the order of `quantized_product.pack`.
+  The numbers are stored transposed: the inputs of an output are adjacent in memory.
   """
 
   def __init__(
-    self, numbers: Shaped[Array, "*layers T C 4"], scale: Float[Array, "*layers T"]
+    self, numbers: Shaped[Array, "*layers T K"], scale: Float[Array, "*layers T"]
   ) -> None:
     layers = ("layers",) * (scale.ndim - 1)
-    self.numbers = nnx.Param(numbers, **axis_names(*layers, "outputs", "inputs", "quarters"))
+    self.numbers = nnx.Param(numbers, **axis_names(*layers, "outputs", "inputs"))
     self.scale = nnx.Param(scale, **axis_names(*layers, "outputs"))
 
   @classmethod
@@ -93,7 +93,7 @@ def _pack(weights: list[Array], stored: str, inputs: int, layers: int) -> tuple[
     rows.append(jnp.swapaxes(weight.reshape(*weight.shape[:layers], K, -1), -1, -2))
   numbers, scale = pack_rows(jnp.concatenate(rows, axis=-2), stored)
   assert scale is not None  # The dtype has 8 bits.
-  return pack(numbers), scale
+  return numbers, scale
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -20,11 +20,11 @@ from pallas_kernels.mosaic_tpu_common import dot, Interpret, LANES
 
 _UNITS = 4  # of a tile: products that do not depend on each other, and overlap
 _CHUNK_BYTES, _MOST_CHUNK = 2**21, 2048
-_ALIGNED = 16  # positions: a run in a chunk begins at a multiple of it
+ALIGNED = 16  # positions: a run in a chunk begins at a multiple of it
 
 
-class _Sizes(NamedTuple):
-  """Static sizes of blocks and products."""
+class RowSizes(NamedTuple):
+  """Static sizes of blocks and products of one call."""
 
   unit: int  # indices of a product
   run: int  # positions of a product
@@ -32,8 +32,26 @@ class _Sizes(NamedTuple):
   chunk: int  # positions of a block
 
   @classmethod
-  def for_density(cls, indices: int, length: int, row_bytes: int, *, least_unit: int) -> "_Sizes":
-    """The sizes for `indices` of `length` positions: a unit points into about one run."""
+  def for_gather(cls, indices: int, length: int, row_bytes: int) -> "RowSizes":
+    """Sizes of `gather_rows` for `indices` of `length` positions.
+
+    Args:
+      indices: S.
+      length: L.
+      row_bytes: bytes of a position in all arrays of a KV head, in whole lanes.
+    """
+    return cls._for_density(indices, length, row_bytes, least_unit=1)
+
+  @classmethod
+  def for_scatter(cls, indices: int, length: int, row_bytes: int) -> "RowSizes":
+    """Sizes of `scatter_rows`; arguments as for `for_gather`."""
+    return cls._for_density(indices, length, row_bytes, least_unit=LANES)
+
+  @classmethod
+  def _for_density(
+    cls, indices: int, length: int, row_bytes: int, *, least_unit: int
+  ) -> "RowSizes":
+    """A unit points into about one run."""
     unit, run = (max(32, least_unit), 512) if 4 * indices < length else (LANES, 256)
     fitting = _CHUNK_BYTES // row_bytes // run * run
     chunk = max(run, min(_MOST_CHUNK, fitting, pl.cdiv(length, run) * run))
@@ -45,7 +63,7 @@ class _Pairs(NamedTuple):
 
   indices: Array  # [B, N, tiles, tile / 128, 128], −1 for none
   pairs: Array  # [B, N, steps]: tile · 2^16 + chunk; the sign bit marks a step without a pair
-  spans: Array  # [B, N, units]: first · 2^16 + last position, both over _ALIGNED
+  spans: Array  # [B, N, units]: first · 2^16 + last position, both over ALIGNED
 
 
 def gather_rows(
@@ -58,7 +76,7 @@ def gather_rows(
     index: [B, N, S] int32, ascending except for L, which gives zeros.
   """
   S, L = index.shape[-1], arrays[0].shape[2]
-  sizes = _Sizes.for_density(S, L, _row_bytes(arrays, index), least_unit=1)
+  sizes = RowSizes.for_gather(S, L, _row_bytes(arrays, index))
   kernel = functools.partial(_gather_kernel, sizes=sizes)
   pairs = _make_pairs(index, L, sizes)
   blocks = _Blocks((sizes.chunk, _chunk_of), (sizes.tile, _tile_of))
@@ -70,7 +88,7 @@ def scatter_rows(
   arrays: tuple[Array, ...], index: Array, length: int, *, interpret: Interpret
 ) -> tuple[Array, ...]:
   """The inverse: rows [B, N·a, S, D] at their positions in arrays of zeros [B, N·a, length, D]."""
-  sizes = _Sizes.for_density(index.shape[-1], length, _row_bytes(arrays, index), least_unit=LANES)
+  sizes = RowSizes.for_scatter(index.shape[-1], length, _row_bytes(arrays, index))
   kernel = functools.partial(_scatter_kernel, sizes=sizes)
   pairs = _make_pairs(index, length, sizes)
   blocks = _Blocks((sizes.tile, _tile_of), (sizes.chunk, _chunk_of))
@@ -82,13 +100,13 @@ def _row_bytes(arrays: tuple[Array, ...], index: Array) -> int:
   return heads * max(LANES, arrays[0].shape[3]) * arrays[0].dtype.itemsize
 
 
-def _make_pairs(index: Array, length: int, sizes: _Sizes) -> _Pairs:
+def _make_pairs(index: Array, length: int, sizes: RowSizes) -> _Pairs:
   B, N, S = index.shape
   tiles, chunks = pl.cdiv(S, sizes.tile), pl.cdiv(length, sizes.chunk)
   index = jnp.where(index < length, index, -1)
   index = jnp.pad(index, ((0, 0), (0, 0), (0, tiles * sizes.tile - S)), constant_values=-1)
   first_BxNxu, last_BxNxu = _extremes(index, sizes.unit, length)
-  spans = ((first_BxNxu // _ALIGNED) << 16) | (last_BxNxu // _ALIGNED)
+  spans = ((first_BxNxu // ALIGNED) << 16) | (last_BxNxu // ALIGNED)
   spans = jnp.where(last_BxNxu < 0, 1 << 16, spans)  # empty: the end precedes the start
   first, last = _extremes(index, sizes.tile, length)
   first, last = first // sizes.chunk, lax.cummax(jnp.maximum(last, 0), axis=2) // sizes.chunk
@@ -134,7 +152,7 @@ def _call(
   out_rows: int,
   blocks: _Blocks,
   scratch: list[Any],
-  sizes: _Sizes,
+  sizes: RowSizes,
   interpret: Interpret,
 ) -> tuple[Array, ...]:
   B, N, steps = pairs.pairs.shape
@@ -175,7 +193,7 @@ def _call(
 
 
 def _gather_kernel(
-  pairs_ref: Any, spans_ref: Any, index_ref: Any, *refs: Any, sizes: _Sizes
+  pairs_ref: Any, spans_ref: Any, index_ref: Any, *refs: Any, sizes: RowSizes
 ) -> None:
   *array_refs, columns_ref, odd_ref = refs
   in_refs, out_refs = _halves(array_refs)
@@ -201,7 +219,7 @@ def _gather_kernel(
 
 
 def _scatter_kernel(
-  pairs_ref: Any, spans_ref: Any, index_ref: Any, *refs: Any, sizes: _Sizes
+  pairs_ref: Any, spans_ref: Any, index_ref: Any, *refs: Any, sizes: RowSizes
 ) -> None:
   *array_refs, odd_ref = refs
   in_refs, out_refs = _halves(array_refs)
@@ -229,7 +247,7 @@ class _GridStep(NamedTuple):
   writes_new: Array
   span_of: Callable[[Any], Array]  # of a unit of the tile
   odd_ref: Any  # whether the block that is read holds a non-finite number
-  sizes: _Sizes
+  sizes: RowSizes
 
   @classmethod
   def current(
@@ -238,7 +256,7 @@ class _GridStep(NamedTuple):
     spans_ref: Any,
     blocks: tuple[Callable[[Array], Array], Callable[[Array], Array]],
     odd_ref: Any,
-    sizes: _Sizes,
+    sizes: RowSizes,
   ) -> "_GridStep":
     """The running step. `blocks` gives the block that is read, and the one that is written."""
     b, n, step = (pl.program_id(i) for i in range(3))
@@ -264,7 +282,7 @@ class _GridStep(NamedTuple):
 
     def move_run(unit: Any, i: Array | int, odd: bool) -> None:
       low, _ = self._range(unit, begin)
-      start = pl.multiple_of(jnp.minimum(low + i * run, chunk - run), _ALIGNED)
+      start = pl.multiple_of(jnp.minimum(low + i * run, chunk - run), ALIGNED)
       move(unit, start, begin + start, odd)
 
     def runs(unit: Any) -> Array:
@@ -288,8 +306,8 @@ class _GridStep(NamedTuple):
   def _range(self, unit: Any, begin: Array) -> tuple[Array, Array]:
     """The range of the chunk that a unit points into."""
     span = self.span_of(unit)
-    low = jnp.maximum((span >> 16) * _ALIGNED - begin, 0)
-    return low, jnp.minimum(((span & 0xFFFF) + 1) * _ALIGNED - begin, self.sizes.chunk)
+    low = jnp.maximum((span >> 16) * ALIGNED - begin, 0)
+    return low, jnp.minimum(((span & 0xFFFF) + 1) * ALIGNED - begin, self.sizes.chunk)
 
 
 def _halves(refs: list[Any]) -> tuple[list[Any], list[Any]]:

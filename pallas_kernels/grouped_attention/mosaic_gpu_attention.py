@@ -17,7 +17,6 @@ from pallas_kernels.grouped_attention.block_sizes import (
   MosaicBlocks,
 )
 from pallas_kernels.grouped_attention.kv_sources import (
-  HeadRuns,
   kv_cotangent,
   KVSource,
   KVSources,
@@ -42,7 +41,6 @@ class _Static:
   group_bias: float
   max_window: int
   has_keys: tuple[bool, bool, bool]
-  head_runs: HeadRuns | None
   blocks: MosaicBlocks
   programs: int
   interpret: Any
@@ -55,7 +53,6 @@ def grouped_attention_mosaic_gpu(
   scale: float,
   group_bias: float,
   max_window: int,
-  head_runs: HeadRuns | None = None,
   blocks: MosaicBlocks | None = None,
   programs: int | None = None,
   interpret: Any = None,
@@ -76,7 +73,7 @@ def grouped_attention_mosaic_gpu(
   programs = programs or target.num_cores or H100_MULTIPROCESSORS
   focal, group, window = (source.key.shape[1] > 0 for source in sources)
   has_keys = (focal, group, window)
-  static = _Static(scale, group_bias, max_window, has_keys, head_runs, blocks, programs, interpret)
+  static = _Static(scale, group_bias, max_window, has_keys, blocks, programs, interpret)
   padded = sources.with_kv(jax.tree.map(lambda x: _pad_rows(x, KEYS), sources.kv))
   return _attend(_pad_rows(query, ROW_UNIT), padded, static)[:, :L]
 
@@ -105,15 +102,18 @@ def _attend(query: Array, sources: KVSources, static: _Static) -> Array:
   return _attend_fwd(query, sources, static)[0]
 
 
-def _query_side(query: Array, sources: KVSources) -> tuple[WorkSplit, KVSources, Array]:
+def _query_side(
+  query: Array, sources: KVSources, has_keys: tuple[bool, bool, bool]
+) -> tuple[WorkSplit, KVSources, Array]:
   """Arguments that the kernels that hold queries share."""
   split = WorkSplit.for_heads(query.shape[2], sources.focal.key.shape[2])
   sources = pad_ranges(sources, split.grid(query)[0] * split.queries)
-  return split, sources, tile_ranges(sources, split.queries)
+  visited = has_keys.index(True) if any(has_keys) else 0
+  return split, sources, tile_ranges(sources, split.queries, visited)
 
 
 def _attend_fwd(query: Array, sources: KVSources, static: _Static) -> tuple[Array, tuple]:
-  split, padded, spans = _query_side(query, sources)
+  split, padded, spans = _query_side(query, sources, static.has_keys)
   results = mosaic_gpu_forward(
     query,
     padded,
@@ -123,7 +123,6 @@ def _attend_fwd(query: Array, sources: KVSources, static: _Static) -> tuple[Arra
     group_bias=static.group_bias,
     max_window=static.max_window,
     has_keys=static.has_keys,
-    head_runs=static.head_runs,
     tile=static.blocks.forward,
     programs=static.programs,
     interpret=static.interpret,
@@ -134,7 +133,7 @@ def _attend_fwd(query: Array, sources: KVSources, static: _Static) -> tuple[Arra
 
 def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
   query, sources, out, lse2 = residuals
-  split, padded, spans = _query_side(query, sources)
+  split, padded, spans = _query_side(query, sources, static.has_keys)
   delta = jnp.einsum("blhd,blhd->bhl", out, dout, preferred_element_type=jnp.float32)
   delta = jnp.pad(delta, ((0, 0), (0, 0), (0, lse2.shape[-1] - delta.shape[-1])))
   dq = mosaic_gpu_dq(
@@ -149,7 +148,6 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     group_bias=static.group_bias,
     max_window=static.max_window,
     has_keys=static.has_keys,
-    head_runs=static.head_runs,
     tile=static.blocks.dq,
     programs=static.programs,
     interpret=static.interpret,
@@ -172,7 +170,6 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
       scale=static.scale,
       bias=static.group_bias if name == "group" else 0.0,
       chunks=1 if name == "window" else _query_chunks(query, source, static.programs, tile.block_q),
-      head_runs=static.head_runs,
       tile=tile,
       programs=static.programs,
       name=name,

@@ -74,7 +74,7 @@ def mosaic_tpu_dkdv(
     name: of the array of keys, for profiles.
   """
   query = operands.query
-  B, _, _, L, D = query.shape
+  B, _, L, D = query.shape
   _, N, S, _ = kv.key.shape
   piece = min(tile.piece, L)
   key_scale = schedule.scale2 if scale_keys else 1.0
@@ -124,8 +124,8 @@ def _query_specs(static: _Static, head_dim: int) -> _QueryRows:
 
   rows = (pl.squeezed, pl.squeezed, pl.Element(G), pl.Element(static.piece))
   queries = pl.BlockSpec(
-    (*rows, pl.Element(head_dim)),
-    lambda b, n, e, h, j, ref: (b, head_tile(n, h), 0, piece_from(b, n, e, j, ref), 0),
+    (*rows[1:], pl.Element(head_dim)),
+    lambda b, n, e, h, j, ref: (b, head_tile(n, h) * G, piece_from(b, n, e, j, ref), 0),
   )
   numbers = pl.BlockSpec(
     rows, lambda b, n, e, h, j, ref: (b, head_tile(n, h), 0, piece_from(b, n, e, j, ref))

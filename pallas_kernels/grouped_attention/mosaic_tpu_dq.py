@@ -51,13 +51,13 @@ def mosaic_tpu_dq(
   vmem: int,
   interpret: Interpret = False,
 ) -> Array:
-  """The gradient of the queries, [B, P, G, L, D].
+  """The gradient of the queries, [B, H, L, D].
 
   With p the softmax weights: dp = dout vᵀ, ds = p (dp − delta), dq = ln 2 · ds k for keys that
   are multiplied with the logit scale in base 2.
   """
   query = operands.query
-  B, P, _, L, D = query.shape
+  B, H, L, D = query.shape
   grid = QueryGrid.for_operands(operands, schedule)
   ranges, steps = pack_key_ranges(operands.bounds, schedule, query.dtype)
   statistic = pltpu.VMEM((schedule.rows, LANES), jnp.float32)
@@ -66,7 +66,7 @@ def mosaic_tpu_dq(
     functools.partial(_dq_kernel, schedule=schedule, grid=grid),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(B, P, L // schedule.block_q, steps),
+      grid=(B, H // schedule.heads, L // schedule.block_q, steps),
       in_specs=[specs, grid.kv()],
       out_specs=grid.query(),
       scratch_shapes=[statistic, statistic, pltpu.VMEM((schedule.rows, D), jnp.float32)],

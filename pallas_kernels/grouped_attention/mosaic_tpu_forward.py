@@ -38,9 +38,10 @@ def mosaic_tpu_forward(
   vmem: int,
   interpret: Interpret = False,
 ) -> tuple[Array, Array]:
-  """Output [B, P, G, L, D] and the base-2 logsumexp [B, P, G, L], 0 for what sees nothing."""
+  """Output [B, H, L, D] and base-2 logsumexp [B, P, G, L], 0 for queries that see nothing."""
   query = operands.query
-  B, P, _, L, D = query.shape
+  B, H, L, D = query.shape
+  P = H // schedule.heads
   grid = QueryGrid.for_operands(operands, schedule)
   ranges, steps = pack_key_ranges(operands.bounds, schedule, query.dtype)
   statistic = pltpu.VMEM((schedule.rows, LANES), jnp.float32)
@@ -55,7 +56,7 @@ def mosaic_tpu_forward(
     ),
     out_shape=[
       out_struct(query, query.shape, query.dtype),
-      out_struct(query, query.shape[:-1], jnp.float32),
+      out_struct(query, (B, P, schedule.heads, L), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),

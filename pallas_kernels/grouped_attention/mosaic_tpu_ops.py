@@ -68,9 +68,9 @@ class QueryGrid:
     return cls(schedule, head_dim, window_size, row_unit(operands.query.dtype))
 
   def query(self) -> pl.BlockSpec:
-    """A tile of [B, P, G, L, D]."""
-    shape = (None, None, self.schedule.heads, self.schedule.block_q, self.head_dim)
-    return pl.BlockSpec(shape, lambda b, p, t, j, _: (b, p, 0, t, 0))
+    """A tile of [B, H, L, D]."""
+    shape = (None, self.schedule.heads, self.schedule.block_q, self.head_dim)
+    return pl.BlockSpec(shape, lambda b, p, t, j, _: (b, p, t, 0))
 
   def row(self) -> pl.BlockSpec:
     """A tile of [B, P, G, L]."""

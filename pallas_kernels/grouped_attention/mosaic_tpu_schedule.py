@@ -136,10 +136,11 @@ class TileSchedule:
 class Operands(NamedTuple):
   """The arrays of a call in the kernels' layout, heads before positions.
 
-  P = N · splits tiles of G query heads. Keys of summaries are multiplied with the logit scale.
+  The H query heads are P = N · splits tiles of G heads. Keys of summaries are multiplied with the
+  logit scale.
   """
 
-  query: Array  # [B, P, G, L, D]
+  query: Array  # [B, H, L, D]
   summary_key: Array  # [B, N, S, D]
   summary_value: Array
   window_key: Array  # [B, N, W, D]

@@ -4,6 +4,7 @@ Letters: B batch, L queries, H query heads, N KV heads, D head dim, S tokens of 
 heads of the ranges (N or 1), T tiles.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -102,17 +103,36 @@ def num_dealt_tiles(total: int, program: Array, programs: int) -> Array:
 ROW_UNIT = 8
 
 
-def tile_ranges(sources: KVSources, block: int) -> Array:
+def tile_ranges(sources: KVSources, block: int, visited: int) -> Array:
   """[B, n, T, 12] int32: the `Span` of each source that each tile of `block` queries sees.
 
-  Ranges never decrease along L, so the first and the last query of a tile determine its span.
+  Ranges never decrease along L, so the first and the last query of a tile determine its span. Tiles
+  that see no key at all visit one key tile, in which all entries are masked. Without a key tile the
+  forward kernel for Hopper would deadlock: one worker waits in its last tile of work for a turn of
+  the other one, which waits for queries in the slot that the first worker occupies.
+
+  Args:
+    sources: with keys in a multiple of ROW_UNIT, ROW_UNIT or more.
+    block: queries of a tile; L is a multiple of it.
+    visited: index of a source that the kernel visits.
   """
-  first, last = slice(0, None, block), slice(block - 1, None, block)
-  numbers = []
-  for s in sources:
-    numbers += [s.start[..., first] // ROW_UNIT * ROW_UNIT, s.start[..., last]]
-    numbers += [s.end[..., first], s.end[..., last]]
-  return jnp.stack(numbers, axis=-1)
+  at_first, at_last = slice(0, None, block), slice(block - 1, None, block)
+  spans = [
+    Span(
+      s.start[..., at_first] // ROW_UNIT * ROW_UNIT,
+      s.start[..., at_last],
+      s.end[..., at_first],
+      s.end[..., at_last],
+    )
+    for s in sources
+  ]
+  is_empty = functools.reduce(jnp.logical_and, [span.last <= span.first for span in spans])
+  span = spans[visited]
+  first = jnp.minimum(span.first, sources[visited].key.shape[1] - ROW_UNIT)
+  spans[visited] = span._replace(
+    first=jnp.where(is_empty, first, span.first), last=jnp.where(is_empty, first + 1, span.last)
+  )
+  return jnp.stack([number for span in spans for number in span], axis=-1)
 
 
 def query_spans(start_BxnxL: Array, end_BxnxL: Array, num_keys: int, block: int) -> Array:

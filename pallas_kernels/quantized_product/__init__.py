@@ -1,6 +1,5 @@
 """Products of a few rows with weights in 8 bits, which are read from memory in 8 bits."""
 
 from pallas_kernels.quantized_product.api import quantized_product
-from pallas_kernels.quantized_product.xla import pack, unpack
 
-__all__ = ["pack", "quantized_product", "unpack"]
+__all__ = ["quantized_product"]

@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Shaped
 from pallas_kernels import dispatch
 
 MOST_ROWS = 16  # With more rows, arithmetic takes longer than reading the weights.
-LEAST_DIVISOR = 16  # The tile of a weight has at least 16 channels and 16 words of 4 inputs.
+LEAST_DIVISOR = 16  # The tile of a weight has at least 16 channels and 16 inputs.
 
 
 def quantized_product(
   x: Float[Array, "B K"],
-  numbers: Shaped[Array, "T C 4"],
+  numbers: Shaped[Array, "T K"],
   scale: Float[Array, "T"],
   *,
   norm_scale: Float[Array, "K"] | None = None,
@@ -35,8 +35,7 @@ def quantized_product(
 
   Args:
     x: rows, for example one token of each sequence; bfloat16, float16 or float32.
-    numbers: int8 or float8_e4m3fn, one row for each of the T output channels. The K = 4C inputs
-      are in the order of `pack`.
+    numbers: int8 or float8_e4m3fn, one row for each of the T output channels.
     scale: of each output channel, float32.
     norm_scale: of RMSNorm; None for no norm.
     epsilon: ε of RMSNorm.
@@ -71,11 +70,11 @@ def refusal(x: jax.Array, numbers: jax.Array, *arrays: Any, **options: Any) -> s
     return f"dtype is {x.dtype}; it must be bfloat16, float16 or float32"
   if x.shape[0] > MOST_ROWS:
     return f"there are {x.shape[0]} rows; the kernel is for at most {MOST_ROWS}"
-  T, C, _ = numbers.shape
-  if T % (2 * LEAST_DIVISOR) or C % LEAST_DIVISOR:
+  T, K = numbers.shape
+  if T % (2 * LEAST_DIVISOR) or K % LEAST_DIVISOR:
     return (
-      f"the weight has {T} outputs and {4 * C} inputs; {2 * LEAST_DIVISOR} must divide the outputs"
-      f" and {4 * LEAST_DIVISOR} the inputs"
+      f"the weight has {T} outputs and {K} inputs; {2 * LEAST_DIVISOR} must divide the outputs and"
+      f" {LEAST_DIVISOR} the inputs"
     )
   capability = dispatch.find_target(x).capability or 0
   if str(numbers.dtype) == "float8_e4m3fn" and capability < 8.9:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Shaped
 
 def quantized_product_xla(
   x_BxK: Float[Array, "B K"],
-  numbers_TxCx4: Shaped[Array, "T C 4"],
+  numbers_TxK: Shaped[Array, "T K"],
   scale_T: Float[Array, "T"],
   *,
   norm_scale: Float[Array, "K"] | None,
@@ -20,30 +20,13 @@ def quantized_product_xla(
   if norm_scale is not None:
     x_BxK = rms_norm(x_BxK, norm_scale, epsilon)
   product_BxT = jnp.einsum(
-    "BK,TK->BT", x_BxK, unpack(numbers_TxCx4).astype(dtype), preferred_element_type=jnp.float32
+    "BK,TK->BT", x_BxK, numbers_TxK.astype(dtype), preferred_element_type=jnp.float32
   )
   out = (product_BxT * scale_T[None]).astype(dtype)
   if swiglu:
     gate_BxU, up_BxU = jnp.split(out, 2, axis=1)
     out = jax.nn.silu(gate_BxU) * up_BxU
   return out if residual is None else residual + out
-
-
-def pack(numbers: Shaped[Array, "*S T K"]) -> Shaped[Array, "*S T C 4"]:
-  """Numbers in the order of a weight in memory: inputs c, c + K/4, c + K/2 and c + 3K/4 adjacent.
-
-  Raises:
-    ValueError: 4 does not divide K.
-  """
-  K = numbers.shape[-1]
-  if K % 4:
-    raise ValueError(f"a weight has {K} inputs; weights in 8 bits need a multiple of 4.")
-  return jnp.swapaxes(numbers.reshape(*numbers.shape[:-1], 4, K // 4), -1, -2)
-
-
-def unpack(numbers: Shaped[Array, "*S T C 4"]) -> Shaped[Array, "*S T K"]:
-  """The inverse of `pack`."""
-  return jnp.swapaxes(numbers, -1, -2).reshape(*numbers.shape[:-2], -1)
 
 
 def rms_norm(

@@ -20,7 +20,7 @@ from dga_jax.config import RETROFIT
 from dga_jax.generation import Sampling
 from dga_jax.head_budgets import FULL, HeadBudgets
 from dga_jax.loading import load_with_facts, Loaded
-from dga_jax.model import Decoder
+from dga_jax.model import Decoder, weight_name
 from dga_jax.model.attention_kinds.dense_cache import DenseCache
 from dga_jax.text_generation import prompt_tokens
 from tests.dga_jax.chat import chatty
@@ -45,6 +45,18 @@ def test_a_checkpoint_answers_messages(workdir: Path) -> None:
   first = int(logits.argmax())
   assert first not in tokenizer.stop_ids
   assert text.encode().startswith(tokenizer.token_bytes(first)) or first > 127
+
+
+def test_weights_in_8_bits_are_made_after_budgets_are_applied() -> None:
+  config = dga_jax.load(FOLDER)[0].config
+  row = (0,) * config.num_kv_heads
+  budgets = HeadBudgets((FULL,), (row,) * config.num_layers)
+  model, _ = dga_jax.load(FOLDER, dtype="float32", budgets=budgets, weights="fp8")
+  assert (model.config.attention, weight_name(model)) == ("head_budgets", "fp8")
+  tokens = np.arange(12)[None] % config.vocab_size
+  full, _ = dga_jax.load(FOLDER, dtype="float32", attention="dense", weights="fp8")
+  logits = (nnx.jit(Decoder.__call__)(x, tokens) for x in (model, full))
+  np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
 
 
 def test_files_of_another_program_are_read_directly() -> None:

@@ -16,7 +16,6 @@ from dga_jax.generation.weights import compute_weights
 from dga_jax.loading import with_attention
 from dga_jax.model import apply_budgets, Decoder, ModelConfig, quantize_weights, weight_name
 from dga_jax.sharding import make_mesh, MeshConfig
-from pallas_kernels.quantized_product import unpack
 from tests.dga_jax.model.random_decoder import random_decoder
 
 CONFIG = ModelConfig(
@@ -46,7 +45,7 @@ def dequantized(model: Decoder) -> Decoder:
   copy: Any = nnx.clone(MODEL)
 
   def matrices(projection: Any, *shapes: tuple[int, ...]) -> list[jax.Array]:
-    numbers = unpack(projection.numbers[...]).astype(jnp.float32)
+    numbers = projection.numbers[...].astype(jnp.float32)
     numbers *= projection.scale[...][..., None]
     parts = np.split(np.swapaxes(numbers, -1, -2), np.cumsum([_outputs(s) for s in shapes])[:-1], 2)
     return [jnp.asarray(part.reshape(2, *shape)) for part, shape in zip(parts, shapes, strict=True)]

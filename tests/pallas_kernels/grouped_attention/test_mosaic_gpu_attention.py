@@ -31,9 +31,11 @@ _gradients = functools.partial(output_and_gradients, grouped_attention_mosaic_gp
 
 
 # Packed rows with two heads per work tile; shared bounds with one head per work tile; key tiles
-# that all queries of a tile see, followed by a half one.
+# that all queries of a tile see, followed by a half one; tiles of queries without keys between
+# others.
 @pytest.mark.parametrize(
-  "name", [*nightly("packed"), "streaming_packed", "without_groups", "full_tiles"]
+  "name",
+  [*nightly("packed"), "streaming_packed", "without_groups", "full_tiles", "fully_masked_row"],
 )
 def test_interpreted_kernels_equal_reference_without_races(name: str):
   result = subprocess.run(
