@@ -16,6 +16,8 @@ blocks in rows of --documents, in all layers:
 
 Other forms of the selector, fitted to the same rows, join --choices:
 
+  ridge, ridge_value         as fitted, on standardised features; the target is the attention, or
+                             the attention times the norm of the value
   ridge_hidden, ridge_place  more features: the layer's normalised input, or the place in the block
   listwise, listwise_hidden  cross entropy of the block's attention instead of squared error
   mlp, mlp_hidden            a small MLP per head beside the linear form, also by cross entropy
@@ -89,16 +91,19 @@ class _FormKind:
     place: the place in the block.
     listwise: the cross entropy of a block's attention is minimised; else ridge regression.
     mlp: with an MLP.
+    value: the target is attention times the norm of the value; else attention.
   """
 
   hidden: bool = False
   place: bool = False
   listwise: bool = True
   mlp: bool = False
+  value: bool = False
 
 
 FORMS = {
   "ridge": _FormKind(listwise=False),
+  "ridge_value": _FormKind(listwise=False, value=True),
   "ridge_hidden": _FormKind(hidden=True, listwise=False),
   "ridge_place": _FormKind(place=True, listwise=False),
   "listwise": _FormKind(),
@@ -259,12 +264,16 @@ class _Setting:
   def _fit_form(self, kind: _FormKind, inputs: Future[Any]) -> Form:
     hidden = self._base.config.embed_dim
     used = jnp.ones(sizes(self._base)[1]).at[:hidden].set(kind.hidden).at[hidden:].set(kind.place)
-    form = fit_ridge(inputs.result(), used, jnp.float32(RIDGE))
+    collected = inputs.result()
+    if kind.value:
+      norm = collected.own[..., -1].astype(jnp.float32)
+      collected = collected._replace(target=collected.target + jnp.log(norm))
+    form = fit_ridge(collected, used, jnp.float32(RIDGE))
     if not kind.listwise:
       return form
     return fit_listwise(
       form,
-      inputs.result(),
+      collected,
       used,
       mlp=kind.mlp,
       steps=_STEPS.value,

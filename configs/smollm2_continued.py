@@ -12,10 +12,11 @@ With selector="fitted" in the file MODEL is the output of `dga fit_selector`.
 `./workspace bench paper --parts=continued` trains and evaluates every run. On a GPU set
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false.
 
-500 steps take 175 seconds on one H200 with dense attention (188 thousand tokens/s) and 140 to 155
-seconds with the others, and 34 GB of its memory. Held-out perplexity over that of dense attention:
-DGA global 1.26, streaming at a quarter 1.025, sinks and window 1.020, full heads with a window
-1.0055, full heads with DGA 1.0062 (docs/paper.md).
+--config.num_steps=500 takes 162 seconds of steps on one H200 with dense attention (202 thousand
+tokens/s) and 132 seconds with full heads and DGA (249 thousand), and 35 GB of its memory; full
+heads with DGA compile for up to three minutes on a busy host. Held-out perplexity over that of
+dense attention: DGA global 1.26, streaming at a quarter 1.025, sinks and window 1.020, full heads
+with a window 1.0055, full heads with DGA 1.0060 (docs/paper.md).
 """
 
 from typing import Any

@@ -3,8 +3,9 @@
 A program has three warpgroups. One loads queries, then the key and value tiles of the three
 sources in order, through a pipeline of buffers that the TMA unit fills. Two compute, each for 64
 queries of one head; they take turns on the tensor cores, so that one multiplies while the other
-computes exponentials. Programs are persistent: loads of the next tile of work overlap the
-computation of the last one, whose queries are in another buffer.
+computes exponentials. In tiles without a mask, a warpgroup's product with the values also runs
+beside its own softmax of the next tile. Programs are persistent: loads of the next tile of work
+overlap the computation of the last one, whose queries are in another buffer.
 """
 
 import functools
