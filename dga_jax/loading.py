@@ -63,7 +63,8 @@ def load(
       imported SmolLM2-135M it is "head_budgets" with `dga_jax.pretrained.default_budgets`.
     dtype: of the activations; None for the model's own.
     budgets: the setting of each KV head, for example `read_head_budgets` of the file that
-      `dga calibrate` writes; None for the model's own attention.
+      `dga calibrate` writes; None for the model's own attention, or its default budgets (see
+      `attention`).
     weights: "int8" or "fp8" for weights in 8 bits, see `dga_jax.model.quantize_weights`; None for
       weights in `dtype`.
 
@@ -103,7 +104,9 @@ def load_with_facts(
     config = dataclasses.replace(ModelConfig.from_dict(saved["model"]), **given)
     model, _, tokenizer = load_model(path, step, config=config)
   origin = saved.get("origin") or {}
-  if budgets is None and origin:
+  # A run of the trainer that starts from an import keeps the entry "origin", and adds "data".
+  is_imported = bool(origin) and "data" not in saved
+  if budgets is None and is_imported:
     budgets = default_budgets(model.config)
   if budgets is not None:
     model = apply_budgets(model, budgets)
@@ -111,7 +114,7 @@ def load_with_facts(
     model = quantize_weights(model, weights)
   if template_sources(origin):
     tokenizer.chat_template = chat_template_of(origin, tokenizer)
-  return Loaded(model, tokenizer, trained_length(saved), bool(origin))
+  return Loaded(model, tokenizer, trained_length(saved), is_imported)
 
 
 def trained_length(saved: Mapping[str, Any]) -> int | None:

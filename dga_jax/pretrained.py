@@ -11,8 +11,9 @@ from dga_jax.head_budgets import HeadBudgets, read_head_budgets
 from dga_jax.model import ModelConfig
 
 _FOLDER = Path(__file__).parent
-# Layers, width, query heads, KV heads, head dim, vocabulary.
-_SMOLLM2_135M = (30, 576, 9, 3, 64, 49152)
+# Layers, width, query heads, KV heads, head dim, width of the MLP, vocabulary, RoPE base. The base
+# tells SmolLM2 from SmolLM.
+_SMOLLM2_135M = (30, 576, 9, 3, 64, 1536, 49152, 100_000.0)
 _DEFAULT = "35"
 
 
@@ -22,7 +23,7 @@ def smollm2_budget_files() -> dict[str, Path]:
   The largest percentage is the first.
   """
   files = {path.stem.rpartition("_")[2]: path for path in _FOLDER.glob("smollm2_budgets_*.json")}
-  return dict(sorted(files.items(), reverse=True))
+  return dict(sorted(files.items(), key=lambda item: int(item[0]), reverse=True))
 
 
 def default_budgets(config: ModelConfig) -> HeadBudgets | None:
@@ -32,7 +33,7 @@ def default_budgets(config: ModelConfig) -> HeadBudgets | None:
     config: of a model whose weights come from another program.
 
   Returns:
-    None if the package has none for a model of these shapes, if the attention is not "dga", or if
+    None if the package has none for this model, if the attention is not "dga", or if
     its settings are not `RETROFIT`, those that an import stores.
   """
   shapes = (
@@ -41,7 +42,9 @@ def default_budgets(config: ModelConfig) -> HeadBudgets | None:
     config.num_heads,
     config.num_kv_heads,
     config.head_dim,
+    config.mlp_dim,
     config.vocab_size,
+    config.rope_base,
   )
   if shapes != _SMOLLM2_135M or config.attention != "dga" or config.dga != RETROFIT:
     return None

@@ -103,8 +103,8 @@ class TrainConfig:
     guard: what the trainer does at a bad step.
     init_from: workdir with a checkpoint of an imported model or of another run; training starts
       from its parameters and uses its tokenizer instead of data.tokenizer. The checkpoint's model
-      config replaces `model`, except for the attention kind and its settings, the dtypes and
-      remat. None draws random parameters.
+      config replaces `model`, except for the attention kind and its settings, the dtypes, remat,
+      head_gates and unroll_layers. None draws random parameters.
     budgets: JSON file of head budgets, such as `dga calibrate` writes for the model in `init_from`.
       The run then has attention="head_budgets" in place of model.attention, and its weights have
       the KV heads of every setting side by side (`dga_jax.model.apply_budgets`). Every start of the
@@ -239,6 +239,11 @@ def check_resumable(now: TrainConfig, saved: Mapping[str, Any]) -> None:
   for key in sorted(ours.keys() | theirs.keys()):
     if key in _FREE_ON_RESUME or ours.get(key) == theirs.get(key):
       continue
+    if key.startswith("model.head_budgets") and now.budgets is not None:
+      raise ValueError(
+        f"config.budgets is {now.budgets!r}, whose budgets differ from those that the run in this "
+        "workdir was started with. Restore the file, or give another --workdir to start a new run."
+      )
     raise ValueError(
       f"config.{key} is {ours.get(key)!r}, but the run in this workdir was started with "
       f"{theirs.get(key)!r}. Give it the old value, or another --workdir to start a new run."

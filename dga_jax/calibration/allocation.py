@@ -174,7 +174,10 @@ def _within(
     choice_H = _solve(damage_HxC, cost_C / budget, bound, bounds, near, count_RxC)
     if choice_H is None:
       if near is None and bound == 1:
-        raise RuntimeError(f"the allocation has no solution within {_SECONDS:g} seconds")
+        raise RuntimeError(
+          f"the allocation has no solution within {_SECONDS:g} seconds; give fewer --blocks or "
+          "--windows, or more --layer_kinds"
+        )
       break
     if cost_C[choice_H].sum() <= budget * (1 + ROUNDING):
       return choice_H

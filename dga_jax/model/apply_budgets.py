@@ -44,7 +44,8 @@ def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> De
   if model.config.head_budgets is not None:
     raise ValueError(
       "model has head budgets already, and its heads are in their order. Apply budgets to the "
-      "model from before any budgets were applied."
+      'model from before any budgets were applied: load(..., attention="dense"), or '
+      "load(..., budgets=...)."
     )
   if model.config.head_gates:
     raise ValueError(

@@ -162,7 +162,10 @@ class ModelConfig:
     self._check_focal_selector()
     if self.head_gates and self.attention == "dense":
       raise config_error(
-        self, "head_gates", "False with attention='dense', which the gates mix into another kind"
+        self,
+        "head_gates",
+        "False with attention='dense', which the gates mix into another kind; load the model that"
+        " the gates were trained for (config.init_from)",
       )
     require_choice(self, "remat", RematName)
     require_choice(self, "dtype", DtypeName)

@@ -22,7 +22,8 @@ Attend = Callable[..., tuple[Array, Any]]
 # The backward pass stores the inputs of elementwise operations alone, whatever `remat` is: the
 # intermediate values, some of them float32, would take half of a layer's memory, and more time to
 # write and read than to recompute. Layers run in a scan, so XLA cannot merge the recomputation with
-# the forward pass, and preventing it would only cost time.
+# the forward pass, and preventing it would only cost time. With `ModelConfig.unroll_layers` XLA may
+# merge them where it has the memory.
 _recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 

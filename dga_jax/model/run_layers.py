@@ -62,8 +62,8 @@ def run_stacked(
 
   if remat != "none":
     # The forward and backward scans are separate loops, whose work XLA cannot merge: preventing it
-    # would only cost time.
-    step = jax.checkpoint(step, policy=_REMAT_POLICIES[remat], prevent_cse=False)
+    # would only cost time. Without loops XLA would merge the recomputation with the forward pass.
+    step = jax.checkpoint(step, policy=_REMAT_POLICIES[remat], prevent_cse=unroll)
   layers_and_indices = (params, jnp.arange(num_layers))
   (x_BxLxE, updated), stacked = jax.lax.scan(
     step, (x_BxLxE, caches), layers_and_indices, unroll=num_layers if unroll else 1

@@ -63,7 +63,8 @@ def load_models(
 ) -> list[ServedModel]:
   """The models of a checkpoint, one for each attention kind.
 
-  Kinds with the same parameters share the weights.
+  Kinds with the same parameters share the weights. Head budgets have an order of heads of their
+  own, so a kind shares weights only with kinds of equal budgets.
 
   Args:
     workdir: the folder with the checkpoint.
@@ -87,12 +88,14 @@ def load_models(
   base = name or Path(workdir).resolve().name
   models: list[ServedModel] = []
   shared: nnx.State | None = None
+  arranged: HeadBudgets | None = None  # The budgets whose order the KV heads of `shared` have.
   for attention in attentions:
     loaded = load_with_facts(
       workdir, step=step, attention=attention, dtype=dtype, budgets=budgets, weights=weights
     )
-    if shared is None or not fits_weights(loaded.model, shared):
-      shared = compute_weights(loaded.model, settings.mesh)
+    own = loaded.model.config.head_budgets
+    if shared is None or arranged != own or not fits_weights(loaded.model, shared):
+      shared, arranged = compute_weights(loaded.model, settings.mesh), own
     engine = _make_engine(loaded, shared, settings, progress)
     models.append(
       ServedModel(

@@ -121,7 +121,8 @@ def heads_step_triton(
 def _splits(classes: Sequence[HeadCache], batch: int, tile: Tile) -> list[int]:
   """For each class the programs of a head, so that the programs of all heads fit the GPU at once.
 
-  A program of any class reads at most as many entries as the others, or two tiles.
+  A program of any class reads at most as many entries as the others, or two tiles, unless a head
+  then has more than `_MOST_SPLITS` programs.
   """
   entries = sum(one.heads.size * batch * one.entries for one in classes)
   least = max(2 * tile.entries, pl.cdiv(entries, tile.slots))

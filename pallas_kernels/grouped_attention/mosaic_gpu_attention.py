@@ -73,6 +73,8 @@ def grouped_attention_mosaic_gpu(
   programs = programs or target.num_cores or H100_MULTIPROCESSORS
   focal, group, window = (source.key.shape[1] > 0 for source in sources)
   has_keys = (focal, group, window)
+  if not any(has_keys):
+    return jnp.zeros_like(query)
   static = _Static(scale, group_bias, max_window, has_keys, blocks, programs, interpret)
   padded = sources.with_kv(jax.tree.map(lambda x: _pad_rows(x, KEYS), sources.kv))
   return _attend(_pad_rows(query, ROW_UNIT), padded, static)[:, :L]
@@ -108,7 +110,7 @@ def _query_side(
   """Arguments that the kernels that hold queries share."""
   split = WorkSplit.for_heads(query.shape[2], sources.focal.key.shape[2])
   sources = pad_ranges(sources, split.grid(query)[0] * split.queries)
-  visited = has_keys.index(True) if any(has_keys) else 0
+  visited = has_keys.index(True)
   return split, sources, tile_ranges(sources, split.queries, visited)
 
 

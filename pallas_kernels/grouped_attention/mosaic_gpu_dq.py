@@ -80,6 +80,7 @@ def mosaic_gpu_dq(
     group_bias * LOG2_E,
     max_window,
     has_keys,
+    has_half_tiles=False,
   )
   rows = operand_smem((ROW_SLOTS * WORKERS, ROWS, D), query.dtype)
   return plgpu.kernel(
@@ -151,7 +152,7 @@ def _dq_kernel(
       )
 
       def steps_of(source: KVSourceRef, bias2: float, keys: int) -> TileBody:
-        del keys  # All of a stage.
+        del keys  # All of a stage, since tiles have one width.
         ranges = load_ranges(source, (coords.batch, coords.bound_head, queries), ROW_LAYOUT)
         shift_Q = lse2_Q - bias2
         tile = functools.partial(

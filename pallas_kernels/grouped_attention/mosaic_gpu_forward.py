@@ -86,6 +86,7 @@ def mosaic_gpu_forward(
     group_bias * LOG2_E,
     max_window,
     has_keys,
+    has_half_tiles=True,
   )
   rows = operand_smem((WORKERS, ROWS, D), dtype)
   queries = operand_smem((ROW_SLOTS * WORKERS, ROWS, D), dtype)

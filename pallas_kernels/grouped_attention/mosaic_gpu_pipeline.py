@@ -160,6 +160,7 @@ class TileSchedule(NamedTuple):
   group_bias2: float
   max_window: int
   has_keys: tuple[bool, bool, bool]  # False for a source without keys, which is left out
+  has_half_tiles: bool  # whether the kernel takes key tiles of half the width
 
   def tiles_of_work(self, spans_ref: Any, body: Callable[..., Array]) -> Array:
     """Calls body(coords, tiles of work before, key tiles before) -> key tiles after."""
@@ -184,7 +185,7 @@ class TileSchedule(NamedTuple):
   ) -> Any:
     """Runs body_of(source, its bias, keys of a tile) over the key tiles that are seen.
 
-    A last tile of which few keys are seen is half as wide.
+    With `has_half_tiles` a last tile of which few keys are seen is half as wide.
     """
     for i, source in enumerate(sources):
       if not self.has_keys[i]:
@@ -192,7 +193,7 @@ class TileSchedule(NamedTuple):
       bias2 = self.group_bias2 if i == 1 else 0.0
       narrow = i == 2 and self.max_window < self.block_k
       # The tensor cores sum over a multiple of 64 keys.
-      has_half = not narrow and self.block_k % 128 == 0
+      has_half = self.has_half_tiles and not narrow and self.block_k % 128 == 0
       body = body_of(source, bias2, self.block_k)
       carry = loop_span(
         coords.span(spans_ref, i),

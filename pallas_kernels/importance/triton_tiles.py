@@ -39,8 +39,9 @@ _MAX_CHUNKS = 64
 def importance_tile(rows: int, keys: int, head_dim: int, itemsize: int) -> ImportanceTile:
   """Tiles for the rows and keys of a KV head, the head dim and an operand size in bytes.
 
-  An operand tile takes at most 16 KiB, so that the queries and three stages of keys fit the 99 KiB
-  of shared memory of any Ampere or newer GPU. On an H200 tiles of 128 were slower.
+  Up to a head dim of 512 an operand tile takes at most 16 KiB, so that the queries and three stages
+  of keys fit the 99 KiB of shared memory of any Ampere or newer GPU. On an H200 tiles of 128 were
+  slower.
   """
   least = pl.cdiv(keys, _MAX_CHUNKS)
   if itemsize > 2:

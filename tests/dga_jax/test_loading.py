@@ -70,6 +70,23 @@ def test_files_of_another_program_are_read_directly() -> None:
   jax.tree.map(np.testing.assert_array_equal, *map(nnx.state, (plain, loaded.model)))
 
 
+def test_default_budgets_replace_the_attention_of_imports_alone(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  config = dataclasses.replace(chatty.CONFIG, attention="dga", dga=RETROFIT)
+  row = (0,) * config.num_kv_heads
+  budgets = HeadBudgets((FULL,), (row,) * config.num_layers)
+  monkeypatch.setattr("dga_jax.loading.default_budgets", lambda _: budgets)
+  imported = chatty.write_checkpoint(tmp_path / "imported", config)
+  # The trainer keeps the entry of the import that a run starts from.
+  data = {"data": {"sequence_length": 64}}
+  trained = chatty.write_checkpoint(tmp_path / "trained", config, entries=data)
+  for workdir, attention in ((imported, "head_budgets"), (trained, "dga")):
+    loaded = load_with_facts(workdir)
+    assert loaded.model.config.attention == attention
+    assert loaded.is_imported == (workdir == imported)
+
+
 def test_budgets_of_heads_are_applied() -> None:
   plain, tokenizer = dga_jax.load(FOLDER, dtype="float32")
   config = plain.config

@@ -125,6 +125,8 @@ def test_attention_dga_of_the_imported_model_is_its_budgets(loaded: Any) -> None
   assert calibration_note(dga, "runs/a") is None
   other = dataclasses.replace(dga, dga=dataclasses.replace(RETROFIT, local_window=8))
   assert default_budgets(other) is None
+  older = dataclasses.replace(dga, rope_base=10_000.0)  # SmolLM, which has the same sizes.
+  assert default_budgets(older) is None
   deeper = dataclasses.replace(dga, num_layers=31)
   assert default_budgets(deeper) is None
   note = calibration_note(deeper, "runs/a")

@@ -40,8 +40,12 @@ def model(**changes: object) -> Decoder:
 
 
 def write_checkpoint(
-  workdir: Path, config: ModelConfig = CONFIG, origin: dict | None = ORIGIN
+  workdir: Path,
+  config: ModelConfig = CONFIG,
+  origin: dict | None = ORIGIN,
+  entries: dict | None = None,
 ) -> Path:
+  """Saves a random model, with the entries of an import (`origin`) or more in its config."""
   params = nnx.to_pure_dict(nnx.state(random_decoder(config), nnx.Param))
   with Checkpoints(workdir, keep=1) as checkpoints:
     checkpoints.save(
@@ -49,7 +53,11 @@ def write_checkpoint(
       params=params,
       training={"step": jnp.int32(0)},
       data=None,
-      config={"model": config.to_dict(), **({} if origin is None else {"origin": origin})},
+      config={
+        "model": config.to_dict(),
+        **({} if origin is None else {"origin": origin}),
+        **(entries or {}),
+      },
       tokenizer=tokenizer(),
     )
   return workdir

@@ -60,10 +60,19 @@ def decode(layers, steps):
 def test_interpreted_kernel_decodes_as_the_classes(monkeypatch: pytest.MonkeyPatch):
   steps = 40  # Blocks are completed, and rings wrap around.
   wanted_caches, wanted = decode((0, 1), steps)
-  kernel = functools.partial(heads_step_triton, tile=Tile(entries=16, slots=40), interpret=True)
+  interpreted = functools.partial(
+    heads_step_triton, tile=Tile(entries=16, slots=40), interpret=True
+  )
+  calls = []
+
+  def kernel(*args, **options):
+    calls.append(args)
+    return interpreted(*args, **options)
+
   monkeypatch.setattr(joint_decode, "heads_step", kernel)
   monkeypatch.setattr(joint_decode, "heads_step_refusal", lambda *_: None)
   caches, got = decode((0, 1), steps)
+  assert len(calls) == 2  # One for each layer.
   np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
   for x, y in zip(jax.tree.leaves(caches), jax.tree.leaves(wanted_caches), strict=True):
     np.testing.assert_allclose(

@@ -1,12 +1,20 @@
 """`dga serve --budgets`: a model whose KV heads have settings of their own."""
 
+import contextlib
 from pathlib import Path
 
 import httpx
+import jax
+import numpy as np
+import pytest
+from flax import nnx
 
 import dga_jax
 from dga_jax import HeadBudgets
+from dga_jax.config import RETROFIT
 from dga_jax.generation import Sampling
+from dga_jax.serving import launch
+from tests.dga_jax.chat import chatty
 from tests.dga_jax.evaluation.tiny import CONFIG
 from tests.dga_jax.serving.tiny_server import NAME, serve
 
@@ -43,3 +51,35 @@ def test_answers_equal_those_of_generate(workdir: Path, tmp_path: Path):
   assert usage["cache_bytes"]["live"] < usage["cache_bytes"]["dense"]
   assert again.json()["choices"] == completion.json()["choices"]
   assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == len(PROMPT) + 1
+
+
+@pytest.mark.parametrize("order", [("dense", "dga"), ("dga", "dense")])
+def test_kinds_with_other_budgets_have_weights_of_their_own(
+  order: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  # Budgets whose classes are not adjacent, so that the weights of "dga" are permuted.
+  budgets = HeadBudgets(("full", RETROFIT), ((1, 0), (1, 0)))
+  assert budgets.contiguous_order() != HeadBudgets(("full",), ((0, 0),) * 2).contiguous_order()
+  monkeypatch.setattr(
+    "dga_jax.loading.default_budgets",
+    lambda config: budgets if config.attention == "dga" else None,
+  )
+  workdir = chatty.write_checkpoint(tmp_path / "run")
+  engines = {}
+
+  def make_engine(loaded, weights, settings, progress):
+    del settings, progress
+    engines[loaded.model.config.attention] = loaded.model, weights
+
+  monkeypatch.setattr(launch, "_make_engine", make_engine)
+  settings = launch.LaunchSettings(
+    slots=1, max_length=64, max_waiting=1, prompt_chunk=16, decode_chunk=1, cache_bytes=None,
+    host_bytes=0, mesh=None,
+  )  # fmt: skip
+  launch.load_models(
+    str(workdir), None, name=None, attentions=order, dtype=None, budgets=None, settings=settings,
+    progress=contextlib.nullcontext,
+  )  # fmt: skip
+  for model, weights in engines.values():
+    wanted = launch.compute_weights(model, None)
+    jax.tree.map(np.testing.assert_array_equal, *map(nnx.to_pure_dict, (weights, wanted)))
