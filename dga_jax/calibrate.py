@@ -94,7 +94,8 @@ _LAYER_KINDS = flags.DEFINE_integer(
 )  # fmt: skip
 _STARTS = define_paths(
   "starts", "Files of budgets for the same model, as further sets to start from. Their windows "
-  "are scaled to --length from the length that a file names."
+  "are scaled to --length from the length that a file names. A file starts the shares that it "
+  "does not exceed."
 )  # fmt: skip
 _IMPROVED = flags.DEFINE_integer(
   "improved", 2, "Sets that are improved by measured changes.", lower_bound=1

@@ -154,6 +154,9 @@ def allocate(
     near = Near(np.searchsorted(used, near.choice), near.heads)
   own_HxC, own_C = damage_HxC[:, used], cost_C[used]
   rows = _possible_rows(own_HxC, own_C, budget, bounds.kv_heads)
+  if near is not None:  # Without its own rows the other allocation would be out of reach.
+    rows = np.concatenate([rows, _counts(sorted_rows(near.choice, bounds.kv_heads), len(used))])
+    rows = np.unique(rows, axis=0)
   return used[_within(own_HxC, own_C, budget, bounds, near, rows)]
 
 
@@ -202,7 +205,12 @@ def _possible_rows(
     choices = [(damage_HxC + price * cost_C).argmin(axis=1) for price in prices]
     rows = np.concatenate([sorted_rows(choice_H, kv_heads) for choice_H in choices])
     rows = np.unique(np.concatenate([rows, np.full((1, kv_heads), cost_C.argmin())]), axis=0)
-  return np.stack([np.bincount(row, minlength=C) for row in rows])
+  return _counts(rows, C)
+
+
+def _counts(rows: Int[np.ndarray, "R N"], candidates: int) -> Int[np.ndarray, "R C"]:
+  """How many heads of each row follow each candidate."""
+  return np.stack([np.bincount(row, minlength=candidates) for row in rows])
 
 
 def _solve(

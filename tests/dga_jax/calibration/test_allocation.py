@@ -80,6 +80,22 @@ def test_an_allocation_near_another_changes_at_most_so_many_heads(instance, head
     assert damage[rows, choice].sum() == pytest.approx(best, rel=1e-5, abs=1e-9)
 
 
+def test_more_heads_may_change_in_layers_with_many_heads() -> None:
+  # Too many multisets of 32 heads to list all rows: the rows of the other allocation are among those
+  # that are tried.
+  rng = np.random.default_rng(0)
+  damage, cost = rng.random((4 * 32, 4)), np.array([8.0, 4, 2, 1])
+  bounds = Bounds(kv_heads=32, rows=2)
+  base = allocate(rng.random(damage.shape), cost, 450, bounds)
+  heads = np.arange(len(damage))
+  sums = []
+  for most in (2, 8):
+    near = allocate(damage, cost, 450, bounds, near=Near(base, most))
+    assert count_rows(near, 32) <= 2
+    sums.append(damage[heads, near].sum())
+  assert sums[1] + 1 < sums[0] < damage[heads, base].sum() - 1
+
+
 def test_an_impossible_budget_names_the_remedy() -> None:
   with pytest.raises(ValueError, match=r"cheapest candidate in all heads costs 20: raise --keys"):
     allocate(np.zeros((4, 2)), np.array([10.0, 5.0]), 19, ANY)
