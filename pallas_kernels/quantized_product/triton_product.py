@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode.triton_tile import MIN_DOT_SIDE
 from pallas_kernels.kernel_common import out_struct
-from pallas_kernels.quantized_product.xla import rms_norm
+from pallas_kernels.quantized_product.norm import rms_norm
 from pallas_kernels.triton_common import dot, padded_slice
 
 

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.quantized_product.norm import rms_norm
+
 
 def quantized_product_xla(
   x_BxK: Float[Array, "B K"],
@@ -27,13 +29,3 @@ def quantized_product_xla(
     gate_BxU, up_BxU = jnp.split(out, 2, axis=1)
     out = jax.nn.silu(gate_BxU) * up_BxU
   return out if residual is None else residual + out
-
-
-def rms_norm(
-  x_BxK: Float[Array, "B K"], scale_K: Float[Array, "K"], epsilon: float
-) -> Float[Array, "B K"]:
-  """x/√(mean x² + ε)·scale, computed in float32, in the dtype of x."""
-  wide_BxK = x_BxK.astype(jnp.float32)
-  mean_Bx1 = jnp.mean(wide_BxK * wide_BxK, axis=1, keepdims=True)
-  normed_BxK = wide_BxK * jax.lax.rsqrt(mean_Bx1 + epsilon) * scale_K.astype(jnp.float32)[None]
-  return normed_BxK.astype(x_BxK.dtype)

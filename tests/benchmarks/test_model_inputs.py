@@ -1,11 +1,11 @@
-"""benchmarks/model_inputs.py: the heads of the chosen layers, of the tokens alone."""
+"""benchmarks/_model_inputs.py: the heads of the chosen layers, of the tokens alone."""
 
 import jax
 import numpy as np
 from flax import nnx
 
 from benchmarks._inputs import load_inputs, repeat_to, Shape
-from benchmarks.model_inputs import attention_inputs
+from benchmarks._model_inputs import attention_inputs
 from dga_jax.model import Decoder
 from tests.dga_jax.evaluation import tiny
 

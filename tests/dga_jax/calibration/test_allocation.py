@@ -81,8 +81,7 @@ def test_an_allocation_near_another_changes_at_most_so_many_heads(instance, head
 
 
 def test_more_heads_may_change_in_layers_with_many_heads() -> None:
-  # Too many multisets of 32 heads to list all rows: the rows of the other allocation are among those
-  # that are tried.
+  # 32 heads have too many multisets to list all rows: those of the other allocation are tried.
   rng = np.random.default_rng(0)
   damage, cost = rng.random((4 * 32, 4)), np.array([8.0, 4, 2, 1])
   bounds = Bounds(kv_heads=32, rows=2)
