@@ -118,7 +118,7 @@ def test_training_starts_with_calibrated_budgets(
   assert loaded.config.head_budgets == trained.head_budgets
   # Another file at the same path is another run.
   path.write_text(json.dumps({"settings": ["full"], "assignment": [[0] * N] * before.num_layers}))
-  with pytest.raises(ValueError, match="whose budgets differ .* Restore the file"):
+  with pytest.raises(ValueError, match=r"whose budgets differ .* Restore the file"):
     train(dataclasses.replace(config, num_steps=4), tmp_path / "run")
   with pytest.raises(ValueError, match=r"TrainConfig\.budgets is 3"):
     dataclasses.replace(config, budgets=3)
