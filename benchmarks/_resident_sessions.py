@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from flax import nnx
 
+from benchmarks._decoder_inputs import SMOLLM2_135M
 from benchmarks._serve_models import llama2_7b
 from dga_jax import DGAConfig, HeadBudgets
 from dga_jax.checkpoint import abstract_decoder
@@ -18,13 +19,7 @@ _SMALL_CACHE = DGAConfig(
   selection="streaming", group_size=30, focal_per_block=2, sink_tokens=4, local_window=0
 )
 _SMOLLM2 = ModelConfig(
-  vocab_size=49152,
-  num_layers=30,
-  embed_dim=576,
-  num_heads=9,
-  num_kv_heads=3,
-  head_dim=64,
-  mlp_dim=1536,
+  **SMOLLM2_135M,
   attention="dense",
   dga=RETROFIT,
   dtype="bfloat16",

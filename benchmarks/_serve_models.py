@@ -12,6 +12,7 @@ import uvicorn
 from flax import nnx
 from tqdm import tqdm
 
+from benchmarks._decoder_inputs import LLAMA2_7B
 from benchmarks._serve_clients import Answer, Arrival
 from dga_jax import DGAConfig, smollm2_demo
 from dga_jax.checkpoint import abstract_decoder
@@ -33,13 +34,7 @@ _PROMPT_ROWS = 2  # Caches of the two prompts being read.
 def llama2_7b(attention: AttentionName) -> ModelConfig:
   """LLaMA2-7B's shapes in bfloat16."""
   return ModelConfig(
-    vocab_size=32000,
-    num_layers=32,
-    embed_dim=4096,
-    num_heads=32,
-    num_kv_heads=32,
-    head_dim=128,
-    mlp_dim=11008,
+    **LLAMA2_7B,
     attention=attention,
     dga=_PAPER,
     dtype="bfloat16",

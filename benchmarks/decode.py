@@ -32,6 +32,7 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
+from benchmarks._decoder_inputs import LLAMA2_7B, random_params
 from benchmarks.timing import environment, Times
 from dga_jax import DGAConfig
 from dga_jax.cache.layout import cache_layout
@@ -138,13 +139,7 @@ class _Model:
       )
     cache_dtype: Any = _CACHE_DTYPE.value  # The flag has the names of the field.
     config = ModelConfig(
-      vocab_size=32000,
-      num_layers=_LAYERS.value,
-      embed_dim=4096,
-      num_heads=32,
-      num_kv_heads=32,
-      head_dim=128,
-      mlp_dim=11008,
+      **LLAMA2_7B | {"num_layers": _LAYERS.value},
       attention=kind,
       dga=DGAConfig(selection="streaming", cache_dtype=cache_dtype),
       param_dtype="bfloat16",
@@ -183,24 +178,12 @@ def make_params(models: list[_Model]) -> dict[str, Any]:
   """Random parameters, normal with standard deviation 0.02, by the dtype of the weights."""
   model = next((x for x in models if x.weights == "bfloat16"), None)
   model = model or _Model.from_kind(models[0].config.attention, "bfloat16")
-  drawn = _draw_params(model)
+  drawn = random_params(model.params)
   made = {"bfloat16": drawn}
   for weights in {x.weights for x in models} - {"bfloat16"}:
     name: Any = weights  # The flag has the names of the dtypes.
     made[weights] = nnx.state(quantize_weights(model.decoder(drawn), name))
   return {weights: made[weights] for weights in dict.fromkeys(x.weights for x in models)}
-
-
-def _draw_params(model: _Model) -> Any:
-
-  @functools.partial(jax.jit, static_argnums=(1, 2))  # Compiles once for each shape.
-  def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    return 0.02 * jax.random.normal(key, shape, dtype)
-
-  leaves, tree = jax.tree.flatten(model.params)
-  keys = jax.random.split(jax.random.key(0), len(leaves))
-  drawn = [draw(key, x.shape, x.dtype) for key, x in zip(keys, leaves, strict=True)]
-  return jax.block_until_ready(jax.tree.unflatten(tree, drawn))
 
 
 def _weight_bytes(params: Any) -> int:

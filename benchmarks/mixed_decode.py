@@ -26,6 +26,7 @@ from flax import nnx
 from jax import Array
 
 import dga_jax
+from benchmarks._decoder_inputs import LLAMA2_7B, random_params, SMOLLM2_135M
 from benchmarks._head_settings import SETTINGS
 from benchmarks.timing import environment, Times
 from dga_jax.generation.programs import decode_options
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
   budgets = _budgets()
   model = Model(_config(head_budgets=budgets, attention="head_budgets"))
   uniform = Model(_config(attention="dense"))
-  params = uniform.random_params()
+  params = random_params(uniform.params)
   for batch in map(int, _BATCHES.value):
     for context in map(int, _CONTEXTS.value):
       same = uniform.context_of_bytes(model.cache_bytes(batch, context), batch)
@@ -74,29 +75,10 @@ def main(argv: list[str]) -> None:
 
 
 def _config(**attention: Any) -> ModelConfig:
-  shapes: dict[str, Any] = {
-    "llama2": {
-      "vocab_size": 32000,
-      "num_layers": 32,
-      "embed_dim": 4096,
-      "num_heads": 32,
-      "num_kv_heads": 32,
-      "head_dim": 128,
-      "mlp_dim": 11008,
-    },
-    "smollm2": {
-      "vocab_size": 49152,
-      "num_layers": 30,
-      "embed_dim": 576,
-      "num_heads": 9,
-      "num_kv_heads": 3,
-      "head_dim": 64,
-      "mlp_dim": 1536,
-      "tie_embeddings": True,
-    },
-  }[_MODEL.value]
+  tied = {"tie_embeddings": True}
+  shapes = {"llama2": LLAMA2_7B, "smollm2": SMOLLM2_135M | tied}[_MODEL.value]
   if _LAYERS.value is not None:
-    shapes["num_layers"] = _LAYERS.value
+    shapes = shapes | {"num_layers": _LAYERS.value}
   return ModelConfig(**shapes, **attention, param_dtype="bfloat16")
 
 
@@ -128,16 +110,6 @@ class Model:
     self.config, self.kind = config, config.make_attention()
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)).unstack_layers())
     self.graphdef, self.params = nnx.split(abstract)
-
-  def random_params(self) -> Any:
-    """Random parameters, normal with standard deviation 0.02."""
-    leaves, tree = jax.tree.flatten(self.params)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    draw = jax.jit(
-      lambda key, shape: 0.02 * jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1
-    )
-    drawn = [draw(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
-    return jax.block_until_ready(jax.tree.unflatten(tree, drawn))
 
   def caches(self, batch: int, context: int) -> Any:
     """Empty caches of all layers."""

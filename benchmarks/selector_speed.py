@@ -29,6 +29,7 @@ from flax import nnx
 from jax import Array
 
 from benchmarks._block_flags import block_config
+from benchmarks._decoder_inputs import LLAMA2_7B, random_params, SMOLLM2_135M
 from benchmarks._inputs import Shape
 from benchmarks._paired_timing import compare, TimedProgram
 from benchmarks.timing import environment, Times
@@ -51,25 +52,8 @@ flags.FLAGS.set_default("sink_tokens", 4)
 flags.FLAGS.set_default("local_window", 38)
 
 SHAPES: dict[str, dict[str, Any]] = {
-  "smollm2": {
-    "vocab_size": 49152,
-    "num_layers": 30,
-    "embed_dim": 576,
-    "num_heads": 9,
-    "num_kv_heads": 3,
-    "head_dim": 64,
-    "mlp_dim": 1536,
-    "tie_embeddings": True,
-  },
-  "llama2_7b": {
-    "vocab_size": 32000,
-    "num_layers": 32,
-    "embed_dim": 4096,
-    "num_heads": 32,
-    "num_kv_heads": 32,
-    "head_dim": 128,
-    "mlp_dim": 11008,
-  },
+  "smollm2": SMOLLM2_135M | {"tie_embeddings": True},
+  "llama2_7b": LLAMA2_7B,
 }
 
 
@@ -156,7 +140,8 @@ def _decode_rows(name: str, config: DGAConfig) -> list[str]:
     selector: _decoder(name, dataclasses.replace(config, selector=selector))
     for selector in ("last_query", "fitted")
   }
-  params = _random_params(models["fitted"])
+  drawn = jax.tree_util.tree_leaves_with_path(random_params(models["fitted"][1]))
+  params = {jax.tree_util.keystr(path): x for path, x in drawn}
   with ThreadPoolExecutor() as pool:
     chunks = {
       (length, selector): pool.submit(_compile_chunk, model, length)
@@ -185,21 +170,6 @@ def _decoder(name: str, config: DGAConfig) -> _Model:
     param_dtype="bfloat16",
   )
   return nnx.split(nnx.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)).unstack_layers()))
-
-
-def _random_params(model: _Model) -> dict[str, Array]:
-  """Parameters by their path, normal with standard deviation 0.02."""
-
-  @functools.partial(jax.jit, static_argnums=(1, 2))  # Compiles once for each shape.
-  def draw(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    return 0.02 * jax.random.normal(key, shape, dtype)
-
-  leaves = jax.tree_util.tree_leaves_with_path(model[1])
-  keys = jax.random.split(jax.random.key(0), len(leaves))
-  return {
-    jax.tree_util.keystr(path): draw(key, x.shape, x.dtype)
-    for key, (path, x) in zip(keys, leaves, strict=True)
-  }
 
 
 def _params_of(model: _Model, params: dict[str, Array]) -> Any:

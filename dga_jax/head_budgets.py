@@ -17,6 +17,7 @@ __all__ = [
   "SinkWindow",
   "read_head_budgets",
   "split_row",
+  "write_head_budgets",
 ]
 
 FULL: Literal["full"] = "full"  # Causal dense attention, with a cache of every token.
@@ -211,6 +212,24 @@ def read_head_budgets(path: str | Path) -> HeadBudgets:
   if isinstance(values, dict):
     values.pop("calibration", None)  # How the budgets were found.
   return HeadBudgets.from_dict(values, path=str(path))
+
+
+def write_head_budgets(
+  budgets: HeadBudgets, calibration: Mapping[str, Any], path: str | Path
+) -> None:
+  """Writes a file for `read_head_budgets`, which appears when it is complete.
+
+  Args:
+    budgets: of the model.
+    calibration: how the budgets were found: JSON values without NaN.
+    path: of the file; its folder is made.
+  """
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.with_name(f"{path.name}.partial")
+  values = budgets.to_dict() | {"calibration": calibration}
+  partial.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
+  partial.replace(path)
 
 
 def split_row(row: HeadRow, parts: int) -> tuple[HeadRow, ...]:

@@ -12,7 +12,6 @@ the largest gates follow the setting with the most keys. The result is for the m
 began with (config.init_from), whose other weights the run has not changed.
 """
 
-import json
 from pathlib import Path
 
 from absl import flags
@@ -40,7 +39,7 @@ def main() -> None:
   from dga_jax.calibration.hardening import compact_setting, count_full_heads, harden
   from dga_jax.checkpoint import load_model
   from dga_jax.checkpoint_files import existing_step
-  from dga_jax.head_budgets import FULL, HeadSetting, read_head_budgets
+  from dga_jax.head_budgets import FULL, HeadSetting, read_head_budgets, write_head_budgets
   from dga_jax.model.flops import mean_head_keys, setting_keys
 
   step = existing_step(_WORKDIR.value, _STEP.value)
@@ -56,21 +55,16 @@ def main() -> None:
     heads = {FULL: num_full, compact: gates_KxN.size - num_full}
   budgets = harden(gates_KxN, heads)
   keys = mean_head_keys(heads, _LENGTH.value)
-  values = budgets.to_dict() | {
-    "calibration": {
-      "name": "/".join(Path(_WORKDIR.value).absolute().parts[-2:]),
-      "share": None if _LIKE.value else _KEYS.value,
-      "length": _LENGTH.value,
-      "cost": keys / _LENGTH.value,
-      "step": step,
-      "gates": np.round(gates_KxN.astype(float), 4).tolist(),
-    }
+  calibration = {
+    "name": "/".join(Path(_WORKDIR.value).absolute().parts[-2:]),
+    "share": None if _LIKE.value else _KEYS.value,
+    "length": _LENGTH.value,
+    "cost": keys / _LENGTH.value,
+    "step": step,
+    "gates": np.round(gates_KxN.astype(float), 4).tolist(),
   }
   output = Path(_OUTPUT.value)
-  output.parent.mkdir(parents=True, exist_ok=True)
-  partial = output.with_name(f"{output.name}.partial")
-  partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
-  partial.replace(output)
+  write_head_budgets(budgets, calibration, output)
   print(
     "\n".join(f"{count} KV heads: {label(setting)}" for setting, count in heads.items())
     + f"\nThe cache keeps {keys:.0f} of {_LENGTH.value} keys in the mean of the heads."

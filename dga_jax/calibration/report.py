@@ -1,7 +1,6 @@
 """The result of a calibration as JSON and as a table."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 from dga_jax.calibration.candidates import label
 from dga_jax.calibration.measuring import Divergence, SetLoss
 from dga_jax.calibration.run import Calibration, make_budgets, TableRow
-from dga_jax.head_budgets import FULL
+from dga_jax.head_budgets import FULL, write_head_budgets
 
 _HEADER = (
   "| share | cost | full heads | | predicted | budgets | one DGA setting | sinks and window |\n"
@@ -29,32 +28,27 @@ def write_json(result: Calibration, provenance: Mapping[str, Any], path: Path) -
     path: of the file.
   """
   settings = [one if one == FULL else dataclasses.asdict(one) for one in result.candidates]
-  values = result.budgets.to_dict() | {
-    "calibration": {
-      **provenance,
-      "cost": result.share,
-      "candidates": [
-        {"label": label(candidate), "setting": setting, "cost_of_a_head": float(cost)}
-        for candidate, setting, cost in zip(result.candidates, settings, result.costs, strict=True)
-      ],
-      "starts": [
-        {"name": start.name, "score": score, "budgets": make_budgets(*start.set).to_dict()}
-        for start, score in result.starts
-      ],
-      "chosen_start": result.starts[result.chosen_start][0].name,
-      "score": result.improved.score,
-      "changes": {"tried": result.improved.tried, "accepted": result.improved.accepted},
-      "dense": _as_json(result.dense),
-      "chosen": _row_as_json(result.chosen),
-      "table": [_row_as_json(row) for row in result.table],
-      "rise_of_text_divergence": result.rises.text.tolist(),
-      "rise_of_retrieval_divergence": result.rises.retrieval.tolist(),
-    }
+  calibration = {
+    **provenance,
+    "cost": result.share,
+    "candidates": [
+      {"label": label(candidate), "setting": setting, "cost_of_a_head": float(cost)}
+      for candidate, setting, cost in zip(result.candidates, settings, result.costs, strict=True)
+    ],
+    "starts": [
+      {"name": start.name, "score": score, "budgets": make_budgets(*start.set).to_dict()}
+      for start, score in result.starts
+    ],
+    "chosen_start": result.starts[result.chosen_start][0].name,
+    "score": result.improved.score,
+    "changes": {"tried": result.improved.tried, "accepted": result.improved.accepted},
+    "dense": _as_json(result.dense),
+    "chosen": _row_as_json(result.chosen),
+    "table": [_row_as_json(row) for row in result.table],
+    "rise_of_text_divergence": result.rises.text.tolist(),
+    "rise_of_retrieval_divergence": result.rises.retrieval.tolist(),
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.partial")
-  partial.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
-  partial.replace(path)
+  write_head_budgets(result.budgets, calibration, path)
 
 
 def table(result: Calibration) -> str:

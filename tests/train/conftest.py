@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dga_jax.conversion.hugging_face import HuggingFaceFolder
+from dga_jax.conversion.importing import import_model
 from tests.train.tiny import tiny_config, write_config, write_corpus
 from train.config import TrainConfig
 
@@ -33,6 +35,15 @@ def config(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainConfi
 def config_file(config: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
   """The file of `config` for --config."""
   return write_config(config, tmp_path_factory.mktemp("configs") / "tiny.py")
+
+
+@pytest.fixture(scope="session")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """An imported checkpoint in SmolLM's layout, with bfloat16 weights and a small vocabulary."""
+  workdir = tmp_path_factory.mktemp("imported")
+  source = HuggingFaceFolder(ROOT / "tests" / "golden" / "hugging_face" / "smollm")
+  import_model(source, source.config(), workdir)
+  return workdir
 
 
 type StartTrainer = Callable[..., subprocess.Popen[str]]

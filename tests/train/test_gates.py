@@ -19,8 +19,6 @@ from hypothesis.extra import numpy as hnp
 
 from dga_jax import DGAConfig
 from dga_jax.checkpoint import abstract_decoder, load_model, load_model_config
-from dga_jax.conversion.hugging_face import HuggingFaceFolder
-from dga_jax.conversion.importing import import_model
 from dga_jax.head_budgets import HeadBudgets, read_head_budgets, SinkWindow
 from dga_jax.model.flops import mean_head_keys
 from dga_jax.sharding import make_mesh
@@ -33,17 +31,7 @@ from train.setup import train
 from train.step import Batch, make_functions, mean_gradient
 
 ROOT = Path(__file__).parents[2]
-GOLDEN = ROOT / "tests" / "golden" / "hugging_face"
 COMPACT = DGAConfig(selection="streaming", group_size=3, focal_per_block=1)
-
-
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """An imported checkpoint in SmolLM's layout."""
-  workdir = tmp_path_factory.mktemp("imported")
-  source = HuggingFaceFolder(GOLDEN / "smollm")
-  import_model(source, source.config(), workdir)
-  return workdir
 
 
 @pytest.fixture

@@ -17,8 +17,6 @@ import dga_jax
 from dga_jax import DGAConfig
 from dga_jax.checkpoint import CheckpointError, load_config, load_model
 from dga_jax.conversion.exporting import export_hugging_face
-from dga_jax.conversion.hugging_face import HuggingFaceFolder
-from dga_jax.conversion.importing import import_model
 from dga_jax.head_budgets import read_head_budgets
 from dga_jax.model import apply_budgets
 from dga_jax.sharding import make_mesh
@@ -30,15 +28,6 @@ from train.setup import train
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "hugging_face"
 DGA = DGAConfig(selection="streaming", group_size=6, focal_per_block=2)
-
-
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-  """An imported checkpoint in SmolLM's layout, with bfloat16 weights and a small vocabulary."""
-  workdir = tmp_path_factory.mktemp("imported")
-  source = HuggingFaceFolder(GOLDEN / "smollm")
-  import_model(source, source.config(), workdir)
-  return workdir
 
 
 def begin(config: TrainConfig, imported: Path, attention: str) -> TrainConfig:
