@@ -79,6 +79,8 @@ def causal_sources(
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
   documents: Documents,
+  *,
+  empty: bool = False,
 ) -> KVSources:
   """The sources of `grouped_attention` for causal attention inside each document.
 
@@ -88,11 +90,14 @@ def causal_sources(
     key: of the tokens.
     value: of the tokens.
     documents: the rows.
+    empty: whether all windows are empty.
   """
+  B, _, N, D = key.shape
+  no_key = jnp.zeros((B, 0, N, D), key.dtype)
   start_BxL = documents.start
-  end_BxL = start_BxL + documents.position + documents.is_token
+  end_BxL = start_BxL if empty else start_BxL + documents.position + documents.is_token
   none_Bx1xL = jnp.zeros_like(start_BxL)[:, None]
-  no_source = KVSource(key[:, :0], value[:, :0], none_Bx1xL, none_Bx1xL)
+  no_source = KVSource(no_key, no_key, none_Bx1xL, none_Bx1xL)
   window = KVSource(key, value, start_BxL[:, None], end_BxL[:, None])
   return KVSources(no_source, no_source, window)
 
@@ -171,6 +176,7 @@ def _grouped_reason(query: Array, key: Array, documents: Documents, scale: float
       scale=scale,
       group_bias=0.0,
       max_window=key.shape[1],
+      head_runs=None,
     )
   except NotImplementedError as refused:
     return str(refused)

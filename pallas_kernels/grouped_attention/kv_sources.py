@@ -10,6 +10,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+# Runs of adjacent KV heads, (first, count) of each, that cover all heads. The heads whose queries
+# see the most keys come first: a kernel deals the costly work to its programs first.
+type HeadRuns = tuple[tuple[int, int], ...]
+
 
 class KVSource(NamedTuple):
   """Keys and values, and the contiguous range of them that each query sees.

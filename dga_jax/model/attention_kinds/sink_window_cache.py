@@ -73,15 +73,26 @@ class SinkWindowCacheAttention(AttentionKind):
     max_length: int,
   ) -> tuple[Float[Array, "B L H D"], SinkWindowCache]:
     """Attends over right-padded prompts and stores their first and last tokens."""
-    B, L, N, D = k_BxLxNxD.shape
     o_BxLxHxD = self.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
+    return o_BxLxHxD, self.cache_prompt(k_BxLxNxD, v_BxLxNxD, metadata, max_length=max_length)
+
+  def cache_prompt(
+    self,
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    metadata: Any,
+    *,
+    max_length: int,
+  ) -> SinkWindowCache:
+    """The cache after right-padded prompts."""
+    B, L, N, D = k_BxLxNxD.shape
     empty = self.init_cache(B, max_length, N, D, k_BxLxNxD.dtype)
     length_B = metadata.documents.row_length
     S, W = empty.sink_key.shape[2], empty.ring_key.shape[2]
     held_BxW = _last_in_slot(length_B - S, W)
     ring_BxW = jnp.where(held_BxW >= 0, held_BxW + S, L)
     sink_BxS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
-    return o_BxLxHxD, SinkWindowCache(
+    return SinkWindowCache(
       sink_key=take_positions(k_BxLxNxD, sink_BxS).swapaxes(1, 2),
       sink_value=take_positions(v_BxLxNxD, sink_BxS).swapaxes(1, 2),
       ring_key=take_positions(k_BxLxNxD, ring_BxW).swapaxes(1, 2),
