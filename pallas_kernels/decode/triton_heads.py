@@ -38,7 +38,7 @@ from pallas_kernels.kernel_common import out_struct
 _MOST_SPLITS = 64
 
 
-class _ClassStep(NamedTuple):
+class ClassStep(NamedTuple):
   """One class of heads in the kernel. Static."""
 
   heads: HeadRange
@@ -63,7 +63,7 @@ class _ClassStep(NamedTuple):
     return (t >= self.before) & (t < self.before + self.programs)
 
 
-def _place(steps: Sequence[_ClassStep], t: Array) -> tuple[Array, Array]:
+def place_of(steps: Sequence[ClassStep], t: Array) -> tuple[Array, Array]:
   """The KV head of program t, and which of the head's programs it is."""
   n, p = jnp.int32(0), jnp.int32(0)
   for one in steps:
@@ -89,13 +89,13 @@ def heads_step_triton(
   tile = tile or Tile()
   (B, H, D), N = query.shape, key.shape[1]
   R = H // N
-  steps = _class_steps(classes, B, R, scale, tile)
+  steps = class_steps(classes, B, R=R, scale=scale, tile=tile)
   layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
 
   def whole(x: Array) -> pl.BlockSpec:
     return pl.BlockSpec(x.shape, lambda t, b: (0,) * x.ndim)
 
-  def of_head(x: Array, one: _ClassStep) -> pl.BlockSpec:
+  def of_head(x: Array, one: ClassStep) -> pl.BlockSpec:
     layers, _, _, *rest = x.shape
     # Programs of other classes do not read the block.
     return pl.BlockSpec(
@@ -104,12 +104,12 @@ def heads_step_triton(
 
   def of_program(spec: pl.BlockSpec) -> pl.BlockSpec:
     def index(t: Any, b: Any) -> tuple[Any, ...]:
-      n, p = _place(steps, t)
+      n, p = place_of(steps, t)
       return tuple(spec.index_map(p, n, b))
 
     return pl.BlockSpec(spec.block_shape, index)
 
-  token = pl.BlockSpec((None, None, D), lambda t, b: (b, _place(steps, t)[0], 0))
+  token = pl.BlockSpec((None, None, D), lambda t, b: (b, place_of(steps, t)[0], 0))
   scores = [] if score is None else [score]
   lengths = [x for one in classes for x in one.lengths]
   arrays, array_specs = [], []
@@ -124,7 +124,7 @@ def heads_step_triton(
     grid=(sum(one.programs for one in steps), B),
     in_specs=[
       whole(layer),
-      pl.BlockSpec((None, R, D), lambda t, b: (b, _place(steps, t)[0], 0)),
+      pl.BlockSpec((None, R, D), lambda t, b: (b, place_of(steps, t)[0], 0)),
       token,
       token,
       [whole(x) for x in scores],
@@ -157,17 +157,17 @@ def heads_step_triton(
   return out, caches
 
 
-def _class_steps(
-  classes: Sequence[HeadCache], batch: int, R: int, scale: float, tile: Tile
-) -> tuple[_ClassStep, ...]:
+def class_steps(
+  classes: Sequence[HeadCache], batch: int, *, R: int, scale: float, tile: Tile
+) -> tuple[ClassStep, ...]:
   """The steps of all classes, whose programs fit the GPU at once if possible.
 
   A program of any class reads at most as many tiles as the others, or two, unless a head then has
   more than `_MOST_SPLITS` programs.
   """
 
-  def steps_of(most: int) -> tuple[_ClassStep, ...]:
-    steps: list[_ClassStep] = []
+  def steps_of(most: int) -> tuple[ClassStep, ...]:
+    steps: list[ClassStep] = []
     for one in classes:
       before = sum(other.programs for other in steps)
       steps.append(_class_step(one, before, most, R=R, scale=scale, tile=tile))
@@ -177,17 +177,17 @@ def _class_steps(
     return batch * sum(one.programs for one in steps_of(most)) <= tile.slots
 
   # With the last number, no class divides its entries.
-  whole = max(2, *(_tiles_of_split(one, 1, tile.entries) for one in classes))
+  whole = max(2, *(tiles_of_split(one, 1, tile.entries) for one in classes))
   return steps_of(2 + bisect.bisect_left(range(2, whole), True, key=fits))
 
 
 def _class_step(
   one: HeadCache, before: int, most: int, *, R: int, scale: float, tile: Tile
-) -> _ClassStep:
+) -> ClassStep:
   """The step of a class whose programs read at most `most` tiles each, where splits allow it."""
   step: CompactStep | TokenStep
   splits = next(
-    (P for P in range(1, _MOST_SPLITS) if _tiles_of_split(one, P, tile.entries) <= most),
+    (P for P in range(1, _MOST_SPLITS) if tiles_of_split(one, P, tile.entries) <= most),
     _MOST_SPLITS,
   )
   if isinstance(one, CompactHeads):
@@ -195,10 +195,10 @@ def _class_step(
   else:
     step = TokenStep(one.is_ring, scale, tile.entries, R, splits)
   leaves, structure = jax.tree.flatten(one.arrays)
-  return _ClassStep(one.heads, step, before, structure, len(leaves), len(one.lengths))
+  return ClassStep(one.heads, step, before, structure, len(leaves), len(one.lengths))
 
 
-def _tiles_of_split(one: HeadCache, splits: int, entries: int) -> int:
+def tiles_of_split(one: HeadCache, splits: int, entries: int) -> int:
   """Tiles that a program reads if `splits` of them divide each array of a head."""
   return sum(pl.cdiv(pl.cdiv(size, entries), splits) for size in one.sizes)
 
@@ -215,11 +215,11 @@ def _heads_kernel(
   m_ref: Any,
   l_ref: Any,
   *out_refs: Any,
-  steps: tuple[_ClassStep, ...],
+  steps: tuple[ClassStep, ...],
   heads_per_kv: int,
 ) -> None:
   t, b, layer, R = pl.program_id(0), pl.program_id(1), layer_ref[0], heads_per_kv
-  n, program = _place(steps, t)
+  n, program = place_of(steps, t)
   q_MxD = load_rows(q_ref, (), 0, max(MIN_DOT_SIDE, pl.next_power_of_2(R)), R)
   softmax = empty_softmax(*q_MxD.shape)
   for one in steps:
@@ -242,7 +242,7 @@ def _heads_kernel(
 
 
 def _attend_class(
-  one: _ClassStep,
+  one: ClassStep,
   q_MxD: Array,
   new: tuple[Any, Any],
   score_refs: Any,
