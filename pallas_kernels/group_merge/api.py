@@ -48,9 +48,14 @@ def merge_groups(
     into one buffer. Focal and group arrays may have more rows than r and k; see `Entries`.
 
   Raises:
-    ValueError: if a name is unknown.
+    ValueError: if a name is unknown, or for a reordered window with a range of heads.
     NotImplementedError: if no named implementation can run this call; the message says why not.
   """
+  if heads is not None and reorder_window:
+    raise ValueError(
+      f"reorder_window is True with heads={heads}; a window of all heads has no group order: pass "
+      "reorder_window=False, or heads=None."
+    )
   result: tuple[Array, Entries] = dispatch.run(
     "merge_groups",
     implementation,

@@ -35,8 +35,7 @@ def grouped_attention_jax_triton(
   Raises:
     NotImplementedError: for the reasons of `refusal`, and if it is differentiated.
   """
-  del head_runs
-  del max_window
+  del head_runs, max_window
   refuse(refusal(query, sources))
   return _forward(scale, group_bias, query, sources)
 

@@ -329,6 +329,8 @@ def test_unsupported_calls_name_the_reason():
     call(*CASES["reordered"].arrays(), *case.index_arrays(), implementation="triton")
   with pytest.raises(ValueError, match="implementation is 'fast'"):
     call(*case.arrays(), *case.index_arrays(), implementation="fast")
+  with pytest.raises(ValueError, match="reorder_window is True with heads=HeadRange"):
+    call(*case.arrays(), *case.index_arrays(), heads=HeadRange(0, 1))
   # Without a name the call uses the backend that runs on any device.
   start = jnp.zeros((2, 1), jnp.int32)
   merge_blocks(*case.arrays(), start, members=4, focal=1, scale=1.0)
