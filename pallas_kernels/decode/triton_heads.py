@@ -102,12 +102,9 @@ def heads_step_triton(
       (layers, None, None, *rest), lambda t, b: (0, b, one.head_of(t), *[0] * len(rest))
     )
 
-  def of_program(spec: pl.BlockSpec) -> pl.BlockSpec:
-    def index(t: Any, b: Any) -> tuple[Any, ...]:
-      n, p = place_of(steps, t)
-      return tuple(spec.index_map(p, n, b))
-
-    return pl.BlockSpec(spec.block_shape, index)
+  def split_of(t: Any, b: Any) -> tuple[Any, Any, Any]:
+    n, p = place_of(steps, t)
+    return p, n, b
 
   token = pl.BlockSpec((None, None, D), lambda t, b: (b, place_of(steps, t)[0], 0))
   scores = [] if score is None else [score]
@@ -117,7 +114,8 @@ def heads_step_triton(
     leaves = jax.tree.leaves(cache.arrays)
     arrays += leaves
     array_specs += [of_head(x, one) for x in leaves]
-  split_specs, split_structs = split_outputs(query, N, max(one.step.programs for one in steps))
+  P = max(one.step.programs for one in steps)
+  split_specs, split_structs = split_outputs(query, N, P, split_of)
   before = 4 + len(scores) + len(lengths)
   results = pl.pallas_call(
     functools.partial(_heads_kernel, steps=steps, heads_per_kv=R),
@@ -131,7 +129,7 @@ def heads_step_triton(
       [whole(x) for x in lengths],
       array_specs,
     ],
-    out_specs=[*map(of_program, split_specs), *array_specs],
+    out_specs=[*split_specs, *array_specs],
     out_shape=[*split_structs, *(out_struct(x, x.shape, x.dtype) for x in arrays)],
     input_output_aliases={before + i: len(split_specs) + i for i in range(len(arrays))},
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),

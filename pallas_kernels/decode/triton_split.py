@@ -119,9 +119,19 @@ def _attend_tile(
 
 
 def split_outputs(
-  query: Array, kv_heads: int, splits: int
+  query: Array,
+  kv_heads: int,
+  splits: int,
+  place: Callable[..., tuple[Any, Any, Any]] = lambda p, n, b: (p, n, b),
 ) -> tuple[list[pl.BlockSpec], list[jax.ShapeDtypeStruct]]:
-  """The outputs acc, m and l of kernels with the grid (splits, KV heads, sequences).
+  """The outputs acc, m and l of kernels whose programs each have a split of a KV head.
+
+  Args:
+    query: [B, H, D].
+    kv_heads: N.
+    splits: of a head at most.
+    place: the coordinates of a program to its split, KV head and sequence; by default they are
+      these three numbers.
 
   Returns:
     (the block of a program, the shape and dtype of the whole) of each, as `combine` takes them.
@@ -131,7 +141,8 @@ def split_outputs(
   specs, structs = [], []
   for row in ((D,), (), ()):
 
-    def index(p: Any, n: Any, b: Any, row: tuple[int, ...] = row) -> tuple[Any, ...]:
+    def index(*grid: Any, row: tuple[int, ...] = row) -> tuple[Any, ...]:
+      p, n, b = place(*grid)
       return (b, n, p, *[0] * len(row))
 
     specs.append(pl.BlockSpec((None, R, None, *row), index))
