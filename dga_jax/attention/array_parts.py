@@ -37,7 +37,9 @@ def _take_part_bwd(
   starts: Starts, sizes: Sizes, _: None, cotangents: tuple[Array, Array]
 ) -> tuple[Array]:
   whole, part = cotangents
-  return (_update(whole, _slice(whole, starts, sizes) + part, starts),)
+  # Without the barrier XLA fuses the sum with the update, and the fusion copies the whole array.
+  summed = jax.lax.optimization_barrier(_slice(whole, starts, sizes) + part)
+  return (_update(whole, summed, starts),)
 
 
 take_part.defvjp(_take_part_fwd, _take_part_bwd)

@@ -176,7 +176,7 @@ def _grouped_reason(query: Array, key: Array, documents: Documents, scale: float
       scale=scale,
       group_bias=0.0,
       max_window=key.shape[1],
-      head_runs=None,
+      head_order=None,
     )
   except NotImplementedError as refused:
     return str(refused)

@@ -197,8 +197,8 @@ def _class_step(
 
 
 def tiles_of_split(one: HeadCache, splits: int, entries: int) -> int:
-  """Tiles that a program reads if `splits` of them divide each array of a head."""
-  return sum(pl.cdiv(pl.cdiv(size, entries), splits) for size in one.sizes)
+  """Tiles of `entries` entries that a program reads if `splits` of them divide a head."""
+  return pl.cdiv(sum(pl.cdiv(size, entries) for size in one.sizes), splits)
 
 
 def _heads_kernel(

@@ -5,7 +5,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_attention.kv_sources import HeadRuns, KVSources
+from pallas_kernels.grouped_attention.kv_sources import HeadOrder, KVSources
 
 
 def grouped_attention(
@@ -15,7 +15,7 @@ def grouped_attention(
   scale: float,
   max_window: int,
   group_bias: float = 0.0,
-  head_runs: HeadRuns | None = None,
+  head_order: HeadOrder | None = None,
   implementation: dispatch.Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """One softmax per query over one range of each of three key/value sources.
@@ -36,8 +36,8 @@ def grouped_attention(
     max_window: static upper bound on end − start of one query's range of the window. The ranges of
       any b consecutive queries must cover at most b − 1 + max_window tokens.
     group_bias: added to the logits of groups.
-    head_runs: where KV heads see very different numbers of keys, runs of adjacent heads in the
-      order of falling cost, (first, count) of each, which cover all heads. For the speed alone.
+    head_order: the order of work where KV heads see very different numbers of keys. It has an
+      effect on the speed alone.
     implementation: "mosaic_gpu" (Hopper GPUs), "mosaic_tpu" (TPUs), "triton" (Ampere and newer
       GPUs), "jax_triton" (likewise; no gradient), "xla" or "reference" (any device); a tuple of
       names in order of preference; None for the first that can run the call, except "jax_triton"
@@ -51,7 +51,7 @@ def grouped_attention(
     "scale": scale,
     "group_bias": group_bias,
     "max_window": max_window,
-    "head_runs": head_runs,
+    "head_order": head_order,
   }
   out: Array = dispatch.run("grouped_attention", implementation, query, sources, **options)
   return out

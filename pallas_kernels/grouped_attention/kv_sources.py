@@ -10,9 +10,20 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
-# Runs of adjacent KV heads, (first, count) of each, that cover all heads. The heads whose queries
-# see the most keys come first: a kernel deals the costly work to its programs first.
-type HeadRuns = tuple[tuple[int, int], ...]
+# Runs of adjacent KV heads, (first, count) of each, that cover all heads.
+type Runs = tuple[tuple[int, int], ...]
+
+
+class HeadOrder(NamedTuple):
+  """The order in which kernels deal the work of heads to their programs: costly work first. Static.
+
+  Attributes:
+    keys: the heads whose queries see the most keys come first.
+    entries: the heads whose queries see the most focal tokens and groups come first.
+  """
+
+  keys: Runs
+  entries: Runs
 
 
 class KVSource(NamedTuple):

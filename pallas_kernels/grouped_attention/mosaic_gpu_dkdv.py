@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicKeyTile
-from pallas_kernels.grouped_attention.kv_sources import HeadRuns, KVSource, KVSourceRef
+from pallas_kernels.grouped_attention.kv_sources import KVSource, KVSourceRef, Runs
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_products,
   COLUMN_LAYOUT,
@@ -84,7 +84,7 @@ class KeyTileSchedule(NamedTuple):
   """The order in which all warpgroups of a program go through its work. Static."""
 
   grid: tuple[int, int, int]  # tiles of keys, batch, KV heads · chunks
-  runs: HeadRuns  # of KV heads · chunks
+  runs: Runs  # of KV heads · chunks
   chunks: int
   heads_per_kv: int
   block_q: int
@@ -126,7 +126,7 @@ def mosaic_gpu_dkdv(
   scale: float,
   bias: float,
   chunks: int,
-  head_runs: HeadRuns | None = None,
+  head_runs: Runs | None = None,
   tile: MosaicKeyTile,
   programs: int,
   name: str,
@@ -140,7 +140,7 @@ def mosaic_gpu_dkdv(
   Args:
     spans: `query_spans` of the source.
     chunks: parts of equal size into which the query tiles of each key tile are divided.
-    head_runs: the order in which heads are visited; see `HeadRuns`.
+    head_runs: the order in which heads are visited; None for 0, 1, … N − 1.
     name: of the source, for profiles.
   """
   B, _, H, D = query.shape

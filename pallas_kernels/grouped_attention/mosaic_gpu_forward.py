@@ -20,10 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicQueryTile
 from pallas_kernels.grouped_attention.kv_sources import (
-  HeadRuns,
   KVSourceRef,
   KVSources,
   KVSourcesRef,
+  Runs,
 )
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
@@ -68,7 +68,7 @@ def mosaic_gpu_forward(
   group_bias: float,
   max_window: int,
   has_keys: tuple[bool, bool, bool],
-  head_runs: HeadRuns | None = None,
+  head_runs: Runs | None = None,
   tile: MosaicQueryTile,
   programs: int,
   interpret: Any = None,

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_attention.kv_sources import HeadRuns, KVSourceRef, KVSourcesRef
+from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSourcesRef, Runs
 from pallas_kernels.grouped_attention.tile_ranges import (
   dealt_tile,
   loop_span,
@@ -61,7 +61,7 @@ def pcast_like[T](x: Array, results: T) -> T:
 
 def work_loop(
   grid: tuple[int, int, int],
-  runs: HeadRuns,
+  runs: Runs,
   body: Callable[[tuple[Array, ...], Array, Array], Array],
 ) -> Array:
   """Calls body(grid index, tiles before, carry) -> carry for every tile of work of this program.
@@ -78,7 +78,7 @@ def work_loop(
   return lax.fori_loop(jnp.int32(0), turns, step, jnp.int32(0))
 
 
-def grid_index(tile: Array, grid: tuple[int, int, int], runs: HeadRuns) -> tuple[Array, ...]:
+def grid_index(tile: Array, grid: tuple[int, int, int], runs: Runs) -> tuple[Array, ...]:
   """The index of tile number `tile` of a grid whose last axis is visited run by run."""
   steps, batch, _ = grid
 
@@ -99,9 +99,7 @@ def grid_index(tile: Array, grid: tuple[int, int, int], runs: HeadRuns) -> tuple
   return tuple(index)
 
 
-def scaled_runs(
-  runs: HeadRuns | None, heads: int, numerator: int, denominator: int = 1
-) -> HeadRuns:
+def scaled_runs(runs: Runs | None, heads: int, numerator: int, denominator: int = 1) -> Runs:
   """Runs of KV heads as runs of an axis with numerator / denominator entries for each head."""
   runs = runs or ((0, heads),)
   return tuple((a * numerator // denominator, n * numerator // denominator) for a, n in runs)
@@ -150,7 +148,7 @@ class WorkSplit(NamedTuple):
     B, L, H, _ = query.shape
     return math.ceil(L / self.queries), B, H // self.heads
 
-  def runs(self, runs: HeadRuns | None, num_kv_heads: int) -> HeadRuns:
+  def runs(self, runs: Runs | None, num_kv_heads: int) -> Runs:
     """Runs of KV heads as runs of groups of heads."""
     return scaled_runs(runs, num_kv_heads, self.heads_per_kv, self.heads)
 
@@ -185,7 +183,7 @@ class TileSchedule(NamedTuple):
 
   split: WorkSplit
   grid: tuple[int, int, int]
-  runs: HeadRuns  # of the groups of heads
+  runs: Runs  # of the groups of heads
   block_k: int
   group_bias2: float
   max_window: int

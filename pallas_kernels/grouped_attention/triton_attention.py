@@ -16,7 +16,7 @@ from jaxtyping import Float
 from pallas_kernels.dispatch import find_target, refuse
 from pallas_kernels.grouped_attention.block_sizes import triton_blocks, TritonBlocks
 from pallas_kernels.grouped_attention.kv_sources import (
-  HeadRuns,
+  HeadOrder,
   kv_cotangent,
   KVSources,
   pad_ranges,
@@ -42,7 +42,7 @@ def grouped_attention_triton(
   scale: float,
   group_bias: float,
   max_window: int,
-  head_runs: HeadRuns | None = None,
+  head_order: HeadOrder | None = None,
   blocks: TritonBlocks | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B L H D"]:
@@ -51,7 +51,7 @@ def grouped_attention_triton(
   Raises:
     NotImplementedError: for the reasons of `refusal`.
   """
-  del head_runs
+  del head_order
   refuse(refusal(query, sources))
 
   def at_least_one(x: Array) -> Array:

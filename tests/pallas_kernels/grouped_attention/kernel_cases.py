@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.grouped_attention import KVSource, KVSources
+from pallas_kernels.grouped_attention import HeadOrder, KVSource, KVSources
 from pallas_kernels.grouped_attention.reference import grouped_attention_reference
 from pallas_kernels.grouped_attention.xla import grouped_attention_xla
 from tests.rounding import assert_close
@@ -85,8 +85,9 @@ class Case:
     block = 2 * block if self.bidirectional else block
     options = {"scale": D**-0.5, "group_bias": self.group_bias, "max_window": block}
     if self.full_heads:
-      others = (self.full_heads, self.kv_heads - self.full_heads)
-      options |= {"max_window": self.length, "head_runs": ((0, self.full_heads), others)}
+      full, others = (0, self.full_heads), (self.full_heads, self.kv_heads - self.full_heads)
+      order = HeadOrder(keys=(full, others), entries=(others, full))
+      options |= {"max_window": self.length, "head_order": order}
     return query, KVSources(*sources), options
 
   def _sorted_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
