@@ -107,6 +107,19 @@ def _mean_rotation_back(
   return jnp.concatenate([k1 * cos + k2 * sin, k2 * cos - k1 * sin], axis=-1)
 
 
+def value_size(v_BxLxNxD: Float[Array, "B L N D"], config: DGAConfig) -> Float[Array, "B L N"]:
+  """log ‖v‖ of the tokens of complete blocks, float32; 0 elsewhere."""
+  blocks = blocks_of(v_BxLxNxD.astype(jnp.float32), config)
+  return _tokens(jnp.log(jnp.linalg.norm(blocks, axis=-1)), v_BxLxNxD.shape[1], config)
+
+
+def value_distance(v_BxLxNxD: Float[Array, "B L N D"], config: DGAConfig) -> Float[Array, "B L N"]:
+  """log ‖v − v̄‖ likewise, with the mean v̄ of the block's values."""
+  blocks = blocks_of(v_BxLxNxD.astype(jnp.float32), config)
+  distance = jnp.linalg.norm(blocks - blocks.mean(axis=2, keepdims=True), axis=-1)
+  return _tokens(jnp.log(distance), v_BxLxNxD.shape[1], config)
+
+
 def ranks(scores_BxLxN: Float[Array, "B L N"], config: DGAConfig) -> Float[Array, "B L N"]:
   """The number of tokens of a token's block with a lower score; of equals the earlier is higher.
 

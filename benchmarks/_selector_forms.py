@@ -16,6 +16,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from benchmarks._forward import embed
+from benchmarks._selector_choices import value_distance, value_size
 from dga_jax.calibration.selector_fit import attend_and_rate, beyond_window, FitBlocks
 from dga_jax.config import DGAConfig
 from dga_jax.model import Decoder
@@ -34,6 +35,8 @@ class Inputs(NamedTuple):
   own: Float[Array, "*K N g s S"]
   shared: Float[Array, "*K g s U"]
   target: Float[Array, "*K N g s"]  # Logarithm of the mean attention beyond the raw window.
+  value_size: Float[Array, "*K N g s"]  # log ‖v‖
+  value_distance: Float[Array, "*K N g s"]  # log ‖v − v̄‖, with the block's mean v̄
 
 
 class Form(NamedTuple):
@@ -148,6 +151,8 @@ def collect(
       jnp.moveaxis(by_block(own_BxLxNxS), 2, 0),
       by_block(shared_BxLxU.astype(jnp.bfloat16)),
       jnp.moveaxis(by_block(rated_BxLxN), 2, 0),
+      jnp.moveaxis(by_block(value_size(v, config)), 2, 0),
+      jnp.moveaxis(by_block(value_distance(v, config)), 2, 0),
     )
 
   def of_row(row_L: Array) -> Inputs:
@@ -161,7 +166,8 @@ def collect(
     x = jnp.moveaxis(x, 0, axis)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-  return Inputs(join(rows.own, 2), join(rows.shared, 1), join(rows.target, 2))
+  own, shared, *of_tokens = rows
+  return Inputs(join(own, 2), join(shared, 1), *(join(x, 2) for x in of_tokens))
 
 
 @jax.jit
@@ -277,7 +283,9 @@ def _minimise(
   def step(carry: Any, key: Array) -> tuple[Any, None]:
     form, state = carry
     chosen = jax.random.randint(key, (count,), 0, g)
-    batch = Inputs(inputs.own[:, chosen], inputs.shared[chosen], inputs.target[:, chosen])
+    batch = inputs._replace(
+      own=inputs.own[:, chosen], shared=inputs.shared[chosen], target=inputs.target[:, chosen]
+    )
     gradients = jax.tree.map(jnp.multiply, jax.grad(loss)(form, batch), varies)
     updates, state = optimizer.update(gradients, state)
     updates = jax.tree.map(lambda x: learning_rate * x, updates)

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
@@ -16,6 +15,8 @@ from benchmarks._selector_choices import (
   expected_attention,
   last_query,
   ranks,
+  value_distance,
+  value_size,
 )
 from benchmarks._selector_forms import Form, own_features, scan_layers, score, shared_features
 from dga_jax.attention.attend import attend_prepared, merge_tokens
@@ -28,7 +29,17 @@ from dga_jax.model import Decoder
 from dga_jax.model.rope import RopeTable
 
 # The argument `choice` of the program is an index into CHOICES, `merge` one into MERGES.
-CHOICES = ("dense", "last_query", "random", "accumulated", "expected", "oracle", "form")
+CHOICES = (
+  "dense",
+  "last_query",
+  "random",
+  "accumulated",
+  "expected",
+  "oracle",
+  "oracle_value",
+  "oracle_distance",
+  "form",
+)
 MERGES = ("query", "scores", "mean", "oracle")
 
 
@@ -60,16 +71,18 @@ def second_half_loss(
   """
   model: Decoder = nnx.merge(graphdef, params)
   L = row_T.shape[0] - 1
+  with_dense = [i for i, name in enumerate(CHOICES) if name.startswith(("dense", "oracle"))]
+  needs_dense = (choice == jnp.array(with_dense)).any() | (merge == MERGES.index("oracle"))
 
   def attend(
     q: Array, k: Array, v: Array, normed: Array, layer: Array, form: Form, rope: RopeTable
   ) -> tuple[Array, None]:
-    def dense() -> Array:
-      return attend_and_rate(q, k, v, np.full(L, L))[0]
-
-    def oracle() -> Array:
-      blocks = FitBlocks.of_row(L, config)
-      return attend_and_rate(q, k, v, beyond_window(L, blocks))[1]
+    blocks = FitBlocks.of_row(L, config)
+    dense, rated = jax.lax.cond(
+      needs_dense,
+      lambda: attend_and_rate(q, k, v, beyond_window(L, blocks)),
+      lambda: (jnp.zeros_like(q), jnp.zeros(k.shape[:3])),
+    )
 
     def of_form() -> Array:
       own_NxLxS = jnp.moveaxis(own_features(k, v, rope)[0], 1, 0)
@@ -84,14 +97,16 @@ def second_half_loss(
       lambda: jax.random.uniform(key, k.shape[:3]),
       lambda: accumulated(q, k, config),
       lambda: expected_attention(q, k, v, config, frequencies),
-      oracle,
+      lambda: rated,
+      lambda: rated + value_size(v, config),
+      lambda: rated + value_distance(v, config),
       of_form,
     ]
 
     def with_scores() -> Array:
-      return _attend_by(q, k, v, jax.lax.switch(choice - 1, scores), oracle, merge, config)
+      return _attend_by(q, k, v, jax.lax.switch(choice - 1, scores), rated, merge, config)
 
-    return jax.lax.cond(choice == 0, dense, with_scores), None
+    return jax.lax.cond(choice == 0, lambda: dense, with_scores), None
 
   states, _ = scan_layers(model, embed(model, row_T[None, :-1]), attend, form)
   return mean_loss(model, states, row_T)
@@ -106,13 +121,13 @@ def mean_loss(model: Decoder, states_1xLxE: Array, row_T: Array) -> Float[Array,
 
 
 def _attend_by(
-  q: Array, k: Array, v: Array, scores: Array, oracle: Any, merge: Array, config: DGAConfig
+  q: Array, k: Array, v: Array, scores: Array, oracle: Array, merge: Array, config: DGAConfig
 ) -> Array:
   """The op with these scores, and with its groups replaced unless `merge` is 0."""
   metadata = prepare(find_documents(1, q.shape[1], None, None), config)
   merged = merge_tokens(q, k, v, metadata, focal_scores=ranks(scores, config))
   logits = jax.lax.switch(
-    merge, [lambda: scores, lambda: scores, lambda: jnp.zeros_like(scores), oracle]
+    merge, [lambda: scores, lambda: scores, lambda: jnp.zeros_like(scores), lambda: oracle]
   )
   weights_gxsxN = member_weights(scores, logits, config)[0]
 

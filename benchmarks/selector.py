@@ -13,10 +13,14 @@ of the same blocks in rows of --documents, in all layers:
   random       drawn
   fitted       the fitted selector, by the rule of `dga fit_selector`
   oracle       the mean attention of later queries beyond the raw window, which decoding cannot know
+  oracle_value, oracle_distance
+               this attention times the norm of the value, or times the distance of the value from
+               the mean of the block's values
 
 Other forms of the selector are fitted to the attention times the norm of the value:
 
   ridge_value      otherwise as fitted
+  ridge_distance   otherwise as fitted, to the attention times the distance of the value
   ridge_hidden     one more feature vector: the layer's normalised input
   ridge_place      more features: the place in the block
   listwise         cross entropy of a block's tokens in place of squared error
@@ -38,7 +42,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -92,19 +96,20 @@ class _FormKind:
     place: the place in the block.
     listwise: the cross entropy of a block's tokens is minimised; else ridge regression.
     mlp: with an MLP.
-    value: the target is attention times the norm of the value; else attention.
+    value: the field of `Inputs` that is added to the target; None for the attention alone.
   """
 
   hidden: bool = False
   place: bool = False
   listwise: bool = False
   mlp: bool = False
-  value: bool = True
+  value: Literal["value_size", "value_distance"] | None = "value_size"
 
 
 FORMS = {
-  "fitted": _FormKind(value=False),
+  "fitted": _FormKind(value=None),
   "ridge_value": _FormKind(),
+  "ridge_distance": _FormKind(value="value_distance"),
   "ridge_hidden": _FormKind(hidden=True),
   "ridge_place": _FormKind(place=True),
   "listwise": _FormKind(listwise=True),
@@ -135,10 +140,13 @@ def main(argv: Sequence[str]) -> None:
       fit_rows = token_rows(read_documents(_FIT.value)[: _FIT_ROWS.value], tokenizer, length)
       for blocks, window in (setting.split(":") for setting in _SETTINGS.value):
         name = f"{length} tokens {blocks} w={window} {_DTYPE.value}"
-        setting = _Setting(name, base, _config(blocks, int(window)), rows, fit_rows[:, :-1], pool)
-        if not setting.is_measured(choices, results):
-          setting.start({form for form, _ in choices})
-        settings.append(setting)
+        config = _config(blocks, int(window))
+        settings.append(_Setting(name, base, config, rows, fit_rows[:, :-1], pool))
+    missing = [setting for setting in settings if not setting.is_measured(choices, results)]
+    for setting in missing:
+      setting.start_program()
+    for setting in missing:
+      setting.start_fits({form for form, _ in choices})
     for choice in (choice for choice in _GAP if choice in choices):
       for setting in settings:
         setting.measure(*choice, results)
@@ -202,17 +210,21 @@ class _Setting:
     names = ("dense", *("/".join(choice) for choice in choices))
     return all(self._key(name) in results for name in names)
 
-  def start(self, names: set[str]) -> None:
-    """Compiles the program, and fits the forms among `names`."""
+  def start_program(self) -> None:
+    """Compiles the program of all choices."""
     K, N = self._base.config.num_layers, self._base.config.num_kv_heads
     S, U = sizes(self._base)
     self._none = linear_form(jnp.zeros((K, N, S)), jnp.zeros((K, N, U)))
     self._program = self._pool.submit(self._compile)
-    if names & FORMS.keys():
-      rows = jnp.asarray(self._fit_rows)
-      inputs = self._pool.submit(collect, self._graphdef, self._params, self._config, rows)
-      for form in (form for form in FORMS if form in names):
-        self._fits[form] = self._pool.submit(self._fit_form, FORMS[form], inputs)
+
+  def start_fits(self, names: set[str]) -> None:
+    """Fits the forms among `names`."""
+    if names.isdisjoint(FORMS):
+      return
+    rows = jnp.asarray(self._fit_rows)
+    inputs = self._pool.submit(collect, self._graphdef, self._params, self._config, rows)
+    for form in (form for form in FORMS if form in names):
+      self._fits[form] = self._pool.submit(self._fit_form, FORMS[form], inputs)
 
   def measure(self, choice: str, merge: str, results: Results) -> None:
     """Measures the losses of all rows, unless the results have them."""
@@ -258,9 +270,9 @@ class _Setting:
     hidden = self._base.config.embed_dim
     used = jnp.ones(sizes(self._base)[1]).at[:hidden].set(kind.hidden).at[hidden:].set(kind.place)
     collected = inputs.result()
-    if kind.value:
-      norm = collected.own[..., -1].astype(jnp.float32)
-      collected = collected._replace(target=collected.target + jnp.log(norm))
+    if kind.value is not None:
+      target = collected.target + getattr(collected, kind.value)
+      collected = collected._replace(target=target)
     form = fit_ridge(collected, used, jnp.float32(RIDGE))
     if not kind.listwise:
       return form

@@ -156,6 +156,13 @@ def test_collected_inputs_and_weights_are_those_of_the_fit():
     np.testing.assert_allclose(inputs.own[layer], own, rtol=1e-4, atol=1e-4)
     target = samples.target.T.reshape(inputs.target[layer].shape)
     np.testing.assert_allclose(inputs.target[layer], target, atol=1e-4)
+    value = inputs.own[layer, ..., 8:16]
+    distance = np.linalg.norm(value - value.mean(axis=2, keepdims=True), axis=-1)
+    for found, size in (
+      (inputs.value_size, np.linalg.norm(value, axis=-1)),
+      (inputs.value_distance, distance),
+    ):
+      np.testing.assert_allclose(found[layer], np.log(size), atol=1e-4)
   ridged = fit_ridge(inputs, jnp.zeros(sizes(base)[1]), jnp.float32(RIDGE))
   np.testing.assert_allclose(ridged.own, weights, rtol=1e-2, atol=1e-2 * abs(weights).max())
   assert not ridged.shared.any()
@@ -173,7 +180,8 @@ def synthetic(target_of):
   rng = np.random.default_rng(0)
   own = rng.normal(size=(1, 1, 500, 4, 3)).astype(np.float32) * DEVIATION[0, 0]
   shared = rng.normal(size=(1, 500, 4, 2)).astype(np.float32) + 1
-  return Inputs(*(jnp.asarray(x) for x in (own, shared, target_of(own, shared[:, None]))))
+  target = target_of(own, shared[:, None])
+  return Inputs(*map(jnp.asarray, (own, shared, target, target, target)))
 
 
 def test_fits_find_a_linear_score_and_use_only_their_features():
@@ -230,7 +238,7 @@ def test_the_command_measures_all_forms_and_resumes(tmp_path):
     sys.executable, "-m", "benchmarks.selector", f"--workdir={tmp_path / 'run'}", "--lengths=64",
     f"--documents={documents}", f"--fit_documents={documents}", f"--out={tmp_path / 'out.jsonl'}",
     "--settings=6+2:1", "--steps=5", "--texts=1",
-    "--choices=last_query,oracle,fitted,expected/mean,mlp_hidden,ridge_place/scores",
+    "--choices=last_query,oracle,fitted,expected/mean,mlp_hidden,ridge_distance/scores",
   ]  # fmt: skip
   root = Path(__file__).parents[2]
   tables = []
