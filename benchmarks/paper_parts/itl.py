@@ -81,6 +81,7 @@ def make_jobs(inputs: Inputs, sizes: Sizes | None = None) -> Iterator[Job]:
       },
       ticks=1,
       run=functools.partial(_run, sizes, length, models),
+      origin="shapes of LLaMA2-7B, random weights",
     )
 
 

@@ -73,6 +73,7 @@ def make_jobs(inputs: Inputs, sizes: Sizes | None = None) -> Iterator[Job]:
       },
       ticks=1,
       run=functools.partial(_run, sizes, shape),
+      origin="shapes of LLaMA2-7B, random inputs",
     )
 
 

@@ -14,7 +14,14 @@ from benchmarks._attention_parts import choice, summaries, whole_op
 from benchmarks._decode_steps import DecodeChunk, StepModel, weight_bytes
 from benchmarks._decoder_inputs import random_params
 from benchmarks._inputs import Shape
-from benchmarks.paper_parts import itl, itl_report, registry, reordering
+from benchmarks.paper_parts import (
+  ablations_report,
+  itl,
+  itl_report,
+  published_scores,
+  registry,
+  reordering,
+)
 from benchmarks.paper_parts.inputs import Inputs
 from dga_jax import DGAConfig
 from dga_jax.evaluation.jobs import run_jobs
@@ -72,6 +79,7 @@ def test_itl_has_every_setting_and_a_second_run_measures_nothing(tmp_path: Path)
   again = Results(tmp_path / "paper.jsonl")
   assert run_jobs([dataclasses.replace(jobs[0], run=None)], again, origin="random") == 0
   (result,) = again.all()
+  assert result["origin"] == "shapes of LLaMA2-7B, random weights"
   assert [*result["kinds"]] == ["dense", "DGA, m = 16", "StreamingLLM", "LM-Infinite"]
   assert result["depends_on"]["settings"]["StreamingLLM"]["settings"]["window"] == 2000
   assert result["depends_on"]["settings"]["DGA, m = 16"]["settings"]["group_size"] == 16
@@ -149,3 +157,29 @@ def test_without_a_gpu_a_part_says_what_it_needs(part: str, capsys: pytest.Captu
     pytest.skip("The device is a GPU.")
   assert not list(registry.PARTS[part].make_jobs(Inputs(None, [])))
   assert f"Part {part} is left out: it needs a GPU with" in capsys.readouterr().out
+
+
+def test_scores_of_the_paper_have_those_of_the_runs_beside_them():
+  ours = {
+    "dense": {"retrieval, 8192": 60.0, "RULER's needles": 50.0},
+    "global": {"retrieval, 8192": 18.0},
+    "budgets_quarter": {"retrieval, 8192": 57.0},
+  }
+  text = published_scores.table(ours)
+  dga = "| DGA | 21.1 (97%) | 35.0 (94%) | 27.4 (75%) | 25.6 (76%) | 22.6 (84%) | 18.0 (30%) |  |"
+  assert dga in text
+  assert "| MInference | 21.6 (100%) | 29.2 (78%) | 24.8 (68%) | 23.6 (70%) | 17.0 (63%) |" in text
+  assert "| dense | 21.7 (100%) |" in text
+  assert "60.0 (100%) | 50.0 (100%) |" in text
+  assert published_scores.table({"budgets_quarter": ours["budgets_quarter"]}) == ""
+
+
+def test_table_7_has_our_loss_of_complementary_tokens_beside_it():
+  def result(loss: float) -> dict[str, Any]:
+    return {"loss": [loss], "decoded_loss": [loss + 1], "accuracy": [0.25]}
+
+  by_name = {"paper": result(0.0), "no complementary tokens": result(1.0)}
+  text = ablations_report._complementary(by_name)
+  assert "| with | 1.00 | 2.72 | 25.0% |  | 21.14 | 6.81 | 57.90 | 28.80 |" in text
+  assert "| without | 2.72 | 7.39 | 25.0% |  | 20.33 | 8.47 | 53.69 | 24.90 |" in text
+  assert ablations_report._complementary({"paper": result(0.0)}) == ""
