@@ -101,8 +101,9 @@ def _plot(by_length: ByLength, path: Path) -> None:
   theirs_m = {m: one.milliseconds for m, one in ITL_BY_M.items()}
   _draw(by_m, _over_dense(own_m), _over_dense(theirs_m), "C1")
   times.set_yscale("log")
+  times.set_yticks([2, 3, 5, 10, 20, 30, 50, 100])
   times.yaxis.set_major_formatter("{x:g}")
-  times.yaxis.set_minor_formatter("{x:g}")
+  times.minorticks_off()
   for axes in (times, ratios):
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K")
