@@ -1,8 +1,7 @@
 """Causal dense attention with the fastest kernel of the device.
 
-Splash attention on TPUs, cuDNN on GPUs, and the kernels of `grouped_attention` where these cannot
-run a call: on a TPU other head sizes and lengths, on a GPU packed documents and other head sizes.
-XLA, which computes the logits of all pairs of tokens, is for the other calls.
+Splash attention on TPUs, cuDNN on GPUs, and the kernels of `grouped_attention` on GPUs where cuDNN
+cannot run a call. XLA, which computes the logits of all pairs of tokens, is for the other calls.
 """
 
 from typing import Any
@@ -14,7 +13,7 @@ from jaxtyping import Array, Float
 from dga_jax.attention.segments import Documents, is_traced
 from dga_jax.attention.splash import splash_causal, splash_refusal
 from pallas_kernels import dispatch
-from pallas_kernels.dispatch import Backend, Implementation, Requirement
+from pallas_kernels.dispatch import Backend, Implementation
 from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
 
 
@@ -38,9 +37,9 @@ def dense_attention(
     documents: the rows.
     scale: of the logits, default 1/√D.
     implementation: "splash" for JAX's Pallas kernels for TPUs, "cudnn" or "xla" for
-      `jax.nn.dot_product_attention`, "grouped" for the kernels of `grouped_attention` with a window
-      that begins at the document; a tuple of names in order of preference; None for the first of
-      them that can run the call.
+      `jax.nn.dot_product_attention`, "grouped" for the GPU kernels of `grouped_attention` with a
+      window that begins at the document; a tuple of names in order of preference; None for the
+      first of them that can run the call.
 
   Raises:
     ValueError: a name is unknown.
@@ -56,7 +55,7 @@ def dense_attention(
 
 
 # Backends of `grouped_attention` whose work follows the ranges of keys.
-_GROUPED_KERNELS = ("mosaic_gpu", "mosaic_tpu", "triton")
+_GROUPED_KERNELS = ("mosaic_gpu", "triton")
 
 
 def causal_sources(
@@ -181,11 +180,6 @@ dispatch.define(
   "dense_attention",
   Backend("splash", dispatch.TPU, _splash, _splash_refusal),
   Backend("cudnn", dispatch.AMPERE, _cudnn, _cudnn_refusal, host_refusal=_cudnn_host_refusal),
-  Backend(
-    "grouped",
-    Requirement("a TPU, or an Ampere or newer GPU", lambda t: t.platform == "tpu" or t.runs_triton),
-    _grouped,
-    _grouped_refusal,
-  ),
+  Backend("grouped", dispatch.AMPERE, _grouped, _grouped_refusal),
   Backend("xla", dispatch.ANY, _xla),
 )

@@ -140,10 +140,7 @@ def test_decoding_is_listed_for_the_settings_that_heads_follow():
     assert ops("mixed").keys() >= {"dense_decode_step", "decode_step", "window_decode_step"}
     assert ops("windows")["decode_heads"] == "each_setting"
     assert not {"dense_decode_step", "decode_step", "dense_attention"} & ops("windows").keys()
-    # Splash attention takes head sizes of 128: see the reason, and the kernel in its place.
-    dense = explain(q, k, k, config=CONFIGS["full"])["dense_attention"]
-  assert dense.runs == "grouped"
-  assert "head_dim is 64; splash attention needs a multiple of 128" in dense.reason("splash")
+    assert ops("full")["dense_attention"] == "splash"
   with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
     assert ops("mixed")["decode_heads"] == "triton"
     assert ops("mixed")["dense_attention"] == "cudnn"
