@@ -164,6 +164,11 @@ def _grouped(q: Array, k: Array, v: Array, documents: Documents, *, scale: float
 def _grouped_refusal(
   q: Array, k: Array, v: Array, documents: Documents, *, scale: float
 ) -> str | None:
+  if q.dtype == jnp.float32 and documents.rows != "packed":
+    return (
+      "query is float32, whose products these kernels compute without tensor cores; XLA computes "
+      "rows of one document"
+    )
   sources = jax.eval_shape(causal_sources, k, v, documents)
   options = {"scale": scale, "group_bias": 0.0, "max_window": k.shape[1]}
   return dispatch.refusal("grouped_attention", _GROUPED_KERNELS, q, sources, **options)

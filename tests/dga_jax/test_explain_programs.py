@@ -102,6 +102,7 @@ def on(target: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ("mixed", "cpu", 64),
     ("mixed", "tpu", 128),
     ("full", "tpu", 128),
+    ("full", "h100", 256),
   ],
 )
 def test_explain_lists_the_kernels_of_the_traced_program(
