@@ -18,8 +18,8 @@ def padded_length(length: int) -> tuple[int, int]:
   """The length to which a sequence is padded, and the length of a tile.
 
   By static schedules, counted as in benchmarks/tpu_static.py, tiles of 512 need half as many
-  bundles for a pair of tokens as tiles of 256, which saves more than the padding costs. A shorter sequence
-  is one tile.
+  bundles for a pair of tokens as tiles of 256, which saves more than the padding costs. A shorter
+  sequence is one tile.
   """
   if length <= _SMALL_BLOCK:
     block = -(-length // _LANES) * _LANES
