@@ -225,17 +225,18 @@ class LayerHeads(AttentionKind):
     Only the heads with the setting "full" send all of their keys and values to all devices.
 
     Raises:
-      ValueError: the devices that split heads have different settings of them. Each device would
-        wait for collectives that the others do not run.
+      ValueError: the devices that split heads have different settings. Each device would wait for
+        collectives that the others do not run.
     """
     _, parts = head_part()
     for row in self.kind.rows:
       if len(set(split_row(row, parts))) > 1:
         raise ValueError(
           f"head_budgets has a layer with the settings {row}, and {parts} devices split its heads "
-          "while others split sequences; every device must have the same settings. Order the heads "
-          f"with apply_budgets(model, budgets, parts={parts}), choose for each setting a number of "
-          f"heads that {parts} divides, or split heads over fewer devices."
+          "while others split sequences; every device must have the same settings. The trainer and "
+          f"apply_budgets(model, budgets, parts={parts}) order the heads so if {parts} divides the "
+          "number of heads of every setting in every layer. Choose such budgets, or split heads "
+          "over fewer devices (config.mesh.tensor in training)."
         )
 
     def attend(setting: int, q: Array, k: Array, v: Array, *scores: Array) -> Array:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from dga_jax.model.attention_kinds.base import AttentionKind
+from pallas_kernels import dispatch
 from pallas_kernels.gather import take_positions
 from pallas_kernels.masks import masked_softmax
 
@@ -109,6 +110,14 @@ class SinkWindowCacheAttention(AttentionKind):
     layer: Int[Array, ""],
   ) -> tuple[Float[Array, "B H D"], SinkWindowCache]:
     """Replaces the token that leaves the window by the new one, and attends to the cache."""
+    stepped: tuple[Array, SinkWindowCache] = dispatch.run(
+      "window_decode_step", None, q_BxHxD, k_BxNxD, v_BxNxD, cache, layer, kind=self
+    )
+    return stepped
+
+  def _decode(
+    self, q_BxHxD: Array, k_BxNxD: Array, v_BxNxD: Array, cache: SinkWindowCache, layer: Array
+  ) -> tuple[Array, SinkWindowCache]:
     (B, H, D), N = q_BxHxD.shape, k_BxNxD.shape[1]
     S, W = cache.sink_key.shape[-2], cache.ring_key.shape[-2]
     position_B = cache.length[layer]
@@ -200,6 +209,13 @@ class SinkWindowCacheAttention(AttentionKind):
     """Keys of sinks [B, T or 1, S, N, D] at the distance at which each query sees them."""
     del position_BxT
     return key
+
+
+def _decode_xla(*step: Any, kind: SinkWindowCacheAttention) -> tuple[Array, SinkWindowCache]:
+  return kind._decode(*step)
+
+
+dispatch.define("window_decode_step", dispatch.Backend("xla", dispatch.ANY, _decode_xla))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,7 @@ def test_interpreted_kernel_decodes_as_the_classes(monkeypatch: pytest.MonkeyPat
     return interpreted(*args, **options)
 
   monkeypatch.setattr(joint_decode, "heads_step", kernel)
-  monkeypatch.setattr(joint_decode, "heads_step_refusal", lambda *_: None)
+  monkeypatch.setattr(joint_decode, "has_heads_kernel", lambda *_: True)
   caches, got = decode((0, 1), steps)
   assert len(calls) == 2  # One for each layer.
   np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
