@@ -163,8 +163,9 @@ def main() -> None:
   results = open_results(Path(_OUTPUT.value).with_suffix(".measured.jsonl"), measured_with)
   check_digest = "calibration rows" if check_rows is rows else check_rows.text.digest
   measure: Any = _MEASURE.value
+  later = [setting for one in known for setting in one.set.candidates]
   for share in options.keys:
-    measurer = Measurer(model, candidates, results, _BATCH_SIZE.value, measure)
+    measurer = Measurer(model, candidates, results, _BATCH_SIZE.value, measure, later)
     provenance = measured_with | {"check_rows": check_digest, "measure": measure}
     _calibrate(measurer, config, share, options.shares, (rows, check_rows), known, provenance)
 
