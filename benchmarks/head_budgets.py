@@ -40,7 +40,7 @@ from typing import Any
 import numpy as np
 from absl import app, flags
 
-from benchmarks._budget_baselines import as_baseline, interval, make_baselines, Set
+from benchmarks._budget_baselines import as_baseline, BASELINES, interval, make_baselines, Set
 from benchmarks._budget_ruler import measure_part
 from benchmarks.timing import environment
 from dga_jax.calibration.measuring import Measurer
@@ -65,6 +65,7 @@ _ROWS = flags.DEFINE_integer(
   "rows_per_document", 1, "Largest number of rows of text from one document.", lower_bound=1
 )
 _BUDGETS = flags.DEFINE_list("budgets", None, "Files of dga calibrate.", required=True)
+_BASELINES = flags.DEFINE_list("baselines", list(BASELINES), "Baselines to measure; see above.")
 _OUT = define_path("out", None, "Folder for results.", required=True)
 _LENGTHS = flags.DEFINE_list("lengths", ["8192"], "Lengths of texts.")
 _LAST = flags.DEFINE_integer(
@@ -140,7 +141,7 @@ def _read_sets(config: ModelConfig) -> Iterator[Set]:
     length = stored["length"]
     yield Set(file, "budgets", budgets, length)
     for kind, one in make_baselines(budgets, stored, config):
-      if one is not None:
+      if one is not None and kind in _BASELINES.value:
         yield Set(file, kind, one, length)
 
 
