@@ -1,6 +1,7 @@
 """Rows of tokens whose losses calibration measures: long texts, and retrieval made by code."""
 
 import dataclasses
+import functools
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
@@ -106,7 +107,7 @@ class Rows:
     Raises:
       ValueError: an unknown puzzle, or no text has enough tokens.
     """
-    hay = Haystack([document.text for document in documents], tokenizer)
+    hay = _make_haystack(tuple(document.text for document in documents), tokenizer)
     made = [
       _asked(hay, tokenizer, length, puzzles, index, samples, seed) for index in range(samples)
     ]
@@ -164,6 +165,12 @@ class Rows:
       tokens, *targets = (array[index] for array in self._arrays)
       padding = ((0, 0), (0, -self.target.shape[1] % _TARGETS))
       yield min(size, len(self) - start), Batch(tokens, *(np.pad(x, padding) for x in targets))
+
+
+@functools.lru_cache(maxsize=1)
+def _make_haystack(texts: tuple[str, ...], tokenizer: Tokenizer) -> Haystack:
+  """The tokens of the texts, which the rows of several puzzles share."""
+  return Haystack(texts, tokenizer)
 
 
 def _asked(
