@@ -14,7 +14,8 @@ Every set of budgets has four baselines with at most its keys:
                         window in all heads
 
 At a length that the budgets were not calibrated for, --scale_windows multiplies every window by the
-ratio of the lengths, so that the share of the keys stays. Retrieval and RULER are measured with the
+ratio of the lengths, so that the share of the keys stays. A file that names no length, such as one
+of the package, is taken for one of the longest length. Retrieval and RULER are measured with the
 budgets as they are. An answer of retrieval is found if each of its tokens is the most likely one
 after the earlier ones. RULER's answers are decoded greedily; its score is the share of the answers
 found.
@@ -133,11 +134,12 @@ def main(argv: Sequence[str]) -> None:
 def _read_sets(config: ModelConfig) -> Iterator[Set]:
   """Dense attention, and the budgets and baselines of every file."""
   shape = (config.num_layers, config.num_kv_heads)
+  longest = max(map(int, [*_LENGTHS.value, *_PROMPTS.value, *_RULER.value]))
   yield Set("", "dense", make_budgets((FULL,), np.zeros(shape, int)), 1)
   for path in _BUDGETS.value:
     file, budgets = Path(path).stem, read_head_budgets(path)
     read = json.loads(Path(path).read_text(encoding="utf-8"))
-    stored = read.get("calibration", {"length": int(_LENGTHS.value[0]), "starts": []})
+    stored = read.get("calibration", {"length": longest, "starts": []})
     length = stored["length"]
     yield Set(file, "budgets", budgets, length)
     for kind, one in make_baselines(budgets, stored, config):
