@@ -141,6 +141,6 @@ def test_jobs_of_a_variant_and_length_share_programs(monkeypatch: pytest.MonkeyP
     ]  # fmt: skip
   assert found == wanted
   assert [length for length in made if length] == [64]
-  with pytest.raises(ValueError, match="prompt 0"):
+  with pytest.raises(ValueError, match="Prompt 0 has 60 tokens"):
     answers([[1] * 60], 5)
   assert own.answers(Variant("v", {"attention": "dense"}), 64, TOKENIZER, 2) is not answers
