@@ -27,7 +27,7 @@ def find_budget_files(workdir: str | Path, given: str | None) -> list[Path]:
   if not found:
     raise FileNotFoundError(
       f"{workdir} has no files budgets*.json, one of which --keys would choose. Make them with dga "
-      f"calibrate --output={workdir}/budgets_50.json --keys=0.5 and other shares, or name files: "
+      f"calibrate --workdir={workdir} --documents=TEXTS.jsonl --keys=0.25,0.5, or name files: "
       "--budgets=FILE,FILE."
     )
   return found

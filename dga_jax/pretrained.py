@@ -63,5 +63,5 @@ def calibration_note(config: ModelConfig, workdir: str | Path) -> str | None:
   return (
     'note: attention "dga" gives all heads one setting, and a model that was pretrained with dense'
     " attention then loses recall. Calibrate a setting for each KV head: dga calibrate"
-    f" --workdir={workdir} --documents=TEXTS.jsonl --keys=0.35 --output={workdir}/budgets_35.json"
+    f" --workdir={workdir} --documents=TEXTS.jsonl --keys=0.35"
   )
