@@ -125,8 +125,7 @@ _KEYS = flags.DEFINE_float(
   None,
   "Share of a dense cache. Of several --budgets=FILE,FILE, or of the files budgets*.json in"
   " WORKDIR, or of those of the package for an imported SmolLM2-135M, use the largest budgets that"
-  " keep at most this share of --max_length tokens; without that flag, of the context of the model's"
-  " training.",
+  " keep at most this share of --max_length tokens; without that flag, of the trained context.",
   lower_bound=1e-6,
   upper_bound=1.0,
 )
