@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from dga_jax import DGAConfig, HeadBudgets, SinkWindow
 from dga_jax.attention import attend_heads
+from dga_jax.attention.segments import find_documents
+from dga_jax.attention.sink_window import attend_sink_window, prepare_sink_window
 from dga_jax.sharding import make_mesh, MeshConfig
 from tests.dga_jax.attention import cases, mesh_cases
 from tests.dga_jax.model import decoder_on_mesh
@@ -82,9 +84,29 @@ def check_op(*, joint: bool):
   equal(got, want)
 
 
+def check_empty_sources():
+  """The gradient of windows without sinks in a loop on a mesh, which crashed XLA's compiler."""
+  mesh = make_mesh(MeshConfig(data=4))
+  ids = np.arange(24, dtype=np.int32)[None] // np.full((4, 1), 10)
+
+  def layers(q, k, v, ids):
+    metadata = prepare_sink_window(find_documents(*ids.shape, None, ids), sinks=0, window=5)
+    return jax.lax.scan(lambda q, _: (attend_sink_window(q, k, v, metadata), None), q, length=2)[0]
+
+  q, k, v, t = cases.arrays(0, B=4, L=24, H=4, N=4, D=4)
+  rows = P("data")
+  split = jax.shard_map(layers, mesh=mesh, in_specs=rows, out_specs=rows)
+  results = []
+  for run in (layers, split):
+    out, pull = jax.jit(lambda *x, run=run: jax.vjp(lambda *x: run(*x, ids), *x))(q, k, v)
+    results.append((out, *jax.jit(pull)(t)))
+  equal(*results)
+
+
 if __name__ == "__main__":
   jax.config.update("jax_numpy_rank_promotion", "raise")
   jax.config.update("jax_disable_most_optimizations", True)
+  check_empty_sources()
   check_op(joint=False)
   check_op(joint=True)
   check_decoder()
