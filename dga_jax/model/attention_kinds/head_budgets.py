@@ -85,6 +85,10 @@ class HeadBudgetsAttention(AttentionKind):
     """One for each distinct row."""
     return len(self.rows)
 
+  def has_equal_parts(self, parts: int) -> bool:
+    """Whether all parts of each row are equal."""
+    return all(len(set(split_row(row, parts))) == 1 for row in self.rows)
+
   def layer_index(self, index: int) -> LayerPlace:
     """The row of a layer, and its rank among the layers of that row."""
     row = self.budgets.assignment[index]
@@ -323,9 +327,12 @@ class LayerHeads(AttentionKind):
       jointly: as `decode_jointly`, for all classes at once; replaces `function` unless it returns
         None.
     """
+    _, parts = head_part()
 
     def run(row: HeadRow, caches: HeadCaches, rank: Array, *heads: Array) -> Any:
-      place, classes = self.kind.rows.index(row), HeadClasses(row)
+      # Where devices split the caches, the parts of a row are equal; see `has_equal_parts`.
+      of_device = [split_row(whole, parts)[0] for whole in self.kind.rows]
+      place, classes = of_device.index(row), HeadClasses(row)
       before, after = caches[:place], caches[place + 1 :]
       if jointly is not None:
         q, k, v, *scores = heads
