@@ -32,7 +32,8 @@ def _fwd(x: Array, count: int) -> tuple[tuple[Array, Array], None]:
 
 def _bwd(count: int, _: None, cotangents: tuple[Array, Array]) -> tuple[Array]:
   whole, part = cotangents
-  summed = whole[:, :count] + part
+  # Fused with the update, the sum would make XLA copy the whole array.
+  summed = jax.lax.optimization_barrier(whole[:, :count] + part)
   return (jax.lax.dynamic_update_slice_in_dim(whole, summed, 0, axis=1),)
 
 
