@@ -182,14 +182,8 @@ def retrieval_job(
       for depth in settings.depths
     }
     flat = [sample for some in samples.values() for sample in some]
-    texts = answer(
-      family.model(variant, length),
-      tokenizer,
-      [sample.tokens for sample in flat],
-      new_tokens=NEW_TOKENS,
-      batch_size=settings.batch_size,
-      tick=tick,
-    )
+    answers = family.answers(variant, length, tokenizer, settings.batch_size)
+    texts = answers([sample.tokens for sample in flat], NEW_TOKENS, tick)
     by_depth = []
     for i, depth in enumerate(samples):
       own = texts[i * settings.samples : (i + 1) * settings.samples]
@@ -359,14 +353,8 @@ def ruler_job(
   """The job of a part of RULER; a prompt and its answer fit in `length` tokens."""
 
   def run(tick: Tick) -> dict[str, Any]:
-    texts = answer(
-      family.model(variant, length),
-      tokenizer,
-      [prompt.tokens for prompt in part.prompts],
-      new_tokens=part.new_tokens,
-      batch_size=batch_size,
-      tick=tick,
-    )
+    answers = family.answers(variant, length, tokenizer, batch_size)
+    texts = answers([prompt.tokens for prompt in part.prompts], part.new_tokens, tick)
     pairs = list(zip(texts, part.prompts, strict=True))
     scores = [part.score(text, one.answers) for text, one in pairs]
     deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None
