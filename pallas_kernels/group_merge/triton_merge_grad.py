@@ -121,26 +121,18 @@ def _merge_grad_kernel(
   w_T = p_MxT.sum(axis=0) / group_tile.heads
   w_TxS = jnp.where(holds_SxT, w_T[None], 0.0).astype(dtype).T
 
-  # All loads come before the stores: the compiler moves no load past a store.
-  target_T, rows = jnp.arange(group_tile.width), group_tile.groups * group_tile.rows
-  others = [load_indexed_rows(dq_ref, last_M, head_M, length=length)]
-  others += (
-    [load_indexed_rows(ref, target_T, length=rows) for ref in dwindow]
-    if has_window
-    else [load_indexed_rows(ref, row_T, length=length) for ref in (dk_ref, dv_ref)]
-  )
-  dq_MxD, dk_TxD, dv_TxD = (
-    d + other.astype(jnp.float32)
-    for d, other in zip(
-      (
-        dot(dl_MxT, k_TxD),
-        dot(w_TxS, dkey_SxD) + dot(dl_MxT.T, q_MxD),
-        dot(w_TxS, dvalue_SxD),
-      ),
-      others,
-      strict=True,
-    )
-  )
+  dq_MxD = dot(dl_MxT, k_TxD)
+  dq_MxD += load_indexed_rows(dq_ref, last_M, head_M, length=length).astype(jnp.float32)
   store_indexed_rows(dq_out, last_M, dq_MxD, head_M, length=length)
-  store_indexed_rows(dk_out, row_T, dk_TxD, length=length)
-  store_indexed_rows(dv_out, row_T, dv_TxD, length=length)
+  target_T = jnp.arange(group_tile.width)
+  for i, (d_TxD, ref, out) in enumerate(
+    (
+      (dot(w_TxS, dkey_SxD) + dot(dl_MxT.T, q_MxD), dk_ref, dk_out),
+      (dot(w_TxS, dvalue_SxD), dv_ref, dv_out),
+    )
+  ):
+    if has_window:
+      other = load_indexed_rows(dwindow[i], target_T, length=group_tile.groups * group_tile.rows)
+    else:
+      other = load_indexed_rows(ref, row_T, length=length)
+    store_indexed_rows(out, row_T, d_TxD + other.astype(jnp.float32), length=length)
