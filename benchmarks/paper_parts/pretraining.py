@@ -22,6 +22,8 @@ class Pretraining:
     folder: for the runs.
     cache_dir: for the prepared data, which processes may share.
     train_files: two entries with equal weights: books, and documents of train.make_facts.
+    validation_files: two entries of held-out text of the same kinds; none to hold out a part of
+      `train_files`.
     runs: keys of configs.smollm2_continued.ATTENTION, or JSON files of head budgets.
     seeds: of the order of the data.
     overrides: values of TrainConfig that differ from the config file.
@@ -34,6 +36,7 @@ class Pretraining:
   folder: Path
   cache_dir: Path
   train_files: tuple[str, str]
+  validation_files: tuple[str, ...] = ()
   runs: tuple[str, ...] = tuple(ATTENTION)
   seeds: tuple[int, ...] = (0,)
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -48,5 +51,6 @@ class Pretraining:
     values.update(self.overrides)
     values.seed, values.init_from = seed, init_from
     values.data.train_files = self.train_files
+    values.data.validation_files = self.validation_files
     values.data.cache_dir = str(self.cache_dir)
     return make_config(values)

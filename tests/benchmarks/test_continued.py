@@ -149,12 +149,13 @@ def test_ratios_compare_equal_seeds():
 
 def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   workdir = write_checkpoint(tmp_path / "model")
-  for name in ("books.txt", "facts.txt"):
+  for name in ("books.txt", "facts.txt", "held_out_books.txt", "held_out_facts.txt"):
     (tmp_path / name).write_text("\0".join(f"{name} {index} {STORY * 3}" for index in range(40)))
   settings = Pretraining(
     folder=tmp_path / "runs",
     cache_dir=tmp_path / "data",
     train_files=(str(tmp_path / "books.txt"), str(tmp_path / "facts.txt")),
+    validation_files=tuple(str(tmp_path / f"held_out_{name}.txt") for name in ("books", "facts")),
     runs=("dense", "streaming_eighth"),
     overrides={
       "num_steps": 3, "warmup_steps": 1, "batch_size": 2, "eval_every": 3, "eval_batches": 1,
@@ -182,6 +183,9 @@ def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: py
   ]
   assert run_jobs(jobs, results, origin="tiny") == 0
   by_label = {(one["run"], one["measure"]): one for one in results.all()}
+  prepared = by_label["data", "prepared"]
+  # 3 steps of 2 rows, half of them of each corpus.
+  assert prepared["reads"] == {name: round(3 / n, 4) for name, n in prepared["rows"].items()}
   for run in settings.runs:
     trained = by_label[run, "train"]
     assert len(trained["losses"]) == trained["steps"] == 3
