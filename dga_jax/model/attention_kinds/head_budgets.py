@@ -189,9 +189,8 @@ class LayerHeads(AttentionKind):
   ) -> Float[Array, "B L H D"]:
     """Attention over whole sequences; inside a `jax.shard_map`, of the device's heads."""
 
-    def attend(setting: int, q: Array, k: Array, v: Array, *scores: Array) -> Array:
-      kind = self.kind.kinds[setting]
-      return kind.attend(q, k, v, metadata[setting], **_own_scores(kind, scores))
+    def attend(setting: int, *heads: Array) -> Array:
+      return _attend_class(self.kind.kinds[setting], metadata[setting], *heads)
 
     return self._switch(
       lambda row, *heads: HeadClasses(row).map(attend, *heads),
@@ -257,7 +256,7 @@ class LayerHeads(AttentionKind):
 
     def prefill(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
       kind = self.kind.kinds[setting]
-      out, prompt = kind.prefill(*qkv, metadata[setting], max_length=max_length, **options)
+      out, prompt = _prefill_class(kind, max_length, metadata[setting], options, *qkv)
       written = jax.tree.map(lambda all_layers, one: all_layers.at[rank].set(one), cache, prompt)
       return out, written
 
@@ -320,6 +319,31 @@ class LayerHeads(AttentionKind):
       return switch_rows(split_row(self.layer.row, parts), part, function, *args)
     rows = [piece for row in assignment for piece in split_row(row, parts)]
     return switch_rows(rows, self.layer * parts + part, function, *args)
+
+
+# Several rows have classes of one setting and equally many heads. `jax.jit` traces and lowers such a
+# class once for all rows, and the compiler sees one kernel for it.
+@functools.partial(jax.jit, static_argnums=0)
+def _attend_class(
+  kind: AttentionKind, metadata: Any, q: Array, k: Array, v: Array, *scores: Array
+) -> Array:
+  """`attend` of the heads of one class."""
+  return kind.attend(q, k, v, metadata, **_own_scores(kind, scores))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill_class(
+  kind: AttentionKind,
+  max_length: int,
+  metadata: Any,
+  options: _Options,
+  q: Array,
+  k: Array,
+  v: Array,
+) -> tuple[Array, Any]:
+  """`prefill` of the heads of one class."""
+  out: tuple[Array, Any] = kind.prefill(q, k, v, metadata, max_length=max_length, **options)
+  return out
 
 
 def _with_channel(focal_scores: Array | None) -> tuple[Array, ...]:
