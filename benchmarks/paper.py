@@ -29,7 +29,7 @@ from benchmarks.paper_parts.pretraining import Pretraining
 from benchmarks.paper_parts.question_sets import QuestionSets
 from benchmarks.paper_parts.registry import PARTS, write_report
 from benchmarks.timing import environment
-from configs.smollm2_continued import ATTENTION
+from configs.smollm2_continued import DEFAULT_RUNS, RUNS
 from dga_jax.choices import DtypeName
 from dga_jax.evaluation.jobs import run_jobs
 from dga_jax.evaluation.results import Results
@@ -59,8 +59,8 @@ _VALIDATION_FILES = define_paths(
 )
 _RUNS = flags.DEFINE_list(
   "runs",
-  list(ATTENTION),
-  f"Runs of continued pretraining: JSON files of head budgets, or of {', '.join(ATTENTION)}.",
+  list(DEFAULT_RUNS),
+  f"Runs of continued pretraining: JSON files of head budgets, or of {', '.join(RUNS)}.",
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of continued pretraining, one run for each.")
 _LONGBENCH = define_path("longbench", None, "For continued pretraining: LongBench-E's folder.")

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.paper_parts.question_sets import QuestionSets
 from benchmarks.paper_parts.recall import Recall
-from configs.smollm2_continued import ATTENTION, get_config
+from configs.smollm2_continued import DEFAULT_RUNS, get_config
 from dga_jax.evaluation.perplexity import PerplexitySettings
 from train.config import make_config, TrainConfig
 
@@ -24,7 +24,7 @@ class Pretraining:
     train_files: two entries with equal weights: books, and documents of train.make_facts.
     validation_files: two entries of held-out text of the same kinds; none to hold out a part of
       `train_files`.
-    runs: keys of configs.smollm2_continued.ATTENTION, or JSON files of head budgets.
+    runs: names in configs.smollm2_continued.RUNS, or JSON files of head budgets.
     seeds: of the order of the data.
     overrides: values of TrainConfig that differ from the config file.
     rows: of the held-out loss, an equal number from each book.
@@ -37,7 +37,7 @@ class Pretraining:
   cache_dir: Path
   train_files: tuple[str, str]
   validation_files: tuple[str, ...] = ()
-  runs: tuple[str, ...] = tuple(ATTENTION)
+  runs: tuple[str, ...] = DEFAULT_RUNS
   seeds: tuple[int, ...] = (0,)
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   rows: int = 24

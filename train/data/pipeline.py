@@ -41,8 +41,8 @@ class Data:
       every process and for any number of them.
     validation: the held-out rows of each corpus, once and always in the same order; rows of padding
       fill up the last batch. The keys are the entries of config.train_files, or "" for one corpus.
-    train_rows: training rows of each corpus, under the keys of `validation`; empty for a task, whose
-      rows never repeat.
+    train_rows: training rows of each corpus, under the keys of `validation`; empty for a task,
+      whose rows never repeat.
     close: closes the files that the batches are read from.
   """
 

@@ -24,8 +24,8 @@ class Source:
     fingerprint: of the text and the tokenizer.
     train: training rows in their final order, without end.
     validation: the held-out rows of each corpus, each row once.
-    train_rows: training rows of each corpus, under the keys of `validation`; empty for a task, whose
-      rows never repeat.
+    train_rows: training rows of each corpus, under the keys of `validation`; empty for a task,
+      whose rows never repeat.
     close: closes the files that the rows are read from.
   """
 

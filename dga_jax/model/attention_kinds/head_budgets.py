@@ -321,8 +321,8 @@ class LayerHeads(AttentionKind):
     return switch_rows(rows, self.layer * parts + part, function, *args)
 
 
-# Several rows have classes of one setting and equally many heads. `jax.jit` traces and lowers such a
-# class once for all rows, and the compiler sees one kernel for it.
+# Several rows have classes of one setting with equally many heads. `jax.jit` traces and lowers these
+# classes once for all rows, and the compiler compiles their kernels once.
 @functools.partial(jax.jit, static_argnums=0)
 def _attend_class(
   kind: AttentionKind, metadata: Any, q: Array, k: Array, v: Array, *scores: Array
