@@ -321,7 +321,7 @@ class LayerHeads(AttentionKind):
     return switch_rows(rows, self.layer * parts + part, function, *args)
 
 
-# Several rows have classes of one setting with equally many heads. `jax.jit` traces and lowers these
+# Several rows have classes of one setting with equally many heads. `jax.jit` traces and lowers such
 # classes once for all rows, and the compiler compiles their kernels once.
 @functools.partial(jax.jit, static_argnums=0)
 def _attend_class(
