@@ -18,8 +18,10 @@ _LABELS = {
   "streaming_eighth": "DGA streaming, an eighth of the keys",
   "window_quarter": "sinks and window, a quarter of the keys",
   "duo_quarter": "11 full heads, sinks and window in the others, a quarter",
-  "calibrated_quarter": "budgets of dga calibrate, a quarter",
   "budgets_quarter": "11 full heads, DGA in the others, a quarter",
+  "gates_window_quarter": "11 full heads by gates, sinks and window in the others, a quarter",
+  "gates_quarter": "11 full heads by gates, DGA with the fitted choice in the others, a quarter",
+  "budgets_eighth": "budgets with four settings, an eighth",
 }
 
 type Results = Sequence[Mapping[str, Any]]  # One for each seed.
