@@ -17,6 +17,7 @@ from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadBudgets, SinkWindow
 from dga_jax.model import ModelConfig
 
+BASELINES = ("same full heads", "sinks and window", "one window", "one DGA setting")
 _BOOTSTRAP = 2000
 
 
@@ -68,10 +69,10 @@ def make_baselines(
   duo = [one for one in stored["starts"] if one["name"].endswith("full heads, sinks and window")]
   best = min(duo, key=lambda one: one["score"], default=None)
   with_sinks = (*own.candidates, SinkWindow(1, 4))
-  yield "same full heads", _optional(sinks_and_window(with_sinks, own.assignment, length))
-  yield "sinks and window", None if best is None else HeadBudgets.from_dict(best["budgets"])
-  yield "one window", _optional(spread_window(no_full_head, keys, 4, length))
-  yield "one DGA setting", _optional(one_setting((*own.candidates, blocks), own.assignment, length))
+  yield BASELINES[0], _optional(sinks_and_window(with_sinks, own.assignment, length))
+  yield BASELINES[1], None if best is None else HeadBudgets.from_dict(best["budgets"])
+  yield BASELINES[2], _optional(spread_window(no_full_head, keys, 4, length))
+  yield BASELINES[3], _optional(one_setting((*own.candidates, blocks), own.assignment, length))
 
 
 def interval(cells: Sequence[np.ndarray], seed: int) -> np.ndarray:

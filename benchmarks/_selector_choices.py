@@ -1,5 +1,7 @@
 """Choices of focal tokens that `benchmarks.selector` compares, as scores of tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +21,31 @@ def accumulated(
 
   The sums are float32. Tokens outside of complete blocks get 0.
   """
+  weights = _block_attention(q_BxLxHxD, k_BxLxNxD, config)
+  return _tokens(weights.sum(axis=(3, 4)).swapaxes(2, 3), q_BxLxHxD.shape[1], config)
+
+
+def last_query(
+  q_BxLxHxD: Float[Array, "B L H D"], k_BxLxNxD: Float[Array, "B L N D"], config: DGAConfig
+) -> Float[Array, "B L N"]:
+  """Attention of the last query of each block to the tokens of its block, as `accumulated`.
+
+  These are the scores of the selector "last_query".
+  """
+  weights = _block_attention(q_BxLxHxD, k_BxLxNxD, config)
+  return _tokens(weights[..., -1, :].sum(axis=3).swapaxes(2, 3), q_BxLxHxD.shape[1], config)
+
+
+def _block_attention(
+  q_BxLxHxD: Array, k_BxLxNxD: Array, config: DGAConfig
+) -> Float[Array, "B g N R s s"]:
+  """Causal attention within each complete block, float32."""
   H, N, D = q_BxLxHxD.shape[2], *k_BxLxNxD.shape[2:]
   q, k = (blocks_of(x, config) for x in (q_BxLxHxD, k_BxLxNxD))
   q = q.reshape(*q.shape[:3], N, H // N, D)
   products = jnp.einsum("bgcnrd,bgjnd->bgnrcj", q, k, preferred_element_type=jnp.float32)
   causal = jnp.tri(config.block_size, dtype=bool)[None, None, None, None]
-  logits = jnp.where(causal, products * D**-0.5, -jnp.inf)
-  sums_BxgxNxs = jax.nn.softmax(logits, axis=-1).sum(axis=(3, 4))
-  return _tokens(sums_BxgxNxs.swapaxes(2, 3), q_BxLxHxD.shape[1], config)
+  return jax.nn.softmax(jnp.where(causal, products * D**-0.5, -jnp.inf), axis=-1)
 
 
 def expected_attention(
@@ -64,11 +83,13 @@ def expected_attention(
   k_BxgxsxHxD = jnp.repeat(_mean_rotation_back(k, config, frequencies), H // N, axis=3)
   count_g = s * jnp.arange(1, q.shape[1] + 1)
   mean = q.sum(axis=2).cumsum(axis=1) / count_g[None, :, None, None]
-  second = jnp.einsum("bgshd,bgshe->bghde", q, q).cumsum(axis=1)
+  # A GPU multiplies float32 matrices in fewer bits by default.
+  einsum = functools.partial(jnp.einsum, precision="highest")
+  second = einsum("bgshd,bgshe->bghde", q, q).cumsum(axis=1)
   second = second / count_g[None, :, None, None, None]
   covariance = second - mean[..., :, None] * mean[..., None, :]
-  linear = jnp.einsum("bgshd,bghd->bgsh", k_BxgxsxHxD, mean) * D**-0.5
-  quadratic = jnp.einsum("bgshd,bghde,bgshe->bgsh", k_BxgxsxHxD, covariance, k_BxgxsxHxD) / (2 * D)
+  linear = einsum("bgshd,bghd->bgsh", k_BxgxsxHxD, mean) * D**-0.5
+  quadratic = einsum("bgshd,bghde,bgshe->bgsh", k_BxgxsxHxD, covariance, k_BxgxsxHxD) / (2 * D)
   expected = jax.nn.softmax(linear + quadratic, axis=2).reshape(*k.shape[:3], N, H // N)
   scores_BxgxsxN = expected.sum(axis=-1) * jnp.linalg.norm(v, axis=-1)
   return _tokens(scores_BxgxsxN, L, config)
@@ -84,6 +105,30 @@ def _mean_rotation_back(
   cos, sin = (x.mean(axis=1)[None, :, None, None] for x in table)
   k1, k2 = jnp.split(k_BxgxsxNxD, 2, axis=-1)
   return jnp.concatenate([k1 * cos + k2 * sin, k2 * cos - k1 * sin], axis=-1)
+
+
+def value_size(v_BxLxNxD: Float[Array, "B L N D"], config: DGAConfig) -> Float[Array, "B L N"]:
+  """log ‖v‖ of the tokens of complete blocks, float32; 0 elsewhere."""
+  blocks = blocks_of(v_BxLxNxD.astype(jnp.float32), config)
+  return _tokens(jnp.log(jnp.linalg.norm(blocks, axis=-1)), v_BxLxNxD.shape[1], config)
+
+
+def value_distance(v_BxLxNxD: Float[Array, "B L N D"], config: DGAConfig) -> Float[Array, "B L N"]:
+  """log ‖v − v̄‖ likewise, with the mean v̄ of the block's values."""
+  blocks = blocks_of(v_BxLxNxD.astype(jnp.float32), config)
+  distance = jnp.linalg.norm(blocks - blocks.mean(axis=2, keepdims=True), axis=-1)
+  return _tokens(jnp.log(distance), v_BxLxNxD.shape[1], config)
+
+
+def ranks(scores_BxLxN: Float[Array, "B L N"], config: DGAConfig) -> Float[Array, "B L N"]:
+  """The number of tokens of a token's block with a lower score; of equals the earlier is higher.
+
+  The op rounds focal scores to 8 significant bits, which keep all ranks up to 256.
+  """
+  assert config.block_size <= 256
+  descending = jnp.argsort(-blocks_of(scores_BxLxN[..., None], config)[..., 0], axis=2, stable=True)
+  rank_BxgxsxN = config.block_size - 1 - jnp.argsort(descending, axis=2)
+  return _tokens(rank_BxgxsxN.astype(jnp.float32), scores_BxLxN.shape[1], config)
 
 
 def blocks_of(x_BxLxNxD: Float[Array, "B L N D"], config: DGAConfig) -> Float[Array, "B g s N D"]:

@@ -13,9 +13,10 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from benchmarks._forward import embed
+from benchmarks._selector_choices import value_distance, value_size
 from dga_jax.calibration.selector_fit import attend_and_rate, beyond_window, FitBlocks
 from dga_jax.config import DGAConfig
 from dga_jax.model import Decoder
@@ -34,6 +35,8 @@ class Inputs(NamedTuple):
   own: Float[Array, "*K N g s S"]
   shared: Float[Array, "*K g s U"]
   target: Float[Array, "*K N g s"]  # Logarithm of the mean attention beyond the raw window.
+  value_size: Float[Array, "*K N g s"]  # log ‖v‖
+  value_distance: Float[Array, "*K N g s"]  # log ‖v − v̄‖, with the block's mean v̄
 
 
 class Form(NamedTuple):
@@ -68,13 +71,15 @@ def score(
   form: Form, own: Float[Array, "N g s S"], shared: Float[Array, "g s U"]
 ) -> Float[Array, "N g s"]:
   """The scores of one layer's tokens, see `Form`."""
+  # A GPU multiplies float32 matrices in fewer bits by default.
+  einsum = functools.partial(jnp.einsum, precision="highest")
   own, shared = own.astype(jnp.float32), shared.astype(jnp.float32)
-  linear = jnp.einsum("ngtx,nx->ngt", own, form.own)
-  linear += jnp.einsum("gtu,nu->ngt", shared, form.shared)
-  inner = jnp.einsum("ngtx,nxm->ngtm", own, form.inner_own)
-  inner += jnp.einsum("gtu,num->ngtm", shared, form.inner_shared)
+  linear = einsum("ngtx,nx->ngt", own, form.own)
+  linear += einsum("gtu,nu->ngt", shared, form.shared)
+  inner = einsum("ngtx,nxm->ngtm", own, form.inner_own)
+  inner += einsum("gtu,num->ngtm", shared, form.inner_shared)
   inner = jax.nn.gelu(inner + form.bias[:, None, None])
-  return linear + jnp.einsum("ngtm,nm->ngt", inner, form.outer)
+  return linear + einsum("ngtm,nm->ngt", inner, form.outer)
 
 
 def linear_form(own_KxNxS: Array, shared_KxNxU: Array) -> Form:
@@ -126,7 +131,7 @@ def own_features(k_BxLxNxD: Array, v_BxLxNxD: Array, rope: RopeTable) -> Float[A
 def collect(
   graphdef: nnx.GraphDef, params: Any, config: DGAConfig, tokens_BxL: Int[Array, "B L"]
 ) -> Inputs:
-  """The inputs of all layers under dense attention; the features are stored in bfloat16."""
+  """The inputs of all layers under dense attention; `shared` is stored in bfloat16."""
   model: Decoder = nnx.merge(graphdef, params)
   L = tokens_BxL.shape[1]
   blocks = FitBlocks.of_row(L, config)
@@ -143,9 +148,11 @@ def collect(
       return x.reshape(-1, blocks.size, *x.shape[2:])
 
     return out, Inputs(
-      jnp.moveaxis(by_block(own_BxLxNxS.astype(jnp.bfloat16)), 2, 0),
+      jnp.moveaxis(by_block(own_BxLxNxS), 2, 0),
       by_block(shared_BxLxU.astype(jnp.bfloat16)),
       jnp.moveaxis(by_block(rated_BxLxN), 2, 0),
+      jnp.moveaxis(by_block(value_size(v, config)), 2, 0),
+      jnp.moveaxis(by_block(value_distance(v, config)), 2, 0),
     )
 
   def of_row(row_L: Array) -> Inputs:
@@ -159,43 +166,49 @@ def collect(
     x = jnp.moveaxis(x, 0, axis)
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
-  return Inputs(join(rows.own, 2), join(rows.shared, 1), join(rows.target, 2))
+  own, shared, *of_tokens = rows
+  return Inputs(join(own, 2), join(shared, 1), *(join(x, 2) for x in of_tokens))
 
 
 @jax.jit
 def fit_ridge(inputs: Inputs, used: Float[Array, "U"], ridge: Float[Array, ""]) -> Form:
-  """Ridge regression of the centred target, as `fit_selector` but with standardised features.
+  """Ridge regression of the centred target.
+
+  Without shared features this is the rule of `fit_selector`: `ridge` is a share of the mean
+  diagonal of the normal equations. Each shared feature is divided by its standard deviation.
 
   Args:
     inputs: of all layers.
     used: 1 for a shared feature that the form uses, else 0.
-    ridge: added to the diagonal of the correlation matrix.
+    ridge: added to the diagonal.
   """
 
   def of_layer(inputs: Inputs) -> tuple[Array, Array]:
     N, g, s, S = inputs.own.shape
     shared = _centred(inputs.shared.astype(jnp.float32) * used[None, None], 1).reshape(1, g * s, -1)
-    own = _centred(inputs.own.astype(jnp.float32), 2).reshape(N, g * s, S)
+    own = _centred(inputs.own, 2).reshape(N, g * s, S)
     x = jnp.concatenate([own, jnp.broadcast_to(shared, (N, *shared.shape[1:]))], axis=-1)
-    deviation = jnp.sqrt(jnp.square(x).mean(axis=1))
-    x = x / jnp.where(deviation > 0, deviation, 1.0)[:, None]
+    square = jnp.square(x).mean(axis=1)
+    square = square.at[:, :S].set(square[:, :S].mean(axis=1, keepdims=True))
+    scale = jnp.where(square > 0, jnp.sqrt(square), 1.0)
+    x = x / scale[:, None]
     y = _centred(inputs.target, 2).reshape(N, g * s)
     gram = jnp.einsum("ntx,ntz->nxz", x, x, precision="highest") / (g * s)
     moment = jnp.einsum("ntx,nt->nx", x, y, precision="highest") / (g * s)
     weights = jnp.linalg.solve(gram + ridge * jnp.eye(gram.shape[-1])[None], moment[..., None])
-    weights = weights[..., 0] / jnp.where(deviation > 0, deviation, 1.0)
+    weights = weights[..., 0] / scale
     return weights[:, :S], weights[:, S:]
 
   return linear_form(*jax.lax.map(of_layer, inputs))
 
 
-@functools.partial(jax.jit, static_argnames=("mlp", "steps"))
+@functools.partial(jax.jit, static_argnames="steps")
 def fit_listwise(
   start: Form,
   inputs: Inputs,
   used: Float[Array, "U"],
   *,
-  mlp: bool,
+  mlp: bool | Bool[Array, ""],
   steps: int,
   learning_rate: float,
   decay: float,
@@ -208,7 +221,7 @@ def fit_listwise(
     start: a linear form.
     inputs: of all layers.
     used: 1 for a shared feature that the form uses, else 0.
-    mlp: whether the MLP is fitted too.
+    mlp: whether the MLP is fitted too; else its output is 0.
     steps: of Adam, of 16384 tokens each.
     learning_rate: of the first step.
     decay: of the squared weights of the shared features and the MLP.
@@ -217,14 +230,16 @@ def fit_listwise(
   def of_layer(start: Form, inputs: Inputs) -> Form:
     own_mean, own_std = _moments(inputs.own, 2)
     shared_mean, shared_std = _moments(inputs.shared, 1)
-    form = _random_mlp(start) if mlp else start
-    form = form._replace(own=start.own * own_std, shared=start.shared * shared_std[None])
+    form = _random_mlp(start)._replace(
+      own=start.own * own_std, shared=start.shared * shared_std[None]
+    )
     fitted = _minimise(
       form, inputs, used, (own_mean, own_std, shared_mean, shared_std), mlp, steps, learning_rate,
       decay,
     )  # fmt: skip
     inner_own = fitted.inner_own / own_std[..., None]
-    inner_shared = fitted.inner_shared / shared_std[None, :, None]
+    # The inner weights of unused features are still the random ones.
+    inner_shared = fitted.inner_shared * (used / shared_std)[None, :, None]
     moved = jnp.einsum("nx,nxm->nm", own_mean, inner_own)
     moved += jnp.einsum("u,num->nm", shared_mean, inner_shared)
     return Form(
@@ -245,7 +260,7 @@ def _minimise(
   inputs: Inputs,
   used: Array,
   moments: tuple[Array, Array, Array, Array],
-  mlp: bool,
+  mlp: bool | Array,
   steps: int,
   learning_rate: float,
   decay: float,
@@ -254,7 +269,7 @@ def _minimise(
   g, s = inputs.own.shape[1:3]
   count = max(1, min(g, _BATCH // s))
   optimizer = optax.adam(optax.cosine_decay_schedule(1.0, steps))
-  on = jnp.float32(mlp)
+  on = jnp.asarray(mlp, jnp.float32)
   varies = Form(jnp.float32(1), used[None], on, on * used[None, :, None], on, on)
 
   def loss(form: Form, batch: Inputs) -> Array:
@@ -268,7 +283,9 @@ def _minimise(
   def step(carry: Any, key: Array) -> tuple[Any, None]:
     form, state = carry
     chosen = jax.random.randint(key, (count,), 0, g)
-    batch = Inputs(inputs.own[:, chosen], inputs.shared[chosen], inputs.target[:, chosen])
+    batch = inputs._replace(
+      own=inputs.own[:, chosen], shared=inputs.shared[chosen], target=inputs.target[:, chosen]
+    )
     gradients = jax.tree.map(jnp.multiply, jax.grad(loss)(form, batch), varies)
     updates, state = optimizer.update(gradients, state)
     updates = jax.tree.map(lambda x: learning_rate * x, updates)

@@ -44,6 +44,7 @@ from jax import Array
 from tqdm import tqdm
 
 from benchmarks import _aot_gpu
+from benchmarks._attention_parts import cudnn_dense, summaries, whole_op
 from benchmarks._block_flags import block_config, block_slug
 from benchmarks._inputs import (
   load_inputs,
@@ -56,7 +57,7 @@ from benchmarks._inputs import (
 from benchmarks._paired_timing import compare, TimedProgram
 from benchmarks._peers import deepseek_sparse_attention, native_sparse_attention
 from benchmarks.timing import environment, Times
-from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax import DGAConfig
 from dga_jax.attention.attend import attention_kwargs
 from dga_jax.files.path_flags import define_path
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
@@ -132,7 +133,7 @@ def main(argv: list[str]) -> None:
       for name, (run, make_inputs) in _functions(shape).items()
     }
     programs[_BASELINE] = TimedProgram(
-      jax.jit(_with_passes(_dense)), jax.jit(functools.partial(_tokens, shape))
+      jax.jit(_with_passes(cudnn_dense)), jax.jit(functools.partial(_tokens, shape))
     )
     if given is not None:
       programs |= _on_given_inputs(repeat_to(shape, given), programs)
@@ -202,9 +203,9 @@ def _functions(shape: Shape) -> dict[str, tuple[Callable[..., Any], Callable[...
   for selection in _SELECTIONS.value:
     config = _config(selection)
     if "summaries" in _PARTS.value and not _BACKWARD.value:
-      functions[f"summaries, {selection}"] = (functools.partial(_summaries, config), tokens)
+      functions[f"summaries, {selection}"] = (functools.partial(summaries, config), tokens)
     for name in _IMPLEMENTATIONS.value:
-      op = _with_passes(functools.partial(_op, config, name))
+      op = _with_passes(functools.partial(whole_op, config, name))
       kernel = functools.partial(_kernel, config, name)
       if "op" in _PARTS.value:
         functions[f"op, {selection}, {name}"] = (op, tokens)
@@ -227,10 +228,6 @@ def _half_tokens(shape: Shape, key: Array) -> tuple[Any]:
   return (tuple(x.astype(jnp.float16) for x in shape.tokens(key)),)
 
 
-def _dense(arrays: tuple[Array, Array, Array]) -> Array:
-  return jax.nn.dot_product_attention(*arrays, is_causal=True, implementation="cudnn")
-
-
 def _mosaic_gpu_example(arrays: tuple[Array, Array, Array]) -> Array:
   from jax.experimental.pallas.ops.gpu import attention_mgpu
 
@@ -238,18 +235,6 @@ def _mosaic_gpu_example(arrays: tuple[Array, Array, Array]) -> Array:
     block_q=64, block_kv=128, max_concurrent_steps=2, causal=True
   )
   return attention_mgpu.attention(*arrays, config)
-
-
-def _summaries(config: DGAConfig, arrays: tuple[Array, Array, Array]) -> Any:
-  sources = merge(config, *arrays).sources
-  if config.selection != "streaming":
-    return sources
-  # The window's keys and values are the op's inputs, and a returned input would be copied.
-  return sources.focal, sources.group, sources.window.start, sources.window.end
-
-
-def _op(config: DGAConfig, implementation: str, arrays: tuple[Array, Array, Array]) -> Array:
-  return dynamic_group_attention(*arrays, config=config, implementation=implementation)
 
 
 def _kernel(config: DGAConfig, implementation: str, query: Array, sources: KVSources) -> Any:

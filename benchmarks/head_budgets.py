@@ -14,37 +14,50 @@ Every set of budgets has four baselines with at most its keys:
                         window in all heads
 
 At a length that the budgets were not calibrated for, --scale_windows multiplies every window by the
-ratio of the lengths, so that the share of the keys stays. Retrieval is measured with the budgets as
-they are. An answer is found if each of its tokens is the most likely one after the earlier ones.
+ratio of the lengths, so that the share of the keys stays. A file that names no length, such as one
+of the package, is taken for one of the longest length. Retrieval and RULER are measured with the
+budgets as they are. An answer of retrieval is found if each of its tokens is the most likely one
+after the earlier ones. RULER's answers are decoded greedily; its score is the share of the answers
+found.
 
-Perplexity is that of the second half of rows of the documents, over dense attention's. Intervals
-are 95 % of bootstrap samples: of documents for perplexity, of prompts of each task and length for
-retrieval. Each result is appended to OUT/results.jsonl when it is measured, and the same command
-continues an interrupted run. OUT/table.md is the table of all results.
+Perplexity is that of the second half of rows of the documents, over dense attention's, and with
+--last=512 that of their last 512 tokens, which baselines that differ in decoding are measured on.
+Intervals are 95 % of bootstrap samples: of documents for perplexity, of prompts of each task and
+length for the others. Each result is appended to OUT/results.jsonl when it is measured, and the
+same command continues an interrupted run. OUT/table.md is the table of all results.
+
+All sets run in one program whose argument is the assignment of settings to heads: there is one
+program for each length, and no set compiles another.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import app, flags
 
-from benchmarks._budget_baselines import as_baseline, interval, make_baselines, Set
+from benchmarks._budget_baselines import as_baseline, BASELINES, interval, make_baselines, Set
+from benchmarks._budget_ruler import measure_part
 from benchmarks.timing import environment
 from dga_jax.calibration.measuring import Measurer
+from dga_jax.calibration.program import AssignedDecoder
 from dga_jax.calibration.rows import Rows
 from dga_jax.calibration.run import make_budgets
 from dga_jax.checkpoint import load_model, load_model_config
 from dga_jax.evaluation.report import markdown
 from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.retrieval import TASKS
-from dga_jax.evaluation.texts import read_documents
+from dga_jax.evaluation.ruler import RULER_TASKS, RulerPart, RulerTexts
+from dga_jax.evaluation.texts import Document, read_documents
 from dga_jax.files.path_flags import define_path
 from dga_jax.head_budgets import FULL, read_head_budgets
-from dga_jax.model import ModelConfig
+from dga_jax.model import Decoder, ModelConfig
+from dga_jax.tokenizer import Tokenizer
 
 _WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)
 _DOCUMENTS = flags.DEFINE_list("documents", None, "Long texts: .jsonl or .txt.", required=True)
@@ -53,11 +66,20 @@ _ROWS = flags.DEFINE_integer(
   "rows_per_document", 1, "Largest number of rows of text from one document.", lower_bound=1
 )
 _BUDGETS = flags.DEFINE_list("budgets", None, "Files of dga calibrate.", required=True)
+_BASELINES = flags.DEFINE_list("baselines", list(BASELINES), "Baselines to measure; see above.")
 _OUT = define_path("out", None, "Folder for results.", required=True)
 _LENGTHS = flags.DEFINE_list("lengths", ["8192"], "Lengths of texts.")
+_LAST = flags.DEFINE_integer(
+  "last", 0, "Last tokens of the rows whose perplexity is measured by itself; 0 for none.", 0
+)
 _PROMPTS = flags.DEFINE_list("prompts", ["8192", "4096", "2048", "1024"], "Lengths of prompts.")
 _TASKS = flags.DEFINE_list("tasks", list(TASKS), "Retrieval tasks.")
 _SAMPLES = flags.DEFINE_integer("samples", 20, "Prompts of a task and length.", lower_bound=1)
+_RULER = flags.DEFINE_list("ruler", [], "Lengths of RULER's prompts with their answers.")
+_RULER_TASKS = flags.DEFINE_list("ruler_tasks", list(RULER_TASKS), "RULER's tasks.")
+_RULER_SAMPLES = flags.DEFINE_integer(
+  "ruler_samples", 10, "Prompts of a task of RULER and length.", lower_bound=1
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the prompts and of the bootstrap.")
 _SCALE = flags.DEFINE_bool("scale_windows", True, "Scale windows with the length of texts.")
 _ROPE_BASE = flags.DEFINE_float("rope_base", None, "RoPE base; default: the checkpoint's.")
@@ -77,32 +99,33 @@ def main(argv: Sequence[str]) -> None:
   model, config, tokenizer = load_model(_WORKDIR.value, config=config)
   documents = read_documents(_DOCUMENTS.value)[: _MAX_DOCUMENTS.value]
   sets = list(_read_sets(config))
-  measure = _Measure(model, Results(out / "results.jsonl"))
+  lengths, prompts, ruler = (list(map(int, flag.value)) for flag in (_LENGTHS, _PROMPTS, _RULER))
+  measure = _Measure(model, Results(out / "results.jsonl"), sets)
+  measure.compile({*lengths, *prompts, *ruler})
   lines = [f"{environment()}, {config.dtype}, {len(documents)} documents"]
-  for length in map(int, _LENGTHS.value):
-    per_document = [
-      len(Rows.from_texts([one], tokenizer, length, _ROWS.value)) for one in documents
-    ]
-    rows = Rows.from_texts(documents, tokenizer, length, _ROWS.value)
+  for length in lengths:
     own = [one.scaled_to(length) for one in sets] if _SCALE.value else sets
-    losses = measure(f"text {length}", rows, length, own)
-    lines += [
-      "",
-      f"Perplexity at {length} tokens",
-      "",
-      _text_table(own, length, losses, per_document),
-    ]
+    for last in [None, _LAST.value] if _LAST.value else [None]:
+      lines += ["", _text_title(length, last), ""]
+      lines += [_text_table(measure, own, documents, tokenizer, length, last)]
     print("\n".join(lines[-4:]), flush=True)
   found: dict[tuple[str, int], list[np.ndarray]] = {}
-  for length in map(int, _PROMPTS.value):
-    for task in _TASKS.value:
-      rows = Rows.from_puzzles(
-        documents, tokenizer, length, puzzles=[task], samples=_SAMPLES.value, seed=_SEED.value
-      )
-      measured = measure(f"{task} {length}", rows, length, sets)
-      found[task, length] = [np.array(one["found"], float)[:, 0] for one in measured]
+  for length, task in itertools.product(prompts, _TASKS.value):
+    rows = Rows.from_puzzles(
+      documents, tokenizer, length, puzzles=[task], samples=_SAMPLES.value, seed=_SEED.value
+    )
+    measured = measure(f"{task} {length}", rows, length, sets)
+    found[task, length] = [np.array(one["found"], float)[:, 0] for one in measured]
   if found:
     lines += ["", "Answers found, %", "", _retrieval_table(sets, found)]
+  scores: dict[tuple[str, int], list[np.ndarray]] = {}
+  texts = RulerTexts([one.text for one in documents], tokenizer) if ruler else None
+  for length, task in itertools.product(ruler, _RULER_TASKS.value):
+    assert texts is not None
+    part = texts.part(task, length, _RULER_SAMPLES.value, _SEED.value)
+    scores[task, length] = measure.ruler(part, tokenizer, length, sets)
+  if scores:
+    lines += ["", "RULER, % of the answers found", "", _retrieval_table(sets, scores)]
   table = "\n".join(lines)
   (out / "table.md").write_text(table + "\n", encoding="utf-8")
   print(table)
@@ -111,35 +134,81 @@ def main(argv: Sequence[str]) -> None:
 def _read_sets(config: ModelConfig) -> Iterator[Set]:
   """Dense attention, and the budgets and baselines of every file."""
   shape = (config.num_layers, config.num_kv_heads)
+  longest = max(map(int, [*_LENGTHS.value, *_PROMPTS.value, *_RULER.value]))
   yield Set("", "dense", make_budgets((FULL,), np.zeros(shape, int)), 1)
   for path in _BUDGETS.value:
     file, budgets = Path(path).stem, read_head_budgets(path)
-    stored = json.loads(Path(path).read_text(encoding="utf-8"))["calibration"]
+    read = json.loads(Path(path).read_text(encoding="utf-8"))
+    stored = read.get("calibration", {"length": longest, "starts": []})
     length = stored["length"]
     yield Set(file, "budgets", budgets, length)
     for kind, one in make_baselines(budgets, stored, config):
-      if one is not None:
+      if one is not None and kind in _BASELINES.value:
         yield Set(file, kind, one, length)
 
 
 class _Measure:
   """Measures sets on rows."""
 
-  def __init__(self, model: Any, results: Results) -> None:
+  def __init__(self, model: Decoder, results: Results, sets: Sequence[Set]) -> None:
     self._model, self._results = model, results
+    self._settings = list(dict.fromkeys(x for one in sets for x in one.budgets.settings))
+
+  def compile(self, lengths: Collection[int]) -> None:
+    """Compiles the program of each length, all at the same time."""
+    begin = time.perf_counter()
+    shapes = [(_batch_size(length), length) for length in lengths]
+    AssignedDecoder(self._model, self._settings).compile(shapes)
+    print(f"{len(lengths)} lengths compiled in {time.perf_counter() - begin:.0f} s", flush=True)
 
   def __call__(
     self, name: str, rows: Rows, length: int, sets: Sequence[Set]
   ) -> list[dict[str, Any]]:
     settings = dict.fromkeys(setting for one in sets for setting in one.budgets.settings)
-    batch = max(1, _BATCH_TOKENS.value // length)
-    measurer = Measurer(self._model, list(settings), self._results, batch)
-    return [measurer.measure_rows(name, rows, *as_baseline(one.budgets)) for one in sets]
+    begin, size = time.perf_counter(), _batch_size(length)
+    measurer = Measurer(self._model, list(settings), self._results, size, later=self._settings)
+    measured = [measurer.measure_rows(name, rows, *as_baseline(one.budgets)) for one in sets]
+    print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
+    return measured
+
+  def ruler(
+    self, part: RulerPart, tokenizer: Tokenizer, length: int, sets: Sequence[Set]
+  ) -> list[np.ndarray]:
+    """The score of each prompt of a part, for every set."""
+    decoder = AssignedDecoder(self._model, self._settings)
+    shape = (_batch_size(length), length)
+    guesses: list[list[int]] = [[] for _ in part.prompts]
+    scores = []
+    for one in sets:
+      begin = time.perf_counter()
+      own = as_baseline(one.budgets).indices(self._settings)
+      answered = measure_part(decoder, own, part, tokenizer, shape, guesses, self._results)
+      scores.append(np.array(answered["score"], float))
+      guesses = guesses if any(guesses) else answered["new_tokens"]  # Those of dense attention.
+      took = f"{time.perf_counter() - begin:.0f} s"
+      print(f"ruler {part.name} {length} {one.file} {one.kind}: {scores[-1].mean():.3f}, {took}")
+    return scores
+
+
+def _batch_size(length: int) -> int:
+  return max(1, _BATCH_TOKENS.value // length)
+
+
+def _text_title(length: int, last: int | None) -> str:
+  return f"Perplexity of the {last or length // 2} last of {length} tokens"
 
 
 def _text_table(
-  sets: Sequence[Set], length: int, losses: Sequence[dict[str, Any]], per_document: Sequence[int]
+  measure: _Measure,
+  sets: Sequence[Set],
+  documents: Sequence[Document],
+  tokenizer: Tokenizer,
+  length: int,
+  last: int | None,
 ) -> str:
+  per_document = [len(Rows.from_texts([one], tokenizer, length, _ROWS.value)) for one in documents]
+  rows = Rows.from_texts(documents, tokenizer, length, _ROWS.value, last)
+  losses = measure(f"text {length}" + (f" last {last}" if last else ""), rows, length, sets)
   dense = np.array(losses[0]["loss"])
   body = []
   for one, measured in zip(sets, losses, strict=True):

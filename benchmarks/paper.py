@@ -1,17 +1,20 @@
-r"""What of the paper holds: sparsity, theorems, noise, convergence, cache size, m and γ, training.
+r"""What of the paper holds: sparsity, theorems, noise, convergence, cache, times, m, γ, training.
 
   ./workspace bench paper --out=runs/paper --parts=theorems,cache
+  ./workspace bench paper --out=runs/paper --parts=itl,reordering
   ./workspace bench paper --out=runs/paper --documents=novels.jsonl
   python -m train.make_facts --texts=books.txt --output=facts.jsonl
   ./workspace bench paper --out=runs/paper --documents=novels.jsonl --parts=continued \
     --train_files=books.txt,facts.jsonl
 
 The parts repeat the analyses of the paper (arXiv 2505.22107) at the size of SmolLM2-135M. The part
-"continued" is continued pretraining, which needs a GPU and --train_files; the others run on any
-device. Each result is appended to OUT/paper.jsonl as soon as it
-is measured, with its settings, seed, versions and device. The same command continues an interrupted
-run. OUT/paper.md contains the tables of all results, beside the figures of the paper, and OUT the
-pictures.
+"continued" is continued pretraining, which needs a GPU and --train_files. The parts "itl" and
+"reordering" measure times at the shapes of LLaMA2-7B on a GPU; on another device they are left out
+with a message. The others run on any device.
+
+Each result is appended to OUT/paper.jsonl as soon as it is measured, with its settings, seed,
+versions and device. The same command continues an interrupted run. OUT/paper.md contains the tables
+of all results, beside the figures of the paper, and OUT the pictures.
 
 Without --documents the text is the source of Python's library alone.
 """

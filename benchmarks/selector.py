@@ -4,52 +4,57 @@
   python -m benchmarks.selector --workdir=runs/smollm2 --fit_documents=some.jsonl \
     --documents=others.jsonl --lengths=2048 --settings=30+2:4 --out=runs/selector.jsonl
 
-The selector is fitted to --fit_documents. Then every choice selects the focal tokens of the same
-blocks in rows of --documents, in all layers:
+The forms of the selector are fitted to --fit_documents. Then every choice selects the focal tokens
+of the same blocks in rows of --documents, in all layers:
 
   last_query   the attention of the block's last query (`DGAConfig.selector`)
   accumulated  the attention of all queries of the block, each over the block's earlier tokens
   expected     expected attention, with the queries up to the block's end
   random       drawn
-  fitted       the fitted selector
+  fitted       the fitted selector, by the rule of `dga fit_selector`
   oracle       the mean attention of later queries beyond the raw window, which decoding cannot know
+  oracle_value, oracle_distance
+               this attention times the norm of the value, or times the distance of the value from
+               the mean of the block's values
 
-Other forms of the selector, fitted to the same rows, join --choices:
+Other forms of the selector are fitted to the attention times the norm of the value:
 
-  ridge, ridge_value         as fitted, on standardised features; the target is the attention, or
-                             the attention times the norm of the value
-  ridge_hidden, ridge_place  more features: the layer's normalised input, or the place in the block
-  listwise, listwise_hidden  cross entropy of the block's attention instead of squared error
-  mlp, mlp_hidden            a small MLP per head beside the linear form, also by cross entropy
+  ridge_value      otherwise as fitted
+  ridge_distance   otherwise as fitted, to the attention times the distance of the value
+  ridge_hidden     one more feature vector: the layer's normalised input
+  ridge_place      more features: the place in the block
+  listwise         cross entropy of a block's tokens in place of squared error
+  listwise_hidden  both changes
+  mlp, mlp_hidden  as listwise and listwise_hidden, with a small MLP per head beside the linear form
 
 CHOICE/scores, CHOICE/mean and CHOICE/oracle merge the members of a group by the softmax of the
 choice's scores, by their mean, or by the oracle's attention, instead of the last query's attention.
 
-The table has the perplexity of the second half of the rows over that of dense attention. With
-last_query and oracle among --choices it also has the share that a choice removes of the loss
-between these two. Each result is appended to OUT when it is measured, and the same command
-continues an interrupted run.
+A line is printed for each choice as soon as it is measured: the perplexity of the second half of
+the rows over that of dense attention, and the share that the choice removes of the loss between
+last_query and oracle, both with the standard error over the rows. The losses of all rows are
+appended to OUT, and the same command continues an interrupted run.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from benchmarks._selector_forms import collect, fit_listwise, fit_ridge, Form, linear_form, sizes
-from benchmarks._selector_program import CHOICES, dense_loss, MERGES, second_half_loss
+from benchmarks._selector_program import CHOICES, MERGES, second_half_loss
 from benchmarks.timing import environment
-from dga_jax.calibration.selector_fit import fit_selector, RIDGE
+from dga_jax.calibration.selector_fit import RIDGE
 from dga_jax.checkpoint import abstract_decoder, load_model
 from dga_jax.config import DGAConfig
 from dga_jax.evaluation.results import Results
@@ -89,28 +94,31 @@ class _FormKind:
   Attributes:
     hidden: the layer's normalised input.
     place: the place in the block.
-    listwise: the cross entropy of a block's attention is minimised; else ridge regression.
+    listwise: the cross entropy of a block's tokens is minimised; else ridge regression.
     mlp: with an MLP.
-    value: the target is attention times the norm of the value; else attention.
+    value: the field of `Inputs` that is added to the target; None for the attention alone.
   """
 
   hidden: bool = False
   place: bool = False
-  listwise: bool = True
+  listwise: bool = False
   mlp: bool = False
-  value: bool = False
+  value: Literal["value_size", "value_distance"] | None = "value_size"
 
 
 FORMS = {
-  "ridge": _FormKind(listwise=False),
-  "ridge_value": _FormKind(listwise=False, value=True),
-  "ridge_hidden": _FormKind(hidden=True, listwise=False),
-  "ridge_place": _FormKind(place=True, listwise=False),
-  "listwise": _FormKind(),
-  "listwise_hidden": _FormKind(hidden=True),
-  "mlp": _FormKind(mlp=True),
-  "mlp_hidden": _FormKind(hidden=True, mlp=True),
+  "fitted": _FormKind(value=None),
+  "ridge_value": _FormKind(),
+  "ridge_distance": _FormKind(value="value_distance"),
+  "ridge_hidden": _FormKind(hidden=True),
+  "ridge_place": _FormKind(place=True),
+  "listwise": _FormKind(listwise=True),
+  "listwise_hidden": _FormKind(listwise=True, hidden=True),
+  "mlp": _FormKind(listwise=True, mlp=True),
+  "mlp_hidden": _FormKind(listwise=True, hidden=True, mlp=True),
 }
+_GAP = (("last_query", "query"), ("oracle", "query"))  # Measured first, as a share needs both.
+_THREADS = 3  # Compile and fit. More of them delay the first result.
 
 
 def main(argv: Sequence[str]) -> None:
@@ -123,37 +131,39 @@ def main(argv: Sequence[str]) -> None:
   print(environment())
   print("| tokens, blocks, w | choice | perplexity over dense | share of the gap |")
   print("| --- | --- | --- | --- |")
-  with ThreadPoolExecutor() as pool:
+  with ThreadPoolExecutor(_THREADS) as pool:
     settings = []
     for length in map(int, _LENGTHS.value):
       rows = token_rows(
         read_documents(_DOCUMENTS.value)[: _TEXTS.value], tokenizer, length, _ROWS.value
       )
       fit_rows = token_rows(read_documents(_FIT.value)[: _FIT_ROWS.value], tokenizer, length)
-      # Compiled once, if a setting of this length has something to measure.
-      dense = functools.cache(functools.partial(pool.submit, _compile, dense_loss, base, rows))
       for blocks, window in (setting.split(":") for setting in _SETTINGS.value):
         name = f"{length} tokens {blocks} w={window} {_DTYPE.value}"
         config = _config(blocks, int(window))
-        settings.append(_Setting(name, base, config, rows, fit_rows[:, :-1], dense, pool))
-        if not settings[-1].is_measured(choices, results):
-          settings[-1].start({form for form, _ in choices})
-    for setting in settings:
-      for form, merge in choices:
-        setting.measure(form, merge, results)
-      setting.print_table(choices, results)
+        settings.append(_Setting(name, base, config, rows, fit_rows[:, :-1], pool))
+    missing = [setting for setting in settings if not setting.is_measured(choices, results)]
+    for setting in missing:
+      setting.start_program()
+    for setting in missing:
+      setting.start_fits({form for form, _ in choices})
+    for choice in (choice for choice in _GAP if choice in choices):
+      for setting in settings:
+        setting.measure(*choice, results)
+    for choice in choices:
+      for setting in settings:
+        setting.measure(*choice, results)
+        setting.print_line(*choice, results)
 
 
 def _parse(name: str) -> tuple[str, str]:
   """The choice and the merge weights of one of --choices."""
   choice, _, merge = name.partition("/")
   merge = merge or "query"
-  if choice not in {*CHOICES, "fitted", *FORMS} - {"form"} or merge not in MERGES:
+  if choice not in {*CHOICES, *FORMS} - {"dense", "form"} or merge not in MERGES:
     raise app.UsageError(
       f"--choices has {name!r}; python -m benchmarks.selector --help lists them."
     )
-  if choice == "last_query" and merge != "query":
-    raise app.UsageError(f"--choices has {name!r}; last_query merges by the last query.")
   return choice, merge
 
 
@@ -178,7 +188,6 @@ class _Setting:
     config: of the blocks.
     rows: of the test.
     fit_rows: of the fit.
-    dense: starts the compilation of `dense_loss`.
     pool: for compilation and fits.
   """
 
@@ -189,12 +198,11 @@ class _Setting:
     config: DGAConfig,
     rows: Int[np.ndarray, "B T"],
     fit_rows: Int[np.ndarray, "F L"],
-    dense: Callable[[], Future[Callable[..., Any]]],
     pool: ThreadPoolExecutor,
   ) -> None:
     self._name, self._base, self._config = name, base, config
-    self._rows, self._fit_rows, self._dense, self._pool = rows, fit_rows, dense, pool
-    self._params = nnx.split(base)[1]
+    self._rows, self._fit_rows, self._pool = rows, fit_rows, pool
+    self._graphdef, self._params = nnx.split(base)
     self._fits: dict[str, Future[Form]] = {}
 
   def is_measured(self, choices: Sequence[tuple[str, str]], results: Results) -> bool:
@@ -202,53 +210,47 @@ class _Setting:
     names = ("dense", *("/".join(choice) for choice in choices))
     return all(self._key(name) in results for name in names)
 
-  def start(self, names: set[str]) -> None:
-    """Compiles the program, and fits the forms among `names`."""
+  def start_program(self) -> None:
+    """Compiles the program of all choices."""
     K, N = self._base.config.num_layers, self._base.config.num_kv_heads
     S, U = sizes(self._base)
     self._none = linear_form(jnp.zeros((K, N, S)), jnp.zeros((K, N, U)))
-    run = functools.partial(second_half_loss, config=self._config, seed=_SEED.value)
-    zero, self._compiled_dense = jnp.int32(0), self._dense()
-    self._program = self._pool.submit(_compile, run, self._base, self._rows, self._none, zero, zero)
-    if "fitted" in names:
-      self._fits["fitted"] = self._pool.submit(self._fit_selector)
-    if names & FORMS.keys():
-      graphdef, params = nnx.split(self._base)
-      inputs = self._pool.submit(collect, graphdef, params, self._config, self._fit_rows)
-      for form in names & FORMS.keys():
-        self._fits[form] = self._pool.submit(self._fit_form, FORMS[form], inputs)
+    self._program = self._pool.submit(self._compile)
+
+  def start_fits(self, names: set[str]) -> None:
+    """Fits the forms among `names`."""
+    if names.isdisjoint(FORMS):
+      return
+    rows = jnp.asarray(self._fit_rows)
+    inputs = self._pool.submit(collect, self._graphdef, self._params, self._config, rows)
+    for form in (form for form in FORMS if form in names):
+      self._fits[form] = self._pool.submit(self._fit_form, FORMS[form], inputs)
 
   def measure(self, choice: str, merge: str, results: Results) -> None:
-    """The losses of all rows, for one choice and one rule of merging."""
-    self._run("dense", lambda row: self._compiled_dense.result()(self._params, row), results)
-    is_form = choice not in CHOICES
-    index = jnp.int32(CHOICES.index("form" if is_form else choice))
+    """Measures the losses of all rows, unless the results have them."""
+    self._run("dense", "dense", "query", results)
+    self._run(f"{choice}/{merge}", choice, merge, results)
 
-    def loss(row: Any) -> Any:
-      form = self._fits[choice].result() if is_form else self._none
-      by = jnp.int32(MERGES.index(merge))
-      return self._program.result()(self._params, row, form, index, by)
+  def print_line(self, choice: str, merge: str, results: Results) -> None:
+    """Prints the line of the table for a measured choice."""
+    dense, loss = (self._losses(name, results) for name in ("dense", f"{choice}/{merge}"))
+    name = choice if merge == "query" else f"{choice}, merged by {merge}"
+    over = math.exp((loss - dense).mean())
+    error = over * ratio_of_means(loss - dense, np.ones_like(dense))[1]
+    cells = [self._name, name, f"{over:.4f} ± {error:.4f}"]
+    if all(self._key("/".join(choice)) in results for choice in _GAP):
+      last, best = (self._losses("/".join(choice), results) for choice in _GAP)
+      cells.append("{:.2f} ± {:.2f}".format(*ratio_of_means(last - loss, last - best)))
+    print(f"| {' | '.join(cells)} |", flush=True)
 
-    self._run(f"{choice}/{merge}", loss, results)
-
-  def print_table(self, choices: Sequence[tuple[str, str]], results: Results) -> None:
-    """A row of the table for each choice."""
-    over = {
-      choice: self._losses(f"{choice[0]}/{choice[1]}", results) - self._losses("dense", results)
-      for choice in choices
-    }
-    last, best = (over.get((name, "query")) for name in ("last_query", "oracle"))
-    for (choice, merge), loss in over.items():
-      cells = [choice if merge == "query" else f"{choice}, merged by {merge}"]
-      cells.append(f"{math.exp(loss.mean()):.4f}")
-      if last is not None and best is not None:
-        cells.append(f"{(last - loss).mean() / (last - best).mean():.2f}")
-      print(f"| {self._name} | {' | '.join(cells)} |", flush=True)
-
-  def _run(self, name: str, loss: Callable[[Any], Any], results: Results) -> None:
-    if self._key(name) not in results:
-      losses = [float(x) for x in [loss(jnp.asarray(row)) for row in self._rows]]
-      results.add(self._key(name), {"losses": losses})
+  def _run(self, name: str, choice: str, merge: str, results: Results) -> None:
+    if self._key(name) in results:
+      return
+    form = self._fits[choice].result() if choice in FORMS else self._none
+    index = jnp.int32(CHOICES.index("form" if choice in FORMS else choice))
+    by, program = jnp.int32(MERGES.index(merge)), self._program.result()
+    losses = [program(self._params, jnp.asarray(row), form, index, by) for row in self._rows]
+    results.add(self._key(name), {"losses": [float(loss) for loss in losses]})
 
   def _losses(self, name: str, results: Results) -> np.ndarray:
     return np.asarray(results[self._key(name)]["losses"])
@@ -257,17 +259,20 @@ class _Setting:
     length = self._rows.shape[1] - 1
     return f"dense {length} {_DTYPE.value}" if name == "dense" else f"{self._name} {name}"
 
-  def _fit_selector(self) -> Form:
-    weights = fit_selector(self._base, self._config, self._fit_rows)
-    return self._none._replace(own=jnp.asarray(weights))
+  def _compile(self) -> Any:
+    """`second_half_loss` of parameters, row, form, choice and merge."""
+    run = functools.partial(second_half_loss, self._graphdef, config=self._config, seed=_SEED.value)
+    row = jax.ShapeDtypeStruct(self._rows.shape[1:], jnp.int32)
+    index = jax.ShapeDtypeStruct((), jnp.int32)
+    return jax.jit(run).lower(self._params, row, self._none, index, index).compile()
 
   def _fit_form(self, kind: _FormKind, inputs: Future[Any]) -> Form:
     hidden = self._base.config.embed_dim
     used = jnp.ones(sizes(self._base)[1]).at[:hidden].set(kind.hidden).at[hidden:].set(kind.place)
     collected = inputs.result()
-    if kind.value:
-      norm = collected.own[..., -1].astype(jnp.float32)
-      collected = collected._replace(target=collected.target + jnp.log(norm))
+    if kind.value is not None:
+      target = collected.target + getattr(collected, kind.value)
+      collected = collected._replace(target=target)
     form = fit_ridge(collected, used, jnp.float32(RIDGE))
     if not kind.listwise:
       return form
@@ -282,11 +287,11 @@ class _Setting:
     )
 
 
-def _compile(function: Callable[..., Any], model: Decoder, rows: np.ndarray, *rest: Any) -> Any:
-  """The function of the model's parameters, a row and the rest, compiled."""
-  graphdef, params = nnx.split(model)
-  row = jax.ShapeDtypeStruct(rows.shape[1:], jnp.int32)
-  return jax.jit(functools.partial(function, graphdef)).lower(params, row, *rest).compile()
+def ratio_of_means(a_B: Float[np.ndarray, "B"], b_B: Float[np.ndarray, "B"]) -> tuple[float, float]:
+  """mean(a) / mean(b) and its standard error over rows by the delta method; NaN for one row."""
+  ratio = a_B.mean() / b_B.mean()
+  deviation = (a_B - ratio * b_B).std() / abs(b_B.mean())
+  return float(ratio), float(deviation) / math.sqrt(len(a_B) - 1) if len(a_B) > 1 else math.nan
 
 
 def _dense_in_dtype(model: Decoder) -> Decoder:

@@ -11,23 +11,26 @@ from dga_jax.model.flops import mean_head_keys
 _TOLERANCE = 0.02
 
 
-def find_budget_files(workdir: str | Path, given: str | None) -> list[Path]:
+def find_budget_files(
+  workdir: str | Path, given: str | None, package: Sequence[Path] = ()
+) -> list[Path]:
   """The files of budgets to choose from.
 
   Args:
     workdir: of the model.
     given: paths with commas between them; None for the files budgets*.json in `workdir`.
+    package: files of the package for this model, where `workdir` has none.
 
   Raises:
-    FileNotFoundError: `given` is None, and `workdir` has no such file.
+    FileNotFoundError: `given` is None, and neither `workdir` nor the package has files.
   """
   if given is not None:
     return [Path(path) for path in given.split(",")]
-  found = sorted(Path(workdir).glob("budgets*.json"))
+  found = sorted(Path(workdir).glob("budgets*.json")) or list(package)
   if not found:
     raise FileNotFoundError(
       f"{workdir} has no files budgets*.json, one of which --keys would choose. Make them with dga "
-      f"calibrate --output={workdir}/budgets_50.json --keys=0.5 and other shares, or name files: "
+      f"calibrate --workdir={workdir} --documents=TEXTS.jsonl --keys=0.25,0.5, or name files: "
       "--budgets=FILE,FILE."
     )
   return found

@@ -1,7 +1,6 @@
 """Chooses the setting of each KV head of a model: its share of the cache goes where it matters.
 
-  dga calibrate --workdir=runs/smollm2 --documents=dev.jsonl --keys=0.25 --length=8192 \
-    --output=budgets.json
+  dga calibrate --workdir=runs/smollm2 --documents=dev.jsonl --keys=0.25 --length=8192
 
 The candidates of a head are "full", streaming selection, and sinks with a sliding window. Each KV
 head alone is given each candidate while all other heads stay dense. Two divergences from dense
@@ -20,7 +19,8 @@ Measurements are appended to OUTPUT's sibling with the suffix .measured.jsonl; t
 continues after an interruption, and other --keys, --objective, --blocks or --windows use the same
 measurements. OUTPUT holds the budgets, and a table of losses over the share of the cost; the plot
 has OUTPUT's name and the suffix .png. With several --keys there is one OUTPUT for each, whose name
-ends with the share. Needs the extra "calibrate" (matplotlib and scipy).
+ends with the share; without --output they are in WORKDIR, where dga generate --keys finds them.
+Needs the extra "calibrate" (matplotlib and scipy).
 
 One measurement of a head takes half of a forward pass: a head of a layer needs only this layer and
 later ones. All heads are measured under the smallest candidate, and the heads outside --tail under
@@ -54,7 +54,10 @@ _MAX_DOCUMENTS = flags.DEFINE_integer(
 _ROWS = flags.DEFINE_integer(
   "rows_per_document", 1, "Largest number of rows of text from one document.", lower_bound=1
 )
-_OUTPUT = define_path("output", None, "JSON file of the budgets.", required=True)
+_OUTPUT = define_path(
+  "output", None, "JSON file of the budgets; default: WORKDIR/budgets-SHARE.json, among which the "
+  "--keys of dga generate choose."
+)  # fmt: skip
 _KEYS = flags.DEFINE_list(
   "keys", ["0.25"], "Bounds on the objective, as shares of dense attention's."
 )
@@ -160,11 +163,12 @@ def main() -> None:
     "seed": _SEED.value,
     "batch_size": _BATCH_SIZE.value,
   }
-  results = open_results(Path(_OUTPUT.value).with_suffix(".measured.jsonl"), measured_with)
+  results = open_results(_output().with_suffix(".measured.jsonl"), measured_with)
   check_digest = "calibration rows" if check_rows is rows else check_rows.text.digest
   measure: Any = _MEASURE.value
+  later = [setting for one in known for setting in one.set.candidates]
   for share in options.keys:
-    measurer = Measurer(model, candidates, results, _BATCH_SIZE.value, measure)
+    measurer = Measurer(model, candidates, results, _BATCH_SIZE.value, measure, later)
     provenance = measured_with | {"check_rows": check_digest, "measure": measure}
     _calibrate(measurer, config, share, options.shares, (rows, check_rows), known, provenance)
 
@@ -185,8 +189,8 @@ def _calibrate(
   from dga_jax.evaluation.results import environment
 
   objective: Any = _OBJECTIVE.value
-  output = Path(_OUTPUT.value)
-  if len(_KEYS.value) > 1:
+  output = _output()
+  if len(_KEYS.value) > 1 or _OUTPUT.value is None:
     output = output.with_stem(f"{output.stem}-{share:g}")
   goal = Goal(
     share=share,
@@ -213,6 +217,11 @@ def _calibrate(
   plot.plot_budgets(result, _LENGTH.value, title, output.with_suffix(".png"))
   print(report.table(result))
   print(f"\n{output}\n{output.with_suffix('.png')}", flush=True)
+
+
+def _output() -> Path:
+  """The file of budgets; the names of files for several shares begin with its stem."""
+  return Path(_OUTPUT.value or Path(_WORKDIR.value) / "budgets.json")
 
 
 class _Options(NamedTuple):

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float
 from dga_jax.api import dynamic_group_attention
 from dga_jax.attention import validation
 from dga_jax.attention.validation import Lengths, SegmentIds
-from dga_jax.cache import decode_step, empty_cache
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadBudgets
+from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.attention_kinds.head_budgets import HeadBudgetsAttention, kind_of_setting
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation, Report
 
@@ -118,8 +119,9 @@ def explain(
 
       print(dga_jax.explain(query, key, value, config=config))
 
-  The ops are those of `dynamic_group_attention` with these arguments, and those of a decoding step
-  over the cache of such prompts, which bidirectional attention does not have.
+  The ops are those of `dynamic_group_attention` with these arguments, and those of the decoder's
+  step over the cache of such prompts, which bidirectional attention does not have. The call is
+  traced for its device, and every op adds its choice to the explanation.
 
   Args:
     query: of the call, or its `jax.ShapeDtypeStruct`.
@@ -137,17 +139,19 @@ def explain(
     NotImplementedError: likewise.
   """
   (B, L, _, D), N, dtype = query.shape, key.shape[2], key.dtype
+  is_bidirectional = isinstance(config, DGAConfig) and not config.causal
   own = None if validation.is_traced(query) else getattr(query, "sharding", None)
   if sharding is None and isinstance(own, NamedSharding) and own.mesh.abstract_mesh.auto_axes:
     sharding = own  # Tracing hides it.
 
-  def decode(query: Array, key: Array, value: Array, config: DGAConfig) -> Any:
-    cache = empty_cache(
-      config=config, batch=B, max_length=L + 1, num_kv_heads=N, head_dim=D, dtype=dtype
+  def decode(query: Array, key: Array, value: Array) -> Any:
+    kind: AttentionKind = (
+      HeadBudgetsAttention(config) if isinstance(config, HeadBudgets) else kind_of_setting(config)
     )
-    scores = jnp.zeros((B, N)) if config.selector == "fitted" else None
+    caches = kind.init_caches(1, B, L + 1, N, D, dtype)
+    options = kind.focal_options(jnp.zeros((B, N)))
     token = (query[:, 0], key[:, 0], value[:, 0])
-    return decode_step(*token, cache, config=config, focal_scores=scores)
+    return kind.decode(*token, caches, kind.layer_index(0), **options)
 
   call = functools.partial(
     dynamic_group_attention,
@@ -157,13 +161,11 @@ def explain(
     sharding=sharding,
     implementation=implementation,
   )
-  # A step of decoding is explained for one device: `cache` functions take no split arrays.
+  # A step of decoding is explained for one device: it takes no split arrays.
   unsplit = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (query, key, value)]
-  configs = config.settings if isinstance(config, HeadBudgets) else (config,)
   target = dispatch.find_target(query, key, value)
   with dispatch.collect_reports(target) as reports:
     jax.eval_shape(call, query, key, value, focal_scores=focal_scores)
-    for each in configs:
-      if isinstance(each, DGAConfig) and each.causal:
-        jax.eval_shape(functools.partial(decode, config=each), *unsplit)
+    if not is_bidirectional:
+      jax.eval_shape(decode, *unsplit)
   return Explanation.from_reports(str(target), reports)

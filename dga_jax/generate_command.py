@@ -124,8 +124,8 @@ _KEYS = flags.DEFINE_float(
   "keys",
   None,
   "Share of a dense cache. Of several --budgets=FILE,FILE, or of the files budgets*.json in"
-  " WORKDIR, use the largest budgets that keep at most this share of --max_length tokens; without"
-  " that flag, of the context of the model's training.",
+  " WORKDIR, or of those of the package for an imported SmolLM2-135M, use the largest budgets that"
+  " keep at most this share of --max_length tokens; without that flag, of the trained context.",
   lower_bound=1e-6,
   upper_bound=1.0,
 )
@@ -193,6 +193,7 @@ def _with_budgets(loaded: "Loaded", keys: float) -> "Loaded":
   """The model with the budgets for a share of the dense cache; names their file on stderr."""
   from dga_jax.budget_choice import choose_budgets, find_budget_files
   from dga_jax.model import apply_budgets
+  from dga_jax.pretrained import package_budget_files
 
   length = _MAX_LENGTH.value or loaded.trained_length
   if length is None:
@@ -200,7 +201,8 @@ def _with_budgets(loaded: "Loaded", keys: float) -> "Loaded":
       "--keys is a share of the cache of whole sequences, and the model does not state the length "
       "of its training; give --max_length."
     )
-  files = find_budget_files(str(_WORKDIR.value), _BUDGETS.value)
+  package = package_budget_files(loaded.model.config) if loaded.is_imported else []
+  files = find_budget_files(str(_WORKDIR.value), _BUDGETS.value, package)
   path, budgets, share = choose_budgets(files, keys, length)
   print(f"budgets: {path}, {share:.1%} of a dense cache of {length} tokens", file=sys.stderr)
   return loaded._replace(model=apply_budgets(loaded.model, budgets))

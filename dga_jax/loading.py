@@ -15,12 +15,12 @@ from dga_jax.config import retrofit
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.hub_names import check_exists
 from dga_jax.model import (
-  apply_budgets,
   Decoder,
   ModelConfig,
   quantize_weights,
   weight_name,
 )
+from dga_jax.model.apply_budgets import apply_budgets, arrange_heads
 from dga_jax.pretrained import default_budgets
 from dga_jax.tokenizer import Tokenizer
 
@@ -110,6 +110,8 @@ def load_with_facts(
     budgets = default_budgets(model.config)
   if budgets is not None:
     model = apply_budgets(model, budgets)
+  elif model.config.head_budgets is not None:
+    model = arrange_heads(model, model.config.head_budgets)
   if weights is not None:
     model = quantize_weights(model, weights)
   if template_sources(origin):

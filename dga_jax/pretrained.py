@@ -26,6 +26,11 @@ def smollm2_budget_files() -> dict[str, Path]:
   return dict(sorted(files.items(), key=lambda item: int(item[0]), reverse=True))
 
 
+def package_budget_files(config: ModelConfig) -> list[Path]:
+  """The files of budgets that the package has for an imported model, whatever its attention."""
+  return list(smollm2_budget_files().values()) if _is_smollm2(config) else []
+
+
 def default_budgets(config: ModelConfig) -> HeadBudgets | None:
   """What replaces one setting for all heads in an imported model: budgets that the package has.
 
@@ -36,6 +41,12 @@ def default_budgets(config: ModelConfig) -> HeadBudgets | None:
     None if the package has none for this model, if the attention is not "dga", or if
     its settings are not `RETROFIT`, those that an import stores.
   """
+  if not _is_smollm2(config) or config.attention != "dga" or config.dga != RETROFIT:
+    return None
+  return read_head_budgets(smollm2_budget_files()[_DEFAULT])
+
+
+def _is_smollm2(config: ModelConfig) -> bool:
   shapes = (
     config.num_layers,
     config.embed_dim,
@@ -46,9 +57,7 @@ def default_budgets(config: ModelConfig) -> HeadBudgets | None:
     config.vocab_size,
     config.rope_base,
   )
-  if shapes != _SMOLLM2_135M or config.attention != "dga" or config.dga != RETROFIT:
-    return None
-  return read_head_budgets(smollm2_budget_files()[_DEFAULT])
+  return shapes == _SMOLLM2_135M
 
 
 def calibration_note(config: ModelConfig, workdir: str | Path) -> str | None:
@@ -63,5 +72,5 @@ def calibration_note(config: ModelConfig, workdir: str | Path) -> str | None:
   return (
     'note: attention "dga" gives all heads one setting, and a model that was pretrained with dense'
     " attention then loses recall. Calibrate a setting for each KV head: dga calibrate"
-    f" --workdir={workdir} --documents=TEXTS.jsonl --keys=0.35 --output={workdir}/budgets_35.json"
+    f" --workdir={workdir} --documents=TEXTS.jsonl --keys=0.35"
   )

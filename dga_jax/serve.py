@@ -8,7 +8,8 @@ Serving needs the extra "serve".
 
 import functools
 import os
-from typing import cast, get_args
+from pathlib import Path
+from typing import cast, get_args, TYPE_CHECKING
 
 from absl import flags
 from tqdm import tqdm
@@ -16,6 +17,9 @@ from tqdm import tqdm
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName, WeightName
 from dga_jax.files.path_flags import define_path
+
+if TYPE_CHECKING:
+  from dga_jax.head_budgets import HeadBudgets
 
 _WORKDIR = define_path(
   "workdir", None, "Folder with the checkpoint; default: SmolLM2-135M-Instruct (Q4_1), downloaded."
@@ -44,7 +48,12 @@ _ATTENTION = flags.DEFINE_list(
   "Attention kinds, each served as a model of its own; default: the checkpoint's kind, and DGA for"
   " SmolLM2.",
 )
-_BUDGETS = command_line.define_budgets()
+_BUDGETS = flags.DEFINE_list(
+  "budgets",
+  None,
+  "JSON files with the setting of each KV head, made for this checkpoint (dga calibrate). Several "
+  "are models of their own, NAME-25 for budgets_25.json; default: the checkpoint's attention.",
+)
 _DTYPE = flags.DEFINE_enum(
   "dtype",
   None,
@@ -103,7 +112,7 @@ def main() -> None:
     name=name,
     attentions=attentions,
     dtype=cast(DtypeName | None, _DTYPE.value),
-    budgets=command_line.read_budgets(_BUDGETS),
+    budgets=_read_budgets(),
     weights=cast(WeightName | None, _WEIGHTS.value),
     settings=settings,
     progress=functools.partial(tqdm, desc="compiling", unit="program"),
@@ -118,6 +127,19 @@ def main() -> None:
     ),
   )
   server.run(app, host=_HOST.value, port=_PORT.value, stop_seconds=_STOP_SECONDS.value)
+
+
+def _read_budgets() -> "dict[str, HeadBudgets]":
+  """The budgets of --budgets by the name of their file, without "budgets" at its beginning."""
+  from dga_jax.head_budgets import read_head_budgets
+
+  found: dict[str, HeadBudgets] = {}
+  for path in _BUDGETS.value or ():
+    name = Path(path).stem.removeprefix("budgets").lstrip("-_") or "budgets"
+    if name in found:
+      raise ValueError(f"--budgets has two files for a model {name!r}; rename one of them.")
+    found[name] = read_head_budgets(path)
+  return found
 
 
 def _source() -> tuple[str, str | None, list[AttentionName | None]]:

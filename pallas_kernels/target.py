@@ -1,5 +1,8 @@
 """The device that a computation is for, known while it is traced."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -35,17 +38,34 @@ class Target(NamedTuple):
     return (self.capability or 0) >= 8.0
 
 
+_assumed: contextvars.ContextVar[Target | None] = contextvars.ContextVar("assumed", default=None)
+
+
+@contextlib.contextmanager
+def assume_target(target: Target) -> Iterator[None]:
+  """Within this context every call is for `target`."""
+  token = _assumed.set(target)
+  try:
+    yield
+  finally:
+    _assumed.reset(token)
+
+
 def find_target(*args: Any) -> Target:
   """The device that a call with these arguments is for.
 
-  The first of these that is known: the device of the mesh in force, which may be abstract and
-  name an absent device (`jax.sharding.AbstractMesh` with an `abstract_device`); the device of an
-  array's mesh; the device of a concrete array or of a `jax.ShapeDtypeStruct` with a sharding;
-  `jax.default_device`; the first device of the default backend.
+  The first of these that is known: the target of `assume_target`; the device of the mesh in force,
+  which may be abstract and name an absent device (`jax.sharding.AbstractMesh` with an
+  `abstract_device`); the device of an array's mesh; the device of a concrete array or of a
+  `jax.ShapeDtypeStruct` with a sharding; `jax.default_device`; the first device of the default
+  backend.
 
   Args:
     args: pytrees of arrays, shapes and numbers.
   """
+  assumed = _assumed.get()
+  if assumed is not None:
+    return assumed
   arrays = [x for x in jax.tree.leaves(args) if hasattr(x, "shape") and hasattr(x, "dtype")]
   mesh = jax.sharding.get_abstract_mesh()
   for found in (mesh, *(getattr(jax.typeof(x).sharding, "mesh", None) for x in arrays)):

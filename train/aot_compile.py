@@ -13,6 +13,7 @@ from dga_jax.model import flops_per_token, parameter_count
 from dga_jax.sharding import make_mesh
 from train.config import TrainConfig
 from train.hlo_collectives import by_kind, Collective, read_collectives
+from train.init_from import find_initial
 from train.sharding import batch_sharding, shapes_on
 from train.step import Functions, make_functions
 
@@ -103,6 +104,7 @@ def compile_step(config: TrainConfig, topology: str) -> tuple[Report, str]:
   kind = devices[0].device_kind
   chip_bytes, per_chip = _CHIPS[kind]
   mesh = make_mesh(config.mesh, devices)
+  config = find_initial(config, None, devices=len(devices)).config
   functions = make_functions(config, mesh)
   start = time.perf_counter()
   compiled = lower_step(config, functions).compile()

@@ -17,7 +17,6 @@ from dga_jax.files.path_flags import define_path
 from train.aot_compile import compile_step
 from train.config import make_config
 from train.flags import define_config_flag, parse_flags
-from train.init_from import find_initial
 
 _CONFIG = define_config_flag()
 _TOPOLOGY = flags.DEFINE_string(
@@ -33,10 +32,7 @@ def main(argv: list[str]) -> None:
   del argv
   jax.config.update("jax_platforms", "cpu")
   try:
-    config = make_config(_CONFIG.value)
-    if config.budgets is not None:
-      config = find_initial(config, None).config
-    report, text = compile_step(config, _TOPOLOGY.value)
+    report, text = compile_step(make_config(_CONFIG.value), _TOPOLOGY.value)
   except (OSError, RuntimeError, ValueError) as error:
     sys.exit(f"{type(error).__name__}: {error}")
   if _PROGRAM.value is not None:

@@ -106,8 +106,9 @@ class TrainConfig:
       config replaces `model`, except for the attention kind and its settings, the dtypes, remat,
       head_gates and unroll_layers. None draws random parameters.
     budgets: JSON file of head budgets, such as `dga calibrate` writes for the model in `init_from`.
-      The run then has attention="head_budgets" in place of model.attention, and its weights have
-      the KV heads of every setting side by side (`dga_jax.model.apply_budgets`). Every start of the
+      The run then has attention="head_budgets" in place of model.attention, and its KV heads are in
+      an order in which every device of the mesh axis "tensor" has its share of every setting
+      (train/head_order.py). So are those of model.head_budgets with init_from. Every start of the
       run reads the file. None for model.attention.
     distillation: w in [0, 1] of the loss (1 − w)·cross entropy + w·KL(dense‖model), where `dense`
       is the prediction of the same weights with dense attention, which has no gradient

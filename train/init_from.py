@@ -12,12 +12,13 @@ from jaxtyping import Array, PyTree
 
 from dga_jax.checkpoint import load_config, load_model, load_model_config, load_tokenizer
 from dga_jax.checkpoint_files import existing_step
-from dga_jax.head_budgets import read_head_budgets
-from dga_jax.model import apply_budgets
+from dga_jax.head_budgets import HeadBudgets
+from dga_jax.model.apply_budgets import apply_budgets, arrange_heads
 from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
 from train.gates import GATES, initial_gates
+from train.head_order import arranged, given_budgets, tensor_parts
 
 # Fields that the training config decides; the checkpoint decides the others, which define the
 # weights and RoPE.
@@ -36,16 +37,21 @@ class Initial:
   Attributes:
     config: the training config with that checkpoint's model; attention, its settings, gates,
       dtypes, remat and unroll_layers stay those of the config.
+    budgets: head budgets that the run is given, in the order of heads of that checkpoint; None
+      without budgets. `config.model.head_budgets` has the order for the mesh.
     tokenizer: the checkpoint's, or None where training begins with nothing.
     entries: further entries for the config in the run's own checkpoints.
   """
 
   config: TrainConfig
+  budgets: HeadBudgets | None = None
   tokenizer: Tokenizer | None = None
   entries: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def find_initial(config: TrainConfig, workdir: str | None, step: int | None = None) -> Initial:
+def find_initial(
+  config: TrainConfig, workdir: str | None, step: int | None = None, *, devices: int | None = None
+) -> Initial:
   """Reads everything but the parameters.
 
   Args:
@@ -53,50 +59,52 @@ def find_initial(config: TrainConfig, workdir: str | None, step: int | None = No
     workdir: the folder with the checkpoint: `config.init_from`, or the run's own folder once it has
       checkpoints. Not read where `config.init_from` is None.
     step: which checkpoint; None for the newest.
+    devices: number of devices of the run's mesh; None for all devices of this program.
 
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
     OSError: the file of `config.budgets` cannot be read.
-    ValueError: the budgets do not fit the model, or gates have no model.
+    ValueError: the budgets do not fit the model or the mesh, or gates have no model.
   """
   if config.model.head_gates and config.init_from is None:
     raise ValueError(
       "config.init_from is None; it must be a folder with a model, since config.model.head_gates "
       "chooses full heads among those of a given model."
     )
-  attention = _attention_of_budgets(config)
+  budgets = given_budgets(config)
+  attention: dict[str, Any] = {}
+  if budgets is not None:
+    parts = tensor_parts(config, jax.device_count() if devices is None else devices, budgets)
+    attention = {"attention": "head_budgets", "head_budgets": arranged(budgets, parts)}
   if config.init_from is None or workdir is None:
     model = dataclasses.replace(config.model, **attention)
-    return Initial(dataclasses.replace(config, model=model))
+    return Initial(dataclasses.replace(config, model=model), budgets)
   step = existing_step(workdir, step)
   saved = load_config(workdir, step)
   own = {name: getattr(config.model, name) for name in _OWN_FIELDS} | attention
   model = dataclasses.replace(load_model_config(workdir, step), **own)
   entries = {ORIGIN: saved[ORIGIN]} if ORIGIN in saved else {}
-  return Initial(dataclasses.replace(config, model=model), load_tokenizer(workdir, step), entries)
+  config = dataclasses.replace(config, model=model)
+  return Initial(config, budgets, load_tokenizer(workdir, step), entries)
 
 
-def _attention_of_budgets(config: TrainConfig) -> dict[str, Any]:
-  """The fields of the model that `config.budgets` decides; none without budgets."""
-  if config.budgets is None:
-    return {}
-  budgets = read_head_budgets(config.budgets)
-  permuted = budgets.permute_kv_heads(budgets.contiguous_order())
-  return {"attention": "head_budgets", "head_budgets": permuted}
-
-
-def load_params(config: TrainConfig, mesh: Mesh) -> PyTree[Array]:
+def load_params(
+  config: TrainConfig, mesh: Mesh, budgets: HeadBudgets | None = None
+) -> PyTree[Array]:
   """The parameters in `config.init_from`, in the dtype that the config stores them in.
 
-  Each device reads its own shards over `mesh`. With `config.budgets` the heads are in the order of
-  the budgets of `find_initial`. With `config.model.head_gates` all gates start at
-  `config.full_heads`.
+  Each device reads its own shards over `mesh`. With head budgets the heads are in the order of the
+  budgets of `find_initial`. With `config.model.head_gates` all gates start at `config.full_heads`.
+
+  Args:
+    config: of the run.
+    mesh: of the run.
+    budgets: from `find_initial`.
 
   Raises:
     CheckpointError: there is no checkpoint, or a damaged one.
-    OSError: the file of `config.budgets` cannot be read.
     ValueError: the budgets do not fit the model, or the model has budgets already, to which no
-      budgets or gates are added.
+      file of budgets and no gates are added.
   """
   assert config.init_from is not None
   model, _, _ = load_model(config.init_from, mesh=mesh)
@@ -105,8 +113,10 @@ def load_params(config: TrainConfig, mesh: Mesh) -> PyTree[Array]:
       f"config.init_from is {config.init_from!r}, whose model has head budgets; gates choose the "
       "full heads of a model without budgets. Give the model from before any budgets."
     )
-  if config.budgets is not None:
-    model = apply_budgets(model, read_head_budgets(config.budgets))
+  if budgets is not None:
+    # config.model may have the budgets that the model has; those of a file are for one without.
+    arrange = arrange_heads if config.budgets is None else apply_budgets
+    model = arrange(model, budgets, parts=mesh.shape["tensor"])
   params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   dtype = jnp.dtype(config.model.param_dtype)
   params = jax.tree.map(lambda array: array.astype(dtype), params)

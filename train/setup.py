@@ -14,13 +14,15 @@ from dga_jax.checkpoint import Checkpoints
 from dga_jax.files.lock import hold_workdir
 from dga_jax.files.paths import check_path, is_gcs
 from dga_jax.files.storage import AnyPath
+from dga_jax.head_budgets import HeadBudgets
 from dga_jax.tokenizer import Tokenizer
 from train import multihost
 from train.abort_filter import newest_checkpoint_note
 from train.config import check_resumable, to_flat_dict, TrainConfig
 from train.data.pipeline import Data, load_data
 from train.errors import DivergenceError, TrainingError
-from train.init_from import find_initial, ORIGIN
+from train.head_order import saved_in_order
+from train.init_from import find_initial, Initial, ORIGIN
 from train.metrics import FILE_NAME, MetricsWriter
 from train.profile import ProfiledSteps, Profiler
 from train.report import Reporter
@@ -104,7 +106,16 @@ def train(
         metrics = opened.enter_context(MetricsWriter(files.local, last_step=last_step))
       reporter = Reporter(start.config, files, metrics, start=start.position)
       profiler = opened.enter_context(contextlib.closing(Profiler(files, profiled)))
-      run = Run(start.config, files, functions, data, checkpoints, entries, start=start.position)
+      run = Run(
+        start.config,
+        files,
+        functions,
+        data,
+        checkpoints,
+        entries,
+        start=start.position,
+        budgets=start.budgets,
+      )
       return run.run_to_end(reporter, profiler, signals) == config.num_steps
 
 
@@ -148,6 +159,7 @@ class _Start:
     position: of the run's own checkpoint to continue from.
     tokenizer: of the checkpoint that training begins with, None where there is none.
     entries: further entries for the config in the run's checkpoints.
+    budgets: see `Initial.budgets`.
     fingerprint: of the data that the run was started with, None for a new run.
   """
 
@@ -155,6 +167,7 @@ class _Start:
   position: Position
   tokenizer: Tokenizer | None
   entries: Mapping[str, Any]
+  budgets: HeadBudgets | None
   fingerprint: str | None
 
 
@@ -164,7 +177,7 @@ def _find_start(
   step = choose_checkpoint(workdir, resume)
   if step is None:
     initial = find_initial(config, config.init_from)
-    return _Start(initial.config, Position(), initial.tokenizer, initial.entries, None)
+    return _make_start(initial, Position(), None)
   saved = checkpoints.read_config(step)
   if "data" not in saved:
     raise ValueError(
@@ -175,9 +188,15 @@ def _find_start(
   initial = find_initial(config, str(workdir), step)
   fingerprint = saved.pop(_FINGERPRINT, None)
   saved.pop(ORIGIN, None)
-  check_resumable(initial.config, saved)
+  check_resumable(initial.config, saved_in_order(saved, config, jax.device_count()))
   position = Position.from_dict(checkpoints.read_data(step), workdir, step)
-  return _Start(initial.config, position, initial.tokenizer, initial.entries, fingerprint)
+  return _make_start(initial, position, fingerprint)
+
+
+def _make_start(initial: Initial, position: Position, fingerprint: str | None) -> _Start:
+  return _Start(
+    initial.config, position, initial.tokenizer, initial.entries, initial.budgets, fingerprint
+  )
 
 
 def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair: bool) -> Data:

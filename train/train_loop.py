@@ -10,10 +10,12 @@ from jaxtyping import PyTree
 
 from dga_jax.checkpoint import Checkpoints
 from dga_jax.checkpoint_files import CheckpointError
+from dga_jax.head_budgets import HeadBudgets
 from train import multihost
 from train.config import to_dict, TrainConfig
 from train.data.pipeline import Data
 from train.evaluate import evaluate_corpora, Evaluation, make_eval_step
+from train.head_order import reorder_heads
 from train.init_from import load_params
 from train.multihost import StopAgreement
 from train.plots import plot_run
@@ -38,6 +40,7 @@ class Run:
     checkpoints: of the run.
     entries: of a checkpoint's config, beside the training config's.
     start: the position of the checkpoint to continue from.
+    budgets: see `train.init_from.Initial`.
   """
 
   def __init__(
@@ -50,6 +53,7 @@ class Run:
     entries: Mapping[str, Any],
     *,
     start: Position,
+    budgets: HeadBudgets | None,
   ) -> None:
     self._config = config
     self._files = files
@@ -58,6 +62,7 @@ class Run:
     self._checkpoints = checkpoints
     self._entries = dict(entries)
     self._start = start
+    self._budgets = budgets
     self._eval_step = make_eval_step(config, functions, data.tokenizer)
 
   def run_to_end(self, reporter: Reporter, profiler: Profiler, signals: StopSignals) -> int:
@@ -126,7 +131,7 @@ class Run:
       if self._config.init_from is None:
         return functions.init()
       logging.info("Beginning with the model in %s.", self._config.init_from)
-      return functions.from_params(load_params(self._config, functions.mesh))
+      return functions.from_params(load_params(self._config, functions.mesh, self._budgets))
     target = shapes_on(jax.eval_shape(functions.init), functions.shardings)
     params, training = self._checkpoints.restore(
       step, params=target.params, training=_training_items(target)
@@ -137,7 +142,8 @@ class Run:
         f"{int(training['step'])}. Continue from another checkpoint with --step."
       )
     logging.info("Continuing from the checkpoint of step %d.", step)
-    return TrainState(params=params, **training)
+    state, saved = TrainState(params=params, **training), self._checkpoints.read_config(step)
+    return reorder_heads(state, saved, self._config, functions)
 
   def _evaluate(self, step: int, state: TrainState, reporter: Reporter) -> Evaluation | None:
     """Reports the held-out loss and redraws the plots."""

@@ -9,7 +9,13 @@ import numpy as np
 
 from benchmarks.paper_parts.ablations import variants
 from benchmarks.paper_parts.plots import label, make_figure, save
-from benchmarks.paper_parts.published import GROUP_SIZE, IMPORTANCE_RATE, Published, SELECTION
+from benchmarks.paper_parts.published import (
+  COMPLEMENTARY,
+  GROUP_SIZE,
+  IMPORTANCE_RATE,
+  Published,
+  SELECTION,
+)
 from dga_jax.evaluation.report import markdown
 
 type ByVariant = Mapping[str, Mapping[str, Any]]
@@ -21,13 +27,17 @@ _HEADER = (
 
 
 def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
-  """Writes ablations.png to a folder; returns a table for each model."""
+  """Writes ablations.png to a folder; returns the tables of each model."""
   by_model: dict[str, dict[str, Mapping[str, Any]]] = {}
   for result in results:
     by_model.setdefault(result["model"], {})[result["variant"]] = result
   if any("dense" in own and "paper" in own for own in by_model.values()):
     _plot(by_model, out / "ablations.png")
-  return "\n\n".join(f"Model: {model}\n\n{_table(own)}" for model, own in by_model.items())
+  sections = []
+  for model, own in by_model.items():
+    tables = [_table(own), _complementary(own)]
+    sections.append("\n\n".join([f"Model: {model}", *(table for table in tables if table)]))
+  return "\n\n".join(sections)
 
 
 def _table(by_name: ByVariant) -> str:
@@ -54,6 +64,27 @@ def _table(by_name: ByVariant) -> str:
       ]
     )
   return markdown(_HEADER, rows)
+
+
+def _complementary(by_name: ByVariant) -> str:
+  """DGA with and without complementary tokens, beside Table 7; empty where one is missing."""
+  names = {"with": "paper", "without": "no complementary tokens"}
+  if not set(names.values()) <= set(by_name):
+    return ""
+  rows = []
+  for name, variant in names.items():
+    result, theirs = by_name[variant], COMPLEMENTARY[name]
+    own = [
+      f"{math.exp(np.mean(result['loss'])):.2f}",
+      f"{math.exp(np.mean(result['decoded_loss'])):.2f}",
+      f"{np.mean(result['accuracy']):.1%}",
+      _times(result)[1],
+    ]
+    scores = [theirs.average, theirs.summary, theirs.few_shot, theirs.milliseconds]
+    rows.append([name, *own, *(f"{score:.2f}" for score in scores)])
+  header = ["complementary tokens", "perplexity", "decoded", "accuracy", "token, ms"]
+  header += ["paper: LongBench-E", "summary", "few shot", "ITL, ms"]
+  return markdown(header, rows)
 
 
 def _published(theirs: Published | None) -> tuple[str, str, str]:

@@ -18,7 +18,13 @@ TASK = "cache"
 def make_jobs(inputs: Inputs) -> Iterator[Job]:
   """One job: the tokens of the cache at each length of the authors' table."""
   del inputs
-  yield Job(fields={"task": TASK}, depends_on=sorted(KV_CACHE_GB), ticks=1, run=_run)
+  yield Job(
+    fields={"task": TASK},
+    depends_on=sorted(KV_CACHE_GB),
+    ticks=1,
+    run=_run,
+    origin="shapes of LLaMA2-7B",
+  )
 
 
 def _run(tick: Callable[[], Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.paper_parts import published_scores
 from benchmarks.paper_parts.continued import UNTRAINED
 from benchmarks.paper_parts.plots import label, make_figure, save
 from dga_jax.evaluation.report import markdown
@@ -46,6 +47,7 @@ def write(results: Results, out: Path) -> str:
     _summary({name: by_run[name]["recall"] for name in names if "recall" in by_run[name]}),
     _recall({name: by_run[name]["recall"] for name in names if "recall" in by_run[name]}),
     _questions({name: own["questions"] for name, own in by_run.items() if "questions" in own}),
+    published_scores.table({name: _scores(by_run[name]) for name in names}),
     _trainings({name: by_run[name]["train"] for name in names if "train" in by_run[name]}),
   ]
   _plot({name: by_run[name] for name in names}, out / "continued.png")
@@ -154,6 +156,22 @@ def _mean_of_needles(result: Mapping[str, Any]) -> float:
   needles = ("single", "multi")
   tasks = result["ruler"].items()
   return float(np.mean([one["score"] for task, one in tasks if task.startswith(needles)]))
+
+
+def _scores(measures: Mapping[str, Results]) -> dict[str, float]:
+  """Percentages of right answers by measure, means over the seeds."""
+  by_seed: dict[str, list[float]] = {}
+  for one in measures.get("recall", ()):
+    for length in dict.fromkeys(task.split()[1] for task in one["retrieval"]):
+      by_seed.setdefault(f"retrieval, {length}", []).append(100 * _mean_of_length(one, length))
+    by_seed.setdefault("RULER's needles", []).append(100 * _mean_of_needles(one))
+  for one in measures.get("questions", ()):
+    known = {name: score for name, score in one["scores"].items() if score is not None}
+    if "many documents" in known:
+      by_seed.setdefault("many documents", []).append(known.pop("many documents"))
+    if known:
+      by_seed.setdefault("LongBench-E", []).append(float(np.mean([*known.values()])))
+  return {measure: float(np.mean(values)) for measure, values in by_seed.items()}
 
 
 def _percents(values: Sequence[float]) -> str:

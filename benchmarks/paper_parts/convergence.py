@@ -52,6 +52,7 @@ def make_jobs(
       },
       ticks=1,
       run=functools.partial(_run, length, steps, draws),
+      origin="random values",
     )  # fmt: skip
 
 

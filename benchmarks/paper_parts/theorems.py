@@ -58,6 +58,7 @@ def make_jobs(inputs: Inputs, draws: int = 1000) -> Iterator[Job]:
       },
       ticks=1,
       run=functools.partial(_run, run, draws),
+      origin="random values",
     )  # fmt: skip
 
 

@@ -75,6 +75,7 @@ def make_jobs(
         depends_on=[config.to_dict(), dataclasses.asdict(training)],
         ticks=training.steps,
         run=functools.partial(_run, config, training, seed),
+        origin="trained from scratch",
       )
 
 

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dga_jax.attention import validation
+from dga_jax.attention.array_parts import take_part
 from dga_jax.attention.block_entries import for_kernel
-from dga_jax.attention.first_tokens import take_first_tokens
 from dga_jax.attention.metadata import AttentionMetadata, StreamingMetadata
 from dga_jax.attention.plan import GroupPlan
 from dga_jax.attention.scores import importance_scores, random_scores
@@ -35,6 +35,7 @@ from pallas_kernels.group_merge import (
   merge_groups,
 )
 from pallas_kernels.grouped_attention import grouped_attention, KVSources
+from pallas_kernels.head_range import HeadRange
 
 
 def attend(
@@ -97,7 +98,8 @@ def merge_tokens(
   value: Float[Array, "B L N D"],
   metadata: AttentionMetadata,
   *,
-  focal_scores: Float[Array, "B L N"] | None = None,
+  heads: HeadRange | None = None,
+  focal_scores: Float[Array, "B L n"] | None = None,
   implementation: Implementation = None,
 ) -> Merged:
   """Chooses focal tokens and merges the others into groups.
@@ -111,18 +113,23 @@ def merge_tokens(
     key: N KV heads.
     value: as key.
     metadata: from `prepare`.
+    heads: the n KV heads that are merged; None for all of them. With a range the selection must be
+      streaming and causal, and padding must be zero. The focal and group sources of the result have
+      these heads; the query and the window source have all heads.
     focal_scores: float32, with the selector "fitted"; else None.
     implementation: as for `attend`.
   """
   config, streaming = metadata.config, metadata.by_selection
-  validation.focal_scores(focal_scores, key, config)
+  own_query, own_key = (x if heads is None else heads.of(x, key.shape[2]) for x in (query, key))
+  validation.focal_scores(focal_scores, own_key, config)
   # Sinks of packed documents are anywhere in the row, so their positions come from a layout.
   packed_sinks = config.sink_tokens > 0 and metadata.documents.rows == "packed"
   needs_plan = packed_sinks or not config.causal
   if not isinstance(streaming, StreamingMetadata) or needs_plan:
-    plan = make_plan(query, key, metadata, focal_scores)
-    return merge_planned(query, key, value, plan, implementation=implementation)
-  query, key, value = zero_padding(metadata.documents, query, key, value)
+    plan = make_plan(own_query, own_key, metadata, focal_scores)
+    return merge_planned(query, key, value, plan, heads=heads, implementation=implementation)
+  if heads is None:
+    query, key, value = zero_padding(metadata.documents, query, key, value)
   query, entries, _ = merge_blocks(
     query,
     key,
@@ -133,18 +140,22 @@ def merge_tokens(
     focal=config.focal_in_block,
     scale=merge_scale(config, query.shape[-1]),
     first=config.sink_tokens,
+    heads=heads,
     implementation=merging_implementation(implementation),
   )
   if config.sink_tokens > 0:
-    entries = _with_sinks(entries, config.sink_tokens)
+    entries = _with_sinks(entries, config.sink_tokens, heads)
   assert streaming.visibility is not None  # Causal streaming selection has it.
   return Merged(query, streaming.visibility.sources(entries))
 
 
-def _with_sinks(entries: Entries, sinks: int) -> Entries:
+def _with_sinks(entries: Entries, sinks: int, heads: HeadRange | None) -> Entries:
   """The sinks of rows of one document precede the focal tokens of the blocks."""
-  window_key, sink_key = take_first_tokens(entries.window_key, sinks)
-  window_value, sink_value = take_first_tokens(entries.window_value, sinks)
+  B, _, N, _ = entries.window_key.shape
+  first, count = heads or (0, N)
+  part = ((0, 0, first), (B, sinks, count))
+  window_key, sink_key = take_part(entries.window_key, *part)
+  window_value, sink_value = take_part(entries.window_value, *part)
   return entries._replace(
     focal_key=jnp.concatenate([sink_key, entries.focal_key], axis=1),
     focal_value=jnp.concatenate([sink_value, entries.focal_value], axis=1),
@@ -197,11 +208,22 @@ def merge_planned(
   value: Float[Array, "B L N D"],
   plan: GroupPlan,
   *,
+  heads: HeadRange | None = None,
   implementation: Implementation = None,
 ) -> Merged:
-  """Merges the groups of a plan and lays out what attention reads."""
+  """Merges the groups of a plan and lays out what attention reads.
+
+  Args:
+    query: any float dtype, which all arrays share.
+    key: N KV heads.
+    value: as key.
+    plan: of the KV heads in `heads`.
+    heads: as for `merge_tokens`.
+    implementation: as for `attend`.
+  """
   config = plan.config
-  query, key, value = zero_padding(plan.documents, query, key, value)
+  if heads is None:
+    query, key, value = zero_padding(plan.documents, query, key, value)
   query, entries = merge_groups(
     query,
     key,
@@ -209,6 +231,7 @@ def merge_planned(
     *plan.layout,
     scale=merge_scale(config, query.shape[-1]),
     reorder_window=plan.window_lists_members,
+    heads=heads,
     implementation=merging_implementation(implementation),
   )
   return Merged(query, plan.visibility.sources(entries))

@@ -8,11 +8,13 @@ from jaxtyping import Array, Float
 from dga_jax.attention.attend import zero_padding
 from dga_jax.attention.dense import dense_attention
 from dga_jax.attention.head_classes import HeadClasses, switch_rows
+from dga_jax.attention.joint_heads import attend_jointly, attends_jointly, SettingMetadata
+from dga_jax.attention.metadata import prepare
 from dga_jax.attention.reference import number_documents, reference_sink_window
-from dga_jax.attention.segments import find_documents, IntArray
+from dga_jax.attention.segments import Documents, find_documents, IntArray
 from dga_jax.attention.sink_window import attend_sink_window, prepare_sink_window
 from dga_jax.config import DGAConfig
-from dga_jax.head_budgets import HeadBudgets, SinkWindow, split_row
+from dga_jax.head_budgets import HeadBudgets, HeadRow, HeadSetting, SinkWindow, split_row
 from dga_jax.sharding import head_part
 from pallas_kernels.dispatch import Implementation
 
@@ -77,12 +79,36 @@ def attend_heads(
       query, key, value, metadata, scale=scale, implementation=implementation
     )
 
+  def attend_row(row: HeadRow, query: Array, key: Array, value: Array, *scores: Array) -> Array:
+    classes = HeadClasses(row)
+    if not attends_jointly(query, classes, budgets.settings, implementation):
+      return classes.map(attend_class, query, key, value, *scores)
+    return attend_jointly(
+      query,
+      key,
+      value,
+      classes,
+      {index: prepare_setting(budgets.settings[index], documents) for index in classes.settings},
+      focal_scores=scores[0][..., 0] if scores else None,
+      scale=scale,
+      implementation=implementation,
+    ).out
+
   return switch_rows(
     split_row(budgets.assignment[0], parts),
     part,
-    lambda row, *heads: HeadClasses(row).map(attend_class, *heads),
+    attend_row,
     query,
     key,
     value,
     *(() if focal_scores is None else (focal_scores[..., None],)),
   )
+
+
+def prepare_setting(setting: HeadSetting, documents: Documents) -> SettingMetadata:
+  """The metadata of a setting."""
+  if isinstance(setting, DGAConfig):
+    return prepare(documents, setting)
+  if isinstance(setting, SinkWindow):
+    return prepare_sink_window(documents, sinks=setting.sinks, window=setting.window)
+  return documents

@@ -1,10 +1,10 @@
 """Causal dense attention with the fastest kernel of the device.
 
-Splash attention on TPUs, cuDNN on GPUs, the kernels of `grouped_attention` for packed documents on
-GPUs, and XLA.
+Splash attention on TPUs, cuDNN on GPUs, and the kernels of `grouped_attention` on GPUs where cuDNN
+cannot run a call. XLA, which computes the logits of all pairs of tokens, is for the other calls.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,8 @@ from jaxtyping import Array, Float
 from dga_jax.attention.segments import Documents, is_traced
 from dga_jax.attention.splash import splash_causal, splash_refusal
 from pallas_kernels import dispatch
+from pallas_kernels.dispatch import Backend, Implementation
 from pallas_kernels.grouped_attention import grouped_attention, KVSource, KVSources
-
-DenseImplementation = Literal["splash", "cudnn", "grouped", "xla"]
 
 
 def dense_attention(
@@ -25,7 +24,7 @@ def dense_attention(
   documents: Documents,
   *,
   scale: float | Float[Array, ""] | None = None,
-  implementation: DenseImplementation | None = None,
+  implementation: Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """Softmax attention of every query to the tokens up to itself in its own document.
 
@@ -37,38 +36,22 @@ def dense_attention(
     value: as key.
     documents: the rows.
     scale: of the logits, default 1/√D.
-    implementation: "splash" of JAX's Pallas kernels for TPUs, "cudnn" or "xla" of
-      `jax.nn.dot_product_attention`, "grouped" for the GPU kernels of `grouped_attention`, or None
-      for the first of them that can run the call. cuDNN does not support packed documents, for
-      which it is replaced by "xla".
+    implementation: "splash" for JAX's Pallas kernels for TPUs, "cudnn" or "xla" for
+      `jax.nn.dot_product_attention`, "grouped" for the GPU kernels of `grouped_attention` with a
+      window that begins at the document; a tuple of names in order of preference; None for the
+      first of them that can run the call.
 
   Raises:
-    NotImplementedError: splash attention or "grouped" is named and cannot run the call.
+    ValueError: a name is unknown.
+    NotImplementedError: no named implementation can run the call; the message says why not.
   """
   scale = query.shape[-1] ** -0.5 if scale is None else scale
   if is_traced(scale):  # The fused kernels take a static scale.
     query, scale = (query * scale).astype(query.dtype), 1.0
-  scale = float(scale)
-  if implementation is None:
-    implementation = _choose(query, key, documents, scale)
-  if implementation == "splash":
-    out_BxLxHxD = splash_causal(query, key, value, documents.index, scale=scale)
-  elif implementation == "grouped":
-    sources, max_window = causal_sources(key, value, documents), key.shape[1]
-    names = _GROUPED_KERNELS
-    return grouped_attention(
-      query, sources, scale=scale, max_window=max_window, implementation=names
-    )
-  elif documents.rows == "packed":
-    same_BxLxL = documents.index[:, :, None] == documents.index[:, None, :]
-    out_BxLxHxD = xla_attention(
-      query, key, value, scale=scale, mask=same_BxLxL[:, None], is_causal=True
-    )
-  elif implementation == "cudnn":
-    out_BxLxHxD = _cudnn_causal(query, key, value, scale)
-  else:
-    out_BxLxHxD = xla_attention(query, key, value, scale=scale, is_causal=True)
-  return jnp.where(documents.is_token[:, :, None, None], out_BxLxHxD, 0)
+  out_BxLxHxD: Array = dispatch.run(
+    "dense_attention", implementation, query, key, value, documents, scale=float(scale)
+  )
+  return out_BxLxHxD
 
 
 # Backends of `grouped_attention` whose work follows the ranges of keys.
@@ -79,6 +62,8 @@ def causal_sources(
   key: Float[Array, "B L N D"],
   value: Float[Array, "B L N D"],
   documents: Documents,
+  *,
+  empty: bool = False,
 ) -> KVSources:
   """The sources of `grouped_attention` for causal attention inside each document.
 
@@ -88,11 +73,14 @@ def causal_sources(
     key: of the tokens.
     value: of the tokens.
     documents: the rows.
+    empty: whether all windows are empty.
   """
+  B, _, N, D = key.shape
+  no_key = jnp.zeros((B, 0, N, D), key.dtype)
   start_BxL = documents.start
-  end_BxL = start_BxL + documents.position + documents.is_token
+  end_BxL = start_BxL if empty else start_BxL + documents.position + documents.is_token
   none_Bx1xL = jnp.zeros_like(start_BxL)[:, None]
-  no_source = KVSource(key[:, :0], value[:, :0], none_Bx1xL, none_Bx1xL)
+  no_source = KVSource(no_key, no_key, none_Bx1xL, none_Bx1xL)
   window = KVSource(key, value, start_BxL[:, None], end_BxL[:, None])
   return KVSources(no_source, no_source, window)
 
@@ -124,74 +112,84 @@ def xla_attention(
   return out.astype(dtype)
 
 
-def _cudnn_causal(q: Array, k: Array, v: Array, scale: float) -> Array:
+def _zero_padding(out: Array, documents: Documents) -> Array:
+  return jnp.where(documents.is_token[:, :, None, None], out, 0)
+
+
+def _splash(q: Array, k: Array, v: Array, documents: Documents, *, scale: float) -> Array:
+  return _zero_padding(splash_causal(q, k, v, documents.index, scale=scale), documents)
+
+
+def _splash_refusal(query: Array, *_: Any, **options: Any) -> str | None:
+  del options
+  return splash_refusal(query)
+
+
+def _cudnn(q: Array, k: Array, v: Array, documents: Documents, *, scale: float) -> Array:
   L = q.shape[1]
   # cuDNN's gradient needs an even length. Causal queries do not see the added token.
   q, k, v = (jnp.pad(x, ((0, 0), (0, L % 2), (0, 0), (0, 0))) for x in (q, k, v))
   out: Array = jax.nn.dot_product_attention(
     q, k, v, scale=scale, is_causal=True, implementation="cudnn"
   )
-  return out[:, :L]
+  return _zero_padding(out[:, :L], documents)
 
 
-def _choose(query: Array, key: Array, documents: Documents, scale: float) -> DenseImplementation:
-  """The first implementation that can run a call; `dispatch.collect_reports` lists the reasons."""
-  reasons = {
-    "splash": _splash_reason(query),
-    "cudnn": _cudnn_reason(query, documents),
-    "grouped": _grouped_reason(query, key, documents, scale),
-    "xla": None,
-  }
-  order: tuple[DenseImplementation, ...] = ("splash", "cudnn", "grouped", "xla")
-  chosen = next(name for name in order if reasons[name] is None)
-  target = dispatch.find_target(query)
-  dispatch.record(dispatch.Report("dense_attention", target, reasons, chosen))
-  return chosen
-
-
-def _splash_reason(query: Array) -> str | None:
-  """Why splash attention cannot run a call; None if it can."""
-  target = dispatch.find_target(query)
-  if target.platform != "tpu":
-    return f"runs on a TPU, and this call is for {target}"
-  return splash_refusal(query)
-
-
-def _grouped_reason(query: Array, key: Array, documents: Documents, scale: float) -> str | None:
-  """Why the GPU kernels of `grouped_attention` do not run a call; None if they do."""
-  if documents.rows != "packed":
-    return "segment_ids are not given; cuDNN is faster for one document in each row"
-  sources = causal_sources(key, key, documents)
-  try:
-    dispatch.choose(
-      "grouped_attention",
-      _GROUPED_KERNELS,
-      query,
-      sources,
-      scale=scale,
-      group_bias=0.0,
-      max_window=key.shape[1],
-    )
-  except NotImplementedError as refused:
-    return str(refused)
-  return None
-
-
-def _cudnn_reason(query: Array, documents: Documents) -> str | None:
-  """Why cuDNN cannot run a call; None if it can."""
-  D = query.shape[-1]
-  target = dispatch.find_target(query)
-  if target.platform == "tpu":
-    return f"runs on an Ampere or newer GPU, and this call is for {target}"
-  # cuDNN's lowering reads the default backend, so the choice reads the same one.
-  device = jax.devices()[0]
-  is_cuda = "cuda" in device.client.platform_version
-  if not is_cuda or float(device.compute_capability) < 8.0:
-    return f"runs on an Ampere or newer GPU, and the default device is {device.device_kind}"
-  if query.dtype not in (jnp.bfloat16, jnp.float16):
-    return f"query is {query.dtype}; cuDNN needs bfloat16 or float16"
+def _cudnn_refusal(q: Array, k: Array, v: Array, documents: Documents, **_: Any) -> str | None:
+  del k, v
+  D = q.shape[-1]
+  if q.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"query is {q.dtype}; cuDNN needs bfloat16 or float16"
   if D % 8 or D > 128:
     return f"head_dim is {D}; cuDNN needs a multiple of 8, at most 128"
   if documents.rows == "packed":
     return "segment_ids are given; cuDNN's attention has no packed documents"
   return None
+
+
+def _cudnn_host_refusal() -> str | None:
+  """JAX lowers cuDNN's attention for the first device of the default backend alone."""
+  device = jax.devices()[0]
+  is_cuda = "cuda" in device.client.platform_version
+  if not is_cuda or float(device.compute_capability) < 8.0:
+    return f"runs on an Ampere or newer GPU, and the default device is {device.device_kind}"
+  return None
+
+
+def _grouped(q: Array, k: Array, v: Array, documents: Documents, *, scale: float) -> Array:
+  return grouped_attention(
+    q,
+    causal_sources(k, v, documents),
+    scale=scale,
+    max_window=k.shape[1],
+    implementation=_GROUPED_KERNELS,
+  )
+
+
+def _grouped_refusal(
+  q: Array, k: Array, v: Array, documents: Documents, *, scale: float
+) -> str | None:
+  if q.dtype == jnp.float32 and documents.rows != "packed":
+    return (
+      "query is float32, whose products these kernels compute without tensor cores; XLA computes "
+      "rows of one document"
+    )
+  sources = jax.eval_shape(causal_sources, k, v, documents)
+  options = {"scale": scale, "group_bias": 0.0, "max_window": k.shape[1], "head_order": None}
+  return dispatch.refusal("grouped_attention", _GROUPED_KERNELS, q, sources, **options)
+
+
+def _xla(q: Array, k: Array, v: Array, documents: Documents, *, scale: float) -> Array:
+  mask = None
+  if documents.rows == "packed":
+    mask = (documents.index[:, :, None] == documents.index[:, None, :])[:, None]
+  return _zero_padding(xla_attention(q, k, v, scale=scale, mask=mask, is_causal=True), documents)
+
+
+dispatch.define(
+  "dense_attention",
+  Backend("splash", dispatch.TPU, _splash, _splash_refusal),
+  Backend("cudnn", dispatch.AMPERE, _cudnn, _cudnn_refusal, host_refusal=_cudnn_host_refusal),
+  Backend("grouped", dispatch.AMPERE, _grouped, _grouped_refusal),
+  Backend("xla", dispatch.ANY, _xla),
+)

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dga_jax.attention.array_parts import take_part
 from dga_jax.attention.attend import zero_padding
-from dga_jax.attention.first_tokens import take_first_tokens
 from dga_jax.attention.segments import at_document_start, count_before, Documents
 from dga_jax.attention.visibility import Visibility
 from pallas_kernels.compact_indices import compact_indices
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.gather import take_positions
 from pallas_kernels.group_merge import Entries
-from pallas_kernels.grouped_attention import grouped_attention
+from pallas_kernels.grouped_attention import grouped_attention, KVSources
+from pallas_kernels.head_range import HeadRange
 
 
 @functools.partial(
@@ -109,18 +110,40 @@ def attend_sink_window(
     NotImplementedError: the named implementation cannot compute this call.
   """
   query, key, value = zero_padding(metadata.documents, query, key, value)
-
-  def take_sinks(x: Array) -> tuple[Array, Array]:
-    if metadata.sink_index is None:
-      return take_first_tokens(x, metadata.sinks)
-    return x, take_positions(x, metadata.sink_index)
-
-  (key, sink_key), (value, sink_value) = take_sinks(key), take_sinks(value)
-  entries = Entries(sink_key, sink_value, key[:, :0], value[:, :0], key, value)
   return grouped_attention(
     query,
-    metadata.visibility.sources(entries),
+    sink_window_sources(key, value, metadata),
     scale=query.shape[-1] ** -0.5 if scale is None else scale,
     max_window=min(metadata.window, key.shape[1]),
     implementation=implementation,
   )
+
+
+def sink_window_sources(
+  key: Float[Array, "B L N D"],
+  value: Float[Array, "B L N D"],
+  metadata: SinkWindowMetadata,
+  *,
+  heads: HeadRange | None = None,
+) -> KVSources:
+  """The sources of `grouped_attention`: sinks as focal tokens, and the row as the window.
+
+  Args:
+    key: N KV heads, zero in the padding.
+    value: as key.
+    metadata: from `prepare_sink_window`.
+    heads: the KV heads of the sinks; None for all. The window has all heads. Use the key and value
+      of the window downstream, so that gradients are added in place.
+  """
+  B, _, N, D = key.shape
+  heads = heads or HeadRange(0, N)
+
+  def take_sinks(x: Array) -> tuple[Array, Array]:
+    if metadata.sink_index is None:
+      return take_part(x, (0, 0, heads.first), (B, metadata.sinks, heads.size))
+    return x, take_positions(heads.of(x, N), metadata.sink_index)
+
+  (key, sink_key), (value, sink_value) = take_sinks(key), take_sinks(value)
+  no_key = jnp.zeros((B, 0, heads.size, D), key.dtype)
+  entries = Entries(sink_key, sink_value, no_key, no_key, key, value)
+  return metadata.visibility.sources(entries)

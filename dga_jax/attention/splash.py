@@ -4,17 +4,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-_BLOCKS = (1024, 512, 256, 128)
+_LANES, _SMALL_BLOCK, _LARGE_BLOCK = 128, 512, 1024
 
 
 def splash_refusal(q_BxLxHxD: Array) -> str | None:
   """Why the kernel cannot compute attention of such queries; None if it can."""
-  _, L, _, D = q_BxLxHxD.shape
-  if D % 128:
-    return f"head_dim is {D}; splash attention needs a multiple of 128"
-  if L % _BLOCKS[-1]:
-    return f"the sequence has {L} tokens; splash attention needs a multiple of {_BLOCKS[-1]}"
+  if q_BxLxHxD.dtype not in (jnp.bfloat16, jnp.float32):
+    return f"query is {q_BxLxHxD.dtype}; splash attention needs bfloat16 or float32"
   return None
+
+
+def padded_length(length: int) -> tuple[int, int]:
+  """The length to which a sequence is padded, and the length of a tile.
+
+  By static schedules, counted as in benchmarks/tpu_static.py, tiles of 512 need half as many
+  bundles for a pair of tokens as tiles of 256, which saves more than the padding costs. A shorter
+  sequence is one tile.
+  """
+  if length <= _SMALL_BLOCK:
+    block = -(-length // _LANES) * _LANES
+    return block, block
+  padded = -(-length // _SMALL_BLOCK) * _SMALL_BLOCK
+  return padded, _SMALL_BLOCK if padded % _LARGE_BLOCK else _LARGE_BLOCK
 
 
 def splash_causal(
@@ -27,6 +38,8 @@ def splash_causal(
   interpret: bool = False,
 ) -> Float[Array, "B L H D"]:
   """Causal attention inside each document.
+
+  Sequences are padded at their end to whole tiles. Causal queries do not see the padding.
 
   Args:
     q_BxLxHxD: queries.
@@ -51,7 +64,7 @@ def splash_causal(
   if refusal := splash_refusal(q_BxLxHxD):
     raise NotImplementedError(refusal)
   _, L, H, D = q_BxLxHxD.shape
-  block = next(size for size in _BLOCKS if L % size == 0)
+  P, block = padded_length(L)
   sizes = BlockSizes(
     block_q=block,
     block_kv=block,
@@ -60,12 +73,15 @@ def splash_causal(
     block_q_dq=block,
     block_kv_dq=block,
   )
-  mask = MultiHeadMask([CausalMask((L, L))] * H)
+  mask = MultiHeadMask([CausalMask((P, P))] * H)
   attend = make_splash_mha_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
 
-  def of_row(q: Array, k: Array, v: Array, documents_L: Array) -> Array:
-    return attend(q, k, v, segment_ids=SegmentIds(documents_L, documents_L))
+  def of_row(q: Array, k: Array, v: Array, documents_P: Array) -> Array:
+    return attend(q, k, v, segment_ids=SegmentIds(documents_P, documents_P))
+
+  def padded(x: Array) -> Array:
+    return jnp.pad(x, ((0, 0), (0, P - L), *[(0, 0)] * (x.ndim - 2)))
 
   scaled_BxLxHxD = q_BxLxHxD * jnp.asarray(D**-0.5 if scale is None else scale, q_BxLxHxD.dtype)
-  q, k, v = (x.swapaxes(1, 2) for x in (scaled_BxLxHxD, k_BxLxNxD, v_BxLxNxD))
-  return jax.vmap(of_row)(q, k, v, documents_BxL).swapaxes(1, 2)
+  q, k, v = (padded(x).swapaxes(1, 2) for x in (scaled_BxLxHxD, k_BxLxNxD, v_BxLxNxD))
+  return jax.vmap(of_row)(q, k, v, padded(documents_BxL)).swapaxes(1, 2)[:, :L]

@@ -71,7 +71,7 @@ def prefill(
   merged = merge_tokens(
     query, key, value, metadata, focal_scores=focal_scores, implementation=implementation
   )
-  return _cache_prompt(key, value, focal_scores, metadata, merged.sources, max_length)
+  return cache_prompt(key, value, focal_scores, metadata, merged.sources, max_length)
 
 
 def attend_and_prefill(
@@ -137,7 +137,7 @@ def attend_and_prefill_prepared(
     query, key, value, metadata, focal_scores=focal_scores, implementation=implementation
   )
   out = attend_prepared(merged, metadata, scale=scale, implementation=implementation)
-  return out, _cache_prompt(key, value, focal_scores, metadata, merged.sources, max_length)
+  return out, cache_prompt(key, value, focal_scores, metadata, merged.sources, max_length)
 
 
 def _prepared(
@@ -160,15 +160,24 @@ def _prepared(
   return prepare(find_documents(batch, length, lengths, None), config)
 
 
-def _cache_prompt(
-  key_BxLxNxD: Array,
-  value_BxLxNxD: Array,
-  scores_BxLxN: Array | None,
+def cache_prompt(
+  key_BxLxNxD: Float[Array, "B L N D"],
+  value_BxLxNxD: Float[Array, "B L N D"],
+  scores_BxLxN: Float[Array, "B L N"] | None,
   metadata: AttentionMetadata,
   sources: KVSources,
   max_length: int,
 ) -> CompactCache:
-  """The cache after prompts, from their metadata and merged tokens."""
+  """The cache after prompts, from their metadata and merged tokens.
+
+  Args:
+    key_BxLxNxD: of the prompts.
+    value_BxLxNxD: likewise.
+    scores_BxLxN: focal scores, with the selector "fitted"; else None.
+    metadata: of the prompts.
+    sources: of `merge_tokens`, whose focal tokens and groups have the heads of the key.
+    max_length: tokens that the cache holds for a sequence.
+  """
   config, documents = metadata.config, metadata.documents
   key_BxLxNxD, value_BxLxNxD = zero_padding(documents, key_BxLxNxD, value_BxLxNxD)
   L = key_BxLxNxD.shape[1]

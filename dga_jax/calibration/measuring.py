@@ -116,6 +116,8 @@ class Measurer:
     candidates: settings of a KV head; "full" is the first.
     results: the file of measurements.
     batch_size: rows that run together.
+    later: settings that `add_candidates` will add. The programs have their blocks from the start,
+      so that adding them compiles nothing.
     measure: what rises: the divergence from dense attention, or the loss, whose rise has more noise
       and is below 0 where a set predicts better than dense attention, as beyond the trained length.
 
@@ -134,13 +136,14 @@ class Measurer:
     results: Results,
     batch_size: int,
     measure: Measure = "divergence",
+    later: Iterable[HeadSetting] = (),
   ) -> None:
     if candidates[0] != FULL:
       raise ValueError(f"candidates[0] is {candidates[0]!r}; it must be {FULL!r}.")
     self.candidates = tuple(candidates)
     self._model, self._results, self._batch_size = model, results, batch_size
-    self._rising = measure
-    self._decoder = AssignedDecoder(model, candidates)
+    self._rising, self._later = measure, tuple(later)
+    self._decoder = AssignedDecoder(model, candidates, self._later)
     self._dense: dict[str, Array] = {}
     self.shape = (model.config.num_layers, model.config.num_kv_heads)
 
@@ -149,7 +152,7 @@ class Measurer:
     candidates = tuple(dict.fromkeys((*self.candidates, *settings)))
     if candidates != self.candidates:
       self.candidates = candidates
-      self._decoder = AssignedDecoder(self._model, candidates)
+      self._decoder = AssignedDecoder(self._model, candidates, self._later)
 
   def missing(
     self, rows: RowSet, wanted: Bool[np.ndarray, "K N C"], base: Int[np.ndarray, "K N"]

@@ -56,15 +56,19 @@ def plot_budgets(result: Calibration, length: int, title: str, path: Path) -> No
 
 def _draw_settings(axes: Axes, result: Calibration, length: int) -> None:
   budgets = result.budgets
-  assignment_NxK = np.array(budgets.assignment).T
-  first = 0 if FULL in budgets.settings else 1
-  colours = _COLOURS[first:][: len(budgets.settings)]
+  order = sorted(
+    range(len(budgets.settings)), key=lambda i: -setting_keys(budgets.settings[i], length)
+  )
+  settings = [budgets.settings[index] for index in order]
+  assignment_NxK = np.argsort(order)[np.array(budgets.assignment)].T
+  first = 0 if FULL in settings else 1
+  colours = _COLOURS[first:][: len(settings)]
   axes.imshow(
     assignment_NxK, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(colours) - 0.5, aspect="auto"
   )
   _grid(axes, assignment_NxK.shape)
   patches = []
-  for index, (setting, colour) in enumerate(zip(budgets.settings, colours, strict=True)):
+  for index, (setting, colour) in enumerate(zip(settings, colours, strict=True)):
     count = int((assignment_NxK == index).sum())
     keys = 100 * setting_keys(setting, length) / length
     name = f"{label(setting)}: {count} heads, {keys:.0f} % of the keys"

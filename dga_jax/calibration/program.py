@@ -6,9 +6,10 @@ windows, and one for each block size of Dynamic Group Attention. So one compiled
 every assignment, and a new window compiles nothing.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -74,20 +75,39 @@ class AssignedDecoder:
   Args:
     model: its parameters are used; its own attention kind is not.
     candidates: the settings to choose from.
+    later: settings that another decoder of this model will have; both then share their programs.
+
+  Attributes:
+    config: of the model.
+    candidates: what an assignment counts.
   """
 
-  def __init__(self, model: Decoder, candidates: Sequence[HeadSetting]) -> None:
-    self.config = model.config
+  def __init__(
+    self, model: Decoder, candidates: Sequence[HeadSetting], later: Sequence[HeadSetting] = ()
+  ) -> None:
+    self.config, self.candidates = model.config, tuple(candidates)
     self._graphdef, self._params = nnx.split(model)
     forms = tuple(map(_form, candidates))
-    self._forms = tuple(dict.fromkeys((None, *forms)))
-    sinks = [one.sinks if isinstance(one, SinkWindow) else 0 for one in candidates]
-    self._most_sinks = max(sinks)
+    blocks = {*forms, *map(_form, later)} - {None}
+    self._forms = (None, *sorted(blocks, key=repr))
+    self._most_sinks = max(map(_sinks, (*candidates, *later)))
+    sinks = map(_sinks, candidates)
     # Of each candidate: form, sinks, window.
     self._settings_Cx3 = np.array(
       list(zip(map(self._forms.index, forms), sinks, map(_window, candidates), strict=True)),
       np.int32,
     )
+
+  def compile(self, shapes: Iterable[tuple[int, int]]) -> None:
+    """Compiles the layers for batches of these shapes, rows and tokens, all at the same time."""
+
+    def run_no_layer(shape: tuple[int, int]) -> None:
+      assignment = np.zeros((self.config.num_layers, self.config.num_kv_heads), int)
+      self.run_layers(self.embed(np.zeros(shape, np.int32)), assignment, 0, 0)
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      for done in [pool.submit(run_no_layer, shape) for shape in dict.fromkeys(shapes)]:
+        done.result()
 
   def embed(self, tokens_BxL: Int[Array | np.ndarray, "B L"]) -> Float[Array, "B L E"]:
     """The input of layer 0."""
@@ -125,6 +145,10 @@ class AssignedDecoder:
     """The normalized output of the last layer at the positions that predict the targets."""
     return _target_states(self._graphdef, self._params, x_BxLxE, jnp.asarray(batch.position))
 
+  def predict(self, states_BxSxE: Float[Array, "B S E"]) -> Int[Array, "B S"]:
+    """The most likely next token of each of the states from `target_states`."""
+    return _predict(self._graphdef, self._params, states_BxSxE)
+
   def measure(
     self,
     states_BxSxE: Float[Array, "B S E"],
@@ -146,6 +170,10 @@ class AssignedDecoder:
 
 def _form(setting: HeadSetting) -> _Form:
   return dataclasses.replace(setting, local_window=0) if isinstance(setting, DGAConfig) else None
+
+
+def _sinks(setting: HeadSetting) -> int:
+  return setting.sinks if isinstance(setting, SinkWindow) else 0
 
 
 def _window(setting: HeadSetting) -> int:
@@ -282,6 +310,11 @@ def _target_states(
   model = nnx.merge(graphdef, params)
   x_BxSxE = jnp.take_along_axis(x_BxLxE, position_BxS[..., None], axis=1)
   return model.norm(x_BxSxE).astype(model.config.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(graphdef: nnx.GraphDef, params: Any, states_BxSxE: Array) -> Array:
+  return jnp.argmax(nnx.merge(graphdef, params).unembed(states_BxSxE), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,6 +1,7 @@
 """Rows of tokens whose losses calibration measures: long texts, and retrieval made by code."""
 
 import dataclasses
+import functools
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
@@ -12,6 +13,8 @@ from jaxtyping import Array, Float, Int
 from dga_jax.evaluation.retrieval import Haystack, TASKS
 from dga_jax.evaluation.texts import Document, token_rows
 from dga_jax.tokenizer import Tokenizer
+
+_TARGETS = 64  # Batches have a multiple of this many targets, so that similar rows share a program.
 
 
 class Batch(NamedTuple):
@@ -45,15 +48,30 @@ class Rows:
 
   @classmethod
   def from_texts(
-    cls, documents: Sequence[Document], tokenizer: Tokenizer, length: int, rows_per_document: int
+    cls,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    length: int,
+    rows_per_document: int,
+    targets: int | None = None,
   ) -> Self:
-    """Pieces of documents; the targets are the tokens of the second half of each row.
+    """Pieces of documents; the targets are the last tokens of each row.
+
+    Args:
+      documents: long texts.
+      tokenizer: of the model.
+      length: L, input tokens of a row.
+      rows_per_document: largest number of rows from one document.
+      targets: S, from 1 to L; None for those of the second half.
 
     Raises:
-      ValueError: no document has `length` tokens.
+      ValueError: no document has `length` tokens, or `targets` is out of range.
     """
+    count = length - length // 2 if targets is None else targets
+    if not 1 <= count <= length:
+      raise ValueError(f"targets is {targets}; it must be from 1 to the row's length, {length}.")
     rows = token_rows(documents, tokenizer, length, rows_per_document)
-    position = np.arange(length // 2, length, dtype=np.int32)
+    position = np.arange(length - count, length, dtype=np.int32)
     return cls(
       tokens=rows[:, :-1],
       position=np.tile(position, (len(rows), 1)),
@@ -89,7 +107,7 @@ class Rows:
     Raises:
       ValueError: an unknown puzzle, or no text has enough tokens.
     """
-    hay = Haystack([document.text for document in documents], tokenizer)
+    hay = _make_haystack(tuple(document.text for document in documents), tokenizer)
     made = [
       _asked(hay, tokenizer, length, puzzles, index, samples, seed) for index in range(samples)
     ]
@@ -136,13 +154,23 @@ class Rows:
   def batches(self, size: int) -> Iterator[tuple[int, Batch]]:
     """Batches of equal shape, each with its number of rows; the last row of the last one repeats.
 
+    The targets of a row are padded with targets of weight 0.
+
     Args:
       size: largest number of rows of a batch.
     """
     size = min(size, len(self))
     for start in range(0, len(self), size):
       index = np.minimum(start + np.arange(size), len(self) - 1)
-      yield min(size, len(self) - start), Batch(*(array[index] for array in self._arrays))
+      tokens, *targets = (array[index] for array in self._arrays)
+      padding = ((0, 0), (0, -self.target.shape[1] % _TARGETS))
+      yield min(size, len(self) - start), Batch(tokens, *(np.pad(x, padding) for x in targets))
+
+
+@functools.lru_cache(maxsize=1)
+def _make_haystack(texts: tuple[str, ...], tokenizer: Tokenizer) -> Haystack:
+  """The tokens of the texts, which the rows of several puzzles share."""
+  return Haystack(texts, tokenizer)
 
 
 def _asked(

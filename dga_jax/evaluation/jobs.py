@@ -42,12 +42,14 @@ class Job:
     depends_on: everything else that the result depends on, as JSON values; part of the key.
     ticks: how often `run` calls its argument, for a progress bar.
     run: measures the result and returns its fields.
+    origin: what is measured, if it is not the checkpoint of `run_jobs`.
   """
 
   fields: dict[str, Any]
   depends_on: Any
   ticks: int
   run: Callable[[Tick], dict[str, Any]]
+  origin: str | None = None
 
   @property
   def key(self) -> str:
@@ -78,7 +80,7 @@ def run_jobs(
   Args:
     jobs: in the order in which they start.
     results: the file of results.
-    origin: the checkpoint that was measured, stored with every result.
+    origin: the checkpoint that is measured, stored with every result whose job has no origin.
     minutes: no job starts after that time; None for no bound.
     workers: jobs that run at the same time. The host compiles several programs at once, and the
       device runs one; the memory that the jobs need on the device adds up.
@@ -110,7 +112,11 @@ def run_jobs(
         job, measured = future.result()
         if measured is not None:
           bar.set_description_str(job.label)
-          common = {"origin": origin, "environment": environment(), "depends_on": job.depends_on}
+          common = {
+            "origin": job.origin or origin,
+            "environment": environment(),
+            "depends_on": job.depends_on,
+          }
           results.add(job.key, job.fields | measured | common)
           left -= 1
     except BaseException:
@@ -176,14 +182,8 @@ def retrieval_job(
       for depth in settings.depths
     }
     flat = [sample for some in samples.values() for sample in some]
-    texts = answer(
-      family.model(variant, length),
-      tokenizer,
-      [sample.tokens for sample in flat],
-      new_tokens=NEW_TOKENS,
-      batch_size=settings.batch_size,
-      tick=tick,
-    )
+    answers = family.answers(variant, length, tokenizer, settings.batch_size)
+    texts = answers([sample.tokens for sample in flat], NEW_TOKENS, tick)
     by_depth = []
     for i, depth in enumerate(samples):
       own = texts[i * settings.samples : (i + 1) * settings.samples]
@@ -353,14 +353,8 @@ def ruler_job(
   """The job of a part of RULER; a prompt and its answer fit in `length` tokens."""
 
   def run(tick: Tick) -> dict[str, Any]:
-    texts = answer(
-      family.model(variant, length),
-      tokenizer,
-      [prompt.tokens for prompt in part.prompts],
-      new_tokens=part.new_tokens,
-      batch_size=batch_size,
-      tick=tick,
-    )
+    answers = family.answers(variant, length, tokenizer, batch_size)
+    texts = answers([prompt.tokens for prompt in part.prompts], part.new_tokens, tick)
     pairs = list(zip(texts, part.prompts, strict=True))
     scores = [part.score(text, one.answers) for text, one in pairs]
     deviation = float(np.std(scores, ddof=1)) if len(scores) > 1 else None

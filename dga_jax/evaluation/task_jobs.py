@@ -1,6 +1,7 @@
 """The jobs of each task of the `evaluate` command: one for every length and variant."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,6 +43,8 @@ class RulerSettings:
 class TaskJobs:
   """Makes the jobs of a task for every combination of length and variant.
 
+  Jobs of the same length and variant are neighbours, since they share compiled programs.
+
   Attributes:
     family: the model.
     tokenizer: of the model.
@@ -68,10 +71,8 @@ class TaskJobs:
   ) -> Iterator[Job]:
     """Facts hidden in the documents, by the names in `retrieval.TASKS`."""
     hay = Haystack([document.text for document in documents], self.tokenizer)
-    for puzzle in puzzles:
-      for length in self.lengths:
-        for variant in self.variants:
-          yield retrieval_job(self.family, self.tokenizer, hay, variant, puzzle, length, settings)
+    for length, variant, puzzle in itertools.product(self.lengths, self.variants, puzzles):
+      yield retrieval_job(self.family, self.tokenizer, hay, variant, puzzle, length, settings)
 
   def ruler(
     self,
@@ -96,9 +97,8 @@ class TaskJobs:
         parts += [texts.part(task, length, settings.samples, settings.seed) for task in tasks]
       if asked:
         parts.append(asked.part(self.tokenizer, length, settings.samples, settings.seed))
-      for part in parts:
-        for variant in self.variants:
-          yield ruler_job(self.family, self.tokenizer, part, variant, length, settings.batch_size)
+      for variant, part in itertools.product(self.variants, parts):
+        yield ruler_job(self.family, self.tokenizer, part, variant, length, settings.batch_size)
 
   def longbench(self, folder: str | Path, limit: int | None, batch_size: int) -> Iterator[Job]:
     """The data sets of LongBench-E that a folder contains."""

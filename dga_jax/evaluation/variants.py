@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dga_jax.checkpoint import abstract_decoder
+from dga_jax.evaluation.answers import Answers
 from dga_jax.model import Decoder, ModelConfig, weight_name
 from dga_jax.model.attention_kinds.token_selection import HeadShape, TokenSelectionAttention
 from dga_jax.model.config import ATTENTION_SETTINGS
+from dga_jax.tokenizer import Tokenizer
 
 _OVERRIDES = {"attention", *ATTENTION_SETTINGS, "rope_base", "rope_scaling", "dtype"}
 
@@ -107,6 +110,7 @@ class Family:
     self.params = nnx.state(model, nnx.Param)
     self.weights = weight_name(model)
     self.start_ids = tuple(start_ids)
+    self._answers = threading.local()
 
   def graphdef(self, variant: Variant, length: int) -> nnx.GraphDef:
     """The graph definition of a variant, for programs with the parameters as an argument."""
@@ -115,6 +119,24 @@ class Family:
   def model(self, variant: Variant, length: int) -> Decoder:
     """The decoder of a variant, which shares the parameters."""
     return nnx.merge(self.graphdef(variant, length), self.params)
+
+  def answers(
+    self, variant: Variant, length: int, tokenizer: Tokenizer, batch_size: int
+  ) -> Answers:
+    """The programs that answer prompts of `length` tokens, which include the answer.
+
+    Each thread keeps the programs of its last call, so that jobs of the same variant and length
+    compile them once.
+    """
+    config, kept = variant.config(self.config, length), self._answers
+    key = (config, length, batch_size)
+    if getattr(kept, "key", None) != key:
+      kept.key = kept.answers = None  # Frees the memory of the earlier cache.
+      model = self.model(variant, length)
+      kept.answers = Answers(model, tokenizer, length=length, batch_size=batch_size)
+      kept.key = key
+    answers: Answers = kept.answers
+    return answers
 
   def decodes_as_whole(self, variant: Variant, length: int) -> bool:
     """Whether decoding token by token computes the same function as a whole sequence.

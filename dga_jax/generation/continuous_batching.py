@@ -78,6 +78,8 @@ class ContinuousBatching:
     slots: sequences that run at once; at most the number of requests is used.
     stop_ids: tokens that end a sequence, beside those of its request.
     max_length: bound on the tokens of a prompt and its continuation; None for no bound.
+    prompt_length: pads all prompts to this many tokens and bounds a prompt with its continuation by
+      them, so that `replace_requests` takes other prompts. None pads to few lengths.
     prompt_chunk: prefills in chunks of this many tokens, which bounds the memory of a long prompt,
       for the attention kinds that can (dense; DGA with streaming selection). None prefills a
       prompt at once.
@@ -97,6 +99,7 @@ class ContinuousBatching:
     slots: int,
     stop_ids: Collection[int] = (),
     max_length: int | None = None,
+    prompt_length: int | None = None,
     prompt_chunk: int | None = None,
     decode_chunk: int = _DECODE_CHUNK,
   ) -> None:
@@ -104,17 +107,17 @@ class ContinuousBatching:
       raise ValueError(f"slots is {slots}; it must be at least 1.")
     if not requests:
       raise ValueError("There is no prompt; give at least one.")
-    for row, request in enumerate(requests):
-      request.check(f"prompt {row}", model.config.vocab_size, max_length)
-    self._requests = [
-      dataclasses.replace(request, stop_ids=frozenset([*request.stop_ids, *stop_ids]))
-      for request in requests
-    ]
+    self._max_length = max_length if prompt_length is None else prompt_length
+    self._vocab_size, self._stop_ids = model.config.vocab_size, frozenset(stop_ids)
+    self.replace_requests(requests)
     self._decode_chunk, self._slots = decode_chunk, min(slots, len(requests))
-    padded = {_padded_length(len(request.prompt)) for request in requests}
-    self._length = max(len(request.prompt) + request.max_new_tokens for request in requests)
-    if prompt_chunk is None:
-      self._length = max(self._length, *padded)
+    if prompt_length is not None:
+      padded, self._length = {prompt_length}, prompt_length
+    else:
+      padded = {_padded_length(len(request.prompt)) for request in requests}
+      self._length = max(len(request.prompt) + request.max_new_tokens for request in requests)
+      if prompt_chunk is None:
+        self._length = max(self._length, *padded)
     self._engine = Engine(
       model,
       slots=self._slots,
@@ -125,6 +128,19 @@ class ContinuousBatching:
       pieces_per_step=None,
     )
     self.result: Generation | None = None
+
+  def replace_requests(self, requests: Sequence[Request]) -> None:
+    """The next `steps` run these requests in the programs of the present ones.
+
+    Raises:
+      ValueError: a request exceeds `prompt_length`, or is refused as in the constructor.
+    """
+    for row, request in enumerate(requests):
+      request.check(f"prompt {row}", self._vocab_size, self._max_length)
+    self._requests = [
+      dataclasses.replace(request, stop_ids=frozenset([*request.stop_ids, *self._stop_ids]))
+      for request in requests
+    ]
 
   def steps(self) -> Iterator[list[Emitted]]:
     """Runs all requests from their start; yields the new tokens of every decode chunk.

@@ -1,13 +1,16 @@
 """A model with budgets of its KV heads: its weights in the order in which classes are adjacent."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Shaped
 
+from dga_jax.choices import AttentionName
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.model.decoder import Decoder
 from dga_jax.model.layers import DecoderLayer
@@ -54,22 +57,69 @@ def apply_budgets(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> De
     )
   # The new config checks that the budgets fit the model.
   dataclasses.replace(model.config, head_budgets=budgets)
-  order = budgets.contiguous_order(parts)
-  config = dataclasses.replace(
-    model.config, attention="head_budgets", head_budgets=budgets.permute_kv_heads(order)
+  return _with_order(model, budgets, budgets.contiguous_order(parts))
+
+
+def arrange_heads(model: Decoder, budgets: HeadBudgets, *, parts: int = 1) -> Decoder:
+  """The model with its KV heads in the order for `parts` devices; the attention kind stays.
+
+  A model that was trained on a mesh has its heads in the order for that mesh. On one device each
+  layer would slice and join the heads of every setting.
+
+  Args:
+    model: with stacked layers.
+    budgets: in the order of the model's heads.
+    parts: as for `apply_budgets`.
+
+  Returns:
+    A model of the same function with the permuted budgets in its config.
+  """
+  return _with_order(
+    model, budgets, budgets.contiguous_order(parts), attention=model.config.attention
   )
+
+
+def permute_kv_heads(
+  stacked: Shaped[Array, "layers ..."],
+  names: Sequence[str | None],
+  order: Sequence[Sequence[int]],
+  *,
+  heads_per_kv: int,
+) -> Shaped[Array, "layers ..."]:
+  """A parameter of stacked layers with its heads in another order; query heads follow KV heads.
+
+  Args:
+    stacked: the parameter of all layers, or an array of its shape.
+    names: the logical name of each axis. Without "kv_heads" and "heads" the result is `stacked`.
+    order: [layers][kv_heads], the present head at each place of the new order.
+    heads_per_kv: query heads of a KV head.
+  """
   kv_heads_LxN = np.array(order)
+  heads_LxH = (kv_heads_LxN[..., None] * heads_per_kv + np.arange(heads_per_kv)).reshape(
+    len(order), -1
+  )
+  for name, index in {"kv_heads": kv_heads_LxN, "heads": heads_LxH}.items():
+    if name in names:
+      return _take_in_layers(stacked, index, list(names).index(name))
+  return stacked
+
+
+def _with_order(
+  model: Decoder,
+  budgets: HeadBudgets,
+  order: Sequence[Sequence[int]],
+  attention: AttentionName = "head_budgets",
+) -> Decoder:
+  """A model with these budgets, whose KV heads and budgets are then put into an order."""
+  config = dataclasses.replace(
+    model.config, attention=attention, head_budgets=budgets.permute_kv_heads(order)
+  )
   ratio = config.num_heads // config.num_kv_heads
-  heads_LxH = (kv_heads_LxN[..., None] * ratio + np.arange(ratio)).reshape(len(order), -1)
-  indices = {"kv_heads": kv_heads_LxN, "heads": heads_LxH}
 
   def permute(parameter: Any) -> Any:
-    names = parameter.get_metadata()["out_sharding"]
-    for name, index in indices.items():
-      if name in names:
-        value = _take_in_layers(parameter[...], index, names.index(name))
-        return parameter.replace(value)
-    return parameter
+    value, names = parameter[...], parameter.get_metadata()["out_sharding"]
+    permuted = permute_kv_heads(value, names, order, heads_per_kv=ratio)
+    return parameter if permuted is value else parameter.replace(permuted)
 
   state = nnx.state(model, nnx.Param)
   flat = [(path, permute(parameter)) for path, parameter in nnx.to_flat_state(state)]
@@ -88,4 +138,12 @@ def _take_in_layers(stacked: Array, index: np.ndarray, axis: int) -> Array:
   """
   shape = [1] * stacked.ndim
   shape[0], shape[axis] = index.shape
-  return jnp.take_along_axis(stacked, index.reshape(shape), axis=axis)
+
+  def take(x: Array) -> Array:
+    return jnp.take_along_axis(x, index.reshape(shape), axis=axis)
+
+  if not isinstance(stacked, jax.Array) or isinstance(stacked, jax.core.Tracer):
+    return take(stacked)
+  # Without out_shardings every device of a mesh would receive all heads.
+  taken: Array = jax.jit(take, out_shardings=stacked.sharding)(stacked)
+  return taken

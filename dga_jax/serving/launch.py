@@ -3,7 +3,7 @@
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -56,12 +56,12 @@ def load_models(
   name: str | None,
   attentions: Sequence[AttentionName | None],
   dtype: DtypeName | None,
-  budgets: HeadBudgets | None = None,
+  budgets: Mapping[str, HeadBudgets] | None = None,
   weights: WeightName | None = None,
   settings: LaunchSettings,
   progress: Progress,
 ) -> list[ServedModel]:
-  """The models of a checkpoint, one for each attention kind.
+  """The models of a checkpoint, one for each attention kind, or for each of several head budgets.
 
   Kinds with the same parameters share the weights. Head budgets have an order of heads of their
   own, so a kind shares weights only with kinds of equal budgets.
@@ -69,11 +69,11 @@ def load_models(
   Args:
     workdir: the folder with the checkpoint.
     step: of the checkpoint; None for the newest.
-    name: of the model; None for the name of the workdir. Of several attention kinds, each adds
-      its own name to it.
+    name: of the model; None for the name of the workdir. Of several attention kinds or budgets,
+      each adds its own name to it.
     attentions: attention kinds; None for the checkpoint's.
     dtype: of the activations; None for the checkpoint's.
-    budgets: the setting of each KV head, in place of an attention kind.
+    budgets: the setting of each KV head by name, in place of attention kinds; None for none.
     weights: the dtype of weights in 8 bits; None for weights in `dtype`.
     settings: of the engines.
     progress: shows the compilation.
@@ -89,9 +89,13 @@ def load_models(
   models: list[ServedModel] = []
   shared: nnx.State | None = None
   arranged: HeadBudgets | None = None  # The budgets whose order the KV heads of `shared` have.
-  for attention in attentions:
+  kinds: list[tuple[str, AttentionName | None, HeadBudgets | None]]
+  kinds = [(str(attention), attention, None) for attention in attentions]
+  if budgets:  # `load_with_facts` refuses an attention kind beside budgets.
+    kinds = [(own, attentions[0], heads) for own, heads in budgets.items()]
+  for label, attention, heads in kinds:
     loaded = load_with_facts(
-      workdir, step=step, attention=attention, dtype=dtype, budgets=budgets, weights=weights
+      workdir, step=step, attention=attention, dtype=dtype, budgets=heads, weights=weights
     )
     own = loaded.model.config.head_budgets
     if shared is None or arranged != own or not fits_weights(loaded.model, shared):
@@ -99,7 +103,7 @@ def load_models(
     engine = _make_engine(loaded, shared, settings, progress)
     models.append(
       ServedModel(
-        name=base if len(attentions) == 1 else f"{base}-{attention}",
+        name=base if len(kinds) == 1 else f"{base}-{label}",
         engine=engine,
         tokenizer=loaded.tokenizer,
         template=loaded.tokenizer.chat_template,

@@ -3,9 +3,9 @@
 from pallas_kernels.decode.api import (
   decode_attention,
   dense_step,
+  has_heads_kernel,
   has_step_kernel,
   heads_step,
-  heads_step_refusal,
   step_in_place,
 )
 from pallas_kernels.decode.cache_arrays import (
@@ -35,9 +35,9 @@ __all__ = [
   "TokenHeads",
   "decode_attention",
   "dense_step",
+  "has_heads_kernel",
   "has_step_kernel",
   "heads_step",
-  "heads_step_refusal",
   "pack_rows",
   "step_in_place",
   "unpack_rows",

@@ -215,8 +215,8 @@ def heads_step(
   """Appends a token to every sequence and attends, for heads with caches of several kinds.
 
   Computes, for the heads of each class, `step_in_place` or `dense_step`, or attention to the sinks
-  and the window of a ring, in one kernel for all heads. Requires that `heads_step_refusal` returned
-  None.
+  and the window of a ring, in one kernel for all heads. Requires that `has_heads_kernel` returned
+  True.
 
   Args:
     query: of the new tokens; any float dtype.
@@ -237,13 +237,22 @@ def heads_step(
   return heads_step_triton(query, key, value, classes, layer, score, scale=scale)
 
 
-def heads_step_refusal(query: Array, classes: Sequence[HeadCache]) -> str | None:
-  """Why `heads_step` cannot run a call; None if it can."""
-  target = dispatch.find_target(query)
-  if not target.runs_triton:
-    return f"runs on an Ampere or newer GPU, and this call is for {target}"
+def has_heads_kernel(query: Float[Array, "B H D"], classes: Sequence[HeadCache] | None) -> bool:
+  """Whether `heads_step` can compute this call; else each class decodes by itself.
+
+  Args:
+    query: of the call.
+    classes: likewise; None where the heads of a setting are not adjacent.
+  """
+  return dispatch.choose("decode_heads", None, query, classes) == "triton"
+
+
+def heads_step_refusal(query: Array, classes: Sequence[HeadCache] | None) -> str | None:
+  """Why the Triton kernel of `heads_step` cannot run a call; None if it can."""
   if reason := head_refusal(query):
     return reason
+  if classes is None:
+    return "the heads of a setting are not adjacent"
   for one in classes:
     if 0 in [x.size for x in one.arrays if x is not None]:
       return "a cache has an empty array"

@@ -128,9 +128,10 @@ class CompactHeads(NamedTuple):
   group_bias: float
 
   @property
-  def entries(self) -> int:
-    """Entries of a head."""
-    return self.arrays.compact_key.shape[-2] + self.arrays.raw_key.shape[-2]
+  def sizes(self) -> tuple[int, ...]:
+    """Entries of each array of keys of a head, and tokens of the block of the new one."""
+    arrays = (self.arrays.compact_key, self.arrays.raw_key)
+    return *(x.shape[-2] for x in arrays), self.rule.layout.block_size
 
 
 class TokenHeads(NamedTuple):
@@ -147,10 +148,10 @@ class TokenHeads(NamedTuple):
     return (self.length,)
 
   @property
-  def entries(self) -> int:
-    """Entries of a head."""
-    sinks = self.arrays.sink_key
-    return self.arrays.key.shape[-2] + (0 if sinks is None else sinks.shape[-2])
+  def sizes(self) -> tuple[int, ...]:
+    """Entries of each array of keys of a head."""
+    arrays = (self.arrays.key, self.arrays.sink_key)
+    return tuple(x.shape[-2] for x in arrays if x is not None)
 
 
 type HeadCache = CompactHeads | TokenHeads

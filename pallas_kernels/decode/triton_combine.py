@@ -1,7 +1,7 @@
 """The second kernel of a decoding step: combines the softmaxes of all splits into the output."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,7 +15,13 @@ from pallas_kernels.triton_common import padded_slice
 
 
 def combine(
-  query: Array, splits: OnlineSoftmax, lengths: Sequence[Array], layer: Array, *, interpret: bool
+  query: Array,
+  splits: OnlineSoftmax,
+  lengths: Sequence[Array],
+  layer: Array,
+  *,
+  num_splits: Callable[[Array], Array] | None = None,
+  interpret: bool,
 ) -> tuple[Array, list[Array]]:
   """Combines the splits, and counts the new token.
 
@@ -27,6 +33,7 @@ def combine(
     splits: acc [B, H, P, D], m [B, H, P] and l [B, H, P] of P splits, float32.
     lengths: [layers, B], before the new token; one array or several equal ones.
     layer: [1], the layer of the splits.
+    num_splits: query head to the number of its splits, the first ones; None where all have P.
     interpret: whether to interpret the kernel on the CPU.
 
   Returns:
@@ -40,7 +47,7 @@ def combine(
   ]
   length_specs = [pl.BlockSpec(length.shape, lambda h, b: (0, 0)) for length in lengths]
   out, *counted = pl.pallas_call(
-    functools.partial(_combine_kernel, num_lengths=len(lengths)),
+    functools.partial(_combine_kernel, num_lengths=len(lengths), num_splits=num_splits),
     grid=(H, B),
     in_specs=[pl.BlockSpec((1,), lambda h, b: (0,)), *split_specs, *length_specs],
     out_specs=[pl.BlockSpec((None, None, D), lambda h, b: (b, h, 0)), *length_specs],
@@ -57,15 +64,21 @@ def combine(
 
 
 def _combine_kernel(
-  layer_ref: Any, acc_ref: Any, m_ref: Any, l_ref: Any, *refs: Any, num_lengths: int
+  layer_ref: Any,
+  acc_ref: Any,
+  m_ref: Any,
+  l_ref: Any,
+  *refs: Any,
+  num_lengths: int,
+  num_splits: Callable[[Array], Array] | None,
 ) -> None:
   length_refs, out_ref, new_refs = refs[:num_lengths], refs[num_lengths], refs[num_lengths + 1 :]
   head, b, P = pl.program_id(0), pl.program_id(1), m_ref.shape[0]
-  Q = pl.next_power_of_2(P)
-  rows, exists_Q = padded_slice(0, Q), jnp.arange(Q) < P
+  Q, splits = pl.next_power_of_2(P), P if num_splits is None else num_splits(head)
+  rows, exists_Q = padded_slice(0, Q), jnp.arange(Q) < splits
   m_Q = plgpu.load(m_ref.at[rows], mask=exists_Q, other=MASK_VALUE)
   l_Q = plgpu.load(l_ref.at[rows], mask=exists_Q, other=0)
-  acc_QxD = load_rows(acc_ref, (), 0, Q, P)
+  acc_QxD = load_rows(acc_ref, (), 0, Q, splits)
   alpha_Q = jnp.exp(m_Q - m_Q.max())
   total = (alpha_Q * l_Q).sum()
   out_D = (alpha_Q[:, None] * acc_QxD).sum(axis=0) / jnp.where(total == 0, 1.0, total)

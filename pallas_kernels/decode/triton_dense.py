@@ -187,15 +187,13 @@ def attend_tokens(
     sources.append(
       Source(cache.sink_key, cache.sink_value, None, None, seen, lambda at_T: at_T < seen)
     )
-  for source in sources:
-    softmax = attend_split(
-      softmax,
-      q_MxD,
-      source,
-      layer,
-      T=static.tile,
-      scale=static.scale,
-      split=program,
-      num_splits=static.programs,
-    )
-  return softmax
+  return attend_split(
+    softmax,
+    q_MxD,
+    sources,
+    layer,
+    T=static.tile,
+    scale=static.scale,
+    split=program,
+    num_splits=static.programs,
+  )

@@ -1,13 +1,14 @@
 """One decoding step of a layer whose heads have caches of several kinds, lowered through Triton.
 
 A call for each class of heads would take a launch or two more for each class, slices of query, key
-and value, and programs that leave most of the GPU idle where a class has few heads. Here the grid
-covers all heads. A program finds the class of its head, and every class divides its entries among
-as many programs as give all programs nearly equal work. `triton_combine.py` combines the softmaxes.
+and value, and programs that leave most of the GPU idle where a class has few heads. Here the
+programs of all heads share one grid, class after class. Every class divides its entries among as
+many programs as give all programs nearly equal work. `triton_combine.py` combines the softmaxes.
 
-Letters: P programs of a head. R query heads of a KV head. n heads of a class.
+Letters: P programs of a head. R query heads of a KV head. n heads of a class. t a program.
 """
 
+import bisect
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -37,14 +38,39 @@ from pallas_kernels.kernel_common import out_struct
 _MOST_SPLITS = 64
 
 
-class _ClassStep(NamedTuple):
+class ClassStep(NamedTuple):
   """One class of heads in the kernel. Static."""
 
   heads: HeadRange
   step: CompactStep | TokenStep
+  before: int  # programs of the classes before this one
   structure: jax.tree_util.PyTreeDef  # of the arrays
   num_arrays: int
   num_lengths: int
+
+  @property
+  def programs(self) -> int:
+    """Programs of all heads of the class, for one sequence."""
+    return self.heads.size * self.step.programs
+
+  def head_of(self, t: Array) -> Array:
+    """The head of program t as an index into the class; of other programs the nearest head."""
+    head = lax.div(t - self.before, jnp.int32(self.step.programs))
+    return jnp.clip(head, 0, self.heads.size - 1)
+
+  def owns(self, t: Array) -> Array:
+    """Whether program t is one of this class."""
+    return (t >= self.before) & (t < self.before + self.programs)
+
+
+def place_of(steps: Sequence[ClassStep], t: Array) -> tuple[Array, Array]:
+  """The KV head of program t, and which of the head's programs it is."""
+  n, p = jnp.int32(0), jnp.int32(0)
+  for one in steps:
+    head = one.head_of(t)
+    n = jnp.where(one.owns(t), one.heads.first + head, n)
+    p = jnp.where(one.owns(t), t - one.before - head * one.step.programs, p)
+  return n, p
 
 
 def heads_step_triton(
@@ -62,39 +88,41 @@ def heads_step_triton(
   """See `heads_step`."""
   tile = tile or Tile()
   (B, H, D), N = query.shape, key.shape[1]
-  R, splits = H // N, _splits(classes, B, tile)
-  steps = [
-    _class_step(*each, R=R, scale=scale, tile=tile) for each in zip(classes, splits, strict=True)
-  ]
-  P = max(one.step.programs for one in steps)
+  R = H // N
+  steps = class_steps(classes, B, R=R, scale=scale, tile=tile)
   layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
 
   def whole(x: Array) -> pl.BlockSpec:
-    return pl.BlockSpec(x.shape, lambda p, n, b: (0,) * x.ndim)
+    return pl.BlockSpec(x.shape, lambda t, b: (0,) * x.ndim)
 
-  def of_head(x: Array, heads: HeadRange) -> pl.BlockSpec:
+  def of_head(x: Array, one: ClassStep) -> pl.BlockSpec:
     layers, _, _, *rest = x.shape
-    first, last = heads.first, heads.first + heads.size - 1
+    # Programs of other classes do not read the block.
+    return pl.BlockSpec(
+      (layers, None, None, *rest), lambda t, b: (0, b, one.head_of(t), *[0] * len(rest))
+    )
 
-    def index(p: Any, n: Any, b: Any) -> tuple[Any, ...]:
-      # Programs of other heads do not read the block.
-      return (0, b, jnp.clip(n, first, last) - first, *[0] * len(rest))
+  def split_of(t: Any, b: Any) -> tuple[Any, Any, Any]:
+    n, p = place_of(steps, t)
+    return p, n, b
 
-    return pl.BlockSpec((layers, None, None, *rest), index)
-
-  token = pl.BlockSpec((None, None, D), lambda p, n, b: (b, n, 0))
+  token = pl.BlockSpec((None, None, D), lambda t, b: (b, place_of(steps, t)[0], 0))
   scores = [] if score is None else [score]
   lengths = [x for one in classes for x in one.lengths]
-  arrays = [x for one in classes for x in jax.tree.leaves(one.arrays)]
-  array_specs = [of_head(x, one.heads) for one in classes for x in jax.tree.leaves(one.arrays)]
-  split_specs, split_structs = split_outputs(query, N, P)
+  arrays, array_specs = [], []
+  for cache, one in zip(classes, steps, strict=True):
+    leaves = jax.tree.leaves(cache.arrays)
+    arrays += leaves
+    array_specs += [of_head(x, one) for x in leaves]
+  P = max(one.step.programs for one in steps)
+  split_specs, split_structs = split_outputs(query, N, P, split_of)
   before = 4 + len(scores) + len(lengths)
   results = pl.pallas_call(
-    functools.partial(_heads_kernel, steps=tuple(steps), heads_per_kv=R),
-    grid=(P, N, B),
+    functools.partial(_heads_kernel, steps=steps, heads_per_kv=R),
+    grid=(sum(one.programs for one in steps), B),
     in_specs=[
       whole(layer),
-      pl.BlockSpec((None, R, D), lambda p, n, b: (b, n, 0)),
+      pl.BlockSpec((None, R, D), lambda t, b: (b, place_of(steps, t)[0], 0)),
       token,
       token,
       [whole(x) for x in scores],
@@ -110,7 +138,16 @@ def heads_step_triton(
   )(layer, query, key, value, scores, lengths, arrays)
   parts, updated = OnlineSoftmax(*results[: len(split_specs)]), results[len(split_specs) :]
   counted = [one.lengths[0] for one in classes]
-  out, counted = combine(query, parts, counted, layer, interpret=interpret)
+
+  def num_splits(head: Array) -> Array:
+    count, n = jnp.int32(0), lax.div(head, jnp.int32(R))
+    for one in steps:
+      first = one.heads.first
+      is_own = (n >= first) & (n < first + one.heads.size)
+      count = jnp.where(is_own, one.step.programs, count)
+    return count
+
+  out, counted = combine(query, parts, counted, layer, num_splits=num_splits, interpret=interpret)
   caches = []
   for one, length in zip(steps, counted, strict=True):
     caches.append((jax.tree.unflatten(one.structure, updated[: one.num_arrays]), length))
@@ -118,30 +155,50 @@ def heads_step_triton(
   return out, caches
 
 
-def _splits(classes: Sequence[HeadCache], batch: int, tile: Tile) -> list[int]:
-  """For each class the programs of a head, so that the programs of all heads fit the GPU at once.
+def class_steps(
+  classes: Sequence[HeadCache], batch: int, *, R: int, scale: float, tile: Tile
+) -> tuple[ClassStep, ...]:
+  """The steps of all classes, whose programs fit the GPU at once if possible.
 
-  A program of any class reads at most as many entries as the others, or two tiles, unless a head
-  then has more than `_MOST_SPLITS` programs.
+  A program of any class reads at most as many tiles as the others, or two, unless a head then has
+  more than `_MOST_SPLITS` programs.
   """
-  entries = sum(one.heads.size * batch * one.entries for one in classes)
-  least = max(2 * tile.entries, pl.cdiv(entries, tile.slots))
-  # ⌈C / least⌉ programs of each head could be more than the GPU runs at once.
-  while sum(one.heads.size * batch * pl.cdiv(one.entries, least) for one in classes) > max(
-    tile.slots, sum(one.heads.size for one in classes) * batch
-  ):
-    least += tile.entries
-  return [min(_MOST_SPLITS, pl.cdiv(one.entries, least)) for one in classes]
+
+  def steps_of(most: int) -> tuple[ClassStep, ...]:
+    steps: list[ClassStep] = []
+    for one in classes:
+      before = sum(other.programs for other in steps)
+      steps.append(_class_step(one, before, most, R=R, scale=scale, tile=tile))
+    return tuple(steps)
+
+  def fits(most: int) -> bool:
+    return batch * sum(one.programs for one in steps_of(most)) <= tile.slots
+
+  # With the last number, no class divides its entries.
+  whole = max(2, *(tiles_of_split(one, 1, tile.entries) for one in classes))
+  return steps_of(2 + bisect.bisect_left(range(2, whole), True, key=fits))
 
 
-def _class_step(one: HeadCache, splits: int, *, R: int, scale: float, tile: Tile) -> _ClassStep:
+def _class_step(
+  one: HeadCache, before: int, most: int, *, R: int, scale: float, tile: Tile
+) -> ClassStep:
+  """The step of a class whose programs read at most `most` tiles each, where splits allow it."""
   step: CompactStep | TokenStep
+  splits = next(
+    (P for P in range(1, _MOST_SPLITS) if tiles_of_split(one, P, tile.entries) <= most),
+    _MOST_SPLITS,
+  )
   if isinstance(one, CompactHeads):
     step = CompactStep(one.rule, scale, one.group_bias, tile.entries, R, splits)
   else:
     step = TokenStep(one.is_ring, scale, tile.entries, R, splits)
   leaves, structure = jax.tree.flatten(one.arrays)
-  return _ClassStep(one.heads, step, structure, len(leaves), len(one.lengths))
+  return ClassStep(one.heads, step, before, structure, len(leaves), len(one.lengths))
+
+
+def tiles_of_split(one: HeadCache, splits: int, entries: int) -> int:
+  """Tiles of `entries` entries that a program reads if `splits` of them divide a head."""
+  return pl.cdiv(sum(pl.cdiv(size, entries) for size in one.sizes), splits)
 
 
 def _heads_kernel(
@@ -156,18 +213,17 @@ def _heads_kernel(
   m_ref: Any,
   l_ref: Any,
   *out_refs: Any,
-  steps: tuple[_ClassStep, ...],
+  steps: tuple[ClassStep, ...],
   heads_per_kv: int,
 ) -> None:
-  program, n, b = (pl.program_id(axis) for axis in range(3))
-  layer, R = layer_ref[0], heads_per_kv
+  t, b, layer, R = pl.program_id(0), pl.program_id(1), layer_ref[0], heads_per_kv
+  n, program = place_of(steps, t)
   q_MxD = load_rows(q_ref, (), 0, max(MIN_DOT_SIDE, pl.next_power_of_2(R)), R)
   softmax = empty_softmax(*q_MxD.shape)
   for one in steps:
     refs, array_refs = array_refs[: one.num_arrays], array_refs[one.num_arrays :]
     outs, out_refs = out_refs[: one.num_arrays], out_refs[one.num_arrays :]
     own_lengths, length_refs = length_refs[: one.num_lengths], length_refs[one.num_lengths :]
-    first, last = one.heads.first, one.heads.first + one.heads.size - 1
     attend = functools.partial(
       _attend_class,
       one,
@@ -179,13 +235,12 @@ def _heads_kernel(
       own_lengths,
       (layer, program, n, b),
     )
-    is_own = (n >= first) & (n <= last) & (program < one.step.programs)
-    softmax = lax.cond(is_own, attend, lambda before=softmax: before)
+    softmax = lax.cond(one.owns(t), attend, lambda before=softmax: before)
   store_split(softmax, (acc_ref, m_ref, l_ref), R)
 
 
 def _attend_class(
-  one: _ClassStep,
+  one: ClassStep,
   q_MxD: Array,
   new: tuple[Any, Any],
   score_refs: Any,

@@ -3,7 +3,8 @@
 Letters: M query heads of a KV head, rounded up. T entries of a tile. P programs of a head.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,33 +60,53 @@ class Source(NamedTuple):
 def attend_split(
   softmax: OnlineSoftmax,
   q_MxD: Array,
-  source: Source,
+  sources: Sequence[Source],
   layer: Array,
   *,
   T: int,
   scale: float,
   split: Array,
   num_splits: int,
+  tiles_before: int = 0,
 ) -> OnlineSoftmax:
-  """Adds this program's part of a source, a run of whole tiles.
+  """Adds this program's part of the sources, a run of whole tiles.
+
+  The tiles of all sources are one list, which the programs divide into runs of equal length.
 
   Args:
     softmax: over the entries so far.
     q_MxD: the queries.
-    source: the entries.
+    sources: the entries.
     layer: of the cache.
     T: entries of a tile.
     scale: of the logits.
-    split: which part is this program's; none if it is negative, or num_splits or more.
+    split: which part is this program's.
     num_splits: the parts.
+    tiles_before: tiles at the begin of the list that the first programs read elsewhere.
   """
-  tiles = lax.div(source.end + (T - 1), T)
-  tiles_per_split = lax.div(tiles + (num_splits - 1), num_splits)
-  begin = split * tiles_per_split
-  end = jnp.where(split < 0, begin, jnp.minimum(begin + tiles_per_split, tiles))
-  return lax.fori_loop(
-    begin, end, lambda t, s: _attend_tile(s, q_MxD, source, t * T, layer, T, scale), softmax
-  )
+  tiles = [lax.div(source.end + (T - 1), T) for source in sources]
+  total = functools.reduce(jnp.add, tiles) + tiles_before
+  run = lax.div(total + (num_splits - 1), num_splits)
+  begin = split * run - tiles_before
+  end = begin + run
+  for source, count in zip(sources, tiles, strict=True):
+    step = functools.partial(_attend_step, q_MxD, source, layer, T, scale)
+    softmax = lax.fori_loop(jnp.clip(begin, 0, count), jnp.clip(end, 0, count), step, softmax)
+    begin, end = begin - count, end - count
+  return softmax
+
+
+def _attend_step(
+  q_MxD: Array,
+  source: Source,
+  layer: Array,
+  T: int,
+  scale: float,
+  number: Array,
+  softmax: OnlineSoftmax,
+) -> OnlineSoftmax:
+  """Adds tile `number` of a source."""
+  return _attend_tile(softmax, q_MxD, source, number * T, layer, T, scale)
 
 
 def _attend_tile(
@@ -119,9 +140,19 @@ def _attend_tile(
 
 
 def split_outputs(
-  query: Array, kv_heads: int, splits: int
+  query: Array,
+  kv_heads: int,
+  splits: int,
+  place: Callable[..., tuple[Any, Any, Any]] = lambda p, n, b: (p, n, b),
 ) -> tuple[list[pl.BlockSpec], list[jax.ShapeDtypeStruct]]:
-  """The outputs acc, m and l of kernels with the grid (splits, KV heads, sequences).
+  """The outputs acc, m and l of kernels whose programs each have a split of a KV head.
+
+  Args:
+    query: [B, H, D].
+    kv_heads: N.
+    splits: of a head at most.
+    place: the coordinates of a program to its split, KV head and sequence; by default they are
+      these three numbers.
 
   Returns:
     (the block of a program, the shape and dtype of the whole) of each, as `combine` takes them.
@@ -131,7 +162,8 @@ def split_outputs(
   specs, structs = [], []
   for row in ((D,), (), ()):
 
-    def index(p: Any, n: Any, b: Any, row: tuple[int, ...] = row) -> tuple[Any, ...]:
+    def index(*grid: Any, row: tuple[int, ...] = row) -> tuple[Any, ...]:
+      p, n, b = place(*grid)
       return (b, n, p, *[0] * len(row))
 
     specs.append(pl.BlockSpec((None, R, None, *row), index))

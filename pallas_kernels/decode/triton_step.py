@@ -1,10 +1,11 @@
 """One decoding step of a layer, in place, lowered through Pallas-Triton (Ampere and newer).
 
-The step has two kernels. The first runs P programs for each sequence and KV head. Program 0 appends
-the new token, attends to its block and, if the token completes the block, writes the block's
-compact entries. No other program reads these writes in this step. The other programs split the
-compact entries and the raw tokens of earlier blocks among them, as split-KV (flash-decoding) does;
-a single program does both. The second kernel combines the softmaxes of the splits.
+The step has two kernels. The first runs P programs for each sequence and KV head. They divide the
+compact entries and the raw tokens of earlier blocks, as split-KV (flash-decoding) does. Program 0
+also appends the new token, attends to its block and, if the token completes the block, writes the
+block's compact entries. No other program reads these writes in this step. The block counts as tiles
+of program 0, which reads fewer of the others. The second kernel combines the softmaxes of the
+splits.
 
 Letters: M query heads of a KV head, rounded up; R of them exist. T entries of a tile. P splits.
 """
@@ -50,7 +51,7 @@ class CompactStep(NamedTuple):
     group_bias: added to the logits of groups.
     tile: T.
     heads: R.
-    splits: programs that share the entries of earlier blocks.
+    programs: P.
   """
 
   rule: BlockRule
@@ -58,12 +59,12 @@ class CompactStep(NamedTuple):
   group_bias: float
   tile: int
   heads: int
-  splits: int
+  programs: int
 
   @property
-  def programs(self) -> int:
-    """P: if several programs share the entries, one more reads its own block alone."""
-    return self.splits + (self.splits > 1)
+  def own_tiles(self) -> int:
+    """Tiles that the new token's block is worth."""
+    return pl.cdiv(self.rule.layout.block_size, self.tile)
 
 
 def step_triton(
@@ -85,9 +86,8 @@ def step_triton(
   tile = tile or Tile()
   B, H, D = query.shape
   (N, C), W = cache.compact_key.shape[-3:-1], cache.raw_key.shape[-2]
-  R, splits = H // N, tile.num_splits(B * N, C + W)
-  static = CompactStep(rule, scale, group_bias, tile.entries, R, splits)
-  P = static.programs
+  R, P = H // N, tile.num_splits(B * N, C + W)
+  static = CompactStep(rule, scale, group_bias, tile.entries, R, P)
   layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
 
   def whole(x: Array) -> pl.BlockSpec:
@@ -206,18 +206,17 @@ def attend_compact(
     return jnp.where(is_group_T, static.group_bias, 0.0)
 
   softmax = lax.cond(program == 0, own_block, lambda: empty)
-  for source in _sources(cache, mask, group_bias if static.group_bias else None, rule):
-    softmax = attend_split(
-      softmax,
-      q_MxD,
-      source,
-      layer,
-      T=static.tile,
-      scale=static.scale,
-      split=program - (static.programs - static.splits),
-      num_splits=static.splits,
-    )
-  return softmax
+  return attend_split(
+    softmax,
+    q_MxD,
+    _sources(cache, mask, group_bias if static.group_bias else None, rule),
+    layer,
+    T=static.tile,
+    scale=static.scale,
+    split=program,
+    num_splits=static.programs,
+    tiles_before=static.own_tiles,
+  )
 
 
 def _sources(

@@ -16,6 +16,7 @@ from pallas_kernels.group_merge.entries import Entries, num_blocks
 from pallas_kernels.group_merge.mosaic_tpu_merge import Groups, merge_rows
 from pallas_kernels.group_merge.mosaic_tpu_merge_grad import merge_rows_grad
 from pallas_kernels.group_merge.mosaic_tpu_row_gather import gather_rows, scatter_rows
+from pallas_kernels.head_range import all_heads, HeadRange
 from pallas_kernels.mosaic_tpu_common import Interpret
 
 _MAX_ROWS = 128  # of a group or block: a kernel holds it in registers
@@ -34,6 +35,7 @@ def merge_groups_mosaic_tpu(
   *,
   scale: float,
   reorder_window: bool,
+  heads: HeadRange | None = None,
   interpret: Interpret = False,
 ) -> tuple[Array, Entries]:
   """See `merge_groups`.
@@ -43,14 +45,16 @@ def merge_groups_mosaic_tpu(
   """
   refuse(merge_groups_refusal(query, key, value, focal_index, member_index, group_query))
   B, N, k, m = member_index.shape
+  whole, heads = (query, key, value), heads or all_heads(key)
+  query, key, value = (heads.of(x, whole[1].shape[2]) for x in whole)
   query_BxHxLxD, *tokens = (x.swapaxes(1, 2) for x in (query, key, value))
   members = _take(tuple(tokens), member_index.reshape(B, N, k * m), interpret)
   focal = _take(tuple(tokens), focal_index, interpret)
   (weighing,) = _take((query_BxHxLxD,), group_query, interpret)
   groups = _groups(query, key, k, m, 0, scale)
   merged = _merge(weighing, *members, groups, interpret)
-  window = members if reorder_window else tokens
-  return query, Entries(*(x.swapaxes(1, 2) for x in (*focal, *merged, *window)))
+  window = [x.swapaxes(1, 2) for x in members] if reorder_window else whole[1:]
+  return whole[0], Entries(*(x.swapaxes(1, 2) for x in (*focal, *merged)), *window)
 
 
 def merge_blocks_mosaic_tpu(
@@ -63,6 +67,7 @@ def merge_blocks_mosaic_tpu(
   focal: int,
   scale: float,
   first: int = 0,
+  heads: HeadRange | None = None,
   interpret: Interpret = False,
 ) -> tuple[Array, Entries, Array]:
   """See `merge_blocks`.
@@ -71,6 +76,8 @@ def merge_blocks_mosaic_tpu(
     NotImplementedError: for the reasons of `merge_blocks_refusal`.
   """
   refuse(merge_blocks_refusal(query, key, value, start, members=members, focal=focal, first=first))
+  whole, heads = (query, key, value), heads or all_heads(key)
+  query, key, value = (heads.of(x, whole[1].shape[2]) for x in whole)
   B, L, N, _ = key.shape
   size = members + focal
   query_BxHxLxD, *rows = (x.swapaxes(1, 2) for x in (query, key, value))
@@ -89,8 +96,8 @@ def merge_blocks_mosaic_tpu(
   groups = _groups(query, key, k, size, focal, scale)
   *merged, slot = _merge(weighing, *rows, groups, interpret)
   group_key, group_value, focal_key, focal_value = (x.swapaxes(1, 2) for x in merged)
-  entries = Entries(focal_key, focal_value, group_key, group_value, key, value)
-  return query, entries, _offsets(slot, groups)
+  entries = Entries(focal_key, focal_value, group_key, group_value, *whole[1:])
+  return whole[0], entries, _offsets(slot, groups)
 
 
 def merge_groups_refusal(

@@ -19,6 +19,7 @@ from pallas_kernels.group_merge.triton_group_tile import GroupTile, pad_index
 from pallas_kernels.group_merge.triton_merge import merge_rows
 from pallas_kernels.group_merge.triton_merge_grad import merge_rows_grad
 from pallas_kernels.group_merge.triton_row_gather import gather_rows, ROWS, scatter_rows
+from pallas_kernels.head_range import all_heads, HeadRange
 from pallas_kernels.triton_common import head_refusal
 
 _FORWARD, _BACKWARD = 128 * 128, 64 * 128  # keys × head dim of a tile
@@ -28,6 +29,7 @@ _MAX_ROWS = 128  # of a group or block: a program holds it in registers
 @dataclasses.dataclass(frozen=True)
 class _Static:
   scale: float
+  heads: HeadRange
   reorder: bool = False
   members: int = 0
   focal: int = 0
@@ -44,6 +46,7 @@ def merge_groups_triton(
   *,
   scale: float,
   reorder_window: bool,
+  heads: HeadRange | None = None,
   interpret: bool = False,
 ) -> tuple[Array, Entries]:
   """See `merge_groups`.
@@ -52,7 +55,7 @@ def merge_groups_triton(
     NotImplementedError: for the reasons of `merge_groups_refusal`.
   """
   refuse(merge_groups_refusal(query, key, value, focal_index, member_index, group_query))
-  static = _Static(scale, reorder=reorder_window, interpret=interpret)
+  static = _Static(scale, heads or all_heads(key), reorder=reorder_window, interpret=interpret)
   return _merge_groups(query, key, value, (focal_index, member_index, group_query), static)
 
 
@@ -66,6 +69,7 @@ def merge_blocks_triton(
   focal: int,
   scale: float,
   first: int = 0,
+  heads: HeadRange | None = None,
   interpret: bool = False,
 ) -> tuple[Array, Entries, Array]:
   """See `merge_blocks`.
@@ -75,7 +79,9 @@ def merge_blocks_triton(
   """
   refuse(merge_blocks_refusal(query, key, value, start, members=members, focal=focal))
   start = block_starts(start, key, members + focal, first)
-  static = _Static(scale, members=members, focal=focal, interpret=interpret)
+  static = _Static(
+    scale, heads or all_heads(key), members=members, focal=focal, interpret=interpret
+  )
   query, entries, chosen = _merge_blocks(query, key, value, start, static)
   return query, entries, chosen[:, :, : start.shape[1]]
 
@@ -122,7 +128,13 @@ def _merge_groups_fwd(
 ) -> tuple[tuple[Array, Entries], tuple]:
   focal_index, member_index, group_query = indices
   L, m = key.shape[1], member_index.shape[-1]
-  focal = gather_rows(key, value, pad_index(focal_index, 2, ROWS, L), interpret=static.interpret)
+  focal = gather_rows(
+    key,
+    value,
+    pad_index(focal_index, 2, ROWS, L),
+    first_head=static.heads.first,
+    interpret=static.interpret,
+  )
   group_tile = _group_tile(query, key, m, _FORWARD)
   group_key, group_value, *window = merge_rows(
     query,
@@ -133,6 +145,7 @@ def _merge_groups_fwd(
     focal=0,
     scale=static.scale,
     reorder=static.reorder,
+    heads=static.heads,
     interpret=static.interpret,
   )
   entries = Entries(*focal, group_key, group_value, *(window or (key, value)))
@@ -171,6 +184,7 @@ def _merge_blocks_fwd(
     focal=static.focal,
     scale=static.scale,
     reorder=False,
+    heads=static.heads,
     interpret=static.interpret,
   )
   entries = Entries(focal_key, focal_value, group_key, group_value, key, value)
@@ -220,12 +234,14 @@ def _add_gradients(
     (dquery, *onto),
     group_tile=group_tile,
     scale=static.scale,
+    heads=static.heads,
     interpret=static.interpret,
   )
   dkey, dvalue = scatter_rows(
     (_at_least(d.focal_key, num_focal), _at_least(d.focal_value, num_focal)),
     (dkey, dvalue),
     focal_index,
+    first_head=static.heads.first,
     add=not static.reorder,
     interpret=static.interpret,
   )

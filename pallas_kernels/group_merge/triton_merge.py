@@ -21,6 +21,7 @@ from pallas_kernels.group_merge.triton_row_gather import (
   tile,
   whole,
 )
+from pallas_kernels.head_range import HeadRange
 from pallas_kernels.kernel_common import out_struct
 from pallas_kernels.triton_common import dot
 
@@ -36,6 +37,7 @@ def merge_rows(
   focal: int,
   scale: float,
   reorder: bool,
+  heads: HeadRange,
   interpret: bool,
 ) -> list[Array]:
   """Group keys and values [B, k, N, D], followed by optional outputs.
@@ -48,8 +50,10 @@ def merge_rows(
       [B, N, k, focal].
     scale: multiplies the merge logits.
     reorder: also returns keys and values of all rows in group order, [B, k·rows, N, D].
+    heads: the N KV heads of the results, of more heads of query, key and value.
   """
-  B, L, N, D = key.shape
+  B, L, _, D = key.shape
+  N = heads.size
   tiles, G, rows = row_BxnxtxT.shape[2], group_tile.groups, group_tile.rows
   counts = [G, G]
   counts += [G * focal] * 2 if focal else []
@@ -70,9 +74,9 @@ def merge_rows(
     ),
     grid=(tiles, N, B),
     in_specs=[
-      whole(query, group_tile.heads),
-      whole(key, None),
-      whole(value, None),
+      whole(query, group_tile.heads, heads.first),
+      whole(key, None, heads.first),
+      whole(value, None, heads.first),
       per_tile(row_BxnxtxT),
       per_tile(last_BxnxtxM),
     ],

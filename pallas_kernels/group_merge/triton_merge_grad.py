@@ -24,6 +24,7 @@ from pallas_kernels.group_merge.triton_row_gather import (
   tile,
   whole,
 )
+from pallas_kernels.head_range import HeadRange
 from pallas_kernels.kernel_common import out_struct
 from pallas_kernels.triton_common import dot
 
@@ -38,6 +39,7 @@ def merge_rows_grad(
   *,
   group_tile: GroupTile,
   scale: float,
+  heads: HeadRange,
   interpret: bool,
 ) -> tuple[Array, Array, Array]:
   """Adds the gradients of merging onto those of query, key and value, in place.
@@ -51,10 +53,12 @@ def merge_rows_grad(
       given, the member rows of `onto` are overwritten and not read.
     onto: existing gradients of query, key and value.
     scale: multiplies the merge logits.
+    heads: the KV heads of the groups, of more heads of the operands and of `onto`.
   """
   query, key, value = operands
-  B, L, N, D = key.shape
-  G, tokens, queries = group_tile.groups, whole(key, None), whole(query, group_tile.heads)
+  B, L, _, D = key.shape
+  G, tokens = group_tile.groups, whole(key, None, heads.first)
+  queries = whole(query, group_tile.heads, heads.first)
   inputs = [query, key, value, row_BxNxtxT, last_BxNxtxM, *dgroup]
   in_specs = [queries, tokens, tokens, per_tile(row_BxNxtxT), per_tile(last_BxNxtxM)]
   in_specs += [tile(G, D)] * 2
@@ -70,7 +74,7 @@ def merge_rows_grad(
       scale=scale,
       has_window=dwindow is not None,
     ),
-    grid=(row_BxNxtxT.shape[2], N, B),
+    grid=(row_BxNxtxT.shape[2], heads.size, B),
     in_specs=[*in_specs, queries, tokens, tokens],
     out_specs=[queries, tokens, tokens],
     out_shape=[out_struct(x, x.shape, x.dtype) for x in onto],

@@ -13,9 +13,12 @@ from pallas_kernels.kernel_common import out_struct
 ROWS = 64  # of a tile of the gather and scatter kernels
 
 
-def whole(x: Array, heads: int | None) -> pl.BlockSpec:
-  """All rows of one head of [B, L, N, D], or of `heads` of them, for a grid of (tile, N, B)."""
-  return pl.BlockSpec((None, x.shape[1], heads, x.shape[3]), lambda t, n, b: (b, 0, n, 0))
+def whole(x: Array, heads: int | None, first: int) -> pl.BlockSpec:
+  """All rows of one head of [B, L, N, D], or of `heads` of them, for a grid of (tile, n, B).
+
+  Entry 0 of the grid's heads is KV head `first` of the array.
+  """
+  return pl.BlockSpec((None, x.shape[1], heads, x.shape[3]), lambda t, n, b: (b, 0, n + first, 0))
 
 
 def tile(rows: int, head_dim: int) -> pl.BlockSpec:
@@ -52,16 +55,19 @@ def _rows_at(ref: Any, index_T: Array, head_T: tuple[Array, ...], length: int) -
 
 
 def gather_rows(
-  key: Array, value: Array, index_BxNxS: Array, *, interpret: bool
+  key: Array, value: Array, index_BxNxS: Array, *, first_head: int, interpret: bool
 ) -> tuple[Array, Array]:
-  """Rows of key and value [B, L, N, D] by each head's index; S is a multiple of ROWS."""
-  B, L, N, D = key.shape
-  S = index_BxNxS.shape[-1]
+  """Rows of key and value [B, L, heads, D] by each head's index; S is a multiple of ROWS.
+
+  The first index is for head `first_head`. The results have N heads.
+  """
+  B, L, _, D = key.shape
+  N, S = index_BxNxS.shape[1:]
   out = out_struct(key, (B, S, N, D), key.dtype)
   gathered: tuple[Array, Array] = pl.pallas_call(
     functools.partial(_gather_kernel, length=L),
     grid=(S // ROWS, N, B),
-    in_specs=[whole(key, None), whole(value, None), _index_spec()],
+    in_specs=[whole(key, None, first_head), whole(value, None, first_head), _index_spec()],
     out_specs=[tile(ROWS, D), tile(ROWS, D)],
     out_shape=[out, out],
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -84,16 +90,18 @@ def scatter_rows(
   onto: tuple[Array, Array],
   index_BxNxS: Array,
   *,
+  first_head: int,
   add: bool,
   interpret: bool,
 ) -> tuple[Array, Array]:
-  """Writes rows [B, S, N, D] to two arrays [B, L, N, D] in place, or adds them.
+  """Writes rows [B, S, N, D] to two arrays [B, L, heads, D] in place, or adds them.
 
-  No index occurs twice; S is a multiple of ROWS, and `rows` may hold more.
+  No index occurs twice; S is a multiple of ROWS, and `rows` may hold more. The first index is for
+  head `first_head`.
   """
-  _, L, N, D = onto[0].shape
-  B, S = index_BxNxS.shape[0], index_BxNxS.shape[-1]
-  specs = [whole(onto[0], None), whole(onto[1], None)]
+  L, D = onto[0].shape[1], onto[0].shape[3]
+  B, N, S = index_BxNxS.shape
+  specs = [whole(onto[0], None, first_head), whole(onto[1], None, first_head)]
   scattered: tuple[Array, Array] = pl.pallas_call(
     functools.partial(_scatter_kernel, length=L, add=add),
     grid=(S // ROWS, N, B),

@@ -6,20 +6,27 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.gather import take_positions, take_rows
 from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries
+from pallas_kernels.head_range import all_heads, HeadRange
 
 
 def merge_groups_xla(
   query_BxLxHxD: Float[Array, "B L H D"],
   key_BxLxNxD: Float[Array, "B L N D"],
   value_BxLxNxD: Float[Array, "B L N D"],
-  focal_index_BxNxr: Int[Array, "B N r"],
-  member_index_BxNxkxm: Int[Array, "B N k m"],
-  group_query_BxNxk: Int[Array, "B N k"],
+  focal_index_BxNxr: Int[Array, "B n r"],
+  member_index_BxNxkxm: Int[Array, "B n k m"],
+  group_query_BxNxk: Int[Array, "B n k"],
   *,
   scale: float,
   reorder_window: bool,
+  heads: HeadRange | None = None,
 ) -> tuple[Array, Entries]:
   """See `merge_groups`."""
+  whole_BxLxHxD, *whole_window = query_BxLxHxD, key_BxLxNxD, value_BxLxNxD
+  heads, num_kv_heads = heads or all_heads(key_BxLxNxD), key_BxLxNxD.shape[2]
+  query_BxLxHxD, key_BxLxNxD, value_BxLxNxD = (
+    heads.of(x, num_kv_heads) for x in (query_BxLxHxD, key_BxLxNxD, value_BxLxNxD)
+  )
   B, _, H, D = query_BxLxHxD.shape
   N, k, m = member_index_BxNxkxm.shape[1:]
   member_BxNxkm = member_index_BxNxkxm.reshape(B, N, k * m)
@@ -33,13 +40,13 @@ def merge_groups_xla(
     member_value_BxkmxNxD.reshape(B, k, m, N, D),
     scale=scale,
   )
-  return query_BxLxHxD, Entries(
+  return whole_BxLxHxD, Entries(
     focal_key=take_rows(key_BxLxNxD, focal_index_BxNxr),
     focal_value=take_rows(value_BxLxNxD, focal_index_BxNxr),
     group_key=group_key_BxkxNxD,
     group_value=group_value_BxkxNxD,
-    window_key=member_key_BxkmxNxD if reorder_window else key_BxLxNxD,
-    window_value=member_value_BxkmxNxD if reorder_window else value_BxLxNxD,
+    window_key=member_key_BxkmxNxD if reorder_window else whole_window[0],
+    window_value=member_value_BxkmxNxD if reorder_window else whole_window[1],
   )
 
 
@@ -53,15 +60,27 @@ def merge_blocks_xla(
   focal: int,
   scale: float,
   first: int = 0,
-) -> tuple[Array, Entries, Int[Array, "B N k f"]]:
+  heads: HeadRange | None = None,
+) -> tuple[Array, Entries, Int[Array, "B n k f"]]:
   """See `merge_blocks`."""
   start_Bxk = block_starts(start_Bxk, key_BxLxNxD, members + focal, first)
+  heads, num_kv_heads = heads or all_heads(key_BxLxNxD), key_BxLxNxD.shape[2]
   chosen_BxNxkxf = choose_in_blocks(
-    query_BxLxHxD, key_BxLxNxD, start_Bxk, size=members + focal, focal=focal
+    heads.of(query_BxLxHxD, num_kv_heads),
+    heads.of(key_BxLxNxD, num_kv_heads),
+    start_Bxk,
+    size=members + focal,
+    focal=focal,
   )
   indices = block_indices(start_Bxk, chosen_BxNxkxf, members, key_BxLxNxD.shape[1])
   query_BxLxHxD, entries = merge_groups_xla(
-    query_BxLxHxD, key_BxLxNxD, value_BxLxNxD, *indices, scale=scale, reorder_window=False
+    query_BxLxHxD,
+    key_BxLxNxD,
+    value_BxLxNxD,
+    *indices,
+    scale=scale,
+    reorder_window=False,
+    heads=heads,
   )
   return query_BxLxHxD, entries, chosen_BxNxkxf
 

@@ -1,9 +1,11 @@
 """The entry point of grouped attention."""
 
+from typing import Any
+
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_attention.kv_sources import KVSources
+from pallas_kernels.grouped_attention.kv_sources import HeadOrder, KVSources
 
 
 def grouped_attention(
@@ -13,6 +15,7 @@ def grouped_attention(
   scale: float,
   max_window: int,
   group_bias: float = 0.0,
+  head_order: HeadOrder | None = None,
   implementation: dispatch.Implementation = None,
 ) -> Float[Array, "B L H D"]:
   """One softmax per query over one range of each of three key/value sources.
@@ -33,6 +36,8 @@ def grouped_attention(
     max_window: static upper bound on end − start of one query's range of the window. The ranges of
       any b consecutive queries must cover at most b − 1 + max_window tokens.
     group_bias: added to the logits of groups.
+    head_order: the order of work where KV heads see very different numbers of keys. It has an
+      effect on the speed alone.
     implementation: "mosaic_gpu" (Hopper GPUs), "mosaic_tpu" (TPUs), "triton" (Ampere and newer
       GPUs), "jax_triton" (likewise; no gradient), "xla" or "reference" (any device); a tuple of
       names in order of preference; None for the first that can run the call, except "jax_triton"
@@ -42,6 +47,11 @@ def grouped_attention(
     ValueError: if a name is unknown.
     NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  options = {"scale": scale, "group_bias": group_bias, "max_window": max_window}
+  options: dict[str, Any] = {
+    "scale": scale,
+    "group_bias": group_bias,
+    "max_window": max_window,
+    "head_order": head_order,
+  }
   out: Array = dispatch.run("grouped_attention", implementation, query, sources, **options)
   return out

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from pallas_kernels.dispatch import find_target, refuse
 from pallas_kernels.grouped_attention.block_sizes import triton_blocks
-from pallas_kernels.grouped_attention.kv_sources import KVSources
+from pallas_kernels.grouped_attention.kv_sources import HeadOrder, KVSources
 from pallas_kernels.kernel_common import LOG2_E
 
 
@@ -28,13 +28,14 @@ def grouped_attention_jax_triton(
   scale: float,
   group_bias: float,
   max_window: int,
+  head_order: HeadOrder | None = None,
 ) -> Float[Array, "B L H D"]:
   """See `grouped_attention`.
 
   Raises:
     NotImplementedError: for the reasons of `refusal`, and if it is differentiated.
   """
-  del max_window
+  del head_order, max_window
   refuse(refusal(query, sources))
   return _forward(scale, group_bias, query, sources)
 

@@ -10,6 +10,21 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+# Runs of adjacent KV heads, (first, count) of each, that cover all heads.
+type Runs = tuple[tuple[int, int], ...]
+
+
+class HeadOrder(NamedTuple):
+  """The order in which kernels deal the work of heads to their programs: costly work first. Static.
+
+  Attributes:
+    keys: the heads whose queries see the most keys come first.
+    entries: the heads whose queries see the most focal tokens and groups come first.
+  """
+
+  keys: Runs
+  entries: Runs
+
 
 class KVSource(NamedTuple):
   """Keys and values, and the contiguous range of them that each query sees.

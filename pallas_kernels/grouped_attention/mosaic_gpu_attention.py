@@ -17,6 +17,7 @@ from pallas_kernels.grouped_attention.block_sizes import (
   MosaicBlocks,
 )
 from pallas_kernels.grouped_attention.kv_sources import (
+  HeadOrder,
   kv_cotangent,
   KVSource,
   KVSources,
@@ -41,6 +42,7 @@ class _Static:
   group_bias: float
   max_window: int
   has_keys: tuple[bool, bool, bool]
+  head_order: HeadOrder | None
   blocks: MosaicBlocks
   programs: int
   interpret: Any
@@ -53,6 +55,7 @@ def grouped_attention_mosaic_gpu(
   scale: float,
   group_bias: float,
   max_window: int,
+  head_order: HeadOrder | None = None,
   blocks: MosaicBlocks | None = None,
   programs: int | None = None,
   interpret: Any = None,
@@ -75,7 +78,7 @@ def grouped_attention_mosaic_gpu(
   has_keys = (focal, group, window)
   if not any(has_keys):
     return jnp.zeros_like(query)
-  static = _Static(scale, group_bias, max_window, has_keys, blocks, programs, interpret)
+  static = _Static(scale, group_bias, max_window, has_keys, head_order, blocks, programs, interpret)
   padded = sources.with_kv(jax.tree.map(lambda x: _pad_rows(x, KEYS), sources.kv))
   return _attend(_pad_rows(query, ROW_UNIT), padded, static)[:, :L]
 
@@ -125,6 +128,7 @@ def _attend_fwd(query: Array, sources: KVSources, static: _Static) -> tuple[Arra
     group_bias=static.group_bias,
     max_window=static.max_window,
     has_keys=static.has_keys,
+    head_runs=static.head_order and static.head_order.keys,
     tile=static.blocks.forward,
     programs=static.programs,
     interpret=static.interpret,
@@ -150,11 +154,12 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
     group_bias=static.group_bias,
     max_window=static.max_window,
     has_keys=static.has_keys,
+    head_runs=static.head_order and static.head_order.keys,
     tile=static.blocks.dq,
     programs=static.programs,
     interpret=static.interpret,
   )
-  tile = static.blocks.dkdv
+  tile, order = static.blocks.dkdv, static.head_order
   L = sources.focal.start.shape[-1]
   padded = pad_ranges(sources, query.shape[1] + tile.block_q)
   key_grads = []
@@ -172,6 +177,7 @@ def _attend_bwd(static: _Static, residuals: tuple, dout: Array) -> tuple:
       scale=static.scale,
       bias=static.group_bias if name == "group" else 0.0,
       chunks=1 if name == "window" else _query_chunks(query, source, static.programs, tile.block_q),
+      head_runs=order and (order.keys if name == "window" else order.entries),
       tile=tile,
       programs=static.programs,
       name=name,

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.grouped_attention.block_sizes import MosaicKeyTile
-from pallas_kernels.grouped_attention.kv_sources import KVSource, KVSourceRef
+from pallas_kernels.grouped_attention.kv_sources import KVSource, KVSourceRef, Runs
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_products,
   COLUMN_LAYOUT,
@@ -29,6 +29,7 @@ from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   load_ranges,
   operand_smem,
   ROWS,
+  scaled_runs,
   seen_mask,
   work_loop,
   WORKERS,
@@ -83,6 +84,7 @@ class KeyTileSchedule(NamedTuple):
   """The order in which all warpgroups of a program go through its work. Static."""
 
   grid: tuple[int, int, int]  # tiles of keys, batch, KV heads · chunks
+  runs: Runs  # of KV heads · chunks
   chunks: int
   heads_per_kv: int
   block_q: int
@@ -101,7 +103,7 @@ class KeyTileSchedule(NamedTuple):
       coords = KeyTileCoords(batch, kv_head, bound_head, number * KEYS, part, head)
       return body(coords, span, tiles_before, carry)
 
-    return work_loop(self.grid, tile)
+    return work_loop(self.grid, self.runs, tile)
 
   def query_tiles(self, coords: KeyTileCoords, span: Span, body: Any, carry: Any) -> Any:
     """Calls body(head, first query, masked, carry) for every query tile that sees the keys."""
@@ -124,6 +126,7 @@ def mosaic_gpu_dkdv(
   scale: float,
   bias: float,
   chunks: int,
+  head_runs: Runs | None = None,
   tile: MosaicKeyTile,
   programs: int,
   name: str,
@@ -137,12 +140,14 @@ def mosaic_gpu_dkdv(
   Args:
     spans: `query_spans` of the source.
     chunks: parts of equal size into which the query tiles of each key tile are divided.
+    head_runs: the order in which heads are visited; None for 0, 1, … N − 1.
     name: of the source, for profiles.
   """
   B, _, H, D = query.shape
   _, S, N, _ = source.key.shape
   dtype = query.dtype
-  schedule = KeyTileSchedule((math.ceil(S / KEYS), B, N * chunks), chunks, H // N, tile.block_q)
+  grid = (math.ceil(S / KEYS), B, N * chunks)
+  schedule = KeyTileSchedule(grid, scaled_runs(head_runs, N, chunks), chunks, H // N, tile.block_q)
   partial = jax.ShapeDtypeStruct(
     (B, schedule.grid[0] * KEYS, N * chunks, D), dtype if chunks == 1 else jnp.float32
   )

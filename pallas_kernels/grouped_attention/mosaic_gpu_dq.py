@@ -19,6 +19,7 @@ from pallas_kernels.grouped_attention.kv_sources import (
   KVSourceRef,
   KVSources,
   KVSourcesRef,
+  Runs,
 )
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
@@ -63,6 +64,7 @@ def mosaic_gpu_dq(
   group_bias: float,
   max_window: int,
   has_keys: tuple[bool, bool, bool],
+  head_runs: Runs | None = None,
   tile: MosaicQueryTile,
   programs: int,
   interpret: Any = None,
@@ -76,6 +78,7 @@ def mosaic_gpu_dq(
   schedule = TileSchedule(
     split,
     split.grid(query),
+    split.runs(head_runs, sources.focal.key.shape[2]),
     tile.block_k,
     group_bias * LOG2_E,
     max_window,

@@ -23,6 +23,7 @@ from pallas_kernels.grouped_attention.kv_sources import (
   KVSourceRef,
   KVSources,
   KVSourcesRef,
+  Runs,
 )
 from pallas_kernels.grouped_attention.mosaic_gpu_pipeline import (
   add_product,
@@ -67,6 +68,7 @@ def mosaic_gpu_forward(
   group_bias: float,
   max_window: int,
   has_keys: tuple[bool, bool, bool],
+  head_runs: Runs | None = None,
   tile: MosaicQueryTile,
   programs: int,
   interpret: Any = None,
@@ -82,6 +84,7 @@ def mosaic_gpu_forward(
   schedule = TileSchedule(
     split,
     split.grid(query),
+    split.runs(head_runs, sources.focal.key.shape[2]),
     tile.block_k,
     group_bias * LOG2_E,
     max_window,

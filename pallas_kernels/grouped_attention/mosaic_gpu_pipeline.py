@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSourcesRef
+from pallas_kernels.grouped_attention.kv_sources import KVSourceRef, KVSourcesRef, Runs
 from pallas_kernels.grouped_attention.tile_ranges import (
   dealt_tile,
   loop_span,
@@ -61,25 +61,48 @@ def pcast_like[T](x: Array, results: T) -> T:
 
 def work_loop(
   grid: tuple[int, int, int],
+  runs: Runs,
   body: Callable[[tuple[Array, ...], Array, Array], Array],
 ) -> Array:
   """Calls body(grid index, tiles before, carry) -> carry for every tile of work of this program.
 
-  Tiles are dealt to the programs by `dealt_tile`, for which the cost of tiles falls along the grid.
-  The carry is int32 and begins at 0.
+  Tiles are dealt to the programs by `dealt_tile`, for which the cost of tiles falls along the grid,
+  and from run to run of the last axis. The carry is int32 and begins at 0.
   """
   program, programs = lax.axis_index("program"), lax.axis_size("program")
 
   def step(turn: Array, carry: Array) -> Array:
-    tile = dealt_tile(turn, program, programs)
-    index: list[Array] = []
-    for size in reversed(grid):
-      index.insert(0, lax.rem(tile, jnp.int32(size)))
-      tile = lax.div(tile, jnp.int32(size))
-    return body(tuple(index), turn, carry)
+    return body(grid_index(dealt_tile(turn, program, programs), grid, runs), turn, carry)
 
   turns = num_dealt_tiles(math.prod(grid), program, programs)
   return lax.fori_loop(jnp.int32(0), turns, step, jnp.int32(0))
+
+
+def grid_index(tile: Array, grid: tuple[int, int, int], runs: Runs) -> tuple[Array, ...]:
+  """The index of tile number `tile` of a grid whose last axis is visited run by run."""
+  steps, batch, _ = grid
+
+  def in_run(tile: Array, first: int, count: int) -> list[Array]:
+    index: list[Array] = []
+    for size in (count, batch, steps):
+      index.insert(0, lax.rem(tile, jnp.int32(size)))
+      tile = lax.div(tile, jnp.int32(size))
+    return [*index[:2], index[2] + first] if first else index
+
+  index, before = in_run(tile, *runs[0]), steps * batch * runs[0][1]
+  for run in runs[1:]:
+    # The sign bit, in place of a choice: tiles of a later run replace the index.
+    is_later = lax.shift_right_logical(jnp.int32(before - 1) - tile, jnp.int32(31))
+    later = in_run(tile - before, *run)
+    index = [old + is_later * (new - old) for new, old in zip(later, index, strict=True)]
+    before += steps * batch * run[1]
+  return tuple(index)
+
+
+def scaled_runs(runs: Runs | None, heads: int, numerator: int, denominator: int = 1) -> Runs:
+  """Runs of KV heads as runs of an axis with numerator / denominator entries for each head."""
+  runs = runs or ((0, heads),)
+  return tuple((a * numerator // denominator, n * numerator // denominator) for a, n in runs)
 
 
 class TileCoords(NamedTuple):
@@ -125,6 +148,10 @@ class WorkSplit(NamedTuple):
     B, L, H, _ = query.shape
     return math.ceil(L / self.queries), B, H // self.heads
 
+  def runs(self, runs: Runs | None, num_kv_heads: int) -> Runs:
+    """Runs of KV heads as runs of groups of heads."""
+    return scaled_runs(runs, num_kv_heads, self.heads_per_kv, self.heads)
+
   def coords(
     self, index: tuple[Array, ...], grid: tuple[int, int, int], bound_heads: int
   ) -> TileCoords:
@@ -156,6 +183,7 @@ class TileSchedule(NamedTuple):
 
   split: WorkSplit
   grid: tuple[int, int, int]
+  runs: Runs  # of the groups of heads
   block_k: int
   group_bias2: float
   max_window: int
@@ -168,7 +196,7 @@ class TileSchedule(NamedTuple):
     def tile(index: tuple[Array, ...], tiles_before: Array, carry: Array) -> Array:
       return body(self.split.coords(index, self.grid, spans_ref.shape[1]), tiles_before, carry)
 
-    return work_loop(self.grid, tile)
+    return work_loop(self.grid, self.runs, tile)
 
   def tiles_of_program(self) -> Array:
     """How many tiles of work this program has."""

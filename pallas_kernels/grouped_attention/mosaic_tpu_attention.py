@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Float
 
 from pallas_kernels.dispatch import find_target, refuse
-from pallas_kernels.grouped_attention.kv_sources import KVSources
+from pallas_kernels.grouped_attention.kv_sources import HeadOrder, KVSources
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks, TpuBlocks
 from pallas_kernels.grouped_attention.mosaic_tpu_dkdv import mosaic_tpu_dkdv
 from pallas_kernels.grouped_attention.mosaic_tpu_dq import mosaic_tpu_dq
@@ -48,6 +48,7 @@ def grouped_attention_mosaic_tpu(
   scale: float,
   group_bias: float,
   max_window: int,
+  head_order: HeadOrder | None = None,
   blocks: TpuBlocks | None = None,
   interpret: Interpret = False,
 ) -> Float[Array, "B L H D"]:
@@ -59,6 +60,7 @@ def grouped_attention_mosaic_tpu(
   Raises:
     NotImplementedError: for the reasons of `refusal`.
   """
+  del head_order
   options: dict[str, Any] = {"scale": scale, "group_bias": group_bias, "max_window": max_window}
   refuse(refusal(query, sources, blocks=blocks, **options))
   L = query.shape[1]
@@ -125,8 +127,10 @@ def schedule_of(
   scale: float,
   group_bias: float,
   max_window: int,
+  head_order: HeadOrder | None = None,
 ) -> TileSchedule:
   """Static sizes of a call, from its arrays or their shapes."""
+  del head_order
   return TileSchedule.for_call(
     blocks,
     dtype=query.dtype,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.grouped_attention.kv_sources import KVSources
+from pallas_kernels.grouped_attention.kv_sources import HeadOrder, KVSources
 
 
 def grouped_attention_reference(
@@ -17,12 +17,13 @@ def grouped_attention_reference(
   scale: float,
   group_bias: float,
   max_window: int,
+  head_order: HeadOrder | None = None,
 ) -> Float[Array, "B L H D"]:
   """See `grouped_attention`; holds B·H·L·S logits at once, S the tokens of all sources.
 
   Computes in float32, or in float64 for float64 arrays.
   """
-  del max_window
+  del head_order, max_window
   B, L, H, D = query.shape
   N = sources.focal.key.shape[2]
   wide = jnp.promote_types(query.dtype, jnp.float32)

@@ -15,7 +15,12 @@ from jaxtyping import Float
 
 from pallas_kernels.dispatch import find_target, refuse
 from pallas_kernels.grouped_attention.block_sizes import triton_blocks, TritonBlocks
-from pallas_kernels.grouped_attention.kv_sources import kv_cotangent, KVSources, pad_ranges
+from pallas_kernels.grouped_attention.kv_sources import (
+  HeadOrder,
+  kv_cotangent,
+  KVSources,
+  pad_ranges,
+)
 from pallas_kernels.grouped_attention.triton_dkdv import triton_dkdv
 from pallas_kernels.grouped_attention.triton_dq import triton_dq
 from pallas_kernels.grouped_attention.triton_forward import triton_forward
@@ -37,6 +42,7 @@ def grouped_attention_triton(
   scale: float,
   group_bias: float,
   max_window: int,
+  head_order: HeadOrder | None = None,
   blocks: TritonBlocks | None = None,
   interpret: bool = False,
 ) -> Float[Array, "B L H D"]:
@@ -45,6 +51,7 @@ def grouped_attention_triton(
   Raises:
     NotImplementedError: for the reasons of `refusal`.
   """
+  del head_order
   refuse(refusal(query, sources))
 
   def at_least_one(x: Array) -> Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.grouped_attention.kv_sources import KVSources
+from pallas_kernels.grouped_attention.kv_sources import HeadOrder, KVSources
 from pallas_kernels.masks import in_range
 
 BLOCK_Q = 256
@@ -34,8 +34,10 @@ def grouped_attention_xla(
   scale: float,
   group_bias: float,
   max_window: int,
+  head_order: HeadOrder | None = None,
 ) -> Float[Array, "B L H D"]:
   """See `grouped_attention`."""
+  del head_order
   B, L, H, D = query.shape
   focal, group, window = sources
   block = min(BLOCK_Q, L)

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from benchmarks import _selector_program as program
-from benchmarks._selector_choices import accumulated, expected_attention
+from benchmarks._selector_choices import accumulated, expected_attention, last_query, ranks
 from benchmarks._selector_forms import (
   collect,
   fit_listwise,
@@ -22,8 +23,9 @@ from benchmarks._selector_forms import (
   shared_features,
   sizes,
 )
+from benchmarks.selector import ratio_of_means
 from dga_jax import DGAConfig
-from dga_jax.calibration.selector_fit import fit_selector, FitBlocks, layer_samples
+from dga_jax.calibration.selector_fit import fit_selector, FitBlocks, layer_samples, RIDGE
 from dga_jax.calibration.selector_weights import with_selector
 from dga_jax.model.rope import apply_rope, rope_table
 from tests.dga_jax.attention.cases import arrays
@@ -43,16 +45,27 @@ def softmax(logits):
   return weights / weights.sum()
 
 
-def test_accumulated_attention_token_by_token():
+@pytest.mark.parametrize(("choice", "queries"), [(accumulated, 8), (last_query, 1)])
+def test_attention_of_a_blocks_queries_token_by_token(choice, queries):
   q, k, _, _ = (np.asarray(x, np.float64) for x in arrays(0, 1, L, H, N, D))
-  got = accumulated(*(jnp.asarray(x, jnp.float32) for x in (q, k)), CONFIG)
+  got = choice(*(jnp.asarray(x, jnp.float32) for x in (q, k)), CONFIG)
   want = np.zeros((L, N))
   for begin in range(2, L - 7, 8):
-    for i in range(begin, begin + 8):
+    for i in range(begin + 8 - queries, begin + 8):
       for h in range(H):
         seen = softmax(k[0, begin : i + 1, h // 2] @ q[0, i, h] / D**0.5)
         want[begin : i + 1, h // 2] += seen
   np.testing.assert_allclose(got[0], want, atol=1e-5)
+
+
+def test_ranks_are_those_of_a_stable_sort():
+  scores = np.random.default_rng(0).integers(0, 4, (1, L, N)).astype(np.float32)
+  scores[0, 5] = -np.inf
+  got = np.asarray(ranks(jnp.asarray(scores), CONFIG))[0]
+  for begin in range(2, L - 7, 8):
+    for n in range(N):
+      order = sorted(range(8), key=lambda i: (scores[0, begin + i, n], -i))
+      assert [order[int(rank)] for rank in got[begin : begin + 8, n]] == list(range(8))
 
 
 def test_expected_attention_token_by_token():
@@ -118,6 +131,7 @@ def test_the_program_runs_the_models_own_selectors():
   last = dataclasses.replace(CONFIG, selector="last_query")
   changed = dataclasses.replace(base.config, attention="dga", dga=last)
   models = {
+    "dense": base,
     "form": fitted,
     "last_query": nnx.merge(nnx.graphdef(random_decoder(changed)), nnx.state(base)),
   }
@@ -125,11 +139,6 @@ def test_the_program_runs_the_models_own_selectors():
     logs = jax.nn.log_softmax(nnx.jit(lambda m, t: m(t))(model, row[None, :-1])[0, 30:])
     want = -np.take_along_axis(np.asarray(logs), row[31:, None], axis=-1).mean()
     np.testing.assert_allclose(loss(base, choice, "query"), want, atol=1e-4)
-  np.testing.assert_allclose(
-    jax.jit(program.dense_loss, static_argnums=0)(*nnx.split(base), row),
-    program.mean_loss(base, base.hidden(row[None, :-1]), row),
-    atol=1e-4,
-  )
   losses = [loss(base, "form", merge) for merge in program.MERGES]
   assert len(set(losses)) == 4
   base.layers.attention.query[...] = jnp.zeros_like(base.layers.attention.query[...])
@@ -137,16 +146,26 @@ def test_the_program_runs_the_models_own_selectors():
   np.testing.assert_allclose(by_query, by_mean, atol=1e-6)
 
 
-def test_collected_inputs_are_those_of_the_fit():
-  row, base, _, _ = row_and_models()
+def test_collected_inputs_and_weights_are_those_of_the_fit():
+  row, base, _, weights = row_and_models()
   graphdef, params = nnx.split(base)
   inputs = collect(graphdef, params, CONFIG, jnp.asarray(row[None, :-1]))
   blocks = FitBlocks.of_row(60, CONFIG)
   for layer, samples in enumerate(layer_samples(base, blocks, row[:-1])):
     own = np.moveaxis(np.asarray(samples.features), 1, 0).reshape(inputs.own[layer].shape)
-    np.testing.assert_allclose(inputs.own[layer].astype(jnp.float32), own, rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(inputs.own[layer], own, rtol=1e-4, atol=1e-4)
     target = samples.target.T.reshape(inputs.target[layer].shape)
     np.testing.assert_allclose(inputs.target[layer], target, atol=1e-4)
+    value = inputs.own[layer, ..., 8:16]
+    distance = np.linalg.norm(value - value.mean(axis=2, keepdims=True), axis=-1)
+    for found, size in (
+      (inputs.value_size, np.linalg.norm(value, axis=-1)),
+      (inputs.value_distance, distance),
+    ):
+      np.testing.assert_allclose(found[layer], np.log(size), atol=1e-4)
+  ridged = fit_ridge(inputs, jnp.zeros(sizes(base)[1]), jnp.float32(RIDGE))
+  np.testing.assert_allclose(ridged.own, weights, rtol=1e-2, atol=1e-2 * abs(weights).max())
+  assert not ridged.shared.any()
   normed = jnp.ones((1, 12, 3))
   shared = shared_features(normed, CONFIG)
   np.testing.assert_allclose(shared[0, 2:10, 3], np.arange(8) / 8)
@@ -161,7 +180,8 @@ def synthetic(target_of):
   rng = np.random.default_rng(0)
   own = rng.normal(size=(1, 1, 500, 4, 3)).astype(np.float32) * DEVIATION[0, 0]
   shared = rng.normal(size=(1, 500, 4, 2)).astype(np.float32) + 1
-  return Inputs(*(jnp.asarray(x) for x in (own, shared, target_of(own, shared[:, None]))))
+  target = target_of(own, shared[:, None])
+  return Inputs(*map(jnp.asarray, (own, shared, target, target, target)))
 
 
 def test_fits_find_a_linear_score_and_use_only_their_features():
@@ -184,9 +204,11 @@ def test_fits_find_a_linear_score_and_use_only_their_features():
     np.testing.assert_allclose(listed.shared / scale, want, atol=0.1)
 
 
-def test_the_mlp_fits_what_a_linear_form_cannot():
+@pytest.mark.parametrize("shared_features", [0.0, 1.0])
+def test_the_mlp_fits_what_a_linear_form_cannot(shared_features):
+  """With and without shared features, which are noise."""
   inputs = synthetic(lambda own, shared: own[..., 0] ** 2 + abs(own[..., 1]))
-  used = jnp.ones(2)
+  used = jnp.full(2, shared_features)
   start = linear_form(jnp.zeros((1, 1, 3)), jnp.zeros((1, 1, 2)))
   best = inputs.target.argmax(axis=-1)[0]
   right = []
@@ -199,6 +221,16 @@ def test_the_mlp_fits_what_a_linear_form_cannot():
   assert right[1] > 0.8
 
 
+def test_the_standard_error_of_a_ratio_is_its_spread():
+  rng = np.random.default_rng(0)
+  b = rng.normal(2, 0.5, (4000, 25))
+  a = 0.6 * b + rng.normal(0, 0.3, b.shape)
+  ratios, errors = np.array([ratio_of_means(*pair) for pair in zip(a, b, strict=True)]).T
+  np.testing.assert_allclose(ratios.mean(), 0.6, atol=0.005)
+  np.testing.assert_allclose(errors.mean(), ratios.std(), rtol=0.05)
+  assert np.isnan(ratio_of_means(a[0, :1], b[0, :1])[1])
+
+
 def test_the_command_measures_all_forms_and_resumes(tmp_path):
   tiny.write_checkpoint(tmp_path / "run")
   documents = tiny.write_documents(tmp_path)
@@ -206,7 +238,7 @@ def test_the_command_measures_all_forms_and_resumes(tmp_path):
     sys.executable, "-m", "benchmarks.selector", f"--workdir={tmp_path / 'run'}", "--lengths=64",
     f"--documents={documents}", f"--fit_documents={documents}", f"--out={tmp_path / 'out.jsonl'}",
     "--settings=6+2:1", "--steps=5", "--texts=1",
-    "--choices=last_query,oracle,fitted,expected/mean,mlp_hidden,ridge_place/scores",
+    "--choices=last_query,oracle,fitted,expected/mean,mlp_hidden,ridge_distance/scores",
   ]  # fmt: skip
   root = Path(__file__).parents[2]
   tables = []
@@ -216,5 +248,5 @@ def test_the_command_measures_all_forms_and_resumes(tmp_path):
     tables.append([line for line in done.stdout.splitlines() if " tokens 6+2 w=1 " in line])
   assert tables[0] == tables[1]
   assert len(tables[0]) == 6
-  assert [float(line.split("|")[4]) for line in tables[0][:2]] == [0, 1]
+  assert [float(line.split("|")[4].split()[0]) for line in tables[0][:2]] == [0, 1]
   assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 7

@@ -62,6 +62,9 @@ def test_files_of_budgets_are_beside_the_checkpoint(files: list[Path], tmp_path:
   assert find_budget_files(tmp_path, "a.json,b.json") == [Path("a.json"), Path("b.json")]
   with pytest.raises(FileNotFoundError, match="has no files budgets"):
     find_budget_files(tmp_path / "elsewhere", None)
+  package = [Path("p.json")]
+  assert find_budget_files(tmp_path / "elsewhere", None, package) == package
+  assert find_budget_files(tmp_path, None, package) == sorted(files)
 
 
 def test_generate_takes_a_share_of_the_keys(files: list[Path], tmp_path: Path):

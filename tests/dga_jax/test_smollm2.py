@@ -24,7 +24,12 @@ from dga_jax.head_budgets import read_head_budgets
 from dga_jax.loading import load
 from dga_jax.model import apply_budgets, Decoder, ModelConfig
 from dga_jax.model.flops import setting_keys
-from dga_jax.pretrained import calibration_note, default_budgets, smollm2_budget_files
+from dga_jax.pretrained import (
+  calibration_note,
+  default_budgets,
+  package_budget_files,
+  smollm2_budget_files,
+)
 from dga_jax.tokenizer import Tokenizer
 
 EXPECTED = Path(__file__).parents[1] / "golden" / "smollm2" / "expected.npz"
@@ -118,6 +123,7 @@ def test_budgets_are_those_of_the_model_and_keep_their_share(percent: str) -> No
 def test_attention_dga_of_the_imported_model_is_its_budgets(loaded: Any) -> None:
   model, config, _ = loaded
   assert default_budgets(config) is None  # Dense attention.
+  assert package_budget_files(config) == list(smollm2_budget_files().values())
   dga = dataclasses.replace(config, attention="dga", dga=RETROFIT)
   budgets = default_budgets(dga)
   assert budgets == read_head_budgets(smollm2_budget_files()["35"])
@@ -129,6 +135,7 @@ def test_attention_dga_of_the_imported_model_is_its_budgets(loaded: Any) -> None
   assert default_budgets(older) is None
   deeper = dataclasses.replace(dga, num_layers=31)
   assert default_budgets(deeper) is None
+  assert package_budget_files(deeper) == []
   note = calibration_note(deeper, "runs/a")
   assert note is not None
   assert "dga calibrate --workdir=runs/a --documents=TEXTS.jsonl --keys=0.35" in note

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import pytest
 
 from dga_jax import DGAConfig, dynamic_group_attention
+from dga_jax.model.attention_kinds.dense import DenseAttention
 from tests.nightly import nightly
 from tests.pallas_kernels.tpu import compile_for_tpu, TOPOLOGIES
 
@@ -90,6 +91,22 @@ def test_backward(chip: str, length: str):
   backward_kernels = [name for name in kernels(compiled) if "transpose" in name]
   for part in ("dq", "dkdv_summaries", "dkdv_window"):
     assert any(f"grouped_attention_{part}" in name for name in backward_kernels)
+
+
+@pytest.mark.parametrize(("length", "head_dim"), [(4096, 64), (4000, 128), (2048, 80)])
+def test_dense_attention(length: int, head_dim: int):
+  """SmolLM2's head size, a length that is padded, an odd head size: no array of all pairs."""
+  shapes = [(1, length, heads, head_dim) for heads in (9, 3, 3, 9)]
+  args = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+  def gradients(q: jax.Array, k: jax.Array, v: jax.Array, dout: jax.Array) -> Any:
+    out, pull = jax.vjp(DenseAttention(), q, k, v)
+    return out, pull(dout)
+
+  compiled = compile_for_tpu(gradients, *args, chip="v5e")
+  assert largest_array(compiled) < length * length
+  for part in ("fwd", "dq", "dkv"):
+    assert any(f"splash_mha_{part}" in name for name in kernels(compiled))
 
 
 @pytest.mark.parametrize("chip", TOPOLOGIES)

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dga_jax.attention.context_parallel.dense import dense_attend_sharded
-from dga_jax.attention.dense import dense_attention, DenseImplementation, xla_attention
+from dga_jax.attention.dense import dense_attention, xla_attention
 from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.dense_cache import DenseCache, DenseCacheAttention
+from pallas_kernels.dispatch import Implementation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +22,7 @@ class DenseAttention(DenseCacheAttention):
 
   name = "dense"
 
-  implementation: DenseImplementation | None = None
+  implementation: Implementation = None
 
   def attend(
     self,

@@ -54,8 +54,19 @@ class DenseCacheAttention(AttentionKind):
   ) -> tuple[Float[Array, "B L H D"], DenseCache]:
     """Attends over right-padded prompts and stores them; decoding overwrites the padding."""
     o_BxLxHxD = self.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
+    return o_BxLxHxD, self.cache_prompt(k_BxLxNxD, v_BxLxNxD, metadata, max_length=max_length)
+
+  def cache_prompt(
+    self,
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    metadata: Documents,
+    *,
+    max_length: int,
+  ) -> DenseCache:
+    """The cache after right-padded prompts."""
     free = ((0, 0), (0, 0), (0, max_length - k_BxLxNxD.shape[1]), (0, 0))
-    return o_BxLxHxD, DenseCache(
+    return DenseCache(
       key=jnp.pad(k_BxLxNxD.swapaxes(1, 2), free),
       value=jnp.pad(v_BxLxNxD.swapaxes(1, 2), free),
       length=metadata.row_length,

@@ -9,9 +9,10 @@ from dga_jax.attention.context_parallel.attend import attend_sharded
 from dga_jax.attention.metadata import AttentionMetadata, prepare
 from dga_jax.attention.segments import Documents
 from dga_jax.cache import CompactCache, decode_step, empty_cache, extend
-from dga_jax.cache.prompt import attend_and_prefill_prepared
+from dga_jax.cache.prompt import attend_and_prefill_prepared, cache_prompt
 from dga_jax.config import DGAConfig
 from dga_jax.model.attention_kinds.base import AttentionKind
+from pallas_kernels.grouped_attention import KVSources
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,19 @@ class DynamicGroupAttention(AttentionKind):
       max_length=max_length,
       focal_scores=focal_scores,
     )
+
+  def cache_prompt(
+    self,
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    metadata: AttentionMetadata,
+    *,
+    sources: KVSources,
+    max_length: int,
+    focal_scores: Float[Array, "B L N"] | None = None,
+  ) -> CompactCache:
+    """The cache after prompts whose tokens are merged."""
+    return cache_prompt(k_BxLxNxD, v_BxLxNxD, focal_scores, metadata, sources, max_length)
 
   def decode(
     self,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention.head_classes import HeadClasses, switch_rows
+from dga_jax.attention.joint_heads import attend_jointly, attends_jointly
 from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadBudgets, HeadRow, HeadSetting, SinkWindow, split_row
@@ -188,12 +189,20 @@ class LayerHeads(AttentionKind):
     focal_scores: Float[Array, "B L N"] | None = None,
   ) -> Float[Array, "B L H D"]:
     """Attention over whole sequences; inside a `jax.shard_map`, of the device's heads."""
+    settings = self.kind.budgets.settings
 
     def attend(setting: int, *heads: Array) -> Array:
       return _attend_class(self.kind.kinds[setting], metadata[setting], *heads)
 
+    def attend_row(row: HeadRow, q: Array, k: Array, v: Array, *scores: Array) -> Array:
+      classes = HeadClasses(row)
+      if attends_jointly(q, classes, settings):
+        own = scores[0][..., 0] if scores else None
+        return attend_jointly(q, k, v, classes, metadata, focal_scores=own).out
+      return classes.map(attend, q, k, v, *scores)
+
     return self._switch(
-      lambda row, *heads: HeadClasses(row).map(attend, *heads),
+      attend_row,
       q_BxLxHxD,
       k_BxLxNxD,
       v_BxLxNxD,
@@ -215,17 +224,18 @@ class LayerHeads(AttentionKind):
     Only the heads with the setting "full" send all of their keys and values to all devices.
 
     Raises:
-      ValueError: the devices that split heads have different settings of them. Each device would
-        wait for collectives that the others do not run.
+      ValueError: the devices that split heads have different settings. Each device would wait for
+        collectives that the others do not run.
     """
     _, parts = head_part()
     for row in self.kind.rows:
       if len(set(split_row(row, parts))) > 1:
         raise ValueError(
           f"head_budgets has a layer with the settings {row}, and {parts} devices split its heads "
-          "while others split sequences; every device must have the same settings. Order the heads "
-          f"with apply_budgets(model, budgets, parts={parts}), choose for each setting a number of "
-          f"heads that {parts} divides, or split heads over fewer devices."
+          "while others split sequences; every device must have the same settings. The trainer and "
+          f"apply_budgets(model, budgets, parts={parts}) order the heads so if {parts} divides the "
+          "number of heads of every setting in every layer. Choose such budgets, or split heads "
+          "over fewer devices (config.mesh.tensor in training)."
         )
 
     def attend(setting: int, q: Array, k: Array, v: Array, *scores: Array) -> Array:
@@ -257,10 +267,40 @@ class LayerHeads(AttentionKind):
     def prefill(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
       kind = self.kind.kinds[setting]
       out, prompt = _prefill_class(kind, max_length, metadata[setting], options, *qkv)
-      written = jax.tree.map(lambda all_layers, one: all_layers.at[rank].set(one), cache, prompt)
-      return out, written
+      return out, _write_layer(cache, prompt, rank)
 
-    return self.update(caches, prefill, (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), focal_scores)
+    def prefill_jointly(
+      q: Array,
+      k: Array,
+      v: Array,
+      caches: tuple[Any, ...],
+      classes: HeadClasses,
+      settings: Sequence[HeadSetting],
+      rank: Array,
+      *,
+      focal_scores: Array | None,
+    ) -> tuple[Array, tuple[Any, ...]] | None:
+      if not attends_jointly(q, classes, settings):
+        return None
+      joint = attend_jointly(q, k, v, classes, metadata, focal_scores=focal_scores)
+
+      def write(setting: int, cache: Any) -> Any:
+        kind: Any = self.kind.kinds[setting]
+        own_k, own_v, *scores = (
+          classes.take(x, setting) for x in (k, v, *_with_channel(focal_scores))
+        )
+        options = _own_scores(kind, scores)
+        if setting in joint.merged:
+          options["sources"] = joint.merged[setting]
+        prompt = kind.cache_prompt(
+          own_k, own_v, metadata[setting], max_length=max_length, **options
+        )
+        return _write_layer(cache, prompt, rank)
+
+      return joint.out, tuple(map(write, classes.settings, caches))
+
+    qkv = (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD)
+    return self.update(caches, prefill, qkv, focal_scores, jointly=prefill_jointly)
 
   def update(
     self,
@@ -333,17 +373,16 @@ def _attend_class(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill_class(
-  kind: AttentionKind,
-  max_length: int,
-  metadata: Any,
-  options: _Options,
-  q: Array,
-  k: Array,
-  v: Array,
+  kind: AttentionKind, max_length: int, metadata: Any, options: _Options, *qkv: Array
 ) -> tuple[Array, Any]:
   """`prefill` of the heads of one class."""
-  out: tuple[Array, Any] = kind.prefill(q, k, v, metadata, max_length=max_length, **options)
-  return out
+  out, prompt = kind.prefill(*qkv, metadata, max_length=max_length, **options)
+  return out, prompt
+
+
+def _write_layer(stacked: Any, layer: Any, rank: Array) -> Any:
+  """The stacked caches of layers with the cache of one of them."""
+  return jax.tree.map(lambda all_layers, one: all_layers.at[rank].set(one), stacked, layer)
 
 
 def _with_channel(focal_scores: Array | None) -> tuple[Array, ...]:

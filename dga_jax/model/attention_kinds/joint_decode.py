@@ -15,9 +15,9 @@ from dga_jax.head_budgets import HeadSetting
 from dga_jax.model.attention_kinds.dense_cache import DenseCache
 from pallas_kernels.decode import (
   CompactHeads,
+  has_heads_kernel,
   HeadCache,
   heads_step,
-  heads_step_refusal,
   TokenArrays,
   TokenHeads,
 )
@@ -47,15 +47,16 @@ def decode_jointly(
     layer: the layer to update and read.
     focal_scores: of the new token, if a setting has the selector "fitted".
   """
-  if not classes.are_adjacent:
-    return None
   D = q_BxHxD.shape[-1]
-  heads = [
-    _heads(cache, settings[index], classes.heads_of(index), D)
-    for index, cache in zip(classes.settings, caches, strict=True)
-  ]
-  if heads_step_refusal(q_BxHxD, heads) is not None:
+  heads = None
+  if classes.are_adjacent:
+    heads = [
+      _heads(cache, settings[index], classes.heads_of(index), D)
+      for index, cache in zip(classes.settings, caches, strict=True)
+    ]
+  if not has_heads_kernel(q_BxHxD, heads):
     return None
+  assert heads is not None
   scores = None if focal_scores is None else comparable_scores(focal_scores)
   out_BxHxD, updated = heads_step(q_BxHxD, k_BxNxD, v_BxNxD, heads, layer, scores, scale=D**-0.5)
   return out_BxHxD, tuple(

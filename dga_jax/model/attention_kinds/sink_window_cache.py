@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
 from dga_jax.model.attention_kinds.base import AttentionKind
+from pallas_kernels import dispatch
 from pallas_kernels.gather import take_positions
 from pallas_kernels.masks import masked_softmax
 
@@ -73,15 +74,26 @@ class SinkWindowCacheAttention(AttentionKind):
     max_length: int,
   ) -> tuple[Float[Array, "B L H D"], SinkWindowCache]:
     """Attends over right-padded prompts and stores their first and last tokens."""
-    B, L, N, D = k_BxLxNxD.shape
     o_BxLxHxD = self.attend(q_BxLxHxD, k_BxLxNxD, v_BxLxNxD, metadata)
+    return o_BxLxHxD, self.cache_prompt(k_BxLxNxD, v_BxLxNxD, metadata, max_length=max_length)
+
+  def cache_prompt(
+    self,
+    k_BxLxNxD: Float[Array, "B L N D"],
+    v_BxLxNxD: Float[Array, "B L N D"],
+    metadata: Any,
+    *,
+    max_length: int,
+  ) -> SinkWindowCache:
+    """The cache after right-padded prompts."""
+    B, L, N, D = k_BxLxNxD.shape
     empty = self.init_cache(B, max_length, N, D, k_BxLxNxD.dtype)
     length_B = metadata.documents.row_length
     S, W = empty.sink_key.shape[2], empty.ring_key.shape[2]
     held_BxW = _last_in_slot(length_B - S, W)
     ring_BxW = jnp.where(held_BxW >= 0, held_BxW + S, L)
     sink_BxS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
-    return o_BxLxHxD, SinkWindowCache(
+    return SinkWindowCache(
       sink_key=take_positions(k_BxLxNxD, sink_BxS).swapaxes(1, 2),
       sink_value=take_positions(v_BxLxNxD, sink_BxS).swapaxes(1, 2),
       ring_key=take_positions(k_BxLxNxD, ring_BxW).swapaxes(1, 2),
@@ -98,6 +110,14 @@ class SinkWindowCacheAttention(AttentionKind):
     layer: Int[Array, ""],
   ) -> tuple[Float[Array, "B H D"], SinkWindowCache]:
     """Replaces the token that leaves the window by the new one, and attends to the cache."""
+    stepped: tuple[Array, SinkWindowCache] = dispatch.run(
+      "window_decode_step", None, q_BxHxD, k_BxNxD, v_BxNxD, cache, layer, kind=self
+    )
+    return stepped
+
+  def _decode(
+    self, q_BxHxD: Array, k_BxNxD: Array, v_BxNxD: Array, cache: SinkWindowCache, layer: Array
+  ) -> tuple[Array, SinkWindowCache]:
     (B, H, D), N = q_BxHxD.shape, k_BxNxD.shape[1]
     S, W = cache.sink_key.shape[-2], cache.ring_key.shape[-2]
     position_B = cache.length[layer]
@@ -189,6 +209,13 @@ class SinkWindowCacheAttention(AttentionKind):
     """Keys of sinks [B, T or 1, S, N, D] at the distance at which each query sees them."""
     del position_BxT
     return key
+
+
+def _decode_xla(*step: Any, kind: SinkWindowCacheAttention) -> tuple[Array, SinkWindowCache]:
+  return kind._decode(*step)
+
+
+dispatch.define("window_decode_step", dispatch.Backend("xla", dispatch.ANY, _decode_xla))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -122,6 +122,18 @@ def test_one_program_serves_every_assignment(decoder: AssignedDecoder) -> None:
   assert program._run_layers._cache_size() == compiled
 
 
+def test_settings_that_come_later_compile_nothing() -> None:
+  first = AssignedDecoder(small.decoder(), small.CANDIDATES[:2], later=small.CANDIDATES[2:])
+  first.compile([(2, small.LENGTH)])
+  compiled = program._run_layers._cache_size()
+  one = np.array([[0, 1], [0, 0], [1, 1]])
+  before = run(first, one)
+  second = AssignedDecoder(small.decoder(), small.CANDIDATES, later=small.CANDIDATES[2:])
+  np.testing.assert_array_equal(run(second, one), before)
+  run(second, np.full(small.SHAPE, 2))
+  assert program._run_layers._cache_size() == compiled
+
+
 def test_losses_and_divergences_are_means_over_the_targets(decoder: AssignedDecoder) -> None:
   model, tokens = small.decoder(), small.tokens()
   position = np.array([[3, 40, 191], [7, 8, 0]], np.int32)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dga_jax.budget_choice import find_budget_files
 from dga_jax.calibration.allocation import Scale
 from dga_jax.calibration.candidates import make_grid
 from dga_jax.calibration.comparison import Baseline
@@ -141,8 +142,7 @@ def calibrate(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     sys.executable, "-m", "dga_jax.calibrate", f"--workdir={tmp_path / 'run'}",
     f"--documents={tmp_path / 'documents.jsonl'}", "--blocks=6+1", "--windows=7,42", "--sinks=2",
     "--samples=1", "--puzzles=passkey", "--sliding_windows=",
-    "--rounds=2", "--batch_size=4", "--tail=0", f"--output={tmp_path}/b.json",
-    *flags,
+    "--rounds=2", "--batch_size=4", "--tail=0", *flags,
   ]  # fmt: skip
   return subprocess.run(
     command,
@@ -160,15 +160,17 @@ def test_the_command(tmp_path: Path) -> None:
   done = calibrate(tmp_path, "--length=256", "--keys=0.6", "--shares=1")
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith("Dense: perplexity ")
-  assert done.stdout.split()[-2:] == [f"{tmp_path}/b.json", f"{tmp_path}/b.png"]
-  budgets = read_head_budgets(tmp_path / "b.json")
+  output = tmp_path / "run" / "budgets-0.6.json"  # Where dga generate --keys looks.
+  assert done.stdout.split()[-2:] == [str(output), str(output.with_suffix(".png"))]
+  assert find_budget_files(tmp_path / "run", None) == [output]
+  budgets = read_head_budgets(output)
   assert (budgets.num_layers, budgets.num_kv_heads) == (2, 2)
   keys = [setting_keys(budgets.setting(layer, head), 256) for layer in (0, 1) for head in (0, 1)]
-  stored = json.loads((tmp_path / "b.json").read_text())["calibration"]
+  stored = json.loads(output.read_text())["calibration"]
   assert stored["cost"] == pytest.approx(np.mean(keys) / 256)
   assert stored["cost"] <= 0.6
   assert stored["table"][0]["budgets"] == stored["dense"]
-  measured = (tmp_path / "b.measured.jsonl").read_text()
+  measured = (tmp_path / "run/budgets.measured.jsonl").read_text()
   # 4 heads under 4 candidates, on text and on retrieval.
   heads = [line for line in measured.splitlines() if '"head ' in line]
   assert sum(" beside " not in line for line in heads) == 4 * 4 * 2
@@ -176,8 +178,8 @@ def test_the_command(tmp_path: Path) -> None:
   # The result is no worse than any start on the calibration rows, which are the table's.
   assert min(one["score"] for one in stored["starts"]) >= stored["score"] - 1e-12
   # The same command measures nothing again.
-  content = (tmp_path / "b.json").read_bytes()
+  content = output.read_bytes()
   again = calibrate(tmp_path, "--length=256", "--keys=0.6", "--shares=1")
   assert (again.returncode, again.stdout) == (0, done.stdout)
-  assert (tmp_path / "b.measured.jsonl").read_text() == measured
-  assert (tmp_path / "b.json").read_bytes() == content
+  assert (tmp_path / "run/budgets.measured.jsonl").read_text() == measured
+  assert output.read_bytes() == content

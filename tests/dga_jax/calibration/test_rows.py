@@ -24,6 +24,26 @@ def test_the_targets_of_a_text_are_its_second_half() -> None:
   assert rows.position[0].tolist() == list(range(32, 64))
 
 
+def test_the_last_tokens_alone_are_targets() -> None:
+  half, last = (
+    Rows.from_texts(small.DOCUMENTS, tiny.TOKENIZER, 64, 2, targets) for targets in (None, 5)
+  )
+  assert last.tokens.tolist() == half.tokens.tolist()
+  assert targets_of(last, 1) == targets_of(half, 1)[-5:]
+  assert last.position[0].tolist() == [59, 60, 61, 62, 63]
+  with pytest.raises(ValueError, match="targets is 65; it must be from 1 to the row's length, 64"):
+    Rows.from_texts(small.DOCUMENTS, tiny.TOKENIZER, 64, 2, 65)
+
+
+def test_targets_of_batches_are_padded_without_weight() -> None:
+  rows = Rows.from_texts(small.DOCUMENTS, tiny.TOKENIZER, 64, 2, 5)
+  ((_, batch),) = rows.batches(8)
+  assert batch.target.shape == (6, 64)
+  np.testing.assert_array_equal(batch.target[:, :5], rows.target)
+  assert not batch.weight[:, 5:].any()
+  assert not batch.question[:, 5:].any()
+
+
 @pytest.mark.parametrize("puzzle", ["passkey", "key_value", "needle"])
 def test_the_targets_of_a_puzzle_are_its_answer(puzzle: str) -> None:
   rows = Rows.from_puzzles(

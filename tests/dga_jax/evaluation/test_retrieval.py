@@ -10,7 +10,7 @@ from dga_jax.evaluation import retrieval
 from dga_jax.evaluation.answers import answer
 from dga_jax.evaluation.retrieval import exact_match, Haystack, NEW_TOKENS, Sample, TASKS
 from dga_jax.evaluation.variants import Variant
-from dga_jax.generation import generate, Sampling
+from dga_jax.generation import ContinuousBatching, generate, Sampling
 from tests.dga_jax.evaluation.tiny import family, STORY, TOKENIZER
 
 HAY = Haystack([STORY * 40, STORY * 2], TOKENIZER)
@@ -114,3 +114,33 @@ def test_batched_answers_equal_those_of_single_prompts() -> None:
     )
     assert TOKENIZER.decode(alone.tokens[0]) == text
   assert ticks == [1, 1, 1]
+
+
+def test_jobs_of_a_variant_and_length_share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+  made, init = [], ContinuousBatching.__init__
+
+  def count(self: ContinuousBatching, *args: object, **kwargs: object) -> None:
+    made.append(kwargs.get("prompt_length"))
+    init(self, *args, **kwargs)  # type: ignore[arg-type]
+
+  monkeypatch.setattr(ContinuousBatching, "__init__", count)
+  own, rng = family(), np.random.default_rng(0)
+  wanted, found = [], []
+  for new_tokens, sizes in ((3, (40, 7, 23)), (5, (50,))):
+    prompts = [rng.integers(0, 256, size).tolist() for size in sizes]
+    answers = own.answers(Variant("v"), 64, TOKENIZER, 2)
+    found += answers(prompts, new_tokens)
+    wanted += [
+      TOKENIZER.decode(
+        generate(
+          own.model(Variant("v"), 64), [prompt], max_new_tokens=new_tokens,
+          sampling=Sampling(temperature=0.0), stop_ids=[256],
+        ).tokens[0]
+      )
+      for prompt in prompts
+    ]  # fmt: skip
+  assert found == wanted
+  assert [length for length in made if length] == [64]
+  with pytest.raises(ValueError, match="Prompt 0 has 60 tokens"):
+    answers([[1] * 60], 5)
+  assert own.answers(Variant("v", {"attention": "dense"}), 64, TOKENIZER, 2) is not answers

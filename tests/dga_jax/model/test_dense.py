@@ -11,11 +11,12 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dga_jax.attention.dense import causal_sources
 from dga_jax.attention.segments import find_documents
-from dga_jax.attention.splash import splash_causal
+from dga_jax.attention.splash import padded_length, splash_causal
 from dga_jax.model.attention_kinds.dense import DenseAttention
 from pallas_kernels.grouped_attention import grouped_attention
 from tests.dga_jax.attention.cases import arrays
 from tests.pallas_kernels.h100 import lower_for_h100
+from tests.pallas_kernels.tpu import abstract_mesh
 
 
 def test_a_full_cache_keeps_its_tokens() -> None:
@@ -111,10 +112,14 @@ def test_gpu_kernels_are_used_and_as_exact_as_xla(length: int, packed: bool) -> 
     assert error <= bound * np.abs(plain.astype(jnp.float32) - want).max()
 
 
-def test_splash_attention_equals_dense_attention() -> None:
-  """Compares values and gradients with two query heads per KV head and two documents per row."""
-  q, k, v, t = arrays(0, 1, 256, 2, 1, 128)
-  ids = jnp.asarray(np.repeat([[1, 2]], [100, 156], axis=1).astype(np.int32))
+@pytest.mark.parametrize(("length", "head_dim"), [(256, 128), (200, 64)])
+def test_splash_attention_equals_dense_attention(length: int, head_dim: int) -> None:
+  """Compares values and gradients with two query heads per KV head and two documents per row.
+
+  A length that is no multiple of a tile is padded.
+  """
+  q, k, v, t = arrays(0, 1, length, 2, 1, head_dim)
+  ids = jnp.asarray(np.repeat([[1, 2]], [100, length - 100], axis=1).astype(np.int32))
 
   def run(attend: Callable[..., jax.Array]) -> tuple[jax.Array, ...]:
     out, pull = jax.vjp(attend, q, k, v)
@@ -126,22 +131,31 @@ def test_splash_attention_equals_dense_attention() -> None:
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-  ("length", "head_dim", "wants"), [(256, 64, "head_dim"), (200, 128, "200")]
-)
-def test_calls_that_splash_attention_does_not_support(
-  length: int, head_dim: int, wants: str
-) -> None:
-  q, k, v, _ = arrays(0, 1, length, 1, 1, head_dim)
-  with pytest.raises(NotImplementedError, match=wants):
-    DenseAttention("splash")(q, k, v)
+def test_tiles_of_splash_attention() -> None:
+  tiles = [padded_length(length) for length in (1, 384, 512, 513, 1500, 2304, 8192)]
+  assert tiles == [
+    (128, 128), (384, 384), (512, 512), (1024, 1024), (1536, 512), (2560, 512), (8192, 1024)
+  ]  # fmt: skip
 
 
-def test_a_mesh_of_tpus_uses_splash_attention() -> None:
+def test_calls_that_splash_attention_does_not_support() -> None:
+  q = jax.ShapeDtypeStruct((1, 256, 1, 64), jnp.float16)
+  with (
+    jax.sharding.use_abstract_mesh(abstract_mesh()),
+    pytest.raises(NotImplementedError, match="query is float16; splash attention needs bfloat16"),
+  ):
+    jax.eval_shape(DenseAttention("splash"), q, q, q)
+  on_cpu = jnp.zeros(q.shape)
+  with pytest.raises(NotImplementedError, match="splash: runs on a TPU, and this call is for cpu"):
+    DenseAttention("splash")(on_cpu, on_cpu, on_cpu)
+
+
+@pytest.mark.parametrize(("length", "head_dim"), [(256, 128), (256, 64), (200, 80)])
+def test_a_mesh_of_tpus_uses_splash_attention(length: int, head_dim: int) -> None:
   device = AbstractDevice(device_kind="TPU v5", num_cores=2, platform="tpu")
   axes = {"axis_types": (AxisType.Auto,), "abstract_device": device}
-  q = jax.ShapeDtypeStruct((1, 256, 2, 128), jnp.bfloat16)
-  kv = jax.ShapeDtypeStruct((1, 256, 1, 128), jnp.bfloat16)
+  q = jax.ShapeDtypeStruct((1, length, 2, head_dim), jnp.bfloat16)
+  kv = jax.ShapeDtypeStruct((1, length, 1, head_dim), jnp.bfloat16)
 
   def program(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return DenseAttention()(q, k, v)

@@ -2,6 +2,7 @@
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import httpx
 import jax
@@ -13,6 +14,7 @@ import dga_jax
 from dga_jax import HeadBudgets
 from dga_jax.config import RETROFIT
 from dga_jax.generation import Sampling
+from dga_jax.model import Decoder
 from dga_jax.serving import launch
 from tests.dga_jax.chat import chatty
 from tests.dga_jax.evaluation.tiny import CONFIG
@@ -65,21 +67,54 @@ def test_kinds_with_other_budgets_have_weights_of_their_own(
     lambda config: budgets if config.attention == "dga" else None,
   )
   workdir = chatty.write_checkpoint(tmp_path / "run")
-  engines = {}
+  made = load_without_engines(monkeypatch, workdir, attentions=order)
+  assert [name for name, *_ in made] == [f"run-{attention}" for attention in order]
+  check_weights(made)
+
+
+def test_each_of_several_budgets_is_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  workdir = chatty.write_checkpoint(tmp_path / "run")
+  budgets = {
+    "25": HeadBudgets(("full", RETROFIT), ((1, 0), (1, 1))),
+    "50": HeadBudgets(("full", RETROFIT), ((1, 0), (1, 0))),
+  }
+  made = load_without_engines(monkeypatch, workdir, attentions=[None], budgets=budgets)
+  assert [name for name, *_ in made] == ["run-25", "run-50"]
+  for (_, model, _), own in zip(made, budgets.values(), strict=True):
+    assert model.config.head_budgets.counts() == own.counts()
+  check_weights(made)
+  ((name, *_),) = load_without_engines(
+    monkeypatch, workdir, attentions=[None], budgets={"25": budgets["25"]}
+  )
+  assert name == "run"
+  with pytest.raises(ValueError, match="attention is 'dense' and budgets are given"):
+    load_without_engines(monkeypatch, workdir, attentions=["dense"], budgets=budgets)
+
+
+def load_without_engines(
+  monkeypatch: pytest.MonkeyPatch, workdir: Path, **options: Any
+) -> list[tuple[str, Decoder, nnx.State]]:
+  """The name, the model and the weights of each model of `load_models`."""
+  made = []
 
   def make_engine(loaded, weights, settings, progress):
     del settings, progress
-    engines[loaded.model.config.attention] = loaded.model, weights
+    made.append((loaded.model, weights))
 
   monkeypatch.setattr(launch, "_make_engine", make_engine)
   settings = launch.LaunchSettings(
     slots=1, max_length=64, max_waiting=1, prompt_chunk=16, decode_chunk=1, cache_bytes=None,
     host_bytes=0, mesh=None,
   )  # fmt: skip
-  launch.load_models(
-    str(workdir), None, name=None, attentions=order, dtype=None, budgets=None, settings=settings,
-    progress=contextlib.nullcontext,
+  models = launch.load_models(
+    str(workdir), None, name=None, dtype=None, settings=settings, progress=contextlib.nullcontext,
+    **options,
   )  # fmt: skip
-  for model, weights in engines.values():
+  return [(one.name, *own) for one, own in zip(models, made, strict=True)]
+
+
+def check_weights(made: list[tuple[str, Decoder, nnx.State]]) -> None:
+  """The weights of each model have the order of its own heads."""
+  for _, model, weights in made:
     wanted = launch.compute_weights(model, None)
     jax.tree.map(np.testing.assert_array_equal, *map(nnx.to_pure_dict, (weights, wanted)))

@@ -16,6 +16,7 @@ from pallas_kernels.group_merge.mosaic_tpu_group_merge import (
 )
 from pallas_kernels.group_merge.triton_group_merge import merge_blocks_triton, merge_groups_triton
 from pallas_kernels.group_merge.xla import merge_blocks_xla, merge_groups_xla
+from pallas_kernels.head_range import HeadRange
 from pallas_kernels.mosaic_tpu_common import CHECKED
 from tests.pallas_kernels.group_merge.reference import groups_reference, indices_of_blocks
 from tests.pallas_kernels.h100 import compile_for_h100, lower_for_h100, needs_cuda_compiler
@@ -70,17 +71,18 @@ class Case:
 
   def kernels(self, **options: Any) -> Any:
     """The Triton kernels as a function of query, key and value."""
-    return self._bind(merge_blocks_triton, merge_groups_triton, **options)
+    return self.bind(merge_blocks_triton, merge_groups_triton, **options)
 
   def tpu_kernels(self, **options: Any) -> Any:
     """The TPU kernels as a function of query, key and value."""
-    return self._bind(merge_blocks_mosaic_tpu, merge_groups_mosaic_tpu, **options)
+    return self.bind(merge_blocks_mosaic_tpu, merge_groups_mosaic_tpu, **options)
 
   def plain(self) -> Any:
     """The jax.numpy implementation as a function of query, key and value."""
-    return self._bind(merge_blocks_xla, merge_groups_xla)
+    return self.bind(merge_blocks_xla, merge_groups_xla)
 
-  def _bind(self, blocks: Any, by_index: Any, **options: Any) -> Any:
+  def bind(self, blocks: Any, by_index: Any, **options: Any) -> Any:
+    """One of two implementations as a function of query, key and value."""
     options["scale"] = 0.3
     if self.focal_per_block:
       options |= {"members": self.members, "focal": self.focal_per_block}
@@ -244,6 +246,53 @@ def test_ties_select_the_earlier_token():
   np.testing.assert_array_equal(chosen, np.broadcast_to([0, 1, 2], (1, 1, 4, 3)))
 
 
+@pytest.mark.parametrize(
+  ("name", "backend"),
+  [("raw_window", "plain"), ("raw_window", "triton"), ("blocks", "triton"), ("blocks", "tpu")],
+)
+def test_a_range_of_heads_is_merged_in_place(name: str, backend: str):
+  """Entries and gradients of two of four heads are those of arrays of these heads alone."""
+  heads = HeadRange(1, 2)
+  few = CASES[name]
+  many = dataclasses.replace(few, query_heads=8, kv_heads=4)
+  arrays = many.arrays()
+  own = [heads.of(x, 4) for x in arrays]
+  options = {
+    "plain": {},
+    "triton": {"interpret": True},
+    "tpu": {"interpret": True},
+  }[backend]
+  functions = {
+    "plain": (merge_blocks_xla, merge_groups_xla),
+    "triton": (merge_blocks_triton, merge_groups_triton),
+    "tpu": (merge_blocks_mosaic_tpu, merge_groups_mosaic_tpu),
+  }[backend]
+
+  def run(arrays: list[jax.Array], **options: Any) -> Any:
+    def merge(*arrays: jax.Array) -> Any:
+      query, entries, *_ = few.bind(*functions, **options)(*arrays)
+      return query, entries
+
+    (query, entries), pull = jax.vjp(merge, *arrays)
+    d = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), entries)
+    d = d._replace(window_key=2 * entries.window_key, window_value=3 * entries.window_value)
+    return query, entries, pull((4 * query, d))
+
+  query, entries, gradients = jax.jit(functools.partial(run, heads=heads, **options))(arrays)
+  _, own_entries, own_gradients = jax.jit(functools.partial(run, **options))(own)
+  np.testing.assert_array_equal(query, arrays[0])
+  np.testing.assert_array_equal(entries.window_key, arrays[1])
+  for got, wanted in zip(entries[:4], own_entries[:4], strict=True):
+    np.testing.assert_array_equal(got, wanted)
+  for x, got, wanted, factor in zip(arrays, gradients, own_gradients, (4, 2, 3), strict=True):
+    inside = heads.of(got, 4)
+    np.testing.assert_allclose(inside, wanted, rtol=1e-5, atol=1e-5)
+    outside = factor * x
+    ratio = x.shape[2] // 4
+    keep = np.r_[0:ratio, 3 * ratio : 4 * ratio]
+    np.testing.assert_allclose(got[:, :, keep], outside[:, :, keep], rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["reordered", "raw_window", "blocks"])
 def test_lowers_for_h100(name: str):
   case = dataclasses.replace(CASES[name], head_dim=64, dtype="bfloat16")
@@ -280,6 +329,8 @@ def test_unsupported_calls_name_the_reason():
     call(*CASES["reordered"].arrays(), *case.index_arrays(), implementation="triton")
   with pytest.raises(ValueError, match="implementation is 'fast'"):
     call(*case.arrays(), *case.index_arrays(), implementation="fast")
+  with pytest.raises(ValueError, match="reorder_window is True with heads=HeadRange"):
+    call(*case.arrays(), *case.index_arrays(), heads=HeadRange(0, 1))
   # Without a name the call uses the backend that runs on any device.
   start = jnp.zeros((2, 1), jnp.int32)
   merge_blocks(*case.arrays(), start, members=4, focal=1, scale=1.0)

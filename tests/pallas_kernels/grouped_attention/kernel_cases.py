@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from pallas_kernels.grouped_attention import KVSource, KVSources
+from pallas_kernels.grouped_attention import HeadOrder, KVSource, KVSources
 from pallas_kernels.grouped_attention.reference import grouped_attention_reference
 from pallas_kernels.grouped_attention.xla import grouped_attention_xla
 from tests.rounding import assert_close
@@ -33,6 +33,8 @@ class Case:
     group_bias: bias of the logits of groups.
     dtype: dtype of query, keys and values.
     without_groups: whether the group source has no keys, as for sinks with a window.
+    full_heads: the first KV heads, which see all earlier tokens of their document as the window.
+      With them, the last KV head sees no keys.
     blind_heads: the first KV heads, which see no keys.
   """
 
@@ -49,6 +51,7 @@ class Case:
   group_bias: float = 0.0
   dtype: str = "float32"
   without_groups: bool = False
+  full_heads: int = 0
   blind_heads: int = 0
 
   def inputs(self, seed: int = 0) -> tuple[jax.Array, KVSources, dict[str, Any]]:
@@ -59,12 +62,7 @@ class Case:
     make = self._bidirectional_row if self.bidirectional else make
     fields_BxnxFxL = np.stack(
       [
-        np.stack(
-          [
-            (self._blind_row if n < self.blind_heads else make)(rng, row)
-            for n in range(bound_heads)
-          ]
-        )
+        np.stack([self._row_of_head(n, make)(rng, row) for n in range(bound_heads)])
         for row in self.documents
       ]
     )
@@ -86,6 +84,10 @@ class Case:
     block = self.group_size + 1 if self.streaming else self.group_size
     block = 2 * block if self.bidirectional else block
     options = {"scale": D**-0.5, "group_bias": self.group_bias, "max_window": block}
+    if self.full_heads:
+      full, others = (0, self.full_heads), (self.full_heads, self.kv_heads - self.full_heads)
+      order = HeadOrder(keys=(full, others), entries=(others, full))
+      options |= {"max_window": self.length, "head_order": order}
     return query, KVSources(*sources), options
 
   def _sorted_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
@@ -134,10 +136,30 @@ class Case:
       base += [length // block, length // block, length]
     return self._pad(columns, base)
 
+  def _row_of_head(self, head: int, make: Any) -> Any:
+    """The function that makes the ranges of a head, which is `make` for most heads."""
+    if head < self.full_heads:
+      return self._full_row
+    is_last = head == self.kv_heads - 1
+    if head < self.blind_heads or (self.full_heads and is_last):
+      return self._blind_row
+    return make
+
   def _blind_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
     """Ranges of queries that see no keys."""
     del rng, documents
     return np.zeros((6, self.length), int)
+
+  def _full_row(self, rng: np.random.Generator, documents: tuple[int, ...]) -> np.ndarray:
+    """Ranges of causal dense attention inside each document."""
+    del rng
+    zero, base = np.zeros(self.length, int), 0
+    columns = [np.zeros((6, 0), int)]
+    for length in documents:
+      i = base + np.arange(length)
+      columns.append(np.stack([*[zero[:length]] * 4, zero[:length] + base, i + 1]))
+      base += length
+    return self._pad(columns, np.array([0, 0, base]))
 
   def _pad(self, columns: list[np.ndarray], base: np.ndarray) -> np.ndarray:
     """Adds the ranges of padding, which are empty and at the end of each source."""
@@ -164,6 +186,14 @@ CASES = {
   ),
   "without_groups": Case(
     documents=((75,),), length=75, streaming=True, shared_bounds=True, without_groups=True
+  ),
+  "full_heads": Case(
+    documents=((120, 30), (99,)),
+    length=160,
+    streaming=True,
+    query_heads=4,
+    kv_heads=4,
+    full_heads=1,
   ),
   "blind_heads": Case(documents=((120,),), length=130, kv_heads=4, query_heads=4, blind_heads=3),
   "bidirectional": Case(
@@ -243,6 +273,17 @@ GPU_CASES = {
     kv_heads=6,
     query_heads=12,
     blind_heads=3,
+    group_size=16,
+    head_dim=128,
+    dtype="bfloat16",
+  ),
+  "full_heads": Case(
+    documents=((1400, 300), (1690,)),
+    length=1800,
+    streaming=True,
+    query_heads=10,
+    kv_heads=5,
+    full_heads=2,
     group_size=16,
     head_dim=128,
     dtype="bfloat16",

@@ -1,4 +1,4 @@
-"""One kernel for all heads of a layer decodes as the caches of its classes do one by one."""
+"""Prompts and tokens of a layer with all heads in one call, and class by class."""
 
 import functools
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from dga_jax import DGAConfig, HeadBudgets, SinkWindow
-from dga_jax.model.attention_kinds import joint_decode
+from dga_jax.attention.segments import find_documents
+from dga_jax.model.attention_kinds import head_budgets, joint_decode
 from dga_jax.model.attention_kinds.head_budgets import HeadBudgetsAttention
 from pallas_kernels.decode.triton_heads import heads_step_triton
 from pallas_kernels.decode.triton_split import Tile
@@ -70,7 +71,7 @@ def test_interpreted_kernel_decodes_as_the_classes(monkeypatch: pytest.MonkeyPat
     return interpreted(*args, **options)
 
   monkeypatch.setattr(joint_decode, "heads_step", kernel)
-  monkeypatch.setattr(joint_decode, "heads_step_refusal", lambda *_: None)
+  monkeypatch.setattr(joint_decode, "has_heads_kernel", lambda *_: True)
   caches, got = decode((0, 1), steps)
   assert len(calls) == 2  # One for each layer.
   np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
@@ -81,6 +82,32 @@ def test_interpreted_kernel_decodes_as_the_classes(monkeypatch: pytest.MonkeyPat
       rtol=1e-4,
       atol=1 if x.dtype == jnp.int8 else 1e-5,
     )
+
+
+@pytest.mark.parametrize("lengths", [None, (37, 21)])
+def test_a_joint_prompt_has_the_output_and_the_caches_of_the_classes(
+  monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, int] | None
+):
+  L = 37
+  q, k, v, scores = (jnp.moveaxis(x, 0, 1) for x in tokens(L))
+  documents = find_documents(B, L, None if lengths is None else jnp.asarray(lengths), None)
+
+  def prefill():
+    @jax.jit
+    def run(q, k, v, scores, documents):
+      caches = KIND.init_caches(len(ROWS), B, M, N, D, jnp.float32)
+      heads = KIND.at_layer(KIND.layer_index(0))
+      return heads.prefill_into(
+        caches, q, k, v, KIND.prepare(documents), max_length=M, focal_scores=scores
+      )
+
+    return run(q, k, v, scores, documents)
+
+  wanted = prefill()
+  monkeypatch.setattr(head_budgets, "attends_jointly", lambda *_: True)
+  got = prefill()
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1 if x.dtype == jnp.int8 else 1e-5)
 
 
 def test_a_gpu_decodes_a_layer_with_two_kernels_and_copies_no_heads():
