@@ -266,7 +266,7 @@ class LayerHeads(AttentionKind):
 
     def prefill(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
       kind = self.kind.kinds[setting]
-      out, prompt = _prefill_class(kind, max_length, metadata[setting], options, *qkv)
+      out, prompt = _prefill_class(kind, max_length, metadata[setting], options, qkv)
       return out, _write_layer(cache, prompt, rank)
 
     def prefill_jointly(
@@ -373,11 +373,11 @@ def _attend_class(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _prefill_class(
-  kind: AttentionKind, max_length: int, metadata: Any, options: _Options, *qkv: Array
+  kind: AttentionKind, max_length: int, metadata: Any, options: _Options, qkv: _QKV
 ) -> tuple[Array, Any]:
   """`prefill` of the heads of one class."""
-  out, prompt = kind.prefill(*qkv, metadata, max_length=max_length, **options)
-  return out, prompt
+  q, k, v = qkv
+  return kind.prefill(q, k, v, metadata, max_length=max_length, **options)
 
 
 def _write_layer(stacked: Any, layer: Any, rank: Array) -> Any:
