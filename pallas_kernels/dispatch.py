@@ -205,6 +205,10 @@ OPS: dict[str, tuple[Backend, ...]] = {
     ),
     Backend("xla", _ANY, "quantized_product.xla:quantized_product_xla"),
   ),
+  "rms_norm": (
+    Backend("triton", _AMPERE, "rms_norm.triton_rms_norm:rms_norm_triton", "rms_norm.api:refusal"),
+    Backend("xla", _ANY, "rms_norm.xla:rms_norm_xla"),
+  ),
 }
 
 

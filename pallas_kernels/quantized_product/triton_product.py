@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode.triton_tile import MIN_DOT_SIDE
 from pallas_kernels.kernel_common import out_struct
-from pallas_kernels.quantized_product.norm import rms_norm
+from pallas_kernels.rms_norm.triton_rms_norm import rms_norm_triton
 from pallas_kernels.triton_common import dot, padded_slice
 
 
@@ -59,7 +59,7 @@ def quantized_product_triton(
   """See `quantized_product`."""
   if norm_scale is not None:
     # In the loop over the inputs, the norm would delay the loads of the weight.
-    x_BxK = rms_norm(x_BxK, norm_scale, epsilon)
+    _, x_BxK = rms_norm_triton(x_BxK, norm_scale, epsilon=epsilon, interpret=interpret)
   parts = range(2 if swiglu else 1)
   B, inputs = x_BxK.shape
   channels = numbers_TxK.shape[0] // len(parts)
