@@ -86,12 +86,13 @@ def _kernel(scale_ref: Any, *refs: Any, epsilon: float) -> None:
     other = None if exists_W is None else 0
     return plgpu.load(ref.at[at], mask=exists_W, other=other).astype(jnp.float32)
 
-  y_W = load(refs[0])
+  # All loads precede the sum over the row, whose barriers would delay a load after them.
+  y_W, *update = [load(ref) for ref in refs[:inputs]]
+  scale_W = load(scale_ref)
   out_ref, *sum_refs = refs[inputs:]
   if sum_refs:
-    rounded_W = (y_W + load(refs[1])).astype(out_ref.dtype)
+    rounded_W = (y_W + update[0]).astype(out_ref.dtype)
     plgpu.store(sum_refs[0].at[at], rounded_W, mask=exists_W)
     y_W = rounded_W.astype(jnp.float32)
   inverse = lax.rsqrt((y_W * y_W).sum() / E + epsilon)
-  normed_W = y_W * (inverse * load(scale_ref))
-  plgpu.store(out_ref.at[at], normed_W.astype(out_ref.dtype), mask=exists_W)
+  plgpu.store(out_ref.at[at], (y_W * (inverse * scale_W)).astype(out_ref.dtype), mask=exists_W)
