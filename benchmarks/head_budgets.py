@@ -34,7 +34,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,9 @@ def main(argv: Sequence[str]) -> None:
   sets = list(_read_sets(config))
   lengths, prompts, ruler = (list(map(int, flag.value)) for flag in (_LENGTHS, _PROMPTS, _RULER))
   measure = _Measure(model, Results(out / "results.jsonl"), sets)
-  measure.compile({*lengths, *prompts, *ruler})
+  counts = [(length, len(_text_rows(documents, tokenizer, length, None))) for length in lengths]
+  counts += [(length, _SAMPLES.value) for length in prompts]
+  measure.compile([*counts, *((length, _RULER_SAMPLES.value) for length in ruler)])
   lines = [f"{environment()}, {config.dtype}, {len(documents)} documents"]
   for length in lengths:
     own = [one.scaled_to(length) for one in sets] if _SCALE.value else sets
@@ -154,18 +156,18 @@ class _Measure:
     self._model, self._results = model, results
     self._settings = list(dict.fromkeys(x for one in sets for x in one.budgets.settings))
 
-  def compile(self, lengths: Collection[int]) -> None:
-    """Compiles the program of each length, all at the same time."""
+  def compile(self, counts: Sequence[tuple[int, int]]) -> None:
+    """Compiles the program of each shape at the same time; from lengths and numbers of rows."""
     begin = time.perf_counter()
-    shapes = [(_batch_size(length), length) for length in lengths]
+    shapes = {(_batch_size(length, count), length) for length, count in counts}
     AssignedDecoder(self._model, self._settings).compile(shapes)
-    print(f"{len(lengths)} lengths compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+    print(f"{len(shapes)} shapes compiled in {time.perf_counter() - begin:.0f} s", flush=True)
 
   def __call__(
     self, name: str, rows: Rows, length: int, sets: Sequence[Set]
   ) -> list[dict[str, Any]]:
     settings = dict.fromkeys(setting for one in sets for setting in one.budgets.settings)
-    begin, size = time.perf_counter(), _batch_size(length)
+    begin, size = time.perf_counter(), _batch_size(length, len(rows))
     measurer = Measurer(self._model, list(settings), self._results, size, later=self._settings)
     measured = [measurer.measure_rows(name, rows, *as_baseline(one.budgets)) for one in sets]
     print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
@@ -176,7 +178,7 @@ class _Measure:
   ) -> list[np.ndarray]:
     """The score of each prompt of a part, for every set."""
     decoder = AssignedDecoder(self._model, self._settings)
-    shape = (_batch_size(length), length)
+    shape = (_batch_size(length, len(part.prompts)), length)
     guesses: list[list[int]] = [[] for _ in part.prompts]
     scores = []
     for one in sets:
@@ -190,8 +192,14 @@ class _Measure:
     return scores
 
 
-def _batch_size(length: int) -> int:
-  return max(1, _BATCH_TOKENS.value // length)
+def _batch_size(length: int, rows: int) -> int:
+  return min(rows, max(1, _BATCH_TOKENS.value // length))
+
+
+def _text_rows(
+  documents: Sequence[Document], tokenizer: Tokenizer, length: int, last: int | None
+) -> Rows:
+  return Rows.from_texts(documents, tokenizer, length, _ROWS.value, last)
 
 
 def _text_title(length: int, last: int | None) -> str:
@@ -206,8 +214,8 @@ def _text_table(
   length: int,
   last: int | None,
 ) -> str:
-  per_document = [len(Rows.from_texts([one], tokenizer, length, _ROWS.value)) for one in documents]
-  rows = Rows.from_texts(documents, tokenizer, length, _ROWS.value, last)
+  per_document = [len(_text_rows([one], tokenizer, length, last)) for one in documents]
+  rows = _text_rows(documents, tokenizer, length, last)
   losses = measure(f"text {length}" + (f" last {last}" if last else ""), rows, length, sets)
   dense = np.array(losses[0]["loss"])
   body = []

@@ -32,7 +32,7 @@ from benchmarks.paper_parts.pretraining import Pretraining
 from benchmarks.paper_parts.question_sets import QuestionSets
 from benchmarks.paper_parts.registry import PARTS, write_report
 from benchmarks.timing import environment
-from configs.smollm2_continued import ATTENTION
+from configs.smollm2_continued import DEFAULT_RUNS, RUNS
 from dga_jax.choices import DtypeName
 from dga_jax.evaluation.jobs import run_jobs
 from dga_jax.evaluation.results import Results
@@ -57,10 +57,13 @@ _MODELS = define_paths(
 _DTYPE = flags.DEFINE_enum("dtype", "float32", get_args(DtypeName), "Dtype of the activations.")
 _BUDGETS = define_paths("budgets", "For the shares: JSON files of calibrated budgets.")
 _TRAIN_FILES = define_paths("train_files", "For continued pretraining: books, and facts.")
+_VALIDATION_FILES = define_paths(
+  "validation_files", "For continued pretraining: held-out books, and held-out facts."
+)
 _RUNS = flags.DEFINE_list(
   "runs",
-  list(ATTENTION),
-  f"Runs of continued pretraining: JSON files of head budgets, or of {', '.join(ATTENTION)}.",
+  list(DEFAULT_RUNS),
+  f"Runs of continued pretraining: JSON files of head budgets, or of {', '.join(RUNS)}.",
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of continued pretraining, one run for each.")
 _LONGBENCH = define_path("longbench", None, "For continued pretraining: LongBench-E's folder.")
@@ -68,9 +71,10 @@ _QUESTIONS = define_path("questions", None, "For continued pretraining: question
 _LIMIT = flags.DEFINE_integer("limit", None, "Largest number of examples of a file.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 1000, "Steps of continued pretraining.", lower_bound=20)
 _CACHE_DIR = define_path("cache_dir", None, "Folder of tokenized text; default: in OUT.")
-flags.register_validator(
-  "train_files", lambda files: len(files) in (0, 2), message="train_files are two: books and facts."
-)
+for _name in ("train_files", "validation_files"):
+  flags.register_validator(
+    _name, lambda files: len(files) in (0, 2), message=f"{_name} are two: books and facts."
+  )
 flags.register_validator(
   "seeds", lambda seeds: all(map(str.isdecimal, seeds)), message="seeds are numbers."
 )
@@ -128,6 +132,7 @@ def _pretraining(out: Path) -> Pretraining | None:
     folder=out / "continued",
     cache_dir=Path(_CACHE_DIR.value or out / "continued" / "data"),
     train_files=(books, facts),
+    validation_files=tuple(_VALIDATION_FILES.value),
     runs=tuple(_RUNS.value),
     seeds=tuple(map(int, _SEEDS.value)),
     question_sets=QuestionSets(_LONGBENCH.value, _QUESTIONS.value, _LIMIT.value),

@@ -7,36 +7,25 @@
 
 All runs have the same data, steps and learning rate: 65 536 tokens a step, half of the rows pieces
 of books, half of them documents in which facts are told and asked for later. The text after the
-colon is a key of ATTENTION, or a JSON file of head budgets that `dga calibrate` wrote for MODEL.
-With selector="fitted" in the file MODEL is the output of `dga fit_selector`.
+colon is one of RUNS, or a JSON file of head budgets for MODEL. With selector="fitted" in the file,
+as in those of gates_quarter and budgets_eighth, MODEL is the output of `dga fit_selector`.
 `./workspace bench paper --parts=continued` trains and evaluates every run. On a GPU set
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false.
 
---config.num_steps=500 takes 162 seconds of steps on one H200 with dense attention (202 thousand
-tokens/s) and 132 seconds with full heads and DGA (249 thousand), and 35 GB of its memory; full
-heads with DGA compile for up to three minutes on a busy host. Held-out perplexity over that of
-dense attention: DGA global 1.26, streaming at a quarter 1.025, sinks and window 1.020, full heads
-with a window 1.0055, full heads with DGA 1.0060 (docs/paper.md).
+On one H200 --config.num_steps=500 takes 162 seconds of steps with dense attention (202 thousand
+tokens/s), 131 with gates_quarter (250 thousand) and 121 with budgets_eighth (272 thousand), and
+35 GB of its memory. The step compiles for 15, 46 and 122 seconds (1, 3 and 5 kinds of layers).
+Held-out perplexity over that of dense attention with the same seed: global 1.26, streaming_quarter
+1.025, window_quarter 1.020, budgets_quarter 1.0060, duo_quarter 1.0055, gates_window_quarter
+1.0068, gates_quarter 1.003, budgets_eighth 1.0110 (docs/paper.md).
 """
 
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
 _LAYERS, _KV_HEADS = 30, 3
-# (layer, KV head) of the heads that stay full in the two budgets below: those that `dga calibrate
-# --keys=0.25 --length=8192` keeps full in the model before training.
-_FULL_HEADS = (
-  (7, 2), (8, 0), (15, 1), (17, 1), (18, 2), (20, 1), (20, 2), (22, 2), (23, 0), (23, 2), (24, 0),
-)  # fmt: skip
-
-
-def _full_heads_and(setting: dict[str, Any]) -> dict[str, Any]:
-  """Budgets in which `_FULL_HEADS` are full and all other heads follow one setting."""
-  assignment = [
-    [int((layer, head) not in _FULL_HEADS) for head in range(_KV_HEADS)] for layer in range(_LAYERS)
-  ]
-  return {"settings": ["full", setting], "assignment": assignment}
 
 
 def _streaming(group_size: int, local_window: int) -> dict[str, Any]:
@@ -63,36 +52,32 @@ ATTENTION: dict[str, dict[str, Any]] = {
       "assignment": [[0] * _KV_HEADS] * _LAYERS,
     },
   },
-  # The form of DuoAttention: full heads, and sinks with a window in all others. Then the same full
-  # heads, and DGA in all others.
-  "duo_quarter": {
-    "attention": "head_budgets",
-    "head_budgets": _full_heads_and({"window": 1188, "sinks": 4}),
-  },
-  "budgets_quarter": {
-    "attention": "head_budgets",
-    "head_budgets": _full_heads_and(_streaming(62, local_window=11)),
-  },
 }
+# Runs whose heads have settings of their own. The files say how their full heads were chosen. Those
+# with the selector "fitted" need a model from `dga fit_selector`, and are no default of
+# `./workspace bench paper`.
+_BUDGETS = Path(__file__).parent / "budgets"
+DEFAULT_RUNS = (*ATTENTION, "duo_quarter", "budgets_quarter")
+RUNS = (*DEFAULT_RUNS, "gates_quarter", "gates_window_quarter", "budgets_eighth")
 
 
 def get_config(run: str = "streaming_quarter") -> ConfigDict:
-  """A run by its key in ATTENTION, or by a JSON file of head budgets.
+  """A run by its name, or by a JSON file of head budgets.
 
   Args:
-    run: the key, or a path that ends in .json.
+    run: one of RUNS, or a path that ends in .json.
 
   Raises:
-    ValueError: no such key.
+    ValueError: no such run.
   """
-  is_file = run.endswith(".json")
-  if not is_file and run not in ATTENTION:
+  if run not in RUNS and not run.endswith(".json"):
     raise ValueError(
-      f"run is {run!r}; it must be a JSON file of head budgets or one of {', '.join(ATTENTION)}."
+      f"run is {run!r}; it must be a JSON file of head budgets or one of {', '.join(RUNS)}."
     )
+  budgets = None if run in ATTENTION else str(_BUDGETS / f"{run}.json") if run in RUNS else run
   return ConfigDict(
     {
-      **({"budgets": run} if is_file else {}),
+      **({} if budgets is None else {"budgets": budgets}),
       "learning_rate": 3e-4,
       "warmup_steps": 50,
       "loss_chunk": 1024,
@@ -117,7 +102,7 @@ def get_config(run: str = "streaming_quarter") -> ConfigDict:
         "mlp_dim": 1536,
         "rope_base": 100000.0,
         "tie_embeddings": True,
-        **({} if is_file else ATTENTION[run]),
+        **ATTENTION.get(run, {}),
       },
     }
   )

@@ -158,6 +158,13 @@ class HeadBudgets:
 
     return tuple(map(order, self.assignment))
 
+  def has_equal_parts(self, parts: int) -> bool:
+    """Whether `parts` divides the heads of every setting in every layer.
+
+    Devices that split the heads in `contiguous_order(parts)` then have equal settings.
+    """
+    return all(row.count(index) % parts == 0 for row in self.assignment for index in set(row))
+
   def permute_kv_heads(self, order: Sequence[Sequence[int]]) -> "HeadBudgets":
     """The budgets of the same model with its KV heads in another order.
 

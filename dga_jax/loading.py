@@ -88,8 +88,20 @@ def load_with_facts(
   dtype: DtypeName | None = None,
   budgets: HeadBudgets | None = None,
   weights: WeightName | None = None,
+  parts: int = 1,
 ) -> Loaded:
-  """As `load`, with what is known of the model's training."""
+  """As `load`, with what is known of the model's training.
+
+  Args:
+    source: as for `load`, as all arguments but `parts` are.
+    step: see there.
+    attention: see there.
+    dtype: see there.
+    budgets: see there.
+    weights: see there.
+    parts: devices that split the KV heads. Heads with settings of their own are in the order for
+      these devices if it gives them equal parts, else in the order for one device.
+  """
   if attention is not None and budgets is not None:
     raise ValueError(f"attention is {attention!r} and budgets are given; give one of them.")
   changes = {"attention": attention, "dtype": dtype}
@@ -108,10 +120,10 @@ def load_with_facts(
   is_imported = bool(origin) and "data" not in saved
   if budgets is None and is_imported:
     budgets = default_budgets(model.config)
-  if budgets is not None:
-    model = apply_budgets(model, budgets)
-  elif model.config.head_budgets is not None:
-    model = arrange_heads(model, model.config.head_budgets)
+  own = model.config.head_budgets if budgets is None else budgets
+  if own is not None:
+    arrange = arrange_heads if budgets is None else apply_budgets
+    model = arrange(model, own, parts=parts if own.has_equal_parts(parts) else 1)
   if weights is not None:
     model = quantize_weights(model, weights)
   if template_sources(origin):

@@ -1,8 +1,7 @@
 """The `smollm2` command without its flags: SmolLM2-135M-Instruct, dense and with head budgets.
 
 The model is the instruction-tuned one, quantized to 4 bits (Q4_1), from PyPI. The package has its
-calibrated head budgets (smollm2_budgets_SHARE.json); docs/models.md has the command that makes the
-files.
+calibrated head budgets (smollm2_budgets_SHARE.json); docs/models.md says how they were made.
 """
 
 import dataclasses

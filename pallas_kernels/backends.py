@@ -15,7 +15,7 @@ class Requirement(NamedTuple):
 
 ANY = Requirement("any device", lambda target: True)
 AMPERE = Requirement("an Ampere or newer GPU", lambda target: target.runs_triton)
-_HOPPER = Requirement("a Hopper GPU", lambda target: target.capability == 9.0)
+HOPPER = Requirement("a Hopper GPU", lambda target: target.capability == 9.0)
 TPU = Requirement("a TPU", lambda target: target.platform == "tpu")
 
 
@@ -44,7 +44,7 @@ OPS: dict[str, tuple[Backend, ...]] = {
   "grouped_attention": (
     Backend(
       "mosaic_gpu",
-      _HOPPER,
+      HOPPER,
       "grouped_attention.mosaic_gpu_attention:grouped_attention_mosaic_gpu",
       "grouped_attention.mosaic_gpu_attention:refusal",
     ),

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import jax
 
-from pallas_kernels.backends import AMPERE, ANY, Backend, OPS, Requirement, TPU
+from pallas_kernels.backends import AMPERE, ANY, Backend, HOPPER, OPS, Requirement, TPU
 from pallas_kernels.target import assume_target, find_target, Target
 
 __all__ = [
   "AMPERE",
   "ANY",
+  "HOPPER",
   "OPS",
   "TPU",
   "Backend",

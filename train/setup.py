@@ -95,6 +95,7 @@ def train(
     functions = make_functions(start.config)
     data = _load_data(start, workdir, functions, repair=repair_data)
     stack.callback(data.close)
+    _log_reads(start.config, data)
     entries = {**start.entries, _FINGERPRINT: data.fingerprint}
     with _note_last_checkpoint(checkpoints, workdir), contextlib.ExitStack() as opened:
       fetched = FILE_NAME if multihost.is_first() else None
@@ -229,6 +230,17 @@ def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair:
       "files, or give another --workdir to start a new run."
     )
   return data
+
+
+def _log_reads(config: TrainConfig, data: Data) -> None:
+  """Logs how often the run reads each corpus."""
+  for name, reads in data.reads(config.data, config.num_steps * config.batch_size).items():
+    logging.info(
+      "The run reads the %d training rows of %s %.2f times.",
+      data.train_rows[name],
+      name or "the data",
+      reads,
+    )
 
 
 def _chat_template(start: _Start) -> ChatTemplate | None:

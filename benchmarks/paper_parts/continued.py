@@ -140,7 +140,8 @@ def _job(
   if config.budgets is not None:
     values["budgets"] = read_head_budgets(config.budgets).to_dict()
   values["data"].pop("cache_dir")
-  values["data"]["train_files"] = [Path(file).name for file in config.data.train_files]
+  for name in ("train_files", "validation_files"):
+    values["data"][name] = [Path(file).name for file in getattr(config.data, name)]
   return Job(
     fields={"task": TASK, "run": run, "seed": seed, "measure": measure},
     depends_on=[values, *settings],
@@ -150,14 +151,23 @@ def _job(
 
 
 def _prepare(config: TrainConfig, inputs: Inputs, settings: Pretraining) -> dict[str, Any]:
-  """Tokenizes the data once; the runs find them in the same folder."""
+  """Tokenizes the data once; the runs find them in the same folder.
+
+  "rows" and "reads" are the training rows of each corpus, and how often a run reads them.
+  """
   begin = time.perf_counter()
   data = load_data(
     config.data, settings.folder, seed=0, batch_size=config.batch_size, tokenizer=inputs.tokenizer
   )
   data.close()
-  sizes = {Path(file).name: Path(file).stat().st_size for file in config.data.train_files}
-  return {"bytes": sizes, "preparation_seconds": time.perf_counter() - begin}
+  seconds = time.perf_counter() - begin
+  reads = data.reads(config.data, config.num_steps * config.batch_size)
+  return {
+    "bytes": {Path(file).name: Path(file).stat().st_size for file in config.data.train_files},
+    "rows": {Path(file).name: rows for file, rows in data.train_rows.items()},
+    "reads": {Path(file).name: round(times, 4) for file, times in reads.items()},
+    "preparation_seconds": seconds,
+  }
 
 
 def _train(config: TrainConfig, workdir: Path, signals: StopSignals | None) -> dict[str, Any]:

@@ -19,8 +19,10 @@ _LABELS = {
   "streaming_eighth": "DGA streaming, an eighth of the keys",
   "window_quarter": "sinks and window, a quarter of the keys",
   "duo_quarter": "11 full heads, sinks and window in the others, a quarter",
-  "calibrated_quarter": "budgets of dga calibrate, a quarter",
   "budgets_quarter": "11 full heads, DGA in the others, a quarter",
+  "gates_window_quarter": "11 full heads by gates, sinks and window in the others, a quarter",
+  "gates_quarter": "11 full heads by gates, DGA with the fitted choice in the others, a quarter",
+  "budgets_eighth": "budgets with four settings, an eighth",
 }
 
 type Results = Sequence[Mapping[str, Any]]  # One for each seed.
@@ -240,33 +242,40 @@ def _with_spread(values: Sequence[float]) -> str:
 
 
 def _plot(by_run: ByRun, path: Path) -> None:
-  """The loss by position above that of dense attention, and the training losses of one seed."""
+  """Losses above dense attention's with the same seed: held-out by position, and of training.
+
+  The two runs of a seed train on the same batches.
+  """
   figure, (by_position, by_step) = make_figure(
     2, "Continued pretraining of SmolLM2-135M", height=5.0
   )
-  dense = by_run.get("dense", {}).get("loss", ())
+  dense = by_run.get("dense", {})
   for index, (name, measures) in enumerate(by_run.items()):
+    if name == "dense":
+      continue
     style: dict[str, Any] = {"color": f"C{index}", "label": _LABELS.get(name, name)}
-    pairs = _pairs(measures["loss"], dense) if "loss" in measures and name != "dense" else []
+    pairs = _pairs(measures["loss"], dense.get("loss", ())) if "loss" in measures else []
     if pairs:
       places = pairs[0][0]["by_position"]
       excess = np.mean([_by_position(one) - _by_position(base) for one, base in pairs], axis=0)
       middles = [(one["from"] + one["to"]) / 2 for one in places]
       by_position.plot(middles, excess, "o-", ms=3, **style)
-    if "train" in measures:
-      losses = np.array(measures["train"][0]["losses"])
-      window = max(1, len(losses) // 20)
-      smooth = np.convolve(losses, np.ones(window) / window, "valid")
+    pairs = _pairs(measures["train"], dense.get("train", ())) if "train" in measures else []
+    if pairs:
+      excess = np.mean([np.subtract(one["losses"], base["losses"]) for one, base in pairs], axis=0)
+      window = max(1, len(excess) // 20)
+      smooth = np.convolve(excess, np.ones(window) / window, "valid")
       by_step.plot(np.arange(len(smooth)) + window, smooth, lw=1, **style)
-  by_position.axhline(0, color="black", lw=0.8)
-  by_position.set_yscale("symlog", linthresh=0.01)
-  by_position.yaxis.set_major_formatter("{x:g}")
+  for axes in (by_position, by_step):
+    axes.axhline(0, color="black", lw=0.8)
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.yaxis.set_major_formatter("{x:g}")
   label(by_position, "held-out loss above dense", "position", "nats per token")
-  label(by_step, "training loss, moving average", "step", "nats per token")
+  label(by_step, "training loss above dense, moving average", "step", "nats per token")
   lines = {line.get_label(): line for axes in (by_step, by_position) for line in axes.get_lines()}
   named = {name: line for name, line in lines.items() if not str(name).startswith("_")}
   if named:
     figure.legend(
-      named.values(), list(map(str, named)), loc="outside lower center", ncols=3, fontsize=8
+      named.values(), list(map(str, named)), loc="outside lower center", ncols=2, fontsize=8
     )
   save(figure, path)

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.paper_parts.question_sets import QuestionSets
 from benchmarks.paper_parts.recall import Recall
-from configs.smollm2_continued import ATTENTION, get_config
+from configs.smollm2_continued import DEFAULT_RUNS, get_config
 from dga_jax.evaluation.perplexity import PerplexitySettings
 from train.config import make_config, TrainConfig
 
@@ -22,7 +22,9 @@ class Pretraining:
     folder: for the runs.
     cache_dir: for the prepared data, which processes may share.
     train_files: two entries with equal weights: books, and documents of train.make_facts.
-    runs: keys of configs.smollm2_continued.ATTENTION, or JSON files of head budgets.
+    validation_files: two entries of held-out text of the same kinds; none to hold out a part of
+      `train_files`.
+    runs: names in configs.smollm2_continued.RUNS, or JSON files of head budgets.
     seeds: of the order of the data.
     overrides: values of TrainConfig that differ from the config file.
     rows: of the held-out loss, an equal number from each book.
@@ -34,7 +36,8 @@ class Pretraining:
   folder: Path
   cache_dir: Path
   train_files: tuple[str, str]
-  runs: tuple[str, ...] = tuple(ATTENTION)
+  validation_files: tuple[str, ...] = ()
+  runs: tuple[str, ...] = DEFAULT_RUNS
   seeds: tuple[int, ...] = (0,)
   overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   rows: int = 24
@@ -48,5 +51,6 @@ class Pretraining:
     values.update(self.overrides)
     values.seed, values.init_from = seed, init_from
     values.data.train_files = self.train_files
+    values.data.validation_files = self.validation_files
     values.data.cache_dir = str(self.cache_dir)
     return make_config(values)

@@ -75,12 +75,10 @@ def causal_sources(
     documents: the rows.
     empty: whether all windows are empty.
   """
-  B, _, N, D = key.shape
-  no_key = jnp.zeros((B, 0, N, D), key.dtype)
   start_BxL = documents.start
   end_BxL = start_BxL if empty else start_BxL + documents.position + documents.is_token
   none_Bx1xL = jnp.zeros_like(start_BxL)[:, None]
-  no_source = KVSource(no_key, no_key, none_Bx1xL, none_Bx1xL)
+  no_source = KVSource(key[:, :0], value[:, :0], none_Bx1xL, none_Bx1xL)
   window = KVSource(key, value, start_BxL[:, None], end_BxL[:, None])
   return KVSources(no_source, no_source, window)
 

@@ -23,6 +23,7 @@ from dga_jax.attention.segments import Documents
 from dga_jax.attention.sink_window import sink_window_sources, SinkWindowMetadata
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadSetting
+from pallas_kernels import dispatch
 from pallas_kernels.dispatch import find_target, Implementation
 from pallas_kernels.grouped_attention import grouped_attention, HeadOrder, KVSource, KVSources
 from pallas_kernels.grouped_attention.block_sizes import H100_MULTIPROCESSORS
@@ -46,20 +47,47 @@ def attends_jointly(
   settings: Sequence[HeadSetting],
   implementation: Implementation = None,
 ) -> bool:
-  """Whether `attend_jointly` is for a call: on a Hopper GPU, with adjacent heads of each setting.
+  """Whether `attend_jointly` is for a call; else each setting has a call of its own.
 
-  A bias of the groups' logits would be that of all heads, so no setting may have one.
+  Args:
+    query: of the call, as the following arguments are.
+    classes: the setting of every KV head.
+    settings: of the heads.
+    implementation: of `grouped_attention`.
   """
-  own = [settings[index] for index in classes.settings]
-  return (
-    len(own) > 1
-    and classes.are_adjacent
-    and implementation in (None, "mosaic_gpu")
-    and find_target(query).capability == 9.0
-    and query.dtype.itemsize == 2
-    and query.shape[-1] in (64, 128)
-    and all(not isinstance(s, DGAConfig) or s.group_logit_bias == "none" for s in own)
-  )
+  choice = dispatch.choose("attend_heads", None, query, classes, settings, implementation)
+  return choice == "one_call"
+
+
+def _joint_refusal(
+  query: Array,
+  classes: HeadClasses,
+  settings: Sequence[HeadSetting],
+  implementation: Implementation,
+) -> str | None:
+  """Why one call cannot compute all heads; None if it can."""
+  D, own = query.shape[-1], [settings[index] for index in classes.settings]
+  if len(own) == 1:
+    return "all heads have one setting"
+  if not classes.are_adjacent:
+    return "the heads of a setting are not adjacent"
+  if implementation not in (None, "mosaic_gpu", ("mosaic_gpu",)):
+    return f"implementation is {implementation!r}; it must be None or 'mosaic_gpu'"
+  if query.dtype not in (jnp.bfloat16, jnp.float16):
+    return f"query is {query.dtype}; it must be bfloat16 or float16"
+  if D not in (64, 128):
+    return f"head_dim is {D}; it must be 64 or 128"
+  if any(isinstance(one, DGAConfig) and one.group_logit_bias != "none" for one in own):
+    return "a setting has group_logit_bias, which would be that of all heads"
+  return None
+
+
+# The kernels of `grouped_attention` for all heads, or a call for each setting.
+dispatch.define(
+  "attend_heads",
+  dispatch.Backend("one_call", dispatch.HOPPER, None, _joint_refusal),
+  dispatch.Backend("each_setting", dispatch.ANY, None),
+)
 
 
 class _Tokens(NamedTuple):

@@ -135,7 +135,7 @@ def sink_window_sources(
     heads: the KV heads of the sinks; None for all. The window has all heads. Use the key and value
       of the window downstream, so that gradients are added in place.
   """
-  B, _, N, D = key.shape
+  B, _, N, _ = key.shape
   heads = heads or HeadRange(0, N)
 
   def take_sinks(x: Array) -> tuple[Array, Array]:
@@ -144,6 +144,7 @@ def sink_window_sources(
     return x, take_positions(heads.of(x, N), metadata.sink_index)
 
   (key, sink_key), (value, sink_value) = take_sinks(key), take_sinks(value)
-  no_key = jnp.zeros((B, 0, heads.size, D), key.dtype)
+  # XLA's compiler for CPUs crashes on a constant of no elements in a program for several devices.
+  no_key = heads.of(key[:, :0], N)
   entries = Entries(sink_key, sink_value, no_key, no_key, key, value)
   return metadata.visibility.sources(entries)

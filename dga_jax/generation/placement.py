@@ -7,7 +7,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from dga_jax.model.config import ModelConfig
-from dga_jax.model.sharded_attention import splits_heads
+from dga_jax.model.sharded_attention import has_heads, splits_heads
 from dga_jax.sharding import constrain
 
 
@@ -23,7 +23,8 @@ class Placement:
   def __init__(self, mesh: Mesh | None, batch_axes: list[int | None], config: ModelConfig) -> None:
     self._mesh, self._batch_axes, self._num_kv_heads = mesh, batch_axes, config.num_kv_heads
     parts = 1 if mesh is None else mesh.shape["tensor"]
-    self._splits_heads = splits_heads(config.make_attention(), config.num_kv_heads, parts)
+    self._kind = config.make_attention()
+    self._splits_heads = splits_heads(self._kind, config.num_kv_heads, parts)
 
   def cache_shapes(self, cache: Any) -> Any:
     """The shapes of a cache with their shardings."""
@@ -64,8 +65,11 @@ class Placement:
     shardings: list[NamedSharding | None] = []
     for leaf, axis in zip(leaves, self._batch_axes, strict=True):
       spec = PartitionSpec()
-      has_heads = axis is not None and leaf.shape[axis + 1 : axis + 2] == (self._num_kv_heads,)
-      if axis is not None and has_heads and self._splits_heads:
+      if (
+        axis is not None
+        and self._splits_heads
+        and has_heads(self._kind, leaf.shape[axis + 1 :], self._num_kv_heads)
+      ):
         spec = PartitionSpec(*[None] * (axis + 1), "tensor")
       shardings.append(NamedSharding(self._mesh, spec))
     return shardings

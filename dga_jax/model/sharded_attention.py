@@ -1,7 +1,7 @@
 """Attention of the model on a mesh: each device attends to its own rows and heads."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -170,7 +170,7 @@ def update_on_mesh(
   partition = AttentionPartition(mesh, heads=heads)
   before_heads = [None] * (k.ndim - 2)
   states = PartitionSpec(*before_heads, heads or None, None)
-  in_caches = jax.tree.map(lambda x: _cache_spec(x, N, heads), caches)
+  in_caches = jax.tree.map(lambda x: _cache_spec(kind, x, N, heads), caches)
 
   def split_states(x: Array) -> Array:
     # Without it, the compiler gathers weights where `update` wants all heads.
@@ -206,16 +206,29 @@ def update_on_mesh(
 def splits_heads(kind: AttentionKind, num_kv_heads: int, parts: int) -> bool:
   """Whether a mesh axis of this size splits the KV heads of a cache.
 
-  Layers with settings of their own store the heads of each setting together, in an order that is
-  not the order of the heads. Every device then has the whole cache.
+  Else every device has the whole cache: caches of heads with settings of their own are split where
+  all devices have the same settings.
   """
-  return not kind.layers_differ and num_kv_heads % parts == 0
+  return num_kv_heads % parts == 0 and kind.has_equal_parts(parts)
 
 
-def _cache_spec(x: Array, num_kv_heads: int, heads: tuple[str, ...]) -> PartitionSpec:
+def has_heads(kind: AttentionKind, after_rows: Sequence[int], num_kv_heads: int) -> bool:
+  """Whether an array of a cache has an axis of KV heads, which then follows that of the rows.
+
+  Args:
+    kind: the attention kind. Heads with settings of their own have arrays for the heads of each.
+    after_rows: sizes of the array's axes after that of the rows.
+    num_kv_heads: of the model.
+  """
+  return len(after_rows) > 0 and (kind.layers_differ or after_rows[0] == num_kv_heads)
+
+
+def _cache_spec(
+  kind: AttentionKind, x: Array, num_kv_heads: int, heads: tuple[str, ...]
+) -> PartitionSpec:
   """How an array of a cache is split: its axes are layers, rows and, in most arrays, KV heads."""
-  has_heads = x.ndim > 2 and x.shape[2] == num_kv_heads
-  return PartitionSpec(None, None, heads or None) if has_heads else PartitionSpec()
+  is_split = has_heads(kind, x.shape[2:], num_kv_heads)
+  return PartitionSpec(None, None, heads or None) if is_split else PartitionSpec()
 
 
 def _partition(

@@ -95,7 +95,13 @@ def load_models(
     kinds = [(own, attentions[0], heads) for own, heads in budgets.items()]
   for label, attention, heads in kinds:
     loaded = load_with_facts(
-      workdir, step=step, attention=attention, dtype=dtype, budgets=heads, weights=weights
+      workdir,
+      step=step,
+      attention=attention,
+      dtype=dtype,
+      budgets=heads,
+      weights=weights,
+      parts=1 if settings.mesh is None else settings.mesh.shape["tensor"],
     )
     own = loaded.model.config.head_budgets
     if shared is None or arranged != own or not fits_weights(loaded.model, shared):

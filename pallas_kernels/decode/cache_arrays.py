@@ -129,9 +129,8 @@ class CompactHeads(NamedTuple):
 
   @property
   def sizes(self) -> tuple[int, ...]:
-    """Entries of each array of keys of a head, and tokens of the block of the new one."""
-    arrays = (self.arrays.compact_key, self.arrays.raw_key)
-    return *(x.shape[-2] for x in arrays), self.rule.layout.block_size
+    """Entries of each array of keys of a head."""
+    return self.arrays.compact_key.shape[-2], self.arrays.raw_key.shape[-2]
 
 
 class TokenHeads(NamedTuple):

@@ -36,6 +36,8 @@ from pallas_kernels.kernel_common import out_struct
 
 # More programs of one head take longer to combine.
 _MOST_SPLITS = 64
+# Tiles of a program above which more programs than the GPU runs at once are faster.
+_LONG = 16
 
 
 class ClassStep(NamedTuple):
@@ -158,10 +160,11 @@ def heads_step_triton(
 def class_steps(
   classes: Sequence[HeadCache], batch: int, *, R: int, scale: float, tile: Tile
 ) -> tuple[ClassStep, ...]:
-  """The steps of all classes, whose programs fit the GPU at once if possible.
+  """The steps of all classes, with as many programs as the GPU runs at once if possible.
 
   A program of any class reads at most as many tiles as the others, or two, unless a head then has
-  more than `_MOST_SPLITS` programs.
+  more than `_MOST_SPLITS` programs. Where programs would read more than `_LONG` tiles, there are
+  twice as many: the GPU begins the next program where one ends, which balances their work.
   """
 
   def steps_of(most: int) -> tuple[ClassStep, ...]:
@@ -172,10 +175,12 @@ def class_steps(
     return tuple(steps)
 
   def fits(most: int) -> bool:
-    return batch * sum(one.programs for one in steps_of(most)) <= tile.slots
+    return batch * sum(one.programs for one in steps_of(most)) <= slots
 
+  tiles = sum(one.heads.size * _num_tiles(one, tile) for one in classes)
+  slots = tile.slots * (2 if batch * tiles > _LONG * tile.slots else 1)
   # With the last number, no class divides its entries.
-  whole = max(2, *(tiles_of_split(one, 1, tile.entries) for one in classes))
+  whole = max(2, 1 + max(_num_tiles(one, tile) for one in classes))
   return steps_of(2 + bisect.bisect_left(range(2, whole), True, key=fits))
 
 
@@ -183,22 +188,28 @@ def _class_step(
   one: HeadCache, before: int, most: int, *, R: int, scale: float, tile: Tile
 ) -> ClassStep:
   """The step of a class whose programs read at most `most` tiles each, where splits allow it."""
-  step: CompactStep | TokenStep
-  splits = next(
-    (P for P in range(1, _MOST_SPLITS) if tiles_of_split(one, P, tile.entries) <= most),
-    _MOST_SPLITS,
-  )
-  if isinstance(one, CompactHeads):
-    step = CompactStep(one.rule, scale, one.group_bias, tile.entries, R, splits)
-  else:
-    step = TokenStep(one.is_ring, scale, tile.entries, R, splits)
+
+  def divided(splits: int) -> CompactStep | TokenStep:
+    if isinstance(one, CompactHeads):
+      return CompactStep(one.rule, scale, one.group_bias, tile.entries, R, splits)
+    return TokenStep(one.is_ring, scale, tile.entries, R, splits)
+
+  steps = map(divided, range(1, _MOST_SPLITS + 1))
+  step = next((x for x in steps if tiles_of_program(one, x, tile) <= most), divided(_MOST_SPLITS))
   leaves, structure = jax.tree.flatten(one.arrays)
   return ClassStep(one.heads, step, before, structure, len(leaves), len(one.lengths))
 
 
-def tiles_of_split(one: HeadCache, splits: int, entries: int) -> int:
-  """Tiles of `entries` entries that a program reads if `splits` of them divide a head."""
-  return pl.cdiv(sum(pl.cdiv(size, entries) for size in one.sizes), splits)
+def tiles_of_program(one: HeadCache, step: CompactStep | TokenStep, tile: Tile) -> int:
+  """The most tiles that a program of a head reads of the entries that programs share."""
+  if isinstance(step, CompactStep):
+    return pl.cdiv(_num_tiles(one, tile) + step.block_tiles, step.splits)
+  return pl.cdiv(_num_tiles(one, tile), step.programs)
+
+
+def _num_tiles(one: HeadCache, tile: Tile) -> int:
+  """Tiles of the entries of a head."""
+  return sum(pl.cdiv(size, tile.entries) for size in one.sizes)
 
 
 def _heads_kernel(

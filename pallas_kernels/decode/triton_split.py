@@ -80,9 +80,9 @@ def attend_split(
     layer: of the cache.
     T: entries of a tile.
     scale: of the logits.
-    split: which part is this program's.
+    split: which part is this program's; none if it is negative.
     num_splits: the parts.
-    tiles_before: tiles at the begin of the list that the first programs read elsewhere.
+    tiles_before: tiles at the begin of the list that the caller reads itself.
   """
   tiles = [lax.div(source.end + (T - 1), T) for source in sources]
   total = functools.reduce(jnp.add, tiles) + tiles_before

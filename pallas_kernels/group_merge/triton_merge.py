@@ -9,7 +9,7 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -135,15 +135,30 @@ def _merge_kernel(
 
 def _weighted(weights_SxT: Array, member_SxT: Array, x_TxD: Array) -> Array:
   """weights @ x, exact to float32. A non-finite row makes only its own group NaN."""
+  merged_SxD = _product(weights_SxT, x_TxD)
+  # A non-finite row makes its column of all groups non-finite, because 0 · inf is NaN.
+  is_odd = jnp.where(merged_SxD - merged_SxD == 0, 0, 1).max(axis=1).max() > 0
+  return lax.cond(
+    is_odd, lambda: _weighted_apart(weights_SxT, member_SxT, x_TxD), lambda: merged_SxD
+  )
+
+
+def _weighted_apart(weights_SxT: Array, member_SxT: Array, x_TxD: Array) -> Array:
+  """`_weighted` for tiles with non-finite rows, which it leaves out of the product."""
   wide_TxD = x_TxD.astype(jnp.float32)
   odd_T = (wide_TxD - wide_TxD).sum(axis=1) != 0  # inf − inf is NaN, which is not 0
   x_TxD = jnp.where(odd_T[:, None], 0, x_TxD).astype(x_TxD.dtype)
+  odd_S = jnp.where(member_SxT & odd_T[None], 1, 0).max(axis=1) > 0
+  return jnp.where(odd_S[:, None], jnp.nan, _product(weights_SxT, x_TxD))
+
+
+def _product(weights_SxT: Array, x_TxD: Array) -> Array:
+  """weights @ x of float32 weights."""
   high_SxT = weights_SxT.astype(x_TxD.dtype)
   merged_SxD = dot(high_SxT, x_TxD)
   if x_TxD.dtype != jnp.float32:  # the rounding error of the narrow weights
     merged_SxD += dot((weights_SxT - high_SxT.astype(jnp.float32)).astype(x_TxD.dtype), x_TxD)
-  odd_S = jnp.where(member_SxT & odd_T[None], 1, 0).max(axis=1) > 0
-  return jnp.where(odd_S[:, None], jnp.nan, merged_SxD)
+  return merged_SxD
 
 
 def _choose(scores_T: Array, holds_SxT: Array, focal: int) -> list[Array]:
@@ -178,17 +193,20 @@ def _store_focal(
   """Writes the focal rows and their offsets in the group; returns [T] bool, which rows they are."""
   T, G = group_tile.width, group_tile.groups
   slot_S = jnp.arange(group_tile.slots)
+  exists_S = slot_S < G
   chosen_T = jnp.arange(T) < 0
-  for j, row_S in enumerate(focal_SxF):
+  # All loads come before the stores: the compiler moves no load past a store.
+  loaded = []
+  for row_S in focal_SxF:
     is_it_SxT = jnp.arange(T)[None] == row_S[:, None]
     chosen_T |= jnp.where(is_it_SxT, 1, 0).max(axis=0) > 0
-    exists_S = slot_S < G
-    at = chosen_ref.at[slot_S, jnp.full(slot_S.shape, j)]
-    plgpu.store(at, row_S - slot_S * group_tile.rows, mask=exists_S)
     source_S = jnp.where(is_it_SxT, row_T[None], 0).sum(axis=1)
     source_S = jnp.where(exists_S, source_S, length)
+    loaded.append([load_indexed_rows(ref, source_S, length=length) for ref in token_refs])
+  for j, (row_S, rows) in enumerate(zip(focal_SxF, loaded, strict=True)):
+    at = chosen_ref.at[slot_S, jnp.full(slot_S.shape, j)]
+    plgpu.store(at, row_S - slot_S * group_tile.rows, mask=exists_S)
     target_S = jnp.where(exists_S, slot_S * len(focal_SxF) + j, G * len(focal_SxF))
-    for ref, out_ref in zip(token_refs, out_refs, strict=True):
-      x_SxD = load_indexed_rows(ref, source_S, length=length)
+    for out_ref, x_SxD in zip(out_refs, rows, strict=True):
       store_indexed_rows(out_ref, target_S, x_SxD, length=G * len(focal_SxF))
   return chosen_T

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
@@ -12,7 +13,7 @@ def grouped_attention(
   query: Float[Array, "B L H D"],
   sources: KVSources,
   *,
-  scale: float,
+  scale: float | Float[Array, ""],
   max_window: int,
   group_bias: float = 0.0,
   head_order: HeadOrder | None = None,
@@ -32,7 +33,8 @@ def grouped_attention(
     query: any float dtype; all keys and values share it.
     sources: keys, values and int32 ranges; see `KVSources`. A token outside all ranges must be
       finite.
-    scale: multiplies the logits.
+    scale: multiplies the logits. Kernels take a static scale, so a traced one multiplies the
+      queries, which are rounded to their dtype.
     max_window: static upper bound on end − start of one query's range of the window. The ranges of
       any b consecutive queries must cover at most b − 1 + max_window tokens.
     group_bias: added to the logits of groups.
@@ -47,8 +49,10 @@ def grouped_attention(
     ValueError: if a name is unknown.
     NotImplementedError: if no named implementation can run this call; the message says why not.
   """
+  if isinstance(scale, jax.core.Tracer):
+    query, scale = (query * scale).astype(query.dtype), 1.0
   options: dict[str, Any] = {
-    "scale": scale,
+    "scale": float(scale),
     "group_bias": group_bias,
     "max_window": max_window,
     "head_order": head_order,

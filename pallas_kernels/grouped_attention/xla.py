@@ -44,12 +44,15 @@ def grouped_attention_xla(
   blocks = math.ceil(L / block)
   inputs = _split_blocks(query, sources, blocks, min(block + max_window, window.key.shape[1]))
 
-  # float32, so that the sum of their gradients over the blocks is float32 too.
-  def summaries(*x_BxSxNxD: Array) -> Float[Array, "B N S D"]:
-    return _heads_first(jnp.concatenate(x_BxSxNxD, axis=1).astype(jnp.float32))
+  # XLA (jax 0.11.2, CPU) crashes while it compiles gradients of empty arrays in a loop on a mesh.
+  present = [source for source in (focal, group) if source.key.shape[1]]
 
-  summary_key_BxNxSxD = summaries(focal.key, group.key)
-  summary_value_BxNxSxD = summaries(focal.value, group.value)
+  # float32, so that the sum of their gradients over the blocks is float32 too.
+  def summaries(parts: list[Array]) -> list[Float[Array, "B N S D"]]:
+    return [_heads_first(jnp.concatenate(parts, axis=1).astype(jnp.float32))] if parts else []
+
+  summary_keys = summaries([source.key for source in present])
+  summary_values = summaries([source.value for source in present])
   r, k = focal.key.shape[1], group.key.shape[1]
   slab = inputs.window_key.shape[-2]
   bias_S = jnp.concatenate([jnp.zeros(r), jnp.full(k, group_bias), jnp.zeros(slab)])
@@ -60,7 +63,7 @@ def grouped_attention_xla(
     logits_BxNxRxbxS = jnp.concatenate(
       [
         _product("bnrqd,bnsd->bnrqs", x.query, key_BxNxSxD.astype(query.dtype))
-        for key_BxNxSxD in (summary_key_BxNxSxD, x.window_key)
+        for key_BxNxSxD in (*summary_keys, x.window_key)
       ],
       axis=-1,
     )
@@ -70,9 +73,11 @@ def grouped_attention_xla(
     weights = jnp.exp(logits_BxNxRxbxS - jnp.where(jnp.isneginf(highest), 0, highest))
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(query.dtype)
-    out_BxNxRxbxD = _product(
-      "bnrqs,bnsd->bnrqd", weights[..., : r + k], summary_value_BxNxSxD.astype(query.dtype)
-    ) + _product("bnrqs,bnsd->bnrqd", weights[..., r + k :], x.window_value)
+    out_BxNxRxbxD = _product("bnrqs,bnsd->bnrqd", weights[..., r + k :], x.window_value)
+    for value_BxNxSxD in summary_values:
+      out_BxNxRxbxD += _product(
+        "bnrqs,bnsd->bnrqd", weights[..., : r + k], value_BxNxSxD.astype(query.dtype)
+      )
     return (out_BxNxRxbxD / jnp.where(total == 0, 1, total)).astype(query.dtype)
 
   out_TxBxNxRxbxD = jax.lax.map(attend, inputs)

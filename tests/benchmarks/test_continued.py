@@ -12,13 +12,14 @@ from benchmarks.paper_parts import continued, continued_report, recall
 from benchmarks.paper_parts.inputs import Inputs
 from benchmarks.paper_parts.pretraining import Pretraining
 from benchmarks.paper_parts.question_sets import measure_question_sets, QuestionSets
-from configs.smollm2_continued import ATTENTION, get_config
+from configs.smollm2_continued import DEFAULT_RUNS, get_config, RUNS
 from dga_jax.evaluation.answers import answer
 from dga_jax.evaluation.jobs import run_jobs
 from dga_jax.evaluation.perplexity import PerplexitySettings
 from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.ruler import RulerTexts
 from dga_jax.evaluation.variants import Variant
+from dga_jax.head_budgets import read_head_budgets
 from dga_jax.model.flops import cache_keys
 from tests.dga_jax.evaluation.tiny import family, STORY, TOKENIZER, write_checkpoint
 from train.config import make_config
@@ -27,9 +28,13 @@ from train.init_from import find_initial
 from train.stop_signals import StopSignals
 
 
-@pytest.mark.parametrize("run", list(ATTENTION))
+@pytest.mark.parametrize("run", RUNS)
 def test_every_run_keeps_at_most_its_share_of_the_keys(run: str):
   config = make_config(with_defaults(get_config(run)))
+  config = dataclasses.replace(
+    config, model=dataclasses.replace(config.model, focal_selector=run not in DEFAULT_RUNS)
+  )
+  config = find_initial(config, None).config
   assert config.batch_size * config.data.sequence_length == 65_536
   shares = {"quarter": 2048, "eighth": 1024}
   most = next((keys for name, keys in shares.items() if run.endswith(name)), None)
@@ -38,15 +43,14 @@ def test_every_run_keeps_at_most_its_share_of_the_keys(run: str):
 
 
 def test_a_run_is_named_by_a_file_of_budgets(tmp_path: Path):
-  budgets = dict(ATTENTION["duo_quarter"]["head_budgets"])
+  budgets = read_head_budgets(str(get_config("duo_quarter").budgets))
   path = tmp_path / "found.json"
-  path.write_text(json.dumps(budgets | {"calibration": {"keys": 0.25}}))
+  path.write_text(json.dumps(budgets.to_dict() | {"calibration": {"keys": 0.25}}))
   config = make_config(with_defaults(get_config(str(path))))
   assert config.budgets == str(path)
   found = find_initial(config, None).config.model
-  want = make_config(get_config("duo_quarter")).model
-  assert found.head_budgets.counts() == want.head_budgets.counts()
-  assert dataclasses.replace(found, head_budgets=want.head_budgets) == want
+  assert found == find_initial(make_config(get_config("duo_quarter")), None).config.model
+  assert found.head_budgets.counts() == budgets.counts()
   # The heads of a setting are adjacent, so few rows are distinct.
   assert all(list(row) == sorted(row) for row in found.head_budgets.assignment)
   with pytest.raises(ValueError, match="run is 'unknown'; it must be a JSON file"):
@@ -149,12 +153,13 @@ def test_ratios_compare_equal_seeds():
 
 def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
   workdir = write_checkpoint(tmp_path / "model")
-  for name in ("books.txt", "facts.txt"):
+  for name in ("books.txt", "facts.txt", "held_out_books.txt", "held_out_facts.txt"):
     (tmp_path / name).write_text("\0".join(f"{name} {index} {STORY * 3}" for index in range(40)))
   settings = Pretraining(
     folder=tmp_path / "runs",
     cache_dir=tmp_path / "data",
     train_files=(str(tmp_path / "books.txt"), str(tmp_path / "facts.txt")),
+    validation_files=tuple(str(tmp_path / f"held_out_{name}.txt") for name in ("books", "facts")),
     runs=("dense", "streaming_eighth"),
     overrides={
       "num_steps": 3, "warmup_steps": 1, "batch_size": 2, "eval_every": 3, "eval_batches": 1,
@@ -182,6 +187,9 @@ def test_a_run_is_trained_evaluated_and_reported(tmp_path: Path, monkeypatch: py
   ]
   assert run_jobs(jobs, results, origin="tiny") == 0
   by_label = {(one["run"], one["measure"]): one for one in results.all()}
+  prepared = by_label["data", "prepared"]
+  # 3 steps of 2 rows, half of them of each corpus.
+  assert prepared["reads"] == {name: round(3 / n, 4) for name, n in prepared["rows"].items()}
   for run in settings.runs:
     trained = by_label[run, "train"]
     assert len(trained["losses"]) == trained["steps"] == 3

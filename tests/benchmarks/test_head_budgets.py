@@ -80,6 +80,7 @@ def test_the_command(tmp_path: Path) -> None:
     sys.executable, "-m", "benchmarks.head_budgets", f"--workdir={tmp_path / 'run'}",
     f"--documents={documents}", f"--budgets={tmp_path / 'budgets.json'}", f"--out={tmp_path / 'o'}",
     "--lengths=256", "--prompts=256", "--tasks=passkey", "--samples=2", "--dtype=float32",
+    "--last=16", "--ruler=400", "--ruler_tasks=single", "--ruler_samples=1",
   ]  # fmt: skip
   env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
   tables = []
@@ -89,9 +90,11 @@ def test_the_command(tmp_path: Path) -> None:
     tables.append((tmp_path / "o" / "table.md").read_text())
   assert tables[0] == tables[1]
   lines = [line for line in tables[0].splitlines() if line.startswith(("|  |", "| budgets |"))]
-  assert len(lines) == 12  # Dense, the budgets and four baselines, in two tables.
+  assert len(lines) == 24  # Dense, the budgets and four baselines, in four tables.
   results = [json.loads(line) for line in (tmp_path / "o/results.jsonl").read_text().splitlines()]
-  assert len(results) == 12
+  assert len(results) == 24
+  assert [len(one["loss"]) for one in results[6:12]] == [2] * 6
+  assert all(len(one["score"]) == 1 for one in results[18:])
   dense = results[0]
   assert dense["divergence"] == [0, 0]
   assert len(dense["loss"]) == 2

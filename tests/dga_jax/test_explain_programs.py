@@ -144,8 +144,10 @@ def test_decoding_is_listed_for_the_settings_that_heads_follow():
     assert ops("full")["dense_attention"] == "splash"
   with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
     assert ops("mixed")["decode_heads"] == "triton"
+    assert ops("mixed")["attend_heads"] == "one_call"
     assert ops("mixed")["dense_attention"] == "cudnn"
     assert not {"dense_decode_step", "decode_step"} & ops("mixed").keys()
     scattered = explain(q, k, k, config=CONFIGS["scattered"])
   assert "not adjacent" in scattered["decode_heads"].reason("triton")
+  assert "not adjacent" in scattered["attend_heads"].reason("one_call")
   assert scattered["dense_decode_step"].runs == "triton"

@@ -30,12 +30,12 @@ def test_every_backend_exists_and_the_last_runs_on_any_device(op: str):
   for backend in dispatch.OPS[op]:
     if backend.name == "jax_triton":
       continue  # Its packages are optional.
-    assert callable(dispatch._load(backend.function)) or op == "decode_heads"
+    assert callable(dispatch._load(backend.function)) or op in ("attend_heads", "decode_heads")
     if backend.refusal is not None:
       assert inspect.isfunction(dispatch._load(backend.refusal))
   last = dispatch.OPS[op][-1]
-  # Without a kernel for all heads of a layer, other ops decode the heads of each setting.
-  name = "each_setting" if op == "decode_heads" else "xla"
+  # Without a kernel for all heads of a layer, other ops run the heads of each setting.
+  name = "each_setting" if op in ("attend_heads", "decode_heads") else "xla"
   assert (last.name, last.requirement.device) == (name, "any device")
   assert last.refusal is last.only_by_name is None
 

@@ -13,6 +13,7 @@ from dga_jax import HeadBudgets, SinkWindow
 from dga_jax.conversion.hugging_face import HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
 from dga_jax.head_budgets import FULL, split_row
+from dga_jax.loading import load_with_facts
 from dga_jax.sharding import make_mesh, MeshConfig
 from tests.train.tiny import tiny_config, write_corpus
 from train.config import TrainConfig
@@ -71,6 +72,9 @@ def check_runs(config: TrainConfig, workdir: Path) -> None:
   for name in ("rows", "moved"):
     model, _ = dga_jax.load(workdir / name)
     assert model.config.head_budgets.assignment == ((0, 0, 1, 1),) * 2
+    for parts, wanted in ((2, BALANCED), (4, ((0, 0, 1, 1),) * 2)):  # Two heads of a setting.
+      loaded = load_with_facts(workdir / name, parts=parts).model
+      assert loaded.config.head_budgets.assignment == wanted
     outputs.append(model(tokens))
   np.testing.assert_allclose(*outputs, atol=1e-3)
 

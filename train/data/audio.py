@@ -65,6 +65,7 @@ def audio_source(
     fingerprint=fingerprint,
     train=rows["train"].shuffle(seed).repeat(),
     validation={"": rows["validation"]},
+    train_rows={"": len(rows["train"])},
     close=files.close,
   )
 

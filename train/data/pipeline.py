@@ -41,6 +41,8 @@ class Data:
       every process and for any number of them.
     validation: the held-out rows of each corpus, once and always in the same order; rows of padding
       fill up the last batch. The keys are the entries of config.train_files, or "" for one corpus.
+    train_rows: training rows of each corpus, under the keys of `validation`; empty for a task,
+      whose rows never repeat.
     close: closes the files that the batches are read from.
   """
 
@@ -48,7 +50,24 @@ class Data:
   fingerprint: str
   train: grain.IterDataset[Batch]
   validation: Mapping[str, grain.IterDataset[Batch]]
+  train_rows: Mapping[str, int]
   close: Callable[[], None]
+
+  def reads(self, config: DataConfig, rows: int) -> dict[str, float]:
+    """How often a run reads each corpus: its part of the run's rows over the corpus's own rows.
+
+    Args:
+      config: that the data were loaded with.
+      rows: of all batches of the run.
+
+    Returns:
+      A number for each key of `train_rows`.
+    """
+    weights = config.weights or (1.0,) * len(self.train_rows)
+    return {
+      name: rows * weight / sum(weights) / own
+      for (name, own), weight in zip(self.train_rows.items(), weights, strict=True)
+    }
 
 
 def load_data(
@@ -114,6 +133,7 @@ def load_data(
     fingerprint=source.fingerprint,
     train=batches(source.train),
     validation={name: held_out(rows) for name, rows in source.validation.items()},
+    train_rows=source.train_rows,
     close=source.close,
   )
 

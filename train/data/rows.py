@@ -24,6 +24,8 @@ class Source:
     fingerprint: of the text and the tokenizer.
     train: training rows in their final order, without end.
     validation: the held-out rows of each corpus, each row once.
+    train_rows: training rows of each corpus, under the keys of `validation`; empty for a task,
+      whose rows never repeat.
     close: closes the files that the rows are read from.
   """
 
@@ -31,6 +33,7 @@ class Source:
   fingerprint: str
   train: grain.MapDataset[Row]
   validation: Mapping[str, grain.MapDataset[Row]]
+  train_rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
   close: Callable[[], None] = lambda: None
 
 

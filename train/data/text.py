@@ -98,7 +98,7 @@ def text_source(
   encoder = Encoder(tokenizer, template)
 
   files = contextlib.ExitStack()
-  train, validation = [], {}
+  train, validation, train_rows = [], {}, {}
   for index, one in enumerate(corpora):
     tokens = one.streams(encoder, tokenizer_hash)
     rows = {}
@@ -108,7 +108,7 @@ def text_source(
       packed = PackedRows(stream, config.sequence_length, config.max_documents)
       rows[split] = grain.MapDataset.source(packed)
     train.append(rows["train"].shuffle((seed + index) % 2**32).repeat())
-    validation[one.name] = rows["validation"]
+    validation[one.name], train_rows[one.name] = rows["validation"], len(rows["train"])
 
   parts = [_combined(corpora), tokenizer_hash]
   if any(one.has_conversations for one in corpora):
@@ -118,6 +118,7 @@ def text_source(
     fingerprint="-".join(parts),
     train=grain.MapDataset.mix(train, config.weights) if config.weights else train[0],
     validation=validation,
+    train_rows=train_rows,
     close=files.close,
   )
 

@@ -58,6 +58,11 @@ class AttentionKind:
     """
     return {"focal_scores": focal_scores} if self.takes_focal_scores else {}
 
+  def has_equal_parts(self, parts: int) -> bool:
+    """Whether devices that split the KV heads into `parts` have caches of equal shapes."""
+    del parts
+    return True
+
   def layer_index(self, index: int) -> Any:
     """The layer argument of `at_layer`, `decode` and `extend` for layers that are not in a scan."""
     return jnp.int32(index)

@@ -85,6 +85,10 @@ class HeadBudgetsAttention(AttentionKind):
     """One for each distinct row."""
     return len(self.rows)
 
+  def has_equal_parts(self, parts: int) -> bool:
+    """Whether all parts of each row are equal."""
+    return all(len(set(split_row(row, parts))) == 1 for row in self.rows)
+
   def layer_index(self, index: int) -> LayerPlace:
     """The row of a layer, and its rank among the layers of that row."""
     row = self.budgets.assignment[index]
@@ -191,9 +195,8 @@ class LayerHeads(AttentionKind):
     """Attention over whole sequences; inside a `jax.shard_map`, of the device's heads."""
     settings = self.kind.budgets.settings
 
-    def attend(setting: int, q: Array, k: Array, v: Array, *scores: Array) -> Array:
-      kind = self.kind.kinds[setting]
-      return kind.attend(q, k, v, metadata[setting], **_own_scores(kind, scores))
+    def attend(setting: int, *heads: Array) -> Array:
+      return _attend_class(self.kind.kinds[setting], metadata[setting], *heads)
 
     def attend_row(row: HeadRow, q: Array, k: Array, v: Array, *scores: Array) -> Array:
       classes = HeadClasses(row)
@@ -267,7 +270,7 @@ class LayerHeads(AttentionKind):
 
     def prefill(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
       kind = self.kind.kinds[setting]
-      out, prompt = kind.prefill(*qkv, metadata[setting], max_length=max_length, **options)
+      out, prompt = _prefill_class(kind, max_length, metadata[setting], options, qkv)
       return out, _write_layer(cache, prompt, rank)
 
     def prefill_jointly(
@@ -323,9 +326,12 @@ class LayerHeads(AttentionKind):
       jointly: as `decode_jointly`, for all classes at once; replaces `function` unless it returns
         None.
     """
+    _, parts = head_part()
 
     def run(row: HeadRow, caches: HeadCaches, rank: Array, *heads: Array) -> Any:
-      place, classes = self.kind.rows.index(row), HeadClasses(row)
+      # Where devices split the caches, the parts of a row are equal; see `has_equal_parts`.
+      of_device = [split_row(whole, parts)[0] for whole in self.kind.rows]
+      place, classes = of_device.index(row), HeadClasses(row)
       before, after = caches[:place], caches[place + 1 :]
       if jointly is not None:
         q, k, v, *scores = heads
@@ -360,6 +366,25 @@ class LayerHeads(AttentionKind):
       return switch_rows(split_row(self.layer.row, parts), part, function, *args)
     rows = [piece for row in assignment for piece in split_row(row, parts)]
     return switch_rows(rows, self.layer * parts + part, function, *args)
+
+
+# Several rows have classes of one setting with equally many heads. `jax.jit` traces and lowers such
+# classes once for all rows, and the compiler compiles their kernels once.
+@functools.partial(jax.jit, static_argnums=0)
+def _attend_class(
+  kind: AttentionKind, metadata: Any, q: Array, k: Array, v: Array, *scores: Array
+) -> Array:
+  """`attend` of the heads of one class."""
+  return kind.attend(q, k, v, metadata, **_own_scores(kind, scores))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _prefill_class(
+  kind: AttentionKind, max_length: int, metadata: Any, options: _Options, qkv: _QKV
+) -> tuple[Array, Any]:
+  """`prefill` of the heads of one class."""
+  q, k, v = qkv
+  return kind.prefill(q, k, v, metadata, max_length=max_length, **options)
 
 
 def _write_layer(stacked: Any, layer: Any, rank: Array) -> Any:

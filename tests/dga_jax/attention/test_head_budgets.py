@@ -169,7 +169,8 @@ def test_explain_lists_the_ops_of_all_classes():
     found = explain(query, key, key, config=budgets)
     of_windows = explain(query, key, key, config=windows)
   runs = {choice.op: choice.runs for choice in found.ops}
-  assert runs.keys() == {"dense_attention", "merge_blocks", "grouped_attention", "decode_heads"}
+  ops = {"dense_attention", "merge_blocks", "grouped_attention", "attend_heads", "decode_heads"}
+  assert runs.keys() == ops
   assert runs["grouped_attention"] == "mosaic_gpu"
   assert of_windows["grouped_attention"].runs == "mosaic_gpu"
   assert "runs on a TPU" in found["dense_attention"].reason("splash")

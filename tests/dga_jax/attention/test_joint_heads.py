@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from dga_jax import DGAConfig, dynamic_group_attention, HeadBudgets, SinkWindow
+from dga_jax.attention import joint_heads
 from dga_jax.attention.attend_heads import prepare_setting
 from dga_jax.attention.head_classes import HeadClasses
 from dga_jax.attention.joint_heads import attend_jointly, attends_jointly
 from dga_jax.attention.segments import find_documents
+from pallas_kernels.head_range import HeadRange
 from tests.nightly import nightly
 from tests.pallas_kernels import h100
 from tests.rounding import assert_close
@@ -66,8 +68,20 @@ def results(op, arrays, t):
   return jax.jit(run)(arrays, t)
 
 
-@pytest.mark.parametrize("rows", ["whole", *nightly("padded"), "packed"])
-def test_values_and_gradients_are_those_of_each_class(rows: str):
+# Full heads of packed documents are always part of the call.
+@pytest.mark.parametrize(
+  ("rows", "full_heads_join"),
+  [
+    ("whole", False),
+    ("whole", True),
+    *nightly(("padded", False), ("padded", True)),
+    ("packed", True),
+  ],
+)
+def test_values_and_gradients_are_those_of_each_class(
+  rows: str, full_heads_join: bool, monkeypatch: pytest.MonkeyPatch
+):
+  monkeypatch.setattr(joint_heads, "_full_heads_join", lambda *_: full_heads_join)
   arrays, t, scores = inputs()
   options = ROWS[rows]
   documents = find_documents(B, L, options.get("lengths"), options.get("segment_ids"))
@@ -100,6 +114,24 @@ def test_documents_beyond_the_bound_of_a_setting_are_nan_in_its_heads_alone():
   expected = np.zeros_like(is_nan)
   expected[1, 47:, 3 * R : 4 * R] = True  # The third document, in the heads of SETTINGS[3].
   np.testing.assert_array_equal(is_nan, expected)
+
+
+@pytest.mark.parametrize(
+  ("length", "heads", "is_packed", "joins"),
+  [
+    (8192, 3, False, True),
+    (8192, 1, False, False),  # 64 tiles of keys for 132 multiprocessors.
+    (32768, 1, False, True),
+    (131072, 3, False, False),
+    (131072, 3, True, True),
+  ],
+)
+def test_full_heads_join_where_their_tiles_fill_the_gpu(length, heads, is_packed, joins):
+  query = jax.ShapeDtypeStruct((1, length, 8, 64), jnp.bfloat16)
+  ids = np.zeros((1, length), np.int32) if is_packed else None
+  with jax.sharding.use_abstract_mesh(h100.abstract_mesh()):
+    documents = find_documents(1, length, None, ids)
+    assert joint_heads._full_heads_join(query, HeadRange(0, heads), documents) == joins
 
 
 def test_a_gpu_runs_all_heads_in_one_call_without_slices_of_them():

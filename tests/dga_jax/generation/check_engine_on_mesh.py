@@ -6,17 +6,24 @@ import jax
 import numpy as np
 from flax import nnx
 
-from dga_jax import DGAConfig, HeadBudgets
+from dga_jax import DGAConfig, HeadBudgets, SinkWindow
 from dga_jax.generation import Engine, Request, Sampling
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.serving.launch import parse_mesh
 
 
 def main() -> None:
-  mesh = parse_mesh("tensor=4")
   dga = DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1)
-  budgets = HeadBudgets(("full", dga), ((0, 1, 1, 0), (1, 1, 1, 1)))
-  for attention in ("dga", "dense", "head_budgets"):
+  settings = ("full", dga, SinkWindow(12, sinks=2))
+  unequal = HeadBudgets(settings[:2], ((0, 1, 1, 0), (1, 1, 1, 1)))
+  equal = HeadBudgets(settings, ((0, 1, 0, 1), (1, 2, 1, 2)))
+  # The devices, and the parts into which they split a cache: 1 where their heads differ.
+  for attention, budgets, devices, parts in (
+    ("dga", None, 4, 4),
+    ("dense", None, 4, 4),
+    ("head_budgets", unequal, 4, 1),
+    ("head_budgets", equal, 2, 2),
+  ):
     config = ModelConfig(
       vocab_size=64,
       num_layers=2,
@@ -27,15 +34,14 @@ def main() -> None:
       mlp_dim=48,
       attention=attention,
       dga=dga,
-      head_budgets=budgets if attention == "head_budgets" else None,
+      head_budgets=budgets,
       dtype="float32",
     )
     model = Decoder(config, rngs=nnx.Rngs(0))
-    one, four = (_tokens(model, where) for where in (None, mesh))
-    assert one[0] == four[0], (attention, one[0], four[0])
-    # Keys and values of each device: a quarter, and with head budgets all.
-    parts = 1 if attention == "head_budgets" else 4
-    assert parts * four[1] == one[1], (attention, one[1], four[1])
+    one, several = (_tokens(model, where) for where in (None, parse_mesh(f"tensor={devices}")))
+    assert one[0] == several[0], (attention, one[0], several[0])
+    # Keys and values of each device.
+    assert parts * several[1] == one[1], (attention, one[1], several[1])
 
 
 def _tokens(model, mesh):

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from dga_jax import DGAConfig
+from dga_jax import DGAConfig, HeadBudgets
 from dga_jax.checkpoint import abstract_decoder
 from dga_jax.model import ModelConfig
 from dga_jax.serving.launch import parse_mesh
@@ -38,11 +38,17 @@ def test_other_meshes_are_refused(text):
     parse_mesh(text)
 
 
-@pytest.mark.parametrize("method", ["decode", "extend"])
-def test_kernels_of_a_gpu_get_the_heads_of_their_device(method: str):
+@pytest.mark.parametrize(
+  ("method", "assignment"),
+  [("decode", None), ("extend", None), ("decode", ((0, 1, 0, 1),))],
+)
+def test_kernels_of_a_gpu_get_the_heads_of_their_device(
+  method: str, assignment: tuple[tuple[int, ...], ...] | None
+):
   device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
   axes = ("data", "fsdp", "tensor", "context")
   mesh = AbstractMesh((1, 1, 2, 1), axes, axis_types=(AxisType.Auto,) * 4, abstract_device=device)
+  dga = DGAConfig(selection="streaming", group_size=16, focal_per_block=2)
   config = ModelConfig(
     vocab_size=64,
     num_layers=1,
@@ -51,8 +57,9 @@ def test_kernels_of_a_gpu_get_the_heads_of_their_device(method: str):
     num_kv_heads=4,
     head_dim=64,
     mlp_dim=128,
-    attention="dga",
-    dga=DGAConfig(selection="streaming", group_size=16, focal_per_block=2),
+    attention="head_budgets" if assignment else "dga",
+    dga=dga,
+    head_budgets=HeadBudgets(("full", dga), assignment) if assignment else None,
     dtype="bfloat16",
   )
   structure, params = abstract_decoder(config)
@@ -74,9 +81,9 @@ def test_kernels_of_a_gpu_get_the_heads_of_their_device(method: str):
   assert kernels & set(inside)
   outside = [eqn.primitive.name for eqn in equations(traced.jaxpr)]
   assert len([x for x in inside if x in kernels]) == len([x for x in outside if x in kernels])
-  # Two of the four KV heads, in the keys and values of one layer.
+  # Two of the four KV heads, in the keys and values of one layer; with budgets one of each setting.
   heads = {x.aval.shape[2] for x in shard_map.params["jaxpr"].invars if len(x.aval.shape) == 5}
-  assert heads == {2}
+  assert heads == ({1} if assignment else {2})
 
 
 def equations(jaxpr) -> list:

@@ -1,5 +1,7 @@
 """Heads with settings of their own on four devices; run by test_head_budgets.py."""
 
+from unittest import mock
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dga_jax import DGAConfig, HeadBudgets, SinkWindow
+from dga_jax.attention import attend_heads
+from dga_jax.attention.segments import find_documents
+from dga_jax.attention.sink_window import attend_sink_window, prepare_sink_window
 from dga_jax.sharding import make_mesh, MeshConfig
 from tests.dga_jax.attention import cases, mesh_cases
 from tests.dga_jax.model import decoder_on_mesh
@@ -52,8 +57,11 @@ def check_refusal():
     jax.eval_shape(run, params, decoder_on_mesh.draw_batch())
 
 
-def check_op():
-  """The op with rows and heads split over Explicit axes."""
+def check_op(*, joint: bool):
+  """The op with rows and heads split over Explicit axes; with `joint` one call for all heads.
+
+  The devices have different settings, and adjacent heads of each.
+  """
   q, k, v, t = cases.arrays(0, B=4, L=24, H=8, N=4, D=4)
   ids = np.arange(24, dtype=np.int32)[None] // np.array([[12], [13], [24], [15]])
   budgets = BUDGETS.layer(0)
@@ -63,12 +71,43 @@ def check_op():
   sharding = NamedSharding(mesh, P("x", None, "y"))
   run = mesh_cases.op(budgets, sharding, **options)
   want = cases.run(q, k, v, t, config=budgets, implementation=None, **options)
-  equal(jax.jit(run)(*jax.device_put((q, k, v, t), sharding)), want)
+  rows = []
+
+  def choose(query, classes, settings, implementation=None):
+    rows.append(classes.row)
+    return joint and classes.are_adjacent
+
+  jax.clear_caches()
+  with mock.patch.object(attend_heads, "attends_jointly", choose):
+    got = jax.jit(run)(*jax.device_put((q, k, v, t), sharding))
+  assert set(rows) == {(0, 1), (2, 1)}
+  equal(got, want)
+
+
+def check_empty_sources():
+  """The gradient of windows without sinks in a loop on a mesh, which crashed XLA's compiler."""
+  mesh = make_mesh(MeshConfig(data=4))
+  ids = np.arange(24, dtype=np.int32)[None] // np.full((4, 1), 10)
+
+  def layers(q, k, v, ids):
+    metadata = prepare_sink_window(find_documents(*ids.shape, None, ids), sinks=0, window=5)
+    return jax.lax.scan(lambda q, _: (attend_sink_window(q, k, v, metadata), None), q, length=2)[0]
+
+  q, k, v, t = cases.arrays(0, B=4, L=24, H=4, N=4, D=4)
+  rows = P("data")
+  split = jax.shard_map(layers, mesh=mesh, in_specs=rows, out_specs=rows)
+  results = []
+  for run in (layers, split):
+    out, pull = jax.jit(lambda *x, run=run: jax.vjp(lambda *x: run(*x, ids), *x))(q, k, v)
+    results.append((out, *jax.jit(pull)(t)))
+  equal(*results)
 
 
 if __name__ == "__main__":
   jax.config.update("jax_numpy_rank_promotion", "raise")
   jax.config.update("jax_disable_most_optimizations", True)
-  check_op()
+  check_empty_sources()
+  check_op(joint=False)
+  check_op(joint=True)
   check_decoder()
   check_refusal()

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,17 @@ def test_a_layer_scan_switches_between_rows():
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
   program = str(jax.make_jaxpr(lambda: MODEL.hidden(tokens))())
   assert program.count("= cond[") == 1, "one switch in the scan"
+
+
+@pytest.mark.parametrize("call", ["hidden", "prefill"])
+def test_rows_share_the_programs_of_equal_classes(call):
+  """8 classes in three rows, of which a full head and a head with WINDOW are in several rows."""
+  options = {"max_length": TOTAL} if call == "prefill" else {}
+  function = functools.partial(getattr(Decoder, call), **options)
+  text = nnx.jit(function).lower(MODEL, tokens_of(0)).as_text()
+  name = {"hidden": "_attend_class", "prefill": "_prefill_class"}[call]
+  assert len(re.findall(rf"call @{name}\w*\(", text)) == 8
+  assert len(re.findall(rf"func\.func private @{name}\w*\(", text)) == 5
 
 
 def test_heads_of_equal_layers_need_no_switch():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.decode import TokenArrays, TokenHeads
-from pallas_kernels.decode.triton_heads import class_steps, place_of, tiles_of_split
+from pallas_kernels.decode.triton_heads import class_steps, place_of, tiles_of_program
 from pallas_kernels.decode.triton_split import Tile
 from pallas_kernels.head_range import HeadRange
 
@@ -26,24 +26,20 @@ def classes(batch: int, context: int) -> list[TokenHeads]:
   return [TokenHeads(FULL, full, length, False), TokenHeads(OTHERS, ring, length, True)]
 
 
-@pytest.mark.parametrize(("batch", "context"), [(1, 4096), (1, 16384), (4, 16384), (8, 131072)])
-def test_programs_fit_the_gpu_and_no_longer_ones_are_needed(batch: int, context: int):
-  own = classes(batch, context)
+@pytest.mark.parametrize(
+  ("batch", "context", "rounds"), [(1, 4096, 1), (1, 16384, 1), (4, 16384, 2), (4, 32768, 2)]
+)
+def test_programs_fit_the_gpu_and_fewer_tiles_each_would_not(batch: int, context: int, rounds: int):
+  own, slots = classes(batch, context), TILE.slots * rounds
   steps = class_steps(own, batch, R=1, scale=0.1, tile=TILE)
-  tiles = [
-    tiles_of_split(one, step.step.programs, TILE.entries)
-    for one, step in zip(own, steps, strict=True)
-  ]
-
-  def fewest(one: TokenHeads, most: int) -> int:
-    """The fewest programs of a head that read at most `most` tiles each."""
-    return next(P for P in range(1, 10**6) if tiles_of_split(one, P, TILE.entries) <= most)
+  most = max(tiles_of_program(one, step.step, TILE) for one, step in zip(own, steps, strict=True))
 
   def programs(most: int) -> int:
-    return batch * sum(one.heads.size * fewest(one, most) for one in own)
+    """The fewest programs that read at most `most` tiles each."""
+    return batch * (FULL.size * -(-context // 64 // most) + OTHERS.size * -(-18 // most))
 
-  assert batch * sum(one.programs for one in steps) <= TILE.slots
-  assert max(tiles) == 2 or programs(max(tiles) - 1) > TILE.slots
+  assert batch * sum(one.programs for one in steps) <= slots
+  assert most == 2 or programs(most - 1) > slots
 
 
 def test_a_head_has_one_program_where_heads_alone_fill_the_gpu():

@@ -222,13 +222,14 @@ def test_without_focal_tokens_the_focal_rows_are_zero():
   assert_close(entries.group_key[:, :3], exact, terms=case.head_dim)
 
 
-def test_non_finite_tokens_change_only_their_block():
-  case = Case(focal_per_block=1, members=4, length=60, kv_heads=1)
+def check_non_finite(dtype: str, **options: Any) -> None:
+  """Checks that tokens with NaN or infinity change the entries of their own block alone."""
+  case = Case(focal_per_block=1, members=4, length=60, kv_heads=1, dtype=dtype)
   query, key, value = case.arrays()
   key = key.at[0, 11].set(jnp.nan)
   value = value.at[1, 22].set(jnp.inf)
-  clean = case.kernels(interpret=True)(*case.arrays())[1]
-  odd = case.kernels(interpret=True)(query, key, value)[1]
+  clean = case.kernels(**options)(*case.arrays())[1]
+  odd = case.kernels(**options)(query, key, value)[1]
   first = case.index_arrays()[0]
   for x, y in zip(clean[:4], odd[:4], strict=True):
     for row, position in ((0, 11), (1, 22)):
@@ -237,6 +238,10 @@ def test_non_finite_tokens_change_only_their_block():
       np.testing.assert_array_equal(x[row, others], y[row, others])
   assert np.isnan(odd.group_key[0]).any()
   assert not np.isfinite(odd.group_value[1]).all()
+
+
+def test_non_finite_tokens_change_only_their_block():
+  check_non_finite("float32", interpret=True)
 
 
 def test_ties_select_the_earlier_token():
@@ -340,3 +345,9 @@ def test_unsupported_calls_name_the_reason():
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_gpu_equals_the_oracle(name: str):
   check(GPU_CASES[name], GPU_CASES[name].kernels())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpu_non_finite_tokens_change_only_their_block(dtype: str):
+  check_non_finite(dtype)

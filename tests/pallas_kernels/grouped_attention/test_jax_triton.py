@@ -9,9 +9,9 @@ import pytest
 
 from pallas_kernels.grouped_attention import grouped_attention
 from pallas_kernels.grouped_attention.xla import grouped_attention_xla
+from tests.pallas_kernels.grouped_attention.gpu_cases import GPU_CASES
 from tests.pallas_kernels.grouped_attention.kernel_cases import (
   exact_values_and_gradients,
-  GPU_CASES,
   structs_and_options,
 )
 from tests.pallas_kernels.h100 import abstract_mesh

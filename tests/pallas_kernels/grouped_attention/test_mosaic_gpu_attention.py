@@ -11,9 +11,9 @@ import pytest
 
 from pallas_kernels.grouped_attention.mosaic_gpu_attention import grouped_attention_mosaic_gpu
 from tests.nightly import nightly
+from tests.pallas_kernels.grouped_attention.gpu_cases import GPU_CASES
 from tests.pallas_kernels.grouped_attention.kernel_cases import (
   check_against_reference,
-  GPU_CASES,
   lower_over_heads,
   output_and_gradients,
   structs_and_options,

@@ -10,10 +10,10 @@ import pytest
 from pallas_kernels.grouped_attention.block_sizes import TritonBlocks, TritonTile
 from pallas_kernels.grouped_attention.triton_attention import grouped_attention_triton
 from tests.nightly import nightly_except
+from tests.pallas_kernels.grouped_attention.gpu_cases import GPU_CASES
 from tests.pallas_kernels.grouped_attention.kernel_cases import (
   CASES,
   check_against_reference,
-  GPU_CASES,
   lower_over_heads,
   output_and_gradients,
   structs_and_options,

@@ -36,9 +36,16 @@ def letters(batches: list[Any]) -> list[str]:
 
 
 def test_rows_come_in_proportion_to_the_weights(folder: Path) -> None:
-  data = load(folder, (3.0, 1.0, 4.0))
+  held_out = tuple(str(folder / f"{letter}_held_out.txt") for letter in "abc")
+  data = load(folder, (3.0, 1.0, 4.0), data={"validation_files": held_out})
   rows = letters(list(itertools.islice(data.train, 200)))
   data.close()
+  assert list(data.train_rows.values()) == [20, 60, 35]
+  config = DataConfig(train_files=tuple(data.train_rows), weights=(3.0, 1.0, 4.0))
+  reads = data.reads(config, 800)
+  assert {Path(name).stem: times for name, times in reads.items()} == pytest.approx(
+    {"a": rows.count("a") / 20, "b": rows.count("b") / 60, "c": rows.count("c") / 35}, abs=0.2
+  )
   assert {letter: count / 800 for letter, count in Counter(rows).items()} == pytest.approx(
     {"a": 3 / 8, "b": 1 / 8, "c": 4 / 8}, abs=0.005
   )
