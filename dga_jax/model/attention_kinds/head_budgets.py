@@ -20,6 +20,12 @@ from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadBudgets, HeadRow, HeadSetting, SinkWindow, split_row
 from dga_jax.model.attention_kinds.base import AttentionKind
+from dga_jax.model.attention_kinds.class_programs import (
+  attend_class,
+  own_scores,
+  prefill_class,
+  with_channel,
+)
 from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
 from dga_jax.model.attention_kinds.joint_decode import decode_jointly
@@ -196,7 +202,7 @@ class LayerHeads(AttentionKind):
     settings = self.kind.budgets.settings
 
     def attend(setting: int, *heads: Array) -> Array:
-      return _attend_class(self.kind.kinds[setting], metadata[setting], *heads)
+      return attend_class(self.kind.kinds[setting], metadata[setting], *heads)
 
     def attend_row(row: HeadRow, q: Array, k: Array, v: Array, *scores: Array) -> Array:
       classes = HeadClasses(row)
@@ -210,7 +216,7 @@ class LayerHeads(AttentionKind):
       q_BxLxHxD,
       k_BxLxNxD,
       v_BxLxNxD,
-      *_with_channel(focal_scores),
+      *with_channel(focal_scores),
     )
 
   def attend_sharded(
@@ -244,7 +250,7 @@ class LayerHeads(AttentionKind):
 
     def attend(setting: int, q: Array, k: Array, v: Array, *scores: Array) -> Array:
       kind: Any = self.kind.kinds[setting]
-      options = {"axis_name": axis_name, **_own_scores(kind, scores)}
+      options = {"axis_name": axis_name, **own_scores(kind, scores)}
       return kind.attend_sharded(q, k, v, metadata[setting], **options)
 
     return self._switch(
@@ -252,7 +258,7 @@ class LayerHeads(AttentionKind):
       q_BxPxHxD,
       k_BxPxNxD,
       v_BxPxNxD,
-      *_with_channel(focal_scores),
+      *with_channel(focal_scores),
     )
 
   def prefill_into(
@@ -270,7 +276,7 @@ class LayerHeads(AttentionKind):
 
     def prefill(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
       kind = self.kind.kinds[setting]
-      out, prompt = _prefill_class(kind, max_length, metadata[setting], options, qkv)
+      out, prompt = prefill_class(kind, max_length, metadata[setting], options, qkv)
       return out, _write_layer(cache, prompt, rank)
 
     def prefill_jointly(
@@ -291,9 +297,9 @@ class LayerHeads(AttentionKind):
       def write(setting: int, cache: Any) -> Any:
         kind: Any = self.kind.kinds[setting]
         own_k, own_v, *scores = (
-          classes.take(x, setting) for x in (k, v, *_with_channel(focal_scores))
+          classes.take(x, setting) for x in (k, v, *with_channel(focal_scores))
         )
-        options = _own_scores(kind, scores)
+        options = own_scores(kind, scores)
         if setting in joint.merged:
           options["sources"] = joint.merged[setting]
         prompt = kind.cache_prompt(
@@ -344,7 +350,7 @@ class LayerHeads(AttentionKind):
       outs, updated = [], []
       for setting, cache in zip(classes.settings, caches[place], strict=True):
         q, k, v, *scores = (classes.take(x, setting) for x in heads)
-        options = _own_scores(self.kind.kinds[setting], scores)
+        options = own_scores(self.kind.kinds[setting], scores)
         out, cache = function(setting, (q, k, v), options, cache, rank)
         outs.append(out)
         updated.append(cache)
@@ -355,7 +361,7 @@ class LayerHeads(AttentionKind):
     else:
       layers = range(self.kind.budgets.num_layers)
       rank = jnp.stack([self.kind.layer_index(layer).rank for layer in layers])[self.layer]
-    heads = (*qkv, *_with_channel(focal_scores))
+    heads = (*qkv, *with_channel(focal_scores))
     result: tuple[Array, HeadCaches] = self._switch(run, caches, rank, *heads)
     return result
 
@@ -368,35 +374,6 @@ class LayerHeads(AttentionKind):
     return switch_rows(rows, self.layer * parts + part, function, *args)
 
 
-# Several rows have classes of one setting with equally many heads. `jax.jit` traces and lowers such
-# classes once for all rows, and the compiler compiles their kernels once.
-@functools.partial(jax.jit, static_argnums=0)
-def _attend_class(
-  kind: AttentionKind, metadata: Any, q: Array, k: Array, v: Array, *scores: Array
-) -> Array:
-  """`attend` of the heads of one class."""
-  return kind.attend(q, k, v, metadata, **_own_scores(kind, scores))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill_class(
-  kind: AttentionKind, max_length: int, metadata: Any, options: _Options, qkv: _QKV
-) -> tuple[Array, Any]:
-  """`prefill` of the heads of one class."""
-  q, k, v = qkv
-  return kind.prefill(q, k, v, metadata, max_length=max_length, **options)
-
-
 def _write_layer(stacked: Any, layer: Any, rank: Array) -> Any:
   """The stacked caches of layers with the cache of one of them."""
   return jax.tree.map(lambda all_layers, one: all_layers.at[rank].set(one), stacked, layer)
-
-
-def _with_channel(focal_scores: Array | None) -> tuple[Array, ...]:
-  """The scores [..., N, 1], whose last axes are those of keys; () for None."""
-  return () if focal_scores is None else (focal_scores[..., None],)
-
-
-def _own_scores(kind: AttentionKind, scores: Sequence[Array]) -> _Options:
-  """`focal_options` of the kind of a class, from the class's part of `_with_channel`."""
-  return kind.focal_options(scores[0][..., 0] if scores else None)

@@ -194,7 +194,7 @@ def test_rows_share_the_programs_of_equal_classes(call):
   options = {"max_length": TOTAL} if call == "prefill" else {}
   function = functools.partial(getattr(Decoder, call), **options)
   text = nnx.jit(function).lower(MODEL, tokens_of(0)).as_text()
-  name = {"hidden": "_attend_class", "prefill": "_prefill_class"}[call]
+  name = {"hidden": "attend_class", "prefill": "prefill_class"}[call]
   assert len(re.findall(rf"call @{name}\w*\(", text)) == 8
   assert len(re.findall(rf"func\.func private @{name}\w*\(", text)) == 5
 
