@@ -190,4 +190,8 @@ OPS: dict[str, tuple[Backend, ...]] = {
     ),
     Backend("xla", ANY, "quantized_product.xla:quantized_product_xla"),
   ),
+  "rms_norm": (
+    Backend("triton", AMPERE, "rms_norm.triton_rms_norm:rms_norm_triton", "rms_norm.api:refusal"),
+    Backend("xla", ANY, "rms_norm.xla:rms_norm_xla"),
+  ),
 }

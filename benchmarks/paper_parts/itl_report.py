@@ -94,9 +94,15 @@ def _name_of(m: int) -> str:
 
 
 def _plot(by_length: ByLength, path: Path) -> None:
-  """Milliseconds over the context, the speed-up over dense attention, and the speed-up by m."""
+  """Milliseconds over the context, the speed-up over dense attention, and the speed-up by m.
+
+  The last panel is left out where m = 1 and m = 16 alone are measured.
+  """
+  longest = max(by_length)
+  kinds = by_length[longest]["kinds"]
+  own_m = {m: kinds[_name_of(m)]["seconds"][0] for m in ITL_BY_M if _name_of(m) in kinds}
   title = "Time of a token, LLaMA2-7B, batch 1. Solid: here. Dashed: the paper's A800"
-  figure, (times, ratios, by_m) = make_figure(3, title, height=4.8)
+  figure, (times, ratios, *rest) = make_figure(3 if len(own_m) > 2 else 2, title, height=4.8)
   for index, (name, own) in enumerate(_ROWS.items()):
     color = f"C{index}"
     here = _measured(by_length, own)
@@ -105,27 +111,25 @@ def _plot(by_length: ByLength, path: Path) -> None:
     if name != "dense":
       speed_up = _speed_up(_measured(by_length, "dense"), here)
       _draw(ratios, speed_up, _speed_up(ITL_MS["dense"], ITL_MS[name]), color)
-  longest = max(by_length)
-  kinds = by_length[longest]["kinds"]
-  own_m = {m: kinds[_name_of(m)]["seconds"][0] for m in ITL_BY_M if _name_of(m) in kinds}
-  theirs_m = {m: one.milliseconds for m, one in ITL_BY_M.items()}
-  _draw(by_m, _over_dense(own_m), _over_dense(theirs_m), "C1")
   times.set_yscale("log")
   times.set_yticks([2, 3, 5, 10, 20, 30, 50, 100])
   times.yaxis.set_major_formatter("{x:g}")
   times.minorticks_off()
+  label(times, "", "context", "ms a token")
+  label(ratios, "", "context", "speed-up over dense attention")
   for axes in (times, ratios):
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1024:g}K")
-  by_m.set_xscale("log", base=2)
-  by_m.xaxis.set_major_formatter("{x:.0f}")
-  for axes in (ratios, by_m):
+  for axes in rest:
+    theirs_m = {m: one.milliseconds for m, one in ITL_BY_M.items()}
+    _draw(axes, _over_dense(own_m), _over_dense(theirs_m), "C1")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    label(axes, "DGA at the longest context", "m; 1 is dense", "speed-up over dense attention")
+  for axes in (ratios, *rest):
     axes.axhline(1, color="black", lw=0.8)
     axes.set_ylim(bottom=0)
-  label(times, "", "context", "ms a token")
-  label(ratios, "over the context", "context", "speed-up over dense attention")
-  label(by_m, "DGA at the longest context, by m", "m; 1 is dense", "speed-up over dense attention")
-  figure.legend(loc="outside lower center", ncols=6, fontsize=8)
+  figure.legend(loc="outside lower center", ncols=3 if not rest else 6, fontsize=8)
   save(figure, path)
 
 

@@ -144,7 +144,6 @@ def sink_window_sources(
     return x, take_positions(heads.of(x, N), metadata.sink_index)
 
   (key, sink_key), (value, sink_value) = take_sinks(key), take_sinks(value)
-  # XLA's compiler for CPUs crashes on a constant of no elements in a program for several devices.
   no_key = heads.of(key[:, :0], N)
   entries = Entries(sink_key, sink_value, no_key, no_key, key, value)
   return metadata.visibility.sources(entries)

@@ -13,6 +13,7 @@ from dga_jax.model.config import ModelConfig
 from dga_jax.model.focal_selector import focal_scores, selector_features
 from dga_jax.model.rope import apply_rope, RopeTable
 from dga_jax.sharding import constrain, fsdp_all_gather
+from pallas_kernels.rms_norm import rms_norm as normalise_sum
 
 # (q_BxLxHxD, k_BxLxNxD, v_BxLxNxD), rotated by position, and the focal scores [B, L, N] of a layer
 # with a selector -> (o_BxLxHxD, updated cache or None).
@@ -236,6 +237,41 @@ class DecoderLayer(nnx.Module):
     attended_BxLxE, cache = self.attention(normed_BxLxE, rope, attend)
     x_BxLxE = x_BxLxE + constrain_residual(attended_BxLxE)
     return x_BxLxE + constrain_residual(self.mlp(self._norm(self.mlp_norm, x_BxLxE))), cache
+
+  def with_update(
+    self,
+    x_BxLxE: Float[Array, "B L E"],
+    update_BxLxE: Float[Array, "B L E"] | None,
+    rope: RopeTable,
+    attend: Attend,
+  ) -> tuple[Float[Array, "B L E"], Float[Array, "B L E"] | None, Any]:
+    """The layer applied to x + update, for decoding: each sum is computed with the norm after it.
+
+    Args:
+      x_BxLxE: the residual stream without the update.
+      update_BxLxE: the part of the stream that the layer before adds; None for none.
+      rope: rotary angles of the tokens.
+      attend: see `__call__`.
+
+    Returns:
+      The layer's output as two summands, of which the second may be None, and the second result of
+      `attend`.
+    """
+    x_BxLxE, normed_BxLxE = self._sum_and_norm(self.attention_norm, x_BxLxE, update_BxLxE)
+    attended_BxLxE, cache = self.attention(normed_BxLxE, rope, attend)
+    x_BxLxE, normed_BxLxE = self._sum_and_norm(
+      self.mlp_norm, x_BxLxE, constrain_residual(attended_BxLxE)
+    )
+    return x_BxLxE, constrain_residual(self.mlp(normed_BxLxE)), cache
+
+  def _sum_and_norm(
+    self, norm: nnx.RMSNorm, x_BxLxE: Array, update_BxLxE: Array | None
+  ) -> tuple[Array, Array]:
+    scale: Any = norm.scale  # Flax allows a norm without a scale.
+    x_BxLxE, normed_BxLxE = normalise_sum(
+      x_BxLxE, scale[...], epsilon=norm.epsilon, update=update_BxLxE
+    )
+    return x_BxLxE, constrain(normed_BxLxE, "batch", "length", None)
 
   def _norm(self, norm: nnx.RMSNorm, x_BxLxE: Array) -> Array:
     normed = _recomputed(lambda x_BxLxE: norm(x_BxLxE).astype(self.dtype))(x_BxLxE)

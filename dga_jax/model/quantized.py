@@ -160,6 +160,18 @@ class QuantizedLayer(DecoderLayer):
     inner_BxLxF = self.gate_up(x_BxLxE, norm=self.mlp_norm, swiglu=True)
     return self.down(inner_BxLxF, residual=x_BxLxE), cache
 
+  def with_update(
+    self,
+    x_BxLxE: Float[Array, "B L E"],
+    update_BxLxE: Float[Array, "B L E"] | None,
+    rope: RopeTable,
+    attend: Attend,
+  ) -> tuple[Float[Array, "B L E"], Float[Array, "B L E"] | None, Any]:
+    """See `DecoderLayer`. The products include the sums, so no update is left."""
+    x_BxLxE = x_BxLxE if update_BxLxE is None else x_BxLxE + update_BxLxE
+    x_BxLxE, cache = self(x_BxLxE, rope, attend)
+    return x_BxLxE, None, cache
+
 
 def quantize_weights(model: Decoder, dtype: WeightName) -> Decoder:
   """The decoder with the weights of its projections in 8 bits, for one device.

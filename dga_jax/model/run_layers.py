@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dga_jax.model.config import RematName
-from dga_jax.model.layers import constrain_residual, DecoderLayer
+from dga_jax.model.layers import Attend, constrain_residual, DecoderLayer
 from dga_jax.model.rope import RopeTable
 
 # (q, k, v, caches of all layers or None, layer, and focal scores if the layers have a selector) ->
@@ -90,26 +90,38 @@ def run_unstacked(
     layer_index: the layer argument of `attend`, see `AttentionKind.layer_index`.
   """
   structures, params = zip(*(nnx.split(layer) for layer in layers), strict=True)
-  # Traced once, for all layers with the same static part of the index.
-  run_layer = jax.jit(_runner(structures[0], rope, attend))
-  made = []
+
+  @jax.jit  # Traced once, for all layers with the same static part of the index.
+  def run_layer(
+    params: Any, x_BxLxE: Array, update_BxLxE: Array | None, caches: Any, index: Any
+  ) -> tuple[Array, Array | None, Any]:
+    layer = nnx.merge(structures[0], params)
+    return layer.with_update(x_BxLxE, update_BxLxE, rope, _at_layer(attend, caches, index))
+
+  made, update_BxLxE = [], None
   for index, layer_params in enumerate(params):
-    x_BxLxE, new = run_layer(layer_params, x_BxLxE, caches, layer_index(index))
     # Makes the next layer wait for this layer's cache. Without it all layers' keys and values, of
     # which a cache keeps a part, could be alive at once.
-    x_BxLxE, new = jax.lax.optimization_barrier((x_BxLxE, new))
+    x_BxLxE, update_BxLxE, new = jax.lax.optimization_barrier(
+      run_layer(layer_params, x_BxLxE, update_BxLxE, caches, layer_index(index))
+    )
     if caches is None:
       made.append(new)
     else:
       caches = new
+  if update_BxLxE is not None:
+    x_BxLxE = constrain_residual(x_BxLxE + update_BxLxE)
   return x_BxLxE, jax.tree.map(lambda *x: jnp.stack(x), *made) if caches is None else caches
 
 
 def _runner(structure: nnx.GraphDef, rope: RopeTable, attend: LayerAttend) -> _RunLayer:
   def run_layer(params: Any, x_BxLxE: Array, caches: Any, index: Any) -> tuple[Array, Any]:
-    x_BxLxE, new = nnx.merge(structure, params)(
-      x_BxLxE, rope, lambda q, k, v, *scores: attend(q, k, v, caches, index, *scores)
-    )
+    x_BxLxE, new = nnx.merge(structure, params)(x_BxLxE, rope, _at_layer(attend, caches, index))
     return constrain_residual(x_BxLxE), new
 
   return run_layer
+
+
+def _at_layer(attend: LayerAttend, caches: Any, index: Any) -> Attend:
+  """`attend` of one layer."""
+  return lambda q, k, v, *scores: attend(q, k, v, caches, index, *scores)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode.triton_tile import MIN_DOT_SIDE
 from pallas_kernels.kernel_common import out_struct
-from pallas_kernels.quantized_product.norm import rms_norm
+from pallas_kernels.rms_norm.xla import rms_norm_xla
 from pallas_kernels.triton_common import dot, padded_slice
 
 
@@ -57,9 +57,11 @@ def quantized_product_triton(
   interpret: bool = False,
 ) -> Array:
   """See `quantized_product`."""
+  dtype = x_BxK.dtype
   if norm_scale is not None:
     # In the loop over the inputs, the norm would delay the loads of the weight.
-    x_BxK = rms_norm(x_BxK, norm_scale, epsilon)
+    _, x_BxK = rms_norm_xla(x_BxK, norm_scale, epsilon=epsilon)
+    x_BxK = _in_operand_dtype(x_BxK, numbers_TxK)
   parts = range(2 if swiglu else 1)
   B, inputs = x_BxK.shape
   channels = numbers_TxK.shape[0] // len(parts)
@@ -82,12 +84,26 @@ def quantized_product_triton(
     grid=(programs,),
     in_specs=[specs],
     out_specs=out_block,
-    out_shape=out_struct(x_BxK, (B, channels), x_BxK.dtype),
+    out_shape=out_struct(x_BxK, (B, channels), dtype),
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
     name="quantized_product",
   )(operands)
   return out
+
+
+def _in_operand_dtype(normed_BxK: Array, numbers_TxK: Array) -> Array:
+  """Normalised rows in the dtype to which the kernel converts the numbers.
+
+  A GPU converts two numbers of float8_e4m3fn to float16 in one instruction, and to bfloat16 through
+  float32: on an H200 the products of gate and up take 24.8 instead of 42.7 µs. With int8, bfloat16
+  is faster (25.4 µs, and 36.8 with float16). An element of a normalised row is at most √K times its
+  scale: with K = 16384, float16 overflows to infinity only for scales above 500. Rows without a
+  norm may be larger.
+  """
+  if normed_BxK.dtype == jnp.bfloat16 and numbers_TxK.dtype == jnp.float8_e4m3fn:
+    return normed_BxK.astype(jnp.float16)
+  return normed_BxK
 
 
 def _fitted(tile: Tile, channels: int, inputs: int) -> Tile:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels.quantized_product.norm import rms_norm
+from pallas_kernels.rms_norm.xla import rms_norm_xla
 
 
 def quantized_product_xla(
@@ -20,7 +20,7 @@ def quantized_product_xla(
   """See `quantized_product`."""
   dtype = x_BxK.dtype
   if norm_scale is not None:
-    x_BxK = rms_norm(x_BxK, norm_scale, epsilon)
+    _, x_BxK = rms_norm_xla(x_BxK, norm_scale, epsilon=epsilon)
   product_BxT = jnp.einsum(
     "BK,TK->BT", x_BxK, numbers_TxK.astype(dtype), preferred_element_type=jnp.float32
   )

@@ -12,6 +12,8 @@ from flax import nnx
 
 from dga_jax import DGAConfig
 from dga_jax.model import Decoder, ModelConfig, RopeScaling
+from pallas_kernels import dispatch
+from pallas_kernels.target import Target
 from tests.dga_jax.model.random_decoder import abstract_decoder, random_decoder
 
 CONFIG = ModelConfig(
@@ -183,3 +185,12 @@ def test_unstacked_layers_compute_the_same():
     return first, second, third, cache
 
   chex.assert_trees_all_close(run(model.unstack_layers()), run(model), atol=1e-5)
+
+
+def test_a_gpu_decodes_with_one_kernel_for_each_sum_and_its_norm():
+  model = random_decoder(CONFIG).unstack_layers()
+  cache = model.init_cache(2, 16)
+  with dispatch.collect_reports(Target("gpu", "NVIDIA H100", 9.0, 132)) as reports:
+    jax.eval_shape(nnx.jit(Decoder.decode), model, jnp.zeros(2, jnp.int32), cache)
+  norms = [report.chosen for report in reports if report.op == "rms_norm"]
+  assert norms == ["triton"] * 4  # Two kinds of layers are traced: the first has no update.

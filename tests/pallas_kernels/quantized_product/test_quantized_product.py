@@ -68,6 +68,7 @@ CASES = {
   "sixteen_rows": Case(16, has_residual=True, dtype="bfloat16"),
   "seventeen_tiles_of_inputs": Case(2, inputs=1088, has_norm=True),
   "norm_and_swiglu": Case(1, has_norm=True, swiglu=True, dtype="bfloat16"),
+  "norm_and_float8": Case(3, stored="float8_e4m3fn", has_norm=True, dtype="bfloat16"),
   "swiglu_of_many_rows": Case(6, has_norm=True, swiglu=True),
   "residual": Case(3, has_residual=True, stored="float8_e4m3fn"),
 }
@@ -124,6 +125,17 @@ def test_gpu_targets_read_the_weights_in_8_bits():
   assert any("custom_call" in line for line in operations)
   # No operation outside of the kernel converts the weight.
   assert not [line for line in operations if "stablehlo.convert" in line]
+
+
+@pytest.mark.parametrize("stored", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("has_norm", [True, False])
+def test_normalised_rows_are_float16_for_numbers_of_float8(stored: str, has_norm: bool):
+  case = Case(1, 4096, 128, stored, "bfloat16", has_norm=has_norm)
+  program = lower_for_h100(case.call(quantized_product), jax.eval_shape(case.arrays))
+  (kernel,) = [line for line in program.splitlines() if "custom_call" in line]
+  is_float16 = "tensor<1x4096xf16>" in kernel
+  assert is_float16 == (has_norm and stored == "float8_e4m3fn")
+  assert is_float16 != ("tensor<1x4096xbf16>" in kernel)
 
 
 @pytest.mark.parametrize(

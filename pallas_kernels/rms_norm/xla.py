@@ -1,0 +1,21 @@
+"""RMSNorm with the residual sum in plain XLA. Runs on any device, and is the oracle."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rms_norm_xla(
+  x: Float[Array, "*S E"],
+  scale_E: Float[Array, "E"],
+  *,
+  epsilon: float,
+  update: Float[Array, "*S E"] | None = None,
+) -> tuple[Float[Array, "*S E"], Float[Array, "*S E"]]:
+  """See `rms_norm`."""
+  if update is not None:
+    x = x + update
+  wide = x.astype(jnp.float32)
+  mean = jnp.mean(wide * wide, axis=-1, keepdims=True)
+  scale = jnp.expand_dims(scale_E.astype(jnp.float32), range(x.ndim - 1))
+  return x, (wide * (jax.lax.rsqrt(mean + epsilon) * scale)).astype(x.dtype)
