@@ -135,6 +135,8 @@ class HeadBudgets:
   def contiguous_order(self, parts: int = 1) -> tuple[tuple[int, ...], ...]:
     """For each layer the order of its KV heads in which the heads of every setting are adjacent.
 
+    Heads stay where they are in a layer whose settings are in that order already.
+
     Args:
       parts: devices over which tensor parallelism splits the heads. Each part of the order gets
         its share of every setting, so that the devices have equal work. Where a setting has a
@@ -154,7 +156,9 @@ class HeadBudgets:
 
     def order(row: HeadRow) -> tuple[int, ...]:
       by_setting = sorted(range(len(row)), key=lambda head: row[head])
-      return tuple(head for part in range(parts) for head in by_setting[part::parts])
+      dealt = tuple(head for part in range(parts) for head in by_setting[part::parts])
+      is_in_order = tuple(row[head] for head in dealt) == row
+      return tuple(range(len(row))) if is_in_order else dealt
 
     return tuple(map(order, self.assignment))
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, PyTree
 from dga_jax.checkpoint import load_config, load_model, load_model_config, load_tokenizer
 from dga_jax.checkpoint_files import existing_step
 from dga_jax.head_budgets import HeadBudgets
+from dga_jax.model import Decoder
 from dga_jax.model.apply_budgets import apply_budgets, arrange_heads
 from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.tokenizer import Tokenizer
@@ -113,10 +114,11 @@ def load_params(
       f"config.init_from is {config.init_from!r}, whose model has head budgets; gates choose the "
       "full heads of a model without budgets. Give the model from before any budgets."
     )
-  if budgets is not None:
-    # config.model may have the budgets that the model has; those of a file are for one without.
-    arrange = arrange_heads if config.budgets is None else apply_budgets
-    model = arrange(model, budgets, parts=mesh.shape["tensor"])
+  parts = mesh.shape["tensor"]
+  if budgets is not None and config.budgets is not None:
+    model = apply_budgets(model, budgets, parts=parts)
+  elif budgets is not None:
+    model = arrange_heads(model, _in_order_of(model, budgets), parts=parts)
   params: Any = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   dtype = jnp.dtype(config.model.param_dtype)
   params = jax.tree.map(lambda array: array.astype(dtype), params)
@@ -124,3 +126,19 @@ def load_params(
   if config.model.head_gates:
     params[GATES] = initial_gates(config)
   return params
+
+
+def _in_order_of(model: Decoder, budgets: HeadBudgets) -> HeadBudgets:
+  """The budgets of config.model, in the order of the model's heads.
+
+  A run whose config has the same budgets, in the order of an earlier model, has moved the heads.
+  """
+  stored = model.config.head_budgets
+  if stored is None:
+    return budgets
+  if arranged(stored, 1) != arranged(budgets, 1):
+    raise ValueError(
+      "config.model.head_budgets differs from the head budgets of the model in config.init_from, "
+      "whose heads are in their order. Give the model's own, or the model from before any budgets."
+    )
+  return stored

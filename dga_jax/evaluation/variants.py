@@ -41,8 +41,8 @@ class Variant:
     """The model's config for sequences of `length` tokens.
 
     Raises:
-      ValueError: an override that changes the parameters, an unknown field, a wrong value, or
-        `keys` for an attention kind without a budget.
+      ValueError: an override that changes the parameters, an unknown field, a wrong value, head
+        budgets for a model that has others, or `keys` for an attention kind without a budget.
     """
     for name in self.overrides:
       if name not in _OVERRIDES:
@@ -50,6 +50,12 @@ class Variant:
           f"variant {self.name!r} sets {name!r}; a variant may set {', '.join(sorted(_OVERRIDES))}."
         )
     config = ModelConfig.from_dict({**base.to_dict(), **self.overrides})
+    if base.head_budgets not in (None, config.head_budgets):
+      raise ValueError(
+        f"variant {self.name!r} sets head_budgets, and the model has other head budgets, for which "
+        "its heads were put into an order. Give budgets of the model from before any budgets, with "
+        "--budgets=FILE."
+      )
     if self.keys is None:
       return config
     settings: Any = getattr(config, config.attention, None)

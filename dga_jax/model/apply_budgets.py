@@ -122,9 +122,11 @@ def _with_order(
     return parameter if permuted is value else parameter.replace(permuted)
 
   state = nnx.state(model, nnx.Param)
-  flat = [(path, permute(parameter)) for path, parameter in nnx.to_flat_state(state)]
+  if any(tuple(row) != tuple(range(len(row))) for row in order):
+    flat = [(path, permute(parameter)) for path, parameter in nnx.to_flat_state(state)]
+    state = nnx.from_flat_state(flat)
   structure = nnx.graphdef(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-  permuted: Decoder = nnx.merge(structure, nnx.from_flat_state(flat))
+  permuted: Decoder = nnx.merge(structure, state)
   return permuted
 
 

@@ -1,7 +1,7 @@
 """Attention of the heads of one class: those of a layer that follow one setting."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,9 +13,29 @@ type QKV = tuple[Array, Array, Array]
 type Options = dict[str, Any]  # From `AttentionKind.focal_options`.
 
 
-# Several rows have classes of one setting with equally many heads. `jax.jit` traces and lowers such
-# classes once for all rows, and the compiler compiles their kernels once.
-@functools.partial(jax.jit, static_argnums=0)
+def _lowered_once(static_argnums: tuple[int, ...]) -> Callable[..., Any]:
+  """Decorates a function of a class of heads.
+
+  Several rows have classes of one setting with equally many heads. In a traced program `jax.jit`
+  traces and lowers such classes once for all rows, and the compiler compiles their kernels once.
+  Concrete arrays are not traced, which would hide their device from the choice of kernels.
+  """
+
+  def decorate[**P, T](function: Callable[P, T]) -> Callable[P, T]:
+    shared = jax.jit(function, static_argnums=static_argnums)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+      is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
+      run: Callable[P, T] = shared if is_traced else function
+      return run(*args, **kwargs)
+
+    return call
+
+  return decorate
+
+
+@_lowered_once((0,))
 def attend_class(
   kind: AttentionKind,
   metadata: Any,
@@ -37,7 +57,7 @@ def attend_class(
   return kind.attend(q, k, v, metadata, **own_scores(kind, scores))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@_lowered_once((0, 1))
 def prefill_class(
   kind: AttentionKind, max_length: int, metadata: Any, options: Options, qkv: QKV
 ) -> tuple[Array, Any]:

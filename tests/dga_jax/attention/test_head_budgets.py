@@ -210,5 +210,8 @@ def test_contiguous_order_deals_every_class_to_all_parts():
   assert budgets.permute_kv_heads(order).assignment == ((0, 0, 1, 1), (0, 0, 1, 2))
   dealt = budgets.permute_kv_heads(budgets.contiguous_order(2))
   assert dealt.assignment == ((0, 1, 0, 1), (0, 1, 0, 2))
+  # Heads in the order stay where they are: budgets do not record a move among equal settings.
+  assert dealt.contiguous_order(2) == ((0, 1, 2, 3),) * 2
+  assert HeadBudgets(SETTINGS, ((1, 1, 1, 1),)).contiguous_order(2) == ((0, 1, 2, 3),)
   with pytest.raises(ValueError, match="parts is 3; it must divide the 4 KV heads"):
     budgets.contiguous_order(3)

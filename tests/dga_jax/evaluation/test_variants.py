@@ -1,5 +1,6 @@
 """Variants of a model: allowed overrides, cache budgets, and the count of keys."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from dga_jax import HeadBudgets, SinkWindow
 from dga_jax.cache import cache_size
 from dga_jax.config import DGAConfig
 from dga_jax.evaluation.variants import read_variants, Variant
@@ -94,3 +96,16 @@ def test_eviction_counts_its_scores() -> None:
   variant = Variant("v", {"attention": "top_k_eviction", "top_k_eviction": settings})
   # 20 entries, each with a key and a value of 8 channels and one score.
   assert family().budget(variant, 96).keys == 20 * (16 + 1) / 16
+
+
+def test_heads_in_the_order_of_budgets_take_no_others() -> None:
+  rows = ((0, *[1] * (CONFIG.num_kv_heads - 1)),) * CONFIG.num_layers
+  own = HeadBudgets(("full", SinkWindow(8)), rows)
+  base = dataclasses.replace(CONFIG, head_budgets=own)
+  sets = {"attention": "head_budgets", "head_budgets": own.to_dict()}
+  assert Variant("v", sets).config(base, 64).head_budgets == own
+  assert Variant("v", {"attention": "dense"}).config(base, 64).head_budgets == own
+  assert Variant("v", sets).config(CONFIG, 64).head_budgets == own
+  others = HeadBudgets(("full", SinkWindow(9)), rows).to_dict()
+  with pytest.raises(ValueError, match=r"variant 'v' sets head_budgets.*--budgets=FILE"):
+    Variant("v", {"head_budgets": others}).config(base, 64)

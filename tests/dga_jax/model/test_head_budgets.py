@@ -21,6 +21,8 @@ from hypothesis import strategies as st
 from dga_jax import DGAConfig, HeadBudgets, SinkWindow
 from dga_jax.cache import cache_size
 from dga_jax.model import apply_budgets, Decoder, ModelConfig
+from dga_jax.model.attention_kinds.dense import DenseAttention
+from dga_jax.model.attention_kinds.head_class import attend_class
 from tests.dga_jax.model.random_decoder import abstract_decoder, random_decoder
 
 BLOCKS = DGAConfig(selection="streaming", group_size=3, selector="fitted")
@@ -197,6 +199,21 @@ def test_rows_share_the_programs_of_equal_classes(call):
   name = {"hidden": "attend_class", "prefill": "prefill_class"}[call]
   assert len(re.findall(rf"call @{name}\w*\(", text)) == 8
   assert len(re.findall(rf"func\.func private @{name}\w*\(", text)) == 5
+
+
+def test_concrete_arrays_keep_their_device():
+  """The choice of kernels reads the device of a concrete array, which a trace would hide."""
+  seen = []
+
+  class Kind(DenseAttention):
+    def attend(self, q, k, v, metadata):
+      seen.append(isinstance(q, jax.core.Tracer))
+      return q
+
+  x = jnp.zeros((1, 4, 1, 8))
+  attend_class(Kind(), None, x, x, x)
+  jax.jit(functools.partial(attend_class, Kind(), None))(x, x, x)
+  assert seen == [False, True]
 
 
 def test_heads_of_equal_layers_need_no_switch():
