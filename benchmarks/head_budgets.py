@@ -90,6 +90,8 @@ _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 32768, "Tokens of one batch
 def main(argv: Sequence[str]) -> None:
   """Measures what is missing in OUT and writes the table."""
   del argv
+  if not (_LENGTHS.value or _PROMPTS.value or _RULER.value):
+    raise app.UsageError("--lengths, --prompts and --ruler are empty; give at least one length.")
   out = Path(_OUT.value)
   config = load_model_config(_WORKDIR.value)
   changes: dict[str, Any] = {"dtype": _DTYPE.value, "attention": "dense", "head_budgets": None}
@@ -203,7 +205,7 @@ def _text_rows(
 
 
 def _text_title(length: int, last: int | None) -> str:
-  return f"Perplexity of the {last or length // 2} last of {length} tokens"
+  return f"Perplexity of the {last or length - length // 2} last of {length} tokens"
 
 
 def _text_table(

@@ -28,6 +28,7 @@ the others: at most KV heads x candidates x rows / 2 forward passes. A refinemen
 (settings of the set - 1) x rows / 2.
 """
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,11 @@ _SHARES = flags.DEFINE_list(
 _DTYPE = flags.DEFINE_enum(
   "dtype", None, get_args(DtypeName), "Dtype to compute in; default: the checkpoint's."
 )
+# The flags that decide the budgets beside those of the measurements.
+_DECIDING: tuple[flags.FlagHolder[Any], ...] = (
+  _OBJECTIVE, _BLOCKS, _WINDOWS, _SLIDING_WINDOWS, _SINKS, _TAIL, _LAYER_KINDS, _STARTS, _IMPROVED,
+  _ROPE_BASE, _ROUNDS, _REFINEMENTS, _SHARES,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -166,10 +172,14 @@ def main() -> None:
   results = open_results(_output().with_suffix(".measured.jsonl"), measured_with)
   check_digest = "calibration rows" if check_rows is rows else check_rows.text.digest
   measure: Any = _MEASURE.value
+  deciding = {flag.name: flag.value for flag in _DECIDING}
+  provenance = measured_with | {"check_rows": check_digest, "measure": measure, "flags": deciding}
+  if _OUTPUT.value is None:
+    for share in options.keys:
+      _refuse_other(_output_of(share), provenance)
   later = [setting for one in known for setting in one.set.candidates]
   for share in options.keys:
     measurer = Measurer(model, candidates, results, _BATCH_SIZE.value, measure, later)
-    provenance = measured_with | {"check_rows": check_digest, "measure": measure}
     _calibrate(measurer, config, share, options.shares, (rows, check_rows), known, provenance)
 
 
@@ -189,9 +199,7 @@ def _calibrate(
   from dga_jax.evaluation.results import environment
 
   objective: Any = _OBJECTIVE.value
-  output = _output()
-  if len(_KEYS.value) > 1 or _OUTPUT.value is None:
-    output = output.with_stem(f"{output.stem}-{share:g}")
+  output = _output_of(share)
   goal = Goal(
     share=share,
     objective=objective,
@@ -222,6 +230,27 @@ def _calibrate(
 def _output() -> Path:
   """The file of budgets; the names of files for several shares begin with its stem."""
   return Path(_OUTPUT.value or Path(_WORKDIR.value) / "budgets.json")
+
+
+def _output_of(share: float) -> Path:
+  """The file of the budgets of a share."""
+  output = _output()
+  if len(_KEYS.value) > 1 or _OUTPUT.value is None:
+    output = output.with_stem(f"{output.stem}-{share:g}")
+  return output
+
+
+def _refuse_other(path: Path, provenance: dict[str, Any]) -> None:
+  """Raises FileExistsError where a file without a given name has budgets of another calibration."""
+  if not path.exists():
+    return
+  stored = json.loads(path.read_text(encoding="utf-8")).get("calibration", {})
+  wanted = json.loads(json.dumps(provenance))
+  if other := [name for name in wanted if stored.get(name) != wanted[name]]:
+    raise FileExistsError(
+      f"{path} exists and was made with other values of {', '.join(other)}. Give --output=FILE, or "
+      "move the file away."
+    )
 
 
 class _Options(NamedTuple):

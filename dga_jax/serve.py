@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName, WeightName
-from dga_jax.files.path_flags import define_path
+from dga_jax.files.path_flags import define_path, define_paths
 
 if TYPE_CHECKING:
   from dga_jax.head_budgets import HeadBudgets
@@ -48,9 +48,8 @@ _ATTENTION = flags.DEFINE_list(
   "Attention kinds, each served as a model of its own; default: the checkpoint's kind, and DGA for"
   " SmolLM2.",
 )
-_BUDGETS = flags.DEFINE_list(
+_BUDGETS = define_paths(
   "budgets",
-  None,
   "JSON files with the setting of each KV head, made for this checkpoint (dga calibrate). Several "
   "are models of their own, NAME-25 for budgets_25.json; default: the checkpoint's attention.",
 )

@@ -20,14 +20,17 @@ from dga_jax.attention.segments import Documents
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadBudgets, HeadRow, HeadSetting, SinkWindow, split_row
 from dga_jax.model.attention_kinds.base import AttentionKind
-from dga_jax.model.attention_kinds.class_programs import (
-  attend_class,
-  own_scores,
-  prefill_class,
-  with_channel,
-)
 from dga_jax.model.attention_kinds.dense import DenseAttention
 from dga_jax.model.attention_kinds.dga import DynamicGroupAttention
+from dga_jax.model.attention_kinds.head_class import (
+  attend_class,
+  Options,
+  own_scores,
+  prefill_class,
+  QKV,
+  with_channel,
+  write_layer,
+)
 from dga_jax.model.attention_kinds.joint_decode import decode_jointly
 from dga_jax.model.attention_kinds.sink_window import SinkWindowAttention
 from dga_jax.sharding import head_part
@@ -35,8 +38,6 @@ from dga_jax.sharding import head_part
 # For each distinct row, and each class of its heads: the cache of that class, stacked over the
 # layers of the row.
 type HeadCaches = tuple[tuple[Any, ...], ...]
-type _QKV = tuple[Array, Array, Array]
-type _Options = dict[str, Any]  # From `AttentionKind.focal_options`.
 
 
 def kind_of_setting(setting: HeadSetting) -> AttentionKind:
@@ -145,7 +146,7 @@ class HeadBudgetsAttention(AttentionKind):
   ) -> tuple[Float[Array, "B H D"], HeadCaches]:
     """Appends one token to the cache of every class of heads and attends."""
 
-    def decode(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
+    def decode(setting: int, qkv: QKV, options: Options, cache: Any, rank: Array) -> Any:
       return self.kinds[setting].decode(*qkv, cache, rank, **options)
 
     qkv = (q_BxHxD, k_BxNxD, v_BxNxD)
@@ -164,7 +165,7 @@ class HeadBudgetsAttention(AttentionKind):
   ) -> tuple[Float[Array, "B T H D"], HeadCaches]:
     """Appends several tokens to the cache of every class of heads and attends."""
 
-    def extend(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
+    def extend(setting: int, qkv: QKV, options: Options, cache: Any, rank: Array) -> Any:
       return self.kinds[setting].extend(*qkv, cache, rank, lengths=lengths, **options)
 
     qkv = (q_BxTxHxD, k_BxTxNxD, v_BxTxNxD)
@@ -274,10 +275,10 @@ class LayerHeads(AttentionKind):
   ) -> tuple[Float[Array, "B L H D"], HeadCaches]:
     """Attends over right-padded prompts and writes them to this layer's part of empty caches."""
 
-    def prefill(setting: int, qkv: _QKV, options: _Options, cache: Any, rank: Array) -> Any:
+    def prefill(setting: int, qkv: QKV, options: Options, cache: Any, rank: Array) -> Any:
       kind = self.kind.kinds[setting]
       out, prompt = prefill_class(kind, max_length, metadata[setting], options, qkv)
-      return out, _write_layer(cache, prompt, rank)
+      return out, write_layer(cache, prompt, rank)
 
     def prefill_jointly(
       q: Array,
@@ -305,7 +306,7 @@ class LayerHeads(AttentionKind):
         prompt = kind.cache_prompt(
           own_k, own_v, metadata[setting], max_length=max_length, **options
         )
-        return _write_layer(cache, prompt, rank)
+        return write_layer(cache, prompt, rank)
 
       return joint.out, tuple(map(write, classes.settings, caches))
 
@@ -316,7 +317,7 @@ class LayerHeads(AttentionKind):
     self,
     caches: HeadCaches,
     function: Callable[..., tuple[Array, Any]],
-    qkv: _QKV,
+    qkv: QKV,
     focal_scores: Array | None,
     *,
     jointly: Callable[..., tuple[Array, tuple[Any, ...]] | None] | None = None,
@@ -372,8 +373,3 @@ class LayerHeads(AttentionKind):
       return switch_rows(split_row(self.layer.row, parts), part, function, *args)
     rows = [piece for row in assignment for piece in split_row(row, parts)]
     return switch_rows(rows, self.layer * parts + part, function, *args)
-
-
-def _write_layer(stacked: Any, layer: Any, rank: Array) -> Any:
-  """The stacked caches of layers with the cache of one of them."""
-  return jax.tree.map(lambda all_layers, one: all_layers.at[rank].set(one), stacked, layer)

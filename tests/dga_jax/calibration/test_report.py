@@ -183,3 +183,10 @@ def test_the_command(tmp_path: Path) -> None:
   assert (again.returncode, again.stdout) == (0, done.stdout)
   assert (tmp_path / "run/budgets.measured.jsonl").read_text() == measured
   assert output.read_bytes() == content
+  # Budgets of other flags do not replace them, unless the command names the file.
+  other = calibrate(tmp_path, "--length=256", "--keys=0.6", "--shares=1", "--layer_kinds=1")
+  assert other.returncode != 0
+  assert (
+    f"{output} exists and was made with other values of flags. Give --output=FILE" in other.stderr
+  )
+  assert output.read_bytes() == content
