@@ -151,7 +151,7 @@ def write(results: Sequence[Mapping[str, Any]], out: Path) -> str:
     axes.set_yscale("log")
     axes.set_xticks(SIZES, [f"{size:g}" for size in SIZES])
     axes.minorticks_off()
-    axes.legend(fontsize=7, loc="upper left")
+    axes.legend(fontsize=7, loc="lower right")
     label(axes, f"noise on {place}", "deviation over root mean square", "KL divergence, nats")
   save(figure, out / "noise.png")
   header = ["attention", *[f"{place}, {size:g}" for place in PLACES for size in SIZES]]
