@@ -51,6 +51,7 @@ from absl import app, flags
 from flax import nnx
 from jaxtyping import Float, Int
 
+from benchmarks._ratios import ratio_of_means
 from benchmarks._selector_forms import collect, fit_listwise, fit_ridge, Form, linear_form, sizes
 from benchmarks._selector_program import CHOICES, MERGES, second_half_loss
 from benchmarks.timing import environment
@@ -285,13 +286,6 @@ class _Setting:
       learning_rate=3e-3 if kind.mlp else 1e-2,
       decay=1e-3 if kind.mlp else 1e-4,
     )
-
-
-def ratio_of_means(a_B: Float[np.ndarray, "B"], b_B: Float[np.ndarray, "B"]) -> tuple[float, float]:
-  """mean(a) / mean(b) and its standard error over rows by the delta method; NaN for one row."""
-  ratio = a_B.mean() / b_B.mean()
-  deviation = (a_B - ratio * b_B).std() / abs(b_B.mean())
-  return float(ratio), float(deviation) / math.sqrt(len(a_B) - 1) if len(a_B) > 1 else math.nan
 
 
 def _dense_in_dtype(model: Decoder) -> Decoder:

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import _selector_program as program
+from benchmarks._ratios import ratio_of_means
 from benchmarks._selector_choices import accumulated, expected_attention, last_query, ranks
 from benchmarks._selector_forms import (
   collect,
@@ -23,7 +24,6 @@ from benchmarks._selector_forms import (
   shared_features,
   sizes,
 )
-from benchmarks.selector import ratio_of_means
 from dga_jax import DGAConfig
 from dga_jax.calibration.selector_fit import fit_selector, FitBlocks, layer_samples, RIDGE
 from dga_jax.calibration.selector_weights import with_selector
