@@ -49,7 +49,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from benchmarks._ratios import ratio_of_means
 from benchmarks._selector_forms import collect, fit_listwise, fit_ridge, Form, linear_form, sizes
