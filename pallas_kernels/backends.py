@@ -192,6 +192,6 @@ OPS: dict[str, tuple[Backend, ...]] = {
   ),
   "rms_norm": (
     Backend("triton", AMPERE, "rms_norm.triton_rms_norm:rms_norm_triton", "rms_norm.api:refusal"),
-    Backend("xla", ANY, "rms_norm.xla:rms_norm_xla"),
+    Backend("xla", ANY, "rms_norm.equation:rms_norm_xla"),
   ),
 }

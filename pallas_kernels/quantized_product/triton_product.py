@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.decode.triton_tile import MIN_DOT_SIDE
 from pallas_kernels.kernel_common import out_struct
-from pallas_kernels.rms_norm.xla import rms_norm_xla
+from pallas_kernels.rms_norm.equation import rms_norm_xla
 from pallas_kernels.triton_common import dot, padded_slice
 
 

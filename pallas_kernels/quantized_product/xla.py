@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from pallas_kernels.rms_norm.xla import rms_norm_xla
+from pallas_kernels.rms_norm.equation import rms_norm_xla
 
 
 def quantized_product_xla(

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.kernel_common import out_struct
-from pallas_kernels.rms_norm.xla import rms_norm_xla
+from pallas_kernels.rms_norm.equation import rms_norm_xla
 from pallas_kernels.triton_common import padded_slice
 
 _CHANNELS_OF_WARP = 512  # A thread holds 16 channels: two loads of 16 bytes in bfloat16.
