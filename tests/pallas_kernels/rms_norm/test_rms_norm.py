@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.rms_norm import rms_norm
-from pallas_kernels.rms_norm.triton_rms_norm import rms_norm_triton
 from pallas_kernels.rms_norm.equation import rms_norm_xla
+from pallas_kernels.rms_norm.triton_rms_norm import rms_norm_triton
 from tests.pallas_kernels.h100 import compile_for_h100, lower_for_h100, needs_cuda_compiler
 from tests.rounding import assert_close
 
