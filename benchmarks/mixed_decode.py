@@ -89,7 +89,7 @@ def _budgets() -> HeadBudgets:
     return HeadBudgets((FULL, SETTINGS[_OTHER.value]), ((0,) * 3 + (1,) * 29,) * layers)
   budgets = read_head_budgets(_BUDGETS.value)
   budgets = dataclasses.replace(budgets, assignment=budgets.assignment[:layers])
-  return budgets.permute_kv_heads(budgets.contiguous_order())
+  return budgets.arranged()
 
 
 type State = tuple[Any, Array]  # The cache, and the last tokens or the queries.

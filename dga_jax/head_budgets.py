@@ -162,6 +162,10 @@ class HeadBudgets:
 
     return tuple(map(order, self.assignment))
 
+  def arranged(self, parts: int = 1) -> "HeadBudgets":
+    """The budgets of the same model with its KV heads in `contiguous_order(parts)`."""
+    return self.permute_kv_heads(self.contiguous_order(parts))
+
   def has_equal_parts(self, parts: int) -> bool:
     """Whether `parts` divides the heads of every setting in every layer.
 

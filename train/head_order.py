@@ -59,11 +59,6 @@ def tensor_parts(config: TrainConfig, devices: int, budgets: HeadBudgets) -> int
   return parts
 
 
-def arranged(budgets: HeadBudgets, parts: int) -> HeadBudgets:
-  """The budgets after `HeadBudgets.contiguous_order`."""
-  return budgets.permute_kv_heads(budgets.contiguous_order(parts))
-
-
 def saved_in_order(
   saved: Mapping[str, Any], config: TrainConfig, devices: int
 ) -> Mapping[str, Any]:
@@ -77,7 +72,7 @@ def saved_in_order(
   if given_budgets(config) is None or saved["model"].get("head_budgets") is None:
     return saved
   budgets = HeadBudgets.from_dict(saved["model"]["head_budgets"])
-  there = arranged(budgets, tensor_parts(config, devices, budgets)).to_dict()
+  there = budgets.arranged(tensor_parts(config, devices, budgets)).to_dict()
   return {**saved, "model": {**saved["model"], "head_budgets": there}}
 
 

@@ -19,7 +19,7 @@ from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.tokenizer import Tokenizer
 from train.config import TrainConfig
 from train.gates import GATES, initial_gates
-from train.head_order import arranged, given_budgets, tensor_parts
+from train.head_order import given_budgets, tensor_parts
 
 # Fields that the training config decides; the checkpoint decides the others, which define the
 # weights and RoPE.
@@ -76,7 +76,7 @@ def find_initial(
   attention: dict[str, Any] = {}
   if budgets is not None:
     parts = tensor_parts(config, jax.device_count() if devices is None else devices, budgets)
-    attention = {"attention": "head_budgets", "head_budgets": arranged(budgets, parts)}
+    attention = {"attention": "head_budgets", "head_budgets": budgets.arranged(parts)}
   if config.init_from is None or workdir is None:
     model = dataclasses.replace(config.model, **attention)
     return Initial(dataclasses.replace(config, model=model), budgets)
@@ -136,7 +136,7 @@ def _in_order_of(model: Decoder, budgets: HeadBudgets) -> HeadBudgets:
   stored = model.config.head_budgets
   if stored is None:
     return budgets
-  if arranged(stored, 1) != arranged(budgets, 1):
+  if stored.arranged() != budgets.arranged():
     raise ValueError(
       "config.model.head_budgets differs from the head budgets of the model in config.init_from, "
       "whose heads are in their order. Give the model's own, or the model from before any budgets."

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dga_jax.attention.attend import zero_padding
 from dga_jax.attention.segments import Documents, is_traced
 from dga_jax.attention.splash import splash_causal, splash_refusal
 from pallas_kernels import dispatch
@@ -110,12 +111,8 @@ def xla_attention(
   return out.astype(dtype)
 
 
-def _zero_padding(out: Array, documents: Documents) -> Array:
-  return jnp.where(documents.is_token[:, :, None, None], out, 0)
-
-
 def _splash(q: Array, k: Array, v: Array, documents: Documents, *, scale: float) -> Array:
-  return _zero_padding(splash_causal(q, k, v, documents.index, scale=scale), documents)
+  return zero_padding(documents, splash_causal(q, k, v, documents.index, scale=scale))[0]
 
 
 def _splash_refusal(query: Array, *_: Any, **options: Any) -> str | None:
@@ -130,7 +127,7 @@ def _cudnn(q: Array, k: Array, v: Array, documents: Documents, *, scale: float) 
   out: Array = jax.nn.dot_product_attention(
     q, k, v, scale=scale, is_causal=True, implementation="cudnn"
   )
-  return _zero_padding(out[:, :L], documents)
+  return zero_padding(documents, out[:, :L])[0]
 
 
 def _cudnn_refusal(q: Array, k: Array, v: Array, documents: Documents, **_: Any) -> str | None:
@@ -181,7 +178,8 @@ def _xla(q: Array, k: Array, v: Array, documents: Documents, *, scale: float) ->
   mask = None
   if documents.rows == "packed":
     mask = (documents.index[:, :, None] == documents.index[:, None, :])[:, None]
-  return _zero_padding(xla_attention(q, k, v, scale=scale, mask=mask, is_causal=True), documents)
+  out = xla_attention(q, k, v, scale=scale, mask=mask, is_causal=True)
+  return zero_padding(documents, out)[0]
 
 
 dispatch.define(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from dga_jax.attention.segments import is_traced
 from dga_jax.model.attention_kinds.base import AttentionKind
 
 type QKV = tuple[Array, Array, Array]
@@ -26,8 +27,7 @@ def _lowered_once(static_argnums: tuple[int, ...]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-      is_traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(args))
-      run: Callable[P, T] = shared if is_traced else function
+      run: Callable[P, T] = shared if any(map(is_traced, jax.tree.leaves(args))) else function
       return run(*args, **kwargs)
 
     return call
