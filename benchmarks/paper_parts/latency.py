@@ -43,8 +43,7 @@ def measure_latencies(
   """
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
     pending = {
-      name: pool.submit(_compile, graphdef, params, prompts)
-      for name, graphdef in graphdefs.items()
+      name: pool.submit(_compile, graphdef, params, prompts) for name, graphdef in graphdefs.items()
     }
   programs = {name: future.result() for name, future in pending.items()}
   prompt_seconds: dict[str, list[float]] = {name: [] for name in programs}
