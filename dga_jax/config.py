@@ -151,7 +151,7 @@ class DGAConfig:
     0.1 · 30 is slightly above 3.
     """
     rate = Fraction(str(float(self.importance_rate)))
-    fits = rate.numerator * int(lengths.max()) < 2**62
+    fits = max(rate.numerator * int(lengths.max()), rate.denominator) < 2**62
     wide = lengths.astype(np.int64 if fits else object)
     return (-((-wide * rate.numerator) // rate.denominator)).astype(np.int64)
 

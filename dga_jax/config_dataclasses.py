@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 LARGEST_SEED = 2**32 - 1  # `jax.random.key` takes 32 bits unless jax_enable_x64 is set.
+# Numbers of tokens, steps and rows: the sum of two of them fits JAX's int32.
+LARGEST_COUNT = 2**30
 
 
 def config_error(config: object, name: str, wants: str) -> ValueError:
@@ -29,7 +31,7 @@ def config_error(config: object, name: str, wants: str) -> ValueError:
 
 
 def require_int(
-  config: object, *names: str, least: int, most: int | None = None, optional: bool = False
+  config: object, *names: str, least: int, most: int = LARGEST_COUNT, optional: bool = False
 ) -> None:
   """Checks integers; NumPy integers become ints, which JSON can store.
 
@@ -37,7 +39,7 @@ def require_int(
     config: a dataclass, possibly frozen.
     names: the fields.
     least: the smallest value allowed.
-    most: the largest value allowed; None for no bound.
+    most: the largest value allowed.
     optional: whether None is allowed.
 
   Raises:
@@ -48,8 +50,9 @@ def require_int(
     if value is None and optional:
       continue
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-      bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+    if not whole or not least <= value <= most:
+      no_bound = most == LARGEST_COUNT and not (whole and value > most)
+      bounds = f"of at least {least}" if no_bound else f"from {least} to {most}"
       or_none = ", or None" if optional else ""
       raise config_error(config, name, f"an integer {bounds}{or_none}")
     object.__setattr__(config, name, int(value))

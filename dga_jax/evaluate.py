@@ -31,6 +31,7 @@ from absl import app, flags
 
 from dga_jax import command_line
 from dga_jax.choices import WeightName
+from dga_jax.config_dataclasses import LARGEST_COUNT
 from dga_jax.evaluation.retrieval import TASKS
 from dga_jax.evaluation.ruler import RULER_TASKS
 from dga_jax.files.path_flags import define_path, define_paths
@@ -115,9 +116,18 @@ def _check_flags() -> None:
     raise app.UsageError(f"--task={_TASK.value} needs --{needed.name}.")
   if _OUT.value is None and Path(_WORKDIR.value).is_file():
     raise app.UsageError(f"--workdir={_WORKDIR.value} is a file; give --out for the results.")
-  _numbers(_LENGTHS, int)
-  _numbers(_CONTEXTS, int)
-  _numbers(_DEPTHS, float)
+  for flag, kind, least, most in (
+    (_LENGTHS, int, 1, LARGEST_COUNT),
+    (_CONTEXTS, int, 1, LARGEST_COUNT),
+    (_DEPTHS, float, 0, 1),
+  ):
+    if not all(least <= number <= most for number in _numbers(flag, kind)):
+      raise ValueError(
+        f"--{flag.name} is {','.join(flag.value)}; the numbers must be from {least} to {most}."
+      )
+  for flag in (_LENGTHS, _DEPTHS, _PUZZLES):
+    if not flag.value:
+      raise app.UsageError(f"--{flag.name} is empty; give at least one.")
   if unknown := [name for name in _PUZZLES.value if name not in TASKS]:
     raise ValueError(f"--puzzles has {unknown[0]!r}; the puzzles are {', '.join(TASKS)}.")
   if unknown := [name for name in _RULER_TASKS.value if name not in RULER_TASKS]:

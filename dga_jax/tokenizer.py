@@ -52,7 +52,8 @@ class Tokenizer:
     chat_template: of the model, set by `dga_jax.load`; None for a model without one.
 
   Raises:
-    ValueError: the vocabulary lacks a token, or this class cannot spell out its tokens.
+    ValueError: the vocabulary lacks a token, text encodes to the end token, or this class cannot
+      spell out its tokens.
   """
 
   def __init__(
@@ -63,6 +64,8 @@ class Tokenizer:
     start_tokens: Sequence[str] = (END_TOKEN,),
     stop_ids: Collection[int] = (),
   ) -> None:
+    stops = (backend.id_to_token(token_id) for token_id in stop_ids)
+    _mark_special(backend, [end_token, *start_tokens, *filter(None, stops)])
     # A document that spells the end token out holds ordinary characters.
     backend.encode_special_tokens = True
     backend.no_padding()
@@ -81,6 +84,11 @@ class Tokenizer:
     self._spelling = _spelling(backend)
     self.end_token = end_token
     self.end_id: int = _special_id(backend, end_token)
+    if self._spelling != "words" and self.end_id in self.encode(end_token):
+      raise ValueError(
+        f"The tokenizer encodes the text {end_token!r} to its end token, which must be a special "
+        "token that no text encodes to. Name another end token."
+      )
     self.start_ids: tuple[int, ...] = tuple(_special_id(backend, t) for t in start_tokens)
     self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([self.end_id, *stop_ids]))
     self.chat_template: ChatTemplate | None = None
@@ -208,7 +216,7 @@ class Tokenizer:
     """`encode` of many texts, on all cores."""
     if self._spelling == "words":
       for word in " ".join(texts).split():
-        if self._backend.token_to_id(word) is None:
+        if word == self.end_token or self._backend.token_to_id(word) is None:
           raise ValueError(f"The text holds {word!r}, which is no word of this vocabulary.")
     with _library_errors("The text cannot be encoded"):
       encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -286,6 +294,26 @@ def _library_errors(problem: str) -> Iterator[None]:
     raise ValueError(f"{problem}: {error}") from error
 
 
+def _mark_special(backend: tokenizers.Tokenizer, contents: Collection[str]) -> None:
+  """Makes added tokens special where the files do not say so; transformers does the same."""
+  added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+  for content in contents:
+    token = added.get(content)
+    if token is not None and not token.special:
+      backend.add_special_tokens(
+        [
+          tokenizers.AddedToken(
+            content,
+            single_word=token.single_word,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            normalized=token.normalized,
+            special=True,
+          )
+        ]
+      )
+
+
 def _special_id(backend: tokenizers.Tokenizer, token: str) -> int:
   token_id = backend.token_to_id(token)
   if token_id is None:
@@ -298,7 +326,7 @@ def _spelling(backend: tokenizers.Tokenizer) -> _Spelling:
   decoder: Any = json.loads(backend.to_str())["decoder"]
   steps = [step for step in (decoder or {}).get("decoders", [decoder]) if step]
   kinds = {step["type"] for step in steps}
-  if "ByteLevel" in kinds:
+  if kinds == {"ByteLevel"}:
     return "byte_level"
   if kinds & {"ByteFallback", "Metaspace"} and all(map(_is_sentencepiece_step, steps)):
     return "sentencepiece"
@@ -316,7 +344,9 @@ def _is_sentencepiece_step(step: dict[str, Any]) -> bool:
     return (step["pattern"], step["content"]) == ({"String": "▁"}, " ")
   if step["type"] == "Metaspace":
     return bool(step["replacement"] == "▁")
-  return step["type"] in ("ByteFallback", "Fuse", "Strip")
+  if step["type"] == "Strip":
+    return bool(step["content"] == " ")
+  return step["type"] in ("ByteFallback", "Fuse")
 
 
 def _byte_level_bpe(model: models.BPE) -> tokenizers.Tokenizer:

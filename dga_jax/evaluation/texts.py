@@ -102,7 +102,7 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
 
 def _decode(path: Path, content: bytes) -> str:
   try:
-    return content.decode("utf-8")
+    return content.decode("utf-8").removeprefix("\ufeff")  # A byte order mark is not text.
   except UnicodeDecodeError as error:
     line = content.count(b"\n", 0, error.start) + 1
     byte = content[error.start]
@@ -124,10 +124,15 @@ def token_rows(
     rows_per_document: largest number of rows from one document.
 
   Raises:
-    ValueError: no document has enough tokens for a row.
+    ValueError: no document has enough tokens for a row, or length leaves no room for a document.
   """
   start = list(tokenizer.start_ids)
   piece = length + 1 - len(start)
+  if length < 1 or piece < 1:
+    raise ValueError(
+      f"length is {length}; it must be at least {max(1, len(start))}, for the tokens that start a "
+      "document and one of its own."
+    )
   rows = []
   for tokens in tokenizer.encode_batch([document.text for document in documents]):
     whole = min(rows_per_document, len(tokens) // piece)

@@ -195,17 +195,26 @@ def _messages(value: Any) -> tuple[dict[str, Any], ...]:
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
-  """A message with a string as content; parts of text are joined."""
+  """A message with a string as content, and a name if it has one; parts of text are joined."""
   if not isinstance(message, dict) or not isinstance(message.get("role"), str):
     raise invalid(where, f"{where} must be an object with the strings 'role' and 'content'.")
   content = message.get("content")
   if isinstance(content, list):
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
       raise unsupported(f"{where}.content", f"{where}.content has a part that is not a text.")
-    content = "\n".join(str(part.get("text", "")) for part in content)
+    if not all(isinstance(part.get("text"), str) for part in content):
+      raise invalid(f"{where}.content", f"{where}.content has a part whose text is not a string.")
+    content = "\n".join(part["text"] for part in content)
   if not isinstance(content, str):
     raise invalid(f"{where}.content", f"{where}.content must be a string or a list of texts.")
-  for name in ("tool_calls", "function_call"):
-    if message.get(name):
-      raise unsupported(f"{where}.{name}", f"{where}.{name}: tools are not supported.")
-  return {"role": message["role"], "content": content}
+  name = message.get("name")
+  if not isinstance(name, str | None):
+    raise invalid(f"{where}.name", f"{where}.name must be a string.")
+  # Clients send answers back with fields that request nothing, such as tool_calls: [].
+  used = [field for field in message if field not in ("role", "content", "name") and message[field]]
+  if used:
+    raise unsupported(
+      f"{where}.{used[0]}", f"{where}.{used[0]} is not supported by this server; leave it out."
+    )
+  named = {} if name is None else {"name": name}
+  return {"role": message["role"], "content": content, **named}

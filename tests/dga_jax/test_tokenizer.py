@@ -171,6 +171,8 @@ def test_a_byte_level_tokenizer_of_another_model() -> None:
     decoders.Metaspace(replacement="_"),
     decoders.Sequence([decoders.Replace("_", " "), decoders.ByteFallback()]),
     decoders.Sequence([decoders.ByteFallback(), decoders.CTC()]),
+    decoders.Sequence([decoders.ByteFallback(), decoders.Strip("a", 1)]),
+    decoders.Sequence([decoders.Replace("a", "b"), decoders.ByteLevel()]),
   ],
 )
 def test_an_unknown_decoder_is_refused(decoder: decoders.Decoder) -> None:
@@ -191,6 +193,24 @@ def test_stop_ids_are_kept(tmp_path: pathlib.Path) -> None:
   older = json.loads(tokenizer.to_json())
   del older["dga_jax"]["stop"]
   assert Tokenizer.from_json(json.dumps(older)).stop_ids == (256,)
+
+
+def test_end_and_stop_tokens_are_special_where_the_files_do_not_say_so() -> None:
+  backend = tokenizers.Tokenizer.from_str(Tokenizer.byte_level().to_plain_json())
+  backend.add_tokens(["<end>", "<stop>", "<word>"])
+  tokenizer = Tokenizer.imported(backend, "<end>", stop_ids=[258])
+  text = "a<end>b<stop>"
+  assert tokenizer.encode(text) == list(text.encode())
+  assert tokenizer.encode("<word>") == [259]
+  assert Tokenizer.from_json(tokenizer.to_json()).encode(text) == list(text.encode())
+
+
+def test_an_end_token_that_text_encodes_to_is_refused() -> None:
+  backend = tokenizers.Tokenizer.from_str(Tokenizer.byte_level().to_plain_json())
+  with pytest.raises(ValueError, match="encodes the text 'a' to its end token"):
+    Tokenizer.imported(backend, "a")
+  with pytest.raises(ValueError, match=r"'<\|end\|>', which is no word"):
+    Tokenizer.words(["a"]).encode(f"a {END_TOKEN}")
 
 
 def test_a_template_with_tokens_after_a_text_is_refused() -> None:

@@ -28,6 +28,9 @@ _LONG_DOCUMENT = 50_000
 _LONG_STEP, _SHORT_STEP = 8, 16
 
 
+_BYTE_ORDER_MARK = "\ufeff"  # Some programs write it at the beginning of UTF-8 files.
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
   """The files that a data set is made of.
@@ -110,7 +113,7 @@ def read_documents(path: pathlib.Path) -> Iterator[str]:
 
   NUL characters separate the documents of a text file; in a .jsonl file each line is one, in its
   field "text", or a conversation in its field "messages" (`train.data.conversations`). Both may be
-  compressed (.gz, .xz).
+  compressed (.gz, .xz). A byte order mark at the beginning of a file is not part of a document.
 
   Raises:
     ValueError: a file that is damaged, not UTF-8, or no such JSON; it names the file and, of a
@@ -158,7 +161,7 @@ def _read_text(path: pathlib.Path) -> str:
         content = lzma.decompress(path.read_bytes())
       case _:
         content = path.read_bytes()
-    return content.decode("utf-8")
+    return content.decode("utf-8").removeprefix(_BYTE_ORDER_MARK)
   except UnicodeDecodeError as error:
     raise ValueError(
       f"{path} is not UTF-8 text: {error.reason} at byte {error.start}. Convert the file or leave "

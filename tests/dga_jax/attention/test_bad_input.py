@@ -35,11 +35,16 @@ K = jnp.zeros((2, 12, 2, 8))
     ("focal_per_block", 0),
     ("max_documents", 0),
     ("seed", None),
+    *((name, 2**33) for name in ("group_size", "min_focal_tokens", "sink_tokens", "n_recent")),
   ],
 )
 def test_invalid_config_field_is_named(name, value):
   with pytest.raises(ValueError, match=name):
     DGAConfig(**{name: value})
+
+
+def test_a_rate_of_almost_nothing_is_a_rate():
+  assert DGAConfig(importance_rate=1e-300).focal_at_rate(np.array([0, 33])).tolist() == [0, 1]
 
 
 def test_invalid_combinations_of_config_fields():

@@ -85,8 +85,16 @@ def test_end_of_text_turn_and_message_tokens_stop_a_generation() -> None:
   tokenizer = rebuild(letters_metadata(eot_token_id=5, eom_token_id=7))
   assert (tokenizer.end_id, tokenizer.stop_ids) == (0, (0, 5, 7))
   assert Tokenizer.from_json(tokenizer.to_json()).stop_ids == (0, 5, 7)
-  other = rebuild(letters_metadata(eot_token_id=5), TokenizerChoices(end_token="x"))
-  assert (other.end_token, other.stop_ids) == ("x", (other.end_id, 0, 5))
+  other = rebuild(letters_metadata(eot_token_id=5), TokenizerChoices(end_token="12x"))
+  assert (other.end_token, other.stop_ids) == ("12x", (other.end_id, 0, 5))
+  with pytest.raises(ConversionError, match="encodes the text 'x' to its end token"):
+    rebuild(letters_metadata(), TokenizerChoices(end_token="x"))
+
+
+def test_a_user_defined_end_token_is_special() -> None:
+  tokenizer = rebuild(letters_metadata(token_type=np.array([4, *[1] * 259])))
+  assert tokenizer.end_token == "<end>"
+  assert tokenizer.end_id not in tokenizer.encode("1<end>2")
 
 
 def test_metadata_for_an_export_is_stored() -> None:
@@ -167,4 +175,4 @@ def test_a_sentencepiece_vocabulary() -> None:
 
 
 def test_another_end_token() -> None:
-  assert rebuild(letters_metadata(), TokenizerChoices(end_token="x")).end_token == "x"
+  assert rebuild(letters_metadata(), TokenizerChoices(end_token="12x")).end_token == "12x"

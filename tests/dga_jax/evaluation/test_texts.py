@@ -20,7 +20,7 @@ def test_documents_of_each_file_format(tmp_path: Path) -> None:
   for name, library in (("b.jsonl.xz", lzma), ("c.jsonl.gz", gzip)):
     with library.open(tmp_path / name, "wt") as file:
       file.write(line)
-  (tmp_path / "d.txt").write_text("plain")
+  (tmp_path / "d.txt").write_text("plain", encoding="utf-8-sig")  # With a byte order mark.
   paths = sorted(tmp_path.iterdir())
   assert read_documents(paths) == [Document("7", "Größe")] * 3 + [Document(str(paths[3]), "plain")]
 
@@ -79,3 +79,5 @@ def test_rows_start_with_the_start_tokens_and_do_not_overlap() -> None:
 def test_documents_too_short_for_a_row_are_an_error() -> None:
   with pytest.raises(ValueError, match="length is 99"):
     token_rows([Document("a", "short")], TOKENIZER, 99)
+  with pytest.raises(ValueError, match="length is 0; it must be at least 1"):
+    token_rows([Document("a", "short")], TOKENIZER, 0)

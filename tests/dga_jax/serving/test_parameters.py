@@ -61,6 +61,12 @@ def test_the_parts_of_a_content_are_joined():
   assert chat.messages == ({"role": "user", "content": "a\nb"},)
 
 
+def test_a_message_keeps_its_name_and_drops_fields_that_request_nothing():
+  message = {"role": "user", "content": "a", "name": "b"}
+  nothing = {"refusal": None, "annotations": [], "tool_calls": None, "audio": None}
+  assert parse_chat({**CHAT, "messages": [message | nothing]}).messages == (message,)
+
+
 def test_values_that_ask_for_nothing_are_accepted():
   nothing = {
     "frequency_penalty": 0, "presence_penalty": 0.0, "tools": [], "tool_choice": "none",
@@ -139,7 +145,12 @@ def test_wrong_values_are_named(field, value):
     {"role": "user"},
     {"role": "user", "content": 3},
     {"role": "user", "content": [{"type": "image_url"}]},
+    {"role": "user", "content": [{"type": "text"}]},
+    {"role": "user", "content": [{"type": "text", "text": 5}]},
+    {"role": "user", "content": "a", "name": 5},
     {"role": "assistant", "content": "", "tool_calls": [{}]},
+    {"role": "tool", "content": "a", "tool_call_id": "b"},
+    {"role": "assistant", "content": "a", "prefix": True},
   ],
 )
 def test_wrong_messages_are_located(message):

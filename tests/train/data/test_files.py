@@ -55,6 +55,8 @@ def test_a_file_cannot_be_trained_on_and_held_out(tmp_path: pathlib.Path) -> Non
     ("a.txt.gz", gzip.compress("one\0two é".encode(), mtime=0)),
     ("a.xz", lzma.compress("one\0\0two é".encode())),
     ("a.jsonl", "\n".join(json.dumps({"id": 1, "text": t}) for t in ("one", "", "two é")).encode()),
+    ("a.txt", "\ufeffone\0two é".encode()),
+    ("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\n{"text": "two \\u00e9"}'),
     ("a.jsonl.xz", lzma.compress(b'{"text": "one"}\n\n{"text": "two \\u00e9"}\n')),
   ],
 )
