@@ -94,7 +94,7 @@ def test_the_command(tmp_path: Path) -> None:
   results = [json.loads(line) for line in (tmp_path / "o/results.jsonl").read_text().splitlines()]
   assert len(results) == 24
   assert [len(one["loss"]) for one in results[6:12]] == [2] * 6
-  assert all(len(one["score"]) == 1 for one in results[18:])
+  assert all(list(map(len, one["scores"])) == [1] for one in results[18:])
   dense = results[0]
   assert dense["divergence"] == [0, 0]
   assert len(dense["loss"]) == 2
