@@ -44,6 +44,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks._budget_baselines import as_baseline, BASELINES, interval, make_baselines, Set
+from benchmarks._budget_costs import costs_table
 from benchmarks._budget_ruler import BudgetRuler
 from benchmarks.timing import environment
 from dga_jax.calibration.measuring import Measurer
@@ -82,6 +83,9 @@ _RULER_TASKS = flags.DEFINE_list("ruler_tasks", list(RULER_TASKS), "RULER's task
 _RULER_SAMPLES = flags.DEFINE_integer(
   "ruler_samples", 10, "Prompts of a task of RULER and length.", lower_bound=1
 )
+_COSTS = flags.DEFINE_bool(
+  "costs", False, "Table of bytes, operations and time of attention over texts of --lengths."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the prompts and of the bootstrap.")
 _SCALE = flags.DEFINE_bool("scale_windows", True, "Scale windows with the length of texts.")
 _ROPE_BASE = flags.DEFINE_float("rope_base", None, "RoPE base; default: the checkpoint's.")
@@ -115,6 +119,8 @@ def main(argv: Sequence[str]) -> None:
     for last in [None, _LAST.value] if _LAST.value else [None]:
       lines += ["", _text_title(length, last), ""]
       lines += [_text_table(measure, own, documents, tokenizer, length, last)]
+    if _COSTS.value:
+      lines += ["", f"Costs of {length} tokens", "", costs_table(own, config, length)]
     print("\n".join(lines[-4:]), flush=True)
   found: dict[tuple[str, int], list[np.ndarray]] = {}
   for length, task in itertools.product(prompts, _TASKS.value):
