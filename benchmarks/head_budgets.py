@@ -173,6 +173,8 @@ class _Measure:
     """Compiles the program of each shape at the same time; from lengths and numbers of rows."""
     begin = time.perf_counter()
     shapes = {(_batch_size(length, count), length) for length, count in counts}
+    if not shapes:
+      return
     AssignedDecoder(self._model, self._settings).compile(shapes)
     print(f"{len(shapes)} shapes compiled in {time.perf_counter() - begin:.0f} s", flush=True)
 
