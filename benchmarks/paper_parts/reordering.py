@@ -55,7 +55,7 @@ class Sizes:
     for kv_heads in (32, 8)
     for length in (16384, 8192, 4096, 32768)
   )
-  rounds: int = 5
+  rounds: int = 3
   repeats: int = 10
 
 
