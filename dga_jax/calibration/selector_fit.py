@@ -76,9 +76,9 @@ def fit_selector(
 ) -> Float[np.ndarray, "K N S"]:
   """The weights of the selector of every KV head.
 
-  Runs dense attention over the rows, layer by layer. Memory beyond the model: the rows of one layer
-  (E numbers a token), attention of 128 queries, and the features of one layer, float32, N·S numbers
-  a token with S = 2·D + 2.
+  Runs dense attention over the rows, layer by layer. Memory beyond the model: attention of 128
+  queries, and for each token of the rows the input of a layer, E numbers, and up to three copies of
+  the features of a layer, float32, N·S numbers with S = 2·D + 2.
 
   Args:
     model: the decoder, whose layers are stacked; its own attention kind is not used.
