@@ -1,4 +1,4 @@
-"""One program for all choices of focal tokens and all weights of merging that are compared."""
+"""The loss of a row under a choice of focal tokens and a rule of merging."""
 
 from typing import Any
 
@@ -20,6 +20,7 @@ from benchmarks._selector_choices import (
 )
 from benchmarks._selector_forms import Form, own_features, scan_layers, score, shared_features
 from dga_jax.attention.attend import attend_prepared, merge_tokens
+from dga_jax.attention.dense import dense_attention
 from dga_jax.attention.metadata import prepare
 from dga_jax.attention.segments import find_documents
 from dga_jax.attention.selection import comparable_scores
@@ -28,7 +29,6 @@ from dga_jax.config import DGAConfig
 from dga_jax.model import Decoder
 from dga_jax.model.rope import RopeTable
 
-# The argument `choice` of the program is an index into CHOICES, `merge` one into MERGES.
 CHOICES = (
   "dense",
   "last_query",
@@ -48,41 +48,37 @@ def second_half_loss(
   params: Any,
   row_T: Int[Array, "T"],
   form: Form,
-  choice: Int[Array, ""],
-  merge: Int[Array, ""],
   *,
+  choice: str,
+  merge: str,
   config: DGAConfig,
   seed: int,
 ) -> Float[Array, ""]:
   """Mean loss in nats of the second half of a row, with the same attention in all layers.
 
-  The program has one attention call, which takes the scores of the choice as its argument.
+  Each choice is a program of its own. A program that branches on the choice waits for the host at
+  every branch of every layer, which takes most of the time on a GPU that other processes use.
 
   Args:
     graphdef: of the model, whose layers are stacked.
     params: of the model.
     row_T: L tokens and the token that follows them.
     form: scores the tokens for the choice "form"; of all layers.
-    choice: index into CHOICES. "dense" is dense attention, the others are DGA.
-    merge: index into MERGES. "query" is the op's rule. The others merge the members of a group by
-      the softmax of the choice's scores, by their mean, or by the oracle's attention.
+    choice: one of CHOICES. "dense" is dense attention, the others are DGA.
+    merge: one of MERGES. "query" is the op's rule. The others merge the members of a group by the
+      softmax of the choice's scores, by their mean, or by the oracle's attention.
     config: of the blocks, with the selector "fitted".
     seed: of the random choice.
   """
   model: Decoder = nnx.merge(graphdef, params)
   L = row_T.shape[0] - 1
-  with_dense = [i for i, name in enumerate(CHOICES) if name.startswith(("dense", "oracle"))]
-  needs_dense = (choice == jnp.array(with_dense)).any() | (merge == MERGES.index("oracle"))
+  documents = find_documents(1, L, None, None)
 
   def attend(
     q: Array, k: Array, v: Array, normed: Array, layer: Array, form: Form, rope: RopeTable
   ) -> tuple[Array, None]:
-    blocks = FitBlocks.of_row(L, config)
-    dense, rated = jax.lax.cond(
-      needs_dense,
-      lambda: attend_and_rate(q, k, v, beyond_window(L, blocks)),
-      lambda: (jnp.zeros_like(q), jnp.zeros(k.shape[:3])),
-    )
+    def rated() -> Array:
+      return attend_and_rate(q, k, v, beyond_window(L, FitBlocks.of_row(L, config)))[1]
 
     def of_form() -> Array:
       own_NxLxS = jnp.moveaxis(own_features(k, v, rope)[0], 1, 0)
@@ -90,23 +86,27 @@ def second_half_loss(
       scores_NxL = score(form, own_NxLxS[:, None], shared_LxU[None])[:, 0]
       return comparable_scores(scores_NxL.T[None])
 
+    if choice == "dense":
+      return dense_attention(q, k, v, documents), None
     frequencies = model.config.rope_frequencies()
     key = jax.random.fold_in(jax.random.key(seed), layer)
-    scores = [
-      lambda: last_query(q, k, config),
-      lambda: jax.random.uniform(key, k.shape[:3]),
-      lambda: accumulated(q, k, config),
-      lambda: expected_attention(q, k, v, config, frequencies),
-      lambda: rated,
-      lambda: rated + value_size(v, config),
-      lambda: rated + value_distance(v, config),
-      of_form,
-    ]
-
-    def with_scores() -> Array:
-      return _attend_by(q, k, v, jax.lax.switch(choice - 1, scores), rated, merge, config)
-
-    return jax.lax.cond(choice == 0, lambda: dense, with_scores), None
+    scores = {
+      "last_query": lambda: last_query(q, k, config),
+      "random": lambda: jax.random.uniform(key, k.shape[:3]),
+      "accumulated": lambda: accumulated(q, k, config),
+      "expected": lambda: expected_attention(q, k, v, config, frequencies),
+      "oracle": rated,
+      "oracle_value": lambda: rated() + value_size(v, config),
+      "oracle_distance": lambda: rated() + value_distance(v, config),
+      "form": of_form,
+    }[choice]()
+    logits = {
+      "query": lambda: None,
+      "scores": lambda: scores,
+      "mean": lambda: jnp.zeros_like(scores),
+      "oracle": rated,
+    }[merge]()
+    return _attend_by(q, k, v, scores, logits, config), None
 
   states, _ = scan_layers(model, embed(model, row_T[None, :-1]), attend, form)
   return mean_loss(model, states, row_T)
@@ -121,20 +121,19 @@ def mean_loss(model: Decoder, states_1xLxE: Array, row_T: Array) -> Float[Array,
 
 
 def _attend_by(
-  q: Array, k: Array, v: Array, scores: Array, oracle: Array, merge: Array, config: DGAConfig
+  q: Array, k: Array, v: Array, scores: Array, logits: Array | None, config: DGAConfig
 ) -> Array:
-  """The op with these scores, and with its groups replaced unless `merge` is 0."""
+  """The op with these scores. Members are merged by the softmax of `logits`, if there are any."""
   metadata = prepare(find_documents(1, q.shape[1], None, None), config)
   merged = merge_tokens(q, k, v, metadata, focal_scores=ranks(scores, config))
-  logits = jax.lax.switch(
-    merge, [lambda: scores, lambda: scores, lambda: jnp.zeros_like(scores), lambda: oracle]
-  )
+  if logits is None:
+    return attend_prepared(merged, metadata)
   weights_gxsxN = member_weights(scores, logits, config)[0]
 
   def replaced(of_groups: Array, tokens: Array) -> Array:
     blocks = blocks_of(tokens.astype(jnp.float32), config)[0]
     means = jnp.einsum("gsn,gsnd->gnd", weights_gxsxN, blocks).astype(tokens.dtype)
-    return jnp.where(merge == 0, of_groups, of_groups.at[0, : means.shape[0]].set(means))
+    return of_groups.at[0, : means.shape[0]].set(means)
 
   groups = merged.sources.group
   groups = groups._replace(key=replaced(groups.key, k), value=replaced(groups.value, v))

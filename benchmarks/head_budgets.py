@@ -26,8 +26,10 @@ Intervals are 95 % of bootstrap samples: of documents for perplexity, of prompts
 length for the others. Each result is appended to OUT/results.jsonl when it is measured, and the
 same command continues an interrupted run. OUT/table.md is the table of all results.
 
-All sets run in one program whose argument is the assignment of settings to heads: there is one
-program for each length, and no set compiles another.
+For perplexity and retrieval all sets run in one program whose argument is the assignment of
+settings to heads: there is one program for each length, and no set compiles another. RULER has a
+program for each set, since its answers are decoded with the set's cache; the programs of all sets
+compile at the same time.
 """
 
 import itertools
@@ -42,7 +44,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks._budget_baselines import as_baseline, BASELINES, interval, make_baselines, Set
-from benchmarks._budget_ruler import measure_part
+from benchmarks._budget_costs import costs_table
+from benchmarks._budget_ruler import BudgetRuler
 from benchmarks.timing import environment
 from dga_jax.calibration.measuring import Measurer
 from dga_jax.calibration.program import AssignedDecoder
@@ -52,7 +55,7 @@ from dga_jax.checkpoint import load_model, load_model_config
 from dga_jax.evaluation.report import markdown
 from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.retrieval import TASKS
-from dga_jax.evaluation.ruler import RULER_TASKS, RulerPart, RulerTexts
+from dga_jax.evaluation.ruler import RULER_TASKS, RulerTexts
 from dga_jax.evaluation.texts import Document, read_documents
 from dga_jax.files.path_flags import define_path
 from dga_jax.head_budgets import FULL, read_head_budgets
@@ -80,6 +83,9 @@ _RULER_TASKS = flags.DEFINE_list("ruler_tasks", list(RULER_TASKS), "RULER's task
 _RULER_SAMPLES = flags.DEFINE_integer(
   "ruler_samples", 10, "Prompts of a task of RULER and length.", lower_bound=1
 )
+_COSTS = flags.DEFINE_bool(
+  "costs", False, "Table of bytes, operations and time of attention over texts of --lengths."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the prompts and of the bootstrap.")
 _SCALE = flags.DEFINE_bool("scale_windows", True, "Scale windows with the length of texts.")
 _ROPE_BASE = flags.DEFINE_float("rope_base", None, "RoPE base; default: the checkpoint's.")
@@ -102,16 +108,19 @@ def main(argv: Sequence[str]) -> None:
   documents = read_documents(_DOCUMENTS.value)[: _MAX_DOCUMENTS.value]
   sets = list(_read_sets(config))
   lengths, prompts, ruler = (list(map(int, flag.value)) for flag in (_LENGTHS, _PROMPTS, _RULER))
-  measure = _Measure(model, Results(out / "results.jsonl"), sets)
+  results = Results(out / "results.jsonl")
+  measure = _Measure(model, results, sets)
   counts = [(length, len(_text_rows(documents, tokenizer, length, None))) for length in lengths]
   counts += [(length, _SAMPLES.value) for length in prompts]
-  measure.compile([*counts, *((length, _RULER_SAMPLES.value) for length in ruler)])
+  measure.compile(counts)
   lines = [f"{environment()}, {config.dtype}, {len(documents)} documents"]
   for length in lengths:
     own = [one.scaled_to(length) for one in sets] if _SCALE.value else sets
     for last in [None, _LAST.value] if _LAST.value else [None]:
       lines += ["", _text_title(length, last), ""]
       lines += [_text_table(measure, own, documents, tokenizer, length, last)]
+    if _COSTS.value:
+      lines += ["", f"Costs of {length} tokens", "", costs_table(own, config, length)]
     print("\n".join(lines[-4:]), flush=True)
   found: dict[tuple[str, int], list[np.ndarray]] = {}
   for length, task in itertools.product(prompts, _TASKS.value):
@@ -124,10 +133,12 @@ def main(argv: Sequence[str]) -> None:
     lines += ["", "Answers found, %", "", _retrieval_table(sets, found)]
   scores: dict[tuple[str, int], list[np.ndarray]] = {}
   texts = RulerTexts([one.text for one in documents], tokenizer) if ruler else None
-  for length, task in itertools.product(ruler, _RULER_TASKS.value):
+  for length in ruler:
     assert texts is not None
-    part = texts.part(task, length, _RULER_SAMPLES.value, _SEED.value)
-    scores[task, length] = measure.ruler(part, tokenizer, length, sets)
+    parts = [
+      texts.part(task, length, _RULER_SAMPLES.value, _SEED.value) for task in _RULER_TASKS.value
+    ]
+    scores |= _ruler_scores(BudgetRuler(model, tokenizer, parts, results), sets, length)
   if scores:
     lines += ["", "RULER, % of the answers found", "", _retrieval_table(sets, scores)]
   table = "\n".join(lines)
@@ -162,6 +173,8 @@ class _Measure:
     """Compiles the program of each shape at the same time; from lengths and numbers of rows."""
     begin = time.perf_counter()
     shapes = {(_batch_size(length, count), length) for length, count in counts}
+    if not shapes:
+      return
     AssignedDecoder(self._model, self._settings).compile(shapes)
     print(f"{len(shapes)} shapes compiled in {time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -175,23 +188,21 @@ class _Measure:
     print(f"{name}: {time.perf_counter() - begin:.0f} s", flush=True)
     return measured
 
-  def ruler(
-    self, part: RulerPart, tokenizer: Tokenizer, length: int, sets: Sequence[Set]
-  ) -> list[np.ndarray]:
-    """The score of each prompt of a part, for every set."""
-    decoder = AssignedDecoder(self._model, self._settings)
-    shape = (_batch_size(length, len(part.prompts)), length)
-    guesses: list[list[int]] = [[] for _ in part.prompts]
-    scores = []
-    for one in sets:
-      begin = time.perf_counter()
-      own = as_baseline(one.budgets).indices(self._settings)
-      answered = measure_part(decoder, own, part, tokenizer, shape, guesses, self._results)
-      scores.append(np.array(answered["score"], float))
-      guesses = guesses if any(guesses) else answered["new_tokens"]  # Those of dense attention.
-      took = f"{time.perf_counter() - begin:.0f} s"
-      print(f"ruler {part.name} {length} {one.file} {one.kind}: {scores[-1].mean():.3f}, {took}")
-    return scores
+
+def _ruler_scores(
+  ruler: BudgetRuler, sets: Sequence[Set], length: int
+) -> dict[tuple[str, int], list[np.ndarray]]:
+  """For each task, named with the length, the scores of its prompts under every set."""
+  ruler.compile([one.budgets for one in sets])
+  scores = []
+  for one in sets:
+    begin = time.perf_counter()
+    scores.append(ruler.scores(one.budgets))
+    mean = np.mean(np.concatenate(scores[-1]))
+    took = f"{time.perf_counter() - begin:.0f} s"
+    print(f"ruler {length} {one.file} {one.kind}: {mean:.3f}, {took}", flush=True)
+  by_task = zip(_RULER_TASKS.value, zip(*scores, strict=True), strict=True)
+  return {(task, length): list(values) for task, values in by_task}
 
 
 def _batch_size(length: int, rows: int) -> int:

@@ -39,7 +39,7 @@ appended to OUT, and the same command continues an interrupted run.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -49,10 +49,19 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from flax import nnx
+from jax import Array
 from jaxtyping import Int
 
 from benchmarks._ratios import ratio_of_means
-from benchmarks._selector_forms import collect, fit_listwise, fit_ridge, Form, linear_form, sizes
+from benchmarks._selector_forms import (
+  collect,
+  fit_listwise,
+  fit_ridge,
+  Form,
+  Inputs,
+  linear_form,
+  sizes,
+)
 from benchmarks._selector_program import CHOICES, MERGES, second_half_loss
 from benchmarks.timing import environment
 from dga_jax.calibration.selector_fit import RIDGE
@@ -119,7 +128,8 @@ FORMS = {
   "mlp_hidden": _FormKind(listwise=True, hidden=True, mlp=True),
 }
 _GAP = (("last_query", "query"), ("oracle", "query"))  # Measured first, as a share needs both.
-_THREADS = 3  # Compile and fit. More of them delay the first result.
+_RIDGE = np.float32(RIDGE)
+_THREADS = 6  # Compile programs, in the order in which the results need them.
 
 
 def main(argv: Sequence[str]) -> None:
@@ -144,11 +154,12 @@ def main(argv: Sequence[str]) -> None:
         config = _config(blocks, int(window))
         settings.append(_Setting(name, base, config, rows, fit_rows[:, :-1], pool))
     missing = [setting for setting in settings if not setting.is_measured(choices, results)]
-    for setting in missing:
-      setting.start_program()
-    for setting in missing:
-      setting.start_fits({form for form, _ in choices})
-    for choice in (choice for choice in _GAP if choice in choices):
+    order = [choice for choice in _GAP if choice in choices]
+    order += [choice for choice in choices if choice not in order]
+    for choice in order:
+      for setting in missing:
+        setting.start_programs(*choice, results)
+    for choice in order[: sum(choice in choices for choice in _GAP)]:
       for setting in settings:
         setting.measure(*choice, results)
     for choice in choices:
@@ -181,7 +192,7 @@ def _config(blocks: str, window: int) -> DGAConfig:
 
 
 class _Setting:
-  """One length, block size and window: its fits and its program, made in the pool's threads.
+  """One length, block size and window: its fits, and its programs, compiled in the pool's threads.
 
   Args:
     name: of the results.
@@ -189,7 +200,7 @@ class _Setting:
     config: of the blocks.
     rows: of the test.
     fit_rows: of the fit.
-    pool: for compilation and fits.
+    pool: for compilation.
   """
 
   def __init__(
@@ -202,30 +213,32 @@ class _Setting:
     pool: ThreadPoolExecutor,
   ) -> None:
     self._name, self._base, self._config = name, base, config
-    self._rows, self._fit_rows, self._pool = rows, fit_rows, pool
+    self._rows, self._fit_rows, self._pool = rows, jnp.asarray(fit_rows), pool
     self._graphdef, self._params = nnx.split(base)
-    self._fits: dict[str, Future[Form]] = {}
+    S, U = sizes(base)
+    K, N = base.config.num_layers, base.config.num_kv_heads
+    self._none = linear_form(jnp.zeros((K, N, S)), jnp.zeros((K, N, U)))
+    self._programs: dict[Any, Future[Any]] = {}
+    self._fits: dict[str, Form] = {}
 
   def is_measured(self, choices: Sequence[tuple[str, str]], results: Results) -> bool:
     """Whether the results have every choice."""
     names = ("dense", *("/".join(choice) for choice in choices))
     return all(self._key(name) in results for name in names)
 
-  def start_program(self) -> None:
-    """Compiles the program of all choices."""
-    K, N = self._base.config.num_layers, self._base.config.num_kv_heads
-    S, U = sizes(self._base)
-    self._none = linear_form(jnp.zeros((K, N, S)), jnp.zeros((K, N, U)))
-    self._program = self._pool.submit(self._compile)
-
-  def start_fits(self, names: set[str]) -> None:
-    """Fits the forms among `names`."""
-    if names.isdisjoint(FORMS):
+  def start_programs(self, choice: str, merge: str, results: Results) -> None:
+    """Starts the compilation of what the choice needs beyond earlier choices."""
+    if self._key("dense") not in results:
+      self._start(("dense", "query"), self._compile_loss, "dense", "query")
+    if self._key(f"{choice}/{merge}") in results:
       return
-    rows = jnp.asarray(self._fit_rows)
-    inputs = self._pool.submit(collect, self._graphdef, self._params, self._config, rows)
-    for form in (form for form in FORMS if form in names):
-      self._fits[form] = self._pool.submit(self._fit_form, FORMS[form], inputs)
+    kind = "form" if choice in FORMS else choice
+    self._start((kind, merge), self._compile_loss, kind, merge)
+    if choice in FORMS:
+      self._start(collect, self._compile_collect)
+      self._start(fit_ridge, self._compile_ridge)
+    if choice in FORMS and FORMS[choice].listwise:
+      self._start(fit_listwise, self._compile_listwise)
 
   def measure(self, choice: str, merge: str, results: Results) -> None:
     """Measures the losses of all rows, unless the results have them."""
@@ -247,10 +260,9 @@ class _Setting:
   def _run(self, name: str, choice: str, merge: str, results: Results) -> None:
     if self._key(name) in results:
       return
-    form = self._fits[choice].result() if choice in FORMS else self._none
-    index = jnp.int32(CHOICES.index("form" if choice in FORMS else choice))
-    by, program = jnp.int32(MERGES.index(merge)), self._program.result()
-    losses = [program(self._params, jnp.asarray(row), form, index, by) for row in self._rows]
+    form, kind = (self._fit(choice), "form") if choice in FORMS else (self._none, choice)
+    program = self._programs[kind, merge].result()
+    losses = [program(self._params, jnp.asarray(row), form) for row in self._rows]
     results.add(self._key(name), {"losses": [float(loss) for loss in losses]})
 
   def _losses(self, name: str, results: Results) -> np.ndarray:
@@ -260,32 +272,73 @@ class _Setting:
     length = self._rows.shape[1] - 1
     return f"dense {length} {_DTYPE.value}" if name == "dense" else f"{self._name} {name}"
 
-  def _compile(self) -> Any:
-    """`second_half_loss` of parameters, row, form, choice and merge."""
-    run = functools.partial(second_half_loss, self._graphdef, config=self._config, seed=_SEED.value)
-    row = jax.ShapeDtypeStruct(self._rows.shape[1:], jnp.int32)
-    index = jax.ShapeDtypeStruct((), jnp.int32)
-    return jax.jit(run).lower(self._params, row, self._none, index, index).compile()
+  def _start(self, key: Any, compile_it: Callable[..., Any], *args: str) -> None:
+    if key not in self._programs:
+      self._programs[key] = self._pool.submit(compile_it, *args)
 
-  def _fit_form(self, kind: _FormKind, inputs: Future[Any]) -> Form:
-    hidden = self._base.config.embed_dim
-    used = jnp.ones(sizes(self._base)[1]).at[:hidden].set(kind.hidden).at[hidden:].set(kind.place)
-    collected = inputs.result()
-    if kind.value is not None:
-      target = collected.target + getattr(collected, kind.value)
-      collected = collected._replace(target=target)
-    form = fit_ridge(collected, used, jnp.float32(RIDGE))
-    if not kind.listwise:
-      return form
-    return fit_listwise(
-      form,
-      collected,
-      used,
-      mlp=kind.mlp,
-      steps=_STEPS.value,
-      learning_rate=3e-3 if kind.mlp else 1e-2,
-      decay=1e-3 if kind.mlp else 1e-4,
+  def _compile_loss(self, choice: str, merge: str) -> Any:
+    """`second_half_loss` of parameters, row and form."""
+    run = functools.partial(
+      second_half_loss,
+      self._graphdef,
+      choice=choice,
+      merge=merge,
+      config=self._config,
+      seed=_SEED.value,
     )
+    row = jax.ShapeDtypeStruct(self._rows.shape[1:], jnp.int32)
+    return jax.jit(run).lower(self._params, row, self._none).compile()
+
+  def _compile_collect(self) -> Any:
+    return collect.lower(self._graphdef, self._params, self._config, self._fit_rows).compile()
+
+  def _compile_ridge(self) -> Any:
+    return fit_ridge.lower(self._input_shapes, self._used(FORMS["fitted"]), _RIDGE).compile()
+
+  def _compile_listwise(self) -> Any:
+    kind = FORMS["listwise"]
+    options = {"steps": _STEPS.value, **_listwise_options(kind)}
+    return fit_listwise.lower(self._none, self._input_shapes, self._used(kind), **options).compile()
+
+  @functools.cached_property
+  def _input_shapes(self) -> Inputs:
+    shapes: Inputs = jax.eval_shape(
+      functools.partial(collect, self._graphdef, config=self._config),
+      params=self._params,
+      tokens_BxL=self._fit_rows,
+    )
+    return shapes
+
+  @functools.cached_property
+  def _inputs(self) -> Inputs:
+    inputs: Inputs = self._programs[collect].result()(self._params, self._fit_rows)
+    return inputs
+
+  def _fit(self, name: str) -> Form:
+    if name in self._fits:
+      return self._fits[name]
+    kind, inputs = FORMS[name], self._inputs
+    if kind.value is not None:
+      inputs = inputs._replace(target=inputs.target + getattr(inputs, kind.value))
+    used = self._used(kind)
+    form: Form = self._programs[fit_ridge].result()(inputs, used, _RIDGE)
+    if kind.listwise:
+      form = self._programs[fit_listwise].result()(form, inputs, used, **_listwise_options(kind))
+    self._fits[name] = form
+    return form
+
+  def _used(self, kind: _FormKind) -> Array:
+    """1 for each shared feature that the form uses, else 0."""
+    hidden = self._base.config.embed_dim
+    used = jnp.ones(sizes(self._base)[1])
+    return used.at[:hidden].set(kind.hidden).at[hidden:].set(kind.place)
+
+
+def _listwise_options(kind: _FormKind) -> dict[str, Array]:
+  rates = (
+    {"learning_rate": 3e-3, "decay": 1e-3} if kind.mlp else {"learning_rate": 1e-2, "decay": 1e-4}
+  )
+  return {"mlp": jnp.asarray(kind.mlp)} | {name: jnp.float32(rate) for name, rate in rates.items()}
 
 
 def _dense_in_dtype(model: Decoder) -> Decoder:

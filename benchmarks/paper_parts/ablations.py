@@ -5,7 +5,7 @@ the dense model, or of the models that --models names, which were trained with o
 each. Perplexity and accuracy of the next token are measured on the second half of whole sequences.
 Under global selection later queries choose what earlier queries see, so decoding computes another
 function: the loss of the last tokens is measured in decoding too. --latency measures the times of
-reading prompts and of decoding.
+reading prompts and of decoding, of all settings in turn.
 """
 
 import functools
@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array
 
 from benchmarks.paper_parts.inputs import Inputs
-from benchmarks.paper_parts.latency import measure_latency
+from benchmarks.paper_parts.latency import measure_latencies
 from dga_jax import DGAConfig
 from dga_jax.cache import cache_size
 from dga_jax.evaluation.jobs import Job
@@ -32,6 +32,7 @@ TASK = "ablations"
 _CHUNK = 256  # Positions whose logits are computed at a time.
 _DECODED = 256  # Last tokens of a row whose loss in decoding is measured.
 PRETRAINED = "before training"
+TIMES = "times"  # In place of a setting: the times of all settings.
 
 
 def variants() -> dict[str, DGAConfig | None]:
@@ -58,21 +59,52 @@ def make_jobs(inputs: Inputs) -> Iterator[Job]:
   for workdir in settings.models or (None,):
     model = PRETRAINED if workdir is None else Path(workdir).name
     for name, config in variants().items():
-      overrides: dict[str, Any] = {"attention": "dense"}
-      if config is not None:
-        overrides = {"attention": "dga", "dga": vars(config)}
-      variant = Variant(name, overrides)
+      variant = _variant(name, config)
       yield Job(
         fields={
           "task": TASK, "model": model, "variant": name, "corpus": corpus, "length": length
         },
         depends_on=[
           variant.config(inputs.family.config, length).to_dict(), rows.sum(axis=1).tolist(),
-          *([settings.latency_batch] if settings.latency_batch else []),
         ],
         ticks=len(rows),
         run=functools.partial(_run, inputs, workdir, variant, config, rows),
       )  # fmt: skip
+    if settings.latency_batch is not None:
+      yield _times_job(inputs, workdir, model, rows, settings.latency_batch)
+
+
+def _variant(name: str, config: DGAConfig | None) -> Variant:
+  if config is None:
+    return Variant(name, {"attention": "dense"})
+  return Variant(name, {"attention": "dga", "dga": vars(config)})
+
+
+def _times_job(
+  inputs: Inputs, workdir: str | None, model: str, rows: np.ndarray, batch: int
+) -> Job:
+  """The times of all settings of one model for `batch` sequences."""
+  length = rows.shape[1] - 1
+  every = [_variant(name, config) for name, config in variants().items()]
+
+  def run(tick: Callable[[], Any]) -> dict[str, Any]:
+    family = inputs.family if workdir is None else inputs.trained_family(workdir)
+    graphdefs = {one.name: family.graphdef(one, length) for one in every}
+    prompts = fill(rows[:batch, :-1], batch)
+    times = measure_latencies(graphdefs, family.params, prompts)
+    tick()
+    return {"batch": batch, "times": times}
+
+  return Job(
+    fields={
+      "task": TASK, "model": model, "variant": TIMES, "corpus": inputs.books, "length": length
+    },
+    depends_on=[
+      [one.config(inputs.family.config, length).to_dict() for one in every], batch,
+    ],
+    ticks=1,
+    run=run,
+  )  # fmt: skip
 
 
 def _run(
@@ -97,16 +129,12 @@ def _run(
     keys = cache_size(config=config, max_length=length, prompt=length).total
   targets = min(_DECODED, length // 2)
   decoded_BxT = np.asarray(decoded(graphdef, params, fill(rows, len(rows)), targets))
-  result = {
+  return {
     "loss": losses,
     "accuracy": right,
     "keys": keys,
     "decoded_loss": decoded_BxT.mean(axis=1, dtype=float).tolist(),
   }
-  batch = inputs.ablation.latency_batch
-  if batch:
-    result["latency"] = measure_latency(graphdef, params, fill(rows[:batch, :-1], batch))
-  return result
 
 
 @functools.partial(jax.jit, static_argnums=0)

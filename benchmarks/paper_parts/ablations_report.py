@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.paper_parts.ablations import variants
+from benchmarks.paper_parts.ablations import TIMES, variants
 from benchmarks.paper_parts.plots import label, make_figure, save
 from benchmarks.paper_parts.published import (
   COMPLEMENTARY,
@@ -59,7 +59,7 @@ def _table(by_name: ByVariant) -> str:
         _ratio(result, dense, "loss"),
         f"{np.mean(result['accuracy']):.1%}",
         _ratio(result, dense, "decoded_loss"),
-        *_times(result),
+        *_times(by_name, name),
         *_published(theirs),
       ]
     )
@@ -78,7 +78,7 @@ def _complementary(by_name: ByVariant) -> str:
       f"{math.exp(np.mean(result['loss'])):.2f}",
       f"{math.exp(np.mean(result['decoded_loss'])):.2f}",
       f"{np.mean(result['accuracy']):.1%}",
-      _times(result)[1],
+      _times(by_name, variant)[1],
     ]
     scores = [theirs.average, theirs.summary, theirs.few_shot, theirs.milliseconds]
     rows.append([name, *own, *(f"{score:.2f}" for score in scores)])
@@ -103,11 +103,12 @@ def _excess(result: Mapping[str, Any], dense: Mapping[str, Any], loss: str) -> f
   return float(np.mean(result[loss]) - np.mean(dense[loss]))
 
 
-def _times(result: Mapping[str, Any]) -> tuple[str, str]:
-  if "latency" not in result:
+def _times(by_name: ByVariant, name: str) -> tuple[str, str]:
+  """Milliseconds of all prompts, and of a token of all sequences; "" where not measured."""
+  if TIMES not in by_name:
     return "", ""
-  latency = result["latency"]
-  prompt, token = (1e3 * latency[name] for name in ("prompt_seconds", "token_seconds"))
+  times = by_name[TIMES]["times"][name]
+  prompt, token = (1e3 * times[part] for part in ("prompt_seconds", "token_seconds"))
   return f"{prompt:.2f}", f"{token:.2f}"
 
 

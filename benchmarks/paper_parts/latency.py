@@ -5,10 +5,10 @@ faster programs (unstacked layers); the differences between settings are those o
 attention alone.
 """
 
-import functools
+import concurrent.futures
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,53 +20,64 @@ from benchmarks._forward import greedy_steps
 
 _TOKENS = 64  # Decoding steps of one timed call.
 _REPEATS = 5
+_THREADS = 12  # That compile.
+
+type _Programs = tuple[Callable[..., Any], Callable[..., Any]]
 
 
-def measure_latency(
-  graphdef: nnx.GraphDef, params: Any, prompts: Int[Array, "B L"]
-) -> dict[str, float]:
-  """The median times of five calls.
+def measure_latencies(
+  graphdefs: Mapping[str, nnx.GraphDef], params: Any, prompts: Int[Array, "B L"]
+) -> dict[str, dict[str, float]]:
+  """The median times of five calls of each setting, in alternating rounds.
+
+  All programs are compiled before the first is timed.
 
   Args:
-    graphdef: of the decoder.
-    params: its parameters.
+    graphdefs: of the decoder with each setting, by name.
+    params: its parameters, which the settings share.
     prompts: read at once.
 
   Returns:
-    "batch"; "prompt_seconds" of all prompts; "token_seconds" of a decoding step of all sequences.
+    For each name "prompt_seconds" of all prompts, and "token_seconds" of a decoding step of all
+    sequences.
   """
-  read = functools.partial(_read, graphdef, params, prompts)
-  token_B, cache = read()
-  decode = functools.partial(_decode, graphdef, params, token_B, cache)
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    pending = {
+      name: pool.submit(_compile, graphdef, params, prompts) for name, graphdef in graphdefs.items()
+    }
+  programs = {name: future.result() for name, future in pending.items()}
+  prompt_seconds: dict[str, list[float]] = {name: [] for name in programs}
+  token_seconds: dict[str, list[float]] = {name: [] for name in programs}
+  for number in range(_REPEATS + 1):  # The first round is not timed.
+    for name, (read, decode) in programs.items():
+      begin = time.perf_counter()
+      token_B, cache = jax.block_until_ready(read(params, prompts))
+      middle = time.perf_counter()
+      jax.block_until_ready(decode(params, token_B, cache))
+      if number:
+        prompt_seconds[name].append(middle - begin)
+        token_seconds[name].append((time.perf_counter() - middle) / _TOKENS)
+      del token_B, cache
   return {
-    "batch": prompts.shape[0],
-    "prompt_seconds": _median(read),
-    "token_seconds": _median(decode) / _TOKENS,
+    name: {
+      "prompt_seconds": statistics.median(prompt_seconds[name]),
+      "token_seconds": statistics.median(token_seconds[name]),
+    }
+    for name in programs
   }
 
 
-def _median(function: Callable[[], Any]) -> float:
-  jax.block_until_ready(function())
-  seconds = []
-  for _ in range(_REPEATS):
-    begin = time.perf_counter()
-    jax.block_until_ready(function())
-    seconds.append(time.perf_counter() - begin)
-  return statistics.median(seconds)
+def _compile(graphdef: nnx.GraphDef, params: Any, prompts_BxL: Int[Array, "B L"]) -> _Programs:
+  """The programs that read the prompts and that decode after them."""
 
+  def read(params: Any, prompts_BxL: Int[Array, "B L"]) -> tuple[Int[Array, "B"], Any]:
+    model = nnx.merge(graphdef, params)
+    max_length = prompts_BxL.shape[1] + _TOKENS
+    logits_BxV, cache = model.prefill(prompts_BxL, max_length=max_length)
+    return logits_BxV.argmax(axis=-1).astype(jnp.int32), cache
 
-@functools.partial(jax.jit, static_argnums=0)
-def _read(
-  graphdef: nnx.GraphDef, params: Any, prompts_BxL: Int[Array, "B L"]
-) -> tuple[Int[Array, "B"], Any]:
-  model = nnx.merge(graphdef, params)
-  max_length = prompts_BxL.shape[1] + _TOKENS
-  logits_BxV, cache = model.prefill(prompts_BxL, max_length=max_length)
-  return logits_BxV.argmax(axis=-1).astype(jnp.int32), cache
+  def decode(params: Any, token_B: Int[Array, "B"], cache: Any) -> Int[Array, "T B"]:
+    return greedy_steps(nnx.merge(graphdef, params), token_B, cache, _TOKENS)
 
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(
-  graphdef: nnx.GraphDef, params: Any, token_B: Int[Array, "B"], cache: Any
-) -> Int[Array, "T B"]:
-  return greedy_steps(nnx.merge(graphdef, params), token_B, cache, _TOKENS)
+  lowered = jax.jit(read).lower(params, prompts_BxL)
+  return lowered.compile(), jax.jit(decode).lower(params, *lowered.out_info).compile()

@@ -5,18 +5,11 @@ prompts of all tasks share one program, since a trained model is measured in a m
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Int
 
-from benchmarks._forward import greedy_steps
-from dga_jax.evaluation.losses import batches, fill
+from benchmarks._greedy_answers import greedy_answers
 from dga_jax.evaluation.retrieval import exact_match, TASKS
 from dga_jax.evaluation.ruler import RULER_TASKS, RulerTexts
 from dga_jax.evaluation.variants import Family, Variant
@@ -74,7 +67,7 @@ def measure_recall(
   predictions = iter(
     greedy_answers(
       graphdef, family.params, tokenizer, prompts,
-      new_tokens=recall.new_tokens, batch_size=recall.batch_size,
+      new_tokens=[recall.new_tokens] * len(prompts), batch_size=recall.batch_size,
     )
   )  # fmt: skip
   retrieval = {
@@ -88,69 +81,3 @@ def measure_recall(
     ruler[part.name] = {"score": float(scores.mean()), "standard_error": error}
     answers[part.name] = pairs
   return {"retrieval": retrieval, "ruler": ruler, "answers": answers}
-
-
-def greedy_answers(
-  graphdef: nnx.GraphDef,
-  params: Any,
-  tokenizer: Tokenizer,
-  prompts: Sequence[Sequence[int]],
-  *,
-  new_tokens: int,
-  batch_size: int,
-  tick: Callable[[], Any] = lambda: None,
-) -> list[str]:
-  """The most likely continuation of each prompt, decoded with the attention kind's cache.
-
-  Prompts are right-padded to one of two lengths, so at most two programs are compiled.
-
-  Args:
-    graphdef: of the decoder.
-    params: its parameters.
-    tokenizer: of the model; a stop token ends an answer.
-    prompts: token ids of each prompt.
-    new_tokens: most tokens of an answer.
-    batch_size: prompts that run together.
-    tick: called after every batch.
-  """
-  longest = max(map(len, prompts))
-  order = sorted(range(len(prompts)), key=lambda index: 2 * len(prompts[index]) > longest)
-  half = sum(2 * len(prompt) <= longest for prompt in prompts)
-  answers: dict[int, str] = {}
-  for indices, length in ((order[:half], longest // 2), (order[half:], longest)):
-    rows = np.zeros((len(indices), length + 1), np.int32)  # The last column is the length.
-    for row, index in zip(rows, indices, strict=True):
-      row[: len(prompts[index])] = prompts[index]
-      row[-1] = len(prompts[index])
-    for start, batch in zip(
-      range(0, len(rows), batch_size), batches(rows, batch_size), strict=True
-    ):
-      tokens_BxT = _continue(graphdef, params, fill(batch, batch_size), new_tokens)
-      for index, tokens in zip(indices[start:], np.asarray(tokens_BxT), strict=False):
-        stops = np.isin(tokens, tokenizer.stop_ids)
-        end = int(stops.argmax()) if stops.any() else len(tokens)
-        answers[index] = tokenizer.decode(tokens[:end].tolist())
-      tick()
-  return [answers[index] for index in range(len(prompts))]
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _continue(
-  graphdef: nnx.GraphDef, params: Any, rows_BxC: Int[Array, "B C"], new_tokens: int
-) -> Int[Array, "B T"]:
-  """The `new_tokens` most likely tokens after each prompt, one after another.
-
-  Args:
-    graphdef: of the decoder.
-    params: its parameters.
-    rows_BxC: right-padded prompts of C - 1 tokens, and the length of each in the last column.
-    new_tokens: T.
-  """
-  model = nnx.merge(graphdef, params)
-  prompts_BxL, lengths_B = rows_BxC[:, :-1], rows_BxC[:, -1]
-  max_length = prompts_BxL.shape[1] + new_tokens
-  logits_BxV, cache = model.prefill(prompts_BxL, lengths_B, max_length=max_length)
-
-  first_B = logits_BxV.argmax(axis=-1).astype(jnp.int32)
-  later_TxB = greedy_steps(model, first_B, cache, new_tokens - 1)
-  return jnp.concatenate([first_B[None], later_TxB]).T

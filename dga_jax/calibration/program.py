@@ -145,10 +145,6 @@ class AssignedDecoder:
     """The normalized output of the last layer at the positions that predict the targets."""
     return _target_states(self._graphdef, self._params, x_BxLxE, jnp.asarray(batch.position))
 
-  def predict(self, states_BxSxE: Float[Array, "B S E"]) -> Int[Array, "B S"]:
-    """The most likely next token of each of the states from `target_states`."""
-    return _predict(self._graphdef, self._params, states_BxSxE)
-
   def measure(
     self,
     states_BxSxE: Float[Array, "B S E"],
@@ -310,11 +306,6 @@ def _target_states(
   model = nnx.merge(graphdef, params)
   x_BxSxE = jnp.take_along_axis(x_BxLxE, position_BxS[..., None], axis=1)
   return model.norm(x_BxSxE).astype(model.config.dtype)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _predict(graphdef: nnx.GraphDef, params: Any, states_BxSxE: Array) -> Array:
-  return jnp.argmax(nnx.merge(graphdef, params).unembed(states_BxSxE), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

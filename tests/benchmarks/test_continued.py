@@ -13,7 +13,6 @@ from benchmarks.paper_parts.inputs import Inputs
 from benchmarks.paper_parts.pretraining import Pretraining
 from benchmarks.paper_parts.question_sets import measure_question_sets, QuestionSets
 from configs.smollm2_continued import DEFAULT_RUNS, get_config, RUNS
-from dga_jax.evaluation.answers import answer
 from dga_jax.evaluation.jobs import run_jobs
 from dga_jax.evaluation.perplexity import PerplexitySettings
 from dga_jax.evaluation.results import Results
@@ -55,16 +54,6 @@ def test_a_run_is_named_by_a_file_of_budgets(tmp_path: Path):
   assert all(list(row) == sorted(row) for row in found.head_budgets.assignment)
   with pytest.raises(ValueError, match="run is 'unknown'; it must be a JSON file"):
     get_config("unknown")
-
-
-def test_greedy_answers_are_those_of_the_engine():
-  model = family()
-  prompts = [TOKENIZER.encode(STORY * 2)[:size] for size in (40, 70, 80)]
-  got = recall.greedy_answers(
-    model.graphdef(Variant("own"), 80), model.params, TOKENIZER, prompts, new_tokens=9, batch_size=2
-  )
-  want = answer(model.model(Variant("own"), 80), TOKENIZER, prompts, new_tokens=9, batch_size=2)
-  assert got == want
 
 
 def test_recall_scores_every_task(monkeypatch: pytest.MonkeyPatch):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks._budget_baselines import interval, make_baselines, Set
+from benchmarks._budget_costs import costs_table
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import FULL, HeadBudgets, SinkWindow
 from tests.dga_jax.evaluation import tiny
@@ -61,6 +62,21 @@ def test_windows_scale_with_the_length() -> None:
   assert shorter == HeadBudgets((FULL, SinkWindow(1, 4)), ((0, 1), (1, 1)))
 
 
+def test_costs_are_those_of_all_heads() -> None:
+  dense = HeadBudgets((FULL,), ((0, 0), (0, 0)))
+  sets = [Set("", "dense", dense, 512), Set("b", "budgets", BUDGETS, 512)]
+  rows = [line.strip("| ").split(" | ") for line in costs_table(sets, tiny.CONFIG, 512).split("\n")]
+  first, second = rows[-2:]
+  megabytes = 2 * tiny.CONFIG.head_dim * 4 * 512 * 4 / 1e6
+  assert first[-7:-4] == ["dense", f"{megabytes:.1f} MB", "1.0000"]
+  assert second[:2] == ["b", "budgets"]
+  assert second[3] == f"{sets[1].share(512):.4f}"
+  # A query of a full head sees 256.5 keys on average, one of a window of w at most w.
+  keys = [np.minimum(np.arange(512) + 1, most).mean() for most in (512, 64, 24, 24)]
+  assert second[5] == f"{sum(keys) / (4 * 256.5):.4f}"
+  assert all(float(row[6].removesuffix(" ms")) > 0 for row in rows[-1:])
+
+
 def test_the_interval_covers_the_mean_of_the_cells() -> None:
   rng = np.random.default_rng(0)
   cells = [rng.normal(1, 0.1, 50), rng.normal(3, 0.1, 20)]
@@ -94,7 +110,7 @@ def test_the_command(tmp_path: Path) -> None:
   results = [json.loads(line) for line in (tmp_path / "o/results.jsonl").read_text().splitlines()]
   assert len(results) == 24
   assert [len(one["loss"]) for one in results[6:12]] == [2] * 6
-  assert all(len(one["score"]) == 1 for one in results[18:])
+  assert all(list(map(len, one["scores"])) == [1] for one in results[18:])
   dense = results[0]
   assert dense["divergence"] == [0, 0]
   assert len(dense["loss"]) == 2

@@ -14,6 +14,7 @@ from benchmarks._attention_parts import choice, summaries, whole_op
 from benchmarks._decode_steps import DecodeChunk, StepModel, weight_bytes
 from benchmarks._decoder_inputs import random_params
 from benchmarks._inputs import Shape
+from benchmarks._paired_timing import TimedProgram
 from benchmarks.paper_parts import (
   ablations_report,
   itl,
@@ -92,6 +93,27 @@ def test_itl_has_every_setting_and_a_second_run_measures_nothing(tmp_path: Path)
   assert result["kinds"]["dense"]["live_bytes"] == 64 * _TOKEN_BYTES + 2 * 4
 
 
+def test_a_context_that_does_not_compile_leaves_the_others(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  compile_chunk, compiled = itl._compile_chunk, []
+
+  def refuse_short(sizes: itl.Sizes, length: int, config: ModelConfig) -> DecodeChunk:
+    compiled.append(length)
+    if length == 32:
+      raise jax.errors.JaxRuntimeError("no memory")
+    return compile_chunk(sizes, length, config)
+
+  monkeypatch.setattr(itl, "_compile_chunk", refuse_short)
+  dense = ModelConfig(**_MODEL, param_dtype="bfloat16")
+  monkeypatch.setattr(itl, "models_at", lambda sizes, length: {"dense": dense})
+  sizes = itl.Sizes(_MODEL, (32, 64), (16,), chunk=2, rounds=1, read_bytes=2**20)
+  results = Results(tmp_path / "paper.jsonl")
+  assert run_jobs(list(itl.make_jobs(Inputs(None, []), sizes)), results, origin="random") == 1
+  assert [one["length"] for one in results.all()] == [64]
+  assert sorted(compiled) == [32, 64]  # Once for all jobs.
+
+
 def test_tables_of_itl_have_the_papers_times_beside_ours(tmp_path: Path):
   def result(length: int, milliseconds: dict[str, float]) -> dict[str, Any]:
     kinds = {
@@ -149,6 +171,26 @@ def test_table_of_reordering_has_the_authors_share_beside_ours(tmp_path: Path):
   text = reordering.write([{"length": 16384, "kv_heads": 32, "parts": parts}], tmp_path)
   assert "| 16384 | 32 | 15.8% | 1.000 of 4.000 | 25.0% | 0.300 of 3.000 | 10.0% | 5.0% |" in text
   assert (tmp_path / "reordering.png").is_file()
+
+
+def test_a_shape_that_does_not_compile_leaves_the_others(
+  tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+  def programs_of(shape: Shape) -> dict[tuple[str, str], Any]:
+    def run(x: jax.Array) -> jax.Array:
+      if shape.L == 32:
+        raise ValueError("no such kernel")
+      return x
+
+    program = TimedProgram(jax.jit(run), jax.jit(lambda key: (jax.random.normal(key),)))
+    return {("global", "op"): program, ("streaming", "op"): program}
+
+  monkeypatch.setattr(reordering, "programs_of", programs_of)
+  sizes = reordering.Sizes((Shape(32, 2, 2, 16), Shape(64, 2, 2, 16)), rounds=1, repeats=1)
+  results = Results(tmp_path / "paper.jsonl")
+  jobs = list(reordering.make_jobs(Inputs(None, []), sizes))
+  assert run_jobs(jobs, results, origin="random") == 1
+  assert [one["length"] for one in results.all()] == [64]
 
 
 @pytest.mark.parametrize("part", ["itl", "reordering"])

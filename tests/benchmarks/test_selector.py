@@ -120,12 +120,12 @@ def test_the_program_runs_the_models_own_selectors():
   S, U = sizes(base)
   assert weights.shape == (2, 2, S)
   form = linear_form(jnp.asarray(weights), jnp.zeros((2, 2, U)))
-  run = jax.jit(program.second_half_loss, static_argnums=0, static_argnames=("config", "seed"))
+  options = ("choice", "merge", "config", "seed")
+  run = jax.jit(program.second_half_loss, static_argnums=0, static_argnames=options)
 
   def loss(model, choice, merge):
-    choice, merge = program.CHOICES.index(choice), program.MERGES.index(merge)
     return float(
-      run(*nnx.split(model), row, form, jnp.int32(choice), jnp.int32(merge), config=CONFIG, seed=0)
+      run(*nnx.split(model), row, form, choice=choice, merge=merge, config=CONFIG, seed=0)
     )
 
   last = dataclasses.replace(CONFIG, selector="last_query")
@@ -238,7 +238,7 @@ def test_the_command_measures_all_forms_and_resumes(tmp_path):
     sys.executable, "-m", "benchmarks.selector", f"--workdir={tmp_path / 'run'}", "--lengths=64",
     f"--documents={documents}", f"--fit_documents={documents}", f"--out={tmp_path / 'out.jsonl'}",
     "--settings=6+2:1", "--steps=5", "--texts=1",
-    "--choices=last_query,oracle,fitted,expected/mean,mlp_hidden,ridge_distance/scores",
+    "--choices=last_query,oracle,fitted,expected/mean,mlp_hidden,ridge_distance",
   ]  # fmt: skip
   root = Path(__file__).parents[2]
   tables = []

@@ -77,7 +77,9 @@ def test_operations_are_those_of_the_keys_that_queries_see() -> None:
 
 
 def test_latency_is_measured() -> None:
-  seconds = head_costs("latency", small.CANDIDATES[:2], small.CONFIG, 64)
+  candidates = (*small.CANDIDATES, SinkWindow(9, sinks=2))  # One has the fitted selector.
+  seconds = head_costs("latency", candidates, small.CONFIG, 64)
+  assert seconds.shape == (4,)
   assert (seconds > 0).all()
   assert (seconds < 10).all()
 

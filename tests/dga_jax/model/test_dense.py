@@ -84,10 +84,13 @@ def test_packed_documents_on_a_gpu_need_no_mask_of_all_pairs() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [512, 301])
-def test_gpu_kernels_are_used_and_as_exact_as_xla(length: int, packed: bool) -> None:
-  shapes = ((2, length, 8, 64), (2, length, 2, 64), (2, length, 2, 64))
+@pytest.mark.parametrize(
+  ("length", "head_dim", "packed"),
+  [(512, 64, False), (512, 64, True), (301, 64, False), (301, 64, True), (301, 256, False)],
+)
+def test_gpu_kernels_are_used_and_as_exact_as_xla(length: int, head_dim: int, packed: bool) -> None:
+  """cuDNN's attention has no packed documents and no head size above 128."""
+  shapes = [(2, length, heads, head_dim) for heads in (8, 2, 2)]
   keys = jax.random.split(jax.random.key(0), 3)
   qkv = [jax.random.normal(*pair, jnp.bfloat16) for pair in zip(keys, shapes, strict=True)]
   position = jnp.arange(length)[None]
@@ -102,7 +105,7 @@ def test_gpu_kernels_are_used_and_as_exact_as_xla(length: int, packed: bool) -> 
     return [attend(kind, *qkv), *jax.grad(loss, argnums=(0, 1, 2))(*qkv)]
 
   program = jax.jit(lambda *qkv: attend(DenseAttention(), *qkv)).lower(*qkv).as_text()
-  assert ("grouped_attention" if packed else "cudnn") in program
+  assert ("grouped_attention" if packed or head_dim > 128 else "cudnn") in program
   with jax.default_matmul_precision("highest"):
     exact = values_and_gradients(DenseAttention("xla"), [x.astype(jnp.float32) for x in qkv])
   xla = values_and_gradients(DenseAttention("xla"), qkv)

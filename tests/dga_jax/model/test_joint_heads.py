@@ -14,6 +14,7 @@ from dga_jax.model.attention_kinds.head_budgets import HeadBudgetsAttention
 from pallas_kernels.decode.triton_heads import heads_step_triton
 from pallas_kernels.decode.triton_split import Tile
 from tests.pallas_kernels.h100 import lower_for_h100
+from tests.rounding import assert_close
 
 pytestmark = pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 
@@ -125,3 +126,52 @@ def test_a_gpu_decodes_a_layer_with_two_kernels_and_copies_no_heads():
   assert "decode_heads" in program
   assert "stablehlo.slice" not in program
   assert "stablehlo.concatenate" not in program
+
+
+@pytest.mark.gpu
+def test_a_gpu_decodes_all_heads_as_exactly_as_the_classes(monkeypatch: pytest.MonkeyPatch):
+  """After a prompt of 24 tiles heads have many programs. Blocks are completed and rings wrap."""
+  L, steps, row = 1500, 40, (0, 1, 1, 2, 2, 3)
+  blocks = DGAConfig(
+    selection="streaming", group_size=14, focal_per_block=2, sink_tokens=2, local_window=5
+  )
+  fitted = DGAConfig(selection="streaming", group_size=30, selector="fitted", cache_dtype="int8")
+  settings = ("full", blocks, SinkWindow(window=700, sinks=3), fitted)
+  kind = HeadBudgetsAttention(HeadBudgets(settings, (row,)))
+  rng = np.random.default_rng(0)
+  shapes = [(L + steps, B, N * R, 64), (L + steps, B, N, 64), (L + steps, B, N, 64)]
+  *qkv, scores = (rng.normal(size=shape) for shape in [*shapes, (L + steps, B, N)])
+
+  def outputs(dtype, *, jointly: bool):
+    monkeypatch.setattr(joint_decode, "has_heads_kernel", lambda *_: jointly)
+
+    @jax.jit
+    def run(*inputs):
+      caches = kind.init_caches(1, B, L + steps, N, 64, dtype)
+      *prompt, prompt_scores = (jnp.moveaxis(x[:L], 0, 1) for x in inputs)
+      place = kind.layer_index(0)
+      _, caches = kind.at_layer(place).prefill_into(
+        caches,
+        *prompt,
+        kind.prepare(find_documents(B, L, None, None)),
+        max_length=L + steps,
+        focal_scores=prompt_scores,
+      )
+
+      def step(caches, token):
+        *qkv, scores = token
+        out, caches = kind.decode(*qkv, caches, place, focal_scores=scores)
+        return caches, out
+
+      return jax.lax.scan(step, caches, [x[L:] for x in inputs])[1]
+
+    return run(*(jnp.asarray(x, dtype) for x in qkv), jnp.asarray(scores, jnp.float32))
+
+  with jax.default_matmul_precision("highest"):
+    exact = outputs(jnp.float32, jointly=False)
+  plain = outputs(jnp.bfloat16, jointly=False)
+  got = outputs(jnp.bfloat16, jointly=True)
+  for n in range(N):
+    of_head = (x[:, :, n * R : (n + 1) * R] for x in (got, exact, plain))
+    got_n, exact_n, plain_n = of_head
+    assert_close(got_n, exact_n, terms=L + steps, plain=plain_n, name=f"{settings[row[n]]}")

@@ -1,6 +1,7 @@
 """Decoders with weights in 8 bits: rounding, equality with dequantized weights, and refusals."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,9 +15,18 @@ from dga_jax.evaluation.variants import Family, Variant
 from dga_jax.generation import ContinuousBatching, Request, Sampling
 from dga_jax.generation.weights import compute_weights
 from dga_jax.loading import with_attention
-from dga_jax.model import apply_budgets, Decoder, ModelConfig, quantize_weights, weight_name
+from dga_jax.model import (
+  apply_budgets,
+  Decoder,
+  ModelConfig,
+  quantize_weights,
+  quantized,
+  weight_name,
+)
 from dga_jax.sharding import make_mesh, MeshConfig
+from pallas_kernels.quantized_product import quantized_product
 from tests.dga_jax.model.random_decoder import random_decoder
+from tests.rounding import assert_close
 
 CONFIG = ModelConfig(
   vocab_size=61,
@@ -89,6 +99,34 @@ def test_decoding_equals_the_forward_pass(name: Any) -> None:
   for position in range(20):
     found, cache = step(unstacked, TOKENS[:, position], cache)
     np.testing.assert_allclose(found, logits[:, position], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("name", NAMES)
+def test_gpu_kernels_decode_as_exactly_as_xla(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+  """The sizes are multiples of the kernel's tiles. With fp8 normalised rows are float16."""
+  config = dataclasses.replace(CONFIG, embed_dim=64, head_dim=16, mlp_dim=96, dtype="bfloat16")
+
+  def logits(dtype: Any, implementation: str) -> np.ndarray:
+    product = functools.partial(quantized_product, implementation=implementation)
+    monkeypatch.setattr(quantized, "quantized_product", product)
+
+    def decode(model: Decoder, token_B: jax.Array, cache: Any) -> Any:
+      return model.decode(token_B, cache)
+
+    of_dtype = random_decoder(dataclasses.replace(config, dtype=dtype))
+    model = quantize_weights(of_dtype, name).unstack_layers()
+    step, cache, found = nnx.jit(decode), model.init_cache(2, 40), []
+    for position in range(20):
+      row, cache = step(model, jnp.asarray(TOKENS[:, position]), cache)
+      found.append(np.asarray(row, np.float32))
+    return np.stack(found)
+
+  with jax.default_matmul_precision("highest"):
+    exact = logits("float32", "xla")
+  plain = logits("bfloat16", "xla")
+  assert_close(logits("bfloat16", "triton"), exact, terms=96, plain=plain)
 
 
 def test_unstacked_layers_have_the_same_numbers() -> None:
