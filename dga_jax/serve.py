@@ -96,6 +96,7 @@ def main() -> None:
   from dga_jax.serving import launch, server
   from dga_jax.serving.app import AppSettings, make_app
 
+  server.check_address(_HOST.value, _PORT.value)
   settings = launch.LaunchSettings(
     slots=_SLOTS.value,
     max_length=_MAX_LENGTH.value,
