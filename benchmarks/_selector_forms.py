@@ -174,7 +174,7 @@ def collect(
 def fit_ridge(inputs: Inputs, used: Float[Array, "U"], ridge: Float[Array, ""]) -> Form:
   """Ridge regression of the centred target.
 
-  Without shared features this is the rule of `fit_selector`: `ridge` is a share of the mean
+  Without shared features this is the start of `fit_selector`: `ridge` is a share of the mean
   diagonal of the normal equations. Each shared feature is divided by its standard deviation.
 
   Args:
@@ -215,7 +215,8 @@ def fit_listwise(
 ) -> Form:
   """Minimises the cross entropy of a block's attention and the softmax of its scores (ListNet).
 
-  Adam with a cosine schedule on standardised features.
+  Without shared features and MLP this is the rule of `fit_selector`. Adam with a cosine schedule on
+  standardised features.
 
   Args:
     start: a linear form.

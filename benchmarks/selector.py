@@ -11,21 +11,22 @@ of the same blocks in rows of --documents, in all layers:
   accumulated  the attention of all queries of the block, each over the block's earlier tokens
   expected     expected attention, with the queries up to the block's end
   random       drawn
-  fitted       the fitted selector, by the rule of `dga fit_selector`
+  fitted       the fitted selector, by the rule of `dga fit_selector`: cross entropy of a block's
+               tokens, whose target is attention times the norm of the value
   oracle       the mean attention of later queries beyond the raw window, which decoding cannot know
   oracle_value, oracle_distance
                this attention times the norm of the value, or times the distance of the value from
                the mean of the block's values
 
-Other forms of the selector are fitted to the attention times the norm of the value:
+Other forms of the selector:
 
-  ridge_value      otherwise as fitted
-  ridge_distance   otherwise as fitted, to the attention times the distance of the value
-  ridge_hidden     one more feature vector: the layer's normalised input
-  ridge_place      more features: the place in the block
-  listwise         cross entropy of a block's tokens in place of squared error
-  listwise_hidden  both changes
-  mlp, mlp_hidden  as listwise and listwise_hidden, with a small MLP per head beside the linear form
+  ridge            ridge regression of the logarithm of the attention
+  ridge_value      the same for the attention times the norm of the value
+  ridge_distance   the same for the attention times the distance of the value
+  ridge_hidden     as ridge_value, with one more feature vector: the layer's normalised input
+  ridge_place      as ridge_value, with more features: the place in the block
+  fitted_hidden    as fitted, with the layer's normalised input
+  mlp, mlp_hidden  as fitted and fitted_hidden, with a small MLP per head beside the linear form
 
 CHOICE/scores, CHOICE/mean and CHOICE/oracle merge the members of a group by the softmax of the
 choice's scores, by their mean, or by the oracle's attention, instead of the last query's attention.
@@ -65,6 +66,7 @@ from benchmarks._selector_forms import (
 from benchmarks._selector_program import CHOICES, MERGES, second_half_loss
 from benchmarks.timing import environment
 from dga_jax.calibration.selector_fit import RIDGE
+from dga_jax.calibration.selector_loss import LEARNING_RATE, STEPS
 from dga_jax.checkpoint import abstract_decoder, load_model
 from dga_jax.config import DGAConfig
 from dga_jax.evaluation.results import Results
@@ -93,7 +95,7 @@ _CHOICES = flags.DEFINE_list(
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["bfloat16", "float32"], "Dtype to compute in; GPUs need bfloat16 for speed."
 )
-_STEPS = flags.DEFINE_integer("steps", 300, "Steps of the listwise fits.", lower_bound=1)
+_STEPS = flags.DEFINE_integer("steps", STEPS, "Steps of the fits by cross entropy.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the random choice.")
 
 
@@ -117,13 +119,13 @@ class _FormKind:
 
 
 FORMS = {
-  "fitted": _FormKind(value=None),
+  "fitted": _FormKind(listwise=True),
+  "ridge": _FormKind(value=None),
   "ridge_value": _FormKind(),
   "ridge_distance": _FormKind(value="value_distance"),
   "ridge_hidden": _FormKind(hidden=True),
   "ridge_place": _FormKind(place=True),
-  "listwise": _FormKind(listwise=True),
-  "listwise_hidden": _FormKind(listwise=True, hidden=True),
+  "fitted_hidden": _FormKind(listwise=True, hidden=True),
   "mlp": _FormKind(listwise=True, mlp=True),
   "mlp_hidden": _FormKind(listwise=True, hidden=True, mlp=True),
 }
@@ -293,10 +295,10 @@ class _Setting:
     return collect.lower(self._graphdef, self._params, self._config, self._fit_rows).compile()
 
   def _compile_ridge(self) -> Any:
-    return fit_ridge.lower(self._input_shapes, self._used(FORMS["fitted"]), _RIDGE).compile()
+    return fit_ridge.lower(self._input_shapes, self._used(FORMS["ridge"]), _RIDGE).compile()
 
   def _compile_listwise(self) -> Any:
-    kind = FORMS["listwise"]
+    kind = FORMS["fitted"]
     options = {"steps": _STEPS.value, **_listwise_options(kind)}
     return fit_listwise.lower(self._none, self._input_shapes, self._used(kind), **options).compile()
 
@@ -336,7 +338,9 @@ class _Setting:
 
 def _listwise_options(kind: _FormKind) -> dict[str, Array]:
   rates = (
-    {"learning_rate": 3e-3, "decay": 1e-3} if kind.mlp else {"learning_rate": 1e-2, "decay": 1e-4}
+    {"learning_rate": 3e-3, "decay": 1e-3}
+    if kind.mlp
+    else {"learning_rate": LEARNING_RATE, "decay": 1e-4}
   )
   return {"mlp": jnp.asarray(kind.mlp)} | {name: jnp.float32(rate) for name, rate in rates.items()}
 

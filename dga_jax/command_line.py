@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import get_args, NoReturn, TYPE_CHECKING
@@ -15,6 +16,8 @@ from dga_jax.unused_gpu import warn_about_unused_gpu
 
 if TYPE_CHECKING:
   from dga_jax.head_budgets import HeadBudgets
+
+_INTERRUPTED = 128 + signal.SIGINT  # What shells report of a command that SIGINT has ended.
 
 flags.disclaim_key_flags()  # --help lists --budgets and --weights with the flags of the command.
 
@@ -62,9 +65,10 @@ def read_budgets(flag: flags.FlagHolder[str | None]) -> "HeadBudgets | None":
 def run(main: Callable[[], None]) -> NoReturn:
   """Parses the flags, calls `main` and exits.
 
-  The exit status is 0 after success and after --help, and 1 after an error. Errors that a user can
-  correct are printed as one line: ValueError, OSError, CheckpointError, FloatingPointError (the
-  model's numbers are not finite), and a missing package of an optional dependency.
+  The exit status is 0 after success and after --help, 1 after an error, and 130 after Ctrl-C.
+  Errors that a user can correct are printed as one line: ValueError, OSError, CheckpointError,
+  FloatingPointError (the model's numbers are not finite), and a missing package of an optional
+  dependency.
 
   Args:
     main: the command, without arguments; its module defines the flags.
@@ -81,6 +85,9 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
       except BrokenPipeError:
         raise
+      except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
       except Exception as error:
         exit_with(error)
 

@@ -316,6 +316,24 @@ def _check_flags() -> None:
     raise app.UsageError("--system is a message of a chat; give --chat or --interactive as well.")
   if _SYSTEM.value is not None and _LOAD_CACHE.value is not None:
     raise app.UsageError("--system is stored with the cache; give it with --save_cache.")
+  _refuse_unused_flags()
+
+
+def _refuse_unused_flags() -> None:
+  """Raises UsageError for a flag that the kind of prompt does not read."""
+  batch = [_SLOTS, _PROMPT_CHUNK, *([_MAX_LENGTH] if _KEYS.value is None else [])]
+  sound = [_SECONDS, _PROMPT_SECONDS]
+  if _INTERACTIVE.value:
+    kind, unused = "--interactive", [*batch, *sound, _JSONL]
+  elif _is_about_a_document():
+    kind, unused = "--context and --load_cache", [*batch, *sound]
+  elif _PROMPT_AUDIO.value is not None:
+    kind, unused = "--prompt_audio", [*batch, _JSONL, _CHAT, _MAX_NEW_TOKENS]
+  else:
+    kind, unused = "a text", sound
+  for flag in unused:
+    if flag.present:
+      raise app.UsageError(f"--{flag.name} has no effect with {kind}; leave it out.")
 
 
 def _read_records() -> list[dict[str, Any]]:
@@ -333,6 +351,11 @@ def _read_records() -> list[dict[str, Any]]:
 def _prompt_of(record: dict[str, Any]) -> Any:
   """A text, or messages: those of the record, or its prompt as a message with --chat."""
   if "messages" in record:
+    if _SYSTEM.value is not None:
+      raise ValueError(
+        'A record of --prompt_file has "messages", and --system is given; write the system message '
+        "into the record's messages, or leave --system out."
+      )
     return record["messages"]
   if not _CHAT.value:
     return record["prompt"]

@@ -109,6 +109,11 @@ def load_with_facts(
   path = Path(source)
   is_file = path.suffix == ".gguf" or (path / "config.json").is_file()
   if not list_steps(path) and is_file:
+    if step is not None:
+      raise ValueError(
+        f"step is {step}, and {path} holds the files of another program, which have no steps; leave"
+        " step out."
+      )
     model, tokenizer, saved = _read_files(path, given)
   else:
     check_exists(path, "checkpoint, Hugging Face folder or GGUF file")

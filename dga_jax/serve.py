@@ -83,7 +83,9 @@ _HOST_CACHE_GB = flags.DEFINE_float(
 _MESH = flags.DEFINE_string(
   "mesh", None, "tensor=N splits the model over N devices of this host; default: one device."
 )
-_MAX_BODY_MB = flags.DEFINE_float("max_body_mb", 16.0, "Largest body of a request.")
+_MAX_BODY_MB = flags.DEFINE_float(
+  "max_body_mb", 16.0, "Largest body of a request.", lower_bound=0.001, upper_bound=1e6
+)
 _STOP_SECONDS = flags.DEFINE_integer(
   "stop_seconds", 30, "Seconds that running requests get after SIGTERM.", lower_bound=0
 )
@@ -94,6 +96,7 @@ def main() -> None:
   from dga_jax.serving import launch, server
   from dga_jax.serving.app import AppSettings, make_app
 
+  server.check_address(_HOST.value, _PORT.value)
   settings = launch.LaunchSettings(
     slots=_SLOTS.value,
     max_length=_MAX_LENGTH.value,

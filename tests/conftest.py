@@ -1,5 +1,6 @@
 """Settings of all tests: annotation checks, strict broadcasting, repeatable examples in CI."""
 
+import gc
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -25,6 +26,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Tests compile many programs and run each for a short time, also in their subprocesses.
 jax.config.update("jax_disable_most_optimizations", True)
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# A stack trace for each operation takes a fifth of the time that tracing and lowering need.
+jax.config.update("jax_traceback_in_locations_limit", 0)
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 
 # The first example includes compilation, so examples have no deadline.
 hypothesis.settings.register_profile("dga", deadline=None, print_blob=True)
@@ -42,6 +46,14 @@ def pytest_configure(config: pytest.Config) -> None:
   if "aot" in config.option.markexpr:
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+  """Collects garbage rarely: each collection visits the objects of all modules and all programs."""
+  del session
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(100_000, 20, 50)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -66,10 +78,13 @@ def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _clear_caches_before_the_mapping_limit() -> Iterator[None]:
-  """Clears JAX's caches, because programs use memory mappings and Linux allows 65 530 of them."""
+  """Clears JAX's caches, because programs use memory mappings and Linux allows 65 530 of them.
+
+  Half the tests make about 25 000 mappings, and to clear them takes 20 seconds.
+  """
   yield
   mappings = Path("/proc/self/maps")
-  if mappings.exists() and mappings.read_bytes().count(b"\n") > 20_000:
+  if mappings.exists() and mappings.read_bytes().count(b"\n") > 45_000:
     jax.clear_caches()
 
 

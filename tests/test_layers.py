@@ -16,7 +16,7 @@ FILE_LIBRARIES = {
   "audio": {"matplotlib", "soundfile", "soxr"},
   "chat": {"jinja2", "tokenizers"},
   "files": {"absl", "etils"},
-  "calibration": {"matplotlib", "scipy", "tqdm"},
+  "calibration": {"matplotlib", "optax", "scipy", "tqdm"},
   "conversion": {"gguf", "safetensors", "tokenizers", "tqdm"},
   "evaluation": {"matplotlib", "tqdm"},
   "serving": {"prometheus_client", "starlette", "uvicorn"},

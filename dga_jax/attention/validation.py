@@ -120,7 +120,7 @@ def head_budgets(budgets: HeadBudgets, key: Array, plan: object) -> None:
 def rows(
   batch: int, length: int, lengths: Lengths | None, segment_ids: SegmentIds | SequenceIds | None
 ) -> tuple[IntArray | None, IntArray | None]:
-  """lengths and segment_ids as arrays, or None where they are None.
+  """lengths, as int32, and segment_ids as arrays, or None where they are None.
 
   Args:
     batch: B.
@@ -133,14 +133,17 @@ def rows(
   """
   lengths = _int_array("lengths", lengths, (batch,))
   segment_ids = _int_array("segment_ids", segment_ids, (batch, length))
-  if lengths is not None and not is_traced(lengths):
+  if lengths is None:
+    return None, segment_ids
+  if not is_traced(lengths):
     values = np.asarray(lengths)
     if values.min() < 0 or values.max() > length:
       raise ValueError(
         f"lengths has values from {values.min()} to {values.max()}; they must be within"
         f" 0..{length}, the length of the arrays. Cut the lengths, or pad the arrays."
       )
-  return lengths, segment_ids
+  # Small dtypes overflow in sums, and 64 bits would become the dtype of the cache's lengths.
+  return lengths.astype(np.int32), segment_ids
 
 
 def _int_array(name: str, x: Any, shape: tuple[int, ...]) -> IntArray | None:

@@ -47,6 +47,11 @@ def new_tokens(
       f"layer is {layer} and cache.arrays.raw_key has shape {raw.shape}; pass layer for a cache"
       " with a leading axis of layers, and leave it out for a cache of one layer."
     )
+  if isinstance(layer, int | np.integer) and not 0 <= layer < len(raw):
+    raise ValueError(
+      f"layer is {layer}, and the cache has {len(raw)} layers; layer must be from 0 to"
+      f" {len(raw) - 1}."
+    )
   B, N, W, D = raw.shape[-4:]
   shape = np.shape(query)
   if len(shape) != len(axes.split()) or (shape[0], shape[-1]) != (B, D) or shape[-2] % N:

@@ -1,13 +1,15 @@
-"""Fits the selector: which tokens later queries attend to, as a linear function of key and value.
+"""Fits the selector: which tokens later outputs need, as a linear function of key and value.
 
-The target of a token is the logarithm of the mean attention that queries beyond the raw window pay
-to it under dense attention. Ridge regression, for each KV head on its own, predicts it from the
-features of `dga_jax.model.focal_selector`. The choice compares tokens of one block, so features and
-targets are centred in each block.
+The target of a token is the logarithm of a·‖v‖: a is the mean attention that queries beyond the raw
+window pay to it under dense attention, v is its value. So it is the size of what the token adds to
+their outputs. Each KV head has weights of its own, for the features of
+`dga_jax.model.focal_selector`. They minimise the cross entropy of `selector_loss`, from a start by
+ridge regression. The choice compares tokens of one block, so the regression centres features and
+targets in each block.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -20,9 +22,10 @@ from tqdm import tqdm
 
 from dga_jax.attention.streaming_blocks import cache_layout
 from dga_jax.calibration.program import embed
+from dga_jax.calibration.selector_loss import minimise_cross_entropy
 from dga_jax.config import DGAConfig
 from dga_jax.model import Decoder
-from dga_jax.model.focal_selector import features, selector_features
+from dga_jax.model.focal_selector import features
 from dga_jax.model.rope import apply_rope, rope_table, RopeTable
 
 RIDGE = 1e-3  # Added to the diagonal, as a share of its mean.
@@ -73,14 +76,15 @@ def fit_selector(
 ) -> Float[np.ndarray, "K N S"]:
   """The weights of the selector of every KV head.
 
-  Runs dense attention over the rows, one after the other. Memory beyond the model: attention of 128
-  queries, and S² float64 numbers for each KV head, S = 2·D + 2.
+  Runs dense attention over the rows, layer by layer. Memory beyond the model: attention of 128
+  queries, and for each token of the rows the input of a layer, E numbers, and up to three copies of
+  the features of a layer, float32, N·S numbers with S = 2·D + 2.
 
   Args:
     model: the decoder, whose layers are stacked; its own attention kind is not used.
     config: blocks, sinks and raw window under which the selector will be used.
     rows: token ids; each row is a document.
-    ridge: added to the diagonal of the normal equations, as a share of its mean.
+    ridge: of the start; added to the diagonal of the normal equations, as a share of its mean.
 
   Returns:
     float32, for `selector_weights.with_selector`.
@@ -90,23 +94,38 @@ def fit_selector(
     FloatingPointError: a target is NaN or infinite.
   """
   blocks = FitBlocks.of_row(rows.shape[1], config)
-  K, N = model.config.num_layers, model.config.num_kv_heads
-  S = selector_features(model.config.head_dim)
-  gram_KxNxSxS, moment_KxNxS = np.zeros((K, N, S, S)), np.zeros((K, N, S))
-  with tqdm(total=K * len(rows), desc="selector", unit="layer", disable=None) as progress:
-    for row in rows:
-      for layer, samples in enumerate(layer_samples(model, blocks, row)):
-        x_NxTxS, y_NxT = samples.centred(blocks)
-        gram_KxNxSxS[layer] += x_NxTxS.swapaxes(1, 2) @ x_NxTxS
-        moment_KxNxS[layer] += (x_NxTxS.swapaxes(1, 2) @ y_NxT[..., None])[..., 0]
-        progress.update()
-  weights = [
-    solve_ridge(gram, moment, ridge)
-    for gram, moment in zip(
-      gram_KxNxSxS.reshape(-1, S, S), moment_KxNxS.reshape(-1, S), strict=True
-    )
-  ]
-  return np.stack(weights).reshape(K, N, S).astype(np.float32)
+  by_layer = zip(*(layer_samples(model, blocks, row) for row in rows), strict=True)
+  layers = tqdm(
+    by_layer, total=model.config.num_layers, desc="selector", unit="layer", disable=None
+  )
+  return np.stack([fit_layer(samples, blocks, ridge) for samples in layers])
+
+
+def fit_layer(
+  samples: Sequence["LayerSamples"], blocks: FitBlocks, ridge: float
+) -> Float[np.ndarray, "N S"]:
+  """The weights of one layer, from its samples of all rows; see `fit_selector`."""
+  N, S = samples[0].features.shape[1:]
+  start_NxS = ridge_weights(samples, blocks, ridge)
+  features = jnp.concatenate([one.features for one in samples])
+  target = jnp.concatenate([one.target for one in samples])
+  features_NxgxsxS = features.reshape(-1, blocks.size, N, S).transpose(2, 0, 1, 3)
+  target_Nxgxs = target.reshape(-1, blocks.size, N).transpose(2, 0, 1)
+  return np.asarray(minimise_cross_entropy(start_NxS, features_NxgxsxS, target_Nxgxs))
+
+
+def ridge_weights(
+  samples: Sequence["LayerSamples"], blocks: FitBlocks, ridge: float
+) -> Float[Array, "N S"]:
+  """The weights of one layer by ridge regression of the centred targets, float32."""
+  N, S = samples[0].features.shape[1:]
+  gram_NxSxS, moment_NxS = np.zeros((N, S, S)), np.zeros((N, S))
+  for one in samples:
+    x_NxTxS, y_NxT = one.centred(blocks)
+    gram_NxSxS += x_NxTxS.swapaxes(1, 2) @ x_NxTxS
+    moment_NxS += (x_NxTxS.swapaxes(1, 2) @ y_NxT[..., None])[..., 0]
+  weights = [solve_ridge(*each, ridge) for each in zip(gram_NxSxS, moment_NxS, strict=True)]
+  return jnp.asarray(np.stack(weights), jnp.float32)
 
 
 def solve_ridge(
@@ -127,7 +146,8 @@ class LayerSamples(NamedTuple):
 
   Attributes:
     features: of the tokens of the fit's blocks.
-    target: the logarithm of the mean attention of queries beyond the raw window.
+    target: the logarithm of the mean attention of queries beyond the raw window, times the norm of
+      the value.
   """
 
   features: Float[Array, "T N S"]
@@ -146,8 +166,8 @@ class LayerSamples(NamedTuple):
       wide = np.asarray(x, np.float64)
       if not np.isfinite(wide).all():
         raise FloatingPointError(
-          "a feature or the attention to a token is NaN or infinite; the selector cannot be fitted "
-          "to this model with these rows."
+          "a feature, or the logarithm of attention times the norm of a value, is NaN or infinite; "
+          "the selector cannot be fitted to this model with these rows."
         )
       by_block = wide.reshape(blocks.blocks, blocks.size, *wide.shape[1:])
       return (by_block - by_block.mean(axis=1, keepdims=True)).reshape(wide.shape)
@@ -185,9 +205,11 @@ def _run_layer(
   tokens = slice(blocks.start, blocks.start + blocks.blocks * blocks.size)
 
   def attend(q: Array, k: Array, v: Array, *_: Array) -> tuple[Array, LayerSamples]:
-    out_1xLxHxD, target_1xLxN = attend_and_rate(q, k, v, beyond_window(L, blocks))
-    inputs = features(apply_rope(k.astype(jnp.float32), inverse), v)
-    return out_1xLxHxD, LayerSamples(inputs[0, tokens], target_1xLxN[0, tokens])
+    out_1xLxHxD, rated_1xLxN = attend_and_rate(q, k, v, beyond_window(L, blocks))
+    inputs_1xLxNxS = features(apply_rope(k.astype(jnp.float32), inverse), v)
+    size_1xLxN = inputs_1xLxNxS[..., -1]  # ‖v‖, 0 for values of 0.
+    target_1xLxN = rated_1xLxN + jnp.log(jnp.maximum(size_1xLxN, jnp.finfo(jnp.float32).tiny))
+    return out_1xLxHxD, LayerSamples(inputs_1xLxNxS[0, tokens], target_1xLxN[0, tokens])
 
   return one(x_1xLxE, rope, attend)
 

@@ -123,9 +123,9 @@ def answer_questions(
 
 
 def _model_of_file(loaded: Loaded, path: str) -> Decoder:
-  """The model with the attention kind of a stored cache."""
+  """The model with the attention kind of a stored cache; budgets of heads are given by flags."""
   attention = stored_attention(path)
-  kinds = {kind: kind for kind in get_args(AttentionName)}
+  kinds = {kind: kind for kind in get_args(AttentionName) if kind != "head_budgets"}
   return with_attention(loaded.model, kinds[attention]) if attention in kinds else loaded.model
 
 

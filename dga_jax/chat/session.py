@@ -17,7 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dga_jax.generation.sampling import NOT_FINITE, sample, Sampling, SamplingParams
+from dga_jax.generation.weights import in_compute_dtype
 from dga_jax.model import Decoder
+from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.decoder import DecoderCache
 from pallas_kernels.dispatch import find_target
 
@@ -29,20 +31,21 @@ class Session:
   """The tokens that a model has read, and their cache.
 
   Args:
-    model: its attention kind must append several tokens at once: "dense", or "dga" with streaming
-      selection.
+    model: its attention kind must append several tokens at once: "dense", "dga" with streaming
+      selection, "head_budgets", or a kind with a sliding window.
 
   Attributes:
     model: with its weights in the dtype of the products.
     tokens: token ids in the cache.
 
   Raises:
-    ValueError: the attention kind of the model cannot continue a cache.
+    ValueError: the attention kind of the model cannot continue a cache, or a weight overflows
+      float16.
   """
 
   def __init__(self, model: Decoder) -> None:
     config = model.config
-    if config.attention not in ("dense", "dga"):
+    if type(config.make_attention()).extend is AttentionKind.extend:
       raise ValueError(
         f"attention is {config.attention!r}, whose cache does not continue from turn to turn; use"
         " attention='dense' or attention='dga'."
@@ -52,7 +55,8 @@ class Session:
         f"dga.selection is {config.dga.selection!r}, which ranks all tokens of a prompt together; a"
         " cache that continues from turn to turn needs selection='streaming' or attention='dense'."
       )
-    self.model = _in_compute_dtype(model)
+    graphdef, params = nnx.split(model)
+    self.model: Decoder = nnx.merge(graphdef, in_compute_dtype(params, config.dtype))
     self.tokens: list[int] = []
     # XLA compiles a scan over stacked layers once, and unstacked layers one by one. A step of the
     # scan copies a layer's weights, which slows down decoding on GPUs and TPUs.
@@ -195,8 +199,9 @@ class Session:
 def resized(model: Decoder, cache: DecoderCache, max_length: int) -> DecoderCache:
   """The cache of one sequence with room for another number of tokens.
 
-  No entry of a dense cache or of a compact cache under streaming selection ever moves: a larger
-  cache has more entries behind the used ones, and a smaller one has fewer.
+  No entry of a dense cache, of a compact cache under streaming selection or of a sliding window
+  ever moves: a larger cache has more entries behind the used ones, and a smaller one has fewer. A
+  window is only smaller than its setting while no token has left it.
 
   Args:
     model: of the cache.
@@ -222,14 +227,3 @@ def _capacity(length: int) -> int:
   while capacity < length:
     capacity *= 2
   return capacity
-
-
-def _in_compute_dtype(model: Decoder) -> Decoder:
-  """The model with its weights, apart from the scales of norms, in the dtype of the products."""
-  graphdef, params = nnx.split(model)
-
-  def cast(path: tuple[Any, ...], x: Array) -> Array:
-    return x if "scale" in jax.tree_util.keystr(path) else x.astype(model.config.dtype)
-
-  in_dtype: Decoder = nnx.merge(graphdef, jax.tree_util.tree_map_with_path(cast, params))
-  return in_dtype

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import socket
 from collections.abc import Iterator
 
 import uvicorn
@@ -25,6 +26,22 @@ class _Server(uvicorn.Server):
     finally:
       for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def check_address(host: str, port: int) -> None:
+  """Checks that a server could listen, so that an error does not come after the compilation.
+
+  Raises:
+    OSError: the address is in use, unknown or not allowed.
+  """
+  family = socket.AF_INET6 if ":" in host else socket.AF_INET
+  try:
+    socket.create_server((host, port), family=family).close()
+  except OSError as error:
+    raise OSError(
+      f"the server cannot listen at host {host}, port {port}: {error.strerror}. Choose another "
+      "--port, or a --host of this machine."
+    ) from error
 
 
 def run(app: Starlette, *, host: str, port: int, stop_seconds: int) -> None:

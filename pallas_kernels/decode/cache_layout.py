@@ -219,9 +219,9 @@ def _at_most(x: Index, most: Index) -> Index:
 
 def _div(x: Index, y: int) -> Index:
   """The quotient, rounded towards 0: one instruction, where `//` takes several on a JAX array."""
-  return lax.div(x, y) if isinstance(x, jax.Array) else x // y
+  return lax.div(x, x.dtype.type(y)) if isinstance(x, jax.Array) else x // y
 
 
 def _rem(x: Index, y: int) -> Index:
   """The remainder that belongs to `_div`."""
-  return lax.rem(x, y) if isinstance(x, jax.Array) else x % y
+  return lax.rem(x, x.dtype.type(y)) if isinstance(x, jax.Array) else x % y

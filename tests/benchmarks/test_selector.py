@@ -25,7 +25,14 @@ from benchmarks._selector_forms import (
   sizes,
 )
 from dga_jax import DGAConfig
-from dga_jax.calibration.selector_fit import fit_selector, FitBlocks, layer_samples, RIDGE
+from dga_jax.calibration.selector_fit import (
+  fit_selector,
+  FitBlocks,
+  layer_samples,
+  RIDGE,
+  ridge_weights,
+)
+from dga_jax.calibration.selector_loss import LEARNING_RATE, STEPS
 from dga_jax.calibration.selector_weights import with_selector
 from dga_jax.model.rope import apply_rope, rope_table
 from tests.dga_jax.attention.cases import arrays
@@ -155,7 +162,7 @@ def test_collected_inputs_and_weights_are_those_of_the_fit():
     own = np.moveaxis(np.asarray(samples.features), 1, 0).reshape(inputs.own[layer].shape)
     np.testing.assert_allclose(inputs.own[layer], own, rtol=1e-4, atol=1e-4)
     target = samples.target.T.reshape(inputs.target[layer].shape)
-    np.testing.assert_allclose(inputs.target[layer], target, atol=1e-4)
+    np.testing.assert_allclose(inputs.target[layer] + inputs.value_size[layer], target, atol=1e-4)
     value = inputs.own[layer, ..., 8:16]
     distance = np.linalg.norm(value - value.mean(axis=2, keepdims=True), axis=-1)
     for found, size in (
@@ -163,9 +170,18 @@ def test_collected_inputs_and_weights_are_those_of_the_fit():
       (inputs.value_distance, distance),
     ):
       np.testing.assert_allclose(found[layer], np.log(size), atol=1e-4)
-  ridged = fit_ridge(inputs, jnp.zeros(sizes(base)[1]), jnp.float32(RIDGE))
-  np.testing.assert_allclose(ridged.own, weights, rtol=1e-2, atol=1e-2 * abs(weights).max())
+  inputs, none = (
+    inputs._replace(target=inputs.target + inputs.value_size),
+    jnp.zeros(sizes(base)[1]),
+  )
+  ridged = fit_ridge(inputs, none, jnp.float32(RIDGE))
+  start = [ridge_weights([each], blocks, RIDGE) for each in layer_samples(base, blocks, row[:-1])]
+  np.testing.assert_allclose(ridged.own, start, rtol=1e-2, atol=1e-2 * np.abs(start).max())
+  options = {"mlp": False, "steps": STEPS, "learning_rate": LEARNING_RATE, "decay": 1e-4}
+  listed = fit_listwise(ridged, inputs, none, **options)
+  np.testing.assert_allclose(listed.own, weights, rtol=1e-2, atol=1e-2 * abs(weights).max())
   assert not ridged.shared.any()
+  assert not listed.shared.any()
   normed = jnp.ones((1, 12, 3))
   shared = shared_features(normed, CONFIG)
   np.testing.assert_allclose(shared[0, 2:10, 3], np.arange(8) / 8)

@@ -106,6 +106,9 @@ def test_an_argument_that_is_not_a_flag_is_an_error() -> None:
     ("generate", ["--prompt=a", "--save_cache=b"], "--save_cache stores the cache of --context"),
     ("generate", ["--prompt=a", "--system=b"], "give --chat or --interactive as well"),
     ("generate", ["--context=nowhere.txt", "--question=b"], "error: [Errno 2] No such file"),
+    ("generate", ["--interactive", "--jsonl"], "--jsonl has no effect with --interactive"),
+    ("generate", ["--context=a", "--question=b", "--slots=2"], "--slots has no effect with"),
+    ("generate", ["--prompt=a", "--seconds=2"], "--seconds has no effect with a text"),
     ("convert", [], "Give one of --source"),
     ("evaluate", ["--task=perplexity"], "--task=perplexity needs --documents"),
     ("evaluate", ["--task=longbench"], "--task=longbench needs --longbench"),
@@ -225,6 +228,14 @@ def test_errors_that_a_user_can_correct_are_one_line(error: Exception) -> None:
 def test_other_errors_are_raised(error: Exception) -> None:
   with pytest.raises(type(error)):
     exit_with(error)
+
+
+def test_an_interrupted_command_prints_no_traceback() -> None:
+  done = run(
+    "from dga_jax import command_line\n\ndef main():\n  raise KeyboardInterrupt\n\n"
+    "command_line.run(main)"
+  )
+  assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:

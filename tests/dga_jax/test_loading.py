@@ -68,6 +68,8 @@ def test_files_of_another_program_are_read_directly() -> None:
   plain, _ = dga_jax.load(FOLDER)
   assert plain.config.attention == "dense"
   jax.tree.map(np.testing.assert_array_equal, *map(nnx.state, (plain, loaded.model)))
+  with pytest.raises(ValueError, match=r"step is 3, and .* which have no steps"):
+    dga_jax.load(FOLDER, step=3)
 
 
 def test_default_budgets_replace_the_attention_of_imports_alone(

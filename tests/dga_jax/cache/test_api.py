@@ -123,6 +123,25 @@ def test_more_tokens_than_max_length_are_refused_under_jit():
     call(*tokens(B, 21), cache)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_64_bit_types_may_be_enabled(dtype):
+  query, key, value = tokens(B, L)
+  want = dynamic_group_attention(query, key, value, config=CONFIG)
+  with jax.enable_x64(True):
+    query, key, value = (jnp.asarray(np.asarray(x), dtype) for x in (query, key, value))
+    out = dynamic_group_attention(query, key, value, config=CONFIG)
+    first = [x[:, :7] for x in (query, key, value)]
+    outs, cache = attend_and_prefill(*first, config=CONFIG, max_length=20, lengths=[7, 7])
+    new = [x[:, 7:11] for x in (query, key, value)]
+    more, cache = extend(*new, cache, config=CONFIG, lengths=[4, 4])
+    last, cache = decode_step(query[:, 11], key[:, 11], value[:, 11], cache, config=CONFIG)
+    outs = jnp.concatenate([outs, more, last[:, None]], axis=1)
+    assert out.dtype == outs.dtype == dtype
+    assert cache.length.dtype == jnp.int32
+  np.testing.assert_allclose(out, want, atol=1e-5)
+  np.testing.assert_allclose(outs, want, atol=1e-5)
+
+
 def test_a_token_may_keep_the_axis_of_length():
   query, key, value = tokens(B, L + 1)
   cache = prefill(key[:, :L], value[:, :L], query[:, :L], config=CONFIG, max_length=20)
@@ -150,6 +169,10 @@ def test_invalid_shapes_and_dtypes_are_errors_with_the_name():
       step(*argument, cache)
   with pytest.raises(ValueError, match=r"layer is 0 and .*pass layer for a cache with a leading"):
     step(query, key, value, cache, layer=0)
+  stacked = jax.tree.map(lambda x: jnp.stack([x, x]), cache)
+  for layer in (-1, 2):
+    with pytest.raises(ValueError, match=f"layer is {layer}, and the cache has 2 layers"):
+      step(query, key, value, stacked, layer=layer)
   other = dataclasses.replace(CONFIG, local_window=1)
   with pytest.raises(ValueError, match="holds 5 raw tokens and config wants 10"):
     step(query, key, value, cache, config=other)

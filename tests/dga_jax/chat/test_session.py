@@ -11,8 +11,11 @@ import dga_jax.chat.session
 from dga_jax.chat.conversation import Conversation, DocumentReader, split_prompt, tokens_after
 from dga_jax.chat.session import Session
 from dga_jax.chat.template import encode_chat
-from dga_jax.generation import Sampling
+from dga_jax.generation import generate, Sampling
 from dga_jax.generation.sampling import sample, SamplingParams
+from dga_jax.head_budgets import HeadBudgets, SinkWindow
+from dga_jax.model import apply_budgets, quantize_weights, weight_name
+from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
 from pallas_kernels.target import Target
 from tests.dga_jax.chat import chatty
 from tests.dga_jax.evaluation.tiny import STORY
@@ -84,6 +87,43 @@ def test_a_dense_cache_that_grows() -> None:
     session.read(tokens)
     new = list(session.generate(GREEDY, max_new_tokens=4, stop_ids=()))
   assert new == whole(session, tokens, GREEDY, 4)
+
+
+BUDGETS = HeadBudgets(
+  ("full", chatty.CONFIG.dga, SinkWindow(8, 2)), tuple((i % 3, 2) for i in range(2))
+)
+CONTINUING = {
+  "head_budgets": lambda: apply_budgets(MODELS["dense"], BUDGETS),
+  "sliding_window": lambda: chatty.model(
+    attention="sliding_window", sliding_window=SlidingWindowConfig(10)
+  ),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUING)
+def test_caches_of_other_models_grow_and_are_stored(
+  name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  for constant, value in (("_LEAST_CAPACITY", 16), ("_SHORT", 8), ("_LONG", 8)):
+    monkeypatch.setattr(dga_jax.chat.session, constant, value)
+  model, tokens = CONTINUING[name](), TOKENIZER.encode(STORY)[:20]
+  session = Session(model)
+  session.read(tokens[:9])
+  session.read(tokens[9:])
+  new = list(session.generate(GREEDY, max_new_tokens=6, stop_ids=()))
+  assert new == generate(model, [tokens], max_new_tokens=6, sampling=GREEDY).tokens[0]
+  restored = session.fork()
+  restored.restore(session.tokens, session.cache())
+  for one in (session, restored):
+    one.read([65])
+  first, second = (
+    list(one.generate(GREEDY, max_new_tokens=3, stop_ids=())) for one in (session, restored)
+  )
+  assert first == second
+
+
+def test_weights_in_8_bits_stay_so() -> None:
+  assert weight_name(Session(quantize_weights(MODELS["dense"], "int8")).model) == "int8"
 
 
 def test_programs_have_one_layer_for_any_number_of_layers() -> None:

@@ -84,6 +84,7 @@ def test_packed_documents_on_a_gpu_need_no_mask_of_all_pairs() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.parametrize(
   ("length", "head_dim", "packed"),
   [(512, 64, False), (512, 64, True), (301, 64, False), (301, 64, True), (301, 256, False)],

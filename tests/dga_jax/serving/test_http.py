@@ -15,6 +15,7 @@ import httpx
 import httpx_sse
 import pytest
 
+from dga_jax.serving.server import check_address
 from tests.dga_jax.serving.tiny_server import NAME, serve, Server
 
 BODY = {"model": NAME, "prompt": "Rain", "max_tokens": 8, "temperature": 0}
@@ -239,6 +240,16 @@ def test_a_request_beyond_the_limit_does_not_hold_sigterm_up(workdir: Path, tmp_
     connection.sendall(post_bytes(json.dumps(LONG).encode()))
     wait_for_slot(server)
     assert server.stop() == 0
+
+
+def test_an_address_that_is_in_use_is_an_error_before_the_compilation():
+  with socket.create_server(("127.0.0.1", 0)) as other:
+    port = other.getsockname()[1]
+    with pytest.raises(OSError, match=rf"listen at host 127\.0\.0\.1, port {port}: .*in use"):
+      check_address("127.0.0.1", port)
+  check_address("127.0.0.1", port)
+  with pytest.raises(OSError, match=r"host no-host\.invalid, port 0"):
+    check_address("no-host.invalid", 0)
 
 
 def test_open_files_and_threads_do_not_grow(server):
