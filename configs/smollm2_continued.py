@@ -12,12 +12,13 @@ as in those of gates_quarter and budgets_eighth, MODEL is the output of `dga fit
 `./workspace bench paper --parts=continued` trains and evaluates every run. On a GPU set
 XLA_FLAGS=--xla_gpu_enable_triton_gemm=false.
 
-On one H200 --config.num_steps=500 takes 162 seconds of steps with dense attention (202 thousand
-tokens/s), 131 with gates_quarter (250 thousand) and 121 with budgets_eighth (272 thousand), and
-35 GB of its memory. The step compiles for 15, 46 and 122 seconds (1, 3 and 5 kinds of layers).
-Held-out perplexity over that of dense attention with the same seed: global 1.26, streaming_quarter
-1.025, window_quarter 1.020, budgets_quarter 1.0060, duo_quarter 1.0055, gates_window_quarter
-1.0068, gates_quarter 1.003, budgets_eighth 1.0110 (docs/paper.md).
+On one H200 1000 steps take 318 seconds with dense attention (208 thousand tokens/s), 253 with
+gates_quarter (260 thousand) and 230 with budgets_eighth (286 thousand), and 35 GB of its memory.
+The step compiles for 6, 52 and 92 seconds (1, 3 and 5 kinds of layers). Held-out perplexity over
+that of dense attention with the same steps and seed: after 1000 steps gates_quarter 1.0036 and
+budgets_eighth 1.0123; with --config.num_steps=500 global 1.26, streaming_eighth 1.082,
+streaming_quarter 1.025, window_quarter 1.020, budgets_quarter 1.0060, duo_quarter 1.0055,
+gates_window_quarter 1.0068, gates_quarter 1.003, budgets_eighth 1.0110 (docs/paper.md).
 """
 
 from pathlib import Path

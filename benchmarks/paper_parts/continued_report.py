@@ -254,12 +254,14 @@ def _plot(by_run: ByRun, path: Path) -> None:
     if name == "dense":
       continue
     style: dict[str, Any] = {"color": f"C{index}", "label": _LABELS.get(name, name)}
+    if name == UNTRAINED:
+      style |= {"color": "black", "ls": ":"}
     pairs = _pairs(measures["loss"], dense.get("loss", ())) if "loss" in measures else []
     if pairs:
       places = pairs[0][0]["by_position"]
       excess = np.mean([_by_position(one) - _by_position(base) for one, base in pairs], axis=0)
       middles = [(one["from"] + one["to"]) / 2 for one in places]
-      by_position.plot(middles, excess, "o-", ms=3, **style)
+      by_position.plot(middles, excess, marker="o", ms=3, **style)
     pairs = _pairs(measures["train"], dense.get("train", ())) if "train" in measures else []
     if pairs:
       excess = np.mean([np.subtract(one["losses"], base["losses"]) for one, base in pairs], axis=0)

@@ -14,11 +14,6 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 _GCS = re.compile(r"gs://[^/]+")
 
 
-def is_address(path: str | os.PathLike[str]) -> bool:
-  """Whether a path begins with a scheme, as in gs://bucket, s3://bucket or file:///folder."""
-  return _ADDRESS.match(os.fspath(path)) is not None
-
-
 def is_gcs(path: str | os.PathLike[str]) -> bool:
   """Whether a path is an address gs://BUCKET/... of Google Cloud Storage."""
   return _GCS.match(os.fspath(path)) is not None

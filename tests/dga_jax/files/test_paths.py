@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dga_jax.checkpoint import load_model
-from dga_jax.files.paths import check_path, is_address
+from dga_jax.files.paths import check_path
 from train.config import make_config
 
 ROOT = Path(__file__).parents[3]
@@ -46,7 +46,6 @@ REQUIRED = "vocab_size num_layers embed_dim num_heads num_kv_heads head_dim mlp_
 
 @pytest.mark.parametrize("path", ["gs://bucket/run", "s3://bucket", "file:///run", "gs:/bucket"])
 def test_an_address_is_refused_in_one_line(path: str) -> None:
-  assert is_address(path)
   with pytest.raises(
     ValueError, match=rf"^--workdir is '{path}'; \w+:// is not supported here\. .+$"
   ):
@@ -57,7 +56,6 @@ def test_an_address_is_refused_in_one_line(path: str) -> None:
   "path", ["run", "/runs/a", "./gs:/bucket", "c:/runs", "runs/a:b/c", "~/run"]
 )
 def test_paths_of_the_file_system_are_taken(path: str) -> None:
-  assert not is_address(path)
   check_path("--workdir", path)
 
 
