@@ -244,7 +244,9 @@ def _refuse_other(path: Path, provenance: dict[str, Any]) -> None:
   """Raises FileExistsError where a file without a given name has budgets of another calibration."""
   if not path.exists():
     return
-  stored = json.loads(path.read_text(encoding="utf-8")).get("calibration", {})
+  from dga_jax.head_budgets import read_calibrated
+
+  stored = read_calibrated(path)[1]
   wanted = json.loads(json.dumps(provenance))
   if other := [name for name in wanted if stored.get(name) != wanted[name]]:
     raise FileExistsError(

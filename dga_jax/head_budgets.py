@@ -15,6 +15,7 @@ __all__ = [
   "HeadRow",
   "HeadSetting",
   "SinkWindow",
+  "read_calibrated",
   "read_head_budgets",
   "split_row",
   "write_head_budgets",
@@ -220,13 +221,23 @@ def read_head_budgets(path: str | Path) -> HeadBudgets:
     OSError: the file cannot be read.
     ValueError: it is not JSON, or its content is not that of budgets; the message names the file.
   """
+  return read_calibrated(path)[0]
+
+
+def read_calibrated(path: str | Path) -> tuple[HeadBudgets, dict[str, Any]]:
+  """The budgets in a file, and how they were found, see `write_head_budgets`.
+
+  Raises:
+    OSError: as for `read_head_budgets`, as is ValueError.
+  """
   try:
     values = json.loads(Path(path).read_text(encoding="utf-8"))
   except ValueError as error:
     raise ValueError(f"{path} is not JSON: {error}") from error
-  if isinstance(values, dict):
-    values.pop("calibration", None)  # How the budgets were found.
-  return HeadBudgets.from_dict(values, path=str(path))
+  calibration = values.pop("calibration", None) if isinstance(values, dict) else None
+  if not isinstance(calibration, dict | None):
+    raise ValueError(f"{path} has calibration={calibration!r:.80}; it must be an object.")
+  return HeadBudgets.from_dict(values, path=str(path)), calibration or {}
 
 
 def write_head_budgets(

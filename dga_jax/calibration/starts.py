@@ -1,6 +1,5 @@
 """Allocations from which the correction starts: the solver's, and simple ones of equal cost."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from dga_jax.calibration.comparison import (
   spread_window,
 )
 from dga_jax.config import DGAConfig
-from dga_jax.head_budgets import HeadSetting, read_head_budgets, SinkWindow
+from dga_jax.head_budgets import HeadSetting, read_calibrated, SinkWindow
 from dga_jax.model import ModelConfig
 
 
@@ -118,7 +117,7 @@ def read_starts(paths: Iterable[Path], config: ModelConfig, length: int) -> list
   starts = []
   shape = (config.num_layers, config.num_kv_heads)
   for path in paths:
-    budgets = read_head_budgets(path)
+    budgets, stored = read_calibrated(path)
     if (budgets.num_layers, budgets.num_kv_heads) != shape:
       raise ValueError(
         f"{path} has budgets of {budgets.num_layers} layers of {budgets.num_kv_heads} KV heads, and"
@@ -130,7 +129,6 @@ def read_starts(paths: Iterable[Path], config: ModelConfig, length: int) -> list
         f"{path} has settings with selector='fitted', and the model has no fitted selector: give"
         " the model that `dga fit_selector` wrote as --workdir."
       )
-    stored = json.loads(path.read_text(encoding="utf-8")).get("calibration", {})
     one = Baseline(budgets.settings, np.array(budgets.assignment))
     starts.append(Start(path.name, scale_windows(one, length / stored.get("length", length))))
   return starts

@@ -97,6 +97,7 @@ def test_the_file_is_read_back(tmp_path: Path) -> None:
     ("[]", r"budgets\.json is \[\]; it must be a mapping"),
     ('{"settings": ["full"], "calibration": {}}', "keys 'settings' and 'assignment'"),
     ('{"settings": ["full"], "assignment": [[1]]}', r"HeadBudgets\.assignment is"),
+    ('{"settings": ["full"], "assignment": [[0]], "calibration": []}', r"calibration=\[\]; it"),
   ],
 )
 def test_other_files_are_refused(content: str, message: str, tmp_path: Path) -> None:
