@@ -12,7 +12,7 @@ import functools
 import hashlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import grain
 from absl import logging
@@ -90,7 +90,8 @@ def text_source(
   Raises:
     FileNotFoundError: a file or pattern that matches nothing.
     OSError: the prepared files are damaged, or could not be written.
-    ValueError: files that cannot be read as text, or without text.
+    ValueError: files that cannot be read as text, or without text, or that a corpus trains on and
+      another one holds out.
   """
   corpora = _find_corpora(config, cache, repair=repair)
   tokenizer = tokenizer or _tokenizer(config, corpora, cache, repair=repair)
@@ -141,6 +142,8 @@ def _find_corpora(
     raise ValueError(
       f"{min(both)} is in train_files of one corpus and validation_files of another."
     )
+  if not config.validation_files:
+    _refuse_shared_files(found)
   prepared = []
   for name, corpus in found.items():
     fingerprint = corpus.fingerprint()
@@ -148,6 +151,20 @@ def _find_corpora(
     logging.info("The prepared text and tokens%s are kept in %s.", name and f" of {name}", folder)
     prepared.append(_PreparedCorpus(name, corpus, fingerprint, folder, repair))
   return prepared
+
+
+def _refuse_shared_files(corpora: Mapping[str, Corpus]) -> None:
+  """Raises ValueError for a file of two corpora: one would train on what the other holds out."""
+  owner: dict[pathlib.Path, str] = {}
+  for name, corpus in corpora.items():
+    for path in corpus.train_files:
+      if path in owner:
+        raise ValueError(
+          f"{path} is in two corpora, {owner[path]!r} and {name!r} of config.data.train_files. "
+          "Each holds out other documents, so held-out documents of the file would be trained on. "
+          "Give config.data.validation_files, or patterns that share no file."
+        )
+      owner[path] = name
 
 
 def _combined(corpora: Sequence[_PreparedCorpus]) -> str:

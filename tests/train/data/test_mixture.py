@@ -102,6 +102,19 @@ def test_a_file_in_one_corpus_is_not_held_out_in_another(folder: Path) -> None:
     load(folder, (1.0, 1.0), data={"validation_files": held_out})
 
 
+def test_corpora_that_hold_out_documents_share_no_file(folder: Path) -> None:
+  whole = str(folder / "[abc].txt")
+  both: dict[str, Any] = {"train_files": (str(folder / "b.txt"), whole), "weights": (1.0, 1.0)}
+  settings: dict[str, Any] = {"sequence_length": 32, "tokenizer": "byte", "prefetch_batches": 0}
+  with pytest.raises(ValueError, match=r"b\.txt is in two corpora, '.*/b\.txt' and '.*abc\].txt'"):
+    load_data(DataConfig(**both, **settings), folder, seed=3, batch_size=4)
+  held_out = tuple(str(folder / f"{letter}_held_out.txt") for letter in "ab")
+  config = DataConfig(**both, **settings, validation_files=held_out)
+  data = load_data(config, folder, seed=3, batch_size=4)
+  assert list(data.train_rows.values()) == [60, 115]
+  data.close()
+
+
 def test_the_mean_evaluation() -> None:
   one = Evaluation(2.0, 0.5, 1.0, {0: 2.0, 16: 1.0})
   other = Evaluation(4.0, 0.1, 3.0, {0: 5.0})
