@@ -11,6 +11,7 @@ from absl import logging
 
 from dga_jax.chat.template import chat_template_of, ChatTemplate, template_sources
 from dga_jax.checkpoint import Checkpoints
+from dga_jax.checkpoint_files import checkpoint_directory
 from dga_jax.files.lock import hold_workdir
 from dga_jax.files.paths import check_path, is_gcs
 from dga_jax.files.storage import AnyPath
@@ -179,10 +180,11 @@ def _find_start(
     initial = find_initial(config, config.init_from)
     return _make_start(initial, Position(), None)
   saved = checkpoints.read_config(step)
-  if "data" not in saved:
+  if not (checkpoint_directory(workdir) / str(step) / "data").is_dir():
     raise ValueError(
-      f"{workdir} holds an imported model. Train it in a folder of its own, with "
-      f"--config.init_from={workdir} and another --workdir."
+      f"{workdir} holds a model without a position in training data: an import, or a result of dga "
+      f"fit_selector. Train it in a folder of its own, with --config.init_from={workdir} and "
+      "another --workdir."
     )
   # The run's own checkpoint has all that it took over from the folder that it began with.
   initial = find_initial(config, str(workdir), step)

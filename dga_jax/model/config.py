@@ -190,7 +190,7 @@ class ModelConfig:
       raise ValueError(
         f"ModelConfig.focal_selector is False, and the settings of attention={self.attention!r} "
         "have selector='fitted'; the model must have the weights of a selector. Make them with dga "
-        "fit_selector, or set selector='last_query'."
+        "fit_selector and set focal_selector=True, or set selector='last_query'."
       )
 
   def rope_frequencies(self) -> np.ndarray:

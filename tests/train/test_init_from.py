@@ -9,18 +9,19 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import dga_jax
 from dga_jax import DGAConfig
-from dga_jax.checkpoint import CheckpointError, load_config, load_model
+from dga_jax.checkpoint import CheckpointError, Checkpoints, load_config, load_model
 from dga_jax.conversion.exporting import export_hugging_face
 from dga_jax.head_budgets import read_head_budgets
 from dga_jax.model import apply_budgets
 from dga_jax.sharding import make_mesh
-from train.config import TrainConfig
+from train.config import to_dict, TrainConfig
 from train.init_from import load_params
 from train.metrics import read_metrics
 from train.setup import train
@@ -145,8 +146,19 @@ def test_models_that_training_cannot_start_from_are_errors(
   nowhere = dataclasses.replace(config, init_from=str(tmp_path / "none"))
   with pytest.raises(CheckpointError, match=r"no checkpoint in .*none"):
     train(nowhere, tmp_path / "run")
-  with pytest.raises(ValueError, match=r"holds an imported model.*--config\.init_from="):
-    train(config, imported)
+  model, _, tokenizer = load_model(imported)
+  with Checkpoints(tmp_path / "fitted", keep=1) as checkpoints:  # As dga fit_selector writes it.
+    checkpoints.save(
+      0,
+      params=nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+      training={"step": jnp.int32(0)},
+      data=None,
+      config=to_dict(config),
+      tokenizer=tokenizer,
+    )
+  for workdir in (imported, tmp_path / "fitted"):
+    with pytest.raises(ValueError, match=r"without a position.*--config\.init_from="):
+      train(config, workdir)
   with pytest.raises(ValueError, match=r"TrainConfig\.init_from is 3"):
     dataclasses.replace(config, init_from=3)
   data = dataclasses.replace(config.data, kind="recall", sequence_length=128)
