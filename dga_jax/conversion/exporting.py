@@ -21,6 +21,7 @@ from dga_jax.conversion.hugging_face import HEAD_BUDGETS
 from dga_jax.conversion.origin import chat_templates, json_files
 from dga_jax.conversion.param_map import model_specs, selector_specs, TensorSpec
 from dga_jax.conversion.safetensors_files import INDEX, SELECTOR, SINGLE
+from dga_jax.conversion.template import json_with_start_tokens
 from dga_jax.model import ModelConfig
 from dga_jax.tokenizer import FILE_NAME
 
@@ -73,7 +74,7 @@ def export_hugging_face(
       _save(partial / SELECTOR, selector)
     for name, values in files.items():
       _write_json(partial / name, values)
-    _write_text(partial / FILE_NAME, tokenizer.to_plain_json())
+    _write_text(partial / FILE_NAME, json_with_start_tokens(tokenizer))
     for name, text in templates.items():
       _write_text(partial / name, text)
     if config.head_budgets is not None:

@@ -7,7 +7,7 @@ from tokenizers import processors
 
 from dga_jax.conversion.checkpoint_reader import TokenizerChoices
 from dga_jax.conversion.errors import ConversionError
-from dga_jax.tokenizer import template_tokens
+from dga_jax.tokenizer import template_tokens, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,17 @@ def settle_template(
     before = [_begin_token(backend, stated)] if wants else []
   if wants != begins or after:
     _set_template(backend, before)
+
+
+def json_with_start_tokens(tokenizer: Tokenizer) -> str:
+  """tokenizer.json whose template puts `start_ids` before a text, as training and prompts do.
+
+  The template of an imported tokenizer does so already; a tokenizer made here has none.
+  """
+  backend = tokenizers.Tokenizer.from_str(tokenizer.to_plain_json())
+  if tokenizer.start_ids and backend.post_processor is None:
+    _set_template(backend, [backend.id_to_token(token_id) for token_id in tokenizer.start_ids])
+  return backend.to_str()
 
 
 def _begin_token(backend: tokenizers.Tokenizer, stated: StatedTokens) -> str:

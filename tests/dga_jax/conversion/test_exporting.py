@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from dga_jax import DGAConfig, HeadBudgets
@@ -23,6 +24,7 @@ from dga_jax.conversion.hugging_face import HEAD_BUDGETS, HuggingFaceFolder
 from dga_jax.conversion.importing import import_model
 from dga_jax.conversion.origin import chat_templates, json_files
 from dga_jax.conversion.safetensors_files import SELECTOR
+from dga_jax.conversion.template import json_with_start_tokens
 from dga_jax.model import ModelConfig
 from dga_jax.model.focal_selector import selector_features
 from dga_jax.tokenizer import Tokenizer
@@ -215,6 +217,16 @@ def test_a_model_trained_here_has_no_extra_files() -> None:
   assert files.keys() == {"config.json", "tokenizer_config.json"}
   assert [files["config.json"][f"{role}_token_id"] for role in ("bos", "eos")] == [256, 256]
   assert files["tokenizer_config.json"]["model_max_length"] == 128
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer.byte_level(), Tokenizer.train_bpe(["a b"], 258)])
+def test_a_tokenizer_made_here_keeps_its_start_token_in_an_export(tokenizer: Tokenizer) -> None:
+  exported = tokenizers.Tokenizer.from_str(json_with_start_tokens(tokenizer))
+  end = tokenizer.end_id
+  assert exported.encode("a b").ids == [end, *tokenizer.encode("a b")]
+  assert (
+    Tokenizer.imported(exported, tokenizer.end_token).start_ids == tokenizer.start_ids == (end,)
+  )
 
 
 @pytest.mark.parametrize("name", ["../a.jinja", "/a.jinja", "config.json", "a/b.jinja"])
