@@ -1,4 +1,4 @@
-"""Calibrated head budgets of a pretrained model against baselines with the same bytes.
+r"""Calibrated head budgets of a pretrained model against baselines with the same bytes.
 
   dga calibrate --workdir=runs/smollm2 --documents=some.jsonl --length=8192 \
     --keys=0.15,0.25,0.35 --output=runs/budgets.json

@@ -1,4 +1,4 @@
-"""Gates that choose the full KV heads of SmolLM2-135M at 8192 tokens.
+r"""Gates that choose the full KV heads of SmolLM2-135M at 8192 tokens.
 
   python -m train.main --config=configs/smollm2_gates.py --workdir=runs/gates \
     --config.init_from=MODEL --config.data.train_files="('books.txt','facts.jsonl')"
