@@ -1,4 +1,4 @@
-r"""What of the paper holds: sparsity, theorems, noise, convergence, cache, times, m, γ, training.
+r"""The paper's analyses repeated: sparsity, theorems, noise, convergence, times, m, γ, training.
 
   ./workspace bench paper --out=runs/paper --parts=theorems,cache
   ./workspace bench paper --out=runs/paper --parts=itl,reordering
