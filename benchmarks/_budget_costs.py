@@ -28,7 +28,7 @@ def costs_table(sets: Sequence[Set], config: ModelConfig, length: int) -> str:
     costs = head_costs(objective, settings, config, length)
     total = np.array([costs[indices].sum() for indices in own])
     for row, cost, share in zip(cells, total, total / total[0], strict=True):
-      unit = {"bytes": f"{cost / 1e6:.1f} MB", "flops": f"{cost / 1e12:.3f} T"}
+      unit = {"bytes": f"{cost / 1e6:.1f} MB", "flops": f"{cost / 1e9:.2f} GFLOP"}
       row += [unit.get(objective, f"{cost * 1e3:.2f} ms"), f"{share:.4f}"]
   header = ["bytes", "share", "operations", "share", "time of attention", "share"]
   return markdown(["file", "set", *header], cells)

@@ -1,4 +1,4 @@
-"""Dynamic Group Attention and cuDNN's dense causal attention on a GPU.
+r"""Dynamic Group Attention and cuDNN's dense causal attention on a GPU.
 
     ./workspace bench attention --lengths=8192,16384,32768,131072
     ./workspace bench attention --lengths=32768 --kv_heads=32 --backward

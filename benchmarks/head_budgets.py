@@ -1,4 +1,4 @@
-"""Calibrated head budgets of a pretrained model against baselines with the same bytes.
+r"""Calibrated head budgets of a pretrained model against baselines with the same bytes.
 
   dga calibrate --workdir=runs/smollm2 --documents=some.jsonl --length=8192 \
     --keys=0.15,0.25,0.35 --output=runs/budgets.json
@@ -176,7 +176,7 @@ class _Measure:
     if not shapes:
       return
     AssignedDecoder(self._model, self._settings).compile(shapes)
-    print(f"{len(shapes)} shapes compiled in {time.perf_counter() - begin:.0f} s", flush=True)
+    print(f"{len(shapes)} programs compiled in {time.perf_counter() - begin:.0f} s", flush=True)
 
   def __call__(
     self, name: str, rows: Rows, length: int, sets: Sequence[Set]
@@ -216,7 +216,7 @@ def _text_rows(
 
 
 def _text_title(length: int, last: int | None) -> str:
-  return f"Perplexity of the {last or length - length // 2} last of {length} tokens"
+  return f"Perplexity of the last {last or length - length // 2} of {length} tokens"
 
 
 def _text_table(

@@ -1,4 +1,4 @@
-r"""What of the paper holds: sparsity, theorems, noise, convergence, cache, times, m, γ, training.
+r"""The paper's analyses repeated: sparsity, theorems, noise, convergence, times, m, γ, training.
 
   ./workspace bench paper --out=runs/paper --parts=theorems,cache
   ./workspace bench paper --out=runs/paper --parts=itl,reordering
@@ -68,7 +68,12 @@ _RUNS = flags.DEFINE_list(
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of continued pretraining, one run for each.")
 _LONGBENCH = define_path("longbench", None, "For continued pretraining: LongBench-E's folder.")
 _QUESTIONS = define_path("questions", None, "For continued pretraining: questions of Liu et al.")
-_LIMIT = flags.DEFINE_integer("limit", None, "Largest number of examples of a file.", lower_bound=1)
+_LIMIT = flags.DEFINE_integer(
+  "limit",
+  None,
+  "Largest number of examples of a file of --longbench and --questions.",
+  lower_bound=1,
+)
 _STEPS = flags.DEFINE_integer("steps", 1000, "Steps of continued pretraining.", lower_bound=20)
 _CACHE_DIR = define_path("cache_dir", None, "Folder of tokenized text; default: in OUT.")
 for _name in ("train_files", "validation_files"):

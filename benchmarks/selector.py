@@ -1,4 +1,4 @@
-"""Perplexity of a pretrained model under each choice of focal tokens, at equal keys.
+r"""Perplexity of a pretrained model under each choice of focal tokens, at equal keys.
 
   python -m dga_jax.convert --source=SmolLM2-135M-Instruct.Q4_1.gguf --workdir=runs/smollm2
   python -m benchmarks.selector --workdir=runs/smollm2 --fit_documents=some.jsonl \
@@ -76,11 +76,15 @@ from dga_jax.model import Decoder, ModelConfig
 
 _WORKDIR = define_path("workdir", None, "Checkpoint of the model.", required=True)
 _FIT = flags.DEFINE_list("fit_documents", None, "Texts of the fit: .jsonl or .txt.", required=True)
-_DOCUMENTS = flags.DEFINE_list("documents", None, "Texts of the test, others.", required=True)
+_DOCUMENTS = flags.DEFINE_list(
+  "documents", None, "Texts of the test, other than those of the fit.", required=True
+)
 _OUT = define_path("out", None, "JSON lines of the results.", required=True)
 _FIT_ROWS = flags.DEFINE_integer("fit_rows", 2, "Rows of the fit, one of each text.", lower_bound=1)
 _TEXTS = flags.DEFINE_integer("texts", 2, "Texts of the test.", lower_bound=1)
-_ROWS = flags.DEFINE_integer("rows_per_document", 1, "Rows of each of them.", lower_bound=1)
+_ROWS = flags.DEFINE_integer(
+  "rows_per_document", 1, "Rows of each text of the test.", lower_bound=1
+)
 _LENGTHS = flags.DEFINE_list("lengths", ["4096"], "Tokens of a row.")
 _SETTINGS = flags.DEFINE_list(
   "settings",
@@ -90,7 +94,7 @@ _SETTINGS = flags.DEFINE_list(
 _CHOICES = flags.DEFINE_list(
   "choices",
   ["last_query", "oracle", "fitted", "expected", "accumulated", "random"],
-  "Choices to measure.",
+  "Choices to measure; see above.",
 )
 _DTYPE = flags.DEFINE_enum(
   "dtype", "float32", ["bfloat16", "float32"], "Dtype to compute in; GPUs need bfloat16 for speed."
@@ -131,7 +135,7 @@ FORMS = {
 }
 _GAP = (("last_query", "query"), ("oracle", "query"))  # Measured first, as a share needs both.
 _RIDGE = np.float32(RIDGE)
-_THREADS = 6  # Compile programs, in the order in which the results need them.
+_THREADS = 6  # Threads that compile programs, in the order in which the results need them.
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Scheduled bundles of DGA's TPU kernels and of JAX's splash attention: static counts, no times.
+r"""Scheduled bundles of DGA's TPU kernels and of JAX's splash attention: static counts, no times.
 
     ./workspace test-aot -k none          # once: installs the compiler
     ./workspace bench tpu_static --chips=v5e,v6e --lengths=32768,131072

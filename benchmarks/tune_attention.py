@@ -1,4 +1,4 @@
-"""Times tile sizes of the GPU attention kernels, and writes the fastest to a table.
+r"""Times tile sizes of the GPU attention kernels, and writes the fastest to a table.
 
     ./workspace bench tune_attention --length=32768 --head_dim=128
     ./workspace bench tune_attention --length=32768 --head_dim=64 --write

@@ -1,4 +1,4 @@
-"""LLaMA2-7B at 128K with Dynamic Group Attention, each sequence split over eight chips.
+r"""LLaMA2-7B at 128K with Dynamic Group Attention, each sequence split over eight chips.
 
   python -m train.compile_topology --config=configs/llama2_7b_128k.py --topology=v5p:8x8x8
   python -m train.main --config=configs/llama2_7b_128k.py --config.init_from=runs/llama2 \

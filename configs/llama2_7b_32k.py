@@ -1,4 +1,4 @@
-"""LLaMA2-7B at 32K with Dynamic Group Attention, starting from the pretrained model.
+r"""LLaMA2-7B at 32K with Dynamic Group Attention, starting from the pretrained model.
 
   python -m train.compile_topology --config=configs/llama2_7b_32k.py --topology=v5p:8x8x8
   python -m train.main --config=configs/llama2_7b_32k.py --config.init_from=runs/llama2 \

@@ -1,4 +1,4 @@
-"""LLaMA2-7B at 8K with Dynamic Group Attention, as in the paper's continued pretraining.
+r"""LLaMA2-7B at 8K with Dynamic Group Attention, as in the paper's continued pretraining.
 
   python -m dga_jax.convert --source=Llama-2-7b-hf --workdir=runs/llama2
   python -m train.main --config=configs/llama2_7b_8k.py --config.init_from=runs/llama2 \

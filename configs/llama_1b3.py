@@ -1,4 +1,4 @@
-"""A LLaMA of 1.3 billion parameters with Dynamic Group Attention, on one GPU of 80 GB.
+r"""A LLaMA of 1.3 billion parameters with Dynamic Group Attention, on one GPU of 80 GB.
 
 The command for a folder of text files:
 

@@ -1,4 +1,4 @@
-"""Synthetic associative recall: 16 key-value pairs in noise, queried up to 512 tokens later.
+r"""Synthetic associative recall: 16 key-value pairs in noise, queried up to 512 tokens later.
 
   python -m train.main --config=configs/recall.py --workdir=runs/recall \
     --config.model.attention=dense

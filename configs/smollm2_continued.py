@@ -1,4 +1,4 @@
-"""Continued pretraining of SmolLM2-135M at 8192 tokens, one run for each attention kind.
+r"""Continued pretraining of SmolLM2-135M at 8192 tokens, one run for each attention kind.
 
   ./workspace smollm2   # downloads and imports the model
   python -m train.make_facts --texts=books.txt --output=facts.jsonl

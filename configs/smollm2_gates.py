@@ -1,4 +1,4 @@
-"""Gates that choose the full KV heads of SmolLM2-135M at 8192 tokens.
+r"""Gates that choose the full KV heads of SmolLM2-135M at 8192 tokens.
 
   python -m train.main --config=configs/smollm2_gates.py --workdir=runs/gates \
     --config.init_from=MODEL --config.data.train_files="('books.txt','facts.jsonl')"
@@ -14,8 +14,8 @@ setting has 1153 of 8192 keys, so that all heads together have a quarter.
 compilation, and 18 GB of its memory. The divergence from dense attention falls from 0.129 to 0.019
 nats per token. Continued pretraining under their budgets, with the fitted selector in the other
 heads (configs/budgets/gates_quarter.json), has 1.0036 times the held-out perplexity of dense
-attention trained alike after 1000 steps and 1.003 times after 500, and 1.0068 times after 500 steps
-with sinks and a window in the other heads (docs/paper.md).
+attention with equal steps and seed after 1000 steps and 1.003 times after 500, and 1.0068 times
+after 500 steps with sinks and a window in the other heads (docs/paper.md).
 """
 
 from ml_collections import ConfigDict

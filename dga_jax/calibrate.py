@@ -1,4 +1,4 @@
-"""Chooses the setting of each KV head of a model: its share of the cache goes where it matters.
+"""Chooses the setting of each KV head of a model under a bound on the cost of its attention.
 
   dga calibrate --workdir=runs/smollm2 --documents=dev.jsonl --keys=0.25 --length=8192
 
@@ -106,8 +106,9 @@ _IMPROVED = flags.DEFINE_integer(
 )
 _MEASURE = flags.DEFINE_enum(
   "measure", "divergence", ["divergence", "loss"],
-  "What rises: the divergence from dense attention, or the loss of the right tokens. Beyond the "
-  "trained length a set may predict better than dense attention, which the loss alone tells.",
+  "Damage of a set: its divergence from dense attention, or the rise of the loss of the right "
+  "tokens. Beyond the trained length a set may predict better than dense attention, which only the "
+  "loss shows.",
 )  # fmt: skip
 _ROPE_BASE = flags.DEFINE_float("rope_base", None, "RoPE base; default: the checkpoint's.")
 _ROUNDS = flags.DEFINE_integer(

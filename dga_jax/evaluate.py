@@ -1,4 +1,4 @@
-"""Measures a model's quality on long contexts, for one or several attention kinds.
+r"""Measures a model's quality on long contexts, for one or several attention kinds.
 
   dga evaluate --workdir=runs/mine --task=perplexity --documents=texts.jsonl
   dga evaluate --workdir=runs/mine --task=retrieval --documents=texts.jsonl \

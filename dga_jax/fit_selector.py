@@ -5,13 +5,14 @@
 Under DGA with streaming selection some tokens of each block stay exact. Without this command they
 are those that the block's last query attends to most. The command fits a linear function of key and
 value to what each token of the documents adds to the outputs of later queries under dense attention
-(dga_jax/calibration/selector_fit.py). The function then chooses, which costs no query.
+(dga_jax/calibration/selector_fit.py). In the new checkpoint this function chooses the exact tokens,
+from a token's own key and value, without a query.
 
 Blocks, sinks and raw window are those of the checkpoint's `dga` settings. The new checkpoint has
 attention="dga" with selector="fitted", and otherwise the weights of --step. All commands take it as
-their --workdir. --length should be the context at which the model will be used. The time is that of
-a forward pass with dense attention over each row. Needs the extra "calibrate" (scipy,
-optax).
+their --workdir. --length should be the context at which the model will be used. The command takes a
+forward pass with dense attention over each row, and 200 steps of Adam for each layer. It needs the
+extra "calibrate" (scipy, optax).
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Makes head budgets from the gates of a training run: the largest gates mark full KV heads.
+r"""Makes head budgets from the gates of a training run: the largest gates mark full KV heads.
 
   python -m train.main --config=configs/smollm2_gates.py --workdir=runs/gates \
     --config.init_from=runs/smollm2

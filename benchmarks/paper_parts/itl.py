@@ -35,9 +35,7 @@ _NEEDS = (
   "a GPU with 26 GB of free memory for LLaMA2-7B in bfloat16 (13.5 GB), a dense cache of 16384"
   " tokens (8.6 GB) and temporary arrays"
 )
-
-
-_THREADS = 16  # That compile. The default sizes have 15 programs.
+_THREADS = 16  # Threads that compile. The default sizes have 15 programs.
 
 # The compiled program of each context length and setting, or the error of its compilation.
 type _Compiled = Mapping[tuple[int, str], concurrent.futures.Future[DecodeChunk]]

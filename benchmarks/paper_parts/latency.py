@@ -20,7 +20,7 @@ from benchmarks._forward import greedy_steps
 
 _TOKENS = 64  # Decoding steps of one timed call.
 _REPEATS = 5
-_THREADS = 12  # That compile.
+_THREADS = 12  # Threads that compile.
 
 type _Programs = tuple[Callable[..., Any], Callable[..., Any]]
 

@@ -210,7 +210,7 @@ def cache_prompt(
     value_scale=value_scale,
     block_score=None if scores_BxLxN is None else _unfinished(scores_BxLxN, lengths, config),
   )
-  return CompactCache(arrays, lengths, max_length)
+  return CompactCache(arrays, lengths, max_length, cache_layout(config))
 
 
 def _unfinished(

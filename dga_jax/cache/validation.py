@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array
 
 from dga_jax.attention import validation as attention_validation
-from dga_jax.cache.layout import cache_layout
+from dga_jax.cache.layout import cache_layout, CacheLayout
 from dga_jax.cache.state import CompactCache
 from dga_jax.config import DGAConfig
 
@@ -52,7 +52,7 @@ def new_tokens(
       f"layer is {layer}, and the cache has {len(raw)} layers; layer must be from 0 to"
       f" {len(raw) - 1}."
     )
-  B, N, W, D = raw.shape[-4:]
+  B, N, _, D = raw.shape[-4:]
   shape = np.shape(query)
   if len(shape) != len(axes.split()) or (shape[0], shape[-1]) != (B, D) or shape[-2] % N:
     raise ValueError(
@@ -68,10 +68,10 @@ def new_tokens(
         f" {raw.dtype}{list(shape)}."
       )
   attention_validation.is_causal(config, "a cache")
-  if cache_layout(config).raw_size != W:
+  if cache_layout(config) != cache.layout:
     raise ValueError(
-      f"the cache holds {W} raw tokens and config wants {cache_layout(config).raw_size}; pass the"
-      " config that the cache was made with."
+      f"config has blocks of {_blocks(cache_layout(config))}, and the cache was made for blocks of"
+      f" {_blocks(cache.layout)}; pass the config that the cache was made with."
     )
   if (cache.arrays.block_score is None) == (config.selector == "fitted"):
     raise ValueError(
@@ -79,6 +79,10 @@ def new_tokens(
       " the config that the cache was made with."
     )
   attention_validation.focal_scores(focal_scores, key, config)
+
+
+def _blocks(layout: CacheLayout) -> str:
+  return f"{layout.members} + {layout.focal} tokens with local_window={layout.window}"
 
 
 def room(cache: CompactCache, count: Any, *, layer: Any) -> None:

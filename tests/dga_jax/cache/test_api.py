@@ -173,9 +173,14 @@ def test_invalid_shapes_and_dtypes_are_errors_with_the_name():
   for layer in (-1, 2):
     with pytest.raises(ValueError, match=f"layer is {layer}, and the cache has 2 layers"):
       step(query, key, value, stacked, layer=layer)
-  other = dataclasses.replace(CONFIG, local_window=1)
-  with pytest.raises(ValueError, match="holds 5 raw tokens and config wants 10"):
-    step(query, key, value, cache, config=other)
+  # Both have other blocks than the cache; the second has as many tokens in each.
+  for changes, blocks in (
+    ({"local_window": 1}, r"3 \+ 2 tokens with local_window=1"),
+    ({"group_size": 4, "focal_per_block": 1}, r"4 \+ 1 tokens with local_window=0"),
+  ):
+    other = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(ValueError, match=rf"{blocks}, and .* of 3 \+ 2 tokens with local_window=0"):
+      step(query, key, value, cache, config=other)
   with pytest.raises(ValueError, match=r"lengths is int.*; it must be int"):
     filled(lengths=[1, 2, 3])
   with pytest.raises(ValueError, match="lengths has values from 5 to 13"):

@@ -1,4 +1,4 @@
-"""Many clients against few slots for minutes; compares every answer and watches for leaks.
+r"""Many clients against few slots for minutes; compares every answer and watches for leaks.
 
   python -m tests.dga_jax.serving.soak --clients=64 --slots=16 --minutes=10
 
