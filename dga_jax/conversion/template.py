@@ -73,7 +73,7 @@ def json_with_start_tokens(tokenizer: Tokenizer) -> str:
   """
   backend = tokenizers.Tokenizer.from_str(tokenizer.to_plain_json())
   if tokenizer.start_ids and backend.post_processor is None:
-    _set_template(backend, [backend.id_to_token(token_id) for token_id in tokenizer.start_ids])
+    _set_template(backend, [str(backend.id_to_token(token)) for token in tokenizer.start_ids])
   return backend.to_str()
 
 

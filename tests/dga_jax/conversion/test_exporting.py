@@ -227,6 +227,9 @@ def test_a_tokenizer_made_here_keeps_its_start_token_in_an_export(tokenizer: Tok
   assert (
     Tokenizer.imported(exported, tokenizer.end_token).start_ids == tokenizer.start_ids == (end,)
   )
+  words = Tokenizer.words(["x", "y"])
+  exported = tokenizers.Tokenizer.from_str(json_with_start_tokens(words))
+  assert exported.encode("x y").ids == [*words.start_ids, *words.encode("x y")]
 
 
 @pytest.mark.parametrize("name", ["../a.jinja", "/a.jinja", "config.json", "a/b.jinja"])
