@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from dga_jax.config import DGAConfig
 from dga_jax.config_dataclasses import config_error, from_dict, require_int
+from dga_jax.files.whole_file import whole_file
 
 __all__ = [
   "FULL",
@@ -250,12 +251,9 @@ def write_head_budgets(
     calibration: how the budgets were found: JSON values without NaN.
     path: of the file; its folder is made.
   """
-  path = Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.partial")
   values = budgets.to_dict() | {"calibration": calibration}
-  partial.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
-  partial.replace(path)
+  with whole_file(path) as partial:
+    partial.write_text(json.dumps(values, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def split_row(row: HeadRow, parts: int) -> tuple[HeadRow, ...]:

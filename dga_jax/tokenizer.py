@@ -18,6 +18,8 @@ from typing import Any, Literal, Self, TYPE_CHECKING
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from dga_jax.files.whole_file import whole_file
+
 if TYPE_CHECKING:
   from dga_jax.chat.template import ChatTemplate
 
@@ -186,13 +188,8 @@ class Tokenizer:
   def save(self, directory: str | os.PathLike[str]) -> pathlib.Path:
     """Writes directory/tokenizer.json, whole or not at all, and returns its path."""
     path = pathlib.Path(directory) / FILE_NAME
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with whole_file(path) as partial:
       partial.write_text(self.to_json(), encoding="utf-8")
-      partial.replace(path)
-    finally:
-      partial.unlink(missing_ok=True)
     return path
 
   def to_json(self) -> str:

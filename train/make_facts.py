@@ -16,6 +16,7 @@ from pathlib import Path
 from absl import app, flags
 
 from dga_jax.files.path_flags import define_path
+from dga_jax.files.whole_file import whole_file
 from train.data.facts import fact_documents
 from train.data.files import find_files, read_documents
 from train.flags import parse_flags
@@ -38,13 +39,11 @@ def main(argv: list[str]) -> None:
     texts = _texts(tuple(_TEXTS.value))
     made = fact_documents(texts, characters=_CHARACTERS.value, facts=_FACTS.value, seed=_SEED.value)
     count = 0
-    partial = output.with_name(f"{output.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with whole_file(output) as partial, partial.open("w", encoding="utf-8") as file:
       for count, text in enumerate(itertools.islice(made, _DOCUMENTS.value), start=1):
         file.write(json.dumps({"id": f"facts {count}", "text": text}) + "\n")
-    if not count:
-      sys.exit(f"error: no text has {_CHARACTERS.value} characters. Lower --characters.")
-    partial.rename(output)
+      if not count:
+        raise ValueError(f"no text has {_CHARACTERS.value} characters. Lower --characters.")
     print(f"{count} documents in {output}")
   except (OSError, ValueError) as error:
     sys.exit(f"error: {error}")

@@ -14,6 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto.summary_pb2 import Summary
 
+from dga_jax.files.whole_file import whole_file
 from train.errors import name_file
 
 FILE_NAME = "metrics.jsonl"
@@ -33,9 +34,8 @@ class MetricsWriter:
   def __init__(self, workdir: Path, *, last_step: int) -> None:
     path = workdir / FILE_NAME
     kept = [record for record in read_metrics(workdir) if record["step"] <= last_step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+      partial.write_text("".join(_line(record) for record in kept), encoding="utf-8")
     self._file = path.open("a", encoding="utf-8")
     self._events = _EventFile(workdir / "tensorboard", first_step=last_step + 1)
 

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from dga_jax.files.whole_file import whole_file
+
 # A file of a few bytes can declare hours of sound.
 _LONGEST_SECONDS = 12 * 3600
 
@@ -95,12 +97,8 @@ def write_wav(
   """
   import soundfile
 
-  path = Path(path)
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  try:
-    soundfile.write(partial, samples_T, sample_rate, subtype="PCM_16", format="WAV")
-    partial.replace(path)
-  except soundfile.SoundFileError as error:
-    raise OSError(f"Could not write {path}: {error}") from error
-  finally:
-    partial.unlink(missing_ok=True)
+  with whole_file(path) as partial:
+    try:
+      soundfile.write(partial, samples_T, sample_rate, subtype="PCM_16", format="WAV")
+    except soundfile.SoundFileError as error:
+      raise OSError(f"Could not write {path}: {error}") from error

@@ -23,6 +23,7 @@ from flax import nnx
 from dga_jax.chat.conversation import DocumentReader
 from dga_jax.chat.session import Session
 from dga_jax.chat.template import ChatTemplate
+from dga_jax.files.whole_file import whole_file
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.tokenizer import Tokenizer
@@ -74,14 +75,8 @@ def save_cache(
   }
   for i, leaf in enumerate(jax.tree.leaves(session.cache())):
     arrays[f"array_{i}"] = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-  try:
-    with partial.open("wb") as stream:
-      np.savez(stream, allow_pickle=False, **arrays)
-    partial.replace(path)
-  finally:
-    partial.unlink(missing_ok=True)
+  with whole_file(path) as partial, partial.open("wb") as stream:
+    np.savez(stream, allow_pickle=False, **arrays)
   return path.stat().st_size
 
 
