@@ -90,7 +90,7 @@ def _check_wav_size(path: Path) -> None:
 def write_wav(
   path: str | os.PathLike[str], samples_T: Float[np.ndarray, "T"], sample_rate: int
 ) -> None:
-  """Writes samples from −1 to 1 as a WAV file of 16 bits, whole or not at all.
+  """Writes samples from −1 to 1 as a WAV file of 16 bits, whole or not at all; makes its folder.
 
   Raises:
     OSError: the file could not be written.
