@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from benchmarks._forward import embed
 from benchmarks._selector_choices import value_distance, value_size
 from dga_jax.calibration.selector_fit import attend_and_rate, beyond_window, FitBlocks
+from dga_jax.calibration.selector_loss import BATCH_TOKENS
 from dga_jax.config import DGAConfig
 from dga_jax.model import Decoder
 from dga_jax.model.focal_selector import features, selector_features
@@ -26,7 +27,6 @@ from dga_jax.model.rope import apply_rope, rope_table, RopeTable
 
 MLP_WIDTH = 32
 _PLACES = 3
-_BATCH = 16384  # Tokens of a step of the listwise fit.
 
 
 class Inputs(NamedTuple):
@@ -268,7 +268,7 @@ def _minimise(
 ) -> Form:
   own_mean, own_std, shared_mean, shared_std = moments
   g, s = inputs.own.shape[1:3]
-  count = max(1, min(g, _BATCH // s))
+  count = max(1, min(g, BATCH_TOKENS // s))
   optimizer = optax.adam(optax.cosine_decay_schedule(1.0, steps))
   on = jnp.asarray(mlp, jnp.float32)
   varies = Form(jnp.float32(1), used[None], on, on * used[None, :, None], on, on)

@@ -33,7 +33,6 @@ compile at the same time.
 """
 
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -58,7 +57,7 @@ from dga_jax.evaluation.retrieval import TASKS
 from dga_jax.evaluation.ruler import RULER_TASKS, RulerTexts
 from dga_jax.evaluation.texts import Document, read_documents
 from dga_jax.files.path_flags import define_path
-from dga_jax.head_budgets import FULL, read_head_budgets
+from dga_jax.head_budgets import FULL, read_calibrated
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.tokenizer import Tokenizer
 
@@ -152,9 +151,8 @@ def _read_sets(config: ModelConfig) -> Iterator[Set]:
   longest = max(map(int, [*_LENGTHS.value, *_PROMPTS.value, *_RULER.value]))
   yield Set("", "dense", make_budgets((FULL,), np.zeros(shape, int)), 1)
   for path in _BUDGETS.value:
-    file, budgets = Path(path).stem, read_head_budgets(path)
-    read = json.loads(Path(path).read_text(encoding="utf-8"))
-    stored = read.get("calibration", {"length": longest, "starts": []})
+    file, (budgets, found) = Path(path).stem, read_calibrated(path)
+    stored = found or {"length": longest, "starts": []}
     length = stored["length"]
     yield Set(file, "budgets", budgets, length)
     for kind, one in make_baselines(budgets, stored, config):

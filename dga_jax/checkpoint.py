@@ -170,6 +170,10 @@ class Checkpoints:
     """The config saved with a step."""
     return read_json(self._workdir, step, "config")
 
+  def has_data(self, step: int) -> bool:
+    """Whether a position in the training data was saved with a step."""
+    return (checkpoint_directory(self._workdir) / str(step) / "data").is_dir()
+
   def read_data(self, step: int) -> dict[str, Any]:
     """The position in the training data saved with a step."""
     return read_json(self._workdir, step, "data")

@@ -297,18 +297,8 @@ def _mark_special(backend: tokenizers.Tokenizer, contents: Collection[str]) -> N
   for content in contents:
     token = added.get(content)
     if token is not None and not token.special:
-      backend.add_special_tokens(
-        [
-          tokenizers.AddedToken(
-            content,
-            single_word=token.single_word,
-            lstrip=token.lstrip,
-            rstrip=token.rstrip,
-            normalized=token.normalized,
-            special=True,
-          )
-        ]
-      )
+      token.special = True
+      backend.add_special_tokens([token])
 
 
 def _special_id(backend: tokenizers.Tokenizer, token: str) -> int:

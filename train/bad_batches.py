@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dga_jax.files.whole_file import whole_file
 from train.prefetch import Taken
 
 FOLDER = "bad_batches"
@@ -21,15 +22,11 @@ def record_batch(workdir: Path, step: int, taken: Taken, values: Mapping[str, fl
     segment_ids and loss_mask [rows, L], batch_index (the batch's number in the run's order, from
     0) and the step's scalars.
   """
-  folder = workdir / FOLDER
-  folder.mkdir(exist_ok=True)
   process = f"process_{jax.process_index()}_of_{jax.process_count()}"
-  path = folder / f"step_{step:08d}_{process}.npz"
-  partial = path.with_suffix(".partial")
+  path = workdir / FOLDER / f"step_{step:08d}_{process}.npz"
   arrays: dict[str, Any] = {"batch_index": taken.index, **taken.rows, **values}
-  with partial.open("wb") as file:
+  with whole_file(path) as partial, partial.open("wb") as file:
     np.savez_compressed(file, **arrays)
     file.flush()
     os.fsync(file.fileno())
-  partial.replace(path)
   return path

@@ -11,7 +11,6 @@ from absl import logging
 
 from dga_jax.chat.template import chat_template_of, ChatTemplate, template_sources
 from dga_jax.checkpoint import Checkpoints
-from dga_jax.checkpoint_files import checkpoint_directory
 from dga_jax.files.lock import hold_workdir
 from dga_jax.files.paths import check_path, is_gcs
 from dga_jax.files.storage import AnyPath
@@ -180,7 +179,7 @@ def _find_start(
     initial = find_initial(config, config.init_from)
     return _make_start(initial, Position(), None)
   saved = checkpoints.read_config(step)
-  if not (checkpoint_directory(workdir) / str(step) / "data").is_dir():
+  if not checkpoints.has_data(step):
     raise ValueError(
       f"{workdir} holds a model without a position in training data: an import, or a result of dga "
       f"fit_selector. Train it in a folder of its own, with --config.init_from={workdir} and "

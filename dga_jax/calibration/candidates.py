@@ -137,12 +137,12 @@ def _seconds(candidates: Sequence[HeadSetting], config: ModelConfig, length: int
   of the fastest call: other work on the device only adds to it.
   """
   heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-  keys = jax.random.split(jax.random.key(0), 4)
+  *vector_keys, score_key = jax.random.split(jax.random.key(0), 4)
   qkv = [
     jax.random.normal(key, (_TIMED_LAYERS, 1, length, count, config.head_dim), config.dtype)
-    for key, count in zip(keys, heads, strict=False)
+    for key, count in zip(vector_keys, heads, strict=True)
   ]
-  scores = jax.random.normal(keys[3], (_TIMED_LAYERS, 1, length, config.num_kv_heads))
+  scores = jax.random.normal(score_key, (_TIMED_LAYERS, 1, length, config.num_kv_heads))
 
   def compile_one(candidate: HeadSetting) -> Any:
     kind = kind_of_setting(candidate)

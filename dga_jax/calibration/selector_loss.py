@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 STEPS = 200  # Of Adam.
 LEARNING_RATE = 1e-2  # Of the first step, for standardised features; it falls as a cosine to 0.
-_BATCH = 16384  # Tokens of a step.
+BATCH_TOKENS = 16384  # Tokens of a step.
 
 
 @functools.partial(jax.jit, static_argnames="steps")
@@ -37,7 +37,7 @@ def minimise_cross_entropy(
     steps: of Adam.
   """
   g, s = target_Nxgxs.shape[1:]
-  count = max(1, min(g, _BATCH // s))
+  count = max(1, min(g, BATCH_TOKENS // s))
   mean_NxS = features_NxgxsxS.mean(axis=(1, 2))
   deviation_NxS = features_NxgxsxS.std(axis=(1, 2))
   size_NxS = jnp.sqrt(jnp.square(features_NxgxsxS).mean(axis=(1, 2)))
