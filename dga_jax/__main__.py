@@ -81,7 +81,7 @@ def usage() -> str:
 
 def run(module: str, arguments: Sequence[str]) -> None:
   """Runs a module as `python -m` does, with these arguments."""
-  sys.argv[1:] = arguments
+  sys.argv[:] = [module.replace(".", "/"), *arguments]
   try:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
   except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import get_args, NoReturn, TYPE_CHECKING
 
 from absl import app, flags, logging
@@ -135,17 +136,24 @@ def missing_extra(error: ModuleNotFoundError) -> str | None:
 
 
 def extra_with(module: str) -> str | None:
-  """The optional dependency of dga-jax that installs a module, or None."""
+  """The optional dependency of dga-jax that installs a module, or None.
+
+  Several extras have some packages. The one with the name of the running command installs all that
+  the command needs, so it comes first.
+  """
   try:
     requirements = importlib.metadata.requires("dga-jax") or []
   except importlib.metadata.PackageNotFoundError:  # A checkout that is not installed.
     return None
   wanted = _normalised(module.partition(".")[0])
-  for requirement in requirements:
-    match = re.match(r"([\w.-]+).*\bextra == [\"']([\w-]+)[\"']", requirement)
-    if match and _normalised(match[1]) == wanted:
-      return match[2]
-  return None
+  matches = (
+    re.match(r"([\w.-]+).*\bextra == [\"']([\w-]+)[\"']", requirement)
+    for requirement in requirements
+  )
+  extras = [match[2] for match in matches if match and _normalised(match[1]) == wanted]
+  command = Path(sys.argv[0])  # The file of the command's module: .../train/main.py.
+  named = [extra for extra in extras if extra in (command.stem, command.parent.name)]
+  return next(iter(named + extras), None)
 
 
 def _normalised(name: str) -> str:

@@ -18,7 +18,7 @@ class Machine:
     self.checkout, self.bin = root / "a checkout", root / "bin"
     self.checkout.mkdir()
     self.bin.mkdir()
-    for name in ("workspace", "requirements.txt", "requirements-aot.txt"):
+    for name in ("workspace", "requirements.txt", "requirements-aot.txt", "pyproject.toml"):
       shutil.copy(ROOT / name, self.checkout / name)
     for tool in TOOLS.split():
       if path := shutil.which(tool):
@@ -129,7 +129,10 @@ def test_pyenv_is_searched_beyond_its_failing_commands(machine: Machine) -> None
   assert "Python 3.13 (" in done.stdout
 
 
-def test_set_up_happens_once_and_again_when_requirements_change(machine: Machine) -> None:
+@pytest.mark.parametrize("changed", ["requirements.txt", "pyproject.toml"])
+def test_set_up_happens_once_and_again_when_requirements_change(
+  changed: str, machine: Machine
+) -> None:
   machine.add_python("python3.12")
   machine.add("fake-pip", "exit 0")
   first, second = machine.run("test", "-k", "cache"), machine.run("test")
@@ -139,8 +142,8 @@ def test_set_up_happens_once_and_again_when_requirements_change(machine: Machine
 
   of_the_user = machine.checkout / ".venv" / "more-packages"
   of_the_user.touch()
-  requirements = machine.checkout / "requirements.txt"
-  requirements.write_text(requirements.read_text() + "six==1.17.0\n")
+  requirements = machine.checkout / changed
+  requirements.write_text(requirements.read_text() + "# another package\n")
   assert "set-up done" in machine.run("test").stdout
   assert of_the_user.exists()
 

@@ -213,7 +213,16 @@ def test_a_gpu_that_jax_does_not_use(
 def test_every_extra_that_a_command_needs_is_declared() -> None:
   assert extra_with("gguf") == extra_with("safetensors") == "convert"
   assert extra_with("matplotlib") == "evaluate"
-  assert extra_with("optax") == extra_with("ml_collections") == "train"
+  assert extra_with("ml_collections") == "train"
+
+
+@pytest.mark.parametrize("file", ["calibrate.py", "train/main.py", "train/main"])
+def test_the_extra_of_the_running_command_comes_first(
+  file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  monkeypatch.setattr(sys, "argv", [f"/evaluate/audio/{file}"])
+  extra = file.partition("/")[0].removesuffix(".py")
+  assert extra_with("optax") == extra_with("matplotlib") == extra
 
 
 @pytest.mark.parametrize(
