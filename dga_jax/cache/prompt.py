@@ -22,7 +22,7 @@ from dga_jax.attention.validation import (
   value_like_key,
 )
 from dga_jax.cache import validation
-from dga_jax.cache.layout import cache_layout, cache_size
+from dga_jax.cache.layout import cache_layout, cache_size, CacheSettings
 from dga_jax.cache.state import CompactCache, lengths_with_sinks
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheArrays, CacheLengths, pack_rows
@@ -210,7 +210,7 @@ def cache_prompt(
     value_scale=value_scale,
     block_score=None if scores_BxLxN is None else _unfinished(scores_BxLxN, lengths, config),
   )
-  return CompactCache(arrays, lengths, max_length, cache_layout(config))
+  return CompactCache(arrays, lengths, max_length, CacheSettings.from_config(config))
 
 
 def _unfinished(
