@@ -95,7 +95,9 @@ def main() -> None:
   """Loads the model, compiles, and serves until SIGTERM or Ctrl-C."""
   from dga_jax.serving import launch, server
   from dga_jax.serving.app import AppSettings, make_app
+  from dga_jax.serving.http_guards import read_api_key
 
+  api_key = read_api_key(_API_KEY.value, os.environ)
   server.check_address(_HOST.value, _PORT.value)
   settings = launch.LaunchSettings(
     slots=_SLOTS.value,
@@ -123,10 +125,7 @@ def main() -> None:
     print(launch.describe(model, settings), flush=True)
   app = make_app(
     models,
-    AppSettings(
-      api_key=_API_KEY.value or os.environ.get("DGA_API_KEY"),
-      max_body_bytes=int(_MAX_BODY_MB.value * 1e6),
-    ),
+    AppSettings(api_key=api_key, max_body_bytes=int(_MAX_BODY_MB.value * 1e6)),
   )
   server.run(app, host=_HOST.value, port=_PORT.value, stop_seconds=_STOP_SECONDS.value)
 

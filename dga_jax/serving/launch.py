@@ -80,11 +80,14 @@ def load_models(
 
   Raises:
     CheckpointError: the checkpoint is missing or damaged.
-    ValueError: an attention kind is unknown or reads prompts whole, or the caches do not fit.
+    ValueError: an attention kind is unknown, given twice or reads prompts whole, or the caches do
+      not fit.
   """
   for attention in attentions:
     if attention is not None and attention not in get_args(AttentionName):
       raise ValueError(f"attention is {attention!r}; it must be one of {get_args(AttentionName)}.")
+  if len(set(attentions)) < len(attentions):
+    raise ValueError(f"attention is {list(attentions)!r}; name each kind once.")
   base = name or Path(workdir).resolve().name
   models: list[ServedModel] = []
   shared: nnx.State | None = None
