@@ -31,7 +31,7 @@ _PORT = flags.DEFINE_integer("port", 8000, "Port to listen at.", lower_bound=0, 
 _API_KEY = flags.DEFINE_string(
   "api_key", None, "Key that clients must send; default: $DGA_API_KEY, or no key."
 )
-_SLOTS = flags.DEFINE_integer("slots", 8, "Requests that run at once.", lower_bound=1)
+_SLOTS = flags.DEFINE_integer("slots", 8, "Requests of each model that run at once.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer(
   "max_length",
   None,
@@ -73,12 +73,15 @@ _DECODE_CHUNK = flags.DEFINE_integer(
 _CACHE_GB = flags.DEFINE_float(
   "cache_gb",
   None,
-  "GB of all caches on the device; kept conversations get what the slots leave. Default: as many"
-  " kept conversations as slots.",
+  "GB of all caches on the device, for each model; kept conversations get what the slots leave."
+  " Default: as many kept conversations as slots.",
   lower_bound=0.0,
 )
 _HOST_CACHE_GB = flags.DEFINE_float(
-  "host_cache_gb", 4.0, "GB of kept conversations in the host's memory.", lower_bound=0.0
+  "host_cache_gb",
+  4.0,
+  "GB of kept conversations in the host's memory, for each model.",
+  lower_bound=0.0,
 )
 _MESH = flags.DEFINE_string(
   "mesh", None, "tensor=N splits the model over N devices of this host; default: one device."

@@ -20,6 +20,7 @@ class ServedModel:
     tokenizer: of the model.
     template: of its conversations; None if it has none.
     created: seconds since 1970.
+    trained_length: tokens of the longest context of the training; None if it is unknown.
   """
 
   name: str
@@ -27,6 +28,7 @@ class ServedModel:
   tokenizer: Tokenizer
   template: ChatTemplate | None
   created: int
+  trained_length: int | None = None
 
   def encode_text(self, text: str) -> list[int]:
     """The tokens of a prompt, with the model's start tokens.
