@@ -224,6 +224,7 @@ class Engine:
     self._cancelled: set[int] = set()
     self._waiting: deque[Task] = deque()
     self._ahead: deque[Task] = deque(maxlen=self.slots)  # See `read_ahead`.
+    self._reading: Task | None = None
     self._owner: dict[int, Task] = {}  # The request of each slot in use.
     self._dispatched: deque[Dispatched] = deque()
     self._state: BatchState | None = None
@@ -386,7 +387,7 @@ class Engine:
     return [self._emit(task, [], "cancelled", []) for task in cancelled]
 
   def _drop_reading(self) -> None:
-    self._reading: Task | None = None
+    self._reading = None
     if self._reader is not None:
       self._reader.drop()
 
