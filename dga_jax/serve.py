@@ -57,7 +57,7 @@ _MESH = flags.DEFINE_string(
 )
 
 _GROUPS.start("Requests and memory")
-_SLOTS = flags.DEFINE_integer("slots", 8, "Requests that run at once.", lower_bound=1)
+_SLOTS = flags.DEFINE_integer("slots", 8, "Requests of each model that run at once.", lower_bound=1)
 _MAX_LENGTH = flags.DEFINE_integer(
   "max_length",
   None,
@@ -81,12 +81,15 @@ _DECODE_CHUNK = flags.DEFINE_integer(
 _CACHE_GB = flags.DEFINE_float(
   "cache_gb",
   None,
-  "Memory of all caches on the device, in GB; kept conversations get what the slots leave. Default:"
-  " as many kept conversations as slots.",
+  "Memory of all caches of each model on the device, in GB; kept conversations get what the slots"
+  " leave. Default: as many kept conversations as slots.",
   lower_bound=0.0,
 )
 _HOST_CACHE_GB = flags.DEFINE_float(
-  "host_cache_gb", 4.0, "Memory of kept conversations on the host, in GB.", lower_bound=0.0
+  "host_cache_gb",
+  4.0,
+  "Memory of each model's kept conversations on the host, in GB.",
+  lower_bound=0.0,
 )
 
 _GROUPS.start("Network")
@@ -113,7 +116,9 @@ def main() -> None:
   """Loads the model, compiles, and serves until SIGTERM or Ctrl-C."""
   from dga_jax.serving import launch, server
   from dga_jax.serving.app import AppSettings, make_app
+  from dga_jax.serving.http_guards import read_api_key
 
+  api_key = read_api_key(_API_KEY.value, os.environ)
   server.check_address(_HOST.value, _PORT.value)
   settings = launch.LaunchSettings(
     slots=_SLOTS.value,
@@ -141,10 +146,7 @@ def main() -> None:
     print(launch.describe(model, settings), flush=True)
   app = make_app(
     models,
-    AppSettings(
-      api_key=_API_KEY.value or os.environ.get("DGA_API_KEY"),
-      max_body_bytes=int(_MAX_BODY_MB.value * 1e6),
-    ),
+    AppSettings(api_key=api_key, max_body_bytes=int(_MAX_BODY_MB.value * 1e6)),
   )
   server.run(app, host=_HOST.value, port=_PORT.value, stop_seconds=_STOP_SECONDS.value)
 
