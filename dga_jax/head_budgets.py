@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from dga_jax.config import CacheDtype, DGAConfig
+from dga_jax.choices import CacheDtypeName
+from dga_jax.config import DGAConfig
 from dga_jax.config_dataclasses import config_error, from_dict, require_choice, require_int
 from dga_jax.files.whole_file import whole_file
 
@@ -78,10 +79,10 @@ class HeadBudgets:
 
   settings: tuple[HeadSetting, ...]
   assignment: tuple[HeadRow, ...]
-  cache_dtype: CacheDtype | None = None
+  cache_dtype: CacheDtypeName | None = None
 
   def __post_init__(self) -> None:
-    require_choice(self, "cache_dtype", CacheDtype, optional=True)
+    require_choice(self, "cache_dtype", CacheDtypeName, optional=True)
     if not isinstance(self.settings, list | tuple):
       raise config_error(self, "settings", "a list of settings")
     settings = tuple(
@@ -193,7 +194,7 @@ class HeadBudgets:
     permuted = tuple(tuple(row[head] for head in new) for row, new in rows)
     return dataclasses.replace(self, assignment=permuted)
 
-  def with_cache_dtype(self, cache_dtype: CacheDtype | None) -> "HeadBudgets":
+  def with_cache_dtype(self, cache_dtype: CacheDtypeName | None) -> "HeadBudgets":
     """The budgets with one `cache_dtype` for all heads, those that follow a `DGAConfig` included.
 
     Settings that differ in `cache_dtype` alone become one.

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 
 from dga_jax.cache.layout import cache_layout
-from dga_jax.config import CacheDtype, DGAConfig
+from dga_jax.choices import CacheDtypeName
+from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import FULL, HeadSetting, SinkWindow
 from dga_jax.model.config import ModelConfig
 
@@ -54,10 +55,10 @@ def _head_bytes(setting: HeadSetting, config: ModelConfig, length: int) -> int:
   """Bytes of one KV head of one layer."""
   if not isinstance(setting, DGAConfig):
     budgets = config.head_budgets if config.attention == "head_budgets" else None
-    token = _entry_bytes(config, None if budgets is None else budgets.cache_dtype)
+    entry = _entry_bytes(config, None if budgets is None else budgets.cache_dtype)
     if isinstance(setting, SinkWindow):
-      return min(length, setting.sinks + setting.window - 1) * token
-    return length * token
+      return min(length, setting.sinks + setting.window - 1) * entry
+    return length * entry
   layout, sinks = cache_layout(setting), setting.sink_tokens
   token = layout.locate(length, sinks)
   compact = int(layout.earlier_blocks(token, prefix=sinks).compact_end)
@@ -65,7 +66,7 @@ def _head_bytes(setting: HeadSetting, config: ModelConfig, length: int) -> int:
   return compact * _entry_bytes(config, setting.cache_dtype) + raw * _entry_bytes(config, None)
 
 
-def _entry_bytes(config: ModelConfig, cache_dtype: CacheDtype | None) -> int:
+def _entry_bytes(config: ModelConfig, cache_dtype: CacheDtypeName | None) -> int:
   """Bytes of a key and its value."""
   if cache_dtype is None:
     return 2 * config.head_dim * jnp.dtype(config.dtype).itemsize

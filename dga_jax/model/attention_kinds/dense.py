@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from dga_jax.attention.context_parallel.dense import dense_attend_sharded
 from dga_jax.attention.dense import dense_attention, xla_attention
 from dga_jax.attention.segments import Documents
-from dga_jax.config import CacheDtype
+from dga_jax.choices import CacheDtypeName
 from dga_jax.model.attention_kinds.dense_cache import DenseCache, DenseCacheAttention
 from pallas_kernels.decode import TokenRows
 from pallas_kernels.dispatch import Implementation
@@ -26,7 +26,7 @@ class DenseAttention(DenseCacheAttention):
   name = "dense"
 
   implementation: Implementation = None
-  cache_dtype: CacheDtype | None = None
+  cache_dtype: CacheDtypeName | None = None
 
   def attend(
     self,

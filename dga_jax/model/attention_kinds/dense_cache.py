@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention.segments import Documents
-from dga_jax.config import CacheDtype
+from dga_jax.choices import CacheDtypeName
 from dga_jax.model.attention_kinds.base import AttentionKind
 from pallas_kernels.decode import dense_step, TokenRows
 
@@ -36,7 +36,7 @@ class DenseCacheAttention(AttentionKind):
       `decode` and `extend` read the rounded tokens, and `attend` the exact ones.
   """
 
-  cache_dtype: CacheDtype | None = None
+  cache_dtype: CacheDtypeName | None = None
 
   def init_cache(
     self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike

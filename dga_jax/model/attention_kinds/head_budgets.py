@@ -17,7 +17,8 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from dga_jax.attention.head_classes import HeadClasses, switch_rows
 from dga_jax.attention.joint_heads import attend_jointly, attends_jointly
 from dga_jax.attention.segments import Documents
-from dga_jax.config import CacheDtype, DGAConfig
+from dga_jax.choices import CacheDtypeName
+from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadBudgets, HeadRow, HeadSetting, SinkWindow, split_row
 from dga_jax.model.attention_kinds.base import AttentionKind
 from dga_jax.model.attention_kinds.dense import DenseAttention
@@ -40,7 +41,9 @@ from dga_jax.sharding import head_part
 type HeadCaches = tuple[tuple[Any, ...], ...]
 
 
-def kind_of_setting(setting: HeadSetting, cache_dtype: CacheDtype | None = None) -> AttentionKind:
+def kind_of_setting(
+  setting: HeadSetting, cache_dtype: CacheDtypeName | None = None
+) -> AttentionKind:
   """The attention kind of the KV heads that follow a setting.
 
   Args:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
-from dga_jax.config import CacheDtype
+from dga_jax.choices import CacheDtypeName
 from dga_jax.model.attention_kinds.base import AttentionKind
 from pallas_kernels import dispatch
 from pallas_kernels.decode import TokenRows
@@ -58,7 +58,7 @@ class SinkWindowCacheAttention(AttentionKind):
   name: str
   window: int
   sinks: int = 0
-  cache_dtype: CacheDtype | None = dataclasses.field(default=None, kw_only=True)
+  cache_dtype: CacheDtypeName | None = dataclasses.field(default=None, kw_only=True)
 
   def init_cache(
     self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
