@@ -13,7 +13,7 @@ from typing import get_args, NoReturn, TYPE_CHECKING
 
 from absl import app, flags, logging
 
-from dga_jax.choices import WeightName
+from dga_jax.choices import CacheDtypeName, WeightName
 from dga_jax.flag_help import command_help, FlagGroups
 from dga_jax.unused_gpu import warn_about_unused_gpu
 
@@ -44,6 +44,19 @@ def define_weights() -> flags.FlagHolder[str | None]:
     get_args(WeightName),
     "Store the weights of the layers' projections in 8 bits, with a scale for each output channel: "
     "int8, or fp8 (float8_e4m3fn); default: in the dtype of the activations.",
+  )
+  return holder
+
+
+def define_cache_dtype() -> flags.FlagHolder[str | None]:
+  """The flag --cache_dtype of the commands that generate."""
+  holder: flags.FlagHolder[str | None] = flags.DEFINE_enum(
+    "cache_dtype",
+    None,
+    get_args(CacheDtypeName),
+    "Store the caches of DGA and of head budgets in 8 bits, with a scale for each key and each "
+    "value; the raw tokens of DGA keep the dtype of the activations. Default: the settings of the "
+    "model or of --budgets.",
   )
   return holder
 

@@ -33,7 +33,7 @@ from typing import Any, cast, get_args, TYPE_CHECKING
 from absl import app, flags
 
 from dga_jax import command_line
-from dga_jax.choices import AttentionName, DtypeName, WeightName
+from dga_jax.choices import AttentionName, CacheDtypeName, DtypeName, WeightName
 from dga_jax.files.path_flags import define_path
 from dga_jax.flag_help import FlagGroups
 from dga_jax.hub_names import check_exists
@@ -71,6 +71,7 @@ _DTYPE = flags.DEFINE_enum(
   "dtype", None, get_args(DtypeName), "Dtype of the activations; default: the checkpoint's."
 )
 _WEIGHTS = command_line.define_weights()
+_CACHE_DTYPE = command_line.define_cache_dtype()
 
 _GROUPS.start("Prompts")
 _PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; with --chat, message to answer.")
@@ -188,6 +189,7 @@ def main() -> None:
     attention=cast(AttentionName | None, attention),
     dtype=cast(DtypeName | None, _DTYPE.value),
     budgets=None if _KEYS.value is not None else command_line.read_budgets(_BUDGETS),
+    cache_dtype=None if _KEYS.value is not None else _cache_dtype(),
   )
   if _KEYS.value is not None:
     loaded = _with_budgets(loaded, _KEYS.value)
@@ -226,7 +228,13 @@ def _with_budgets(loaded: "Loaded", keys: float) -> "Loaded":
   files = find_budget_files(str(_WORKDIR.value), _BUDGETS.value, package)
   path, budgets, share = choose_budgets(files, keys, length)
   print(f"budgets: {path}, {share:.1%} of a dense cache of {length} tokens", file=sys.stderr)
+  if (cache_dtype := _cache_dtype()) is not None:
+    budgets = budgets.with_cache_dtype(cache_dtype)
   return loaded._replace(model=apply_budgets(loaded.model, budgets))
+
+
+def _cache_dtype() -> CacheDtypeName | None:
+  return cast(CacheDtypeName | None, _CACHE_DTYPE.value)
 
 
 def _answer(loaded: "Loaded", sampling: "Sampling", document: str | None) -> None:
@@ -305,7 +313,7 @@ def _continue_audio(loaded: "Loaded", sampling: "Sampling") -> None:
 
 
 def _attention_is_chosen() -> bool:
-  return any(flag.value is not None for flag in (_ATTENTION, _BUDGETS, _KEYS))
+  return any(flag.value is not None for flag in (_ATTENTION, _BUDGETS, _KEYS, _CACHE_DTYPE))
 
 
 def _is_about_a_document() -> bool:

@@ -19,7 +19,7 @@ from absl import flags
 from tqdm import tqdm
 
 from dga_jax import command_line
-from dga_jax.choices import AttentionName, DtypeName, WeightName
+from dga_jax.choices import AttentionName, CacheDtypeName, DtypeName, WeightName
 from dga_jax.files.path_flags import define_path, define_paths
 from dga_jax.flag_help import FlagGroups
 
@@ -52,6 +52,7 @@ _DTYPE = flags.DEFINE_enum(
   "Dtype of the activations; default: the checkpoint's.",
 )
 _WEIGHTS = command_line.define_weights()
+_CACHE_DTYPE = command_line.define_cache_dtype()
 _MESH = flags.DEFINE_string(
   "mesh", None, "tensor=N splits the model over N devices of this host; default: one device."
 )
@@ -139,6 +140,7 @@ def main() -> None:
     dtype=cast(DtypeName | None, _DTYPE.value),
     budgets=_read_budgets(),
     weights=cast(WeightName | None, _WEIGHTS.value),
+    cache_dtype=cast(CacheDtypeName | None, _CACHE_DTYPE.value),
     settings=settings,
     progress=functools.partial(tqdm, desc="compiling", unit="program"),
   )
