@@ -14,8 +14,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto.summary_pb2 import Summary
 
+from dga_jax.files.named_errors import name_file
 from dga_jax.files.whole_file import whole_file
-from train.errors import name_file
 
 FILE_NAME = "metrics.jsonl"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from absl import logging
 
+from dga_jax.files.named_errors import name_file
 from dga_jax.files.paths import is_gcs
 from dga_jax.files.storage import AnyPath
 
@@ -60,12 +61,14 @@ def hold_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
     LockedError: another process holds the lock and `wait` is False; the message names the holder.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a+") as file:
+  # Without a buffer, a full disk is an error of `write` alone, and not of `close` again.
+  with path.open("ab+", buffering=0) as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
-      message = f"{path} is locked by {file.read(200).strip() or 'another process'}"
+      holder = file.read(200).decode(errors="replace").strip()
+      message = f"{path} is locked by {holder or 'another process'}"
       if not wait:
         raise LockedError(message) from error
       logging.info("Waiting: %s.", message)
@@ -74,8 +77,8 @@ def hold_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
       if error.errno not in _UNSUPPORTED:
         raise
       logging.warning("%s cannot be locked (%s).", path, error.strerror)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    with name_file(path):
+      file.truncate(0)
+      file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     yield
     file.truncate(0)

@@ -1,0 +1,65 @@
+"""What a full disk leaves behind, and the file that the error names."""
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+
+from dga_jax.evaluation.results import Results
+from dga_jax.files.figure import save_figure
+from dga_jax.files.lock import hold_lock
+
+
+@contextlib.contextmanager
+def disk_with(size: int) -> Iterator[None]:
+  """No file can grow beyond `size` bytes."""
+  limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_results_are_whole_lines(tmp_path: Path) -> None:
+  path = tmp_path / "r.jsonl"
+  results = Results(path)
+  with disk_with(100), pytest.raises(OSError, match=r"File too large: '.*/r\.jsonl'"):
+    results.add("long", {"text": "x" * 200})
+  assert not path.exists()
+  results.add("a", {"value": 1})
+  before = path.read_text()
+  with disk_with(100), pytest.raises(OSError, match=r"File too large: '.*/r\.jsonl'"):
+    results.add("long", {"text": "x" * 200})
+  assert path.read_text() == before
+  assert "long" not in results
+  results.add("b", {"value": 2})
+  assert [one["key"] for one in Results(path).all()] == ["a", "b"]
+
+
+def test_a_plot_is_whole(tmp_path: Path) -> None:
+  path = tmp_path / "new" / "plot.png"
+  figure = Figure(figsize=(3, 2))
+  figure.suptitle("a$_b$", parse_math=False)
+  with disk_with(500), pytest.raises(OSError, match=r"File too large: '.*/plot\.png'"):
+    save_figure(figure, path)
+  assert not list(path.parent.iterdir())
+  save_figure(figure, path)
+  assert path.read_bytes().startswith(b"\x89PNG")
+  save_figure(figure, path.with_suffix(".svg"))
+  assert b"<svg" in path.with_suffix(".svg").read_bytes()
+  save_figure(figure, path.with_suffix(""))
+  assert path.with_suffix("").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_lock_names_its_file(tmp_path: Path) -> None:
+  path = tmp_path / "lock"
+  held = []
+  with disk_with(0), pytest.raises(OSError, match=r"File too large: '.*/lock'"), hold_lock(path):
+    held.append(path)
+  assert not held
+  with hold_lock(path):
+    assert path.read_text().startswith("process ")
