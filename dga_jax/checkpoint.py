@@ -41,6 +41,7 @@ from dga_jax.checkpoint_files import (
   checkpoint_directory,
   CheckpointError,
   damage_error,
+  drop_unfinished,
   drop_unreadable_notes,
   existing_step,
   first_line,
@@ -179,6 +180,9 @@ class Checkpoints:
     return read_json(self._workdir, step, "data")
 
   def __enter__(self) -> Self:
+    """Deletes what killed saves have left. The caller holds the workdir's lock."""
+    if jax.process_index() == 0:
+      drop_unfinished(self._workdir)
     return self
 
   def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
@@ -212,6 +216,8 @@ class Checkpoints:
 
   def _save_failed(self, error: Exception) -> CheckpointError:
     step, self._saving = self._saving, None
+    if jax.process_count() == 1:
+      drop_unfinished(self._workdir)
     steps = list_steps(self._workdir)
     intact = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier one"
     remedy = "Make room or repair the disk, and start"

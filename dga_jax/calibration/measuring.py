@@ -95,15 +95,18 @@ def open_results(path: Path, settings: Mapping[str, Any]) -> Results:
   wanted = json.loads(json.dumps(dict(settings)))  # Lists for tuples, as they are read.
   if "settings" not in results:
     if results.all():
-      raise ValueError(f"{path} is not a file of calibration measurements; give another --output.")
+      raise ValueError(
+        f"{path} does not begin with what its results were measured with; name another file or "
+        "folder for results, or move the file away."
+      )
     results.add("settings", {"settings": wanted})
   stored = results["settings"]["settings"]
   for name in sorted({*stored, *wanted}):
     if stored.get(name) != wanted.get(name):
       raise ValueError(
         f"{path} was measured with {name}={stored.get(name)!r:.200}, and this run has"
-        f" {name}={wanted.get(name)!r:.200}: repeat the earlier flags, give another --output, or"
-        " delete the file."
+        f" {name}={wanted.get(name)!r:.200}: repeat the earlier flags, name another file or folder"
+        " for results, or delete the file."
       )
   return results
 

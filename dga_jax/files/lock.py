@@ -10,7 +10,6 @@ from pathlib import Path
 
 from absl import logging
 
-from dga_jax.files.named_errors import name_file
 from dga_jax.files.paths import is_gcs
 from dga_jax.files.storage import AnyPath
 
@@ -54,14 +53,15 @@ def hold_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
   file that is left over locks nothing. Where the file system has no locks, a warning is logged.
 
   Args:
-    path: the lock's file, created if missing. While locked it names its holder.
+    path: the lock's file, created if missing. While locked it names its holder, unless the disk is
+      full.
     wait: wait for another holder to finish, in place of an error.
 
   Raises:
     LockedError: another process holds the lock and `wait` is False; the message names the holder.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  # Without a buffer, a full disk is an error of `write` alone, and not of `close` again.
+  # Without a buffer, `close` does not repeat a write that has failed.
   with path.open("ab+", buffering=0) as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -77,8 +77,10 @@ def hold_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
       if error.errno not in _UNSUPPORTED:
         raise
       logging.warning("%s cannot be locked (%s).", path, error.strerror)
-    with name_file(path):
-      file.truncate(0)
+    file.truncate(0)
+    try:
       file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError as error:  # On a full disk the lock holds without the name.
+      logging.warning("%s cannot be written (%s).", path, error.strerror)
     yield
     file.truncate(0)
