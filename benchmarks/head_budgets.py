@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> None:
   documents = read_documents(_DOCUMENTS.value)[: _MAX_DOCUMENTS.value]
   sets = list(_read_sets(config))
   lengths, prompts, ruler = (list(map(int, flag.value)) for flag in (_LENGTHS, _PROMPTS, _RULER))
-  results = open_results(out / "results.jsonl", describe_model(model))
+  results = open_results(out / "results.jsonl", describe_model(model), "--out")
   measure = _Measure(model, results, sets)
   counts = [(length, len(_text_rows(documents, tokenizer, length, None))) for length in lengths]
   counts += [(length, _SAMPLES.value) for length in prompts]

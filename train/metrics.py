@@ -58,7 +58,8 @@ class MetricsWriter:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._file.close()
+    with contextlib.suppress(OSError):  # `write` has flushed all lines, or raised the error.
+      self._file.close()
     self._events.close()
 
 

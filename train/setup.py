@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -216,6 +215,7 @@ def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair:
       process_index=share,
       process_count=shares,
       repair=repair,
+      fingerprint=start.fingerprint,
     )
   multihost.check_agreement(
     {"the data's fingerprint": data.fingerprint}, "Give all of them the same files."
@@ -226,33 +226,7 @@ def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair:
       f"{data.tokenizer.vocab_size} entries. Raise config.model.vocab_size to at least that, or "
       "lower config.data.vocab_size, the size of a tokenizer that the run trains."
     )
-  _check_data(start.fingerprint, data.fingerprint)
   return data
-
-
-# The parts of a fingerprint of text, and the keys that a run with other parts differs in.
-_PARTS = (
-  "the content or order of the files of config.data.train_files and config.data.validation_files",
-  "the tokenizer",
-  "the chat template",
-)
-
-
-def _check_data(stored: str | None, found: str) -> None:
-  """Raises ValueError unless the data are those that the run was started with.
-
-  Args:
-    stored: the fingerprint in the checkpoint; None for a new run.
-    found: the fingerprint of the data.
-  """
-  if stored in (None, found):
-    return
-  parts = itertools.zip_longest(_PARTS, stored.split("-"), found.split("-"))
-  changed = next(name for name, before, now in parts if before != now)
-  raise ValueError(
-    f"The data are not those that the run in this workdir was started with: {changed} "
-    "changed. Restore them, or give another --workdir to start a new run."
-  )
 
 
 def _log_reads(config: TrainConfig, data: Data) -> None:

@@ -81,12 +81,13 @@ class HeadRises(NamedTuple):
   retrieval: Float[np.ndarray, "K N C"]
 
 
-def open_results(path: Path, settings: Mapping[str, Any]) -> Results:
+def open_results(path: Path, settings: Mapping[str, Any], flag: str = "--output") -> Results:
   """The file of measurements, whose first line holds everything that they depend on.
 
   Args:
     path: a .jsonl file, which is created if it is missing.
     settings: JSON values.
+    flag: that names the file or its folder, for errors.
 
   Raises:
     ValueError: the file was measured with other settings.
@@ -96,8 +97,8 @@ def open_results(path: Path, settings: Mapping[str, Any]) -> Results:
   if "settings" not in results:
     if results.all():
       raise ValueError(
-        f"{path} does not begin with what its results were measured with; name another file or "
-        "folder for results, or move the file away."
+        f"{path} does not begin with what its results were measured with; give another {flag}, or "
+        "move the file away."
       )
     results.add("settings", {"settings": wanted})
   stored = results["settings"]["settings"]
@@ -105,8 +106,8 @@ def open_results(path: Path, settings: Mapping[str, Any]) -> Results:
     if stored.get(name) != wanted.get(name):
       raise ValueError(
         f"{path} was measured with {name}={stored.get(name)!r:.200}, and this run has"
-        f" {name}={wanted.get(name)!r:.200}: repeat the earlier flags, name another file or folder"
-        " for results, or delete the file."
+        f" {name}={wanted.get(name)!r:.200}: repeat the earlier flags, give another {flag}, or"
+        " delete the file."
       )
   return results
 

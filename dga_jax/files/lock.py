@@ -30,11 +30,14 @@ def hold_workdir(workdir: AnyPath) -> Iterator[None]:
 
   Raises:
     LockedError: another process writes to it.
+    NotADirectoryError: it is a file.
   """
   if is_gcs(workdir):
     logging.warning("%s has no locks: do not start a second run there.", workdir)
     yield
     return
+  if workdir.exists() and not workdir.is_dir():
+    raise NotADirectoryError(f"{workdir} is a file; it must be a folder. Give another --workdir.")
   try:
     with hold_lock(workdir / _WORKDIR_LOCK):
       yield

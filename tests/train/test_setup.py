@@ -218,8 +218,10 @@ def test_changed_data_are_an_error(config: TrainConfig, corpus: Path, tmp_path: 
   assert train(config, tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
   (tmp_path / "moved" / "train-0.txt").write_text("other words " * 400)
+  prepared = sorted(Path(str(data.cache_dir)).iterdir())
   with pytest.raises(ValueError, match=r"order of the files of config\.data\.train_files.*changed"):
     train(config, tmp_path / "run")
+  assert sorted(Path(str(data.cache_dir)).iterdir()) == prepared  # Checked before tokenizing.
 
 
 def test_a_too_small_vocabulary_is_an_error(config: TrainConfig, tmp_path: Path) -> None:
