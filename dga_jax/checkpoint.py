@@ -220,6 +220,7 @@ class Checkpoints:
       drop_unfinished(self._workdir)
     steps = list_steps(self._workdir)
     intact = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier one"
+    then = "the same command again" + (": it continues from that checkpoint." if steps else ".")
     remedy = "Make room or repair the disk, and start"
     if jax.process_count() > 1:
       remedy = f"If another process has failed, its log has the cause. {remedy}"
@@ -228,8 +229,7 @@ class Checkpoints:
     directory = checkpoint_directory(self._workdir)
     return CheckpointError(
       f"Saving the checkpoint of step {step} in {directory} failed: {first_line(error)} Nothing "
-      f"of it counts as a checkpoint; {intact}. {remedy} the same command again: it continues from "
-      "that checkpoint."
+      f"of it counts as a checkpoint; {intact}. {remedy} {then}"
     )
 
 

@@ -17,19 +17,13 @@ from flax import nnx
 import dga_jax
 from dga_jax import DGAConfig
 from dga_jax.calibration.selector_weights import save_with_selector, with_selector
-from dga_jax.checkpoint import (
-  CheckpointError,
-  Checkpoints,
-  load_config,
-  load_model,
-  load_model_config,
-)
+from dga_jax.checkpoint import CheckpointError, Checkpoints, load_config, load_model
 from dga_jax.conversion.exporting import export_hugging_face
 from dga_jax.head_budgets import read_head_budgets
 from dga_jax.model import apply_budgets
 from dga_jax.sharding import make_mesh
 from train.config import make_config, to_dict, TrainConfig
-from train.init_from import load_params
+from train.init_from import find_initial, load_params
 from train.metrics import read_metrics
 from train.setup import train
 
@@ -180,14 +174,16 @@ def test_the_model_decides_whether_it_has_a_selector(
   weights = np.zeros((stored.num_layers, stored.num_kv_heads, 2 * stored.head_dim + 2), np.float32)
   fitted = with_selector(model, DGA, weights)
   save_with_selector(fitted, load_config(imported), tokenizer, tmp_path / "selector")
-  values = to_dict(dataclasses.replace(begin(config, tmp_path / "selector", "dga"), eval_batches=0))
+  values = to_dict(begin(config, tmp_path / "selector", "dga"))
   values["model"]["dga"]["selector"] = "fitted"  # The config does not set model.focal_selector.
-  values["num_steps"], values["warmup_steps"] = 2, 0
-  train(make_config(values), tmp_path / "run")
-  trained = load_model_config(tmp_path / "run")
-  assert (trained.focal_selector, trained.dga.selector) == (True, "fitted")
-  replaced = f"num_layers is {stored.num_layers} in place of {config.model.num_layers}"
-  assert "decides these keys of config.model: " in caplog.text
-  assert replaced in caplog.text
+  begun = find_initial(make_config(values), values["init_from"]).config
+  assert (begun.model.focal_selector, begun.model.dga.selector) == (True, "fitted")
+  params = load_params(begun, make_mesh(begun.mesh))
+  assert params["layers"]["attention"]["selector"].shape == weights.shape
+  message = f"The model in {tmp_path / 'selector'} decides these keys of config.model: "
+  assert message in caplog.text
+  assert "rope_base is 100000.0 in place of 10000.0" in caplog.text
+  assert "focal_selector" not in caplog.text
+  without = make_config({**values, "init_from": str(imported)})
   with pytest.raises(ValueError, match=r"focal_selector is False.*dga fit_selector"):
-    train(make_config({**values, "init_from": str(imported)}), tmp_path / "without")
+    find_initial(without, str(imported))
