@@ -102,7 +102,9 @@ for _flag, _names in ((_BASELINES, BASELINES), (_TASKS, TASKS), (_RULER_TASKS, R
   )
 for _flag in (_LENGTHS, _PROMPTS, _RULER):
   flags.register_validator(
-    _flag, lambda chosen: all(map(str.isdecimal, chosen)), message=f"{_flag.name} are numbers."
+    _flag,
+    lambda chosen: all(map(str.isdecimal, chosen)),
+    message=f"{_flag.name} takes numbers, with commas between them.",
   )
 
 

@@ -12,6 +12,7 @@ from typing import get_args, NoReturn, TYPE_CHECKING
 
 from absl import app, flags, logging
 
+from dga_jax.checkpoint_logs import hide_save_errors
 from dga_jax.choices import WeightName
 from dga_jax.unused_gpu import warn_about_unused_gpu
 
@@ -80,6 +81,7 @@ def run(main: Callable[[], None]) -> NoReturn:
       raise app.UsageError(f"{argv[1]!r} is not a flag; quote values that contain spaces.")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every read and write.
+    hide_save_errors()
     warn_about_unused_gpu()
     with closed_pipes_end_quietly():
       try:

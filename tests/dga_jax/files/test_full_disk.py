@@ -1,13 +1,18 @@
 """What a full disk leaves behind, and the file that the error names."""
 
 import contextlib
+import io
+import logging as std_logging
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from absl import logging
 from matplotlib.figure import Figure
 
+from dga_jax.checkpoint_logs import hide_save_errors
 from dga_jax.evaluation.results import Results
 from dga_jax.files.figure import save_figure
 from dga_jax.files.lock import hold_lock, LockedError
@@ -61,3 +66,18 @@ def test_a_lock_holds_without_the_name_of_its_holder(tmp_path: Path) -> None:
     assert path.read_bytes() == b""
     with pytest.raises(LockedError, match="lock is locked by another process"), hold_lock(path):
       pass
+
+
+def test_an_error_that_orbax_raises_is_not_logged_too(monkeypatch: pytest.MonkeyPatch) -> None:
+  handler = std_logging.StreamHandler(io.StringIO())
+  monkeypatch.setattr(logging, "get_absl_handler", lambda: handler)
+  monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+  hide_save_errors()
+  for path in ("/site-packages/orbax/future.py", "/dga_jax/checkpoint.py"):
+    for level in (std_logging.WARNING, std_logging.ERROR):
+      handler.handle(std_logging.LogRecord("absl", level, path, 1, f"{level} {path}", (), None))
+  assert handler.stream.getvalue().splitlines() == [
+    "30 /site-packages/orbax/future.py",
+    "30 /dga_jax/checkpoint.py",
+    "40 /dga_jax/checkpoint.py",
+  ]
