@@ -159,13 +159,15 @@ def main() -> None:
   from dga_jax.calibration.measuring import Measurer, open_results
   from dga_jax.calibration.starts import read_starts
   from dga_jax.checkpoint import load_model, load_model_config
+  from dga_jax.checkpoint_files import existing_step
   from dga_jax.model import ModelConfig
 
-  config = load_model_config(_WORKDIR.value, _STEP.value)
+  step = existing_step(_WORKDIR.value, _STEP.value)
+  config = load_model_config(_WORKDIR.value, step)
   changes = {"dtype": _DTYPE.value, "rope_base": _ROPE_BASE.value}
   given = {name: value for name, value in changes.items() if value is not None}
   config = ModelConfig.from_dict(config.to_dict() | given)
-  model, config, tokenizer = load_model(_WORKDIR.value, _STEP.value, config=config)
+  model, config, tokenizer = load_model(_WORKDIR.value, step, config=config)
   candidates = make_grid(
     options.blocks,
     options.windows,

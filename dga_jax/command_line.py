@@ -13,6 +13,7 @@ from typing import get_args, NoReturn, TYPE_CHECKING
 
 from absl import app, flags, logging
 
+from dga_jax.checkpoint_logs import hide_save_errors
 from dga_jax.choices import CacheDtypeName, WeightName
 from dga_jax.flag_help import command_help, FlagGroups
 from dga_jax.unused_gpu import warn_about_unused_gpu
@@ -96,6 +97,7 @@ def run(main: Callable[[], None], groups: FlagGroups | None = None) -> NoReturn:
       sys.exit(f"error: {argv[1]!r} is not a flag; quote values that contain spaces.")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every read and write.
+    hide_save_errors()
     warn_about_unused_gpu()
     with closed_pipes_end_quietly():
       try:

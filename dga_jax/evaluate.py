@@ -24,10 +24,12 @@ Tasks:
 
 Each result is appended to OUT/TASK.jsonl as soon as it is measured. The same
 command continues after an interruption. A table (OUT/TASK.md) and plots show
-all results of the file; plots need the extra "evaluate" (matplotlib).
+all results of the model's weights; results of other weights, such as an earlier
+step's, stay in the file. Plots need the extra "evaluate" (matplotlib).
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,9 +117,10 @@ def main() -> None:
 
   out = Path(_OUT.value or Path(_WORKDIR.value) / "evaluation")
   results = Results(out / f"{_TASK.value}.jsonl")
-  jobs, origin = _make_jobs()
+  jobs, origin, weights = _make_jobs()
   failed = run_jobs(jobs, results, origin=origin)
-  for path in report.write(_TASK.value, results.all(), out):
+  own = [result for result in results.all() if _weights_of(result) == weights]
+  for path in report.write(_TASK.value, own, out):
     print(path)
   if failed:
     raise ValueError(f"{failed} of {len(jobs)} jobs failed; their messages are above.")
@@ -159,8 +162,18 @@ def _numbers[T: (int, float)](flag: flags.FlagHolder, convert: Callable[[str], T
     ) from error
 
 
-def _make_jobs() -> tuple[list[Any], str]:
-  """The jobs of the task, and the name of the checkpoint that they measure."""
+def _weights_of(result: Mapping[str, Any]) -> str | None:
+  """The hash of the weights that a result was measured with; None for a result without it."""
+  depends_on = result.get("depends_on")
+  return depends_on.get("weights") if isinstance(depends_on, dict) else None
+
+
+def _make_jobs() -> tuple[list[Any], str, str]:
+  """The jobs of the task, the name of the checkpoint that they measure, and a hash of its weights.
+
+  The jobs depend on the hash, so that results of another checkpoint are not taken for its own.
+  """
+  from dga_jax.calibration.fingerprint import hash_parameters
   from dga_jax.checkpoint import list_steps
   from dga_jax.evaluation import task_jobs
   from dga_jax.evaluation.jobs import RetrievalSettings
@@ -197,7 +210,13 @@ def _make_jobs() -> tuple[list[Any], str]:
       jobs = make.lost_in_the_middle(str(_QUESTIONS.value), _LIMIT.value, _BATCH_SIZE.value)
   origin = str(_WORKDIR.value) + "".join(f", step {step}" for step in steps[-1:])
   origin += "" if budgets is None else f", budgets {_BUDGETS.value}"
-  return list(jobs), origin + ("" if weights is None else f", weights {weights}")
+  origin += "" if weights is None else f", weights {weights}"
+  digest = hash_parameters(model)
+  own = [
+    dataclasses.replace(job, depends_on={"weights": digest, "settings": job.depends_on})
+    for job in jobs
+  ]
+  return own, origin, digest
 
 
 if __name__ == "__main__":

@@ -48,12 +48,14 @@ def main() -> None:
   from dga_jax.calibration.selector_fit import fit_selector
   from dga_jax.calibration.selector_weights import save_with_selector, with_selector
   from dga_jax.checkpoint import list_steps, load_config, load_model
+  from dga_jax.checkpoint_files import existing_step
   from dga_jax.evaluation.texts import read_documents, token_rows
 
   output = Path(_OUTPUT.value)
   if list_steps(output):
     raise ValueError(f"--output={output} has a checkpoint already; name another folder.")
-  model, config, tokenizer = load_model(_WORKDIR.value, _STEP.value)
+  step = existing_step(_WORKDIR.value, _STEP.value)
+  model, config, tokenizer = load_model(_WORKDIR.value, step)
   if config.head_budgets is not None:
     raise ValueError(
       "the checkpoint has head budgets, and its heads are in their order. Fit the selector to the "
@@ -65,7 +67,7 @@ def main() -> None:
   documents = read_documents(_DOCUMENTS.value)[: _MAX_DOCUMENTS.value]
   rows = token_rows(documents, tokenizer, _LENGTH.value, _ROWS.value)
   fitted = with_selector(model, settings, fit_selector(model, settings, rows[:, :-1]))
-  save_with_selector(fitted, load_config(_WORKDIR.value, _STEP.value), tokenizer, output)
+  save_with_selector(fitted, load_config(_WORKDIR.value, step), tokenizer, output)
   print(f"{output} holds the model with its selector, fitted to {len(rows)} rows.")
 
 
