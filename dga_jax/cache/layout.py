@@ -11,7 +11,7 @@ import numpy as np
 
 from dga_jax.attention.streaming_blocks import cache_layout
 from dga_jax.attention.validation import is_causal
-from dga_jax.config import AggregationScale, CacheDtype, DGAConfig, GroupLogitBias, Selector
+from dga_jax.config import AggregationScale, CacheDtypeName, DGAConfig, GroupLogitBias, Selector
 from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask, TokenCoords
 
 __all__ = [
@@ -53,7 +53,7 @@ class CacheSettings:
   selector: Selector
   aggregation_scale: AggregationScale
   group_logit_bias: GroupLogitBias
-  cache_dtype: CacheDtype | None
+  cache_dtype: CacheDtypeName | None
 
   @classmethod
   def from_config(cls, config: DGAConfig) -> "CacheSettings":
