@@ -249,6 +249,8 @@ def check_resumable(now: TrainConfig, saved: Mapping[str, Any]) -> None:
       than the checkpoint, have their defaults.
   """
   stored = from_dict(TrainConfig, saved, path="the checkpoint's config")
+  if (now.budgets is None) != (stored.budgets is None):  # Else model.attention would be named.
+    raise _other_value("budgets", now.budgets, stored.budgets)
   ours, theirs = flatten(to_dict(now)), flatten(to_dict(stored))
   # An optional dataclass that is None on one side has keys on the other side alone.
   for key in sorted(ours.keys() | theirs.keys()):
@@ -259,7 +261,11 @@ def check_resumable(now: TrainConfig, saved: Mapping[str, Any]) -> None:
         f"config.budgets is {now.budgets!r}, whose budgets differ from those that the run in this "
         "workdir was started with. Restore the file, or give another --workdir to start a new run."
       )
-    raise ValueError(
-      f"config.{key} is {ours.get(key)!r}, but the run in this workdir was started with "
-      f"{theirs.get(key)!r}. Give it the old value, or another --workdir to start a new run."
-    )
+    raise _other_value(key, ours.get(key), theirs.get(key))
+
+
+def _other_value(key: str, now: Any, stored: Any) -> ValueError:
+  return ValueError(
+    f"config.{key} is {now!r}, but the run in this workdir was started with {stored!r}. Give it "
+    "the old value, or another --workdir to start a new run."
+  )
