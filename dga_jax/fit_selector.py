@@ -1,18 +1,19 @@
-"""Fits the selector of focal tokens to a model, and writes a checkpoint that has its weights.
+r"""Fits the choice of focal tokens to a model, and writes a new checkpoint.
 
-  dga fit_selector --workdir=runs/smollm2 --documents=books.jsonl --output=runs/smollm2_selector
+  dga fit_selector --workdir=runs/smollm2 --documents=books.jsonl \
+    --output=runs/smollm2_selector
+  dga generate --workdir=runs/smollm2_selector --prompt="Once upon a time"
 
-Under DGA with streaming selection some tokens of each block stay exact. Without this command they
-are those that the block's last query attends to most. The command fits a linear function of key and
-value to what each token of the documents adds to the outputs of later queries under dense attention
-(dga_jax/calibration/selector_fit.py). In the new checkpoint this function chooses the exact tokens,
-from a token's own key and value, without a query.
+Under DGA with streaming selection some tokens of each block stay exact. By
+default they are the tokens that the block's last query attends to most. The
+fitted selector is a linear function of a token's key and value that predicts
+how much the token adds to the outputs of later queries under dense attention.
 
-Blocks, sinks and raw window are those of the checkpoint's `dga` settings. The new checkpoint has
-attention="dga" with selector="fitted", and otherwise the weights of --step. All commands take it as
-their --workdir. --length should be the context at which the model will be used. The command takes a
-forward pass with dense attention over each row, and 200 steps of Adam for each layer. It needs the
-extra "calibrate" (scipy, optax).
+The new checkpoint has attention="dga" with selector="fitted", and otherwise the
+weights of --workdir. Blocks, sinks and raw window are those of the checkpoint's
+`dga` settings. --length should be the context at which the model will be used.
+The command takes a forward pass with dense attention over each row, and 200
+steps of Adam for each layer. It needs the extra "calibrate" (scipy, optax).
 """
 
 import dataclasses

@@ -12,14 +12,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from dga_jax.evaluation.scores import Z95
 from dga_jax.files.figure import save_figure
 
 _COLOURS = 10  # Of matplotlib's default cycle.
 _MARKERS = "osD^vP*X<>d"  # Eleven, so that 110 styles differ in colour or marker.
 
-
-# 1.96 standard errors of a mean on each side are a 95 % interval.
-_Z95 = 1.959964
 # A linear axis becomes logarithmic where its values differ by more than this factor.
 _LARGEST_LINEAR_RATIO = 3.0
 # Values of neighbouring variants are drawn this factor apart on a logarithmic x axis.
@@ -47,7 +45,7 @@ def interval(mean: float, standard_error: float | None) -> tuple[float, float] |
   """The 95 % interval of a mean; (None, None) where the standard error is not known."""
   if standard_error is None:
     return None, None
-  return mean - _Z95 * standard_error, mean + _Z95 * standard_error
+  return mean - Z95 * standard_error, mean + Z95 * standard_error
 
 
 def plot_perplexity_by_position(
