@@ -176,7 +176,8 @@ def test_outside_a_checkout(
 
 def test_help_lists_every_key_and_its_file() -> None:
   text = config_help()
-  sections = dict(section.split("\n", 1) for section in text.split("\n\n")[1:])
+  parts = [section.split(")\n", 1) for section in text.split("\n\n")[1:]]
+  sections = {" ".join(head.split()): entries for head, entries in parts}  # Heads may be two lines.
   shown = {
     f"{head.split()[0]}.{entry.split('=')[0]}"
     for head, entries in sections.items()
@@ -184,5 +185,5 @@ def test_help_lists_every_key_and_its_file() -> None:
   }
   nested = {head.split()[0] for head in sections} - {"config"}
   assert shown | nested == {f"config.{key}" for key in known_keys(TrainConfig)}
-  assert "config.data  (class DataConfig in train/data/config.py)" in sections
-  assert "num_steps=1000" in sections["config  (class TrainConfig in train/config.py)"].split()
+  assert "config.data (class DataConfig in train/data/config.py" in sections
+  assert "num_steps=1000" in sections["config (class TrainConfig in train/config.py"].split()
