@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dga_jax.choices import AttentionName, DtypeName, WeightName
+from dga_jax.choices import AttentionName, CacheDtypeName, DtypeName, WeightName
 from dga_jax.generation import Engine
 from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
 from dga_jax.generation.compile_jobs import Progress
@@ -59,6 +59,7 @@ def load_models(
   dtype: DtypeName | None,
   budgets: Mapping[str, HeadBudgets] | None = None,
   weights: WeightName | None = None,
+  cache_dtype: CacheDtypeName | None = None,
   settings: LaunchSettings,
   progress: Progress,
 ) -> list[ServedModel]:
@@ -76,13 +77,14 @@ def load_models(
     dtype: of the activations; None for the checkpoint's.
     budgets: the setting of each KV head by name, in place of attention kinds; None for none.
     weights: the dtype of weights in 8 bits; None for weights in `dtype`.
+    cache_dtype: of caches in 8 bits, see `dga_jax.load`; None for that of the model or of budgets.
     settings: of the engines.
     progress: shows the compilation.
 
   Raises:
     CheckpointError: the checkpoint is missing or damaged.
-    ValueError: an attention kind is unknown, given twice or reads prompts whole, or the caches do
-      not fit.
+    ValueError: an attention kind is unknown, given twice, reads prompts whole or has no cache in 8
+      bits, or the caches do not fit.
   """
   for attention in attentions:
     if attention is not None and attention not in get_args(AttentionName):
@@ -105,6 +107,7 @@ def load_models(
       dtype=dtype,
       budgets=heads,
       weights=weights,
+      cache_dtype=cache_dtype,
       parts=1 if settings.mesh is None else settings.mesh.shape["tensor"],
     )
     own = loaded.model.config.head_budgets
