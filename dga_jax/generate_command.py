@@ -101,7 +101,7 @@ _QUESTION = flags.DEFINE_multi_string(
   "question", [], "Question about the document; give the flag once for each question."
 )
 _SAVE_CACHE = define_path("save_cache", None, "File for the cache of --context.")
-_LOAD_CACHE = define_path("load_cache", None, "File of --save_cache to read, not --context.")
+_LOAD_CACHE = define_path("load_cache", None, "File of --save_cache to read in place of --context.")
 
 _GROUPS.start("Sound")
 _PROMPT_AUDIO = define_path("prompt_audio", None, "Audio file to continue (WAV, FLAC).")
