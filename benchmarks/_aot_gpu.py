@@ -12,9 +12,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from absl import flags
 from jax.experimental import topologies
 from jax.experimental.serialize_executable import deserialize_and_load, serialize
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, SingleDeviceSharding
+
+COMPILE_TO = flags.DEFINE_string(
+  "compile_to", None, "only compile the programs for an H100, into this folder"
+)
+COMPILED = flags.DEFINE_string(
+  "compiled", None, "load the programs from this folder, which --compile_to wrote"
+)
 
 _TARGET = pathlib.Path(__file__).with_name("h100_target.txtpb")
 
@@ -58,23 +66,23 @@ def jit_or_load(
   make_inputs: Callable[..., Any],
   *,
   inputs_name: str,
-  folder: str | None,
-  compile_now: bool,
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Returns callables for a benchmarked function and for the function that makes its inputs.
+
+  With --compile_to, the programs that its folder lacks are compiled and saved. With --compiled,
+  they are loaded from its folder. Without either flag, `jax.jit` compiles for the current device.
 
   Args:
     name: file name of the compiled `run` in the folder.
     run: the benchmarked function.
     make_inputs: returns the arguments of `run` as a tuple, from a random key.
     inputs_name: file name of the compiled `make_inputs`. Several programs may share it.
-    folder: the folder of compiled programs. None uses `jax.jit` for the current device.
-    compile_now: compile and save the programs that the folder lacks, instead of loading them.
   """
+  folder = COMPILE_TO.value or COMPILED.value
   if folder is None:
     return jax.jit(run), jax.jit(make_inputs)
   run_path, inputs_path = pathlib.Path(folder) / name, pathlib.Path(folder) / inputs_name
-  if not compile_now:
+  if COMPILE_TO.value is None:
     return load_compiled(run_path), load_compiled(inputs_path)
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = jax.ShapeDtypeStruct(key.shape, key.dtype)

@@ -91,17 +91,13 @@ def _union_length(intervals: Iterable[Interval]) -> float:
   return total
 
 
-def nvlink_received_bytes(device: int = 0) -> float | None:
-  """Reads the NVLink counters of a GPU: bytes received since they were last reset.
-
-  Args:
-    device: nvidia-smi's number of the GPU. It equals JAX's number only if CUDA_VISIBLE_DEVICES
-      hides no GPU.
+def nvlink_received_bytes() -> float | None:
+  """Reads the NVLink counters of nvidia-smi's GPU 0: bytes received since they were last reset.
 
   Returns:
     None if nvidia-smi is missing, fails or prints no counters.
   """
-  command = ["nvidia-smi", "nvlink", "-gt", "d", "-i", str(device)]
+  command = ["nvidia-smi", "nvlink", "-gt", "d", "-i", "0"]
   try:
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20)
   except (OSError, subprocess.SubprocessError):

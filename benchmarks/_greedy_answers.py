@@ -1,7 +1,7 @@
 """Greedy answers to prompts of two lengths, each by one compiled program."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,6 @@ def greedy_answers(
   *,
   new_tokens: Sequence[int],
   batch_size: int,
-  tick: Callable[[], Any] = lambda: None,
 ) -> list[str]:
   """The most likely continuation of each prompt, decoded with the attention kind's cache.
 
@@ -36,7 +35,6 @@ def greedy_answers(
     prompts: token ids of each prompt.
     new_tokens: most tokens of each answer. The programs decode the largest of these numbers.
     batch_size: prompts that run together.
-    tick: called after every batch.
   """
   most, answers = max(new_tokens), {}
   for indices, length in _by_length(prompts):
@@ -53,7 +51,6 @@ def greedy_answers(
         stops = np.isin(tokens, tokenizer.stop_ids)
         end = int(stops.argmax()) if stops.any() else len(tokens)
         answers[index] = tokenizer.decode(tokens[:end].tolist())
-      tick()
   return [answers[index] for index in range(len(prompts))]
 
 

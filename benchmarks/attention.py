@@ -97,12 +97,6 @@ _DSA = flags.DEFINE_bool(
 _ROUNDS = flags.DEFINE_integer("rounds", 11, "samples of each program")
 _REPEATS = flags.DEFINE_integer("repeats", 20, "queued calls in one sample")
 _SEED = flags.DEFINE_integer("seed", 0, "seed of the random inputs")
-_COMPILE_TO = flags.DEFINE_string(
-  "compile_to", None, "only compile the programs for an H100, into this folder"
-)
-_COMPILED = flags.DEFINE_string(
-  "compiled", None, "load the programs from this folder, which --compile_to wrote"
-)
 
 _BASELINE = "cuDNN dense"
 _EXAMPLE_NAME = "JAX's Mosaic GPU example"
@@ -114,7 +108,7 @@ def main(argv: list[str]) -> None:
   passes = "forward + backward" if _BACKWARD.value else "forward"
   given = None if _INPUTS.value is None else load_inputs(_INPUTS.value)
   shapes = _shapes(given)
-  if _COMPILE_TO.value is not None:
+  if _aot_gpu.COMPILE_TO.value is not None:
     for shape in shapes:
       for name, (run, make_inputs) in tqdm(
         _functions(shape).items(), desc=str(shape), disable=None
@@ -185,12 +179,7 @@ def _jit_or_load(shape: Shape, name: str, run: Any, make_inputs: Any) -> Any:
   slug = "".join(c if c.isalnum() else "_" for c in name) + "_both" * _BACKWARD.value
   sizes = f"L{shape.L}_H{shape.H}_N{shape.N}_D{shape.D}_floor{_MIN_FOCAL.value}_{block_slug()}"
   return _aot_gpu.jit_or_load(
-    f"{sizes}/{slug}",
-    run,
-    make_inputs,
-    inputs_name=f"{sizes}/{inputs_name}",
-    folder=_COMPILE_TO.value or _COMPILED.value,
-    compile_now=_COMPILE_TO.value is not None,
+    f"{sizes}/{slug}", run, make_inputs, inputs_name=f"{sizes}/{inputs_name}"
   )
 
 

@@ -64,12 +64,6 @@ _MICRO_BATCHES = flags.DEFINE_integer(
 )
 _PROFILE = flags.DEFINE_bool("profile", False, "profile one more step of each program")
 _KERNELS = flags.DEFINE_integer("kernels", 12, "kernels that --profile lists")
-_COMPILE_TO = flags.DEFINE_string(
-  "compile_to", None, "only compile the DGA programs for an H100, into this folder"
-)
-_COMPILED = flags.DEFINE_string(
-  "compiled", None, "load the DGA programs from this folder, which --compile_to wrote"
-)
 
 _HEADER = (
   "| L | mesh | attention | ms per step | minimum to maximum | tokens/s per GPU | MFU |"
@@ -115,8 +109,8 @@ class _Program:
 def main(argv: list[str]) -> None:
   """Prints one row for each length, mesh and attention kind."""
   del argv
-  if _COMPILE_TO.value is not None:
-    _compile_ahead()
+  if _aot_gpu.COMPILE_TO.value is not None:
+    _compile_ahead(_aot_gpu.COMPILE_TO.value)
     return
   print(environment(), flush=True)
   for length in map(int, _LENGTHS.value):
@@ -166,8 +160,9 @@ def _compile(config: TrainConfig, mesh_name: str) -> _Program:
   mesh = make_mesh(config.mesh, devices)
   functions = make_functions(config, mesh)
   start = time.perf_counter()
-  if _COMPILED.value is not None and config.model.attention == "dga" and mesh.size == 1:
-    step, how = _aot_gpu.load_compiled(_compiled_path(_COMPILED.value, config)), "loaded"
+  folder = _aot_gpu.COMPILED.value
+  if folder is not None and config.model.attention == "dga" and mesh.size == 1:
+    step, how = _aot_gpu.load_compiled(_compiled_path(folder, config)), "loaded"
   else:
     step, how = lower_step(config, functions).compile(), "compiled"
   text = _hlo_text(step)
@@ -336,10 +331,8 @@ def _compiled_path(folder: str, config: TrainConfig) -> Path:
   return Path(folder) / f"train_step_{sizes}_chunk{config.loss_chunk}"
 
 
-def _compile_ahead() -> None:
+def _compile_ahead(folder: str) -> None:
   """Compiles the DGA step of each length for one H100 and saves the programs."""
-  folder = _COMPILE_TO.value
-  assert folder is not None  # Without it nothing is compiled ahead.
   for length in tqdm(_LENGTHS.value, desc="compiling", disable=None):
     config = _config(int(length), "dga", "one")
     functions = make_functions(config, make_mesh(config.mesh, [_aot_gpu.h100_device()]))

@@ -54,12 +54,6 @@ _BACKENDS = flags.DEFINE_list("backends", ["mosaic_gpu", "triton"], "kernel back
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "samples for each tile")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "queued calls in one sample")
 _WRITE = flags.DEFINE_bool("write", False, "write the fastest tiles to tuned_blocks.json")
-_COMPILE_TO = flags.DEFINE_string(
-  "compile_to", None, "only compile the programs for an H100, into this folder"
-)
-_COMPILED = flags.DEFINE_string(
-  "compiled", None, "load the programs from this folder, which --compile_to wrote"
-)
 
 # A tile replaces the current one below this fraction of its time. Smaller differences are noise.
 _MAX_TIME_RATIO = 0.99
@@ -69,7 +63,7 @@ def main(argv: list[str]) -> None:
   """Prints a ranking of tiles for each kernel of each backend."""
   del argv
   shape = Shape(_LENGTH.value, _HEADS.value, _KV_HEADS.value, _HEAD_DIM.value)
-  compile_only = _COMPILE_TO.value is not None
+  compile_only = _aot_gpu.COMPILE_TO.value is not None
   device_kind = "NVIDIA H100 80GB HBM3" if compile_only else jax.devices()[0].device_kind
   if not compile_only:
     print(environment())
@@ -124,8 +118,6 @@ def _make_programs(
           _timed(attention, shape, config, kernel),
           functools.partial(shape.sources, config),
           inputs_name=f"sources_{sizes}",
-          folder=_COMPILE_TO.value or _COMPILED.value,
-          compile_now=_COMPILE_TO.value is not None,
         )
       )
     except (FileNotFoundError, NotImplementedError, ValueError) as error:

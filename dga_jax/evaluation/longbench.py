@@ -6,9 +6,10 @@ part of this project.
 """
 
 import dataclasses
+import functools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dga_jax.evaluation import scores
 from dga_jax.evaluation.texts import read_jsonl
 from dga_jax.tokenizer import Tokenizer
 
-_METRICS: dict[str, scores.Score] = {
+_METRICS: dict[str, Callable[..., float]] = {
   "qasper": scores.qa_f1,
   "multifieldqa_en": scores.qa_f1,
   "hotpotqa": scores.qa_f1,
@@ -141,11 +142,10 @@ def _entry(path: Path, name: str) -> Any:
 def _score_one(name: str, example: Mapping[str, Any], prediction: str) -> float:
   if name in _FIRST_LINE:
     prediction = prediction.lstrip("\n").partition("\n")[0]
-  classes = example["all_classes"] or ()
   metric = _METRICS[name]
-  return max(
-    (metric(prediction, reference, classes) for reference in example["answers"]), default=0
-  )
+  if metric is scores.classification:
+    metric = functools.partial(metric, classes=example["all_classes"] or ())
+  return max((metric(prediction, reference) for reference in example["answers"]), default=0)
 
 
 def _mean(values: Sequence[float]) -> float | None:

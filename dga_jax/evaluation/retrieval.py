@@ -139,8 +139,8 @@ class Haystack:
     self._tokenizer = tokenizer
     self._texts = tokenizer.encode_batch(texts)
     self.fingerprint = hashlib.sha256(repr(self._texts).encode()).hexdigest()
-    ends = [_ends_sentence(tokenizer, token) for token in range(tokenizer.vocab_size)]
-    self._ends = [i for i, end in enumerate(ends) if end]
+    vocabulary = range(tokenizer.vocab_size)
+    self._ends = {token for token in vocabulary if _ends_sentence(tokenizer, token)}
 
   def sample(self, task: str, length: int, depth: float, *, seed: int, index: int) -> Sample:
     """A prompt that takes `length` tokens together with its answer.
@@ -198,8 +198,7 @@ class Haystack:
 
   def _insert(self, piece: list[int], hidden: list[tuple[float, list[int]]]) -> list[int]:
     """Inserts each hidden sentence at the end of a sentence, the end closest to its depth."""
-    ends = set(self._ends)
-    places = [i + 1 for i, token in enumerate(piece) if token in ends] or [0, len(piece)]
+    places = [i + 1 for i, token in enumerate(piece) if token in self._ends] or [0, len(piece)]
     tokens, done = [], 0
     for depth, sentence in hidden:
       gaps = [abs(place - depth * len(piece)) for place in places]

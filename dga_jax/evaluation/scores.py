@@ -5,16 +5,15 @@ import difflib
 import math
 import re
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-Score = Callable[[str, str, Sequence[str]], float]
-"""A score from 0 to 1 of (prediction, reference, all classes)."""
+Z95 = 1.959964  # A mean ± 1.96 standard errors is a 95 % interval.
 
 
-def wilson_interval(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-  """Wilson's score interval for a share (Wilson, 1927); the default z gives 95 % confidence.
+def wilson_interval(hits: int, trials: int) -> tuple[float, float]:
+  """Wilson's score interval for a share with 95 % confidence (Wilson, 1927).
 
-  (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n), with p = hits/n.
+  (p + z²/2n ± z·√(p(1 − p)/n + z²/4n²)) / (1 + z²/n), with p = hits/n and z = 1.96.
 
   Raises:
     ValueError: `trials` is below 1, or `hits` is outside 0..trials.
@@ -23,7 +22,7 @@ def wilson_interval(hits: int, trials: int, z: float = 1.959964) -> tuple[float,
     raise ValueError(
       f"hits is {hits} of trials={trials}; trials must be at least 1 and hits from 0 to trials."
     )
-  share = hits / trials
+  share, z = hits / trials, Z95
   middle = share + z * z / (2 * trials)
   half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
   whole = 1 + z * z / trials
@@ -48,9 +47,8 @@ def contains_answer(prediction: str, answers: Sequence[str]) -> bool:
   return any(normalised(answer) in line for answer in answers)
 
 
-def qa_f1(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
+def qa_f1(prediction: str, reference: str) -> float:
   """F1 over the words of the normal forms."""
-  del classes
   predicted, wanted = normalised(prediction).split(), normalised(reference).split()
   same = sum((collections.Counter(predicted) & collections.Counter(wanted)).values())
   if same == 0:
@@ -59,14 +57,13 @@ def qa_f1(prediction: str, reference: str, classes: Sequence[str] = ()) -> float
   return 2 * precision * recall / (precision + recall)
 
 
-def rouge_l(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
+def rouge_l(prediction: str, reference: str) -> float:
   """ROUGE-L of whole summaries, as LongBench computes it with the package `rouge`.
 
   Every full stop ends a sentence. A word of the reference is found if it is on a longest common
   subsequence of its sentence and any sentence of the prediction. Recall and precision count
   distinct words over all sentences. F1 has the package's 1e-8 in the denominator.
   """
-  del classes
   predicted, wanted = _sentences(prediction), _sentences(reference)
   if not predicted or not wanted:
     return 0.0
@@ -94,7 +91,7 @@ def classification(prediction: str, reference: str, classes: Sequence[str]) -> f
   return 1 / len(named) if reference in named else 0.0
 
 
-def retrieval(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
+def retrieval(prediction: str, reference: str) -> float:
   """The share of the numbers in the prediction that equal the reference's paragraph number.
 
   Raises:
@@ -103,22 +100,20 @@ def retrieval(prediction: str, reference: str, classes: Sequence[str] = ()) -> f
   named = re.search(r"Paragraph (\d+)", reference)
   if named is None:
     raise ValueError(f"reference is {reference!r}; it must name a paragraph ('Paragraph 3').")
-  return count(prediction, named.group(1), classes)
+  return count(prediction, named.group(1))
 
 
-def count(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
+def count(prediction: str, reference: str) -> float:
   """The share of the numbers in the prediction that equal the reference."""
-  del classes
   numbers = re.findall(r"\d+", prediction)
   return numbers.count(str(reference)) / len(numbers) if numbers else 0.0
 
 
-def code_similarity(prediction: str, reference: str, classes: Sequence[str] = ()) -> float:
+def code_similarity(prediction: str, reference: str) -> float:
   """The similarity of the first line without a backquote, # or //, rounded to whole percent.
 
   difflib's ratio: twice the matching characters over all characters.
   """
-  del classes
   lines = prediction.lstrip("\n").split("\n")
   code = next((line for line in lines if not re.search(r"`|#|//", line)), "")
   return round(100 * difflib.SequenceMatcher(None, code, reference).ratio()) / 100

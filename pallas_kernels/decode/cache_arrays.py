@@ -98,7 +98,7 @@ class GroupBias(NamedTuple):
   def of_entries(self, count: int) -> Float[Array, "B C"]:
     """The bias of each of the first `count` compact entries."""
     is_group_BxC = self.layout.is_group(
-      jnp.arange(count)[None], self.prefix[:, None], self.prefix_focal[:, None]
+      jnp.arange(count, dtype=jnp.int32)[None], self.prefix[:, None], self.prefix_focal[:, None]
     )
     return self.amount * is_group_BxC.astype(jnp.float32)
 

@@ -11,7 +11,6 @@ import pytest
 from benchmarks._budget_ruler import BudgetRuler
 from benchmarks._greedy_answers import compile_answers, greedy_answers
 from dga_jax.calibration.run import make_budgets
-from dga_jax.evaluation.answers import answer
 from dga_jax.evaluation.results import Results
 from dga_jax.evaluation.ruler import RulerPart, RulerPrompt
 from dga_jax.evaluation.variants import Variant
@@ -32,10 +31,8 @@ def test_greedy_answers_are_those_of_the_engine() -> None:
   got = greedy_answers(
     model.graphdef(OWN, 80), model.params, TOKENIZER, PROMPTS, new_tokens=new_tokens, batch_size=2
   )
-  want = [
-    answer(model.model(OWN, 80), TOKENIZER, [one], new_tokens=count, batch_size=1)[0]
-    for one, count in zip(PROMPTS, new_tokens, strict=True)
-  ]
+  alone = model.answers(OWN, 89, TOKENIZER, batch_size=1)
+  want = [alone([one], count)[0] for one, count in zip(PROMPTS, new_tokens, strict=True)]
   assert got == want
 
 

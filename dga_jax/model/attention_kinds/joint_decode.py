@@ -69,6 +69,7 @@ def _heads(cache: Any, setting: HeadSetting, heads: HeadRange, head_dim: int) ->
   """The cache of a class in the form of the kernel."""
   if isinstance(cache, CompactCache):
     assert isinstance(setting, DGAConfig)
+    cache.settings.require(setting)
     rule = block_rule(setting, head_dim)
     return CompactHeads(heads, cache.arrays, cache.lengths, rule, group_logit_bias(setting))
   if isinstance(cache, DenseCache):

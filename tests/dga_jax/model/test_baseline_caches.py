@@ -60,7 +60,7 @@ def test_decoding_updates_the_cache_in_place(name: str) -> None:
   config = dataclasses.replace(
     CONFIG,
     attention=name,
-    num_layers=24,
+    num_layers=8,
     sliding_window=SlidingWindowConfig(512),
     streaming_llm=StreamingLLMConfig(window=512),
     lm_infinite=LMInfiniteConfig(local_window=512),

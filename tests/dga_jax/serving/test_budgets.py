@@ -92,6 +92,11 @@ def test_each_of_several_budgets_is_a_model(tmp_path: Path, monkeypatch: pytest.
     load_without_engines(monkeypatch, workdir, attentions=["dense"], budgets=budgets)
 
 
+def test_a_kind_that_is_given_twice_is_refused(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+  with pytest.raises(ValueError, match=r"attention is \['dga', 'dga'\]; name each kind once"):
+    load_without_engines(monkeypatch, workdir, attentions=["dga", "dga"])
+
+
 def load_without_engines(
   monkeypatch: pytest.MonkeyPatch, workdir: Path, **options: Any
 ) -> list[tuple[str, Decoder, nnx.State]]:

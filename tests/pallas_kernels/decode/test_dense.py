@@ -110,7 +110,7 @@ def test_splits_fill_the_device(heads: int, entries: int, splits: int):
 
 def test_gpu_targets_use_the_kernel_and_other_head_dims_do_not():
   step = functools.partial(dense_step, layer=LAYER, scale=1.0)
-  assert "decode_dense" in lower_for_h100(step, *GPU_CASES["7b"].arguments())
+  assert "decode_dense" in lower_for_h100(step, *jax.eval_shape(GPU_CASES["7b"].arguments))
   odd = Case((3,), 16, head_dim=80)
   assert "decode_dense" not in lower_for_h100(step, *odd.arguments())
 
