@@ -24,7 +24,8 @@ Perplexity is that of the second half of rows of the documents, over dense atten
 --last=512 that of their last 512 tokens, which baselines that differ in decoding are measured on.
 Intervals are 95 % of bootstrap samples: of documents for perplexity, of prompts of each task and
 length for the others. Each result is appended to OUT/results.jsonl when it is measured, and the
-same command continues an interrupted run. OUT/table.md is the table of all results.
+same command continues an interrupted run. An OUT has the results of one model in one dtype.
+OUT/table.md is the table of all results.
 
 For perplexity and retrieval all sets run in one program whose argument is the assignment of
 settings to heads: there is one program for each length, and no set compiles another. RULER has a
@@ -46,7 +47,8 @@ from benchmarks._budget_baselines import as_baseline, BASELINES, interval, make_
 from benchmarks._budget_costs import costs_table
 from benchmarks._budget_ruler import BudgetRuler
 from benchmarks.timing import environment
-from dga_jax.calibration.measuring import Measurer
+from dga_jax.calibration.fingerprint import describe_model
+from dga_jax.calibration.measuring import Measurer, open_results
 from dga_jax.calibration.program import AssignedDecoder
 from dga_jax.calibration.rows import Rows
 from dga_jax.calibration.run import make_budgets
@@ -57,6 +59,7 @@ from dga_jax.evaluation.retrieval import TASKS
 from dga_jax.evaluation.ruler import RULER_TASKS, RulerTexts
 from dga_jax.evaluation.texts import Document, read_documents
 from dga_jax.files.path_flags import define_path
+from dga_jax.files.whole_file import whole_file
 from dga_jax.head_budgets import FULL, read_calibrated
 from dga_jax.model import Decoder, ModelConfig
 from dga_jax.tokenizer import Tokenizer
@@ -91,6 +94,19 @@ _ROPE_BASE = flags.DEFINE_float("rope_base", None, "RoPE base; default: the chec
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Dtype to compute in.")
 _BATCH_TOKENS = flags.DEFINE_integer("batch_tokens", 32768, "Tokens of one batch.")
 
+for _flag, _names in ((_BASELINES, BASELINES), (_TASKS, TASKS), (_RULER_TASKS, RULER_TASKS)):
+  flags.register_validator(
+    _flag,
+    lambda chosen, names=tuple(_names): set(chosen) <= set(names),
+    message=f"{_flag.name} are names of {', '.join(_names)}, with commas between them.",
+  )
+for _flag in (_LENGTHS, _PROMPTS, _RULER):
+  flags.register_validator(
+    _flag,
+    lambda chosen: all(map(str.isdecimal, chosen)),
+    message=f"{_flag.name} takes numbers, with commas between them.",
+  )
+
 
 def main(argv: Sequence[str]) -> None:
   """Measures what is missing in OUT and writes the table."""
@@ -107,7 +123,7 @@ def main(argv: Sequence[str]) -> None:
   documents = read_documents(_DOCUMENTS.value)[: _MAX_DOCUMENTS.value]
   sets = list(_read_sets(config))
   lengths, prompts, ruler = (list(map(int, flag.value)) for flag in (_LENGTHS, _PROMPTS, _RULER))
-  results = Results(out / "results.jsonl")
+  results = open_results(out / "results.jsonl", describe_model(model), "--out")
   measure = _Measure(model, results, sets)
   counts = [(length, len(_text_rows(documents, tokenizer, length, None))) for length in lengths]
   counts += [(length, _SAMPLES.value) for length in prompts]
@@ -141,7 +157,8 @@ def main(argv: Sequence[str]) -> None:
   if scores:
     lines += ["", "RULER, % of the answers found", "", _retrieval_table(sets, scores)]
   table = "\n".join(lines)
-  (out / "table.md").write_text(table + "\n", encoding="utf-8")
+  with whole_file(out / "table.md") as partial:
+    partial.write_text(table + "\n", encoding="utf-8")
   print(table)
 
 

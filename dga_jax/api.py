@@ -93,6 +93,7 @@ def dynamic_group_attention(
   validation.value_like_key(value, key)
   validation.softmax_scale(scale)
   validation.implementation(implementation)
+  validation.config_type(config, (DGAConfig, HeadBudgets))
   B, L = query.shape[:2]
   lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
   if isinstance(config, HeadBudgets):
@@ -172,6 +173,7 @@ def plan_groups(
       segment_ids need config.max_documents (see `DGAConfig`).
   """
   validation.query_and_key(query, key)
+  validation.config_type(config)
   B, L = query.shape[:2]
   lengths, segment_ids = validation.rows(B, L, lengths, segment_ids)
   validation.focal_scores(focal_scores, key, config)

@@ -1,31 +1,32 @@
-"""Chooses the setting of each KV head of a model under a bound on the cost of its attention.
+r"""Chooses a setting of attention for each KV head of a model.
 
-  dga calibrate --workdir=runs/smollm2 --documents=dev.jsonl --keys=0.25 --length=8192
+  dga calibrate --workdir=runs/smollm2 --documents=dev.jsonl \
+    --keys=0.25 --length=8192
 
-The candidates of a head are "full", streaming selection, and sinks with a sliding window. Each KV
-head alone is given each candidate while all other heads stay dense. Two divergences from dense
-attention are measured: of the predictions in the second half of long texts, and of the answers to
-questions about facts that code hides in texts. A MILP solver (HiGHS, in SciPy) allocates the
-candidates under the budget: all of them, all without the blocks of one size, and windows alone.
-These sets, full heads with sinks and a window in all others (DuoAttention's form), one setting in
-all heads, and the sets of --starts are measured. The best --improved of them are improved by
-measured changes: heads are measured again beside the set, and sets with many heads moved, two
-swapped or other windows are kept if they measure better. The result is the best set.
+The settings of all heads together keep the share --keys of the bytes of a dense
+cache. The candidates of a head are dense attention ("full"), DGA with streaming
+selection, and attention sinks with a sliding window.
 
-At most --layer_kinds layers differ in the settings of their heads, whose order does not count: the
-compiled model has a branch for each of them.
+1. Each KV head alone is given each candidate while all other heads stay dense.
+   Two divergences from dense attention are measured: of the predictions in the
+   second half of long texts, and of the answers to questions about facts that
+   are hidden in the texts.
+2. A MILP solver (HiGHS, in SciPy) allocates the candidates to heads. Further
+   sets: full heads with windows in all others (DuoAttention's form), one
+   setting in all heads, and the sets of --starts.
+3. The --improved best sets are changed, and a change that lowers the measured
+   divergence is kept. The result is the best set.
 
-Measurements are appended to OUTPUT's sibling with the suffix .measured.jsonl; the same command
-continues after an interruption, and other --keys, --objective, --blocks or --windows use the same
-measurements. OUTPUT holds the budgets, and a table of losses over the share of the cost; the plot
-has OUTPUT's name and the suffix .png. With several --keys there is one OUTPUT for each, whose name
-ends with the share; without --output they are in WORKDIR, where dga generate --keys finds them.
-Needs the extra "calibrate" (matplotlib and scipy).
+OUTPUT holds the budgets for `dga generate --budgets` and a table of losses; a
+plot has the same name with the suffix .png. Measurements are appended to a file
+beside OUTPUT with the suffix .measured.jsonl. The same command continues after
+an interruption, and other --keys, --objective, --blocks or --windows use the
+same measurements.
 
-One measurement of a head takes half of a forward pass: a head of a layer needs only this layer and
-later ones. All heads are measured under the smallest candidate, and the heads outside --tail under
-the others: at most KV heads x candidates x rows / 2 forward passes. A refinement adds KV heads x
-(settings of the set - 1) x rows / 2.
+Time: a measurement of a head takes half a forward pass on average. Step 1 takes
+at most KV heads x candidates x rows of them, and a refinement in step 3 KV
+heads x (settings of the set - 1) x rows. The command needs the extra
+"calibrate" (matplotlib and scipy).
 """
 
 import json
@@ -40,9 +41,17 @@ from dga_jax import command_line
 from dga_jax.choices import DtypeName
 from dga_jax.evaluation.retrieval import TASKS
 from dga_jax.files.path_flags import define_path, define_paths
+from dga_jax.flag_help import FlagGroups
 
+_GROUPS = FlagGroups()
+
+_GROUPS.start("Model and documents")
 _WORKDIR = define_path("workdir", None, "Folder with the checkpoint.", required=True)
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", None, get_args(DtypeName), "Dtype to compute in; default: the checkpoint's."
+)
+_ROPE_BASE = flags.DEFINE_float("rope_base", None, "RoPE base; default: the checkpoint's.")
 _DOCUMENTS = define_paths(
   "documents", "Files: .jsonl with id and text (also .xz, .gz, .bz2), or .txt."
 )
@@ -55,18 +64,29 @@ _MAX_DOCUMENTS = flags.DEFINE_integer(
 _ROWS = flags.DEFINE_integer(
   "rows_per_document", 1, "Largest number of rows of text from one document.", lower_bound=1
 )
-_OUTPUT = define_path(
-  "output", None, "JSON file of the budgets; default: WORKDIR/budgets-SHARE.json, among which the "
-  "--keys of dga generate choose."
-)  # fmt: skip
+_LENGTH = flags.DEFINE_integer(
+  "length", 8192, "Tokens of a row: the context at which the model will be used.", lower_bound=16
+)
+
+_GROUPS.start("Budget")
 _KEYS = flags.DEFINE_list(
-  "keys", ["0.25"], "Bounds on the objective, as shares of dense attention's."
+  "keys", ["0.25"], "Shares of dense attention's cost to keep; one set of budgets for each."
 )
 _OBJECTIVE = flags.DEFINE_enum(
   "objective", "bytes", ["bytes", "flops", "latency"],
   "What --keys bounds: bytes of the cache, operations of attention, or its measured time.",
 )  # fmt: skip
-_LENGTH = flags.DEFINE_integer("length", 8192, "Tokens of a row.", lower_bound=16)
+_OUTPUT = define_path(
+  "output", None, "JSON file of the budgets; default: WORKDIR/budgets-SHARE.json, among which the "
+  "--keys of dga generate choose."
+)  # fmt: skip
+_SHARES = flags.DEFINE_list(
+  "shares",
+  [f"{tenth / 10:g}" for tenth in range(1, 11)],
+  "Shares of the cost in the printed table.",
+)
+
+_GROUPS.start("Candidates")
 _BLOCKS = flags.DEFINE_list(
   "blocks", ["30+2", "62+2"], "Candidates: blocks of m merged and f focal tokens, as m+f."
 )
@@ -80,48 +100,48 @@ _SLIDING_WINDOWS = flags.DEFINE_list(
   "sliding_windows", ["32", "256"], "Candidates: further sliding windows, in tokens."
 )
 _SINKS = flags.DEFINE_integer("sinks", 4, "Candidates: first tokens that stay.", lower_bound=0)
+_LAYER_KINDS = flags.DEFINE_integer(
+  "layer_kinds", 8, "Largest number of kinds of layers. Layers of a kind have the same settings in "
+  "their heads, in any order. The compiled model has a branch for each kind.", lower_bound=1
+)  # fmt: skip
+
+_GROUPS.start("Measurement")
 _PUZZLES = flags.DEFINE_list(
   "puzzles", list(TASKS), "Retrieval tasks; each row of retrieval has a question of each."
 )
-_SAMPLES = flags.DEFINE_integer("samples", 4, "Rows of retrieval.", lower_bound=1)
+_SAMPLES = flags.DEFINE_integer("samples", 4, "Rows of retrieval prompts.", lower_bound=1)
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Seed of the retrieval prompts; those of --check_documents use the next seed."
 )
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Rows that run together.", lower_bound=1)
-_TAIL = flags.DEFINE_float(
-  "tail", 0.05, "Heads that carry at most this share of the divergences are measured under the "
-  "smallest candidate alone, and estimated under the others. 0 measures all.", 0.0, 1.0
-)  # fmt: skip
-_LAYER_KINDS = flags.DEFINE_integer(
-  "layer_kinds", 8, "Most kinds of layers. The heads of a kind have the same settings, in any "
-  "order. The compiled model has a branch for each.", lower_bound=1
-)  # fmt: skip
-_STARTS = define_paths(
-  "starts", "Files of budgets for the same model, as further sets to start from. Their windows "
-  "are scaled to --length from the length that a file names. A file starts the shares that it "
-  "does not exceed."
-)  # fmt: skip
-_IMPROVED = flags.DEFINE_integer(
-  "improved", 2, "Sets that are improved by measured changes.", lower_bound=1
-)
 _MEASURE = flags.DEFINE_enum(
   "measure", "divergence", ["divergence", "loss"],
   "Damage of a set: its divergence from dense attention, or the rise of the loss of the right "
   "tokens. Beyond the trained length a set may predict better than dense attention, which only the "
   "loss shows.",
 )  # fmt: skip
-_ROPE_BASE = flags.DEFINE_float("rope_base", None, "RoPE base; default: the checkpoint's.")
-_ROUNDS = flags.DEFINE_integer(
-  "rounds", 16, "Largest number of measured swaps of a set.", lower_bound=0
+_TAIL = flags.DEFINE_float(
+  "tail", 0.05, "Heads that carry at most this share of the divergences are measured under the "
+  "smallest candidate alone, and estimated under the others. 0 measures all.", 0.0, 1.0
+)  # fmt: skip
+
+_GROUPS.start("Search")
+_STARTS = define_paths(
+  "starts", "Files of budgets for the same model, as further sets to start from. Their windows "
+  "are scaled to --length from the length that a file names. A file starts the shares that it "
+  "does not exceed."
+)  # fmt: skip
+_IMPROVED = flags.DEFINE_integer(
+  "improved", 2, "Sets to improve by measured changes.", lower_bound=1
 )
 _REFINEMENTS = flags.DEFINE_integer(
-  "refinements", 2, "Most passes that measure the heads again beside the best set.", lower_bound=0
+  "refinements",
+  2,
+  "Largest number of passes that measure the heads again beside the best set.",
+  lower_bound=0,
 )
-_SHARES = flags.DEFINE_list(
-  "shares", [f"{tenth / 10:g}" for tenth in range(1, 11)], "Shares of the table."
-)
-_DTYPE = flags.DEFINE_enum(
-  "dtype", None, get_args(DtypeName), "Dtype to compute in; default: the checkpoint's."
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 16, "Largest number of measured swaps of a set.", lower_bound=0
 )
 # The flags that decide the budgets beside those of the measurements.
 _DECIDING: tuple[flags.FlagHolder[Any], ...] = (
@@ -139,13 +159,15 @@ def main() -> None:
   from dga_jax.calibration.measuring import Measurer, open_results
   from dga_jax.calibration.starts import read_starts
   from dga_jax.checkpoint import load_model, load_model_config
+  from dga_jax.checkpoint_files import existing_step
   from dga_jax.model import ModelConfig
 
-  config = load_model_config(_WORKDIR.value, _STEP.value)
+  step = existing_step(_WORKDIR.value, _STEP.value)
+  config = load_model_config(_WORKDIR.value, step)
   changes = {"dtype": _DTYPE.value, "rope_base": _ROPE_BASE.value}
   given = {name: value for name, value in changes.items() if value is not None}
   config = ModelConfig.from_dict(config.to_dict() | given)
-  model, config, tokenizer = load_model(_WORKDIR.value, _STEP.value, config=config)
+  model, config, tokenizer = load_model(_WORKDIR.value, step, config=config)
   candidates = make_grid(
     options.blocks,
     options.windows,
@@ -332,4 +354,4 @@ def _make_rows(paths: list[str], tokenizer: Any, seed: int) -> Any:
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.run(main, _GROUPS)

@@ -41,6 +41,7 @@ from dga_jax.checkpoint_files import (
   checkpoint_directory,
   CheckpointError,
   damage_error,
+  drop_unfinished,
   drop_unreadable_notes,
   existing_step,
   first_line,
@@ -179,6 +180,9 @@ class Checkpoints:
     return read_json(self._workdir, step, "data")
 
   def __enter__(self) -> Self:
+    """Deletes what killed saves have left. The caller holds the workdir's lock."""
+    if jax.process_index() == 0:
+      drop_unfinished(self._workdir)
     return self
 
   def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
@@ -212,8 +216,11 @@ class Checkpoints:
 
   def _save_failed(self, error: Exception) -> CheckpointError:
     step, self._saving = self._saving, None
+    if jax.process_count() == 1:
+      drop_unfinished(self._workdir)
     steps = list_steps(self._workdir)
     intact = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier one"
+    then = "the same command again" + (": it continues from that checkpoint." if steps else ".")
     remedy = "Make room or repair the disk, and start"
     if jax.process_count() > 1:
       remedy = f"If another process has failed, its log has the cause. {remedy}"
@@ -222,8 +229,7 @@ class Checkpoints:
     directory = checkpoint_directory(self._workdir)
     return CheckpointError(
       f"Saving the checkpoint of step {step} in {directory} failed: {first_line(error)} Nothing "
-      f"of it counts as a checkpoint; {intact}. {remedy} the same command again: it continues from "
-      "that checkpoint."
+      f"of it counts as a checkpoint; {intact}. {remedy} {then}"
     )
 
 

@@ -5,6 +5,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,20 @@ def drop_unreadable_notes(workdir: str | os.PathLike[str]) -> None:
       path = checkpoint_directory(workdir) / str(metadata.step) / "_CHECKPOINT_METADATA"
       logging.warning("Deleting %s, which orbax cannot read: %s", path, first_line(error))
       path.unlink(missing_ok=True)
+
+
+def drop_unfinished(workdir: str | os.PathLike[str]) -> None:
+  """Deletes what killed or failed saves have left; only the holder of the workdir's lock may.
+
+  Orbax deletes it before the next save. Until then it takes the room of a checkpoint on the disk.
+  In an object store an unfinished checkpoint has its final name, and orbax alone knows it.
+  """
+  directory = checkpoint_directory(workdir)
+  if is_gcs(directory) or not directory.is_dir():
+    return
+  for path in directory.glob(f"*{checkpoint_manifest.TEMPORARY}*"):
+    logging.info("Deleting %s, an unfinished checkpoint.", path)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def existing_step(workdir: str | os.PathLike[str], step: int | None) -> int:

@@ -40,7 +40,7 @@ _UNREADABLE = (
 )
 # Suffix of an item's folder until orbax finalizes the item. An object store cannot rename folders:
 # there the folder has its final name from the start, and orbax finalizes it with a file.
-_TEMPORARY = ".orbax-checkpoint-tmp"
+TEMPORARY = ".orbax-checkpoint-tmp"
 _FINALIZED_FILE = "commit_success.txt"
 
 
@@ -189,7 +189,7 @@ class _OwnArrayFiles(ocp.future.Future):
       for path in files_below(part)
     ]
     records = {
-      name.replace(_TEMPORARY, "", 1): dataclasses.asdict(record)
+      name.replace(TEMPORARY, "", 1): dataclasses.asdict(record)
       for name, record in hash_files(folder, names).items()
     }
     _part_paths(self._directory)[process].write_text(json.dumps(records))
@@ -212,7 +212,7 @@ def _items(folder: AnyPath) -> list[AnyPath]:
 def _is_finalized(item: AnyPath) -> bool:
   if is_gcs(item):
     return (item / _FINALIZED_FILE).exists()
-  return not item.name.endswith(_TEMPORARY)
+  return not item.name.endswith(TEMPORARY)
 
 
 def _hash_json(values: Any) -> str:

@@ -19,6 +19,7 @@ AttentionName = Literal[
   "pqcache",
 ]
 DtypeName = Literal["bfloat16", "float16", "float32"]
+CacheDtypeName = Literal["int8", "float8_e4m3fn"]
 WeightName = Literal["int8", "fp8"]
 RematName = Literal["none", "full", "dots"]
 RopeKind = Literal["linear", "llama3"]

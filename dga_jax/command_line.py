@@ -1,6 +1,7 @@
 """What all commands share: --help, one-line errors, missing extras and closed pipes."""
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import re
@@ -12,7 +13,9 @@ from typing import get_args, NoReturn, TYPE_CHECKING
 
 from absl import app, flags, logging
 
-from dga_jax.choices import WeightName
+from dga_jax.checkpoint_logs import hide_save_errors
+from dga_jax.choices import CacheDtypeName, WeightName
+from dga_jax.flag_help import command_help, FlagGroups
 from dga_jax.unused_gpu import warn_about_unused_gpu
 
 if TYPE_CHECKING:
@@ -46,6 +49,19 @@ def define_weights() -> flags.FlagHolder[str | None]:
   return holder
 
 
+def define_cache_dtype() -> flags.FlagHolder[str | None]:
+  """The flag --cache_dtype of the commands that generate."""
+  holder: flags.FlagHolder[str | None] = flags.DEFINE_enum(
+    "cache_dtype",
+    None,
+    get_args(CacheDtypeName),
+    "Store the caches of DGA and of head budgets in 8 bits, with a scale for each key and each "
+    "value; the raw tokens of DGA keep the dtype of the activations. Default: the settings of the "
+    "model or of --budgets.",
+  )
+  return holder
+
+
 def read_budgets(flag: flags.FlagHolder[str | None]) -> "HeadBudgets | None":
   """The budgets in the file of the flag --budgets, or None without the flag.
 
@@ -63,23 +79,25 @@ def read_budgets(flag: flags.FlagHolder[str | None]) -> "HeadBudgets | None":
   return read_head_budgets(flag.value)
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[[], None], groups: FlagGroups | None = None) -> NoReturn:
   """Parses the flags, calls `main` and exits.
 
   The exit status is 0 after success and after --help, 1 after an error, and 130 after Ctrl-C.
-  Errors that a user can correct are printed as one line: ValueError, OSError, CheckpointError,
-  FloatingPointError (the model's numbers are not finite), and a missing package of an optional
-  dependency.
+  Errors that a user can correct are printed as one line: UsageError, ValueError, OSError,
+  CheckpointError, FloatingPointError (the model's numbers are not finite), and a missing package of
+  an optional dependency.
 
   Args:
     main: the command, without arguments; its module defines the flags.
+    groups: of the flags in --help; None for one group.
   """
 
   def checked(argv: list[str]) -> None:
     if len(argv) > 1:
-      raise app.UsageError(f"{argv[1]!r} is not a flag; quote values that contain spaces.")
+      sys.exit(f"error: {argv[1]!r} is not a flag; quote values that contain spaces.")
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every read and write.
+    hide_save_errors()
     warn_about_unused_gpu()
     with closed_pipes_end_quietly():
       try:
@@ -89,10 +107,12 @@ def run(main: Callable[[], None]) -> NoReturn:
       except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(_INTERRUPTED)
+      except app.UsageError as error:
+        sys.exit(f"error: {error} --help lists the flags.")
       except Exception as error:
         exit_with(error)
 
-  app.run(checked, flags_parser=parse_flags)
+  app.run(checked, flags_parser=functools.partial(parse_flags, groups=groups))
   raise AssertionError("app.run exits")
 
 
@@ -108,9 +128,17 @@ def closed_pipes_end_quietly() -> Iterator[None]:
     sys.exit(1)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-  """Parses flags with absl; --help exits with status 0, where absl's own exits with 1."""
-  for help_flag in (_Help(), _HelpShort()):
+def parse_flags(argv: list[str], groups: FlagGroups | None = None) -> list[str]:
+  """Parses flags with absl; --help prints `command_help` and exits with status 0.
+
+  Args:
+    argv: the program's name, then its arguments.
+    groups: of the flags in --help; None for one group.
+
+  Returns:
+    The arguments that are not flags, after the program's name.
+  """
+  for help_flag in (_Help(groups), _HelpShort(groups)):
     flags.DEFINE_flag(help_flag)
   return app.parse_flags_with_usage(argv)
 
@@ -163,13 +191,16 @@ def _normalised(name: str) -> str:
 class _Help(app.HelpFlag):
   """--help, with exit status 0."""
 
-  def __init__(self) -> None:
+  def __init__(self, groups: FlagGroups | None) -> None:
     super().__init__()
     self.allow_override = True
+    self._groups = groups
 
   def parse(self, argument: str | bool) -> None:
     if self._parse(argument):
-      app.usage(shorthelp=True, writeto_stdout=True, exitcode=0)
+      with closed_pipes_end_quietly():
+        print(command_help(self._groups))
+      sys.exit(0)
 
 
 class _HelpShort(_Help):

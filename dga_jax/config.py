@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from dga_jax.choices import CacheDtypeName
 from dga_jax.config_dataclasses import (
   config_error,
   LARGEST_SEED,
@@ -22,7 +23,6 @@ Visibility = Literal["inclusive", "exclusive"]
 AggregationScale = Literal["head_dim", "none"]
 GroupLogitBias = Literal["none", "log_size"]
 Selector = Literal["last_query", "fitted"]
-CacheDtype = Literal["int8", "float8_e4m3fn"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ class DGAConfig:
   sink_tokens: int = 0
   local_window: int = 0
   focal_per_block: int | None = None
-  cache_dtype: CacheDtype | None = None
+  cache_dtype: CacheDtypeName | None = None
   max_documents: int | None = None
 
   def __post_init__(self) -> None:
@@ -94,7 +94,7 @@ class DGAConfig:
     require_choice(self, "visibility", Visibility)
     require_choice(self, "aggregation_scale", AggregationScale)
     require_choice(self, "group_logit_bias", GroupLogitBias)
-    require_choice(self, "cache_dtype", CacheDtype, optional=True)
+    require_choice(self, "cache_dtype", CacheDtypeName, optional=True)
     require_int(self, "group_size", least=1)
     require_int(
       self, "min_focal_tokens", "n_recent", "n_random", "sink_tokens", "local_window", least=0

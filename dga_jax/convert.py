@@ -1,18 +1,21 @@
-"""Imports models of the LLaMA family from Hugging Face folders and GGUF files, and exports them.
+"""Imports models from Hugging Face folders and GGUF files, and exports them.
 
   dga convert --source=DIR_OR_FILE.gguf --workdir=runs/imported
   dga generate --workdir=runs/imported --prompt="The capital of France is"
   dga convert --workdir=runs/imported --to_hf=exported
 
-Supported are LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3 and SmolLM. The import includes the
-tokenizer, the ids that stop a generation, and chat templates. An imported model attends as in its
-own program (densely, or Mistral by its window) unless --attention says otherwise. The attention
-kind is no part of the weights: generation, training and evaluation may choose another. The settings
-of "dga" are those of `dga_jax.config.retrofit`, one for all heads; `dga calibrate` makes a setting
-for each KV head. The package has these for SmolLM2-135M, and its attention "dga" uses them.
+Supported are LLaMA 2 and 3, Mistral, Qwen 2.5, Qwen 3 and SmolLM. The import
+includes the tokenizer, the tokens that end a generation, and the chat template.
+Reading and writing models needs the extra "convert".
 
-Every key of config.json and of GGUF metadata is implemented, known to change nothing, or refused.
-A key that is unknown is refused by name; --ignore_keys accepts it.
+An imported model has the attention of its source, dense or Mistral's window,
+unless --attention names another kind. Generation, training and evaluation can
+choose another kind for the same weights. --attention=dga has one setting for
+all heads; `dga calibrate` makes a setting for each KV head. For SmolLM2-135M
+the package has such settings, and --attention=dga uses them.
+
+Every key of config.json and of GGUF metadata is implemented, or known not to
+change the model, or refused. --ignore_keys accepts an unknown key.
 """
 
 import dataclasses
@@ -24,8 +27,12 @@ from absl import app, flags
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, DtypeName
 from dga_jax.files.path_flags import define_path
+from dga_jax.flag_help import FlagGroups
 from dga_jax.hub_names import check_exists
 
+_GROUPS = FlagGroups()
+
+_GROUPS.start("Import and export")
 _SOURCE = define_path("source", None, "A Hugging Face folder or a GGUF file to import.")
 _WORKDIR = define_path(
   "workdir",
@@ -35,6 +42,13 @@ _WORKDIR = define_path(
 )
 _TO_HF = define_path("to_hf", None, "Folder to be made for transformers.")
 _STEP = flags.DEFINE_integer("step", None, "With --to_hf, which checkpoint; default: the newest.")
+_IGNORE_KEYS = flags.DEFINE_list(
+  "ignore_keys",
+  [],
+  "Unknown keys of config.json or of GGUF metadata that change nothing in what the model computes.",
+)
+
+_GROUPS.start("Weights and attention")
 _PARAM_DTYPE = flags.DEFINE_enum(
   "param_dtype",
   None,
@@ -47,6 +61,11 @@ _DTYPE = flags.DEFINE_enum(
 _ATTENTION = flags.DEFINE_enum(
   "attention", None, get_args(AttentionName), "Attention kind to use the model with."
 )
+_MESH = flags.DEFINE_string(
+  "mesh", None, "Devices to spread the weights over while importing, e.g. fsdp=2,tensor=4."
+)
+
+_GROUPS.start("Tokenizer")
 _END_TOKEN = flags.DEFINE_string(
   "end_token",
   None,
@@ -67,14 +86,6 @@ _TOKENIZER_PRE = flags.DEFINE_string(
   "tokenizer_pre",
   None,
   "Rule that splits a text into words, for GGUF files without tokenizer.ggml.pre, e.g. llama-bpe.",
-)
-_IGNORE_KEYS = flags.DEFINE_list(
-  "ignore_keys",
-  [],
-  "Unknown keys of config.json or of GGUF metadata that change nothing in what the model computes.",
-)
-_MESH = flags.DEFINE_string(
-  "mesh", None, "Devices to spread the weights over while importing, e.g. fsdp=2,tensor=4."
 )
 
 
@@ -126,4 +137,4 @@ def import_by_flags(path: Path) -> str:
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.run(main, _GROUPS)

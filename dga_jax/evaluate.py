@@ -1,29 +1,35 @@
-r"""Measures a model's quality on long contexts, for one or several attention kinds.
+r"""Measures a model's quality on long contexts, for several attention kinds.
 
   dga evaluate --workdir=runs/mine --task=perplexity --documents=texts.jsonl
   dga evaluate --workdir=runs/mine --task=retrieval --documents=texts.jsonl \
     --lengths=1024,2048 --variants='[{"name": "dense", "attention": "dense"},
-      {"name": "sinks and window", "attention": "streaming_llm", "keys": 0.25}]'
+      {"name": "window", "attention": "streaming_llm", "keys": 0.25}]'
 
 Tasks:
-  perplexity          loss by position on the documents; loss of the last tokens with less context
-                      (--contexts); and loss of the last tokens token by token, as in decoding,
-                      which differs from the loss over whole sequences if later queries choose what
-                      earlier queries see (selection="global")
-  retrieval           passkey, needle, multi_key, key_value and variable_tracking (--puzzles),
-                      hidden in the documents at --depths of prompts of --lengths tokens
-  ruler               RULER (Hsieh et al.): needles, variable tracking and frequent words made by
-                      code from the documents (--ruler_tasks), and questions of SQuAD or HotpotQA
-                      (--ruler_questions); the score is the mean share of the answers found
-  longbench           LongBench-E, from the files in the folder --longbench
-  lost_in_the_middle  question answering over many documents (Liu et al.), from --questions
+  perplexity   Loss by position in the documents, loss of the last tokens with
+               less context (--contexts), and loss of the last tokens decoded
+               token by token. The latter differs from the loss over whole
+               sequences if later queries choose what earlier queries see, as
+               with selection="global".
+  retrieval    Facts hidden in the documents (--puzzles), at --depths of prompts
+               of --lengths tokens.
+  ruler        RULER (Hsieh et al.): tasks made from the documents
+               (--ruler_tasks), and questions of SQuAD or HotpotQA
+               (--ruler_questions). The score is the mean share of the answers
+               that are found.
+  longbench    LongBench-E, from the files in the folder --longbench.
+  lost_in_the_middle
+               Questions about many documents (Liu et al.), from the file
+               --questions.
 
-Each result is appended to OUT/TASK.jsonl as soon as it is measured; the same command continues
-after an interruption. Plots and a table (OUT/TASK.md) show all results in the file. They need the
-extra "evaluate" (matplotlib).
+Each result is appended to OUT/TASK.jsonl as soon as it is measured. The same
+command continues after an interruption. A table (OUT/TASK.md) and plots show
+all results of the model's weights; results of other weights, such as an earlier
+step's, stay in the file. Plots need the extra "evaluate" (matplotlib).
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,26 +41,37 @@ from dga_jax.config_dataclasses import LARGEST_COUNT
 from dga_jax.evaluation.retrieval import TASKS
 from dga_jax.evaluation.ruler import RULER_TASKS
 from dga_jax.files.path_flags import define_path, define_paths
+from dga_jax.flag_help import FlagGroups
 
+_GROUPS = FlagGroups()
+
+_GROUPS.start("Model")
 _WORKDIR = define_path(
   "workdir", None, "Folder of a checkpoint, a Hugging Face folder, or a GGUF file.", required=True
 )
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
-_TASK = flags.DEFINE_enum(
-  "task", None, ["perplexity", "retrieval", "ruler", "longbench", "lost_in_the_middle"],
-  "What to measure; see above.", required=True,
-)  # fmt: skip
-_OUT = define_path("out", None, "Folder for results; default: WORKDIR/evaluation.")
 _BUDGETS = command_line.define_budgets()
 _WEIGHTS = command_line.define_weights()
 _VARIANTS = flags.DEFINE_string(
   "variants", None, "Names and config overrides, as JSON or a JSON file; default: the model as is."
 )
+
+_GROUPS.start("Task")
+_TASK = flags.DEFINE_enum(
+  "task", None, ["perplexity", "retrieval", "ruler", "longbench", "lost_in_the_middle"],
+  "What to measure; see above.", required=True,
+)  # fmt: skip
+_OUT = define_path("out", None, "Folder for results; default: WORKDIR/evaluation.")
 _DOCUMENTS = define_paths(
   "documents", "Files: .jsonl with id and text (also .xz, .gz, .bz2), or .txt."
 )
 _LENGTHS = flags.DEFINE_list("lengths", ["2048"], "Sequence lengths in tokens.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Sequences in a batch.", lower_bound=1)
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "retrieval and ruler: seed of texts, facts and their places."
+)
+
+_GROUPS.start("Perplexity")
 _ROWS = flags.DEFINE_integer(
   "rows_per_document", 1, "perplexity: largest number of rows from one document.", lower_bound=1
 )
@@ -64,20 +81,21 @@ _TARGETS = flags.DEFINE_integer(
 _CONTEXTS = flags.DEFINE_list(
   "contexts", [], "perplexity: tokens of context before the targets, for the restart control."
 )
+
+_GROUPS.start("Retrieval and RULER")
 _PUZZLES = flags.DEFINE_list("puzzles", list(TASKS), "retrieval: names of puzzles.")
 _DEPTHS = flags.DEFINE_list(
   "depths", ["0", "0.25", "0.5", "0.75", "1"], "retrieval: depths of the answer, from 0 to 1."
+)
+_SAMPLES = flags.DEFINE_integer(
+  "samples", 4, "retrieval: prompts per depth; ruler: prompts per task.", lower_bound=1
 )
 _RULER_TASKS = flags.DEFINE_list("ruler_tasks", list(RULER_TASKS), "ruler: tasks made by code.")
 _RULER_QUESTIONS = define_path(
   "ruler_questions", None, "ruler: file of SQuAD or HotpotQA; its first --samples questions."
 )
-_SAMPLES = flags.DEFINE_integer(
-  "samples", 4, "retrieval: prompts per depth; ruler: prompts per task.", lower_bound=1
-)
-_SEED = flags.DEFINE_integer(
-  "seed", 0, "retrieval and ruler: seed of texts, facts and their places."
-)
+
+_GROUPS.start("LongBench-E and questions about many documents")
 _LONGBENCH = define_path("longbench", None, "Folder with LongBench-E's files.")
 _QUESTIONS = define_path("questions", None, "File with the questions of Liu et al.")
 _LIMIT = flags.DEFINE_integer("limit", None, "Largest number of examples of a file.", lower_bound=1)
@@ -99,9 +117,10 @@ def main() -> None:
 
   out = Path(_OUT.value or Path(_WORKDIR.value) / "evaluation")
   results = Results(out / f"{_TASK.value}.jsonl")
-  jobs, origin = _make_jobs()
+  jobs, origin, weights = _make_jobs()
   failed = run_jobs(jobs, results, origin=origin)
-  for path in report.write(_TASK.value, results.all(), out):
+  own = [result for result in results.all() if _weights_of(result) == weights]
+  for path in report.write(_TASK.value, own, out):
     print(path)
   if failed:
     raise ValueError(f"{failed} of {len(jobs)} jobs failed; their messages are above.")
@@ -143,8 +162,18 @@ def _numbers[T: (int, float)](flag: flags.FlagHolder, convert: Callable[[str], T
     ) from error
 
 
-def _make_jobs() -> tuple[list[Any], str]:
-  """The jobs of the task, and the name of the checkpoint that they measure."""
+def _weights_of(result: Mapping[str, Any]) -> str | None:
+  """The hash of the weights that a result was measured with; None for a result without it."""
+  depends_on = result.get("depends_on")
+  return depends_on.get("weights") if isinstance(depends_on, dict) else None
+
+
+def _make_jobs() -> tuple[list[Any], str, str]:
+  """The jobs of the task, the name of the checkpoint that they measure, and a hash of its weights.
+
+  The jobs depend on the hash, so that results of another checkpoint are not taken for its own.
+  """
+  from dga_jax.calibration.fingerprint import hash_parameters
   from dga_jax.checkpoint import list_steps
   from dga_jax.evaluation import task_jobs
   from dga_jax.evaluation.jobs import RetrievalSettings
@@ -181,8 +210,14 @@ def _make_jobs() -> tuple[list[Any], str]:
       jobs = make.lost_in_the_middle(str(_QUESTIONS.value), _LIMIT.value, _BATCH_SIZE.value)
   origin = str(_WORKDIR.value) + "".join(f", step {step}" for step in steps[-1:])
   origin += "" if budgets is None else f", budgets {_BUDGETS.value}"
-  return list(jobs), origin + ("" if weights is None else f", weights {weights}")
+  origin += "" if weights is None else f", weights {weights}"
+  digest = hash_parameters(model)
+  own = [
+    dataclasses.replace(job, depends_on={"weights": digest, "settings": job.depends_on})
+    for job in jobs
+  ]
+  return own, origin, digest
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.run(main, _GROUPS)

@@ -138,6 +138,8 @@ def explain(
     ValueError: as for `dynamic_group_attention`.
     NotImplementedError: likewise.
   """
+  validation.query_and_key(query, key)
+  validation.config_type(config, (DGAConfig, HeadBudgets))
   (B, L, _, D), N, dtype = query.shape, key.shape[2], key.dtype
   is_bidirectional = isinstance(config, DGAConfig) and not config.causal
   own = None if validation.is_traced(query) else getattr(query, "sharding", None)

@@ -1,18 +1,19 @@
-"""Fits the selector of focal tokens to a model, and writes a checkpoint that has its weights.
+r"""Fits the choice of focal tokens to a model, and writes a new checkpoint.
 
-  dga fit_selector --workdir=runs/smollm2 --documents=books.jsonl --output=runs/smollm2_selector
+  dga fit_selector --workdir=runs/smollm2 --documents=books.jsonl \
+    --output=runs/smollm2_selector
+  dga generate --workdir=runs/smollm2_selector --prompt="Once upon a time"
 
-Under DGA with streaming selection some tokens of each block stay exact. Without this command they
-are those that the block's last query attends to most. The command fits a linear function of key and
-value to what each token of the documents adds to the outputs of later queries under dense attention
-(dga_jax/calibration/selector_fit.py). In the new checkpoint this function chooses the exact tokens,
-from a token's own key and value, without a query.
+Under DGA with streaming selection some tokens of each block stay exact. By
+default they are the tokens that the block's last query attends to most. The
+fitted selector is a linear function of a token's key and value that predicts
+how much the token adds to the outputs of later queries under dense attention.
 
-Blocks, sinks and raw window are those of the checkpoint's `dga` settings. The new checkpoint has
-attention="dga" with selector="fitted", and otherwise the weights of --step. All commands take it as
-their --workdir. --length should be the context at which the model will be used. The command takes a
-forward pass with dense attention over each row, and 200 steps of Adam for each layer. It needs the
-extra "calibrate" (scipy, optax).
+The new checkpoint has attention="dga" with selector="fitted", and otherwise the
+weights of --workdir. Blocks, sinks and raw window are those of the checkpoint's
+`dga` settings. --length should be the context at which the model will be used.
+The command takes a forward pass with dense attention over each row, and 200
+steps of Adam for each layer. It needs the extra "calibrate" (scipy, optax).
 """
 
 import dataclasses
@@ -47,12 +48,14 @@ def main() -> None:
   from dga_jax.calibration.selector_fit import fit_selector
   from dga_jax.calibration.selector_weights import save_with_selector, with_selector
   from dga_jax.checkpoint import list_steps, load_config, load_model
+  from dga_jax.checkpoint_files import existing_step
   from dga_jax.evaluation.texts import read_documents, token_rows
 
   output = Path(_OUTPUT.value)
   if list_steps(output):
     raise ValueError(f"--output={output} has a checkpoint already; name another folder.")
-  model, config, tokenizer = load_model(_WORKDIR.value, _STEP.value)
+  step = existing_step(_WORKDIR.value, _STEP.value)
+  model, config, tokenizer = load_model(_WORKDIR.value, step)
   if config.head_budgets is not None:
     raise ValueError(
       "the checkpoint has head budgets, and its heads are in their order. Fit the selector to the "
@@ -64,7 +67,7 @@ def main() -> None:
   documents = read_documents(_DOCUMENTS.value)[: _MAX_DOCUMENTS.value]
   rows = token_rows(documents, tokenizer, _LENGTH.value, _ROWS.value)
   fitted = with_selector(model, settings, fit_selector(model, settings, rows[:, :-1]))
-  save_with_selector(fitted, load_config(_WORKDIR.value, _STEP.value), tokenizer, output)
+  save_with_selector(fitted, load_config(_WORKDIR.value, step), tokenizer, output)
   print(f"{output} holds the model with its selector, fitted to {len(rows)} rows.")
 
 

@@ -1,13 +1,16 @@
 """Dynamic Group Attention as the attention function of `flax.nnx.MultiHeadAttention`.
 
-from dga_jax import DGAConfig
-from dga_jax.flax import attention_fn
+A layer with causal self-attention:
 
-layer = nnx.MultiHeadAttention(
-num_heads=8, in_features=512, decode=False, rngs=nnx.Rngs(0),
-attention_fn=attention_fn(DGAConfig(selection="streaming")),
-)
-y = layer(x, is_causal=True)
+    from flax import nnx
+    from dga_jax import DGAConfig
+    from dga_jax.flax import attention_fn
+
+    layer = nnx.MultiHeadAttention(
+      num_heads=8, in_features=512, decode=False, rngs=nnx.Rngs(0),
+      attention_fn=attention_fn(DGAConfig(selection="streaming")),
+    )
+    y = layer(x, is_causal=True)
 """
 
 import dataclasses
@@ -24,6 +27,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, Num, Shaped
 
 from dga_jax.api import dynamic_group_attention
 from dga_jax.attention.segments import IntArray
+from dga_jax.attention.validation import config_type
 from dga_jax.config import DGAConfig
 from pallas_kernels.dispatch import Implementation
 
@@ -68,7 +72,7 @@ def attention_fn(
     implementation: as for `dynamic_group_attention`.
 
   Raises:
-    ValueError: the selector is "fitted", which needs focal scores.
+    ValueError: config is no DGAConfig, or its selector is "fitted", which needs focal scores.
   """
   return _AttentionFn(config, sharding, implementation)
 
@@ -82,6 +86,7 @@ class _AttentionFn:
   implementation: Implementation
 
   def __post_init__(self) -> None:
+    config_type(self.config)
     if self.config.selector == "fitted":
       raise ValueError(
         "config.selector is 'fitted'; it must be 'last_query', since nnx.MultiHeadAttention passes"

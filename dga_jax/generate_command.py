@@ -1,27 +1,29 @@
-"""Continues prompts, answers messages and talks, with a trained or imported model.
+r"""Continues prompts, answers messages and questions, with any model.
 
   dga generate --workdir=runs/quickstart --prompt="def main("
-  dga generate --workdir=runs/llama --chat --prompt="What is the capital of France?"
+  dga generate --workdir=runs/llama --chat --prompt="What is RoPE?"
   dga generate --workdir=runs/llama --interactive
-  dga generate --workdir=runs/llama --chat --context=report.txt --question="Who wrote it?"
-  dga generate --workdir=runs/audio --prompt_audio=in.wav --output_audio=out.wav --seconds=2
+  dga generate --workdir=runs/llama --chat --context=report.txt \
+    --question="Who wrote it?" --question="When?"
+  dga generate --workdir=runs/audio --prompt_audio=in.wav \
+    --output_audio=out.wav --seconds=2
 
-Prompts: --prompt prints the text as it is generated. --prompt_from reads one prompt from a whole
-file, or from standard input (-). --prompt_file reads one prompt a line, or from a .jsonl file one
-object a line with "prompt" or "messages"; --slots prompts run at once, and a finished prompt frees
-its slot for the next one. With --chat a prompt is a message, which the chat template of the model
-turns into a text. --interactive reads messages from the terminal.
+Prompts: --prompt prints the text as it is generated. --prompt_from reads one
+prompt from a whole file. --prompt_file reads one prompt from each line; --slots
+prompts run at once, and a finished prompt frees its slot for the next one. With
+--chat a prompt is a message, which the model's chat template turns into a text.
+--interactive reads messages from the terminal.
 
-Documents: --context reads a document once, and each --question is answered from its cache.
---save_cache stores the cache in a file, and --load_cache reads it in place of the document.
+Documents: --context reads a document once, and each --question is answered from
+its cache. --save_cache stores the cache in a file, which --load_cache reads in
+place of the document.
 
-Budgets: --budgets applies a setting of attention to each KV head. Of several files for the same
-weights, --keys=0.25 chooses the one for a share of the dense cache.
+Budgets: --budgets gives each KV head its own setting of attention. Of several
+files for the same weights, --keys=0.25 chooses the one for a quarter of the
+bytes of a dense cache.
 
-Sound: --prompt_audio continues an audio file with a model that was trained on sound.
-
-Texts are printed to stdout; with --jsonl as one JSON object a line. Figures and notes are printed
-to stderr.
+Texts are printed to stdout, with --jsonl as one JSON object a line. Figures and
+notes are printed to stderr.
 """
 
 import sys
@@ -31,8 +33,9 @@ from typing import Any, cast, get_args, TYPE_CHECKING
 from absl import app, flags
 
 from dga_jax import command_line
-from dga_jax.choices import AttentionName, DtypeName, WeightName
+from dga_jax.choices import AttentionName, CacheDtypeName, DtypeName, WeightName
 from dga_jax.files.path_flags import define_path
+from dga_jax.flag_help import FlagGroups
 from dga_jax.hub_names import check_exists
 from dga_jax.prompts import check_text, read_json_lines, read_prompts, read_text
 
@@ -40,78 +43,13 @@ if TYPE_CHECKING:
   from dga_jax.generation import Sampling
   from dga_jax.loading import Loaded
 
+_GROUPS = FlagGroups()
+
+_GROUPS.start("Model")
 _WORKDIR = define_path(
   "workdir", None, "Folder of a checkpoint, a Hugging Face folder, or a GGUF file.", required=True
 )
 _STEP = flags.DEFINE_integer("step", None, "Step of the checkpoint; default: the newest.")
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; with --chat, message to answer.")
-_PROMPT_FILE = define_path(
-  "prompt_file",
-  None,
-  'UTF-8 file with one prompt a line, or .jsonl file with an object a line that has "prompt" or'
-  ' "messages".',
-)
-_PROMPT_FROM = define_path(
-  "prompt_from", None, "UTF-8 file that is one prompt as a whole; - for standard input."
-)
-_CHAT = flags.DEFINE_bool("chat", False, "Use the chat template of the model.")
-_SYSTEM = flags.DEFINE_string(
-  "system", None, "With --chat or --interactive: system message; default: the template's own."
-)
-_INTERACTIVE = flags.DEFINE_bool(
-  "interactive", False, "Conversation in the terminal; the cache continues from turn to turn."
-)
-_CONTEXT = define_path(
-  "context", None, "UTF-8 file with a document that the questions are about; - for standard input."
-)
-_QUESTION = flags.DEFINE_multi_string(
-  "question", [], "Question about the document; give the flag once for each question."
-)
-_SAVE_CACHE = define_path("save_cache", None, "File for the cache of --context.")
-_LOAD_CACHE = define_path("load_cache", None, "File of --save_cache to read, not --context.")
-_PROMPT_AUDIO = define_path("prompt_audio", None, "Audio file to continue (WAV, FLAC).")
-_OUTPUT_AUDIO = define_path("output_audio", None, "WAV file for the continuation.")
-_PROMPT_SECONDS = flags.DEFINE_float(
-  "prompt_seconds",
-  None,
-  "Continue the last seconds of --prompt_audio; default: the whole file.",
-  lower_bound=0.01,
-)
-_SECONDS = flags.DEFINE_float(
-  "seconds", 2.0, "Length of the continuation of --prompt_audio.", lower_bound=0.01
-)
-_SPECTROGRAM = define_path(
-  "spectrogram", None, "File for a plot of --prompt_audio and its continuation, .png or .svg."
-)
-_JSONL = flags.DEFINE_bool("jsonl", False, "Print one JSON object a line for each prompt.")
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-  "max_new_tokens", 128, "Largest number of tokens to generate for a prompt.", lower_bound=1
-)
-_MAX_LENGTH = flags.DEFINE_integer(
-  "max_length", None, "Bound on the tokens of a prompt and its continuation; default: no bound."
-)
-_TEMPERATURE = flags.DEFINE_float(
-  "temperature", None, "0 takes the most likely token; default: 0.8, for sound 1."
-)
-_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k most likely tokens; 0: from all.")
-_TOP_P = flags.DEFINE_float(
-  "top_p",
-  None,
-  "Sample from the smallest set of tokens whose probability is at least p; default: 0.95, for sound"
-  " 1.",
-)
-_MIN_P = flags.DEFINE_float(
-  "min_p", 0.0, "Sample from tokens with at least this share of the highest probability."
-)
-_SLOTS = flags.DEFINE_integer(
-  "slots", 8, "Prompts that run at once; sets the size of the cache.", lower_bound=1
-)
-_PROMPT_CHUNK = flags.DEFINE_integer(
-  "prompt_chunk",
-  None,
-  "Prefill in chunks of this many tokens, to save memory on long prompts; default: no chunks.",
-  lower_bound=1,
-)
 _ATTENTION = flags.DEFINE_enum(
   "attention",
   None,
@@ -133,8 +71,92 @@ _DTYPE = flags.DEFINE_enum(
   "dtype", None, get_args(DtypeName), "Dtype of the activations; default: the checkpoint's."
 )
 _WEIGHTS = command_line.define_weights()
+_CACHE_DTYPE = command_line.define_cache_dtype()
+
+_GROUPS.start("Prompts")
+_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue; with --chat, message to answer.")
+_PROMPT_FROM = define_path(
+  "prompt_from", None, "UTF-8 file that is one prompt as a whole; - for standard input."
+)
+_PROMPT_FILE = define_path(
+  "prompt_file",
+  None,
+  'UTF-8 file with one prompt a line, or .jsonl file with an object a line that has "prompt" or'
+  ' "messages".',
+)
+_CHAT = flags.DEFINE_bool("chat", False, "Use the chat template of the model.")
+_SYSTEM = flags.DEFINE_string(
+  "system", None, "With --chat or --interactive: system message; default: the template's own."
+)
+_INTERACTIVE = flags.DEFINE_bool(
+  "interactive", False, "Conversation in the terminal; the cache continues from turn to turn."
+)
+
+_GROUPS.start("One document, several questions")
+_CONTEXT = define_path(
+  "context", None, "UTF-8 file with a document that the questions are about; - for standard input."
+)
+_QUESTION = flags.DEFINE_multi_string(
+  "question", [], "Question about the document; give the flag once for each question."
+)
+_SAVE_CACHE = define_path("save_cache", None, "File for the cache of --context.")
+_LOAD_CACHE = define_path("load_cache", None, "File of --save_cache to read, not --context.")
+
+_GROUPS.start("Sound")
+_PROMPT_AUDIO = define_path("prompt_audio", None, "Audio file to continue (WAV, FLAC).")
+_PROMPT_SECONDS = flags.DEFINE_float(
+  "prompt_seconds",
+  None,
+  "Continue the last seconds of --prompt_audio; default: the whole file.",
+  lower_bound=0.01,
+)
+_OUTPUT_AUDIO = define_path("output_audio", None, "WAV file for the continuation.")
+_SECONDS = flags.DEFINE_float(
+  "seconds", 2.0, "Length of the continuation of --prompt_audio, in seconds.", lower_bound=0.01
+)
+_SPECTROGRAM = define_path(
+  "spectrogram", None, "File for a plot of --prompt_audio and its continuation, .png or .svg."
+)
+
+_GROUPS.start("Length, sampling and output")
+_MAX_NEW_TOKENS = flags.DEFINE_integer(
+  "max_new_tokens", 128, "Largest number of tokens to generate for a prompt.", lower_bound=1
+)
+_MAX_LENGTH = flags.DEFINE_integer(
+  "max_length", None, "Bound on the tokens of a prompt and its continuation; default: no bound."
+)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature",
+  None,
+  "Divides the logits before sampling; 0 takes the most likely token. Default: 0.8, for sound 1.",
+)
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Sample from the k most likely tokens; 0: from all.")
+_TOP_P = flags.DEFINE_float(
+  "top_p",
+  None,
+  "Sample from the smallest set of tokens whose probability is at least p; default: 0.95, for sound"
+  " 1.",
+)
+_MIN_P = flags.DEFINE_float(
+  "min_p", 0.0, "Sample from tokens with at least this share of the highest probability."
+)
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Seed of sampling, 0 to 4294967295; the same seed repeats the text."
+)
+_JSONL = flags.DEFINE_bool("jsonl", False, "Print one JSON object a line for each prompt.")
+
+_GROUPS.start("Memory")
+_SLOTS = flags.DEFINE_integer(
+  "slots",
+  8,
+  "Prompts of --prompt_file that run at once; the cache has as many rows.",
+  lower_bound=1,
+)
+_PROMPT_CHUNK = flags.DEFINE_integer(
+  "prompt_chunk",
+  None,
+  "Prefill in chunks of this many tokens, to save memory on long prompts; default: no chunks.",
+  lower_bound=1,
 )
 
 
@@ -167,6 +189,7 @@ def main() -> None:
     attention=cast(AttentionName | None, attention),
     dtype=cast(DtypeName | None, _DTYPE.value),
     budgets=None if _KEYS.value is not None else command_line.read_budgets(_BUDGETS),
+    cache_dtype=None if _KEYS.value is not None else _cache_dtype(),
   )
   if _KEYS.value is not None:
     loaded = _with_budgets(loaded, _KEYS.value)
@@ -205,7 +228,13 @@ def _with_budgets(loaded: "Loaded", keys: float) -> "Loaded":
   files = find_budget_files(str(_WORKDIR.value), _BUDGETS.value, package)
   path, budgets, share = choose_budgets(files, keys, length)
   print(f"budgets: {path}, {share:.1%} of a dense cache of {length} tokens", file=sys.stderr)
+  if (cache_dtype := _cache_dtype()) is not None:
+    budgets = budgets.with_cache_dtype(cache_dtype)
   return loaded._replace(model=apply_budgets(loaded.model, budgets))
+
+
+def _cache_dtype() -> CacheDtypeName | None:
+  return cast(CacheDtypeName | None, _CACHE_DTYPE.value)
 
 
 def _answer(loaded: "Loaded", sampling: "Sampling", document: str | None) -> None:
@@ -284,7 +313,7 @@ def _continue_audio(loaded: "Loaded", sampling: "Sampling") -> None:
 
 
 def _attention_is_chosen() -> bool:
-  return any(flag.value is not None for flag in (_ATTENTION, _BUDGETS, _KEYS))
+  return any(flag.value is not None for flag in (_ATTENTION, _BUDGETS, _KEYS, _CACHE_DTYPE))
 
 
 def _is_about_a_document() -> bool:
@@ -364,4 +393,4 @@ def _prompt_of(record: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-  command_line.run(main)
+  command_line.run(main, _GROUPS)

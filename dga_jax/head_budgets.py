@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from dga_jax.choices import CacheDtypeName
 from dga_jax.config import DGAConfig
-from dga_jax.config_dataclasses import config_error, from_dict, require_int
+from dga_jax.config_dataclasses import config_error, from_dict, require_choice, require_int
 from dga_jax.files.whole_file import whole_file
 
 __all__ = [
@@ -31,8 +32,8 @@ class SinkWindow:
   """Attention sinks and a sliding window, without merged groups or focal tokens.
 
   A query sees the first `sinks` tokens of its document and the last `window` of the other tokens.
-  Keys keep their RoPE positions. The cache holds sinks + window tokens in the model's dtype. This
-  is the rule of the heads of DuoAttention that are not full (Xiao et al., arXiv 2410.10819).
+  Keys keep their RoPE positions. The cache holds sinks + window tokens. This is the rule of the
+  heads of DuoAttention that are not full (Xiao et al., arXiv 2410.10819).
 
   Attributes:
     window: last tokens that a query sees, its own token included; at least 1.
@@ -65,6 +66,12 @@ class HeadBudgets:
     settings: distinct settings: "full" for causal dense attention, a causal `DGAConfig` with
       streaming selection, or a `SinkWindow`.
     assignment: [layers][kv_heads], an index into `settings`.
+    cache_dtype: the dtype in which full heads and sink windows store the keys and values of their
+      tokens; None for the dtype that the model computes in. 8 bits halve these caches of a 16-bit
+      model. Each key and each value is rounded when it enters the cache and has one scale. A token
+      that is decoded, or appended by `extend`, attends to the rounded tokens, itself included;
+      attention over whole sequences, the prompt of a prefill included, reads exact ones. A
+      `DGAConfig` has a `cache_dtype` of its own.
 
   Raises:
     ValueError: names the field, its value and the values it takes.
@@ -72,8 +79,10 @@ class HeadBudgets:
 
   settings: tuple[HeadSetting, ...]
   assignment: tuple[HeadRow, ...]
+  cache_dtype: CacheDtypeName | None = None
 
   def __post_init__(self) -> None:
+    require_choice(self, "cache_dtype", CacheDtypeName, optional=True)
     if not isinstance(self.settings, list | tuple):
       raise config_error(self, "settings", "a list of settings")
     settings = tuple(
@@ -121,7 +130,7 @@ class HeadBudgets:
 
   def layer(self, index: int) -> "HeadBudgets":
     """The budgets of one layer, as budgets of one layer; the settings stay."""
-    return HeadBudgets(self.settings, (self.assignment[index],))
+    return dataclasses.replace(self, assignment=(self.assignment[index],))
 
   def setting(self, layer: int, kv_head: int) -> HeadSetting:
     """The setting of one KV head."""
@@ -182,13 +191,28 @@ class HeadBudgets:
       order: [layers][kv_heads], the present head at each place of the new order.
     """
     rows = zip(self.assignment, order, strict=True)
-    return HeadBudgets(self.settings, tuple(tuple(row[head] for head in new) for row, new in rows))
+    permuted = tuple(tuple(row[head] for head in new) for row, new in rows)
+    return dataclasses.replace(self, assignment=permuted)
+
+  def with_cache_dtype(self, cache_dtype: CacheDtypeName | None) -> "HeadBudgets":
+    """The budgets with one `cache_dtype` for all heads, those that follow a `DGAConfig` included.
+
+    Settings that differ in `cache_dtype` alone become one.
+    """
+    settings = [
+      dataclasses.replace(one, cache_dtype=cache_dtype) if isinstance(one, DGAConfig) else one
+      for one in self.settings
+    ]
+    distinct = tuple(dict.fromkeys(settings))
+    rows = tuple(tuple(distinct.index(settings[index]) for index in row) for row in self.assignment)
+    return HeadBudgets(distinct, rows, cache_dtype)
 
   def to_dict(self) -> dict[str, Any]:
-    """The budgets as plain values that JSON can store."""
+    """The budgets as plain values that JSON can store; `cache_dtype` None is left out."""
     return {
       "settings": [s if s == FULL else dataclasses.asdict(s) for s in self.settings],
       "assignment": [list(row) for row in self.assignment],
+      **({} if self.cache_dtype is None else {"cache_dtype": self.cache_dtype}),
     }
 
   @classmethod
@@ -196,19 +220,20 @@ class HeadBudgets:
     """The inverse of `to_dict`.
 
     Args:
-      values: "settings" and "assignment"; a setting is "full" or a mapping of the fields of
-        DGAConfig or of SinkWindow, which alone has the field "window".
+      values: "settings", "assignment" and, if it is not None, "cache_dtype"; a setting is "full" or
+        a mapping of the fields of DGAConfig or of SinkWindow, which alone has the field "window".
       path: the name of `values` in messages.
 
     Raises:
       ValueError: an unknown or a missing key, or a wrong value.
     """
-    if not isinstance(values, Mapping) or set(values) != {"settings", "assignment"}:
+    keys = {"settings", "assignment"}
+    if not isinstance(values, Mapping) or set(values) - {"cache_dtype"} != keys:
       raise ValueError(
         f"{path} is {values!r:.200}; it must be a mapping with the keys 'settings' and "
-        "'assignment'."
+        "'assignment', and optionally 'cache_dtype'."
       )
-    return cls(values["settings"], values["assignment"])
+    return cls(values["settings"], values["assignment"], values.get("cache_dtype"))
 
   def to_json(self) -> str:
     """The text of `to_dict` as JSON."""

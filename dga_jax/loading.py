@@ -10,7 +10,7 @@ from flax import nnx
 
 from dga_jax.chat.template import chat_template_of, template_sources
 from dga_jax.checkpoint import abstract_decoder, list_steps, load_config, load_model
-from dga_jax.choices import AttentionName, DtypeName, WeightName
+from dga_jax.choices import AttentionName, CacheDtypeName, DtypeName, WeightName
 from dga_jax.config import retrofit
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.hub_names import check_exists
@@ -49,6 +49,7 @@ def load(
   dtype: DtypeName | None = None,
   budgets: HeadBudgets | None = None,
   weights: WeightName | None = None,
+  cache_dtype: CacheDtypeName | None = None,
 ) -> tuple[Decoder, Tokenizer]:
   """A model and its tokenizer, for `dga_jax.generate`.
 
@@ -67,15 +68,23 @@ def load(
       `attention`).
     weights: "int8" or "fp8" for weights in 8 bits, see `dga_jax.model.quantize_weights`; None for
       weights in `dtype`.
+    cache_dtype: "int8" or "float8_e4m3fn" for caches in 8 bits: `DGAConfig.cache_dtype`, and
+      `HeadBudgets.with_cache_dtype` of budgets; None for that of the model or of the budgets.
 
   Raises:
     FileNotFoundError: there is no model at `source`; the message names the remedy.
     CheckpointError: the checkpoint is damaged.
     ValueError: the files of another program are damaged, or of an unsupported model; budgets of
-      another model; or both `attention` and `budgets`.
+      another model; both `attention` and `budgets`; or `cache_dtype` for another attention kind.
   """
   loaded = load_with_facts(
-    source, step=step, attention=attention, dtype=dtype, budgets=budgets, weights=weights
+    source,
+    step=step,
+    attention=attention,
+    dtype=dtype,
+    budgets=budgets,
+    weights=weights,
+    cache_dtype=cache_dtype,
   )
   return loaded[:2]
 
@@ -88,6 +97,7 @@ def load_with_facts(
   dtype: DtypeName | None = None,
   budgets: HeadBudgets | None = None,
   weights: WeightName | None = None,
+  cache_dtype: CacheDtypeName | None = None,
   parts: int = 1,
 ) -> Loaded:
   """As `load`, with what is known of the model's training.
@@ -99,6 +109,7 @@ def load_with_facts(
     dtype: see there.
     budgets: see there.
     weights: see there.
+    cache_dtype: see there.
     parts: devices that split the KV heads. Heads with settings of their own are in the order for
       these devices if it gives them equal parts, else in the order for one device.
   """
@@ -125,6 +136,11 @@ def load_with_facts(
   is_imported = bool(origin) and "data" not in saved
   if budgets is None and is_imported:
     budgets = default_budgets(model.config)
+  if cache_dtype is not None:
+    if budgets is None:
+      model = _with_cache_dtype(model, cache_dtype)
+    else:
+      budgets = budgets.with_cache_dtype(cache_dtype)
   own = model.config.head_budgets if budgets is None else budgets
   if own is not None:
     arrange = arrange_heads if budgets is None else apply_budgets
@@ -152,10 +168,30 @@ def trained_length(saved: Mapping[str, Any]) -> int | None:
 
 def with_attention(model: Decoder, attention: AttentionName) -> Decoder:
   """The model with the same weights and another attention kind."""
-  config = dataclasses.replace(model.config, attention=attention)
+  return _with_config(model, dataclasses.replace(model.config, attention=attention))
+
+
+def _with_config(model: Decoder, config: ModelConfig) -> Decoder:
+  """The model with the same weights and other settings."""
   structure, _ = abstract_decoder(config, weight_name(model))
   changed: Decoder = nnx.merge(structure, nnx.state(model, nnx.Param))
   return changed
+
+
+def _with_cache_dtype(model: Decoder, cache_dtype: CacheDtypeName) -> Decoder:
+  """The model with caches in 8 bits; raises ValueError for an attention kind without them."""
+  config = model.config
+  if config.attention == "dga":
+    dga = dataclasses.replace(config.dga, cache_dtype=cache_dtype)
+    return _with_config(model, dataclasses.replace(config, dga=dga))
+  if config.attention == "head_budgets" and config.head_budgets is not None:
+    budgets = config.head_budgets.with_cache_dtype(cache_dtype)
+    return _with_config(model, dataclasses.replace(config, head_budgets=budgets))
+  raise ValueError(
+    f"cache_dtype is {cache_dtype!r}, and attention is {config.attention!r}; it must be None for"
+    " this attention. Caches in 8 bits need attention='dga', or head budgets (budgets=,"
+    " --budgets)."
+  )
 
 
 def _read_files(path: Path, changes: Mapping[str, Any]) -> tuple[Decoder, Tokenizer, dict]:

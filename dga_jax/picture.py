@@ -1,9 +1,11 @@
-"""Draws what each query sees and how groups merge tokens, for global and streaming selection.
+"""Draws what each query sees, and how groups merge tokens.
 
-  dga picture --output=docs/mask.png
+  dga picture --output=mask.png
 
-The keys and queries are made by code: neighbouring tokens resemble each other, and every query is
-attracted to a few salient tokens, drawn at random. The plot shows one KV head.
+The plot compares global and streaming selection for one KV head. The keys and
+queries are random: neighbouring tokens resemble each other, and all queries
+attend more to a few tokens that are drawn at random. The command needs the
+extra "evaluate" (matplotlib).
 """
 
 import dataclasses

@@ -1,12 +1,14 @@
-"""Draws the groups that a model of sound makes of an audio file.
+r"""Draws the groups that a model of sound makes of an audio file.
 
-  dga picture_sound --workdir=runs/audio --prompt_audio=in.wav --output=groups.png
+  dga picture_sound --workdir=runs/audio --prompt_audio=in.wav \
+    --output=groups.png
 
-The queries and keys of every layer choose focal samples and groups twice: by global selection,
-whose groups are runs of non-focal samples and so differ in length, and by streaming selection with
-the settings of the checkpoint. The plot shows the waveform, the share of focal samples in 10 ms
-for each layer and KV head, and the groups of one head in a part of the file. The share of focal
-samples in pauses and in sound is printed.
+The queries and keys of every layer choose focal samples and groups twice: by
+global selection, whose groups are runs of non-focal samples and so differ in
+length, and by streaming selection with the settings of the checkpoint. The plot
+shows the waveform, the share of focal samples in 10 ms for each layer and KV
+head, and the groups of one head in a part of the file. The command prints the
+share of focal samples in pauses and in sound. It needs the extra "audio".
 """
 
 import dataclasses

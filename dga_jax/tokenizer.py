@@ -215,9 +215,7 @@ class Tokenizer:
       for word in " ".join(texts).split():
         if word == self.end_token or self._backend.token_to_id(word) is None:
           raise ValueError(f"The text holds {word!r}, which is no word of this vocabulary.")
-    with _library_errors("The text cannot be encoded"):
-      encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
+    return encode_texts(self._backend, texts)
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of token ids; bytes that are no UTF-8 become U+FFFD, the end token nothing.
@@ -273,6 +271,23 @@ def template_tokens(backend: tokenizers.Tokenizer) -> tuple[list[str], list[str]
     if plain:
       return encoding.tokens[: plain[0]], encoding.tokens[plain[-1] + 1 :]
   raise ValueError("The tokenizer encodes the texts 'a', 'the', '0', ' ' and '.' to no tokens.")
+
+
+def encode_texts(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+  """Token ids of many texts, without the tokens of the tokenizer's template.
+
+  Args:
+    backend: the library's tokenizer.
+    texts: to encode, on all cores.
+
+  Raises:
+    ValueError: a text has a lone surrogate, or a character that has no token.
+  """
+  with _library_errors("The text cannot be encoded"):
+    for text in texts:
+      text.encode()  # The library's error for a lone surrogate does not name the character.
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
+  return [encoding.ids for encoding in encodings]
 
 
 def is_panic(error: BaseException) -> bool:

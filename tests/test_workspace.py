@@ -229,7 +229,8 @@ def test_bench_lists_the_benchmarks_without_set_up(machine: Machine) -> None:
   folder = machine.checkout / "benchmarks"
   folder.mkdir()
   (folder / "__init__.py").touch()
-  (folder / "cache.py").write_text('"""Bytes of each cache."""\n')
+  (folder / "cache.py").write_text('r"""Bytes of each cache."""\nif __name__ == "__main__":\n')
+  (folder / "timing.py").write_text('"""Helpers of the others."""\n')
   listed, unknown = machine.run("bench"), machine.run("bench", "cahce")
   assert listed.returncode == 0
   assert listed.stdout.split() == ["Benchmarks:", "cache", "Bytes", "of", "each", "cache."]

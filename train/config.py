@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from dga_jax.config_dataclasses import (
+  check_keys,
   config_error,
   flatten,
   from_dict,
@@ -104,7 +105,8 @@ class TrainConfig:
     init_from: workdir with a checkpoint of an imported model or of another run; training starts
       from its parameters and uses its tokenizer instead of data.tokenizer. The checkpoint's model
       config replaces `model`, except for the attention kind and its settings, the dtypes, remat,
-      head_gates and unroll_layers. None draws random parameters.
+      head_gates and unroll_layers; the log names every value of `model` that it replaces. None
+      draws random parameters.
     budgets: JSON file of head budgets, such as `dga calibrate` writes for the model in `init_from`.
       The run then has attention="head_budgets" in place of model.attention, and its KV heads are in
       an order in which every device of the mesh axis "tensor" has its share of every setting
@@ -185,11 +187,17 @@ class TrainConfig:
       raise config_error(self, "warmup_steps", f"below num_steps={self.num_steps}")
 
 
-# Keys that may differ when a run resumes. They do not change what is computed, or, like the spike
-# check, they exist to be changed after a spike.
+# Keys that may differ when a run resumes. They do not change what is computed, or, like the mesh,
+# the order of sums alone, or, like the spike check, they exist to be changed after a spike.
 _FREE_ON_RESUME = frozenset(
   {
     "budgets",  # model.head_budgets has the content of the file.
+    "data.train_files",  # The fingerprint of the data has the content and order of the files.
+    "data.validation_files",
+    "grad_accumulation",
+    "loss_chunk",
+    "model.remat",
+    "model.unroll_layers",
     "log_every",
     "eval_every",
     "eval_batches",
@@ -210,9 +218,15 @@ _FREE_ON_RESUME = frozenset(
 def make_config(values: Any) -> TrainConfig:
   """The config dataclasses of nested values (a ConfigDict, or what `to_dict` returned).
 
+  With `init_from` the checkpoint decides whether the model has a fitted selector. Until it is read,
+  `model.focal_selector` is True, so that the attention settings may have selector="fitted".
+
   Raises:
     ValueError: an unknown key (with the closest known one), a missing key or a wrong value.
   """
+  check_keys(TrainConfig, values, "config")
+  if values.get("init_from") is not None and hasattr(values.get("model"), "keys"):
+    values = {**values, "model": {**values["model"], "focal_selector": True}}
   return from_dict(TrainConfig, values, path="config")
 
 

@@ -1,8 +1,4 @@
-"""The trainer's own errors, and the file in an error of the operating system."""
-
-import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+"""The trainer's own errors."""
 
 
 class TrainingError(RuntimeError):
@@ -11,13 +7,3 @@ class TrainingError(RuntimeError):
 
 class DivergenceError(TrainingError):
   """Training diverged; every process of the run raises it at the same step."""
-
-
-@contextlib.contextmanager
-def name_file(path: Path | str) -> Iterator[None]:
-  """Adds a path to an OSError that names no file, such as a full disk's."""
-  try:
-    yield
-  except OSError as error:
-    error.filename = error.filename or str(path)
-    raise

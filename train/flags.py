@@ -4,7 +4,6 @@ import dataclasses
 import difflib
 import re
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from ml_collections import config_dict, config_flags
 
 from dga_jax import command_line
 from dga_jax.files.paths import check_path
+from dga_jax.flag_help import wrap
 
 flags.disclaim_key_flags()  # --help lists the flag with those of the module that defines it.
 
@@ -68,15 +68,8 @@ def config_help() -> str:
   from train.config import TrainConfig
 
   sections = [
-    f"{path}  (class {cls.__name__} in {cls.__module__.replace('.', '/')}.py)\n"
-    + textwrap.fill(
-      "  ".join(_key_texts(cls)),
-      width=100,
-      initial_indent="  ",
-      subsequent_indent="  ",
-      break_long_words=False,
-      break_on_hyphens=False,
-    )
+    wrap(f"{path}  (class {cls.__name__} in {cls.__module__.replace('.', '/')}.py)", "")
+    + f"\n{wrap('  '.join(_key_texts(cls)), '  ')}"
     for path, cls in _sections("config", TrainConfig)
   ]
   head = "Config keys and their defaults. The docstring of each class describes its keys."

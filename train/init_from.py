@@ -6,14 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
 from dga_jax.checkpoint import load_config, load_model, load_model_config, load_tokenizer
 from dga_jax.checkpoint_files import existing_step
+from dga_jax.config_dataclasses import field_names
 from dga_jax.head_budgets import HeadBudgets
-from dga_jax.model import Decoder
+from dga_jax.model import Decoder, ModelConfig
 from dga_jax.model.apply_budgets import apply_budgets, arrange_heads
 from dga_jax.model.config import ATTENTION_SETTINGS
 from dga_jax.tokenizer import Tokenizer
@@ -81,12 +83,28 @@ def find_initial(
     model = dataclasses.replace(config.model, **attention)
     return Initial(dataclasses.replace(config, model=model), budgets)
   step = existing_step(workdir, step)
-  saved = load_config(workdir, step)
+  saved, stored = load_config(workdir, step), load_model_config(workdir, step)
+  _log_replaced(config.model, stored, workdir)
   own = {name: getattr(config.model, name) for name in _OWN_FIELDS} | attention
-  model = dataclasses.replace(load_model_config(workdir, step), **own)
+  model = dataclasses.replace(stored, **own)
   entries = {ORIGIN: saved[ORIGIN]} if ORIGIN in saved else {}
   config = dataclasses.replace(config, model=model)
   return Initial(config, budgets, load_tokenizer(workdir, step), entries)
+
+
+def _log_replaced(given: ModelConfig, stored: ModelConfig, workdir: str) -> None:
+  """Logs the fields that the checkpoint decides and for which the config has another value."""
+  # `train.config.make_config` sets focal_selector.
+  decided = set(field_names(ModelConfig)) - _OWN_FIELDS - {"focal_selector"}
+  replaced = [
+    f"{name} is {getattr(stored, name)!r} in place of {getattr(given, name)!r}"
+    for name in sorted(decided)
+    if getattr(stored, name) != getattr(given, name)
+  ]
+  if replaced:
+    logging.warning(
+      "The model in %s decides these keys of config.model: %s.", workdir, "; ".join(replaced)
+    )
 
 
 def load_params(

@@ -6,17 +6,18 @@ import sys
 from absl import logging
 from tqdm import tqdm
 
+from dga_jax.checkpoint_logs import hide_save_errors
+
 
 def set_up_logging() -> None:
   """Shows log lines above the progress bar, and of the libraries' lines the warnings alone.
 
-  Orbax logs dozens of lines for a checkpoint. When a save fails, it raises the error and also logs
-  it for each array; the writes that it abandons report that their event loop is closed.
+  Orbax logs dozens of lines for a checkpoint.
   """
+  hide_save_errors()
   handler = logging.get_absl_handler()
   handler.addFilter(_is_ours_or_warning)
   handler.python_handler.setStream(_AboveTheBar())
-  sys.unraisablehook = _unless_loop_is_closed
 
 
 class _AboveTheBar:
@@ -35,8 +36,3 @@ class _AboveTheBar:
 def _is_ours_or_warning(record: std_logging.LogRecord) -> bool:
   is_ours = "site-packages" not in record.pathname and record.name != "asyncio"
   return is_ours or record.levelno == std_logging.WARNING
-
-
-def _unless_loop_is_closed(unraisable: "sys.UnraisableHookArgs") -> None:
-  if str(unraisable.exc_value) != "Event loop is closed":
-    sys.__unraisablehook__(unraisable)

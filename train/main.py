@@ -1,18 +1,20 @@
 r"""Trains a decoder.
 
-  python -m train.main --config=configs/quickstart.py --workdir=runs/quickstart \
+  python -m train.main --config=configs/quickstart.py --workdir=runs/mine \
     --config.learning_rate=1e-3
 
-The same command again continues from the newest checkpoint. --config.KEY=VALUE changes a key; the
-keys are listed below.
+The same command again continues from the newest checkpoint. --config.KEY=VALUE
+changes a key; the keys are listed below.
 
-SIGTERM, SIGHUP or Ctrl-C saves the current step and stops with exit status 75; the same command
-then continues. A second Ctrl-C stops at once, without saving, with exit status 130. The exit status
-is 0 after the last step, and 1 after an error.
+SIGTERM, SIGHUP or Ctrl-C saves the current step and stops with exit status 75;
+the same command then continues. A second Ctrl-C stops at once, without saving,
+with exit status 130. The exit status is 0 after the last step, and 1 after an
+error.
 
-A run of several processes, here two on one machine, is the same command in each of them:
+A run of several processes is the same command in each of them, here with two
+processes on one machine:
 
-  python -m train.main --config=configs/quickstart.py --workdir=runs/quickstart \
+  python -m train.main --config=configs/quickstart.py --workdir=runs/mine \
     --coordinator=127.0.0.1:8476 --num_processes=2 --process_id=0  # and 1
 """
 

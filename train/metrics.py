@@ -14,8 +14,8 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto.summary_pb2 import Summary
 
+from dga_jax.files.named_errors import name_file
 from dga_jax.files.whole_file import whole_file
-from train.errors import name_file
 
 FILE_NAME = "metrics.jsonl"
 
@@ -58,7 +58,8 @@ class MetricsWriter:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._file.close()
+    with contextlib.suppress(OSError):  # `write` has flushed all lines, or raised the error.
+      self._file.close()
     self._events.close()
 
 

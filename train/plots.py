@@ -9,7 +9,7 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from train.errors import name_file
+from dga_jax.files.figure import save_figure
 from train.metrics import read_metrics
 
 LOSS_FILE = "loss.png"
@@ -66,8 +66,7 @@ def _plot_loss(path: Path, train: list[dict], held_out: list[dict], title: str) 
     losses = np.array([record["eval_loss"] for record in held_out])
     axes.plot(steps, losses, "o--", color="tab:orange", markersize=4, label="held out")
   axes.legend()
-  with name_file(path):
-    figure.savefig(path)
+  save_figure(figure, path)
 
 
 def _plot_positions(path: Path, held_out: list[dict], title: str) -> None:
@@ -89,14 +88,14 @@ def _plot_positions(path: Path, held_out: list[dict], title: str) -> None:
   axes.set_xscale("log", base=2)
   axes.xaxis.set_major_formatter("{x:.0f}")
   axes.legend()
-  with name_file(path):
-    figure.savefig(path)
+  save_figure(figure, path)
 
 
 def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
   # Without pyplot there is no global state, and no display is needed.
   figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
   axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
-  axes.set_title(textwrap.fill(title, width=90), fontsize=10)
+  # A folder's name may have dollar signs, which begin a formula.
+  axes.set_title(textwrap.fill(title, width=90), fontsize=10, parse_math=False)
   axes.grid(alpha=0.3)
   return figure, axes

@@ -215,6 +215,7 @@ def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair:
       process_index=share,
       process_count=shares,
       repair=repair,
+      fingerprint=start.fingerprint,
     )
   multihost.check_agreement(
     {"the data's fingerprint": data.fingerprint}, "Give all of them the same files."
@@ -224,11 +225,6 @@ def _load_data(start: _Start, workdir: AnyPath, functions: Functions, *, repair:
       f"config.model.vocab_size is {config.model.vocab_size}; the tokenizer has "
       f"{data.tokenizer.vocab_size} entries. Raise config.model.vocab_size to at least that, or "
       "lower config.data.vocab_size, the size of a tokenizer that the run trains."
-    )
-  if start.fingerprint not in (None, data.fingerprint):
-    raise ValueError(
-      "The data files are not those that the run in this workdir was started with. Restore the old "
-      "files, or give another --workdir to start a new run."
     )
   return data
 

@@ -85,12 +85,12 @@ def _visibility(
   [⌊c/m⌋, ⌈c'/m⌉) are the own group of query i, or an empty range for a query without one.
   """
   m, w = config.group_size, config.local_window
-  upto_BxNxL = positions.members_before + positions.is_member
+  upto_BxNxL = positions.members_before + positions.is_member.astype(jnp.int32)
   count_BxNxL = at_document_end(upto_BxNxL, documents) // m
   raw_start_BxNxL = jnp.maximum(positions.members_before // m - w, 0)
   raw_end_BxNxL = jnp.minimum((upto_BxNxL + m - 1) // m + w, count_BxNxL)
   first_BxNxL = positions.section // m
-  focal_upto_BxNxL = positions.focal_before + selection.focal_mask
+  focal_upto_BxNxL = positions.focal_before + selection.focal_mask.astype(jnp.int32)
   window_start_BxNxL = positions.section + raw_start_BxNxL * m
   window_end_BxNxL = positions.section + raw_end_BxNxL * m
   return Visibility(

@@ -77,7 +77,9 @@ def causal_sources(
     empty: whether all windows are empty.
   """
   start_BxL = documents.start
-  end_BxL = start_BxL if empty else start_BxL + documents.position + documents.is_token
+  end_BxL = start_BxL
+  if not empty:
+    end_BxL = start_BxL + documents.position + documents.is_token.astype(jnp.int32)
   none_Bx1xL = jnp.zeros_like(start_BxL)[:, None]
   no_source = KVSource(key[:, :0], value[:, :0], none_Bx1xL, none_Bx1xL)
   window = KVSource(key, value, start_BxL[:, None], end_BxL[:, None])
@@ -105,9 +107,10 @@ def xla_attention(
   if dtype == jnp.float16 and jax.devices()[0].platform != "gpu":
     # The op needs a float16 product with float32 sums, which XLA supports on GPUs alone.
     query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
-  out: Array = jax.nn.dot_product_attention(
-    query, key, value, scale=scale, implementation="xla", **masks
-  )
+  with jax.numpy_dtype_promotion("standard"):  # JAX's function itself needs it for 16 bits.
+    out: Array = jax.nn.dot_product_attention(
+      query, key, value, scale=scale, implementation="xla", **masks
+    )
   return out.astype(dtype)
 
 

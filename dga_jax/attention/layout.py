@@ -98,9 +98,9 @@ def list_positions(selection: Selection, documents: Documents, m: int) -> ListPo
     )
   members_BxNxL = count_before(is_member_BxNxL)
   members_before_BxNxL = members_BxNxL - at_document_start(members_BxNxL, documents)
-  upto_BxNxL = members_before_BxNxL + is_member_BxNxL
+  upto_BxNxL = members_before_BxNxL + is_member_BxNxL.astype(jnp.int32)
   fill_BxNxL = jnp.where(documents.is_last[:, None], -upto_BxNxL % m, 0)
-  slot_BxNxL = count_before(is_member_BxNxL + fill_BxNxL)
+  slot_BxNxL = count_before(is_member_BxNxL.astype(jnp.int32) + fill_BxNxL)
   return ListPositions(
     is_member=is_member_BxNxL,
     focal_before=focal_before_BxNxL,

@@ -97,6 +97,7 @@ class GroupPlan:
         is missing under jit.
     """
     validation.focal_mask(focal_mask)
+    validation.config_type(config)
     if not is_traced(focal_mask):
       focal_mask = jnp.asarray(np.asarray(focal_mask))  # Counted on one device, whatever its mesh.
     B, _, L = focal_mask.shape

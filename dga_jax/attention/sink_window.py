@@ -72,7 +72,7 @@ def prepare_sink_window(documents: Documents, *, sinks: int, window: int) -> Sin
     documents.is_token, jnp.minimum(documents.position + 1, min(sinks, L)), 0
   )
   i_BxL = documents.start + documents.position
-  window_end_BxL = i_BxL + documents.is_token
+  window_end_BxL = i_BxL + documents.is_token.astype(jnp.int32)
   first_BxL = jnp.maximum(i_BxL + 1 - window, documents.start + sinks)
   no_group_BxL = jnp.zeros_like(i_BxL)
   visibility_BxL = Visibility(

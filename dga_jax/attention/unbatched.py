@@ -11,7 +11,7 @@ _REFUSED = {
   "bias": "DGA adds no bias to its logits: groups and focal tokens have no L×L matrix",
   "mask": "pass lengths for right padding and segment_ids for other padding and packed documents;"
   " dga_jax.flax.attention_fn converts masks of padding",
-  "is_causal": "DGA is always causal",
+  "is_causal": "DGAConfig(causal=...) says whether attention is causal",
   "logits_soft_cap": "DGA does not cap its logits",
   "local_window_size": "DGAConfig(local_window=...) sets the window of raw blocks",
   "query_seq_lengths": "pass lengths; queries and keys have the same tokens",

@@ -20,7 +20,7 @@ SegmentIds = Int[IntArray, "B L"] | Sequence[Sequence[int]]
 SequenceIds = Int[IntArray, "L"] | Sequence[int]  # Segment ids of arrays without a batch axis.
 
 
-def query_and_key(query: Array, key: Array) -> None:
+def query_and_key(query: Array | jax.ShapeDtypeStruct, key: Array | jax.ShapeDtypeStruct) -> None:
   """Shapes [B, L, H, D] and [B, L, N, D] with N dividing H, and one float dtype."""
   for name, x in (("query", query), ("key", key)):
     if not hasattr(x, "shape") or x.ndim != 4:
@@ -33,10 +33,17 @@ def query_and_key(query: Array, key: Array) -> None:
   if min(query.shape) == 0 or key.shape[2] == 0:
     raise ValueError(f"query {query.shape} and key {key.shape} must have no empty dimension.")
   if (key.shape[0], key.shape[1], key.shape[3]) != (B, L, D):
-    cross = " Cross-attention, with keys of other tokens, is not supported."
+    hint = ""
+    if key.shape[1] != L and key.shape[2] == H:
+      hint = (
+        " The axes are [batch, length, heads, head_dim]: of arrays [batch, heads, length, head_dim]"
+        " pass jnp.swapaxes(x, 1, 2)."
+      )
+    elif key.shape[1] != L:
+      hint = " Cross-attention, with keys of other tokens, is not supported."
     raise ValueError(
       f"key has shape {key.shape}; beside query {query.shape} it must be [{B}, {L}, KV heads, {D}]."
-      f"{cross if key.shape[1] != L else ''}"
+      f"{hint}"
     )
   if H % key.shape[2]:
     raise ValueError(
@@ -44,6 +51,21 @@ def query_and_key(query: Array, key: Array) -> None:
     )
   if query.dtype != key.dtype:
     raise ValueError(f"key is {key.dtype} and query {query.dtype}; cast them to one dtype.")
+
+
+def config_type(config: object, kinds: tuple[type, ...] = (DGAConfig,)) -> None:
+  """The config is an object of one of these classes.
+
+  Args:
+    config: of the call.
+    kinds: the classes that the function takes.
+  """
+  if not isinstance(config, kinds):
+    got = f"the class {config.__name__}" if isinstance(config, type) else repr(config)
+    raise ValueError(
+      f"config is {got:.80}; it must be a {' or '.join(kind.__name__ for kind in kinds)}, for"
+      " example dga_jax.DGAConfig(group_size=16)."
+    )
 
 
 def value_like_key(value: Array, key: Array) -> None:
@@ -95,6 +117,7 @@ def is_causal(config: DGAConfig, what: str) -> None:
     config: of the call.
     what: names the function, for the message.
   """
+  config_type(config)
   if not config.causal:
     raise ValueError(
       f"config.causal is False; {what} needs causal=True, since later tokens would change earlier"

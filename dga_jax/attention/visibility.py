@@ -66,14 +66,14 @@ def global_visibility(
   slot m·⌊c/m⌋ of the document up to itself.
   """
   m = config.group_size
-  upto_BxNxL = positions.members_before + positions.is_member
+  upto_BxNxL = positions.members_before + positions.is_member.astype(jnp.int32)
   inclusive = config.visibility == "inclusive"
   groups_BxNxL = (upto_BxNxL if inclusive else positions.members_before) // m
   window_end_BxNxL = positions.section + upto_BxNxL
   window_start_BxNxL = positions.section + groups_BxNxL * m
   return Visibility(
     focal_start=at_document_start(positions.focal_before, documents),
-    focal_end=positions.focal_before + selection.focal_mask,
+    focal_end=positions.focal_before + selection.focal_mask.astype(jnp.int32),
     group_start=positions.section // m,
     group_end=positions.section // m + groups_BxNxL,
     window_start=window_start_BxNxL if config.complementary else window_end_BxNxL,
@@ -92,16 +92,20 @@ def streaming_visibility(
   """
   layout, sinks = cache_layout(config), config.sink_tokens
   focal_start_BxL = focal_list_start(documents, blocks, config)
-  group_start_BxL = at_document_start(count_before(documents.is_last * blocks.count), documents)
+  group_start_BxL = at_document_start(
+    count_before(jnp.where(documents.is_last, blocks.count, 0)), documents
+  )
   seen_BxL = layout.compact_blocks(blocks.index)
   i_BxL = documents.start + documents.position
   after_sinks_BxL = documents.is_token & ~blocks.is_sink
-  window_end_BxL = i_BxL + documents.is_token
+  window_end_BxL = i_BxL + documents.is_token.astype(jnp.int32)
   visibility_BxL = Visibility(
     focal_start=focal_start_BxL,
     focal_end=focal_start_BxL
     + jnp.where(
-      after_sinks_BxL, sinks + layout.focal * seen_BxL, (documents.position + 1) * blocks.is_sink
+      after_sinks_BxL,
+      sinks + layout.focal * seen_BxL,
+      jnp.where(blocks.is_sink, documents.position + 1, 0),
     ),
     group_start=group_start_BxL,
     group_end=group_start_BxL + seen_BxL,
@@ -118,5 +122,5 @@ def focal_list_start(
 ) -> Int32[Array, "B L"]:
   """Index, in the row's list of focal tokens, of the first one of each token's document."""
   sinks_BxL = jnp.minimum(documents.length, config.sink_tokens)
-  focal_BxL = documents.is_last * (sinks_BxL + config.focal_in_block * blocks.count)
+  focal_BxL = jnp.where(documents.is_last, sinks_BxL + config.focal_in_block * blocks.count, 0)
   return at_document_start(count_before(focal_BxL), documents)

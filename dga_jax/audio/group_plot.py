@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from matplotlib.figure import Figure
 
 from dga_jax.audio.layer_groups import FOCAL
+from dga_jax.files.figure import save_figure
 
 _BIN_SECONDS = 0.01  # Bins of the share of focal samples.
 _QUIET = 0.05  # Largest RMS of a pause, as a share of the loudest bin's.
@@ -66,11 +66,10 @@ def plot_groups(
     head: layer and KV head whose groups are drawn.
     zoom: begin and end, in seconds, of the part in which groups are drawn.
   """
-  path = Path(path)
   seconds_T = np.arange(len(samples_T)) / sample_rate
   rows = 1 + 2 * len(groups)
   figure = Figure(figsize=(10, 1.6 * rows), layout="constrained", dpi=100)
-  figure.suptitle(title)
+  figure.suptitle(title, parse_math=False)
   panels = figure.subplots(rows, 1)
   panels[0].plot(seconds_T, samples_T, color="#1f4e79", linewidth=0.5)
   panels[0].axvspan(*zoom, color="#2ca02c", alpha=0.25, linewidth=0)
@@ -85,7 +84,7 @@ def plot_groups(
       fontsize=10,
     )
   panels[-1].set_xlabel("seconds")
-  figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+  save_figure(figure, path)
 
 
 def _draw_shares(

@@ -1,11 +1,12 @@
 """Plot of a sound and its continuation: waveform and spectrogram."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
+
+from dga_jax.files.figure import save_figure
 
 _WINDOW_SECONDS = 0.032
 _RANGE_DB = 70  # Dynamic range of the colours, below the loudest bin.
@@ -28,12 +29,11 @@ def plot_continuation(
     sample_rate: samples a second.
     title: of the figure.
   """
-  path = Path(path)
   samples_T = np.concatenate([prompt_T, new_T])
   seconds_T = np.arange(len(samples_T)) / sample_rate
   border = len(prompt_T) / sample_rate
   figure = Figure(figsize=(10, 5.5), layout="constrained", dpi=110)
-  figure.suptitle(title)
+  figure.suptitle(title, parse_math=False)
   wave, spectrum = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2))
   wave.plot(seconds_T, samples_T, color="#1f4e79", linewidth=0.5)
   wave.set(ylabel="amplitude", ylim=(-1.05, 1.05))
@@ -52,4 +52,4 @@ def plot_continuation(
   for text, side, align in (("prompt ", border, "right"), (" continuation", border, "left")):
     wave.annotate(text, (side, 0.97), ha=align, va="top", color="#2ca02c")
   figure.colorbar(image, ax=spectrum, label="power in dB")
-  figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+  save_figure(figure, path)

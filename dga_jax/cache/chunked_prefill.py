@@ -120,7 +120,7 @@ class _Chunk(NamedTuple):
   ) -> "_Chunk":
     """The next `count_B` of at most `tokens` tokens."""
     layout = cache_layout(config)
-    offset_1xT = jnp.arange(tokens)[None]
+    offset_1xT = jnp.arange(tokens, dtype=jnp.int32)[None]
     first_block_B = layout.locate(before.length, before.origin).block
     return cls(
       layout=layout,
@@ -138,7 +138,7 @@ class _Chunk(NamedTuple):
     """The raw window, from the ring and the new tokens; zeros where neither has a token."""
     W, T = ring_BxNxWxD.shape[2], new_BxTxNxD.shape[1]
     length_Bx1, origin_Bx1 = self.before.length[:, None], self.before.origin[:, None]
-    position_BxS = self.base[:, None] + jnp.arange(W + T)[None]
+    position_BxS = self.base[:, None] + jnp.arange(W + T, dtype=jnp.int32)[None]
     slot_BxS = self.layout.locate(position_BxS, origin_Bx1).slot
     index_BxS = jnp.where(position_BxS < length_Bx1, slot_BxS, W + position_BxS - length_Bx1)
     exists_BxS = (position_BxS >= origin_Bx1) & (position_BxS < self.length[:, None])
@@ -151,7 +151,7 @@ class _Chunk(NamedTuple):
     """Focal scores of the Z = s + T tokens from the first block on; 0 where there is no token."""
     s, T = held_BxNxs.shape[2], new_BxTxN.shape[1]
     start_Bx1 = self.layout.block_start(self.first_block, self.before.origin)[:, None]
-    offset_1xZ = jnp.arange(s + T)[None]
+    offset_1xZ = jnp.arange(s + T, dtype=jnp.int32)[None]
     new_BxZ = start_Bx1 + offset_1xZ - self.before.length[:, None]
     index_BxZ = jnp.where(new_BxZ < 0, offset_1xZ, s + new_BxZ)
     is_token_BxZ = start_Bx1 + offset_1xZ < self.length[:, None]
@@ -180,7 +180,7 @@ def _store_blocks(
   layout, (B, T, _, D), N = chunk.layout, query_BxTxHxD.shape, key_BxSxNxD.shape[2]
   size, per_block = layout.block_size, layout.entries_per_block
   begin, K = layout.window * size, T // size + 1
-  block_BxK = chunk.first_block[:, None] + jnp.arange(K)[None]
+  block_BxK = chunk.first_block[:, None] + jnp.arange(K, dtype=jnp.int32)[None]
   end_BxK = layout.block_start(block_BxK + 1, chunk.before.origin[:, None])
   is_complete_BxK = end_BxK <= chunk.length[:, None]
   last_BxK = jnp.where(is_complete_BxK, end_BxK - 1 - chunk.before.length[:, None], 0)
@@ -196,7 +196,7 @@ def _store_blocks(
     query_BxKxHxD, in_blocks(key_BxSxNxD), in_blocks(value_BxSxNxD), config, scores_BxNxKxs
   )
   first_BxK = layout.block_entry(block_BxK, chunk.before.prefix[:, None])
-  entry_BxKxF = first_BxK[..., None] + jnp.arange(per_block)[None, None]
+  entry_BxKxF = first_BxK[..., None] + jnp.arange(per_block, dtype=jnp.int32)[None, None]
   is_complete_BxKxF = jnp.broadcast_to(is_complete_BxK[..., None], entry_BxKxF.shape)
   flat = (B, K * per_block)
   return _put_entries(
@@ -213,7 +213,7 @@ def _put_entries(
 ) -> CompactCache:
   """Writes some of E rows to their compact entries; entries beyond the end are dropped."""
   B, _, C, _ = cache.arrays.compact_key.shape
-  at = (jnp.arange(B)[:, None], slice(None), jnp.where(keep_BxE, entry_BxE, C))
+  at = (jnp.arange(B, dtype=jnp.int32)[:, None], slice(None), jnp.where(keep_BxE, entry_BxE, C))
   return cache.write_compact(at, key_BxExNxD, value_BxExNxD)
 
 
@@ -258,7 +258,7 @@ def _split(
 ) -> tuple[_KeyValue, _KeyValue]:
   """The focal tokens and the groups among the compact entries, each in order."""
   B, C, *_ = compact[0].shape
-  index_BxC = jnp.broadcast_to(jnp.arange(C)[None], (B, C))
+  index_BxC = jnp.broadcast_to(jnp.arange(C, dtype=jnp.int32)[None], (B, C))
 
   def take(entry_BxC: Array) -> _KeyValue:
     return take_positions(compact[0], entry_BxC), take_positions(compact[1], entry_BxC)
@@ -289,6 +289,6 @@ def _store_raw(
   if scores_BxZxN is not None:
     size, block_B = chunk.layout.block_size, chunk.layout.locate(chunk.length, lengths.origin).block
     begin_Bx1 = size * (block_B - chunk.first_block)[:, None]
-    scores_BxsxN = take_positions(scores_BxZxN, begin_Bx1 + jnp.arange(size)[None])
+    scores_BxsxN = take_positions(scores_BxZxN, begin_Bx1 + jnp.arange(size, dtype=jnp.int32)[None])
     arrays = arrays._replace(block_score=scores_BxsxN.swapaxes(1, 2))
   return dataclasses.replace(cache, arrays=arrays, lengths=lengths)

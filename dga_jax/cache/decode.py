@@ -180,7 +180,7 @@ def _append(
   token: TokenCoords,
 ) -> CompactCache:
   """Writes a token of the prefix to its compact entry, another one to its slot of the ring."""
-  row_B = jnp.arange(key_BxNxD.shape[0])
+  row_B = jnp.arange(key_BxNxD.shape[0], dtype=jnp.int32)
   C, W = cache.arrays.compact_key.shape[-2], cache.arrays.raw_key.shape[-2]
   # An index beyond the end writes nothing.
   entry_B = jnp.where(token.in_block, C, token.position)
@@ -227,9 +227,9 @@ def _flush(
     None if scores is None else scores[layer][:, :, None],
   )
   first_B = layout.block_entry(token.block, cache.lengths.prefix[layer])
-  entry_BxF = first_B[:, None] + jnp.arange(layout.entries_per_block)[None]
+  entry_BxF = first_B[:, None] + jnp.arange(layout.entries_per_block, dtype=jnp.int32)[None]
   # An index beyond the end writes nothing.
   C = cache.arrays.compact_key.shape[-2]
   entry_BxF = jnp.where(layout.completes_block(token)[:, None], entry_BxF, C)
-  at = (layer, jnp.arange(len(query_BxHxD))[:, None], slice(None), entry_BxF)
+  at = (layer, jnp.arange(len(query_BxHxD), dtype=jnp.int32)[:, None], slice(None), entry_BxF)
   return cache.write_compact(at, key_Bx1xFxNxD[:, 0], value_Bx1xFxNxD[:, 0])

@@ -4,18 +4,20 @@ The rule itself is `CacheLayout`: index arithmetic on ints or arrays. It is defi
 `pallas_kernels.decode.cache_layout`, because kernels use it too and import nothing of `dga_jax`.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
 
 from dga_jax.attention.streaming_blocks import cache_layout
 from dga_jax.attention.validation import is_causal
-from dga_jax.config import DGAConfig
+from dga_jax.config import AggregationScale, CacheDtypeName, DGAConfig, GroupLogitBias, Selector
 from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask, TokenCoords
 
 __all__ = [
   "CacheLayout",
   "CacheMask",
+  "CacheSettings",
   "CacheSize",
   "TokenCoords",
   "cache_layout",
@@ -34,6 +36,43 @@ class CacheSize(NamedTuple):
   def total(self) -> int:
     """Compact entries and raw slots together."""
     return self.compact + self.raw
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSettings:
+  """The fields of a `DGAConfig` that every call with one cache must share.
+
+  They decide which entries a cache holds and what decoding computes from them. `selection` and the
+  settings of its ranking are not among them: they only choose the prefix of a prompt.
+  """
+
+  group_size: int
+  focal_in_block: int
+  sink_tokens: int
+  local_window: int
+  selector: Selector
+  aggregation_scale: AggregationScale
+  group_logit_bias: GroupLogitBias
+  cache_dtype: CacheDtypeName | None
+
+  @classmethod
+  def from_config(cls, config: DGAConfig) -> "CacheSettings":
+    """The settings of a config."""
+    return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+  def require(self, config: DGAConfig) -> None:
+    """Checks that a config has these settings.
+
+    Raises:
+      ValueError: names the first field that differs, and both values.
+    """
+    for field in dataclasses.fields(self):
+      given, own = getattr(config, field.name), getattr(self, field.name)
+      if given != own:
+        raise ValueError(
+          f"config.{field.name} is {given!r}, and the cache was made with {own!r}; pass the config"
+          " that the cache was made with."
+        )
 
 
 def score_bytes(config: DGAConfig) -> int:

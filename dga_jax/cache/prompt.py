@@ -22,7 +22,7 @@ from dga_jax.attention.validation import (
   value_like_key,
 )
 from dga_jax.cache import validation
-from dga_jax.cache.layout import cache_layout, cache_size
+from dga_jax.cache.layout import cache_layout, cache_size, CacheSettings
 from dga_jax.cache.state import CompactCache, lengths_with_sinks
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheArrays, CacheLengths, pack_rows
@@ -210,7 +210,7 @@ def cache_prompt(
     value_scale=value_scale,
     block_score=None if scores_BxLxN is None else _unfinished(scores_BxLxN, lengths, config),
   )
-  return CompactCache(arrays, lengths, max_length, cache_layout(config))
+  return CompactCache(arrays, lengths, max_length, CacheSettings.from_config(config))
 
 
 def _unfinished(
@@ -220,7 +220,7 @@ def _unfinished(
   layout, L = cache_layout(config), scores_BxLxN.shape[1]
   block_B = layout.locate(lengths.length, lengths.origin).block
   start_B = layout.block_start(block_B, lengths.origin)
-  position_Bxs = start_B[:, None] + jnp.arange(layout.block_size)[None]
+  position_Bxs = start_B[:, None] + jnp.arange(layout.block_size, dtype=jnp.int32)[None]
   index_Bxs = jnp.where(position_Bxs < lengths.length[:, None], position_Bxs, L)
   return take_positions(comparable_scores(scores_BxLxN), index_Bxs).swapaxes(1, 2)
 
@@ -257,7 +257,7 @@ def _interleave(focal_BxrxNxD: Array, group_BxkxNxD: Array, config: DGAConfig) -
 def _concatenate(focal_BxrxNxD: Array, group_BxkxNxD: Array, focal_B: Array) -> Array:
   """Other selections: the focal tokens of each row, then its groups, without a gap."""
   B, r, N, _ = focal_BxrxNxD.shape
-  slot = jnp.arange(r + group_BxkxNxD.shape[1])[None]
+  slot = jnp.arange(r + group_BxkxNxD.shape[1], dtype=jnp.int32)[None]
   source_BxS = jnp.where(slot < focal_B[:, None], slot, slot - focal_B[:, None] + r)
   source_BxNxS = jnp.broadcast_to(source_BxS[:, None], (B, N, source_BxS.shape[1]))
   return take_rows(jnp.concatenate([focal_BxrxNxD, group_BxkxNxD], axis=1), source_BxNxS)
@@ -273,6 +273,8 @@ def ring_index(lengths: CacheLengths, config: DGAConfig, *, none: int) -> Int[Ar
   """The position of the token in each raw slot, `none` for an empty slot."""
   layout = cache_layout(config)
   position_BxW, is_held_BxW = layout.ring_positions(
-    jnp.arange(layout.raw_size)[None], lengths.length[:, None], lengths.origin[:, None]
+    jnp.arange(layout.raw_size, dtype=jnp.int32)[None],
+    lengths.length[:, None],
+    lengths.origin[:, None],
   )
   return jnp.where(is_held_BxW, position_BxW, none)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from dga_jax.cache.layout import cache_layout, cache_size, CacheLayout
+from dga_jax.cache.layout import cache_size, CacheSettings
 from dga_jax.config import DGAConfig
 from pallas_kernels.decode import CacheArrays, CacheLengths, pack_rows
 
@@ -31,13 +31,13 @@ class CompactCache:
     arrays: keys and values. Entries that are not yet written are 0.
     lengths: tokens of each sequence, and what its prefix holds.
     max_length: tokens that the cache was made for; static.
-    layout: of its blocks; static.
+    settings: that every call with this cache must have; static.
   """
 
   arrays: CacheArrays
   lengths: CacheLengths
   max_length: int = dataclasses.field(metadata={"static": True})
-  layout: CacheLayout = dataclasses.field(metadata={"static": True})
+  settings: CacheSettings = dataclasses.field(metadata={"static": True})
 
   @property
   def length(self) -> Int[Array, "*layers B"]:
@@ -123,7 +123,7 @@ def empty_cache(
     arrays,
     lengths_with_sinks(jnp.zeros(batch, jnp.int32), config.sink_tokens),
     max_length,
-    cache_layout(config),
+    CacheSettings.from_config(config),
   )
 
 

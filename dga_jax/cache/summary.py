@@ -74,9 +74,9 @@ def highest(scores: Float[Array, "*B s"], count: int) -> Int[Array, "*B k"]:
   # Either all scores are NaN or none. NaN is not less than NaN, so that the first ones count.
   is_ahead = (other > mine) | (is_before & ~(other < mine))
   is_high = is_ahead.sum(axis=-1) < count
-  rank = jnp.where(is_high, jnp.cumsum(is_high, axis=-1) - 1, count)
+  rank = jnp.where(is_high, jnp.cumsum(is_high, axis=-1, dtype=jnp.int32) - 1, count)
   rank = jnp.broadcast_to(rank[..., None, :], (*scores.shape[:-1], count, scores.shape[-1]))
-  return jnp.where(rank == _iota(rank, -2), _iota(rank, -1), 0).sum(axis=-1)
+  return jnp.where(rank == _iota(rank, -2), _iota(rank, -1), 0).sum(axis=-1, dtype=jnp.int32)
 
 
 def _iota(like: Array, axis: int) -> Array:

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Array
 
 from dga_jax.attention import validation as attention_validation
-from dga_jax.cache.layout import cache_layout, CacheLayout
 from dga_jax.cache.state import CompactCache
 from dga_jax.config import DGAConfig
 
@@ -68,21 +67,8 @@ def new_tokens(
         f" {raw.dtype}{list(shape)}."
       )
   attention_validation.is_causal(config, "a cache")
-  if cache_layout(config) != cache.layout:
-    raise ValueError(
-      f"config has blocks of {_blocks(cache_layout(config))}, and the cache was made for blocks of"
-      f" {_blocks(cache.layout)}; pass the config that the cache was made with."
-    )
-  if (cache.arrays.block_score is None) == (config.selector == "fitted"):
-    raise ValueError(
-      f"config.selector is {config.selector!r}, and the cache was made with another selector; pass"
-      " the config that the cache was made with."
-    )
+  cache.settings.require(config)
   attention_validation.focal_scores(focal_scores, key, config)
-
-
-def _blocks(layout: CacheLayout) -> str:
-  return f"{layout.members} + {layout.focal} tokens with local_window={layout.window}"
 
 
 def room(cache: CompactCache, count: Any, *, layer: Any) -> None:

@@ -18,11 +18,12 @@ def describe_model(model: Decoder) -> dict[str, Any]:
     "num_kv_heads": config.num_kv_heads,
     "dtype": config.dtype,
     "rope_base": config.rope_base,
-    "sha256": _hash_parameters(model),
+    "sha256": hash_parameters(model),
   }
 
 
-def _hash_parameters(model: Decoder) -> str:
+def hash_parameters(model: Decoder) -> str:
+  """SHA-256 of the names, dtypes, shapes and numbers of all parameters, in hexadecimal."""
   digest = hashlib.sha256()
   leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
   for path, leaf in leaves:

@@ -81,12 +81,13 @@ class HeadRises(NamedTuple):
   retrieval: Float[np.ndarray, "K N C"]
 
 
-def open_results(path: Path, settings: Mapping[str, Any]) -> Results:
+def open_results(path: Path, settings: Mapping[str, Any], flag: str = "--output") -> Results:
   """The file of measurements, whose first line holds everything that they depend on.
 
   Args:
     path: a .jsonl file, which is created if it is missing.
     settings: JSON values.
+    flag: that names the file or its folder, for errors.
 
   Raises:
     ValueError: the file was measured with other settings.
@@ -95,14 +96,17 @@ def open_results(path: Path, settings: Mapping[str, Any]) -> Results:
   wanted = json.loads(json.dumps(dict(settings)))  # Lists for tuples, as they are read.
   if "settings" not in results:
     if results.all():
-      raise ValueError(f"{path} is not a file of calibration measurements; give another --output.")
+      raise ValueError(
+        f"{path} does not begin with what its results were measured with; give another {flag}, or "
+        "move the file away."
+      )
     results.add("settings", {"settings": wanted})
   stored = results["settings"]["settings"]
   for name in sorted({*stored, *wanted}):
     if stored.get(name) != wanted.get(name):
       raise ValueError(
         f"{path} was measured with {name}={stored.get(name)!r:.200}, and this run has"
-        f" {name}={wanted.get(name)!r:.200}: repeat the earlier flags, give another --output, or"
+        f" {name}={wanted.get(name)!r:.200}: repeat the earlier flags, give another {flag}, or"
         " delete the file."
       )
   return results

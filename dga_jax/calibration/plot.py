@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from dga_jax.calibration.candidates import label
 from dga_jax.calibration.run import Calibration
 from dga_jax.evaluation.plots import text_colour
+from dga_jax.files.figure import save_figure
 from dga_jax.head_budgets import FULL
 from dga_jax.model.flops import setting_keys
 
@@ -49,9 +50,8 @@ def plot_budgets(result: Calibration, length: int, title: str, path: Path) -> No
   for axes in panels[-1:] if few else panels:
     axes.set_xlabel("layer")
   panels[-1].set_xticks(range(0, layers, 1 if few and layers <= 40 else 4))
-  figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize=11)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, metadata={"Software": None})
+  figure.suptitle("\n".join(textwrap.wrap(title, 100)), fontsize=11, parse_math=False)
+  save_figure(figure, path)
 
 
 def _draw_settings(axes: Axes, result: Calibration, length: int) -> None:

@@ -209,8 +209,8 @@ def _check_binding(path: Path, header: Mapping[str, Any], own: _Binding) -> None
     if stored.get(name) != wanted.get(name):
       raise ValueError(
         f"{path} belongs to a model with {name} {stored.get(name)!r}; this model has"
-        f" {wanted.get(name)!r}. Load the model of the file, with the same --attention, --budgets"
-        " and --dtype, or read the document again."
+        f" {wanted.get(name)!r}. Load the model of the file, with the same --attention, --budgets,"
+        " --dtype and --cache_dtype, or read the document again."
       )
   for name in ("weights", "tokenizer", "chat_template"):
     if getattr(found, name) != getattr(own, name):

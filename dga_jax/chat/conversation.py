@@ -46,7 +46,8 @@ class Conversation:
   def ask(self, text: str, *, sampling: Sampling, max_new_tokens: int) -> Iterator[str]:
     """Says `text` and yields the pieces of the reply.
 
-    A consumer that stops early ends the reply there.
+    A consumer that stops early ends the reply there. After an interruption before the reply the
+    message is not part of the conversation, and the next turn reads all earlier ones again.
 
     Args:
       text: the user's message.
@@ -59,7 +60,12 @@ class Conversation:
     """
     messages = [*self.messages, {"role": "user", "content": text}]
     prompt = render_marked(self._template, messages)
-    self._session.read(self._new_tokens(prompt))
+    new_tokens = self._new_tokens(prompt)
+    try:
+      self._session.read(new_tokens)
+    except BaseException:  # After Ctrl-C the cache may have a part of the message.
+      self._session.clear()
+      raise
     new = self._session.generate(
       sampling, max_new_tokens=max_new_tokens, stop_ids=self._tokenizer.stop_ids
     )

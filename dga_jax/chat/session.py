@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from dga_jax.generation.cache_shapes import content_bytes
 from dga_jax.generation.sampling import NOT_FINITE, sample, Sampling, SamplingParams
 from dga_jax.generation.weights import in_compute_dtype
 from dga_jax.model import Decoder
@@ -159,9 +160,8 @@ class Session:
 
   @property
   def cache_bytes(self) -> int:
-    """Bytes of the keys and values of the cache."""
-    leaves = jax.tree.leaves(self._cache)
-    return sum(x.nbytes for x in leaves if jnp.issubdtype(x.dtype, jnp.floating))
+    """Bytes of the keys and values of the cache, with the scales of entries in 8 bits."""
+    return content_bytes(self._cache)
 
   def _read_chunk(self, tokens: Sequence[int], size: int) -> None:
     chunk_1xT = np.zeros((1, size), np.int32)

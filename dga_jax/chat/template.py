@@ -22,7 +22,7 @@ from typing import Any
 import tokenizers
 
 from dga_jax.chat.sandbox import Sandbox, TemplateError
-from dga_jax.tokenizer import Tokenizer
+from dga_jax.tokenizer import encode_texts, Tokenizer
 
 _MAX_SOURCE = 1 << 20  # Characters of a template; the largest known ones have some 30 thousand.
 _DEFAULT, _TOOL_USE = "default", "tool_use"
@@ -284,9 +284,13 @@ class ChatEncoder:
     return broken
 
   def encode(self, text: str) -> list[int]:
-    """Token ids; special tokens with `_BREAK` inside are ordinary characters."""
+    """Token ids; special tokens with `_BREAK` inside are ordinary characters.
+
+    Raises:
+      ValueError: the text has a lone surrogate, or a character that has no token.
+    """
     renamed = self._pattern.sub(lambda match: _NAME + match[0], text)
-    ids: list[int] = self._backend.encode(renamed.replace(_BREAK, ""), add_special_tokens=False).ids
+    (ids,) = encode_texts(self._backend, [renamed.replace(_BREAK, "")])
     return ids
 
 

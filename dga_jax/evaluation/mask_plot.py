@@ -12,6 +12,7 @@ from matplotlib.patches import Patch
 
 from dga_jax.analyse import merge_weights, Seen, visibility
 from dga_jax.attention.plan import GroupPlan
+from dga_jax.files.figure import save_figure
 
 _COLOURS = {
   Seen.UNSEEN: "#f0f0f0",
@@ -61,8 +62,7 @@ def plot_masks(
   figure.colorbar(image, ax=panels[1, :], label="weight in the group", extend="max")
   patches = [Patch(color=_COLOURS[code], label=_LABELS[code]) for code in Seen]
   figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
-  # Matplotlib names its own web address in the metadata of a PNG.
-  figure.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+  save_figure(figure, path)
 
 
 def salient_tokens(

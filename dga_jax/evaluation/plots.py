@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dga_jax.evaluation.scores import Z95
+from dga_jax.files.figure import save_figure
 
 _COLOURS = 10  # Of matplotlib's default cycle.
 _MARKERS = "osD^vP*X<>d"  # Eleven, so that 110 styles differ in colour or marker.
@@ -71,7 +72,7 @@ def plot_perplexity_by_position(
       axes.fill_between(middles, low, high, color=style["color"], alpha=0.12, linewidth=0)
   _choose_scale(axes)
   _legend(axes)
-  figure.savefig(path)
+  save_figure(figure, path)
 
 
 def plot_restart(results: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -105,7 +106,7 @@ def plot_restart(results: Sequence[Mapping[str, Any]], path: Path, *, title: str
     )
   _use_log_axis(axes, contexts, "{:.0f}".format)
   _legend(axes)
-  figure.savefig(path)
+  save_figure(figure, path)
 
 
 def plot_against_share(
@@ -157,7 +158,7 @@ def plot_against_share(
   else:
     _choose_scale(axes)
   _legend(axes)
-  figure.savefig(path)
+  save_figure(figure, path)
 
 
 def plot_retrieval(results: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -173,7 +174,7 @@ def plot_retrieval(results: Sequence[Mapping[str, Any]], path: Path, *, title: s
   _draw_shares(axes, results, "length", shift=lambda x, place: x * _SHIFT**place)
   _use_log_axis(axes, {result["length"] for result in results}, "{:.0f}".format)
   _legend(axes)
-  figure.savefig(path)
+  save_figure(figure, path)
 
 
 def plot_by_depth(results: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -194,7 +195,7 @@ def plot_by_depth(results: Sequence[Mapping[str, Any]], path: Path, *, title: st
   _draw_shares(axes, results, "depth", shift=lambda x, place: x + 0.004 * place)
   axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
   _legend(axes)
-  figure.savefig(path)
+  save_figure(figure, path)
 
 
 def plot_by_layer(
@@ -227,7 +228,7 @@ def plot_by_layer(
     axes.axhline(value, color="black", linestyle="--" if "dense" in name else ":", label=name)
   axes.xaxis.set_major_locator(MaxNLocator(integer=True))
   _legend(axes)
-  figure.savefig(path)
+  save_figure(figure, path)
 
 
 def _plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -240,7 +241,7 @@ def _plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, title: str
   figure = Figure(
     figsize=(max(6.0, 0.8 + columns * width), 0.9 + rows * height), dpi=120, layout="constrained"
   )
-  figure.suptitle(title, fontsize=10)
+  figure.suptitle(title, fontsize=10, parse_math=False)
   for place, name in enumerate(names):
     axes = figure.add_subplot(rows, columns, place + 1)
     own = {(r["depth"], r["length"]): r["share"] for r in results if r["variant"] == name}
@@ -251,7 +252,7 @@ def _plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, title: str
         colour = text_colour([float(part) for part in image.to_rgba(share)[:3]])
         label = f"{100 * share:.0f}"
         axes.text(column, row, label, ha="center", va="center", fontsize=8, color=colour)
-    axes.set_title(textwrap.fill(name, width=int(12 * width)), fontsize=8)
+    axes.set_title(textwrap.fill(name, width=int(12 * width)), fontsize=8, parse_math=False)
     axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=7)
     axes.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=7)
     axes.tick_params(labelleft=place % columns == 0)
@@ -261,7 +262,7 @@ def _plot_heat_maps(results: Sequence[Mapping[str, Any]], path: Path, title: str
       axes.set_xlabel("Length (tokens)", fontsize=8)
   percent = PercentFormatter(xmax=1, symbol=" %")
   figure.colorbar(image, ax=figure.axes, label="Answered right", format=percent, shrink=0.8)
-  figure.savefig(path)
+  save_figure(figure, path)
 
 
 def text_colour(background: Sequence[float]) -> str:
@@ -324,7 +325,7 @@ def _figure(x_label: str, y_label: str, title: str) -> tuple[Figure, Axes]:
   # A figure made without pyplot has no global state and needs no display.
   figure = Figure(figsize=(9, 5.2), dpi=120, layout="constrained")
   axes = figure.add_subplot(xlabel=x_label, ylabel=y_label)
-  axes.set_title(textwrap.fill(title, width=100), fontsize=10)
+  axes.set_title(textwrap.fill(title, width=100), fontsize=10, parse_math=False)
   axes.grid(alpha=0.3)
   return figure, axes
 
@@ -370,4 +371,6 @@ def _choose_scale(axes: Axes) -> None:
 
 
 def _legend(axes: Axes) -> None:
-  axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+  legend = axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+  for text in legend.get_texts():  # Names of variants may have dollar signs.
+    text.set_parse_math(False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dga_jax.evaluation import plots
+from dga_jax.files.whole_file import whole_file
 
 type _Results = Sequence[Mapping[str, Any]]
 
@@ -28,7 +29,8 @@ def write(
   shown = [r for r in own if plotted is None or r["variant"] in plotted]
   table, *drawn = _WRITERS[task](own, shown, out)
   path = out / f"{task}.md"
-  path.write_text(f"{table}\n", encoding="utf-8")
+  with whole_file(path) as partial:
+    partial.write_text(f"{table}\n", encoding="utf-8")
   return [path, *drawn]
 
 

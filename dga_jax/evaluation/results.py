@@ -1,5 +1,6 @@
 """A file of results as JSON lines, so that an interrupted run continues with missing results."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from dga_jax.files.named_errors import name_file
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "dga-jax")
 
@@ -55,13 +58,33 @@ class Results:
     return list(self._results.values())
 
   def add(self, key: str, result: Mapping[str, Any]) -> None:
-    """Appends a result; it is on disk when this returns."""
-    self._results[key] = {"key": key, **result}
+    """Appends a result; it is on disk when this returns, and after an error nothing of it is.
+
+    Raises:
+      OSError: the file could not be written.
+      ValueError: the result has a number that is NaN or infinite.
+    """
+    added = {"key": key, **result}
+    line = (json.dumps(added, allow_nan=False) + "\n").encode()
     self._path.parent.mkdir(parents=True, exist_ok=True)
-    with self._path.open("a", encoding="utf-8") as file:
-      file.write(json.dumps(self._results[key], allow_nan=False) + "\n")
-      file.flush()
-      os.fsync(file.fileno())
+    size = self._path.stat().st_size if self._path.exists() else None
+    try:
+      with name_file(self._path), self._path.open("ab") as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError:
+      self._restore(size)
+      raise
+    self._results[key] = added
+
+  def _restore(self, size: int | None) -> None:
+    """Gives the file the size that it had, None for no file."""
+    with contextlib.suppress(OSError):  # The caller raises the error of writing.
+      if size is None:
+        self._path.unlink(missing_ok=True)
+      else:
+        os.truncate(self._path, size)
 
   def _read(self) -> None:
     *lines, rest = self._path.read_bytes().split(b"\n")

@@ -13,6 +13,7 @@ from flax import nnx
 
 from dga_jax.checkpoint import abstract_decoder
 from dga_jax.evaluation.answers import Answers
+from dga_jax.generation.cache_shapes import content_bytes
 from dga_jax.model import Decoder, ModelConfig, weight_name
 from dga_jax.model.attention_kinds.token_selection import HeadShape, TokenSelectionAttention
 from dga_jax.model.config import ATTENTION_SETTINGS
@@ -203,7 +204,6 @@ def measure_budget(graphdef: nnx.GraphDef, params: Any, length: int) -> Budget:
     tokens = jnp.zeros((1, length), jnp.int32)
     return nnx.merge(graphdef, params).prefill(tokens, max_length=length)[1].layers
 
-  arrays = jax.tree.leaves(jax.eval_shape(prefill, params))
-  size = sum(x.size * x.dtype.itemsize for x in arrays if jnp.issubdtype(x.dtype, jnp.floating))
+  size = content_bytes(jax.eval_shape(prefill, params))
   keys = size / entry
   return Budget(keys=keys, share=keys / length, bytes=size, read_share=keys / length)

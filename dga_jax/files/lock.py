@@ -30,11 +30,14 @@ def hold_workdir(workdir: AnyPath) -> Iterator[None]:
 
   Raises:
     LockedError: another process writes to it.
+    NotADirectoryError: it is a file.
   """
   if is_gcs(workdir):
     logging.warning("%s has no locks: do not start a second run there.", workdir)
     yield
     return
+  if workdir.exists() and not workdir.is_dir():
+    raise NotADirectoryError(f"{workdir} is a file; it must be a folder. Give another --workdir.")
   try:
     with hold_lock(workdir / _WORKDIR_LOCK):
       yield
@@ -53,19 +56,22 @@ def hold_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
   file that is left over locks nothing. Where the file system has no locks, a warning is logged.
 
   Args:
-    path: the lock's file, created if missing. While locked it names its holder.
+    path: the lock's file, created if missing. While locked it names its holder, unless the disk is
+      full.
     wait: wait for another holder to finish, in place of an error.
 
   Raises:
     LockedError: another process holds the lock and `wait` is False; the message names the holder.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("a+") as file:
+  # Without a buffer, `close` does not repeat a write that has failed.
+  with path.open("ab+", buffering=0) as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
-      message = f"{path} is locked by {file.read(200).strip() or 'another process'}"
+      holder = file.read(200).decode(errors="replace").strip()
+      message = f"{path} is locked by {holder or 'another process'}"
       if not wait:
         raise LockedError(message) from error
       logging.info("Waiting: %s.", message)
@@ -75,7 +81,9 @@ def hold_lock(path: Path, *, wait: bool = False) -> Iterator[None]:
         raise
       logging.warning("%s cannot be locked (%s).", path, error.strerror)
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    try:
+      file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError as error:  # On a full disk the lock holds without the name.
+      logging.warning("%s cannot be written (%s).", path, error.strerror)
     yield
     file.truncate(0)

@@ -50,13 +50,15 @@ def xla_options(job: Job) -> dict[str, bool | int]:
 def compile_jobs(jobs: Sequence[Job], progress: Progress) -> dict[str, Any]:
   """The compiled program of each job, by name.
 
-  Python traces one program after another. XLA compiles each in a thread of its own.
+  Python traces one program after another. XLA compiles each in a thread of its own. After an error
+  or Ctrl-C the jobs that have not begun are dropped.
 
   Args:
     jobs: with different names.
     progress: iterates over the jobs while they finish, for example with a progress bar.
   """
-  with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+  pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+  try:
     running = {
       job.name: pool.submit(
         jax.jit(job.function, donate_argnums=job.donate).lower(*job.shapes).compile,
@@ -65,3 +67,5 @@ def compile_jobs(jobs: Sequence[Job], progress: Progress) -> dict[str, Any]:
       for job in jobs
     }
     return {job.name: running[job.name].result() for job in progress(jobs)}
+  finally:
+    pool.shutdown(cancel_futures=True)

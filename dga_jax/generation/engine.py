@@ -171,7 +171,7 @@ class Engine:
         self._changed.notify_all()
 
   def read_ahead(self, tokens: Sequence[int]) -> None:
-    """Reads tokens when no prompt waits, and keeps their cache for a prompt that begins with them.
+    """Reads tokens while no prompt waits, and keeps their cache for a prompt that begins with them.
 
     For an answer that is over after some of its tokens, when the slot's cache has more of them.
     Without room for kept caches it does nothing. Of many calls the engine remembers the last ones.
@@ -230,8 +230,7 @@ class Engine:
     self._state: BatchState | None = None
     self.chunks = 0
     self._kept.clear()
-    if self._reader is not None:
-      self._reader.drop()
+    self._drop_reading()
 
   @property
   def busy(self) -> bool:
@@ -248,7 +247,7 @@ class Engine:
     self._decode()
     # The device computes the newest entry while the host reads the older ones.
     while self._dispatched and (len(self._dispatched) > 1 or not self._owner):
-      emitted += self._collect(self._dispatched.popleft())
+      emitted += [self._emit(*result) for result in self._dispatched.popleft().read()]
     return emitted
 
   def _run(self) -> None:
@@ -268,6 +267,8 @@ class Engine:
 
   def _read(self) -> bool:
     """Does the next work on a waiting prompt; returns whether there was any."""
+    if self._reading is not None and self._reading.number < 0 and self._waiting:
+      self._drop_reading()  # A prompt does not wait for what is read ahead.
     if self._reading is None:
       task = self._next_to_read()
       if task is None:
@@ -332,10 +333,6 @@ class Engine:
         self._copy_row(slot, task)  # Another request may get the slot before the tokens arrive.
         del self._owner[slot]
 
-  def _collect(self, dispatched: Dispatched) -> list[Emitted]:
-    """Waits for dispatched tokens and delivers them."""
-    return [self._emit(*result) for result in dispatched.read()]
-
   def _emit(
     self,
     task: Task,
@@ -385,11 +382,14 @@ class Engine:
       for task in cancelled:
         if task in self._waiting:
           self._waiting.remove(task)
-    for task in cancelled:
-      if task is self._reading and self._reader is not None:
-        self._reading = None
-        self._reader.drop()
+    if self._reading in cancelled:
+      self._drop_reading()
     return [self._emit(task, [], "cancelled", []) for task in cancelled]
+
+  def _drop_reading(self) -> None:
+    self._reading = None
+    if self._reader is not None:
+      self._reader.drop()
 
   def _end_all(self, finish: FinishReason) -> None:
     """Ends every request, and drops all caches."""

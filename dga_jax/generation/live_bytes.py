@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from dga_jax.cache.layout import cache_layout
+from dga_jax.choices import CacheDtypeName
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import FULL, HeadSetting, SinkWindow
 from dga_jax.model.config import ModelConfig
@@ -52,14 +53,21 @@ def _settings(config: ModelConfig) -> dict[HeadSetting, int]:
 
 def _head_bytes(setting: HeadSetting, config: ModelConfig, length: int) -> int:
   """Bytes of one KV head of one layer."""
-  entry = 2 * config.head_dim * jnp.dtype(config.dtype).itemsize
-  if isinstance(setting, SinkWindow):
-    return min(length, setting.sinks + setting.window - 1) * entry
   if not isinstance(setting, DGAConfig):
+    budgets = config.head_budgets if config.attention == "head_budgets" else None
+    entry = _entry_bytes(config, None if budgets is None else budgets.cache_dtype)
+    if isinstance(setting, SinkWindow):
+      return min(length, setting.sinks + setting.window - 1) * entry
     return length * entry
   layout, sinks = cache_layout(setting), setting.sink_tokens
   token = layout.locate(length, sinks)
   compact = int(layout.earlier_blocks(token, prefix=sinks).compact_end)
   raw = int(layout.raw_tokens(token)) if token.in_block else 0
-  small = entry if setting.cache_dtype is None else 2 * (config.head_dim + _SCALE_BYTES)
-  return compact * small + raw * entry
+  return compact * _entry_bytes(config, setting.cache_dtype) + raw * _entry_bytes(config, None)
+
+
+def _entry_bytes(config: ModelConfig, cache_dtype: CacheDtypeName | None) -> int:
+  """Bytes of a key and its value."""
+  if cache_dtype is None:
+    return 2 * config.head_dim * jnp.dtype(config.dtype).itemsize
+  return 2 * (config.head_dim + _SCALE_BYTES)

@@ -66,9 +66,8 @@ def mean_keys(config: ModelConfig, context_length: int) -> float:
 def cache_keys(config: ModelConfig, max_length: int) -> float:
   """Keys that the cache of a sequence holds, averaged over the KV heads of all layers.
 
-  Times 2·layers·N·D and the bytes of a number this is the size of the cache: of compact caches that
-  are not stored in 8 bits, and of dense ones. For attention="dense", "head_budgets", and "dga" with
-  streaming selection.
+  Times 2·layers·N·D and the bytes of a number this is the size of the cache, unless it has entries
+  in 8 bits. For attention="dense", "head_budgets", and "dga" with streaming selection.
 
   Args:
     config: of the model.

@@ -53,7 +53,8 @@ class _Choice:
   stream: TextStream
   tokens: list[int] = dataclasses.field(default_factory=list)
   cached_tokens: int = 0
-  first_time: float = 0.0
+  first_time: float = 0.0  # Of the first tokens from the engine; 0 before them.
+  last_time: float = 0.0
   ended: bool = False
 
 
@@ -82,13 +83,14 @@ class Answers:
     self._served, self._per_prompt, self._metrics = served, choices, metrics
     self._begin = time.perf_counter()
     self._loop = asyncio.get_running_loop()
-    self._queue: asyncio.Queue[tuple[int, Emitted]] = asyncio.Queue()
+    self._queue: asyncio.Queue[tuple[int, Emitted, float]] = asyncio.Queue()
     self._choices: list[_Choice] = []
+    self._closed = False
     for index, request in enumerate(requests):
       try:
         number = served.engine.submit(request, functools.partial(self._deliver, index))
       except (QueueFullError, EngineStoppedError) as error:
-        self.cancel()
+        self._cancel()
         raise _refusal(error) from error
       stream = TextStream(served.tokenizer, stops)
       self._choices.append(_Choice(number, request, stream))
@@ -100,17 +102,27 @@ class Answers:
       APIError: the engine has failed, or logits are not finite.
     """
     while not all(choice.ended for choice in self._choices):
-      index, emitted = await self._queue.get()
+      index, emitted, time_of_tokens = await self._queue.get()
       choice = self._choices[index]
       if choice.ended:
         continue
       if emitted.finish in ("not_finite", "failed", "cancelled"):
         raise _failure(emitted)
+      choice.last_time = time_of_tokens
+      choice.first_time = choice.first_time or time_of_tokens
       yield self._delta(index, choice, emitted)
-    self._observe()
 
-  def cancel(self) -> None:
-    """Ends the choices that have not ended."""
+  def close(self) -> None:
+    """Ends the choices that have not ended, and adds all to the metrics; again it does nothing.
+
+    A choice that ends early, because its client has left, counts with its tokens so far.
+    """
+    if not self._closed:
+      self._closed = True
+      self._cancel()
+      self._observe()
+
+  def _cancel(self) -> None:
     for choice in self._choices:
       if not choice.ended:
         choice.ended = True
@@ -135,13 +147,12 @@ class Answers:
 
   def _deliver(self, index: int, emitted: Emitted) -> None:
     """On the engine's thread."""
+    now = time.perf_counter()
     if not self._loop.is_closed():
-      self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, emitted))
+      self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, emitted, now))
 
   def _delta(self, index: int, choice: _Choice, emitted: Emitted) -> Delta:
     choice.cached_tokens = emitted.cached_tokens
-    if emitted.tokens and not choice.tokens:
-      choice.first_time = time.perf_counter()
     text, count = "", 0
     for token in emitted.tokens:
       text += choice.stream.add(token)
@@ -163,16 +174,16 @@ class Answers:
     return Delta(index, text, tokens, logprobs, finish, emitted.prompt_logprobs)
 
   def _observe(self) -> None:
-    name, end = self._served.name, time.perf_counter()
+    name = self._served.name
     for i, choice in enumerate(self._choices):
       self._metrics.new_tokens.labels(name).inc(len(choice.tokens))
-      if i % self._per_prompt == 0:
+      if i % self._per_prompt == 0 and choice.first_time:
         self._metrics.prompt_tokens.labels(name).inc(len(choice.request.prompt))
         self._metrics.cached_tokens.labels(name).inc(choice.cached_tokens)
       if choice.tokens:
         self._metrics.first_token.labels(name).observe(choice.first_time - self._begin)
       if len(choice.tokens) > 1:
-        seconds = (end - choice.first_time) / (len(choice.tokens) - 1)
+        seconds = (choice.last_time - choice.first_time) / (len(choice.tokens) - 1)
         self._metrics.between_tokens.labels(name).observe(seconds)
 
 

@@ -111,6 +111,7 @@ class _Handlers:
         tokens = await asyncio.to_thread(served.encode_text, given)
         echo = Echo(given, tokens[len(served.tokenizer.start_ids) :])
       else:
+        served.check_ids(given)
         tokens = list(given)
         echo = Echo(served.tokenizer.decode(given) if parameters.echo else "", tokens)
       prompts.append(Prompt(tokens, logprobs=parameters.echo and wants_logprobs))

@@ -144,6 +144,7 @@ async def _events(
       yield chunk([], last=True)
   except APIError as error:
     yield _event(to_json(error.body()))
+  answers.close()  # Before the end of the stream, so that a client can read the metrics after it.
   yield _event(b"[DONE]")
 
 
@@ -163,7 +164,7 @@ class _Stream(StreamingResponse):
     try:
       await super().__call__(scope, receive, send)
     finally:
-      self._answers.cancel()
+      self._answers.close()
 
 
 async def _unless_disconnected(
@@ -175,7 +176,7 @@ async def _unless_disconnected(
     await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
     return work.result() if work.done() else Response(status_code=499)
   finally:
-    answers.cancel()
+    answers.close()
     for task in (work, gone):
       task.cancel()
       with contextlib.suppress(asyncio.CancelledError, APIError):

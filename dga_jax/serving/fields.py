@@ -1,6 +1,5 @@
 """The fields of a request's JSON object, read one by one and checked."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,11 +37,11 @@ class Fields:
     return value
 
   def number(self, name: str, default: float, least: float, most: float) -> float:
-    """A finite number in a range, or the default."""
+    """A number in a range, or the default. NaN is outside every range."""
     value = self._left.pop(name, None)
     if value is None:
       return default
-    if type(value) not in (int, float) or not (math.isfinite(value) and least <= value <= most):
+    if type(value) not in (int, float) or not least <= value <= most:
       raise _wrong(name, value, f"a number from {least:g} to {most:g}")
     return float(value)
 

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -61,6 +62,29 @@ async def _read_body(http: Request, max_bytes: int) -> bytes:
   return bytes(body)
 
 
+def read_api_key(flag: str | None, environment: Mapping[str, str]) -> str | None:
+  """The key that clients must send; None to serve without a key.
+
+  Args:
+    flag: the value of --api_key; None if it is not given.
+    environment: has the key as DGA_API_KEY where the flag is not given.
+
+  Raises:
+    ValueError: the key is empty, or clients cannot send it.
+  """
+  key, name = (
+    (environment.get("DGA_API_KEY"), "$DGA_API_KEY") if flag is None else (flag, "--api_key")
+  )
+  if key == "":
+    raise ValueError(f"{name} is empty; give a key, or leave {name} out to serve without a key.")
+  if key is not None and not (key.isascii() and key.isprintable() and key == key.strip()):
+    raise ValueError(
+      f"{name} has characters that clients cannot send in a header; give printable ASCII without"
+      " spaces around it."
+    )
+  return key
+
+
 def _no_constant(name: str) -> None:
   raise ValueError(f"{name} is not a JSON value")
 
@@ -84,14 +108,22 @@ class Guard:
       await self._app(scope, receive, send)
       return
     path = scope["path"] if scope["path"] in _PATHS else "other"
+    answered = False
 
     async def counted(message: Any) -> None:
+      nonlocal answered
       if message["type"] == "http.response.start":
+        answered = True
         self._metrics.requests.labels(path, message["status"]).inc()
       await send(message)
 
     if self._allows(scope):
-      await self._app(scope, receive, counted)
+      try:
+        await self._app(scope, receive, counted)
+      except Exception:
+        if not answered:  # Starlette answers 500, outside of this middleware.
+          self._metrics.requests.labels(path, 500).inc()
+        raise
     else:
       error = APIError(401, "The API key is missing or wrong: send Authorization: Bearer KEY.")
       await error.response()(scope, receive, counted)

@@ -11,13 +11,14 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dga_jax.choices import AttentionName, DtypeName, WeightName
+from dga_jax.choices import AttentionName, CacheDtypeName, DtypeName, WeightName
 from dga_jax.generation import Engine
 from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
 from dga_jax.generation.compile_jobs import Progress
 from dga_jax.generation.weights import compute_weights, fits_weights
 from dga_jax.head_budgets import HeadBudgets
 from dga_jax.loading import load_with_facts, Loaded
+from dga_jax.model.sharded_attention import splits_heads
 from dga_jax.serving.served_model import ServedModel
 from dga_jax.sharding import make_mesh, MeshConfig
 
@@ -58,6 +59,7 @@ def load_models(
   dtype: DtypeName | None,
   budgets: Mapping[str, HeadBudgets] | None = None,
   weights: WeightName | None = None,
+  cache_dtype: CacheDtypeName | None = None,
   settings: LaunchSettings,
   progress: Progress,
 ) -> list[ServedModel]:
@@ -75,16 +77,20 @@ def load_models(
     dtype: of the activations; None for the checkpoint's.
     budgets: the setting of each KV head by name, in place of attention kinds; None for none.
     weights: the dtype of weights in 8 bits; None for weights in `dtype`.
+    cache_dtype: of caches in 8 bits, see `dga_jax.load`; None for that of the model or of budgets.
     settings: of the engines.
     progress: shows the compilation.
 
   Raises:
     CheckpointError: the checkpoint is missing or damaged.
-    ValueError: an attention kind is unknown or reads prompts whole, or the caches do not fit.
+    ValueError: an attention kind is unknown, given twice, reads prompts whole or has no cache in 8
+      bits, or the caches do not fit.
   """
   for attention in attentions:
     if attention is not None and attention not in get_args(AttentionName):
       raise ValueError(f"attention is {attention!r}; it must be one of {get_args(AttentionName)}.")
+  if len(set(attentions)) < len(attentions):
+    raise ValueError(f"attention is {list(attentions)!r}; name each kind once.")
   base = name or Path(workdir).resolve().name
   models: list[ServedModel] = []
   shared: nnx.State | None = None
@@ -101,6 +107,7 @@ def load_models(
       dtype=dtype,
       budgets=heads,
       weights=weights,
+      cache_dtype=cache_dtype,
       parts=1 if settings.mesh is None else settings.mesh.shape["tensor"],
     )
     own = loaded.model.config.head_budgets
@@ -114,6 +121,7 @@ def load_models(
         tokenizer=loaded.tokenizer,
         template=loaded.tokenizer.chat_template,
         created=int(time.time()),
+        trained_length=loaded.trained_length,
       )
     )
   return models
@@ -132,21 +140,30 @@ def parse_mesh(text: str | None) -> Mesh | None:
     raise ValueError(f"mesh is {text!r}; it must be tensor=N with a number of devices N.")
   count, devices = int(match[1]), jax.devices()
   if count > len(devices):
-    raise ValueError(f"mesh is {text!r}, but there are {len(devices)} devices.")
+    raise ValueError(
+      f"mesh is {text!r}, but the number of JAX's devices is {len(devices)}; use at most"
+      f" tensor={len(devices)}, or leave mesh out for one device."
+    )
   return make_mesh(MeshConfig(data=1, tensor=count), devices[:count])
 
 
 def describe(model: ServedModel, settings: LaunchSettings) -> str:
-  """One line: the model, its slots and the bytes of their caches."""
+  """One line: the model, its slots, the bytes of their caches, and what a user may not expect."""
   engine = model.engine
   slot, dense = (
     engine.programs.shapes.row_bytes,
     dense_bytes(engine.config, engine.max_length),
   )
-  chat = "" if model.template else "; without a chat template: /v1/completions only"
+  notes = [] if model.template else ["without a chat template: /v1/completions only"]
+  if model.trained_length is not None and engine.max_length > model.trained_length:
+    notes.append(f"trained on at most {model.trained_length} tokens, and may not use the rest well")
+  parts = 1 if settings.mesh is None else settings.mesh.shape["tensor"]
+  if not splits_heads(engine.config.make_attention(), engine.config.num_kv_heads, parts):
+    notes.append(f"{parts} devices do not divide the KV heads: each has the whole cache")
   return (
     f"{model.name}: {settings.slots} slots of {engine.max_length} tokens,"
-    f" {slot / 1e6:.1f} MB of cache each, dense would be {dense / 1e6:.1f} MB{chat}"
+    f" {slot / 1e6:.1f} MB of cache each, dense would be {dense / 1e6:.1f} MB"
+    + "".join(f"; {note}" for note in notes)
   )
 
 

@@ -20,6 +20,7 @@ class ServedModel:
     tokenizer: of the model.
     template: of its conversations; None if it has none.
     created: seconds since 1970.
+    trained_length: tokens of the longest context of the training; None if it is unknown.
   """
 
   name: str
@@ -27,6 +28,7 @@ class ServedModel:
   tokenizer: Tokenizer
   template: ChatTemplate | None
   created: int
+  trained_length: int | None = None
 
   def encode_text(self, text: str) -> list[int]:
     """The tokens of a prompt, with the model's start tokens.
@@ -38,6 +40,19 @@ class ServedModel:
       return [*self.tokenizer.start_ids, *self.tokenizer.encode(text)]
     except ValueError as error:
       raise invalid("prompt", f"prompt: {error}") from error
+
+  def check_ids(self, ids: Sequence[int]) -> None:
+    """Checks the token ids of a prompt.
+
+    Raises:
+      APIError: the model has no such token.
+    """
+    V = self.engine.config.vocab_size
+    wrong = next((one for one in ids if not 0 <= one < V), None)
+    if wrong is not None:
+      raise invalid(
+        "prompt", f"prompt has the token id {wrong!r:.40}; this model has ids from 0 to {V - 1}."
+      )
 
   def encode_messages(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
     """The tokens of a conversation, and the positions where later requests may continue.

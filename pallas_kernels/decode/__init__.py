@@ -17,6 +17,7 @@ from pallas_kernels.decode.cache_arrays import (
   HeadCache,
   TokenArrays,
   TokenHeads,
+  TokenRows,
 )
 from pallas_kernels.decode.cache_layout import CacheLayout, CacheMask, TokenCoords
 from pallas_kernels.decode.quantise import pack_rows, unpack_rows
@@ -33,6 +34,7 @@ __all__ = [
   "TokenArrays",
   "TokenCoords",
   "TokenHeads",
+  "TokenRows",
   "decode_attention",
   "dense_step",
   "has_heads_kernel",

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
@@ -13,6 +14,7 @@ from pallas_kernels.decode.cache_arrays import (
   CompactHeads,
   GroupBias,
   HeadCache,
+  TokenRows,
 )
 from pallas_kernels.decode.cache_layout import CacheMask
 from pallas_kernels.triton_common import head_refusal
@@ -114,30 +116,25 @@ def dense_step(
   query: Float[Array, "B H D"],
   key: Float[Array, "B N D"],
   value: Float[Array, "B N D"],
-  cached_key: Float[Array, "layers B N M D"],
-  cached_value: Float[Array, "layers B N M D"],
+  tokens: TokenRows,
   length: Int[Array, "layers B"],
   layer: Int[Array, ""] | int,
   *,
   scale: float,
   implementation: dispatch.Implementation = None,
-) -> tuple[
-  Float[Array, "B H D"],
-  Float[Array, "layers B N M D"],
-  Float[Array, "layers B N M D"],
-  Int[Array, "layers B"],
-]:
+) -> tuple[Float[Array, "B H D"], TokenRows, Int[Array, "layers B"]]:
   """Appends a token to every sequence and attends to all tokens of the sequence, itself included.
 
   out_h = Σ_s softmax_s(scale · q_h·k_ns) v_ns over the tokens s, KV head n = ⌊h / (H/N)⌋. The
-  softmax statistics are float32.
+  softmax statistics are float32. Of rows in 8 bits, those of the new token included, the stored
+  numbers times their scale are read.
 
   Args:
-    query: of the new tokens; any float dtype, the dtype of all arrays.
+    query: of the new tokens; any float dtype, the dtype of all arrays but those in 8 bits.
     key: of the new tokens.
     value: of the new tokens.
-    cached_key: of all layers. Donate it: the step updates it in place.
-    cached_value: likewise.
+    tokens: M entries for each sequence and head, of all layers. Donate the arrays: the step updates
+      them in place.
     length: tokens of each sequence before this one. A token beyond M is not stored, and the output
       of its sequence has no meaning.
     layer: the layer that is read and written.
@@ -146,15 +143,14 @@ def dense_step(
       order of preference; None for the first that can run the call.
 
   Returns:
-    The output of attention, cached keys and values, and the lengths with one more token.
+    The output of attention, the cached tokens, and the lengths with one more token.
 
   Raises:
     ValueError: if a name is unknown.
     NotImplementedError: if no named implementation can run this call; the message says why not.
   """
-  cache = (cached_key, cached_value, length, layer)
-  stepped: tuple[Array, Array, Array, Array] = dispatch.run(
-    "dense_decode_step", implementation, query, key, value, *cache, scale=scale
+  stepped: tuple[Array, TokenRows, Array] = dispatch.run(
+    "dense_decode_step", implementation, query, key, value, tokens, length, layer, scale=scale
   )
   return stepped
 
@@ -254,7 +250,7 @@ def heads_step_refusal(query: Array, classes: Sequence[HeadCache] | None) -> str
   if classes is None:
     return "the heads of a setting are not adjacent"
   for one in classes:
-    if 0 in [x.size for x in one.arrays if x is not None]:
+    if 0 in [x.size for x in jax.tree.leaves(one.arrays)]:
       return "a cache has an empty array"
     if isinstance(one, CompactHeads) and (reason := step_refusal(query, one.arrays, one.rule)):
       return reason

@@ -1,14 +1,14 @@
 """The records of caches that decoding takes: arrays, lengths, and the rule of a block."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import DTypeLike, Float, Int, Shaped
 
 from pallas_kernels.decode.cache_layout import CacheLayout
-from pallas_kernels.decode.quantise import unpack_rows
+from pallas_kernels.decode.quantise import pack_rows, unpack_rows
 from pallas_kernels.head_range import HeadRange
 
 
@@ -97,25 +97,69 @@ class GroupBias(NamedTuple):
   def of_entries(self, count: int) -> Float[Array, "B C"]:
     """The bias of each of the first `count` compact entries."""
     is_group_BxC = self.layout.is_group(
-      jnp.arange(count)[None], self.prefix[:, None], self.prefix_focal[:, None]
+      jnp.arange(count, dtype=jnp.int32)[None], self.prefix[:, None], self.prefix_focal[:, None]
     )
     return self.amount * is_group_BxC.astype(jnp.float32)
 
 
-class TokenArrays(NamedTuple):
-  """Arrays [layers, B, N, entries, D], or references to those of a head, of a cache of raw tokens.
+class TokenRows(NamedTuple):
+  """Keys and values of tokens in a cache, of one layer or with a leading axis of layers.
 
   Attributes:
-    key: of W entries.
+    key: of M entries, in 8 bits or in the dtype of the model.
     value: likewise.
-    sink_key: of the first S tokens, which are not among the W entries; None where there are none.
-    sink_value: likewise.
+    key_scale: the factor of each key that is stored in 8 bits, see `pack_rows`; else None.
+    value_scale: likewise.
   """
 
-  key: Float[Array, "layers B N W D"]
-  value: Float[Array, "layers B N W D"]
-  sink_key: Float[Array, "layers B N S D"] | None = None
-  sink_value: Float[Array, "layers B N S D"] | None = None
+  key: Shaped[Array, "*layers B N M D"]
+  value: Shaped[Array, "*layers B N M D"]
+  key_scale: Float[Array, "*layers B N M"] | None = None
+  value_scale: Float[Array, "*layers B N M"] | None = None
+
+  @classmethod
+  def pack(
+    cls, key: Float[Array, "*S D"], value: Float[Array, "*S D"], dtype: DTypeLike
+  ) -> "TokenRows":
+    """The rows in the dtype of a cache: "int8", "float8_e4m3fn", or a wider float dtype."""
+    (key, key_scale), (value, value_scale) = (pack_rows(x, dtype) for x in (key, value))
+    return cls(key, value, key_scale, value_scale)
+
+  def unpack(self, dtype: DTypeLike) -> tuple[Float[Array, "*S D"], Float[Array, "*S D"]]:
+    """The keys and values in the dtype of the model."""
+    return (
+      unpack_rows(self.key, self.key_scale, dtype),
+      unpack_rows(self.value, self.value_scale, dtype),
+    )
+
+  def layer(self, index: Int[Array, ""] | int) -> "TokenRows":
+    """The rows of one layer."""
+    one: TokenRows = jax.tree.map(lambda x: x[index], self)
+    return one
+
+  def write(self, at: tuple[Any, ...], rows: "TokenRows") -> "TokenRows":
+    """Writes packed rows.
+
+    Args:
+      at: index of all axes of the keys but the last. Entries beyond the end are dropped.
+      rows: in the dtype of these rows.
+    """
+    written: TokenRows = jax.tree.map(
+      lambda array, new: array.at[at].set(new, mode="drop"), self, rows
+    )
+    return written
+
+
+class TokenArrays(NamedTuple):
+  """The arrays of a cache of raw tokens, of all layers, or references to those of a head.
+
+  Attributes:
+    tokens: W entries.
+    sinks: the first S tokens, which are not among the W entries; None where there are none.
+  """
+
+  tokens: TokenRows
+  sinks: TokenRows | None = None
 
 
 class CompactHeads(NamedTuple):
@@ -149,8 +193,7 @@ class TokenHeads(NamedTuple):
   @property
   def sizes(self) -> tuple[int, ...]:
     """Entries of each array of keys of a head."""
-    arrays = (self.arrays.key, self.arrays.sink_key)
-    return tuple(x.shape[-2] for x in arrays if x is not None)
+    return tuple(rows.key.shape[-2] for rows in self.arrays if rows is not None)
 
 
 type HeadCache = CompactHeads | TokenHeads

@@ -9,12 +9,13 @@ Letters: M query heads of a KV head, rounded up; R of them exist. S rows of the 
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels.decode.cache_arrays import TokenArrays
+from pallas_kernels.decode.cache_arrays import TokenArrays, TokenRows
 from pallas_kernels.decode.triton_combine import combine
 from pallas_kernels.decode.triton_split import (
   attend_split,
@@ -57,18 +58,17 @@ def dense_step_triton(
   query: Array,
   key: Array,
   value: Array,
-  cached_key: Array,
-  cached_value: Array,
+  tokens: TokenRows,
   length: Array,
   layer: Array | int,
   *,
   scale: float,
   tile: Tile | None = None,
   interpret: bool = False,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, TokenRows, Array]:
   """See `dense_step`."""
   tile = tile or Tile()
-  (B, H, D), (N, C) = query.shape, cached_key.shape[-3:-1]
+  (B, H, D), (N, C) = query.shape, tokens.key.shape[-3:-1]
   P = tile.num_splits(B * N, C)
   static = TokenStep(False, scale, tile.entries, H // N, P)
   layer = jnp.reshape(jnp.asarray(layer, jnp.int32), 1)
@@ -77,11 +77,14 @@ def dense_step_triton(
   def whole(x: Array) -> pl.BlockSpec:
     return pl.BlockSpec(x.shape, lambda p, n, b: (0,) * x.ndim)
 
-  of_head = pl.BlockSpec((cached_key.shape[0], None, None, C, D), lambda p, n, b: (0, b, n, 0, 0))
+  def of_head(x: Array) -> pl.BlockSpec:
+    layers, _, _, *rest = x.shape
+    return pl.BlockSpec((layers, None, None, *rest), lambda p, n, b: (0, b, n, *[0] * len(rest)))
+
   token = pl.BlockSpec((None, None, D), lambda p, n, b: (b, n, 0))
-  caches = [cached_key, cached_value]
-  *splits, cached_key, cached_value = pl.pallas_call(
-    functools.partial(_dense_kernel, static=static),
+  arrays, structure = jax.tree.flatten(tokens)
+  results = pl.pallas_call(
+    functools.partial(_dense_kernel, structure=structure, static=static),
     grid=(P, N, B),
     in_specs=[
       whole(layer),
@@ -89,18 +92,18 @@ def dense_step_triton(
       pl.BlockSpec((None, H // N, D), lambda p, n, b: (b, n, 0)),
       token,
       token,
-      of_head,
-      of_head,
+      [of_head(x) for x in arrays],
     ],
-    out_specs=[*split_specs, of_head, of_head],
-    out_shape=[*split_structs, *(out_struct(x, x.shape, x.dtype) for x in caches)],
-    input_output_aliases={5: 3, 6: 4},
+    out_specs=[*split_specs, *(of_head(x) for x in arrays)],
+    out_shape=[*split_structs, *(out_struct(x, x.shape, x.dtype) for x in arrays)],
+    input_output_aliases={5 + i: len(split_specs) + i for i in range(len(arrays))},
     compiler_params=plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages),
     interpret=interpret,
     name="decode_dense",
-  )(layer, length, query, key, value, *caches)
-  out, (length,) = combine(query, OnlineSoftmax(*splits), [length], layer, interpret=interpret)
-  return out, cached_key, cached_value, length
+  )(layer, length, query, key, value, arrays)
+  splits, updated = OnlineSoftmax(*results[: len(split_specs)]), results[len(split_specs) :]
+  out, (length,) = combine(query, splits, [length], layer, interpret=interpret)
+  return out, jax.tree.unflatten(structure, updated), length
 
 
 def refusal(query: Array, *_: Any, **options: Any) -> str | None:
@@ -115,20 +118,18 @@ def _dense_kernel(
   q_ref: Any,
   new_key_ref: Any,
   new_value_ref: Any,
-  key_ref: Any,
-  value_ref: Any,
+  array_refs: Any,
   acc_ref: Any,
   m_ref: Any,
   l_ref: Any,
-  out_key_ref: Any,
-  out_value_ref: Any,
-  *,
+  *out_refs: Any,
+  structure: jax.tree_util.PyTreeDef,
   static: TokenStep,
 ) -> None:
   b, layer, R = pl.program_id(2), layer_ref[0], static.heads
   q_MxD = load_rows(q_ref, (), 0, max(MIN_DOT_SIDE, pl.next_power_of_2(R)), R)
   new, length = (new_key_ref, new_value_ref), length_ref[layer, b]
-  cache, out = TokenArrays(key_ref, value_ref), TokenArrays(out_key_ref, out_value_ref)
+  cache, out = (TokenArrays(jax.tree.unflatten(structure, refs)) for refs in (array_refs, out_refs))
   softmax = attend_tokens(q_MxD, new, cache, out, length, layer, pl.program_id(0), static)
   store_split(softmax, (acc_ref, m_ref, l_ref), R)
 
@@ -155,8 +156,8 @@ def attend_tokens(
     program: which of the head's programs this is.
     static: see `TokenStep`.
   """
-  empty, W = empty_softmax(*q_MxD.shape), cache.key.shape[1]
-  sinks = 0 if cache.sink_key is None else cache.sink_key.shape[1]
+  empty, W = empty_softmax(*q_MxD.shape), cache.tokens.key.shape[1]
+  sinks = 0 if cache.sinks is None else cache.sinks.key.shape[1]
   slot = length - sinks  # Negative for a sink.
   if static.is_ring:
     slot = jnp.where(slot < 0, slot, lax.rem(slot, jnp.int32(W)))
@@ -165,28 +166,30 @@ def attend_tokens(
   def new_token() -> OnlineSoftmax:
     is_new_S = jnp.arange(MIN_DOT_SIDE) == 0
     key_SxD, value_SxD = (jnp.where(is_new_S[:, None], ref[...][None], 0) for ref in new)
-    logits_MxS = dot(q_MxD, key_SxD, trans_b=True) * static.scale
+    # Its own query reads the new token as later queries read it: after rounding.
+    rows = TokenRows.pack(key_SxD, value_SxD, cache.tokens.key.dtype)
+    logits_MxS = dot(q_MxD, rows.key.astype(q_MxD.dtype), trans_b=True)
+    if rows.key_scale is not None:
+      logits_MxS *= rows.key_scale[None]
+    logits_MxS = jnp.where(is_new_S[None], logits_MxS * static.scale, -jnp.inf)
     # Rows at or beyond the end of an array are not stored.
     rows_S = jnp.arange(MIN_DOT_SIDE)
-    for first, key_ref, value_ref, is_here in (
-      (slot, out.key, out.value, slot >= 0),
-      (length, out.sink_key, out.sink_value, length < sinks),
+    for first, to, is_here in (
+      (slot, out.tokens, slot >= 0),
+      (length, out.sinks, length < sinks),
     ):
-      if key_ref is not None:
-        store_rows(key_ref, None, layer, first + rows_S, key_SxD, is_new_S & is_here)
-        store_rows(value_ref, None, layer, first + rows_S, value_SxD, is_new_S & is_here)
-    return add_tile(empty, jnp.where(is_new_S[None], logits_MxS, -jnp.inf), value_SxD, None)
+      if to is not None:
+        mask_S = is_new_S & is_here
+        store_rows(to.key, to.key_scale, layer, first + rows_S, key_SxD, mask_S)
+        store_rows(to.value, to.value_scale, layer, first + rows_S, value_SxD, mask_S)
+    return add_tile(empty, logits_MxS, rows.value.astype(q_MxD.dtype), rows.value_scale)
 
   softmax = lax.cond(program == 0, new_token, lambda: empty)
   # A full ring's oldest token leaves the window: the new one replaces it.
-  sources = [
-    Source(cache.key, cache.value, None, None, held, lambda at_T: (at_T < held) & (at_T != slot))
-  ]
-  if sinks:
+  sources = [Source(*cache.tokens, held, lambda at_T: (at_T < held) & (at_T != slot))]
+  if cache.sinks is not None:
     seen = jnp.minimum(length, sinks)
-    sources.append(
-      Source(cache.sink_key, cache.sink_value, None, None, seen, lambda at_T: at_T < seen)
-    )
+    sources.append(Source(*cache.sinks, seen, lambda at_T: at_T < seen))
   return attend_split(
     softmax,
     q_MxD,

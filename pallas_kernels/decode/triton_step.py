@@ -227,7 +227,7 @@ def attend_compact(
     layer,
     T=static.tile,
     scale=static.scale,
-    split=program - static.has_block_program,
+    split=program - int(static.has_block_program),
     num_splits=static.splits,
     tiles_before=static.block_tiles,
   )

@@ -42,7 +42,10 @@ def visible_entries(mask: CacheMask, compact: int, raw: int) -> Bool[Array, "B S
   """Which of the compact entries, then of the raw slots, each sequence sees."""
   mask_Bx1 = CacheMask(*(bound_B[:, None] for bound_B in mask))
   return jnp.concatenate(
-    [mask_Bx1.sees_entry(jnp.arange(compact)[None]), mask_Bx1.sees_slot(jnp.arange(raw)[None])],
+    [
+      mask_Bx1.sees_entry(jnp.arange(compact, dtype=jnp.int32)[None]),
+      mask_Bx1.sees_slot(jnp.arange(raw, dtype=jnp.int32)[None]),
+    ],
     axis=1,
   )
 

@@ -4,29 +4,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.decode.cache_arrays import TokenRows
+
 
 def dense_step_xla(
   query_BxHxD: Float[Array, "B H D"],
   key_BxNxD: Float[Array, "B N D"],
   value_BxNxD: Float[Array, "B N D"],
-  cached_key: Float[Array, "layers B N M D"],
-  cached_value: Float[Array, "layers B N M D"],
+  tokens: TokenRows,
   length: Int[Array, "layers B"],
   layer: Int[Array, ""] | int,
   *,
   scale: float,
-) -> tuple[
-  Float[Array, "B H D"],
-  Float[Array, "layers B N M D"],
-  Float[Array, "layers B N M D"],
-  Int[Array, "layers B"],
-]:
+) -> tuple[Float[Array, "B H D"], TokenRows, Int[Array, "layers B"]]:
   """See `dense_step`."""
   (B, H, D), N = query_BxHxD.shape, key_BxNxD.shape[1]
   row_B, end_B = jnp.arange(B), length[layer]
-  cached_key = cached_key.at[layer, row_B, :, end_B].set(key_BxNxD, mode="drop")
-  cached_value = cached_value.at[layer, row_B, :, end_B].set(value_BxNxD, mode="drop")
-  k_BxNxMxD, v_BxNxMxD = cached_key[layer], cached_value[layer]
+  rows = TokenRows.pack(key_BxNxD, value_BxNxD, tokens.key.dtype)
+  tokens = tokens.write((layer, row_B, slice(None), end_B), rows)
+  k_BxNxMxD, v_BxNxMxD = tokens.layer(layer).unpack(query_BxHxD.dtype)
   q_BxNxRxD = query_BxHxD.reshape(B, N, H // N, D)
   s_BxNxRxM = scale * jnp.einsum(
     "BNRD,BNMD->BNRM", q_BxNxRxD, k_BxNxMxD, preferred_element_type=jnp.float32
@@ -34,4 +30,4 @@ def dense_step_xla(
   is_token_BxM = jnp.arange(k_BxNxMxD.shape[2])[None, :] <= end_B[:, None]
   w_BxNxRxM = jax.nn.softmax(jnp.where(is_token_BxM[:, None, None], s_BxNxRxM, -jnp.inf))
   o_BxNxRxD = jnp.einsum("BNRM,BNMD->BNRD", w_BxNxRxM.astype(v_BxNxMxD.dtype), v_BxNxMxD)
-  return o_BxNxRxD.reshape(B, H, D), cached_key, cached_value, length.at[layer].add(1)
+  return o_BxNxRxD.reshape(B, H, D), tokens, length.at[layer].add(1)

@@ -106,7 +106,7 @@ def choose_in_blocks(
   B, _, N, D = key_BxLxNxD.shape
   k, R = start_Bxk.shape[1], query_BxLxHxD.shape[2] // N
   query, key = jax.lax.stop_gradient((query_BxLxHxD, key_BxLxNxD))
-  position_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
+  position_Bxkxs = start_Bxk[..., None] + jnp.arange(size, dtype=jnp.int32)[None, None]
   key_BxkxsxNxD = take_positions(key, position_Bxkxs)
   query_BxkxNxRxD = take_positions(query, position_Bxkxs[..., -1]).reshape(B, k, N, R, D)
   return _highest(block_scores(query_BxkxNxRxD, key_BxkxsxNxD), focal)
@@ -125,7 +125,7 @@ def highest_in_blocks(
     size: tokens of a block.
     focal: how many of them to choose.
   """
-  position_Bxkxs = start_Bxk[..., None] + jnp.arange(size)[None, None]
+  position_Bxkxs = start_Bxk[..., None] + jnp.arange(size, dtype=jnp.int32)[None, None]
   scores_BxkxsxN = take_positions(jax.lax.stop_gradient(scores_BxLxN), position_Bxkxs)
   return _highest(jnp.moveaxis(scores_BxkxsxN, -1, 1), focal)
 

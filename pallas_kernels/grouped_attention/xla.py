@@ -55,7 +55,8 @@ def grouped_attention_xla(
   summary_values = summaries([source.value for source in present])
   r, k = focal.key.shape[1], group.key.shape[1]
   slab = inputs.window_key.shape[-2]
-  bias_S = jnp.concatenate([jnp.zeros(r), jnp.full(k, group_bias), jnp.zeros(slab)])
+  biases = ((r, 0.0), (k, group_bias), (slab, 0.0))
+  bias_S = jnp.concatenate([jnp.full(size, bias, jnp.float32) for size, bias in biases])
 
   @jax.checkpoint
   def attend(x: _Block) -> Array:

@@ -115,7 +115,7 @@ def sampled_importance_mosaic_tpu(
     key_BxLxNxD.swapaxes(1, 2),
   )
   count_BxL = in_range(L, start_BxS, end_BxS).sum(axis=1)
-  return sum_BxNx1xL[:, :, 0] / jnp.maximum(1, count_BxL)[:, None]
+  return sum_BxNx1xL[:, :, 0] / jnp.maximum(1, count_BxL)[:, None].astype(jnp.float32)
 
 
 def refusal(

@@ -45,8 +45,8 @@ def sampled_importance_triton(
   sum_BxNxL = triton_scores(
     rows, lse2_BxNxCxQ, key_BxLxNxD, scale2, heads_per_kv, tile, interpret=interpret
   )
-  count_BxL = in_range(L, start_BxS, end_BxS).sum(axis=1)
-  return sum_BxNxL / jnp.maximum(1, count_BxL)[:, None]
+  count_BxL = jnp.maximum(1, in_range(L, start_BxS, end_BxS).sum(axis=1))
+  return sum_BxNxL / count_BxL[:, None].astype(jnp.float32)
 
 
 def refusal(query: Array, key: Array, start: Array, end: Array) -> str | None:

@@ -24,7 +24,8 @@ def sampled_importance_xla(
       "bsrd,bld->brsl", q_BxSxRxD, k_BxLxD, preferred_element_type=jnp.float32
     ) / jnp.sqrt(jnp.float32(D))
     weights_BxRxSxL = masked_softmax(logits_BxRxSxL, sees_BxSxL[:, None])
-    return weights_BxRxSxL.sum(axis=(1, 2)) / jnp.maximum(1, sees_BxSxL.sum(axis=1))
+    count_BxL = jnp.maximum(1, sees_BxSxL.sum(axis=1))
+    return weights_BxRxSxL.sum(axis=(1, 2)) / count_BxL.astype(jnp.float32)
 
   q_NxBxSxRxD = jnp.moveaxis(query_BxSxHxD.reshape(B, S, N, H // N, D), 2, 0)
   scores_NxBxL = jax.lax.map(of_kv_head, (q_NxBxSxRxD, jnp.moveaxis(key_BxLxNxD, 2, 0)))

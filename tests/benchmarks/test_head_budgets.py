@@ -107,7 +107,9 @@ def test_the_command(tmp_path: Path) -> None:
   assert tables[0] == tables[1]
   lines = [line for line in tables[0].splitlines() if line.startswith(("|  |", "| budgets |"))]
   assert len(lines) == 24  # Dense, the budgets and four baselines, in four tables.
-  results = [json.loads(line) for line in (tmp_path / "o/results.jsonl").read_text().splitlines()]
+  lines = (tmp_path / "o/results.jsonl").read_text().splitlines()
+  model, *results = map(json.loads, lines)
+  assert model["settings"]["dtype"] == "float32"
   assert len(results) == 24
   assert [len(one["loss"]) for one in results[6:12]] == [2] * 6
   assert all(list(map(len, one["scores"])) == [1] for one in results[18:])

@@ -63,14 +63,34 @@ def test_the_module_is_the_command() -> None:
 def test_help_imports_no_heavy_package(name: str, flag: str) -> None:
   done = dga(name, flag)
   assert (done.returncode, done.stderr) == (0, "")
-  assert "flags:" in done.stdout
+  assert "Flags, with their defaults" in done.stdout
+  assert max(map(len, done.stdout.splitlines())) <= 80
   if name not in ("picture", "smollm2"):
     assert "--workdir" in done.stdout
-  assert ("--budgets" in done.stdout) == (name in ("generate", "serve", "evaluate"))
+  assert ("\n  --budgets\n" in done.stdout) == (name in ("generate", "serve", "evaluate"))
   lists_config_keys = (name, flag) == ("train", "--help")
   assert ("config.model.dga" in done.stdout) == lists_config_keys
   # Only the config's dataclasses, whose keys the trainer's --help lists, import jax.
   assert done.stdout.endswith("imported:\n") != lists_config_keys
+
+
+def test_help_has_groups_defaults_and_values() -> None:
+  text = dga("generate", "--help").stdout
+  order = ("\nModel:\n  --workdir\n", "\nPrompts:\n  --prompt\n", "\nSound:\n", "\n  --seed=0\n")
+  found = [text.index(part) for part in order]
+  assert found == sorted(found)
+  assert "  --[no]chat\n      Use the chat template of the model.\n" in text
+  assert "or a GGUF file. (required)\n" in text
+  assert "give the flag once for each question.\n" in text
+  assert "(one of bfloat16, float16, float32)" in " ".join(text.split())
+  assert "  --depths=0,0.25,0.5,0.75,1\n" in dga("evaluate", "--help").stdout
+
+
+def test_a_usage_error_is_one_line() -> None:
+  done = dga("generate", "--workdir=x")
+  assert done.stderr.startswith("error: Give one of --prompt, ")
+  assert done.stderr.endswith(" none given. --help lists the flags.\n")
+  assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", commands.COMMANDS)

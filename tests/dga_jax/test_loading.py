@@ -106,6 +106,24 @@ def test_budgets_of_heads_are_applied() -> None:
     dga_jax.load(FOLDER, attention="dga", budgets=budgets)
 
 
+def test_caches_in_8_bits(tmp_path: Path) -> None:
+  model, _ = dga_jax.load(FOLDER, attention="dga", cache_dtype="int8")
+  assert model.config.dga == dataclasses.replace(RETROFIT, cache_dtype="int8")
+  rows = ((1, *[0] * (model.config.num_kv_heads - 1)),) * model.config.num_layers
+  budgets = HeadBudgets((FULL, RETROFIT), rows)
+  given, _ = dga_jax.load(FOLDER, budgets=budgets, cache_dtype="float8_e4m3fn")
+  assert given.config.head_budgets == budgets.with_cache_dtype("float8_e4m3fn").arranged()
+  rows = ((1, 0),) * chatty.CONFIG.num_layers
+  budgets = HeadBudgets((FULL, RETROFIT), rows, "float8_e4m3fn")
+  config = dataclasses.replace(chatty.CONFIG, attention="head_budgets", head_budgets=budgets)
+  workdir = chatty.write_checkpoint(tmp_path / "run", config)
+  for cache_dtype, own in ((None, budgets), ("int8", budgets.with_cache_dtype("int8"))):
+    stored, _ = dga_jax.load(workdir, cache_dtype=cache_dtype)
+    assert stored.config.head_budgets == own.arranged()
+  with pytest.raises(ValueError, match="cache_dtype is 'int8', and attention is 'dense'"):
+    dga_jax.load(FOLDER, cache_dtype="int8")
+
+
 def test_a_path_without_a_model(tmp_path: Path) -> None:
   with pytest.raises(
     FileNotFoundError, match="There is no checkpoint, Hugging Face folder or"

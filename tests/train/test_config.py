@@ -118,6 +118,23 @@ def test_a_key_newer_than_the_checkpoint_has_its_default(config: TrainConfig) ->
     check_resumable(changed, saved)
 
 
-@pytest.mark.parametrize(("key", "value"), [("log_every", 1), ("data.prefetch_batches", 0)])
+@pytest.mark.parametrize(
+  ("key", "value"),
+  [
+    ("log_every", 1),
+    ("data.prefetch_batches", 0),
+    ("data.train_files", ["elsewhere/*.txt"]),
+    ("grad_accumulation", 4),
+    ("model.remat", "full"),
+  ],
+)
 def test_other_keys_may_change_on_resume(key: str, value: Any, config: TrainConfig) -> None:
   check_resumable(config, change(config, key, value))
+
+
+def test_a_checkpoint_decides_whether_the_model_has_a_selector(config: TrainConfig) -> None:
+  values = change(config, "model.dga", {"selection": "streaming", "selector": "fitted"})
+  values["model"]["attention"] = "dga"
+  with pytest.raises(ValueError, match=r"focal_selector is False.*dga fit_selector"):
+    make_config(values)
+  assert make_config({**values, "init_from": "selector"}).model.dga.selector == "fitted"

@@ -16,13 +16,14 @@ from flax import nnx
 
 import dga_jax
 from dga_jax import DGAConfig
+from dga_jax.calibration.selector_weights import save_with_selector, with_selector
 from dga_jax.checkpoint import CheckpointError, Checkpoints, load_config, load_model
 from dga_jax.conversion.exporting import export_hugging_face
 from dga_jax.head_budgets import read_head_budgets
 from dga_jax.model import apply_budgets
 from dga_jax.sharding import make_mesh
-from train.config import to_dict, TrainConfig
-from train.init_from import load_params
+from train.config import make_config, to_dict, TrainConfig
+from train.init_from import find_initial, load_params
 from train.metrics import read_metrics
 from train.setup import train
 
@@ -164,3 +165,25 @@ def test_models_that_training_cannot_start_from_are_errors(
   data = dataclasses.replace(config.data, kind="recall", sequence_length=128)
   with pytest.raises(ValueError, match="another vocabulary than data of kind 'recall'"):
     train(dataclasses.replace(config, init_from=str(imported), data=data), tmp_path / "recall")
+
+
+def test_the_model_decides_whether_it_has_a_selector(
+  config: TrainConfig, imported: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+  model, stored, tokenizer = load_model(imported)
+  weights = np.zeros((stored.num_layers, stored.num_kv_heads, 2 * stored.head_dim + 2), np.float32)
+  fitted = with_selector(model, DGA, weights)
+  save_with_selector(fitted, load_config(imported), tokenizer, tmp_path / "selector")
+  values = to_dict(begin(config, tmp_path / "selector", "dga"))
+  values["model"]["dga"]["selector"] = "fitted"  # The config does not set model.focal_selector.
+  begun = find_initial(make_config(values), values["init_from"]).config
+  assert (begun.model.focal_selector, begun.model.dga.selector) == (True, "fitted")
+  params = load_params(begun, make_mesh(begun.mesh))
+  assert params["layers"]["attention"]["selector"].shape == weights.shape
+  message = f"The model in {tmp_path / 'selector'} decides these keys of config.model: "
+  assert message in caplog.text
+  assert "rope_base is 100000.0 in place of 10000.0" in caplog.text
+  assert "focal_selector" not in caplog.text
+  without = make_config({**values, "init_from": str(imported)})
+  with pytest.raises(ValueError, match=r"focal_selector is False.*dga fit_selector"):
+    find_initial(without, str(imported))

@@ -207,9 +207,21 @@ def test_changed_data_are_an_error(config: TrainConfig, corpus: Path, tmp_path: 
     make_steps_nan(patch, {5}, "loss")
     with pytest.raises(TrainingError, match="diverged"):
       train(config, tmp_path / "run")
-  (folder / "train-0.txt").write_text("other words " * 400)
-  with pytest.raises(ValueError, match="data files are not those"):
+  # Copies of the files in another folder are the same data.
+  shutil.move(folder, tmp_path / "moved")
+  data = dataclasses.replace(
+    data,
+    train_files=(str(tmp_path / "moved" / "train-*.txt"),),
+    validation_files=(str(tmp_path / "moved" / "held-out.txt"),),
+  )
+  config = dataclasses.replace(config, data=data)
+  assert train(config, tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "12")
+  (tmp_path / "moved" / "train-0.txt").write_text("other words " * 400)
+  prepared = sorted(Path(str(data.cache_dir)).iterdir())
+  with pytest.raises(ValueError, match=r"order of the files of config\.data\.train_files.*changed"):
     train(config, tmp_path / "run")
+  assert sorted(Path(str(data.cache_dir)).iterdir()) == prepared  # Checked before tokenizing.
 
 
 def test_a_too_small_vocabulary_is_an_error(config: TrainConfig, tmp_path: Path) -> None:

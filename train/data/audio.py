@@ -22,6 +22,7 @@ from dga_jax.audio.files import read_audio
 from dga_jax.audio.tokens import audio_tokenizer, samples_to_tokens
 from train.data.config import DataConfig
 from train.data.files import Corpus, Split
+from train.data.fingerprint import check_fingerprint
 from train.data.packed_rows import PackedRows
 from train.data.rows import Source
 from train.data.tfds_builder import build, LocalBuilder
@@ -31,7 +32,12 @@ _HELD_OUT_STEP = 8  # Every 8th file is held out, unless the config names held-o
 
 
 def audio_source(
-  config: DataConfig, cache: pathlib.Path, seed: int, *, repair: bool = False
+  config: DataConfig,
+  cache: pathlib.Path,
+  seed: int,
+  *,
+  repair: bool = False,
+  wanted: str | None = None,
 ) -> Source:
   """The rows of the audio files of a config. Training rows are shuffled again in each epoch.
 
@@ -40,15 +46,18 @@ def audio_source(
     cache: folder of the prepared tokens.
     seed: of the order of the training rows.
     repair: prepare damaged files again.
+    wanted: the fingerprint that the files must have; None for any.
 
   Raises:
     FileNotFoundError: a path or pattern that matches no file.
     OSError: the prepared files are damaged, or could not be written.
-    ValueError: a file that cannot be read as audio, is empty or silent; or no file is held out.
+    ValueError: a file that cannot be read as audio, is empty or silent; no file is held out; or
+      another fingerprint.
   """
   corpus = _split(Corpus.find(config.train_files, config.validation_files))
   tokenizer, rate = audio_tokenizer(), config.audio.sample_rate
   fingerprint = f"{corpus.fingerprint()}_{rate}"
+  check_fingerprint(fingerprint, wanted)
   folder = cache / f"audio_{fingerprint}"
   logging.info("The prepared tokens are kept in %s.", folder)
   tokens = build(

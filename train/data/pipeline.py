@@ -81,6 +81,7 @@ def load_data(
   process_index: int = 0,
   process_count: int = 1,
   repair: bool = False,
+  fingerprint: str | None = None,
 ) -> Data:
   """Prepares the data unless they are there, and makes this process's batches.
 
@@ -98,18 +99,23 @@ def load_data(
     process_index: number of this process, among those that read different rows.
     process_count: the number of these processes, a divisor of batch_size.
     repair: prepare damaged files anew.
+    fingerprint: that the data must have, see `Data.fingerprint`; None for any. Files of another one
+      are not prepared.
 
   Raises:
     FileNotFoundError: a file or pattern of the config that matches nothing.
     OSError: the prepared files are damaged, or could not be written.
-    ValueError: files that cannot be read as text, or arguments that make no sense.
+    ValueError: files that cannot be read as text, data of another fingerprint, or arguments that
+      make no sense.
   """
   if batch_size < 1 or batch_size % process_count:
     raise ValueError(
       f"batch_size is {batch_size}; it must be a positive multiple of the number of processes, "
       f"which is {process_count}."
     )
-  source = _open_source(config, workdir, seed, tokenizer, template, repair=repair)
+  source = _open_source(
+    config, workdir, seed, tokenizer, template, repair=repair, fingerprint=fingerprint
+  )
 
   def batches(rows: grain.MapDataset[Row]) -> grain.IterDataset[Batch]:
     # Batches of one process's size, dealt in turn to the processes, keep a global batch's rows in
@@ -146,6 +152,7 @@ def _open_source(
   template: ChatTemplate | None,
   *,
   repair: bool,
+  fingerprint: str | None,
 ) -> Source:
   if config.kind == "recall":
     source = recall_source(config, seed)
@@ -153,8 +160,10 @@ def _open_source(
     check_path("workdir", config.cache_dir or workdir)
     cache = pathlib.Path(config.cache_dir or pathlib.Path(workdir) / "data").expanduser()
     if config.kind == "text":
-      return text_source(config, cache, seed, tokenizer, template, repair=repair)
-    source = audio_source(config, cache, seed, repair=repair)
+      return text_source(
+        config, cache, seed, tokenizer, template, repair=repair, wanted=fingerprint
+      )
+    source = audio_source(config, cache, seed, repair=repair, wanted=fingerprint)
   if tokenizer is not None and tokenizer.to_json() != source.tokenizer.to_json():
     raise ValueError(
       f"The model of config.init_from has another vocabulary than data of kind {config.kind!r}. "

@@ -22,6 +22,7 @@ from dga_jax.tokenizer import Tokenizer
 from train.data.config import DataConfig
 from train.data.conversations import Encoder, to_text
 from train.data.files import Corpus
+from train.data.fingerprint import check_fingerprint
 from train.data.local_text import build_local_text, LocalText
 from train.data.packed_rows import PackedRows
 from train.data.prepared import prepare
@@ -74,6 +75,7 @@ def text_source(
   template: ChatTemplate | None = None,
   *,
   repair: bool = False,
+  wanted: str | None = None,
 ) -> Source:
   """The rows of the files that a config names; training rows are shuffled anew in each epoch.
 
@@ -86,17 +88,23 @@ def text_source(
     tokenizer: in place of the config's.
     template: of conversations; None for the one of `train.data.conversations`.
     repair: prepare damaged files anew.
+    wanted: the fingerprint that the data must have; None for any.
 
   Raises:
     FileNotFoundError: a file or pattern that matches nothing.
     OSError: the prepared files are damaged, or could not be written.
     ValueError: files that cannot be read as text, or without text, or that a corpus trains on and
-      another one holds out.
+      another one holds out; or another fingerprint.
   """
   corpora = _find_corpora(config, cache, repair=repair)
   tokenizer = tokenizer or _tokenizer(config, corpora, cache, repair=repair)
   tokenizer_hash = hashlib.blake2b(tokenizer.to_json().encode(), digest_size=8).hexdigest()
   encoder = Encoder(tokenizer, template)
+  parts = [_combined(corpora), tokenizer_hash]
+  if any(one.has_conversations for one in corpora):
+    parts.append(encoder.fingerprint())
+  fingerprint = "-".join(parts)
+  check_fingerprint(fingerprint, wanted)
 
   files = contextlib.ExitStack()
   train, validation, train_rows = [], {}, {}
@@ -111,12 +119,9 @@ def text_source(
     train.append(rows["train"].shuffle((seed + index) % 2**32).repeat())
     validation[one.name], train_rows[one.name] = rows["validation"], len(rows["train"])
 
-  parts = [_combined(corpora), tokenizer_hash]
-  if any(one.has_conversations for one in corpora):
-    parts.append(encoder.fingerprint())
   return Source(
     tokenizer=tokenizer,
-    fingerprint="-".join(parts),
+    fingerprint=fingerprint,
     train=grain.MapDataset.mix(train, config.weights) if config.weights else train[0],
     validation=validation,
     train_rows=train_rows,

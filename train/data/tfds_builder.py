@@ -14,6 +14,10 @@ from train.data.files import Split
 from train.data.prepared import prepare
 
 
+class PreparationError(OSError):
+  """A data set could not be written."""
+
+
 class _LocalInfo(tfds.core.DatasetInfo):
   """Information on a data set that exists on this machine alone."""
 
@@ -67,10 +71,13 @@ def build[Builder: LocalBuilder](
       # It announces a download of unknown size; there is none.
       with contextlib.redirect_stdout(io.StringIO()):
         make_builder(partial).download_and_prepare()
+    except PreparationError:  # Of another data set, which this one is made of.
+      raise
     except (OSError, RuntimeError) as error:  # array_record reports a full disk as RuntimeError.
-      raise OSError(
-        f"Could not write the data set to {folder}: {error}. Free some space or set another "
-        "data.cache_dir; nothing half-made was left."
+      reason = str(error).rstrip(".")
+      raise PreparationError(
+        f"Could not write the data set to {folder}: {reason}. Free some space, or set another "
+        "config.data.cache_dir. No part of the data set was left."
       ) from error
     shutil.rmtree(partial / "downloads", ignore_errors=True)
 

@@ -8,7 +8,9 @@ from jaxtyping import Array, Float, Int
 from dga_jax.attention.context_parallel.dense import dense_attend_sharded
 from dga_jax.attention.dense import dense_attention, xla_attention
 from dga_jax.attention.segments import Documents
+from dga_jax.choices import CacheDtypeName
 from dga_jax.model.attention_kinds.dense_cache import DenseCache, DenseCacheAttention
+from pallas_kernels.decode import TokenRows
 from pallas_kernels.dispatch import Implementation
 
 
@@ -18,11 +20,13 @@ class DenseAttention(DenseCacheAttention):
 
   Attributes:
     implementation: for whole sequences, see `dga_jax.attention.dense.dense_attention`.
+    cache_dtype: see `DenseCacheAttention`.
   """
 
   name = "dense"
 
   implementation: Implementation = None
+  cache_dtype: CacheDtypeName | None = None
 
   def attend(
     self,
@@ -60,16 +64,14 @@ class DenseAttention(DenseCacheAttention):
   ) -> tuple[Float[Array, "B T H D"], DenseCache]:
     """Appends several tokens; each attends to all tokens up to itself."""
     B, T = q_BxTxHxD.shape[:2]
-    M, new_T = cache.key.shape[-2], jnp.arange(T)
+    M, new_T = cache.tokens.key.shape[-2], jnp.arange(T)
     position_BxT = cache.length[layer][:, None] + new_T[None]
     # A slot beyond the array's end is not written.
     slot_BxT = jnp.where(new_T[None] < lengths[:, None], position_BxT, M)
-    row_Bx1 = jnp.arange(B)[:, None]
-    cache = DenseCache(
-      key=cache.key.at[layer, row_Bx1, :, slot_BxT].set(k_BxTxNxD, mode="drop"),
-      value=cache.value.at[layer, row_Bx1, :, slot_BxT].set(v_BxTxNxD, mode="drop"),
-      length=cache.length.at[layer].add(lengths),
-    )
+    at = (layer, jnp.arange(B)[:, None], slice(None), slot_BxT)
+    rows = TokenRows.pack(k_BxTxNxD, v_BxTxNxD, cache.tokens.key.dtype)
+    tokens = cache.tokens.write(at, rows)
+    cache = DenseCache(tokens, cache.length.at[layer].add(lengths))
     seen_BxTxM = jnp.arange(M)[None, None] <= position_BxT[..., None]
-    k_BxMxNxD, v_BxMxNxD = (x[layer].swapaxes(1, 2) for x in (cache.key, cache.value))
+    k_BxMxNxD, v_BxMxNxD = (x.swapaxes(1, 2) for x in tokens.layer(layer).unpack(q_BxTxHxD.dtype))
     return xla_attention(q_BxTxHxD, k_BxMxNxD, v_BxMxNxD, mask=seen_BxTxM[:, None]), cache

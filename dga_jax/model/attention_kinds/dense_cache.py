@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int
 
 from dga_jax.attention.segments import Documents
+from dga_jax.choices import CacheDtypeName
 from dga_jax.model.attention_kinds.base import AttentionKind
-from pallas_kernels.decode import dense_step
+from pallas_kernels.decode import dense_step, TokenRows
 
 
 @jax.tree_util.register_dataclass
@@ -19,29 +20,32 @@ class DenseCache:
   Heads precede positions, so that the products of decoding read contiguous memory.
 
   Attributes:
-    key: keys after RoPE; entries from `length` on are not read.
-    value: values.
+    tokens: keys after RoPE, and values; entries from `length` on are not read.
     length: tokens that each sequence has seen.
   """
 
-  key: Float[Array, "*layers B N M D"]
-  value: Float[Array, "*layers B N M D"]
+  tokens: TokenRows
   length: Int[Array, "*layers B"]
 
 
 class DenseCacheAttention(AttentionKind):
-  """Decodes densely. Subclasses define `attend` for whole sequences and prompts."""
+  """Decodes densely. Subclasses define `attend` for whole sequences and prompts.
+
+  Attributes:
+    cache_dtype: the 8-bit dtype in which the cache stores tokens; None for that of the model.
+      `decode` and `extend` read the rounded tokens, and `attend` the exact ones.
+  """
+
+  cache_dtype: CacheDtypeName | None = None
 
   def init_cache(
     self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
   ) -> DenseCache:
     """An empty cache of one layer for `max_length` tokens a sequence."""
     shape = (batch, num_kv_heads, max_length, head_dim)
-    return DenseCache(
-      key=jnp.zeros(shape, dtype),
-      value=jnp.zeros(shape, dtype),
-      length=jnp.zeros(batch, jnp.int32),
-    )
+    key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    tokens = TokenRows.pack(key, value, self.cache_dtype or dtype)
+    return DenseCache(tokens, jnp.zeros(batch, jnp.int32))
 
   def prefill(
     self,
@@ -66,11 +70,9 @@ class DenseCacheAttention(AttentionKind):
   ) -> DenseCache:
     """The cache after right-padded prompts."""
     free = ((0, 0), (0, 0), (0, max_length - k_BxLxNxD.shape[1]), (0, 0))
-    return DenseCache(
-      key=jnp.pad(k_BxLxNxD.swapaxes(1, 2), free),
-      value=jnp.pad(v_BxLxNxD.swapaxes(1, 2), free),
-      length=metadata.row_length,
-    )
+    k_BxNxMxD, v_BxNxMxD = (jnp.pad(x.swapaxes(1, 2), free) for x in (k_BxLxNxD, v_BxLxNxD))
+    tokens = TokenRows.pack(k_BxNxMxD, v_BxNxMxD, self.cache_dtype or k_BxNxMxD.dtype)
+    return DenseCache(tokens, metadata.row_length)
 
   def decode(
     self,
@@ -85,14 +87,13 @@ class DenseCacheAttention(AttentionKind):
     A token beyond the cache's max_length is not stored. That cannot raise under jit, where lengths
     are unknown: the caller bounds the number of steps.
     """
-    o_BxHxD, *updated = dense_step(
+    o_BxHxD, tokens, length = dense_step(
       q_BxHxD,
       k_BxNxD,
       v_BxNxD,
-      cache.key,
-      cache.value,
+      cache.tokens,
       cache.length,
       layer,
       scale=q_BxHxD.shape[-1] ** -0.5,
     )
-    return o_BxHxD, DenseCache(*updated)
+    return o_BxHxD, DenseCache(tokens, length)

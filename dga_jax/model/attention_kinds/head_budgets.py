@@ -17,6 +17,7 @@ from jaxtyping import Array, DTypeLike, Float, Int
 from dga_jax.attention.head_classes import HeadClasses, switch_rows
 from dga_jax.attention.joint_heads import attend_jointly, attends_jointly
 from dga_jax.attention.segments import Documents
+from dga_jax.choices import CacheDtypeName
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadBudgets, HeadRow, HeadSetting, SinkWindow, split_row
 from dga_jax.model.attention_kinds.base import AttentionKind
@@ -40,13 +41,22 @@ from dga_jax.sharding import head_part
 type HeadCaches = tuple[tuple[Any, ...], ...]
 
 
-def kind_of_setting(setting: HeadSetting) -> AttentionKind:
-  """The attention kind of the KV heads that follow a setting."""
+def kind_of_setting(
+  setting: HeadSetting, cache_dtype: CacheDtypeName | None = None
+) -> AttentionKind:
+  """The attention kind of the KV heads that follow a setting.
+
+  Args:
+    setting: of the heads.
+    cache_dtype: see `HeadBudgets`; a `DGAConfig` has its own.
+  """
   if isinstance(setting, DGAConfig):
     return DynamicGroupAttention(setting)
   if isinstance(setting, SinkWindow):
-    return SinkWindowAttention("sink_window", setting.window, setting.sinks)
-  return DenseAttention()
+    return SinkWindowAttention(
+      "sink_window", setting.window, setting.sinks, cache_dtype=cache_dtype
+    )
+  return DenseAttention(cache_dtype=cache_dtype)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["rank"], meta_fields=["row"])
@@ -75,7 +85,8 @@ class HeadBudgetsAttention(AttentionKind):
   @functools.cached_property
   def kinds(self) -> tuple[AttentionKind, ...]:
     """The attention kind of each setting."""
-    return tuple(map(kind_of_setting, self.budgets.settings))
+    dtype = self.budgets.cache_dtype
+    return tuple(kind_of_setting(setting, dtype) for setting in self.budgets.settings)
 
   @property
   def takes_focal_scores(self) -> bool:

@@ -13,6 +13,7 @@ from dga_jax.cache.decode import block_rule, group_logit_bias
 from dga_jax.config import DGAConfig
 from dga_jax.head_budgets import HeadSetting
 from dga_jax.model.attention_kinds.dense_cache import DenseCache
+from dga_jax.model.attention_kinds.sink_window_cache import SinkWindowCache
 from pallas_kernels.decode import (
   CompactHeads,
   has_heads_kernel,
@@ -68,13 +69,12 @@ def _heads(cache: Any, setting: HeadSetting, heads: HeadRange, head_dim: int) ->
   """The cache of a class in the form of the kernel."""
   if isinstance(cache, CompactCache):
     assert isinstance(setting, DGAConfig)
+    cache.settings.require(setting)
     rule = block_rule(setting, head_dim)
     return CompactHeads(heads, cache.arrays, cache.lengths, rule, group_logit_bias(setting))
   if isinstance(cache, DenseCache):
-    return TokenHeads(heads, TokenArrays(cache.key, cache.value), cache.length, is_ring=False)
-  arrays = TokenArrays(cache.ring_key, cache.ring_value)
-  if cache.sink_key.size:
-    arrays = arrays._replace(sink_key=cache.sink_key, sink_value=cache.sink_value)
+    return TokenHeads(heads, TokenArrays(cache.tokens), cache.length, is_ring=False)
+  arrays = TokenArrays(cache.ring, cache.sinks if cache.sinks.key.size else None)
   return TokenHeads(heads, arrays, cache.length, is_ring=True)
 
 
@@ -84,7 +84,5 @@ def _with_arrays(cache: Any, arrays: Any, length: Array) -> Any:
     lengths = cache.lengths._replace(length=length)
     return dataclasses.replace(cache, arrays=arrays, lengths=lengths)
   if isinstance(cache, DenseCache):
-    return DenseCache(arrays.key, arrays.value, length)
-  if arrays.sink_key is not None:
-    cache = dataclasses.replace(cache, sink_key=arrays.sink_key, sink_value=arrays.sink_value)
-  return dataclasses.replace(cache, ring_key=arrays.key, ring_value=arrays.value, length=length)
+    return DenseCache(arrays.tokens, length)
+  return SinkWindowCache(arrays.sinks or cache.sinks, arrays.tokens, length)

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, DTypeLike, Float, Int
 
+from dga_jax.choices import CacheDtypeName
 from dga_jax.model.attention_kinds.base import AttentionKind
 from pallas_kernels import dispatch
+from pallas_kernels.decode import TokenRows
 from pallas_kernels.gather import take_positions
 from pallas_kernels.masks import masked_softmax
 
@@ -24,18 +26,19 @@ class SinkWindowCache:
   """Keys and values of the sinks and the window. While decoding, arrays have an axis of layers.
 
   Attributes:
-    sink_key: keys of the first S tokens.
-    sink_value: their values.
-    ring_key: keys of the last W of the other tokens; token p is in slot (p − S) mod W.
-    ring_value: their values.
+    sinks: the first S tokens.
+    ring: the last W of the other tokens; token p is in slot (p − S) mod W.
     length: tokens that each sequence has seen.
   """
 
-  sink_key: Float[Array, "*layers B N S D"]
-  sink_value: Float[Array, "*layers B N S D"]
-  ring_key: Float[Array, "*layers B N W D"]
-  ring_value: Float[Array, "*layers B N W D"]
+  sinks: TokenRows
+  ring: TokenRows
   length: Int[Array, "*layers B"]
+
+  @property
+  def sizes(self) -> tuple[int, int]:
+    """S and W."""
+    return self.sinks.key.shape[-2], self.ring.key.shape[-2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +51,14 @@ class SinkWindowCacheAttention(AttentionKind):
     name: the attention kind.
     window: W, the query's own token included.
     sinks: S.
+    cache_dtype: the 8-bit dtype in which the cache stores tokens; None for that of the model.
+      `decode` and `extend` read the rounded tokens, and `attend` the exact ones.
   """
 
   name: str
   window: int
   sinks: int = 0
+  cache_dtype: CacheDtypeName | None = dataclasses.field(default=None, kw_only=True)
 
   def init_cache(
     self, batch: int, max_length: int, num_kv_heads: int, head_dim: int, dtype: DTypeLike
@@ -60,9 +66,12 @@ class SinkWindowCacheAttention(AttentionKind):
     """An empty cache of one layer: sinks + window tokens, or `max_length` if that is less."""
     sinks = min(self.sinks, max_length)
     slots = min(self.window, max_length - sinks)
-    sink = jnp.zeros((batch, num_kv_heads, sinks, head_dim), dtype)
-    ring = jnp.zeros((batch, num_kv_heads, slots, head_dim), dtype)
-    return SinkWindowCache(sink, sink, ring, ring, jnp.zeros(batch, jnp.int32))
+
+    def empty(entries: int) -> TokenRows:
+      zeros = jnp.zeros((batch, num_kv_heads, entries, head_dim), dtype)
+      return TokenRows.pack(zeros, zeros, self.cache_dtype or dtype)
+
+    return SinkWindowCache(empty(sinks), empty(slots), jnp.zeros(batch, jnp.int32))
 
   def prefill(
     self,
@@ -89,17 +98,17 @@ class SinkWindowCacheAttention(AttentionKind):
     B, L, N, D = k_BxLxNxD.shape
     empty = self.init_cache(B, max_length, N, D, k_BxLxNxD.dtype)
     length_B = metadata.documents.row_length
-    S, W = empty.sink_key.shape[2], empty.ring_key.shape[2]
+    S, W = empty.sizes
     held_BxW = _last_in_slot(length_B - S, W)
     ring_BxW = jnp.where(held_BxW >= 0, held_BxW + S, L)
     sink_BxS = jnp.broadcast_to(jnp.arange(S)[None], (B, S))
-    return SinkWindowCache(
-      sink_key=take_positions(k_BxLxNxD, sink_BxS).swapaxes(1, 2),
-      sink_value=take_positions(v_BxLxNxD, sink_BxS).swapaxes(1, 2),
-      ring_key=take_positions(k_BxLxNxD, ring_BxW).swapaxes(1, 2),
-      ring_value=take_positions(v_BxLxNxD, ring_BxW).swapaxes(1, 2),
-      length=length_B,
-    )
+
+    def stored(position_Bxs: Array) -> TokenRows:
+      key, value = (take_positions(x, position_Bxs) for x in (k_BxLxNxD, v_BxLxNxD))
+      dtype = self.cache_dtype or key.dtype
+      return TokenRows.pack(key.swapaxes(1, 2), value.swapaxes(1, 2), dtype)
+
+    return SinkWindowCache(stored(sink_BxS), stored(ring_BxW), length_B)
 
   def decode(
     self,
@@ -119,30 +128,21 @@ class SinkWindowCacheAttention(AttentionKind):
     self, q_BxHxD: Array, k_BxNxD: Array, v_BxNxD: Array, cache: SinkWindowCache, layer: Array
   ) -> tuple[Array, SinkWindowCache]:
     (B, H, D), N = q_BxHxD.shape, k_BxNxD.shape[1]
-    S, W = cache.sink_key.shape[-2], cache.ring_key.shape[-2]
+    S, W = cache.sizes
     position_B = cache.length[layer]
     # A slot beyond the array's end is not written.
     sink_B = jnp.where(position_B < S, position_B, S)
     ring_B = jnp.where(position_B < S, W, (position_B - S) % max(W, 1))
     row_B = jnp.arange(B)
-
-    def put(array: Array, slot_B: Array, token_BxNxD: Array) -> Array:
-      return array.at[layer, row_B, :, slot_B].set(token_BxNxD, mode="drop")
-
+    new = TokenRows.pack(k_BxNxD, v_BxNxD, cache.ring.key.dtype)
     cache = SinkWindowCache(
-      sink_key=put(cache.sink_key, sink_B, k_BxNxD),
-      sink_value=put(cache.sink_value, sink_B, v_BxNxD),
-      ring_key=put(cache.ring_key, ring_B, k_BxNxD),
-      ring_value=put(cache.ring_value, ring_B, v_BxNxD),
-      length=cache.length.at[layer].add(1),
+      cache.sinks.write((layer, row_B, slice(None), sink_B), new),
+      cache.ring.write((layer, row_B, slice(None), ring_B), new),
+      cache.length.at[layer].add(1),
     )
-    sinks = self._cached_sinks(cache, layer, position_B[:, None])
-    slot_W = jnp.arange(W)
-    ring = KeySource(
-      cache.ring_key[layer].swapaxes(1, 2)[:, None],
-      cache.ring_value[layer].swapaxes(1, 2)[:, None],
-      (slot_W[None] <= position_B[:, None] - S)[:, None],
-    )
+    sinks = self._cached_sinks(cache, layer, position_B[:, None], q_BxHxD.dtype)
+    is_held_BxW = jnp.arange(W)[None] <= position_B[:, None] - S
+    ring = KeySource(*_cached(cache.ring, layer, q_BxHxD.dtype), is_held_BxW[:, None])
     o_Bx1xNxRxD = attend_to_sources(q_BxHxD.reshape(B, 1, N, H // N, D), [ring, sinks])
     return o_Bx1xNxRxD.reshape(B, H, D), cache
 
@@ -158,52 +158,40 @@ class SinkWindowCacheAttention(AttentionKind):
   ) -> tuple[Float[Array, "B T H D"], SinkWindowCache]:
     """Appends several tokens; computes the outputs of decoding them one by one."""
     (B, T, H, D), N = q_BxTxHxD.shape, k_BxTxNxD.shape[2]
-    S, W = cache.sink_key.shape[-2], cache.ring_key.shape[-2]
+    S, W = cache.sizes
     before_B, new_T = cache.length[layer], jnp.arange(T)
     position_BxT = before_B[:, None] + new_T[None]
     held_BxW = _last_in_slot(before_B - S, W)
     near_BxTxW = position_BxT[..., None] - (held_BxW + S)[:, None] < self.window
-    ring = KeySource(
-      cache.ring_key[layer].swapaxes(1, 2)[:, None],
-      cache.ring_value[layer].swapaxes(1, 2)[:, None],
-      near_BxTxW & (held_BxW >= 0)[:, None],
-    )
+    dtype = q_BxTxHxD.dtype
+    ring = KeySource(*_cached(cache.ring, layer, dtype), near_BxTxW & (held_BxW >= 0)[:, None])
     distance_TxT = new_T[:, None] - new_T[None]
     near_TxT = (distance_TxT >= 0) & (distance_TxT < self.window)
-    chunk = KeySource(
-      k_BxTxNxD[:, None], v_BxTxNxD[:, None], near_TxT[None] & (position_BxT >= S)[:, None]
-    )
+    new = TokenRows.pack(k_BxTxNxD, v_BxTxNxD, cache.ring.key.dtype)
+    key, value = (x_BxTxNxD[:, None] for x_BxTxNxD in new.unpack(dtype))
+    chunk = KeySource(key, value, near_TxT[None] & (position_BxT >= S)[:, None])
     is_token_BxT = new_T[None] < lengths[:, None]
     # A slot beyond the array's end is not written. The last W tokens alone stay in the ring.
     sink_BxT = jnp.where(is_token_BxT & (position_BxT < S), position_BxT, S)
     stays_BxT = is_token_BxT & (position_BxT >= S) & (new_T[None] >= lengths[:, None] - W)
     ring_BxT = jnp.where(stays_BxT, (position_BxT - S) % max(W, 1), W)
     row_Bx1 = jnp.arange(B)[:, None]
-
-    def put(array: Array, slot_BxT: Array, tokens_BxTxNxD: Array) -> Array:
-      return array.at[layer, row_Bx1, :, slot_BxT].set(tokens_BxTxNxD, mode="drop")
-
     cache = SinkWindowCache(
-      sink_key=put(cache.sink_key, sink_BxT, k_BxTxNxD),
-      sink_value=put(cache.sink_value, sink_BxT, v_BxTxNxD),
-      ring_key=put(cache.ring_key, ring_BxT, k_BxTxNxD),
-      ring_value=put(cache.ring_value, ring_BxT, v_BxTxNxD),
-      length=cache.length.at[layer].add(lengths),
+      cache.sinks.write((layer, row_Bx1, slice(None), sink_BxT), new),
+      cache.ring.write((layer, row_Bx1, slice(None), ring_BxT), new),
+      cache.length.at[layer].add(lengths),
     )
-    sources = [ring, chunk, self._cached_sinks(cache, layer, position_BxT)]
+    sources = [ring, chunk, self._cached_sinks(cache, layer, position_BxT, dtype)]
     o_BxTxNxRxD = attend_to_sources(q_BxTxHxD.reshape(B, T, N, H // N, D), sources)
     return o_BxTxNxRxD.reshape(B, T, H, D), cache
 
   def _cached_sinks(
-    self, cache: SinkWindowCache, layer: Array, position_BxT: Int[Array, "B T"]
+    self, cache: SinkWindowCache, layer: Array, position_BxT: Int[Array, "B T"], dtype: DTypeLike
   ) -> "KeySource":
     """The sinks in a layer's cache, for queries at the given positions."""
-    key_BxSxNxD, value_BxSxNxD = (
-      x[layer].swapaxes(1, 2) for x in (cache.sink_key, cache.sink_value)
-    )
-    seen_BxTxS = jnp.arange(key_BxSxNxD.shape[1])[None, None] <= position_BxT[..., None]
-    key = self._place_sinks(key_BxSxNxD[:, None], position_BxT)
-    return KeySource(key, value_BxSxNxD[:, None], seen_BxTxS)
+    key_Bx1xSxNxD, value_Bx1xSxNxD = _cached(cache.sinks, layer, dtype)
+    seen_BxTxS = jnp.arange(key_Bx1xSxNxD.shape[2])[None, None] <= position_BxT[..., None]
+    return KeySource(self._place_sinks(key_Bx1xSxNxD, position_BxT), value_Bx1xSxNxD, seen_BxTxS)
 
   def _place_sinks(self, key: Array, position_BxT: Int[Array, "B T"]) -> Array:
     """Keys of sinks [B, T or 1, S, N, D] at the distance at which each query sees them."""
@@ -250,6 +238,14 @@ def attend_to_sources(
     for part, one in zip(jnp.split(weights, ends, axis=-1), sources, strict=True)
   )
   return jnp.asarray(out).astype(q.dtype)
+
+
+def _cached(
+  rows: TokenRows, layer: Array, dtype: DTypeLike
+) -> tuple[Float[Array, "B 1 s N D"], Float[Array, "B 1 s N D"]]:
+  """Keys and values of a layer, the same for every query, for a `KeySource`."""
+  key_BxNxsxD, value_BxNxsxD = rows.layer(layer).unpack(dtype)
+  return key_BxNxsxD.swapaxes(1, 2)[:, None], value_BxNxsxD.swapaxes(1, 2)[:, None]
 
 
 def _last_in_slot(count_B: Array, size: int) -> Int[Array, "B W"]:

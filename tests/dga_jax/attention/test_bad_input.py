@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dga_jax import DGAConfig, dynamic_group_attention, GroupPlan, plan_groups
+from dga_jax import (
+  DGAConfig,
+  dynamic_group_attention,
+  explain,
+  GroupPlan,
+  HeadBudgets,
+  plan_groups,
+)
+from dga_jax.cache import attend_and_prefill, prefill
+from dga_jax.flax import attention_fn
 
 pytestmark = pytest.mark.invalid_arguments
 
@@ -78,12 +87,41 @@ def test_invalid_combinations_of_config_fields():
     ({"scale": -1.0}, "scale is -1.0"),
     ({"scale": float("nan")}, "scale is nan"),
     ({"implementation": "fastest"}, "implementation is 'fastest'"),
+    ({"config": None}, "config is None; it must be a DGAConfig or HeadBudgets"),
+    ({"config": DGAConfig}, "config is the class DGAConfig; it must be a DGAConfig or HeadBudgets"),
+    (
+      {"query": Q.swapaxes(1, 2), "key": K.swapaxes(1, 2), "value": K.swapaxes(1, 2)},
+      r"key has shape \(2, 2, 12, 8\).*pass jnp.swapaxes\(x, 1, 2\)",
+    ),
   ],
 )
 def test_invalid_arguments_of_the_op(changes, message):
   arguments = {"query": Q, "key": K, "value": K, "config": CONFIG} | changes
   with pytest.raises(ValueError, match=message):
     dynamic_group_attention(**arguments)
+
+
+@pytest.mark.parametrize("config", [{"group_size": 4}, HeadBudgets(("full",), ((0, 0),))])
+@pytest.mark.parametrize(
+  "call",
+  [
+    lambda config: plan_groups(Q, K, config=config),
+    lambda config: GroupPlan.from_focal_mask(jnp.zeros((2, 2, 12), bool), config=config),
+    lambda config: prefill(K, K, Q, config=config, max_length=20),
+    lambda config: attend_and_prefill(Q, K, K, config=config, max_length=20),
+    attention_fn,
+  ],
+)
+def test_functions_of_one_setting_name_the_config(call, config):
+  with pytest.raises(ValueError, match=r"config is .*; it must be a DGAConfig, for example"):
+    call(config)
+
+
+def test_explain_checks_as_the_op_does():
+  with pytest.raises(ValueError, match="config is None; it must be a DGAConfig or HeadBudgets"):
+    explain(Q, K, K, config=None)
+  with pytest.raises(ValueError, match=r"query has shape \(12, 4, 8\)"):
+    explain(Q[0], K[0], K[0], config=CONFIG)
 
 
 def test_traced_segment_ids_need_max_documents():

@@ -35,7 +35,7 @@ def test_segment_ids_of_one_sequence() -> None:
     ({"bias": jnp.zeros((12, 12))}, "bias is given, which dynamic_group_attention does not have"),
     ({"mask": jnp.ones((12, 12), bool)}, "mask is given.*pass lengths for right padding"),
     ({"logits_soft_cap": 30.0}, "logits_soft_cap is given"),
-    ({"is_causal": True}, "is_causal is given.*always causal"),
+    ({"is_causal": True}, "is_causal is given.*DGAConfig\\(causal=...\\)"),
     ({"key": K[:6], "value": V[:6]}, "Cross-attention, with keys of other tokens, is not"),
   ],
 )

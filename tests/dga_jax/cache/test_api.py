@@ -153,6 +153,49 @@ def test_a_token_may_keep_the_axis_of_length():
   assert_equal(after, same)
 
 
+# Each changes numbers. No array of a cache shows the changes of the second line.
+OTHER_SETTINGS = [
+  {"local_window": 1}, {"selector": "fitted"}, {"cache_dtype": "int8"}, {"focal_per_block": 1},
+  {"group_size": 4, "focal_per_block": 1}, {"sink_tokens": 2}, {"aggregation_scale": "none"},
+  {"group_logit_bias": "log_size"},
+]  # fmt: skip
+
+
+@pytest.mark.invalid_arguments
+@pytest.mark.parametrize("changes", OTHER_SETTINGS, ids=lambda changes: next(iter(changes)))
+def test_the_config_of_another_cache_is_an_error_with_the_field(changes):
+  cache, other = filled(), dataclasses.replace(CONFIG, **changes)
+  (name, value), *_ = changes.items()
+  field = name.replace("per", "in")
+  match = rf"config\.{field} is {value!r}, and the cache was made with .*; pass the config"
+  stacked = jax.tree.map(lambda x: jnp.stack([x, x]), cache)
+  calls = {
+    "step": lambda: decode_step(*tokens(B), cache, config=other),
+    "jit": lambda: jax.jit(functools.partial(decode_step, config=other))(*tokens(B), cache),
+    "extend": lambda: extend(*tokens(B, 3), cache, config=other),
+    "layer": lambda: decode_step(*tokens(B), stacked, config=other, layer=1),
+    "scan": lambda: jax.lax.scan(
+      lambda c, t: decode_step(*t, c, config=other)[::-1], cache, tokens(3, B)
+    ),
+    "vmap": lambda: jax.vmap(lambda c: decode_step(*tokens(B), c, config=other)[0])(stacked),
+  }
+  for call in calls.values():
+    with pytest.raises(ValueError, match=match):
+      call()
+
+
+def test_settings_that_choose_the_prefix_of_a_prompt_alone_may_differ():
+  """Decoding after global selection depends on neither the selection nor its ranking."""
+  same = dataclasses.replace(CONFIG, min_focal_tokens=7, seed=1, focal_per_block=2, max_documents=1)
+  rate = dataclasses.replace(CONFIG, focal_per_block=None, importance_rate=0.7)
+  assert rate.focal_in_block == CONFIG.focal_in_block
+  want, after = decode_step(*tokens(B), filled(), config=CONFIG)
+  for config in (same, rate):
+    out, cache = decode_step(*tokens(B), filled(config), config=config)
+    np.testing.assert_array_equal(out, want)
+    assert_equal(cache, after)
+
+
 @pytest.mark.invalid_arguments
 def test_invalid_shapes_and_dtypes_are_errors_with_the_name():
   query, key, value = tokens(B)
@@ -173,14 +216,6 @@ def test_invalid_shapes_and_dtypes_are_errors_with_the_name():
   for layer in (-1, 2):
     with pytest.raises(ValueError, match=f"layer is {layer}, and the cache has 2 layers"):
       step(query, key, value, stacked, layer=layer)
-  # Both have other blocks than the cache; the second has as many tokens in each.
-  for changes, blocks in (
-    ({"local_window": 1}, r"3 \+ 2 tokens with local_window=1"),
-    ({"group_size": 4, "focal_per_block": 1}, r"4 \+ 1 tokens with local_window=0"),
-  ):
-    other = dataclasses.replace(CONFIG, **changes)
-    with pytest.raises(ValueError, match=rf"{blocks}, and .* of 3 \+ 2 tokens with local_window=0"):
-      step(query, key, value, cache, config=other)
   with pytest.raises(ValueError, match=r"lengths is int.*; it must be int"):
     filled(lengths=[1, 2, 3])
   with pytest.raises(ValueError, match="lengths has values from 5 to 13"):

@@ -156,7 +156,7 @@ def test_a_file_of_other_settings_is_refused(tmp_path: Path) -> None:
     open_results(path, settings | {"samples": 3})
   other = tmp_path / "other.jsonl"
   other.write_text(json.dumps({"key": "perplexity", "loss": 1}) + "\n")
-  with pytest.raises(ValueError, match="is not a file of calibration measurements"):
+  with pytest.raises(ValueError, match="does not begin with what its results were measured with"):
     open_results(other, settings)
 
 

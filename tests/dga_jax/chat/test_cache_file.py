@@ -12,6 +12,8 @@ from dga_jax.chat.cache_file import load_cache, save_cache, stored_attention
 from dga_jax.chat.conversation import DocumentReader
 from dga_jax.chat.session import Session
 from dga_jax.generation import Sampling
+from dga_jax.head_budgets import HeadBudgets, SinkWindow
+from dga_jax.model import apply_budgets
 from tests.dga_jax.chat import chatty
 from tests.dga_jax.evaluation.tiny import STORY
 
@@ -44,6 +46,27 @@ def test_a_stored_document_answers_alike(session: Session, stored: tuple[Path, s
   assert session.tokens == read
   assert "".join(reader.ask("Who?", sampling=GREEDY, max_new_tokens=6)) == answer
   assert stored_attention(path) == "dga"
+
+
+def test_a_document_in_8_bits_is_stored_as_it_is(tmp_path: Path) -> None:
+  rows = ((0,) * chatty.CONFIG.num_kv_heads, (1,) * chatty.CONFIG.num_kv_heads)
+  budgets = HeadBudgets(("full", SinkWindow(8, 2)), rows, "int8")
+  model, chat = chatty.model(attention="dense", dtype="bfloat16"), TOKENIZER.chat_template
+  session, path = Session(apply_budgets(model, budgets)), tmp_path / "story.npz"
+  reader = DocumentReader.read(session, TOKENIZER, chat, STORY)
+  save_cache(path, session, reader, TOKENIZER, chat)
+  restored = Session(session.model)
+  load_cache(path, restored, TOKENIZER, chat)
+  leaves = [jax.tree.leaves(one.cache()) for one in (session, restored)]
+  assert {str(x.dtype) for x in leaves[0]} == {"int8", "float32", "int32"}
+  held = [x.nbytes for x in jax.tree.leaves(session._cache) if x.dtype != np.int32]
+  assert session.cache_bytes == sum(held)
+  for one, other in zip(*leaves, strict=True):
+    assert one.dtype == other.dtype
+    np.testing.assert_array_equal(one, other)
+  other = Session(apply_budgets(model, dataclasses.replace(budgets, cache_dtype="float8_e4m3fn")))
+  with pytest.raises(ValueError, match=r"head_budgets\.cache_dtype 'int8'.*has 'float8_e4m3fn'"):
+    load_cache(path, other, TOKENIZER, chat)
 
 
 def changed(**changes: object) -> Session:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -257,6 +258,29 @@ def test_a_reply_can_be_ended(session: Session) -> None:
   assert talk.messages[-1] == {"role": "assistant", "content": start}
   list(talk.ask("More", sampling=GREEDY, max_new_tokens=3))
   assert talk.rereads == 0
+
+
+def test_a_message_whose_reading_is_interrupted_is_forgotten(
+  session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  talk, read_chunk, chunks = conversation(session), session._read_chunk, []
+
+  def interrupted(*chunk: Any) -> None:
+    if len(chunks) == 2:
+      raise KeyboardInterrupt
+    chunks.append(chunk)
+    read_chunk(*chunk)
+
+  monkeypatch.setattr(session, "_read_chunk", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    list(talk.ask("Hello. " * 20, sampling=GREEDY, max_new_tokens=3))
+  assert session.tokens == []
+  monkeypatch.undo()
+  list(talk.ask("More", sampling=GREEDY, max_new_tokens=3))
+  messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "More"}]
+  prompt = encode_chat(talk._template, messages)
+  assert session.tokens[: len(prompt)] == prompt
+  assert talk.messages[:2] == messages
 
 
 @pytest.mark.parametrize("template", [chatty.TURNS, None])

@@ -168,6 +168,13 @@ def test_refused_messages(messages: list, message: str) -> None:
     render_chat(chat(source), messages)
 
 
+@pytest.mark.parametrize("message", [{"role": "user", "content": "\ud800"}, {"role": "\udfff"}])
+def test_a_lone_surrogate_is_refused(message: dict) -> None:
+  template = chat("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}")
+  with pytest.raises(ValueError, match=r"The text cannot be encoded: .* surrogates not allowed"):
+    encode_chat(template, [message])
+
+
 def test_functions_that_templates_call() -> None:
   source = "{% generation %}{{ strftime_now('%Y') }}{% endgeneration %} {{ {'a': '<é'} | tojson }}"
   year, text = Sandbox(source).render({}).split(" ", 1)

@@ -1,6 +1,7 @@
 """Evaluation jobs and their stored results, tables, plots, and the command `dga evaluate`."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,15 @@ def test_the_command(tmp_path: Path) -> None:
   assert done.stdout.split()[0] == str(out / "perplexity.md")
   result = json.loads((out / "perplexity.jsonl").read_text())
   assert (result["variant"], result["rows"], result["origin"]) == ("dense", 2, f"{workdir}, step 0")
+  # Other weights in the same folder are measured, and the table shows their results alone.
+  shutil.rmtree(workdir / "checkpoints")
+  write_checkpoint(workdir, scale=0.5)
+  done = evaluate(workdir, *asked, variants)
+  assert done.returncode == 0, done.stderr
+  results = list(map(json.loads, (out / "perplexity.jsonl").read_text().splitlines()))
+  assert len({one["perplexity"] for one in results}) == 2
+  table = (out / "perplexity.md").read_text()
+  assert [f"| {one['perplexity']:.3f} |" in table for one in results] == [False, True]
   failed = evaluate(workdir, *asked[:1], "--documents=nowhere.jsonl")
   assert (failed.returncode, "Traceback" in failed.stderr) == (1, False)
   assert "error: " in failed.stderr

@@ -91,6 +91,14 @@ def test_keys_are_counted_in_the_cache(overrides: dict, keys: int) -> None:
   assert budget.bytes == sum(held)
 
 
+def test_entries_of_8_bits_are_counted_with_their_scales() -> None:
+  rows = ((0, *[1] * (CONFIG.num_kv_heads - 1)),) * CONFIG.num_layers
+  budgets = HeadBudgets(("full", SinkWindow(8)), rows, "int8")
+  sets = {"attention": "head_budgets", "head_budgets": budgets.to_dict()}
+  tokens = CONFIG.num_layers * (96 + (CONFIG.num_kv_heads - 1) * (8 + 4))
+  assert family().budget(Variant("v", sets), 96).bytes == tokens * 2 * (CONFIG.head_dim + 4)
+
+
 def test_eviction_counts_its_scores() -> None:
   settings = {"heavy": 10, "recent": 6, "interval": 4}
   variant = Variant("v", {"attention": "top_k_eviction", "top_k_eviction": settings})

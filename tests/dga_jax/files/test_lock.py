@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dga_jax.files.lock import hold_lock, LockedError
+from dga_jax.files.lock import hold_lock, hold_workdir, LockedError
 
 ROOT = Path(__file__).parents[3]
 _HOLD = """
@@ -69,3 +69,12 @@ def test_a_file_system_without_locks(
   with hold_lock(tmp_path / "lock"):
     pass
   assert re.search(r"lock cannot be locked \(Function not implemented\)", caplog.text)
+
+
+def test_a_workdir_is_a_folder(tmp_path: Path) -> None:
+  (tmp_path / "run").write_text("")
+  with (
+    pytest.raises(NotADirectoryError, match=r"run is a file; .*another --workdir"),
+    hold_workdir(tmp_path / "run"),
+  ):
+    pass

@@ -16,7 +16,7 @@ def main() -> None:
   dga = DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1)
   settings = ("full", dga, SinkWindow(12, sinks=2))
   unequal = HeadBudgets(settings[:2], ((0, 1, 1, 0), (1, 1, 1, 1)))
-  equal = HeadBudgets(settings, ((0, 1, 0, 1), (1, 2, 1, 2)))
+  equal = HeadBudgets(settings, ((0, 1, 0, 1), (1, 2, 1, 2)), cache_dtype="int8")
   # The devices, and the parts into which they split a cache: 1 where their heads differ.
   for attention, budgets, devices, parts in (
     ("dga", None, 4, 4),

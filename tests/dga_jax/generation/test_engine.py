@@ -200,6 +200,15 @@ def test_what_is_read_ahead_is_kept_and_waits_for_prompts(engine, greedy):
   assert (tokens, emitted.cached_tokens) == (greedy(second, 4), len(answer))
 
 
+def test_a_prompt_does_not_wait_for_what_is_read_ahead(engine, greedy):
+  engine.read_ahead(prompt_of(390))
+  engine.step()
+  prompt = prompt_of(5, seed=1)
+  number = engine.submit(Request(prompt, 1, GREEDY))
+  assert [(one.request, one.tokens) for one in engine.step()] == [(number, greedy(prompt, 1))]
+  assert not engine.busy
+
+
 def test_a_turn_that_changes_the_answer_continues_after_the_prompt(engine, greedy):
   first = prompt_of(90)
   ((answer, _),) = run(engine, [Request(first, 12, GREEDY)]).values()

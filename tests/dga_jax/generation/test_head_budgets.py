@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -17,19 +18,21 @@ BLOCKS = DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_win
 BUDGETS = HeadBudgets(("full", BLOCKS, SinkWindow(6, sinks=2)), ((1, 0), (1, 2)))
 
 
+CONFIG = ModelConfig(
+  vocab_size=61,
+  num_layers=2,
+  embed_dim=32,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  mlp_dim=48,
+  dtype="float32",
+)
+
+
 @pytest.fixture(scope="module")
 def model():
-  config = ModelConfig(
-    vocab_size=61,
-    num_layers=2,
-    embed_dim=32,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=48,
-    dtype="float32",
-  )
-  return apply_budgets(Decoder(config, rngs=nnx.Rngs(0)), BUDGETS)
+  return apply_budgets(Decoder(CONFIG, rngs=nnx.Rngs(0)), BUDGETS)
 
 
 def test_tokens_do_not_depend_on_other_slots_or_chunks(model):
@@ -42,8 +45,15 @@ def test_tokens_do_not_depend_on_other_slots_or_chunks(model):
   assert in_chunks == together[1:]
 
 
-def test_the_next_turn_continues_after_the_answer(model):
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_the_next_turn_continues_after_the_answer(cache_dtype):
+  budgets = BUDGETS.with_cache_dtype(cache_dtype)
+  model = apply_budgets(Decoder(CONFIG, rngs=nnx.Rngs(0)), budgets)
   engine = Engine(model, slots=1, max_length=160, prompt_chunk=16, cache_bytes=1 << 30)
+  # All arrays of a slot but its counts of tokens.
+  rows = jax.tree.leaves(engine.programs.shapes.rows(1))
+  held = sum(x.size * x.dtype.itemsize for x in rows if x.dtype != np.int32)
+  assert engine.programs.state_bytes == held
   first = np.random.default_rng(1).integers(0, 61, 70).tolist()
 
   def run(prompt: list[int], new: int) -> tuple[list[int], int]:
@@ -70,6 +80,11 @@ def test_live_bytes_count_the_entries_that_the_next_token_sees(model):
   # Blocks of 6 tokens after 2 sinks: 5 blocks are older than the window of one block, and the
   # token at position 40 is the third of its block.
   assert live_bytes(model.config, 40) == head * (1 * 40 + 2 * (2 + 5 * 2 + 6 + 2) + 1 * 7)
+  # A float32 scale for each key and each value in 8 bits.
+  of_tokens = dataclasses.replace(model.config.head_budgets, cache_dtype="int8")
+  config = dataclasses.replace(model.config, head_budgets=of_tokens)
+  raw = (2 + 5 * 2 + 6 + 2) * head
+  assert live_bytes(config, 40) == 2 * (8 + 4) * (1 * 40 + 1 * 7) + 2 * raw
   packed = dataclasses.replace(BLOCKS, cache_dtype="int8")
   config = dataclasses.replace(model.config, attention="dga", head_budgets=None, dga=packed)
   assert live_bytes(config, 40) == 4 * ((2 + 5 * 2) * 2 * (8 + 4) + (6 + 2) * head)

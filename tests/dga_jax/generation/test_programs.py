@@ -1,6 +1,7 @@
 """The compiler options of decoding on each device, and weights that engines share."""
 
 import dataclasses
+import time
 
 import jax
 import pytest
@@ -8,7 +9,7 @@ from flax import nnx
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dga_jax.generation import Engine, Request
-from dga_jax.generation.compile_jobs import Job, xla_options
+from dga_jax.generation.compile_jobs import compile_jobs, Job, xla_options
 from dga_jax.generation.programs import decode_options
 from dga_jax.generation.weights import compute_weights
 from dga_jax.model import Decoder
@@ -65,3 +66,28 @@ def test_weights_of_another_decoder_are_refused():
   wide = Decoder(dataclasses.replace(CONFIG, mlp_dim=96), rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="weights has other parameters"):
     Engine(wide, slots=1, max_length=80, weights=compute_weights(Decoder(CONFIG, rngs=nnx.Rngs(0))))
+
+
+def test_an_interrupted_compilation_drops_the_jobs_that_have_not_begun(monkeypatch):
+  compiled = []
+
+  class Lowered:
+    def lower(self, name: str):
+      self.name = name
+      return self
+
+    def compile(self, options: dict):
+      assert options == {}
+      time.sleep(0.05)
+      compiled.append(self.name)
+
+  def interrupted(jobs):
+    yield jobs[0]
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr("os.cpu_count", lambda: 1)
+  monkeypatch.setattr(jax, "jit", lambda *_, **__: Lowered())
+  jobs = [Job(name, print, (name,)) for name in "abcdef"]
+  with pytest.raises(KeyboardInterrupt):
+    compile_jobs(jobs, interrupted)
+  assert len(compiled) < 4

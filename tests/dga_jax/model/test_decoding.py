@@ -100,7 +100,7 @@ def test_decoding_in_16_bit(dtype: str) -> None:
   _, cache = prefill(model, tokens_BxL[:, :PROMPT], lengths_B)
   next_B = tokens_BxL[np.arange(B), lengths_B]
   logits_BxV, cache = decode(model, next_B, cache)
-  assert cache.layers.key.dtype == jnp.dtype(dtype)
+  assert cache.layers.tokens.key.dtype == jnp.dtype(dtype)
   assert 0 < error < 0.1
   assert np.abs(logits_BxV - expected_BxLxV[np.arange(B), lengths_B]).max() < 2 * error
 
@@ -120,8 +120,8 @@ def test_padding_of_prompts_is_not_read() -> None:
 def test_shape_and_dtype_of_the_dense_cache() -> None:
   cache = MODEL.init_cache(B, TOTAL)
   shape = (CONFIG.num_layers, B, CONFIG.num_kv_heads, TOTAL, CONFIG.head_dim)
-  assert cache.layers.key.shape == cache.layers.value.shape == shape
-  assert cache.layers.key.dtype == jnp.float32
+  assert cache.layers.tokens.key.shape == cache.layers.tokens.value.shape == shape
+  assert cache.layers.tokens.key.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("kind", STREAMING | {"dense": None})

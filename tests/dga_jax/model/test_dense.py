@@ -27,7 +27,7 @@ def test_a_full_cache_keeps_its_tokens() -> None:
     q, k, v = (jnp.asarray(rng.normal(size=(2, 1, 8)), jnp.float32) for _ in range(3))
     o, cache = kind.decode(q, k, v, cache, jnp.array(0))
   o, beyond = kind.decode(q, k + 1, v + 1, cache, jnp.array(0))
-  np.testing.assert_array_equal(beyond.key, cache.key)
+  np.testing.assert_array_equal(beyond.tokens.key, cache.tokens.key)
   assert np.isfinite(o).all()
 
 

@@ -33,6 +33,8 @@ SETTINGS = (
 )
 ROWS = ((0, 1, 1, 2, 2, 3), (2, 2, 2, 2, 2, 2))
 KIND = HeadBudgetsAttention(HeadBudgets(SETTINGS, ROWS))
+PACKED = HeadBudgetsAttention(HeadBudgets(SETTINGS, ROWS, "int8"))
+KINDS = pytest.mark.parametrize("kind", [KIND, PACKED], ids=["plain", "int8"])
 N = len(ROWS[0])
 
 
@@ -42,7 +44,7 @@ def tokens(steps):
   return [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
 
 
-def decode(layers, steps):
+def decode(kind, layers, steps):
   """Outputs of all steps in the given layers, and the caches."""
 
   @jax.jit
@@ -50,18 +52,21 @@ def decode(layers, steps):
     q, k, v, scores = token
     outs = []
     for layer in layers:
-      place = KIND.layer_index(layer)
-      out, caches = KIND.decode(q, k, v, caches, place, focal_scores=scores)
+      place = kind.layer_index(layer)
+      out, caches = kind.decode(q, k, v, caches, place, focal_scores=scores)
       outs.append(out)
     return caches, jnp.stack(outs)
 
-  caches = KIND.init_caches(len(ROWS), B, M, N, D, jnp.float32)
+  caches = kind.init_caches(len(ROWS), B, M, N, D, jnp.float32)
   return jax.lax.scan(step, caches, tokens(steps))
 
 
-def test_interpreted_kernel_decodes_as_the_classes(monkeypatch: pytest.MonkeyPatch):
+@KINDS
+def test_interpreted_kernel_decodes_as_the_classes(
+  kind: HeadBudgetsAttention, monkeypatch: pytest.MonkeyPatch
+):
   steps = 40  # Blocks are completed, and rings wrap around.
-  wanted_caches, wanted = decode((0, 1), steps)
+  wanted_caches, wanted = decode(kind, (0, 1), steps)
   interpreted = functools.partial(
     heads_step_triton, tile=Tile(entries=16, slots=40), interpret=True
   )
@@ -73,7 +78,7 @@ def test_interpreted_kernel_decodes_as_the_classes(monkeypatch: pytest.MonkeyPat
 
   monkeypatch.setattr(joint_decode, "heads_step", kernel)
   monkeypatch.setattr(joint_decode, "has_heads_kernel", lambda *_: True)
-  caches, got = decode((0, 1), steps)
+  caches, got = decode(kind, (0, 1), steps)
   assert len(calls) == 2  # One for each layer.
   np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
   for x, y in zip(jax.tree.leaves(caches), jax.tree.leaves(wanted_caches), strict=True):
@@ -111,15 +116,16 @@ def test_a_joint_prompt_has_the_output_and_the_caches_of_the_classes(
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1 if x.dtype == jnp.int8 else 1e-5)
 
 
-def test_a_gpu_decodes_a_layer_with_two_kernels_and_copies_no_heads():
-  caches = jax.eval_shape(lambda: KIND.init_caches(len(ROWS), B, M, N, D, jnp.bfloat16))
+@KINDS
+def test_a_gpu_decodes_a_layer_with_two_kernels_and_copies_no_heads(kind: HeadBudgetsAttention):
+  caches = jax.eval_shape(lambda: kind.init_caches(len(ROWS), B, M, N, D, jnp.bfloat16))
   q, k, v, scores = (
     jax.ShapeDtypeStruct(x.shape[1:], jnp.bfloat16 if i < 3 else x.dtype)
     for i, x in enumerate(tokens(1))
   )
 
   def step(q, k, v, scores, caches):
-    return KIND.decode(q, k, v, caches, KIND.layer_index(0), focal_scores=scores)
+    return kind.decode(q, k, v, caches, kind.layer_index(0), focal_scores=scores)
 
   program = lower_for_h100(step, q, k, v, scores, caches)
   assert program.count("custom_call @__gpu$xla.gpu.triton") == 2
@@ -129,7 +135,10 @@ def test_a_gpu_decodes_a_layer_with_two_kernels_and_copies_no_heads():
 
 
 @pytest.mark.gpu
-def test_a_gpu_decodes_all_heads_as_exactly_as_the_classes(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "float8_e4m3fn"])
+def test_a_gpu_decodes_all_heads_as_exactly_as_the_classes(
+  cache_dtype: str | None, monkeypatch: pytest.MonkeyPatch
+):
   """After a prompt of 24 tiles heads have many programs. Blocks are completed and rings wrap."""
   L, steps, row = 1500, 40, (0, 1, 1, 2, 2, 3)
   blocks = DGAConfig(
@@ -137,7 +146,7 @@ def test_a_gpu_decodes_all_heads_as_exactly_as_the_classes(monkeypatch: pytest.M
   )
   fitted = DGAConfig(selection="streaming", group_size=30, selector="fitted", cache_dtype="int8")
   settings = ("full", blocks, SinkWindow(window=700, sinks=3), fitted)
-  kind = HeadBudgetsAttention(HeadBudgets(settings, (row,)))
+  kind = HeadBudgetsAttention(HeadBudgets(settings, (row,), cache_dtype))
   rng = np.random.default_rng(0)
   shapes = [(L + steps, B, N * R, 64), (L + steps, B, N, 64), (L + steps, B, N, 64)]
   *qkv, scores = (rng.normal(size=shape) for shape in [*shapes, (L + steps, B, N)])

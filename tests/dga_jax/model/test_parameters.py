@@ -111,7 +111,7 @@ def test_master_weights_stay_float32_under_bfloat16_compute() -> None:
   for tree in (nnx.state(model), gradients):
     assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype("float32")}
   assert nnx.eval_shape(Decoder.hidden, model, TOKENS_BxL).dtype == jnp.bfloat16
-  assert model.init_cache(1, 4).layers.key.dtype == jnp.bfloat16
+  assert model.init_cache(1, 4).layers.tokens.key.dtype == jnp.bfloat16
 
   exact = random_decoder(dataclasses.replace(CONFIG, dtype="float32"))
   error = np.abs(forward(model, TOKENS_BxL) - forward(exact, TOKENS_BxL)).max()

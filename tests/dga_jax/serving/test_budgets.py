@@ -83,12 +83,18 @@ def test_each_of_several_budgets_is_a_model(tmp_path: Path, monkeypatch: pytest.
   for (_, model, _), own in zip(made, budgets.values(), strict=True):
     assert model.config.head_budgets.counts() == own.counts()
   check_weights(made)
-  ((name, *_),) = load_without_engines(
-    monkeypatch, workdir, attentions=[None], budgets={"25": budgets["25"]}
+  ((name, model, _),) = load_without_engines(
+    monkeypatch, workdir, attentions=[None], budgets={"25": budgets["25"]}, cache_dtype="int8"
   )
   assert name == "run"
+  assert model.config.head_budgets.cache_dtype == "int8"
   with pytest.raises(ValueError, match="attention is 'dense' and budgets are given"):
     load_without_engines(monkeypatch, workdir, attentions=["dense"], budgets=budgets)
+
+
+def test_a_kind_that_is_given_twice_is_refused(workdir: Path, monkeypatch: pytest.MonkeyPatch):
+  with pytest.raises(ValueError, match=r"attention is \['dga', 'dga'\]; name each kind once"):
+    load_without_engines(monkeypatch, workdir, attentions=["dga", "dga"])
 
 
 def load_without_engines(

@@ -97,7 +97,10 @@ def test_curl(server):
     (b"[" * 50_000, "not JSON"),
     (b'{"model": NaN}', "NaN is not a JSON value"),
     (b"[]", "must be a JSON object"),
-    (b'{"model": "tiny", "prompt": "\\ud800"}', "prompt"),
+    (b'{"model": "tiny", "prompt": "\\ud800"}', "prompt: The text cannot be encoded"),
+    (b'{"model": "tiny", "prompt": [5, -1], "echo": true}', "the token id -1; this model has ids"),
+    (b'{"model": "tiny", "prompt": [%d], "echo": true}' % 2**40, "ids from 0 to 256"),
+    (b'{"model": "tiny", "prompt": "a", "temperature": 1%s}' % (b"0" * 400), "from 0 to 100"),
     (b'{"model": "tiny", "prompt": "a", "\\ud800": 1}', "not a parameter"),
   ],
 )
@@ -158,6 +161,19 @@ def test_a_client_that_disconnects_frees_its_slot(server, stream):
       time.sleep(0.001)
   server.wait_until_idle()
   assert server.metric("dga_generated_tokens_total") - before < 490
+
+
+def test_the_tokens_of_a_client_that_leaves_are_counted(server):
+  names = ("dga_prompt_tokens_total", "dga_generated_tokens_total")
+  before = [server.metric(name) for name in names]
+  with httpx.stream(
+    "POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}, timeout=60
+  ) as answer:
+    next(answer.iter_lines())
+  server.wait_until_idle()
+  prompt, new = (server.metric(name) - old for name, old in zip(names, before, strict=True))
+  assert prompt == len("Rain") + 1
+  assert 0 < new < 490
 
 
 def test_an_idle_connection_outlives_the_pools_of_clients(server):

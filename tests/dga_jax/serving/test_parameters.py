@@ -106,6 +106,8 @@ def test_what_is_not_supported_is_named(field, value):
     ("temperature", -0.1),
     ("temperature", "hot"),
     ("temperature", True),
+    ("temperature", 10**400),
+    ("temperature", float("nan")),
     ("top_p", 0),
     ("top_p", 1.01),
     ("top_k", 1.5),

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.decode import TokenArrays, TokenHeads
+from pallas_kernels.decode import TokenArrays, TokenHeads, TokenRows
 from pallas_kernels.decode.triton_heads import class_steps, place_of, tiles_of_program
 from pallas_kernels.decode.triton_split import Tile
 from pallas_kernels.head_range import HeadRange
@@ -20,8 +20,8 @@ def classes(batch: int, context: int) -> list[TokenHeads]:
   def array(heads: HeadRange, entries: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((1, batch, heads.size, entries, 128), "bfloat16")
 
-  full = TokenArrays(*[array(FULL, context)] * 2)
-  ring = TokenArrays(*[array(OTHERS, 1088)] * 2, *[array(OTHERS, 4)] * 2)
+  full = TokenArrays(TokenRows(*[array(FULL, context)] * 2))
+  ring = TokenArrays(TokenRows(*[array(OTHERS, 1088)] * 2), TokenRows(*[array(OTHERS, 4)] * 2))
   length = jax.ShapeDtypeStruct((1, batch), "int32")
   return [TokenHeads(FULL, full, length, False), TokenHeads(OTHERS, ring, length, True)]
 

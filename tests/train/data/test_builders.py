@@ -177,7 +177,9 @@ def test_a_killed_or_failed_build_leaves_nothing_that_passes_as_whole(
 
   full = child("full")
   assert full.returncode == 1
-  assert re.search(r"OSError: Could not write the data set to .*/text: .*Free some", full.stderr)
+  last = full.stderr.splitlines()[-1]
+  assert re.search(r"PreparationError: Could not write the data set to .*/text: .*Free some", last)
+  assert last.count("Could not write") == 1
   assert modified(tmp_path / "workdir") == {}
   assert child("killed").returncode == -9
   # The next build deletes the leftovers of the killed build.

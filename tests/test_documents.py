@@ -1,0 +1,36 @@
+"""Every link between the documents names a file and a heading that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+
+
+def anchor(heading: str) -> str:
+  """The anchor that GitHub gives a heading."""
+  return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_name_files_and_headings(document: Path) -> None:
+  broken = []
+  for name, heading in LINK.findall(CODE.sub("", document.read_text())):
+    path = document.parent / name if name else document
+    is_there = path.is_file()
+    if is_there and heading:
+      headings = HEADING.findall(CODE.sub("", path.read_text()))
+      is_there = heading in map(anchor, headings)
+    if not is_there:
+      broken.append(f"{name}#{heading}" if heading else name)
+  assert broken == []
+
+
+def test_there_are_documents_with_links() -> None:
+  assert len(DOCUMENTS) > 10
+  assert LINK.search((ROOT / "README.md").read_text())
