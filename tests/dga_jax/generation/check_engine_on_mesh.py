@@ -26,7 +26,7 @@ def main() -> None:
   ):
     config = ModelConfig(
       vocab_size=64,
-      num_layers=2,
+      num_layers=2 if budgets else 1,  # Budgets differ between layers.
       embed_dim=40,
       num_heads=8,
       num_kv_heads=4,

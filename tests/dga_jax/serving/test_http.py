@@ -33,9 +33,9 @@ def raw(server: Server, request: bytes) -> bytes:
   return b"".join(parts)
 
 
-def post_bytes(body: bytes, *, more: str = "") -> bytes:
+def post_bytes(body: bytes) -> bytes:
   head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-  head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+  head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
   return head.encode() + body
 
 
