@@ -204,8 +204,8 @@ def _flat_keys(cls: type, values: Any, path: str, prefix: str = "") -> Iterator[
       yield from _flat_keys(inner, value, path, f"{prefix}{name}.")
 
 
-def _build[T](cls: type[T], values: Any, path: str) -> T:
-  fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+def _build(cls: type, values: Any, path: str) -> Any:
+  fields = dataclasses.fields(cls)
   missing = [field.name for field in fields if is_required(field) and field.name not in values]
   if missing:
     raise ValueError(f"{path} lacks {', '.join(missing)}.")
