@@ -35,9 +35,9 @@ def read_all(connection: socket.socket) -> bytes:
   return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-def post_bytes(body: bytes, *, more: str = "") -> bytes:
+def post_bytes(body: bytes) -> bytes:
   head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-  head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+  head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
   return head.encode() + body
 
 
