@@ -107,6 +107,8 @@ class TrainConfig:
       config replaces `model`, except for the attention kind and its settings, the dtypes, remat,
       head_gates and unroll_layers; the log names every value of `model` that it replaces. None
       draws random parameters.
+    rope_base: RoPE base in place of the one of the model in `init_from`, for sequences that are
+      longer than those of its training; None for the model's own.
     budgets: JSON file of head budgets, such as `dga calibrate` writes for the model in `init_from`.
       The run then has attention="head_budgets" in place of model.attention, and its KV heads are in
       an order in which every device of the mesh axis "tensor" has its share of every setting
@@ -137,6 +139,7 @@ class TrainConfig:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
   init_from: str | None = None
+  rope_base: float | None = None
   budgets: str | None = None
   distillation: float = 0.0
   full_heads: float = 0.125
@@ -158,6 +161,9 @@ class TrainConfig:
       raise config_error(self, "init_from", "a folder or None")
     if self.init_from is not None:
       check_path("TrainConfig.init_from", self.init_from, allow_gcs=True)
+    require_number(self, "rope_base", above=0, optional=True)
+    if self.rope_base is not None and self.init_from is None:
+      raise config_error(self, "rope_base", "None without init_from; set model.rope_base")
     if not isinstance(self.budgets, str | None):
       raise config_error(self, "budgets", "a JSON file or None")
     if self.budgets is not None:
@@ -249,6 +255,8 @@ def check_resumable(now: TrainConfig, saved: Mapping[str, Any]) -> None:
       than the checkpoint, have their defaults.
   """
   stored = from_dict(TrainConfig, saved, path="the checkpoint's config")
+  if (now.budgets is None) != (stored.budgets is None):  # Else model.attention would be named.
+    raise _other_value("budgets", now.budgets, stored.budgets)
   ours, theirs = flatten(to_dict(now)), flatten(to_dict(stored))
   # An optional dataclass that is None on one side has keys on the other side alone.
   for key in sorted(ours.keys() | theirs.keys()):
@@ -259,7 +267,11 @@ def check_resumable(now: TrainConfig, saved: Mapping[str, Any]) -> None:
         f"config.budgets is {now.budgets!r}, whose budgets differ from those that the run in this "
         "workdir was started with. Restore the file, or give another --workdir to start a new run."
       )
-    raise ValueError(
-      f"config.{key} is {ours.get(key)!r}, but the run in this workdir was started with "
-      f"{theirs.get(key)!r}. Give it the old value, or another --workdir to start a new run."
-    )
+    raise _other_value(key, ours.get(key), theirs.get(key))
+
+
+def _other_value(key: str, now: Any, stored: Any) -> ValueError:
+  return ValueError(
+    f"config.{key} is {now!r}, but the run in this workdir was started with {stored!r}. Give it "
+    "the old value, or another --workdir to start a new run."
+  )

@@ -68,8 +68,8 @@ def config_help() -> str:
   from train.config import TrainConfig
 
   sections = [
-    wrap(f"{path}  (class {cls.__name__} in {cls.__module__.replace('.', '/')}.py)", "")
-    + f"\n{wrap('  '.join(_key_texts(cls)), '  ')}"
+    f"{path}\n  {cls.__name__} in {cls.__module__.replace('.', '/')}.py\n"
+    + wrap("  ".join(_key_texts(cls)), "  ")
     for path, cls in _sections("config", TrainConfig)
   ]
   head = "Config keys and their defaults. The docstring of each class describes its keys."

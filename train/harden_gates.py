@@ -44,8 +44,8 @@ def main() -> None:
 
   step = existing_step(_WORKDIR.value, _STEP.value)
   model, config, _ = load_model(_WORKDIR.value, step)
+  compact = compact_setting(config)  # Raises for a model without gates.
   gates_KxN = np.asarray(model.head_gates[...], np.float32)
-  compact = compact_setting(config)
   if _LIKE.value:
     counts = read_head_budgets(_LIKE.value).counts()
     largest_first = sorted(counts, key=lambda one: -setting_keys(one, _LENGTH.value))

@@ -1,7 +1,7 @@
 """Training that begins with the model of a checkpoint: of an import or of another run."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ class Initial:
 
   Attributes:
     config: the training config with that checkpoint's model; attention, its settings, gates,
-      dtypes, remat and unroll_layers stay those of the config.
+      dtypes, remat and unroll_layers stay those of the config, and `rope_base` where it is given.
     budgets: head budgets that the run is given, in the order of heads of that checkpoint; None
       without budgets. `config.model.head_budgets` has the order for the mesh.
     tokenizer: the checkpoint's, or None where training begins with nothing.
@@ -84,18 +84,22 @@ def find_initial(
     return Initial(dataclasses.replace(config, model=model), budgets)
   step = existing_step(workdir, step)
   saved, stored = load_config(workdir, step), load_model_config(workdir, step)
-  _log_replaced(config.model, stored, workdir)
   own = {name: getattr(config.model, name) for name in _OWN_FIELDS} | attention
+  if config.rope_base is not None:
+    own["rope_base"] = config.rope_base
+  _log_replaced(config.model, stored, own, workdir)
   model = dataclasses.replace(stored, **own)
   entries = {ORIGIN: saved[ORIGIN]} if ORIGIN in saved else {}
   config = dataclasses.replace(config, model=model)
   return Initial(config, budgets, load_tokenizer(workdir, step), entries)
 
 
-def _log_replaced(given: ModelConfig, stored: ModelConfig, workdir: str) -> None:
+def _log_replaced(
+  given: ModelConfig, stored: ModelConfig, own: Collection[str], workdir: str
+) -> None:
   """Logs the fields that the checkpoint decides and for which the config has another value."""
   # `train.config.make_config` sets focal_selector.
-  decided = set(field_names(ModelConfig)) - _OWN_FIELDS - {"focal_selector"}
+  decided = set(field_names(ModelConfig)).difference(own, {"focal_selector"})
   replaced = [
     f"{name} is {getattr(stored, name)!r} in place of {getattr(given, name)!r}"
     for name in sorted(decided)

@@ -90,7 +90,9 @@ class Results:
     *lines, rest = self._path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, start=1):
       if not self._take(line):
-        raise ValueError(f"{self._path}, line {number}, is not a result.")
+        raise ValueError(
+          f"{self._path}, line {number}, is not a result. Delete the line; its job runs again."
+        )
     if not rest:
       return
     with self._path.open("r+b") as file:

@@ -99,7 +99,13 @@ def test_a_wrong_type_is_an_error_with_the_key(config: TrainConfig) -> None:
 
 @pytest.mark.parametrize(
   ("key", "value"),
-  [("num_steps", 13), ("model.dga.n_recent", 8), ("optimizer.b2", 0.99), ("data.tokenizer", "bpe")],
+  [
+    ("num_steps", 13),
+    ("model.dga.n_recent", 8),
+    ("optimizer.b2", 0.99),
+    ("data.tokenizer", "bpe"),
+    ("budgets", "b.json"),
+  ],
 )
 def test_keys_that_change_the_run_must_not_change_on_resume(
   key: str, value: Any, config: TrainConfig

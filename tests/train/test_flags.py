@@ -176,13 +176,14 @@ def test_outside_a_checkout(
 
 def test_help_lists_every_key_and_its_file() -> None:
   text = config_help()
-  sections = dict(section.split("\n", 1) for section in text.split("\n\n")[1:])
+  parts = [section.split("\n", 2) for section in text.split("\n\n")[1:]]
   shown = {
-    f"{head.split()[0]}.{entry.split('=')[0]}"
-    for head, entries in sections.items()
-    for entry in entries.split()
+    f"{path}.{entry.split('=')[0]}" for path, _, entries in parts for entry in entries.split()
   }
-  nested = {head.split()[0] for head in sections} - {"config"}
+  nested = {path for path, *_ in parts} - {"config"}
   assert shown | nested == {f"config.{key}" for key in known_keys(TrainConfig)}
-  assert "config.data  (class DataConfig in train/data/config.py)" in sections
-  assert "num_steps=1000" in sections["config  (class TrainConfig in train/config.py)"].split()
+  files = {path: file.strip() for path, file, _ in parts}
+  assert files["config.data"] == "DataConfig in train/data/config.py"
+  assert files["config"] == "TrainConfig in train/config.py"
+  assert "num_steps=1000" in parts[0][2].split()
+  assert max(map(len, text.splitlines())) <= 80

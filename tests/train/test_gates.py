@@ -95,7 +95,8 @@ def test_only_gates_move_and_their_mean_stays(
 
   # Budgets of these gates.
   output = tmp_path / "budgets.json"
-  harden(tmp_path / "whole", output, "--keys=0.8")
+  done = harden(tmp_path / "whole", output, "--keys=0.8")
+  assert done.returncode == 0, done.stderr[-3000:]
   budgets = read_head_budgets(output)
   assert mean_head_keys(budgets.counts(), 512) <= 0.8 * 512
   num_full = budgets.counts()["full"]
@@ -108,7 +109,8 @@ def test_only_gates_move_and_their_mean_stays(
   # Other numbers of heads, by the same gates.
   other = HeadBudgets((SinkWindow(window=8), "full"), ((1, 0), (0, 0)))
   (tmp_path / "other.json").write_text(other.to_json())
-  harden(tmp_path / "whole", tmp_path / "like.json", f"--like={tmp_path / 'other.json'}")
+  done = harden(tmp_path / "whole", tmp_path / "like.json", f"--like={tmp_path / 'other.json'}")
+  assert done.returncode == 0, done.stderr[-3000:]
   like = read_head_budgets(tmp_path / "like.json")
   assert like.settings == ("full", SinkWindow(window=8))
   assert np.flatnonzero(np.array(like.assignment).ravel() == 0).tolist() == [order[0]]
@@ -127,20 +129,23 @@ def test_only_gates_move_and_their_mean_stays(
   assert load_model_config(tmp_path / "budgets").head_budgets == budgets.permute_kv_heads(
     budgets.contiguous_order()
   )
+  without = harden(tmp_path / "budgets", tmp_path / "none.json")
+  assert without.returncode == 1
+  assert "error: the model has no gates" in without.stderr
+  assert "Traceback" not in without.stderr
   again = dataclasses.replace(gated, init_from=str(tmp_path / "budgets"))
   with pytest.raises(ValueError, match="gates choose the full heads of a model without budgets"):
     load_params(again, make_mesh(again.mesh))
 
 
-def harden(workdir: Path, output: Path, *flags: str) -> None:
+def harden(workdir: Path, output: Path, *flags: str) -> subprocess.CompletedProcess[str]:
   """Runs the command."""
   command = [sys.executable, "-m", "train.harden_gates", f"--workdir={workdir}"]
   command += [*flags, "--length=512", f"--output={output}"]
   environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-  done = subprocess.run(
+  return subprocess.run(
     command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True
   )
-  assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture

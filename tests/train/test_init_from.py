@@ -184,6 +184,12 @@ def test_the_model_decides_whether_it_has_a_selector(
   assert message in caplog.text
   assert "rope_base is 100000.0 in place of 10000.0" in caplog.text
   assert "focal_selector" not in caplog.text
+  longer = make_config({**values, "rope_base": 5e5})
+  caplog.clear()
+  assert find_initial(longer, longer.init_from).config.model.rope_base == 5e5
+  assert "rope_base" not in caplog.text
+  with pytest.raises(ValueError, match=r"rope_base is 500000\.0; .* None without init_from"):
+    dataclasses.replace(config, rope_base=5e5)
   without = make_config({**values, "init_from": str(imported)})
   with pytest.raises(ValueError, match=r"focal_selector is False.*dga fit_selector"):
     find_initial(without, str(imported))

@@ -56,12 +56,16 @@ def audio_source(
   """
   corpus = _split(Corpus.find(config.train_files, config.validation_files))
   tokenizer, rate = audio_tokenizer(), config.audio.sample_rate
-  fingerprint = f"{corpus.fingerprint()}_{rate}"
+  files_fingerprint = corpus.fingerprint()
+  fingerprint = f"{files_fingerprint}_{rate}"
   check_fingerprint(fingerprint, wanted)
   folder = cache / f"audio_{fingerprint}"
   logging.info("The prepared tokens are kept in %s.", folder)
   tokens = build(
-    lambda data_dir: AudioTokens(corpus, rate, tokenizer.end_id, data_dir), folder, repair=repair
+    lambda data_dir: AudioTokens(corpus, rate, tokenizer.end_id, data_dir),
+    folder,
+    repair=repair,
+    check=lambda: corpus.check_unchanged(files_fingerprint),
   )
   files, rows = contextlib.ExitStack(), {}
   for split in ("train", "validation"):

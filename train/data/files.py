@@ -71,6 +71,14 @@ class Corpus:
         digest.update("".join(path.suffixes[-2:]).encode())
     return digest.hexdigest()
 
+  def check_unchanged(self, fingerprint: str) -> None:
+    """Raises ValueError unless the files still have a fingerprint that they had."""
+    if self.fingerprint() != fingerprint:
+      raise ValueError(
+        "Files of config.data.train_files or config.data.validation_files changed while they were "
+        "read. Start the same command again when no program writes to them."
+      )
+
   def has_conversations(self) -> bool:
     """Whether the first line of one of the .jsonl files is a conversation."""
     return any(

@@ -50,14 +50,27 @@ _EMPTY: dict[Split, str] = {
 }
 
 
-def build_local_text(corpus: Corpus, folder: pathlib.Path, *, repair: bool = False) -> LocalText:
+def build_local_text(
+  corpus: Corpus, folder: pathlib.Path, fingerprint: str, *, repair: bool = False
+) -> LocalText:
   """The documents of a corpus as a data set in a folder.
 
-  Read it with `.as_data_source(split)`, whose examples hold `text` as UTF-8 bytes. The folder has
-  to change with the corpus: its path has `corpus.fingerprint()`.
+  Read it with `.as_data_source(split)`, whose examples hold `text` as UTF-8 bytes.
+
+  Args:
+    corpus: the files.
+    folder: of the data set; its path has the fingerprint.
+    fingerprint: of the corpus.
+    repair: build a damaged data set anew.
 
   Raises:
     OSError: the data set is damaged (unless `repair`), or could not be written.
-    ValueError: a file that cannot be read as text, or a split without text.
+    ValueError: a file that cannot be read as text, or that changes meanwhile, or a split without
+      text.
   """
-  return build(lambda data_dir: LocalText(corpus, data_dir), folder, repair=repair)
+  return build(
+    lambda data_dir: LocalText(corpus, data_dir),
+    folder,
+    repair=repair,
+    check=lambda: corpus.check_unchanged(fingerprint),
+  )

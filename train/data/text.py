@@ -52,7 +52,7 @@ class _PreparedCorpus:
   @functools.cache  # noqa: B019 (lives as long as the preparation)
   def text(self) -> LocalText:
     """The documents, prepared at the first call."""
-    return build_local_text(self.corpus, self.folder / "text", repair=self.repair)
+    return build_local_text(self.corpus, self.folder / "text", self.fingerprint, repair=self.repair)
 
   @functools.cached_property
   def has_conversations(self) -> bool:

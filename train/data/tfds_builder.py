@@ -51,7 +51,11 @@ class LocalBuilder(tfds.core.GeneratorBasedBuilder):
 
 
 def build[Builder: LocalBuilder](
-  make_builder: Callable[[pathlib.Path], Builder], folder: pathlib.Path, *, repair: bool = False
+  make_builder: Callable[[pathlib.Path], Builder],
+  folder: pathlib.Path,
+  *,
+  repair: bool = False,
+  check: Callable[[], None] = lambda: None,
 ) -> Builder:
   """Builds a data set unless it is there already, and returns its builder for reading.
 
@@ -59,10 +63,11 @@ def build[Builder: LocalBuilder](
     make_builder: makes the builder for a data_dir.
     folder: the data_dir; it has to change whenever the content would.
     repair: build a damaged data set anew.
+    check: called when everything is written; after its error nothing is kept.
 
   Raises:
     OSError: the data set is damaged, or could not be written, for want of space or permission.
-    ValueError: what the builder's own generators raise.
+    ValueError: what the builder's own generators or `check` raise.
   """
 
   def write(partial: pathlib.Path) -> None:
@@ -79,6 +84,7 @@ def build[Builder: LocalBuilder](
         f"Could not write the data set to {folder}: {reason}. Free some space, or set another "
         "config.data.cache_dir. No part of the data set was left."
       ) from error
+    check()
     shutil.rmtree(partial / "downloads", ignore_errors=True)
 
   prepare(folder, write, repair=repair)

@@ -45,7 +45,7 @@ def test_documents_come_back_unchanged_and_in_order(
   text_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
   corpus = Corpus.find((str(text_file),), ())
-  builder = build_local_text(corpus, tmp_path / "cache" / "text")
+  builder = build_local_text(corpus, tmp_path / "cache" / "text", corpus.fingerprint())
   splits: tuple[Split, ...] = ("train", "validation")
   for split in splits:
     texts = [example["text"].decode() for example in builder.as_data_source(split)]
@@ -108,6 +108,24 @@ def test_a_file_that_is_no_text_is_named_and_leaves_nothing(tmp_path: pathlib.Pa
   assert modified(tmp_path / "cache") == {}
 
 
+def test_files_that_change_while_they_are_read_are_not_kept(
+  text_file: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  documents = Corpus.documents
+
+  def appending(corpus: Corpus, split: Split) -> Iterator[str]:
+    yield from documents(corpus, split)
+    with text_file.open("a") as file:
+      file.write("\0one more document")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(Corpus, "documents", appending)
+    with pytest.raises(ValueError, match=r"config\.data\.train_files .* changed while they were"):
+      text_source(config_of(text_file), tmp_path / "cache", seed=0)
+  assert modified(tmp_path / "cache") == {}
+  assert text_source(config_of(text_file), tmp_path / "cache", seed=0).train_rows[""] > 0
+
+
 def test_of_two_builds_at_once_one_waits_and_reads(
   text_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
@@ -122,7 +140,7 @@ def test_of_two_builds_at_once_one_waits_and_reads(
 
   def build() -> list[str]:
     slow = Slow(corpus.train_files, corpus.validation_files)
-    builder = build_local_text(slow, tmp_path / "cache" / "text")
+    builder = build_local_text(slow, tmp_path / "cache" / "text", slow.fingerprint())
     return [example["text"].decode() for example in builder.as_data_source("train")]
 
   with concurrent.futures.ThreadPoolExecutor() as threads:
