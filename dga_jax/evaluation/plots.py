@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, PercentFormatter
 
 from dga_jax.evaluation.scores import Z95
 from dga_jax.files.figure import save_figure
@@ -366,7 +366,8 @@ def _choose_scale(axes: Axes) -> None:
   if low > 0 and high > _LARGEST_LINEAR_RATIO * low:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    # Up to 99 decades, labels at 2, 3, 4 and 6 times a power of ten: those of 7, 8 and 9 overlap.
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(99, 0)))
     axes.tick_params(axis="y", which="minor", labelsize=7)
 
 
