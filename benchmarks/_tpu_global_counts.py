@@ -15,17 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks._aot_tpu import abstract_mesh, CHIPS
 from benchmarks._bundles import Schedule, SMALL
-from benchmarks._tpu_kernel_counts import attention_counts, grid_steps, KernelCount, merge_counts
+from benchmarks._tpu_kernel_counts import KernelCount, merged_counts
 from dga_jax import DGAConfig, plan_groups
-from dga_jax.attention.attend import attention_kwargs, merge_planned
+from dga_jax.attention.attend import merge_planned
 from dga_jax.attention.plan import GroupPlan
-from pallas_kernels.group_merge import Entries
 from pallas_kernels.group_merge.mosaic_tpu_row_gather import ALIGNED, RowSizes
-from pallas_kernels.grouped_attention.mosaic_tpu_attention import schedule_of
-from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks
-from pallas_kernels.grouped_attention.mosaic_tpu_schedule import pack_bounds
 from pallas_kernels.importance.mosaic_tpu_importance import ImportanceBlocks
 from pallas_kernels.mosaic_tpu_common import LANES
 
@@ -48,20 +43,12 @@ def global_counts(
   plan = _random_plan(L, N, D, config)
   shapes = [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
   merge = functools.partial(merge_planned, plan=plan)
-  with jax.sharding.use_abstract_mesh(abstract_mesh(CHIPS[chip].kind)):
-    query, sources = jax.eval_shape(merge, *shapes)
-    merging = grid_steps(lambda *arrays: merge(*arrays).sources.kv, shapes)
-  options = attention_kwargs(query, config, None)
-  schedule = schedule_of(tpu_blocks(CHIPS[chip].kind, _ITEMSIZE), query, sources, **options)
-  entries = Entries(*(x for pair in sources.kv for x in pair))
-  bounds = pack_bounds(plan.visibility.sources(entries), schedule.group_offset, L)
   return [
     importance_count(L, H, N, config),
     _top_k_count(L, N),
     _compact_count(L, N),
     *_row_move_counts(plan, L, (H, N), D),
-    *attention_counts(bounds, schedule, entries.window_key.shape[1], N),
-    *merge_counts(merging["group_merge"]),
+    *merged_counts(chip, shapes, config, merge, plan.visibility),
   ]
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ from benchmarks._aot_tpu import abstract_mesh, CHIPS
 from benchmarks._bundles import Schedule
 from benchmarks._inputs import merge
 from dga_jax import DGAConfig
-from dga_jax.attention.attend import attention_kwargs
+from dga_jax.attention.attend import attention_kwargs, Merged
 from dga_jax.attention.metadata import prepare, StreamingMetadata
 from dga_jax.attention.segments import find_documents
+from dga_jax.attention.visibility import Visibility
 from pallas_kernels.group_merge import Entries
 from pallas_kernels.grouped_attention.mosaic_tpu_attention import schedule_of, summary_query_ranges
 from pallas_kernels.grouped_attention.mosaic_tpu_blocks import tpu_blocks
@@ -99,26 +100,44 @@ def dga_counts(
     D: head dim.
     config: DGA's settings, with selection "streaming".
   """
-  shapes = [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
-  with jax.sharding.use_abstract_mesh(abstract_mesh(CHIPS[chip].kind)):
-    query, sources = jax.eval_shape(functools.partial(merge, config), *shapes)
-    grids = grid_steps(lambda *arrays: merge(config, *arrays).sources.kv, shapes)
-  options = attention_kwargs(query, config, None)
-  blocks = tpu_blocks(CHIPS[chip].kind, 2)
-  schedule = schedule_of(blocks, query, sources, **options)
   streaming = prepare(find_documents(1, L, None, None), config).by_selection
   assert isinstance(streaming, StreamingMetadata)
   assert streaming.visibility is not None  # Causal streaming selection has it.
-  entries = Entries(*(x for pair in sources.kv for x in pair))
-  bounds = pack_bounds(streaming.visibility.sources(entries), schedule.group_offset, L)
+  shapes = [jax.ShapeDtypeStruct((1, L, n, D), jnp.bfloat16) for n in heads]
+  return merged_counts(chip, shapes, config, functools.partial(merge, config), streaming.visibility)
 
+
+def merged_counts(
+  chip: str,
+  shapes: Sequence[jax.ShapeDtypeStruct],
+  config: DGAConfig,
+  merge: Callable[..., Merged],
+  visibility: Visibility,
+) -> list[KernelCount]:
+  """The kernels that merge groups, and those that attend to the entries.
+
+  Args:
+    chip: a name in CHIPS.
+    shapes: of query, key and value.
+    config: DGA's settings.
+    merge: a function of query, key and value.
+    visibility: the ranges of entries that queries see.
+  """
+  kind, L = CHIPS[chip].kind, shapes[0].shape[1]
+  with jax.sharding.use_abstract_mesh(abstract_mesh(kind)):
+    query, sources = jax.eval_shape(merge, *shapes)
+    grids = grid_steps(lambda *arrays: merge(*arrays).sources.kv, shapes)
+  blocks = tpu_blocks(kind, query.dtype.itemsize)
+  schedule = schedule_of(blocks, query, sources, **attention_kwargs(query, config, None))
+  entries = Entries(*(x for pair in sources.kv for x in pair))
+  bounds = pack_bounds(visibility.sources(entries), schedule.group_offset, L)
   return [
-    *attention_counts(bounds, schedule, entries.window_key.shape[1], heads[1]),
-    *merge_counts(grids["group_merge"]),
+    *_attention_counts(bounds, schedule, entries.window_key.shape[1], shapes[1].shape[2]),
+    *_merge_counts(grids["group_merge"]),
   ]
 
 
-def attention_counts(
+def _attention_counts(
   bounds: jax.Array, schedule: TileSchedule, window: int, kv_heads: int
 ) -> list[KernelCount]:
   """The attention kernels of both passes.
@@ -146,7 +165,7 @@ def attention_counts(
   ]
 
 
-def merge_counts(steps: int) -> list[KernelCount]:
+def _merge_counts(steps: int) -> list[KernelCount]:
   """The merging kernels of both passes, of `steps` grid steps each."""
 
   def bundles(schedule: Schedule) -> float:
@@ -200,7 +219,7 @@ def _key_side(
   return bundles
 
 
-def grid_steps(function: Callable[..., Any], shapes: list[Any]) -> dict[str, int]:
+def grid_steps(function: Callable[..., Any], shapes: Sequence[Any]) -> dict[str, int]:
   """The number of grid steps of each Pallas kernel that a function calls, by kernel name."""
   grids: dict[str, int] = {}
 

@@ -28,7 +28,9 @@ COMMANDS = {
   "fit_selector": Command("dga_jax.fit_selector", "Fit the choice of focal tokens to a model."),
   "picture": Command("dga_jax.picture", "Draw what each query sees and how groups merge tokens."),
   "picture_sound": Command("dga_jax.picture_sound", "Draw the groups of a model of sound."),
-  "smollm2": Command("dga_jax.smollm2", "Download a small model; compare dense attention and DGA."),
+  "smollm2": Command(
+    "dga_jax.smollm2", "Download a small model; compare dense attention and head budgets."
+  ),
   "train": Command("train.main", "Train a model (from a checkout of dga-jax)."),
 }
 _HELP = {"--help", "-h", "-help", "--helpshort"}

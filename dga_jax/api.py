@@ -83,7 +83,8 @@ def dynamic_group_attention(
       "xla" also merges groups in XLA.
 
   Returns:
-    Shape and dtype of the query. Differentiable in query, key and value.
+    Shape and dtype of the query. Differentiable in query, key and value in reverse mode. Forward
+    mode (`jax.jvp`) raises JAX's `TypeError` in kernels and, for keys and values, with sinks.
 
   Raises:
     ValueError: an argument does not fit; the message names the argument and the remedy.

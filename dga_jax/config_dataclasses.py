@@ -6,6 +6,7 @@ from the root of the config, and names the field as in config.model.dga.group_si
 
 import dataclasses
 import difflib
+import functools
 import math
 import numbers
 import types
@@ -174,7 +175,8 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
   return flat
 
 
-def nested_dataclasses(cls: type) -> dict[str, type | None]:
+@functools.cache  # Evaluating annotations takes most of the time of `from_dict`.
+def nested_dataclasses(cls: type) -> Mapping[str, type | None]:
   """The fields of a dataclass, each with the dataclass that it holds, or None."""
   hints = typing.get_type_hints(cls)
   return {name: _dataclass_in(hints[name]) for name in field_names(cls)}
@@ -202,8 +204,8 @@ def _flat_keys(cls: type, values: Any, path: str, prefix: str = "") -> Iterator[
       yield from _flat_keys(inner, value, path, f"{prefix}{name}.")
 
 
-def _build[T](cls: type[T], values: Any, path: str) -> T:
-  fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+def _build(cls: type, values: Any, path: str) -> Any:
+  fields = dataclasses.fields(cls)
   missing = [field.name for field in fields if is_required(field) and field.name not in values]
   if missing:
     raise ValueError(f"{path} lacks {', '.join(missing)}.")

@@ -35,6 +35,7 @@ from absl import app, flags
 from dga_jax import command_line
 from dga_jax.choices import AttentionName, CacheDtypeName, DtypeName, WeightName
 from dga_jax.files.path_flags import define_path
+from dga_jax.files.whole_file import check_writable
 from dga_jax.flag_help import FlagGroups
 from dga_jax.hub_names import check_exists
 from dga_jax.prompts import check_text, read_json_lines, read_prompts, read_text
@@ -100,7 +101,7 @@ _QUESTION = flags.DEFINE_multi_string(
   "question", [], "Question about the document; give the flag once for each question."
 )
 _SAVE_CACHE = define_path("save_cache", None, "File for the cache of --context.")
-_LOAD_CACHE = define_path("load_cache", None, "File of --save_cache to read, not --context.")
+_LOAD_CACHE = define_path("load_cache", None, "File of --save_cache to read in place of --context.")
 
 _GROUPS.start("Sound")
 _PROMPT_AUDIO = define_path("prompt_audio", None, "Audio file to continue (WAV, FLAC).")
@@ -163,6 +164,9 @@ _PROMPT_CHUNK = flags.DEFINE_integer(
 def main() -> None:
   """Generates by the flags."""
   _check_flags()
+  for output in (_SAVE_CACHE, _OUTPUT_AUDIO, _SPECTROGRAM):
+    if output.value is not None:
+      check_writable(output.value)
   document = None if _CONTEXT.value is None else read_text(_CONTEXT.value)
   is_other = _is_about_a_document() or _INTERACTIVE.value or _PROMPT_AUDIO.value is not None
   records = [] if is_other else _read_records()

@@ -150,7 +150,18 @@ def main() -> None:
     models,
     AppSettings(api_key=api_key, max_body_bytes=int(_MAX_BODY_MB.value * 1e6)),
   )
-  server.run(app, host=_HOST.value, port=_PORT.value, stop_seconds=_STOP_SECONDS.value)
+
+  def end_requests() -> None:
+    for model in models:
+      model.engine.close()
+
+  server.run(
+    app,
+    host=_HOST.value,
+    port=_PORT.value,
+    stop_seconds=_STOP_SECONDS.value,
+    end_requests=end_requests,
+  )
 
 
 def _read_budgets() -> "dict[str, HeadBudgets]":

@@ -1,4 +1,4 @@
-"""Every link between the documents names a file and a heading that exist."""
+"""Links between the documents exist, and the code of docs/op.md runs."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def anchor(heading: str) -> str:
@@ -34,3 +35,18 @@ def test_links_name_files_and_headings(document: Path) -> None:
 def test_there_are_documents_with_links() -> None:
   assert len(DOCUMENTS) > 10
   assert LINK.search((ROOT / "README.md").read_text())
+
+
+def test_code_of_the_page_about_the_op_runs(capsys: pytest.CaptureFixture[str]) -> None:
+  """The blocks of docs/op.md run one after another, as a reader runs them."""
+  names: dict = {}
+  blocks = PYTHON.findall((ROOT / "docs" / "op.md").read_text())
+  for block in blocks:
+    exec(compile(block, "docs/op.md", "exec"), names)
+  assert len(blocks) == 5
+  assert names["out"].shape == (2, 64, 4, 16)
+  assert abs(names["packed"][0, :30] - names["alone"][0]).max() < 1e-6
+  assert names["weights"].sum(-1) == pytest.approx(1, abs=1e-5)
+  printed = capsys.readouterr().out
+  assert "of 2080 pairs are seen" in printed
+  assert "grouped_attention" in printed

@@ -272,7 +272,7 @@ def _attend(
   logits_LxRxS = scale * jnp.einsum("lrd,sd->lrs", q_LxRxD, keys_SxD, precision="highest")
   if config.group_logit_bias == "log_size":
     is_group_S = jnp.arange(keys_SxD.shape[0]) >= k_LxD.shape[0]
-    logits_LxRxS += jnp.log(config.group_size) * is_group_S[None, None]
+    logits_LxRxS += jnp.where(is_group_S, float(np.log(config.group_size)), 0.0)[None, None]
   attention_LxRxS = _softmax(logits_LxRxS, sees_LxS[:, None])
   return jnp.einsum("lrs,sd->lrd", attention_LxRxS, values_SxD, precision="highest").astype(dtype)
 

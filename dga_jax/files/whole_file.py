@@ -1,7 +1,9 @@
 """Writing a file whole or not at all."""
 
 import contextlib
+import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,3 +30,19 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     raise OSError(error.errno, error.strerror, str(path)) from error
   finally:
     partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+  """Checks that `whole_file` can write a file, before the long work whose result it gets.
+
+  The folder is made. A disk that becomes full later is not foreseen.
+
+  Raises:
+    OSError: the path is a folder, or its folder cannot be made or written to.
+  """
+  path = Path(path)
+  if path.is_dir():
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryFile(dir=path.parent):
+    pass

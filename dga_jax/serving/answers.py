@@ -23,6 +23,8 @@ from dga_jax.serving.served_model import ServedModel
 from dga_jax.serving.text_stream import TextStream
 
 _RETRY_SECONDS = "1"
+# Without tokens for so long, `deltas` yields None. Proxies end a stream that is silent.
+_SILENT_SECONDS = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,14 +97,21 @@ class Answers:
       stream = TextStream(served.tokenizer, stops)
       self._choices.append(_Choice(number, request, stream))
 
-  async def deltas(self) -> AsyncIterator[Delta]:
+  async def deltas(self) -> AsyncIterator[Delta | None]:
     """New text of the choices in the order of its arrival, until all have ended.
+
+    None tells that there was no text for a while: the requests wait, or a long prompt is read.
 
     Raises:
       APIError: the engine has failed, or logits are not finite.
     """
     while not all(choice.ended for choice in self._choices):
-      index, emitted, time_of_tokens = await self._queue.get()
+      try:
+        async with asyncio.timeout(_SILENT_SECONDS):
+          index, emitted, time_of_tokens = await self._queue.get()
+      except TimeoutError:
+        yield None
+        continue
       choice = self._choices[index]
       if choice.ended:
         continue

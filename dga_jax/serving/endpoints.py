@@ -116,7 +116,8 @@ def _requests(
 async def _whole(answers: Answers, count: int, style: Format, head: Mapping[str, Any]) -> Response:
   deltas: list[list[Delta]] = [[] for _ in range(count)]
   async for delta in answers.deltas():
-    deltas[delta.index].append(delta)
+    if delta is not None:
+      deltas[delta.index].append(delta)
   choices = [style.whole_choice(i, parts) for i, parts in enumerate(deltas)]
   return json_response({**head, "choices": choices, "usage": answers.usage()})
 
@@ -138,7 +139,9 @@ async def _events(
     for choice in style.first_choices():
       yield chunk([choice])
     async for delta in answers.deltas():
-      if delta.text or delta.finish or delta.logprobs or delta.prompt_logprobs is not None:
+      if delta is None:
+        yield b": waiting\n\n"  # A comment, which clients skip.
+      elif delta.text or delta.finish or delta.logprobs or delta.prompt_logprobs is not None:
         yield chunk([style.chunk_choice(delta)])
     if parameters.include_usage:
       yield chunk([], last=True)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from dga_jax.choices import AttentionName, CacheDtypeName, DtypeName, WeightName
-from dga_jax.generation import Engine
+from dga_jax.generation import Engine, Request
 from dga_jax.generation.cache_shapes import CacheShapes, dense_bytes
 from dga_jax.generation.compile_jobs import Progress
 from dga_jax.generation.weights import compute_weights, fits_weights
@@ -114,6 +114,7 @@ def load_models(
     if shared is None or arranged != own or not fits_weights(loaded.model, shared):
       shared, arranged = compute_weights(loaded.model, settings.mesh), own
     engine = _make_engine(loaded, shared, settings, progress)
+    allocate(engine)
     models.append(
       ServedModel(
         name=base if len(kinds) == 1 else f"{base}-{label}",
@@ -165,6 +166,29 @@ def describe(model: ServedModel, settings: LaunchSettings) -> str:
     f" {slot / 1e6:.1f} MB of cache each, dense would be {dense / 1e6:.1f} MB"
     + "".join(f"; {note}" for note in notes)
   )
+
+
+def allocate(engine: Engine) -> None:
+  """Runs a short request, which allocates the slots before the port opens.
+
+  Args:
+    engine: that has not started.
+
+  Raises:
+    ValueError: the device has too little memory.
+  """
+  engine.submit(Request([0], min(2, engine.max_length - 1), keep_at=[]))
+  try:
+    while engine.busy:
+      engine.step()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise ValueError(
+      f"slots is {engine.slots} and max_length is {engine.max_length}, and the device has too"
+      " little memory for these slots beside the weights; lower one of them, or split the model"
+      f" over several devices with mesh. {str(error).splitlines()[0]}"
+    ) from error
 
 
 def _make_engine(

@@ -42,17 +42,17 @@ class ServedModel:
       raise invalid("prompt", f"prompt: {error}") from error
 
   def check_ids(self, ids: Sequence[int]) -> None:
-    """Checks the token ids of a prompt.
+    """Checks the token ids of a prompt, at least one.
 
     Raises:
       APIError: the model has no such token.
     """
     V = self.engine.config.vocab_size
-    wrong = next((one for one in ids if not 0 <= one < V), None)
-    if wrong is not None:
-      raise invalid(
-        "prompt", f"prompt has the token id {wrong!r:.40}; this model has ids from 0 to {V - 1}."
-      )
+    for one in (min(ids), max(ids)):
+      if not 0 <= one < V:
+        raise invalid(
+          "prompt", f"prompt has the token id {one!r:.40}; this model has ids from 0 to {V - 1}."
+        )
 
   def encode_messages(self, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
     """The tokens of a conversation, and the positions where later requests may continue.

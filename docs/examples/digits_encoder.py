@@ -1,7 +1,6 @@
 """An encoder with bidirectional DGA: classifies handwritten digits as sequences of pixels.
 
-pip install scikit-learn
-python docs/examples/digits_encoder.py
+Command: `pip install scikit-learn && python docs/examples/digits_encoder.py`
 
 The 8×8 images of scikit-learn are sequences of 64 tokens. Dense attention and
 `DGAConfig(causal=False)` are trained with the same steps and seeds. A query of DGA sees 16 focal

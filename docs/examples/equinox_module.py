@@ -1,6 +1,6 @@
 """Equinox: a module without a batch axis, under `eqx.filter_vmap` or alone.
 
-pip install equinox && python docs/examples/equinox_module.py
+Command: `pip install equinox && python docs/examples/equinox_module.py`
 """
 
 import equinox as eqx

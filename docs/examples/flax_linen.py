@@ -1,6 +1,6 @@
 """Flax Linen: the op between the projections of a module of your own.
 
-python docs/examples/flax_linen.py
+Command: `python docs/examples/flax_linen.py`
 """
 
 import jax

@@ -1,6 +1,6 @@
 """Flax NNX: DGA inside `nnx.MultiHeadAttention`, with rows padded at the left.
 
-python docs/examples/flax_nnx.py
+Command: `python docs/examples/flax_nnx.py`
 """
 
 import jax

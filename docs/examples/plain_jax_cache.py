@@ -1,6 +1,6 @@
 """Plain JAX: a layer that reads a prompt and decodes with the compact cache.
 
-python docs/examples/plain_jax_cache.py
+Command: `python docs/examples/plain_jax_cache.py`
 """
 
 import functools

@@ -1,5 +1,6 @@
 """The records of caches that decoding takes: arrays, lengths, and the rule of a block."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -116,6 +117,20 @@ class TokenRows(NamedTuple):
   value: Shaped[Array, "*layers B N M D"]
   key_scale: Float[Array, "*layers B N M"] | None = None
   value_scale: Float[Array, "*layers B N M"] | None = None
+
+  @classmethod
+  def empty(cls, shape: Sequence[int], dtype: DTypeLike) -> "TokenRows":
+    """Rows of zeros in the dtype of a cache; the shape includes D."""
+
+    def zeros() -> Array:
+      return jnp.zeros(shape, dtype)
+
+    def scale() -> Array | None:
+      # `pack_rows` of zeros has the scale 1.
+      is_packed = jnp.dtype(dtype).itemsize == 1
+      return jnp.ones(shape[:-1], jnp.float32) if is_packed else None
+
+    return cls(zeros(), zeros(), scale(), scale())
 
   @classmethod
   def pack(

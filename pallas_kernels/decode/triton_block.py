@@ -98,12 +98,14 @@ def flush_block(
   first = layout.block_entry(block.token.block, prefix)
   focal_S, weight_S = _choose_focal(dots_MxS, block.score, rule, heads)
   rank_S = jnp.cumsum(focal_S.astype(jnp.int32)) - 1
-  for rows_SxD, compact_ref, scale_ref in (
-    (block.key, out.compact_key, out.key_scale),
-    (block.value, out.compact_value, out.value_scale),
+  # NaN weights count as 0 in a value; see `group_merge.xla.merge`.
+  value_weight_S = jnp.where(weight_S == weight_S, weight_S, 0.0)
+  for rows_SxD, own_weight_S, compact_ref, scale_ref in (
+    (block.key, weight_S, out.compact_key, out.key_scale),
+    (block.value, value_weight_S, out.compact_value, out.value_scale),
   ):
     store_rows(compact_ref, scale_ref, layer, first + rank_S, rows_SxD, focal_S)
-    group_D = (weight_S[:, None] * rows_SxD.astype(jnp.float32)).sum(axis=0)
+    group_D = (own_weight_S[:, None] * rows_SxD.astype(jnp.float32)).sum(axis=0)
     group_SxD = jnp.broadcast_to(group_D[None], rows_SxD.shape).astype(rows_SxD.dtype)
     entry_S = first + layout.focal + offset_S
     store_rows(compact_ref, scale_ref, layer, entry_S, group_SxD, offset_S == 0)

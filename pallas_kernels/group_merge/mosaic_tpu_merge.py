@@ -169,6 +169,8 @@ def _part(
   weights_SxT = jnp.where(holds_SxT, weights_1xT, 0.0)
   sums = []
   for x_TxD, out_ref in ((k_TxD, out_refs[0]), (v_TxD, out_refs[1])):
+    if odd and x_TxD is v_TxD:  # NaN weights count as 0 in a value; see `xla.merge`.
+      weights_SxT = jnp.where(weights_SxT == weights_SxT, weights_SxT, 0.0)
     merged_SxD = weighted(weights_SxT, x_TxD, take)
     part_of(out_ref, i, 1)[...] = merged_SxD.astype(out_ref.dtype)
     sums.append(merged_SxD)

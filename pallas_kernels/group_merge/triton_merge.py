@@ -124,8 +124,8 @@ def _merge_kernel(
   member_SxT = holds_SxT & member_T[None]
   weights_SxT = jnp.where(member_SxT, weights_T[None], 0.0)
   slot_S = jnp.arange(group_tile.slots)
-  for x_TxD, out_ref in ((k_TxD, out_refs[0]), (v_TxD, out_refs[1])):
-    merged_SxD = _weighted(weights_SxT, member_SxT, x_TxD)
+  for x_TxD, out_ref, is_value in ((k_TxD, out_refs[0], False), (v_TxD, out_refs[1], True)):
+    merged_SxD = _weighted(weights_SxT, member_SxT, x_TxD, is_value=is_value)
     store_indexed_rows(out_ref, slot_S, merged_SxD, length=group_tile.groups)
   if reorder:
     target_T, rows = jnp.arange(group_tile.width), group_tile.groups * group_tile.rows
@@ -133,18 +133,31 @@ def _merge_kernel(
       store_indexed_rows(out_ref, target_T, x_TxD, length=rows)
 
 
-def _weighted(weights_SxT: Array, member_SxT: Array, x_TxD: Array) -> Array:
-  """weights @ x, exact to float32. A non-finite row makes only its own group NaN."""
+def _weighted(weights_SxT: Array, member_SxT: Array, x_TxD: Array, *, is_value: bool) -> Array:
+  """weights @ x, exact to float32. A non-finite row makes only its own group NaN.
+
+  Args:
+    weights_SxT: of the members.
+    member_SxT: which rows are members of a group.
+    x_TxD: keys or values.
+    is_value: whether x are values, in which NaN weights count as 0; see `xla.merge`.
+  """
   merged_SxD = _product(weights_SxT, x_TxD)
   # A non-finite row makes its column of all groups non-finite, because 0 · inf is NaN.
   is_odd = jnp.where(merged_SxD - merged_SxD == 0, 0, 1).max(axis=1).max() > 0
   return lax.cond(
-    is_odd, lambda: _weighted_apart(weights_SxT, member_SxT, x_TxD), lambda: merged_SxD
+    is_odd,
+    lambda: _weighted_apart(weights_SxT, member_SxT, x_TxD, is_value=is_value),
+    lambda: merged_SxD,
   )
 
 
-def _weighted_apart(weights_SxT: Array, member_SxT: Array, x_TxD: Array) -> Array:
+def _weighted_apart(
+  weights_SxT: Array, member_SxT: Array, x_TxD: Array, *, is_value: bool
+) -> Array:
   """`_weighted` for tiles with non-finite rows, which it leaves out of the product."""
+  if is_value:
+    weights_SxT = jnp.where(weights_SxT == weights_SxT, weights_SxT, 0.0)
   wide_TxD = x_TxD.astype(jnp.float32)
   odd_T = (wide_TxD - wide_TxD).sum(axis=1) != 0  # inf − inf is NaN, which is not 0
   x_TxD = jnp.where(odd_T[:, None], 0, x_TxD).astype(x_TxD.dtype)

@@ -155,12 +155,15 @@ def merge(
 
   w = softmax over members of scale · q·K_j, averaged over the R query heads of a KV head;
   Kᵍ = Σ_j w_j K_j and Vᵍ = Σ_j w_j V_j. Sums are float32, results have the input dtype.
+
+  A NaN weight makes Kᵍ NaN and counts as 0 in Vᵍ. The value of a group that a query does not see
+  must be finite, because 0 · NaN is NaN.
   """
   logits = jnp.einsum("...nrd,...mnd->...nrm", query, key, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(logits * scale, axis=-1).mean(axis=-2)
 
-  def weighted(x: Array) -> Array:
+  def weighted(weights: Array, x: Array) -> Array:
     total = jnp.einsum("...nm,...mnd->...nd", weights, x.astype(jnp.float32), precision="highest")
     return total.astype(x.dtype)
 
-  return weighted(key), weighted(value)
+  return weighted(weights, key), weighted(jnp.where(jnp.isnan(weights), 0, weights), value)

@@ -124,6 +124,7 @@ def test_an_argument_that_is_not_a_flag_is_an_error() -> None:
     ("generate", ["--prompt=a", "--question=b"], "--question needs --context or --load_cache"),
     ("generate", ["--load_cache=a.npz"], "these need --question"),
     ("generate", ["--prompt=a", "--save_cache=b"], "--save_cache stores the cache of --context"),
+    ("generate", ["--context=a", "--question=b", "--save_cache=/"], "Is a directory: '/'"),
     ("generate", ["--prompt=a", "--system=b"], "give --chat or --interactive as well"),
     ("generate", ["--context=nowhere.txt", "--question=b"], "error: [Errno 2] No such file"),
     ("generate", ["--interactive", "--jsonl"], "--jsonl has no effect with --interactive"),

@@ -148,7 +148,7 @@ def test_sizes_are_those_of_the_caches(cache_dtype: str | None, length: int) -> 
   def size(attention: str) -> int:
     kind = dataclasses.replace(config, attention=attention).make_attention()
     shapes = jax.eval_shape(lambda: kind.init_cache(1, length, 2, 16, np.dtype("float32")))
-    arrays = (shapes.key, shapes.value) if isinstance(shapes, DenseCache) else shapes.arrays
+    arrays = shapes.tokens if isinstance(shapes, DenseCache) else shapes.arrays
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
 
   assert compact_over_dense(config, length) == pytest.approx(size("dga") / size("dense"), rel=1e-6)

@@ -57,13 +57,13 @@ class Trainer:
       raise TimeoutError(f"A process did not end in {timeout} s:\n{self.output()}")
     return self.process.exitcode
 
-  def wait_for_last_words(self, pattern: str, timeout: float = 30) -> None:
+  def wait_for_last_words(self, pattern: str) -> None:
     """Waits for a sentence of the filter of standard error, which ends after the process.
 
     Raises:
       TimeoutError: no output matched the regular expression in time.
     """
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + 30
     while not re.search(pattern, self.output()):
       if time.monotonic() > deadline:
         raise TimeoutError(f"The output does not match {pattern}:\n{self.output()}")

@@ -43,8 +43,7 @@ class DenseCacheAttention(AttentionKind):
   ) -> DenseCache:
     """An empty cache of one layer for `max_length` tokens a sequence."""
     shape = (batch, num_kv_heads, max_length, head_dim)
-    key, value = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
-    tokens = TokenRows.pack(key, value, self.cache_dtype or dtype)
+    tokens = TokenRows.empty(shape, self.cache_dtype or dtype)
     return DenseCache(tokens, jnp.zeros(batch, jnp.int32))
 
   def prefill(

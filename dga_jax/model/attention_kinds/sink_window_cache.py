@@ -68,8 +68,8 @@ class SinkWindowCacheAttention(AttentionKind):
     slots = min(self.window, max_length - sinks)
 
     def empty(entries: int) -> TokenRows:
-      zeros = jnp.zeros((batch, num_kv_heads, entries, head_dim), dtype)
-      return TokenRows.pack(zeros, zeros, self.cache_dtype or dtype)
+      shape = (batch, num_kv_heads, entries, head_dim)
+      return TokenRows.empty(shape, self.cache_dtype or dtype)
 
     return SinkWindowCache(empty(sinks), empty(slots), jnp.zeros(batch, jnp.int32))
 

@@ -39,9 +39,9 @@ def dense(q, k, v):
   return np.einsum("bhlm,bmhd->blhd", weights / weights.sum(axis=-1, keepdims=True), v)
 
 
-def plan_of(mask_L, config=GLOBAL):
+def plan_of(mask_L):
   """The plan of one row and one KV head with this focal mask."""
-  return GroupPlan.from_focal_mask(jnp.asarray(mask_L)[None, None], config=config)
+  return GroupPlan.from_focal_mask(jnp.asarray(mask_L)[None, None], config=GLOBAL)
 
 
 def attend(q, k, v, mask_L):

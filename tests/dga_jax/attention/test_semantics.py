@@ -1,6 +1,7 @@
 """Properties of the mechanism that hold for every implementation."""
 
 import dataclasses
+import functools
 
 import hypothesis.strategies as st
 import jax
@@ -107,6 +108,20 @@ def test_streaming_is_causal_bit_for_bit(name):
     new = forward(*(x.at[:, t].add(3.0) for x in (q, k, v)), config=CONFIGS[name])
     np.testing.assert_array_equal(out[:, :t], new[:, :t])
     assert not np.array_equal(out[:, t], new[:, t])
+
+
+@pytest.mark.parametrize("name", ["streaming-sinks-window", "streaming-window2-bias"])
+@pytest.mark.parametrize("array", ["query", "key"])
+def test_a_nan_reaches_only_later_queries(name, array):
+  """Also where the last query of a block makes all merge weights of the block NaN."""
+  L = 40
+  inputs = dict(zip(("query", "key", "value"), arrays(0, 1, L, 4, 2, 4), strict=False))
+  op = functools.partial(forward, config=CONFIGS[name])
+  out = op(**inputs)
+  for t in (1, 17, 18, 27):
+    new = op(**inputs | {array: inputs[array].at[:, t].set(jnp.nan)})
+    np.testing.assert_array_equal(out[:, :t], new[:, :t])
+    assert np.isnan(new[:, t]).all()
 
 
 def test_global_selection_is_not_causal_and_a_fixed_plan_is():

@@ -8,10 +8,10 @@ from dga_jax.audio.measures import SoundMeasures
 RATE = 8000
 
 
-def tone(frequency: float, seconds: float = 0.5, harmonics: int = 3) -> np.ndarray:
-  """A harmonic sound with a peak below 0.6."""
-  time_T = np.arange(round(seconds * RATE)) / RATE
-  parts = [0.2 * np.sin(2 * np.pi * frequency * n * time_T) for n in range(1, harmonics + 1)]
+def tone(frequency: float) -> np.ndarray:
+  """Half a second of three harmonics, with a peak below 0.6."""
+  time_T = np.arange(RATE // 2) / RATE
+  parts = [0.2 * np.sin(2 * np.pi * frequency * n * time_T) for n in (1, 2, 3)]
   return np.sum(parts, axis=0).astype(np.float32)
 
 

@@ -21,8 +21,8 @@ ALL = np.ones((*small.SHAPE, len(small.CANDIDATES)), bool)
 FULL_HEADS = np.zeros(small.SHAPE, int)
 
 
-def measurer(path: Path, batch_size: int = 2) -> Measurer:
-  return Measurer(small.decoder(), small.CANDIDATES, Results(path), batch_size)
+def measurer(path: Path) -> Measurer:
+  return Measurer(small.decoder(), small.CANDIDATES, Results(path), batch_size=2)
 
 
 @pytest.fixture(scope="module")

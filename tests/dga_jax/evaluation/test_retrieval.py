@@ -10,7 +10,7 @@ from dga_jax.evaluation import retrieval
 from dga_jax.evaluation.answers import answer
 from dga_jax.evaluation.retrieval import exact_match, Haystack, NEW_TOKENS, Sample, TASKS
 from dga_jax.evaluation.variants import Variant
-from dga_jax.generation import ContinuousBatching, generate, Sampling
+from dga_jax.generation import ContinuousBatching
 from tests.dga_jax.evaluation.tiny import family, STORY, TOKENIZER
 
 HAY = Haystack([STORY * 40, STORY * 2], TOKENIZER)
@@ -101,22 +101,20 @@ def test_exact_match() -> None:
 
 
 def test_batched_answers_equal_those_of_single_prompts() -> None:
-  model = family().model(Variant("v"), 64)
-  rng = np.random.default_rng(0)
+  own, rng = family(), np.random.default_rng(0)
   prompts = [rng.integers(0, 256, size).tolist() for size in (40, 7, 23)]
   ticks = []
+  model = own.model(Variant("v"), 64)
   texts = answer(
     model, TOKENIZER, prompts, new_tokens=3, batch_size=2, tick=lambda: ticks.append(1)
   )
-  for prompt, text in zip(prompts, texts, strict=True):
-    alone = generate(
-      model, [prompt], max_new_tokens=3, sampling=Sampling(temperature=0.0), stop_ids=[256]
-    )
-    assert TOKENIZER.decode(alone.tokens[0]) == text
+  alone = own.answers(Variant("v"), 64, TOKENIZER, batch_size=1)
+  assert texts == [text for prompt in prompts for text in alone([prompt], 3)]
   assert ticks == [1, 1, 1]
 
 
 def test_jobs_of_a_variant_and_length_share_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+  alone = family().answers(Variant("v"), 64, TOKENIZER, batch_size=1)
   made, init = [], ContinuousBatching.__init__
 
   def count(self: ContinuousBatching, *args: object, **kwargs: object) -> None:
@@ -130,15 +128,7 @@ def test_jobs_of_a_variant_and_length_share_programs(monkeypatch: pytest.MonkeyP
     prompts = [rng.integers(0, 256, size).tolist() for size in sizes]
     answers = own.answers(Variant("v"), 64, TOKENIZER, 2)
     found += answers(prompts, new_tokens)
-    wanted += [
-      TOKENIZER.decode(
-        generate(
-          own.model(Variant("v"), 64), [prompt], max_new_tokens=new_tokens,
-          sampling=Sampling(temperature=0.0), stop_ids=[256],
-        ).tokens[0]
-      )
-      for prompt in prompts
-    ]  # fmt: skip
+    wanted += [text for prompt in prompts for text in alone([prompt], new_tokens)]
   assert found == wanted
   assert [length for length in made if length] == [64]
   with pytest.raises(ValueError, match="Prompt 0 has 60 tokens"):

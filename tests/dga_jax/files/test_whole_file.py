@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dga_jax.files.whole_file import whole_file
+from dga_jax.files.whole_file import check_writable, whole_file
 from dga_jax.head_budgets import FULL, HeadBudgets, write_head_budgets
 
 
@@ -43,6 +43,19 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert path.read_text() == before
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_that_cannot_be_written_is_found_before(tmp_path: Path) -> None:
+  path = tmp_path / "new" / "file.txt"
+  check_writable(path)
+  assert list(tmp_path.rglob("*")) == [path.parent]
+  path.write_text("one")
+  check_writable(path)
+  assert path.read_text() == "one"
+  with pytest.raises(IsADirectoryError, match="new"):
+    check_writable(path.parent)
+  with pytest.raises(OSError, match=r"file\.txt"):
+    check_writable(path / "other.txt")
 
 
 def _write_and_raise(path: Path, error: Exception) -> None:

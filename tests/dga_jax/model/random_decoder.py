@@ -12,9 +12,9 @@ def abstract_decoder(config: ModelConfig) -> Decoder:
   return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
-def random_decoder(config: ModelConfig, seed: int = 0) -> Decoder:
+def random_decoder(config: ModelConfig) -> Decoder:
   """A decoder with normal weights. Norm scales differ from 1, so that a missing one is noticed."""
-  rng = np.random.default_rng(seed)
+  rng = np.random.default_rng(0)
   structure, state = nnx.split(abstract_decoder(config))
   filled = []
   for path, variable in nnx.to_flat_state(state):

@@ -56,9 +56,9 @@ class Page:
     assert "exceptionDetails" not in result, result
     return result["result"].get("value")
 
-  def wait_for(self, script: str, seconds: float = 120) -> None:
+  def wait_for(self, script: str) -> None:
     """Until a JavaScript expression is true."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + 120
     while not self.run(script):
       assert time.monotonic() < deadline, script
       time.sleep(0.05)

@@ -108,6 +108,7 @@ def load_without_engines(
     made.append((loaded.model, weights))
 
   monkeypatch.setattr(launch, "_make_engine", make_engine)
+  monkeypatch.setattr(launch, "allocate", lambda engine: None)
   settings = launch.LaunchSettings(
     slots=1, max_length=64, max_waiting=1, prompt_chunk=16, decode_chunk=1, cache_bytes=None,
     host_bytes=0, mesh=None,

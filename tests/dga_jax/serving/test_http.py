@@ -27,15 +27,17 @@ def raw(server: Server, request: bytes) -> bytes:
   """Sends bytes and reads until the server closes."""
   with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
     connection.sendall(request)
-    parts = []
-    while part := connection.recv(65536):
-      parts.append(part)
-  return b"".join(parts)
+    return read_all(connection)
 
 
-def post_bytes(body: bytes, *, more: str = "") -> bytes:
+def read_all(connection: socket.socket) -> bytes:
+  """Reads until the server closes."""
+  return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def post_bytes(body: bytes) -> bytes:
   head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
-  head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n{more}\r\n"
+  head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
   return head.encode() + body
 
 
@@ -247,15 +249,26 @@ def test_sigterm_lets_requests_finish_and_a_key_is_wanted(workdir: Path, tmp_pat
     assert server.process.wait(60) == 0
 
 
-def test_a_request_beyond_the_limit_does_not_hold_sigterm_up(workdir: Path, tmp_path: Path):
+def test_requests_beyond_the_limit_end_with_an_error_after_sigterm(workdir: Path, tmp_path: Path):
   flags = ("--slots=1", "--stop_seconds=0", "--decode_chunk=1", "--prompt_chunk=32")
   with (
     serve(workdir, tmp_path / "log", *flags) as server,
-    socket.create_connection(("127.0.0.1", server.port)) as connection,
+    socket.create_connection(("127.0.0.1", server.port)) as streams,
+    socket.create_connection(("127.0.0.1", server.port)) as waits,
   ):
-    connection.sendall(post_bytes(json.dumps(LONG).encode()))
+    streams.sendall(post_bytes(json.dumps(LONG | {"stream": True}).encode()))
     wait_for_slot(server)
+    waits.sendall(post_bytes(json.dumps(LONG).encode()))
+    while not server.metric("dga_requests_waiting"):
+      time.sleep(0.001)
     assert server.stop() == 0
+    stream, whole = read_all(streams), read_all(waits)
+  assert whole.startswith(b"HTTP/1.1 503")
+  assert b"The server is stopping." in whole
+  *_, error, done = re.findall(rb"data: (.*)\n\n", stream)
+  assert json.loads(error)["error"]["code"] == "engine_stopped"
+  assert done == b"[DONE]"
+  assert "Traceback" not in server.log.read_text()
 
 
 def test_an_address_that_is_in_use_is_an_error_before_the_compilation():

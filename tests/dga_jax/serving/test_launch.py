@@ -1,9 +1,13 @@
-"""The line that `dga serve` prints for each model."""
+"""What `dga serve` does before the port opens: allocates the slots, and prints a line a model."""
 
 from types import SimpleNamespace
 from typing import Any
 
-from dga_jax.serving.launch import describe, LaunchSettings
+import jax
+import pytest
+
+from dga_jax.generation import Engine
+from dga_jax.serving.launch import allocate, describe, LaunchSettings
 from dga_jax.serving.served_model import ServedModel
 from tests.dga_jax.chat import chatty
 
@@ -38,3 +42,23 @@ def test_what_a_user_may_not_expect_is_named():
     "trained on at most 256 tokens, and may not use the rest well",
     "4 devices do not divide the KV heads: each has the whole cache",
   ]
+
+
+def test_slots_are_allocated_before_the_first_request(engine_alone: Engine):
+  engine_alone.reset()
+  allocate(engine_alone)
+  assert engine_alone._state is not None
+  assert not engine_alone.busy
+  assert engine_alone.status().kept == 0
+
+
+def test_too_little_memory_names_the_settings(
+  engine_alone: Engine, monkeypatch: pytest.MonkeyPatch
+):
+  def fail(*_: Any) -> None:
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+  engine_alone.reset()
+  monkeypatch.setattr(engine_alone.programs, "decode", fail)
+  with pytest.raises(ValueError, match=r"slots is 1 and max_length is 512, .* 9 bytes\.$"):
+    allocate(engine_alone)

@@ -61,6 +61,13 @@ def test_a_conversation(page, server, tmp_path):
   assert (tmp_path / "page.png").stat().st_size > 5000
 
 
+def test_an_answer_gets_what_is_left_of_the_context(page, server):
+  open_chat(page, server)
+  say(page, "a" * 430, answers=1)  # With a quarter of the context it would exceed the context.
+  assert page.run("document.querySelectorAll('.error').length") == 0
+  assert page.run("document.querySelector('.assistant').textContent") not in ("", "…")
+
+
 def test_an_error_is_shown(page, server):
   open_chat(page, server)
   page.run("$('text').value = 'a'.repeat(600); $('form').requestSubmit()")
@@ -113,6 +120,16 @@ def test_an_answer_that_breaks_off_keeps_its_text_and_gives_the_message_back(
   assert page.run("document.querySelector('.assistant').textContent") == "Rain"
   assert message in page.run("document.querySelector('.error').textContent")
   assert page.run("[messages.length, $('text').value]") == [0, "Who came?"]
+
+
+@pytest.mark.parametrize("end", ["", "\n```\nThat is it."])
+def test_code_is_shown_as_code(page, server, end):
+  open_chat(page, server)
+  answer = f"An ``` inside.\n```python\nif x:\n  y = 1{end}"
+  page.run(f"write(show('assistant', ''), {answer!r})")
+  nodes = "[...document.querySelector('.assistant').childNodes]"
+  shown = [["#text", "An ``` inside."], ["PRE", "if x:\n  y = 1"], ["#text", "That is it."]]
+  assert page.run(f"{nodes}.map(n => [n.nodeName, n.textContent])") == shown[: 3 if end else 2]
 
 
 def test_a_long_message_and_long_names_fit_into_a_narrow_window(page, server):

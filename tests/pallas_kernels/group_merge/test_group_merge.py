@@ -237,6 +237,7 @@ def check_non_finite(dtype: str, **options: Any) -> None:
       others = np.delete(np.arange(first.shape[1]), block)
       np.testing.assert_array_equal(x[row, others], y[row, others])
   assert np.isnan(odd.group_key[0]).any()
+  assert np.isfinite(odd.group_value[0]).all()  # For the queries that do not see the group.
   assert not np.isfinite(odd.group_value[1]).all()
 
 

@@ -184,6 +184,7 @@ def test_non_finite_tokens_change_only_their_group():
     terms = max(groups.head_dim, groups.rows)
     assert_same(np.asarray(x)[0][others], np.asarray(y)[0][others], terms=terms)
   assert np.isnan(odd[0][0, 0, [3, 30]]).all()
+  assert np.isfinite(odd[1][0, 0]).all()  # For the queries that do not see the group.
   assert not np.isfinite(odd[1][0, 1, 1]).all()
 
 

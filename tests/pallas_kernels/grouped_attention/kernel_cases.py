@@ -272,9 +272,9 @@ def exact_values_and_gradients(
     )
 
 
-def check_against_reference(attention: Callable[..., jax.Array], case: Case, seed: int = 0) -> None:
+def check_against_reference(attention: Callable[..., jax.Array], case: Case) -> None:
   """Checks the output and the gradients by the rule of `tests.rounding`."""
-  query, sources, options = case.inputs(seed)
+  query, sources, options = case.inputs()
   exact = exact_values_and_gradients(query, sources, options)
   with jax.default_matmul_precision("highest"):
     plain = values_and_gradients(grouped_attention_xla, query, sources, options)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import numpy as np
@@ -77,8 +78,16 @@ def test_gradients_of_invisible_entries_are_zero():
       assert not gradient[:, used:].any()
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 128, 256])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(
+  ("head_dim", "dtype"),
+  nightly_except(
+    itertools.product((16, 64, 128, 256), ("float16", "bfloat16", "float32")),
+    (16, "float16"),
+    (64, "bfloat16"),
+    (128, "bfloat16"),
+    (256, "float32"),
+  ),
+)
 def test_lowers_for_h100(head_dim: int, dtype: str):
   args, options = structs_and_options(head_dim=head_dim, dtype=dtype)
   program = lower_for_h100(_gradients(options), *args)
