@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import get_args, NoReturn, TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
   from dga_jax.head_budgets import HeadBudgets
 
 _INTERRUPTED = 128 + signal.SIGINT  # What shells report of a command that SIGINT has ended.
+_REPEAT_SECONDS = 0.1  # After which a function that ignores exceptions has returned.
 
 flags.disclaim_key_flags()  # --help lists --budgets and --weights with the flags of the command.
 
@@ -98,6 +100,7 @@ def run(main: Callable[[], None], groups: FlagGroups | None = None) -> NoReturn:
     if not flags.FLAGS["verbosity"].present:
       logging.set_verbosity(logging.WARNING)  # The checkpoint library logs every read and write.
     hide_save_errors()
+    repeat_if_ignored(KeyboardInterrupt, signal.SIGINT)
     warn_about_unused_gpu()
     with closed_pipes_end_quietly():
       try:
@@ -114,6 +117,27 @@ def run(main: Callable[[], None], groups: FlagGroups | None = None) -> NoReturn:
 
   app.run(checked, flags_parser=functools.partial(parse_flags, groups=groups))
   raise AssertionError("app.run exits")
+
+
+def repeat_if_ignored(kind: type[BaseException], number: signal.Signals) -> None:
+  """Sends a signal to this process again where Python ignored the exception of its handler.
+
+  Python calls the handler between any two instructions. In some functions, such as JAX's callback
+  of the garbage collector, Python prints an exception and continues.
+
+  Args:
+    kind: the exception that the handler raises.
+    number: the signal.
+  """
+  show = sys.unraisablehook
+
+  def repeat(unraisable: "sys.UnraisableHookArgs") -> None:
+    if unraisable.exc_type is kind:
+      threading.Timer(_REPEAT_SECONDS, os.kill, (os.getpid(), number)).start()
+    else:
+      show(unraisable)
+
+  sys.unraisablehook = repeat
 
 
 @contextlib.contextmanager

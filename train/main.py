@@ -18,12 +18,14 @@ processes on one machine:
     --coordinator=127.0.0.1:8476 --num_processes=2 --process_id=0  # and 1
 """
 
+import signal
 import sys
 import traceback
 from typing import NoReturn
 
 from absl import app, flags, logging
 
+from dga_jax import command_line
 from dga_jax.files.path_flags import define_path
 
 # jax is imported after the flags are parsed, so that --help and wrong flags are answered at once.
@@ -73,6 +75,7 @@ def main(argv: list[str]) -> None:
   """Trains by the flags."""
   del argv
   set_up_logging()
+  command_line.repeat_if_ignored(StoppedError, signal.SIGTERM)
   workdir = _WORKDIR.value
   try:
     with StopSignals() as signals:

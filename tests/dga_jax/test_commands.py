@@ -268,6 +268,15 @@ def test_an_interrupted_command_prints_no_traceback() -> None:
   assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
+def test_an_interrupt_that_python_ignores_is_repeated() -> None:
+  done = run(
+    "import time\nfrom dga_jax import command_line\n\nclass Ignoring:\n  def __del__(self):\n"
+    "    raise KeyboardInterrupt\n\ndef main():\n  Ignoring()\n  time.sleep(60)\n\n"
+    "command_line.run(main)"
+  )
+  assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
   script = tmp_path / "many_lines.py"
   script.write_text(
