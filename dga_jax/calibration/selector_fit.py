@@ -27,6 +27,7 @@ from dga_jax.config import DGAConfig
 from dga_jax.model import Decoder
 from dga_jax.model.focal_selector import features
 from dga_jax.model.rope import apply_rope, rope_table, RopeTable
+from pallas_kernels.products import einsum_float32
 
 RIDGE = 1e-3  # Added to the diagonal, as a share of its mean.
 _CHUNK = 128  # Queries whose attention to all keys is in memory at a time.
@@ -249,9 +250,7 @@ def attend_and_rate(
   def step(rated_BxNxL: Array, chunk: tuple[Array, Array]) -> tuple[Array, Array]:
     q_BxCxNxRxD, start = chunk
     i_C = start + jnp.arange(_CHUNK)
-    logits_BxNxRxCxL = jnp.einsum(
-      "bcnrd,blnd->bnrcl", q_BxCxNxRxD, k_BxLxNxD, preferred_element_type=jnp.float32
-    )
+    logits_BxNxRxCxL = einsum_float32("bcnrd,blnd->bnrcl", q_BxCxNxRxD, k_BxLxNxD)
     causal_CxL = i_C[:, None] >= position_L[None]
     logits_BxNxRxCxL = jnp.where(causal_CxL[None, None, None], logits_BxNxRxCxL * D**-0.5, -jnp.inf)
     weights_log = jax.nn.log_softmax(logits_BxNxRxCxL, axis=-1)

@@ -19,6 +19,7 @@ from dga_jax.attention.selection import Selection as FocalSelection
 from dga_jax.config import DGAConfig
 from dga_jax.model.attention_kinds.base import AttentionKind
 from pallas_kernels.masks import masked_softmax
+from pallas_kernels.products import einsum_float32
 
 Selection = Literal["own", "random", "oracle"]
 Merging = Literal["own", "mean", "hidden"]
@@ -144,11 +145,8 @@ def received_later(
   def add(total_BxNxL: Array, start: Array) -> tuple[Array, None]:
     i_b = start + jnp.arange(block)
     q_BxbxHxD = jax.lax.dynamic_slice_in_dim(q_BxLxHxD, start, block, axis=1)
-    logits_BxNxRxbxL = D**-0.5 * jnp.einsum(
-      "bqnrd,blnd->bnrql",
-      q_BxbxHxD.reshape(B, block, N, H // N, D),
-      k_BxLxNxD,
-      preferred_element_type=jnp.float32,
+    logits_BxNxRxbxL = D**-0.5 * einsum_float32(
+      "bqnrd,blnd->bnrql", q_BxbxHxD.reshape(B, block, N, H // N, D), k_BxLxNxD
     )
     causal_bxL = (jnp.arange(L)[None] <= i_b[:, None]) & (i_b < L)[:, None]
     paid_BxNxRxbxL = masked_softmax(logits_BxNxRxbxL, causal_bxL[None, None, None])

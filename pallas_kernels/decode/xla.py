@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.decode.cache_arrays import CacheArrays, GroupBias
 from pallas_kernels.decode.cache_layout import CacheMask
 from pallas_kernels.masks import masked_softmax
+from pallas_kernels.products import einsum_float32
 
 
 def decode_attention_xla(
@@ -23,7 +24,7 @@ def decode_attention_xla(
   q_BxNxRxD = query_BxHxD.reshape(B, N, H // N, D)
   logits_BxNxRxS = scale * jnp.concatenate(
     [
-      jnp.einsum("bnrd,bnsd->bnrs", q_BxNxRxD, key[layer], preferred_element_type=jnp.float32)
+      einsum_float32("bnrd,bnsd->bnrs", q_BxNxRxD, key[layer])
       for key in (cache.compact_key, cache.raw_key)
     ],
     axis=-1,
@@ -51,6 +52,4 @@ def visible_entries(mask: CacheMask, compact: int, raw: int) -> Bool[Array, "B S
 
 
 def _weighted_sum(weights_BxNxRxS: Array, value_BxNxSxD: Array) -> Float[Array, "B N R D"]:
-  return jnp.einsum(
-    "bnrs,bnsd->bnrd", weights_BxNxRxS, value_BxNxSxD, preferred_element_type=jnp.float32
-  )
+  return einsum_float32("bnrs,bnsd->bnrd", weights_BxNxRxS, value_BxNxSxD)

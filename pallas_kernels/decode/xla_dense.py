@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode.cache_arrays import TokenRows
+from pallas_kernels.products import einsum_float32
 
 
 def dense_step_xla(
@@ -24,9 +25,7 @@ def dense_step_xla(
   tokens = tokens.write((layer, row_B, slice(None), end_B), rows)
   k_BxNxMxD, v_BxNxMxD = tokens.layer(layer).unpack(query_BxHxD.dtype)
   q_BxNxRxD = query_BxHxD.reshape(B, N, H // N, D)
-  s_BxNxRxM = scale * jnp.einsum(
-    "BNRD,BNMD->BNRM", q_BxNxRxD, k_BxNxMxD, preferred_element_type=jnp.float32
-  )
+  s_BxNxRxM = scale * einsum_float32("BNRD,BNMD->BNRM", q_BxNxRxD, k_BxNxMxD)
   is_token_BxM = jnp.arange(k_BxNxMxD.shape[2])[None, :] <= end_B[:, None]
   w_BxNxRxM = jax.nn.softmax(jnp.where(is_token_BxM[:, None, None], s_BxNxRxM, -jnp.inf))
   o_BxNxRxD = jnp.einsum("BNRM,BNMD->BNRD", w_BxNxRxM.astype(v_BxNxMxD.dtype), v_BxNxMxD)

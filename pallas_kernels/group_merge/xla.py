@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.gather import take_positions, take_rows
 from pallas_kernels.group_merge.entries import block_indices, block_starts, Entries
 from pallas_kernels.head_range import all_heads, HeadRange
+from pallas_kernels.products import einsum_float32
 
 
 def merge_groups_xla(
@@ -139,7 +140,7 @@ def block_scores(
   query: Float[Array, "*B N R D"], key: Float[Array, "*B s N D"]
 ) -> Float[Array, "B N *k s"]:
   """Attention of one query to each key of its block: softmax(q Kᵀ / √D), summed over R heads."""
-  logits = jnp.einsum("...nrd,...snd->...nrs", query, key, preferred_element_type=jnp.float32)
+  logits = einsum_float32("...nrd,...snd->...nrs", query, key)
   scores = jax.nn.softmax(logits / jnp.sqrt(jnp.float32(query.shape[-1])), axis=-1).sum(axis=-2)
   return jnp.moveaxis(scores, -2, 1)
 
@@ -159,7 +160,7 @@ def merge(
   A NaN weight makes Kᵍ NaN and counts as 0 in Vᵍ. The value of a group that a query does not see
   must be finite, because 0 · NaN is NaN.
   """
-  logits = jnp.einsum("...nrd,...mnd->...nrm", query, key, preferred_element_type=jnp.float32)
+  logits = einsum_float32("...nrd,...mnd->...nrm", query, key)
   weights = jax.nn.softmax(logits * scale, axis=-1).mean(axis=-2)
 
   def weighted(weights: Array, x: Array) -> Array:

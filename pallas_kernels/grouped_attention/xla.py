@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.grouped_attention.kv_sources import HeadOrder, KVSources
 from pallas_kernels.masks import in_range
+from pallas_kernels.products import einsum_float32
 
 BLOCK_Q = 256
 
@@ -63,7 +64,7 @@ def grouped_attention_xla(
     visible_Bxnx1xbxS = _visible(x, r, k)
     logits_BxNxRxbxS = jnp.concatenate(
       [
-        _product("bnrqd,bnsd->bnrqs", x.query, key_BxNxSxD.astype(query.dtype))
+        einsum_float32("bnrqd,bnsd->bnrqs", x.query, key_BxNxSxD.astype(query.dtype))
         for key_BxNxSxD in (*summary_keys, x.window_key)
       ],
       axis=-1,
@@ -74,9 +75,9 @@ def grouped_attention_xla(
     weights = jnp.exp(logits_BxNxRxbxS - jnp.where(jnp.isneginf(highest), 0, highest))
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights.astype(query.dtype)
-    out_BxNxRxbxD = _product("bnrqs,bnsd->bnrqd", weights[..., r + k :], x.window_value)
+    out_BxNxRxbxD = einsum_float32("bnrqs,bnsd->bnrqd", weights[..., r + k :], x.window_value)
     for value_BxNxSxD in summary_values:
-      out_BxNxRxbxD += _product(
+      out_BxNxRxbxD += einsum_float32(
         "bnrqs,bnsd->bnrqd", weights[..., : r + k], value_BxNxSxD.astype(query.dtype)
       )
     return (out_BxNxRxbxD / jnp.where(total == 0, 1, total)).astype(query.dtype)
@@ -121,10 +122,6 @@ def _visible(x: _Block, r: int, k: int) -> Array:
 
 def _heads_first(x_BxSxNxD: Array) -> Array:
   return x_BxSxNxD.transpose(0, 2, 1, 3)
-
-
-def _product(equation: str, a: Array, b: Array) -> Array:
-  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
 def _split(x: Array, blocks: int, block: int) -> Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.masks import in_range, masked_softmax
+from pallas_kernels.products import einsum_float32
 
 
 def sampled_importance_xla(
@@ -20,9 +21,7 @@ def sampled_importance_xla(
 
   def of_kv_head(heads: tuple[Array, Array]) -> Array:
     q_BxSxRxD, k_BxLxD = heads
-    logits_BxRxSxL = jnp.einsum(
-      "bsrd,bld->brsl", q_BxSxRxD, k_BxLxD, preferred_element_type=jnp.float32
-    ) / jnp.sqrt(jnp.float32(D))
+    logits_BxRxSxL = einsum_float32("bsrd,bld->brsl", q_BxSxRxD, k_BxLxD) / jnp.sqrt(jnp.float32(D))
     weights_BxRxSxL = masked_softmax(logits_BxRxSxL, sees_BxSxL[:, None])
     count_BxL = jnp.maximum(1, sees_BxSxL.sum(axis=1))
     return weights_BxRxSxL.sum(axis=(1, 2)) / count_BxL.astype(jnp.float32)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.products import einsum_float32
 from pallas_kernels.rms_norm.equation import rms_norm_xla
 
 
@@ -21,9 +22,7 @@ def quantized_product_xla(
   dtype = x_BxK.dtype
   if norm_scale is not None:
     _, x_BxK = rms_norm_xla(x_BxK, norm_scale, epsilon=epsilon)
-  product_BxT = jnp.einsum(
-    "BK,TK->BT", x_BxK, numbers_TxK.astype(dtype), preferred_element_type=jnp.float32
-  )
+  product_BxT = einsum_float32("BK,TK->BT", x_BxK, numbers_TxK.astype(dtype))
   out = (product_BxT * scale_T[None]).astype(dtype)
   if swiglu:
     gate_BxU, up_BxU = jnp.split(out, 2, axis=1)

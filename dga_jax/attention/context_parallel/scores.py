@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float
 from dga_jax.attention.context_parallel.zigzag import ZigzagShards
 from dga_jax.attention.scores import SampledQueries
 from pallas_kernels.gather import take_positions
+from pallas_kernels.products import einsum_float32
 
 
 def sharded_importance_scores(
@@ -66,9 +67,7 @@ def _local_scores(
 
   def logits(head: tuple[Array, Array]) -> Array:
     q_BxSxRxD, k_BxPxD = head
-    logits_BxRxSxP = jnp.einsum(
-      "bsrd,bpd->brsp", q_BxSxRxD, k_BxPxD, preferred_element_type=jnp.float32
-    ) / jnp.sqrt(jnp.float32(D))
+    logits_BxRxSxP = einsum_float32("bsrd,bpd->brsp", q_BxSxRxD, k_BxPxD) / jnp.sqrt(jnp.float32(D))
     return jnp.where(sees_BxSxP[:, None], logits_BxRxSxP, -jnp.inf)
 
   def exp_logits(head: tuple[Array, Array], m_BxRxS: Array) -> Array:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int
 from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.base import AttentionKind
 from pallas_kernels.masks import masked_softmax
+from pallas_kernels.products import einsum_float32
 
 
 @jax.tree_util.register_dataclass
@@ -193,11 +194,8 @@ class BudgetedCacheAttention(AttentionKind):
     key = cache.key.at[layer, row_Bx1, :, slot_BxT].set(k_BxTxNxD, mode="drop")
     value = cache.value.at[layer, row_Bx1, :, slot_BxT].set(v_BxTxNxD, mode="drop")
 
-    logits_BxNxRxTxC = D**-0.5 * jnp.einsum(
-      "btnrd,bncd->bnrtc",
-      q_BxTxHxD.reshape(B, T, N, H // N, D),
-      key[layer],
-      preferred_element_type=jnp.float32,
+    logits_BxNxRxTxC = D**-0.5 * einsum_float32(
+      "btnrd,bncd->bnrtc", q_BxTxHxD.reshape(B, T, N, H // N, D), key[layer]
     )
     visible_BxTxC = jnp.arange(entries)[None, None] <= slot_BxT[..., None]
     visible_BxTxC &= is_token_BxT[..., None]

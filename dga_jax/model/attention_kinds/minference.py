@@ -12,6 +12,7 @@ from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.baseline_settings import BaselineSettings
 from dga_jax.model.attention_kinds.dense_cache import DenseCacheAttention
 from pallas_kernels.masks import masked_softmax
+from pallas_kernels.products import einsum_float32
 
 BLOCK_Q = 128
 
@@ -147,10 +148,7 @@ def _largest(score_BxHxL: Array, count: int) -> Bool[Array, "B H L"]:
 def _logits(q_BxQxHxD: Array, k_BxLxNxD: Array) -> Float[Array, "B H Q L"]:
   B, Q, H, D = q_BxQxHxD.shape
   L, N = k_BxLxNxD.shape[1:3]
-  logits_BxNxRxQxL = D**-0.5 * jnp.einsum(
-    "bqnrd,blnd->bnrql",
-    q_BxQxHxD.reshape(B, Q, N, H // N, D),
-    k_BxLxNxD,
-    preferred_element_type=jnp.float32,
+  logits_BxNxRxQxL = D**-0.5 * einsum_float32(
+    "bqnrd,blnd->bnrql", q_BxQxHxD.reshape(B, Q, N, H // N, D), k_BxLxNxD
   )
   return logits_BxNxRxQxL.reshape(B, H, Q, L)

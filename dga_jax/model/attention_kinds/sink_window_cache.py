@@ -18,6 +18,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.decode import TokenRows
 from pallas_kernels.gather import take_positions
 from pallas_kernels.masks import masked_softmax
+from pallas_kernels.products import einsum_float32
 
 
 @jax.tree_util.register_dataclass
@@ -224,8 +225,8 @@ def attend_to_sources(
 
   def product(equations: tuple[str, str], a: Array, b_BxTxsxNxD: Array) -> Array:
     if b_BxTxsxNxD.shape[1] == 1:
-      return jnp.einsum(equations[0], a, b_BxTxsxNxD[:, 0], preferred_element_type=jnp.float32)
-    return jnp.einsum(equations[1], a, b_BxTxsxNxD, preferred_element_type=jnp.float32)
+      return einsum_float32(equations[0], a, b_BxTxsxNxD[:, 0])
+    return einsum_float32(equations[1], a, b_BxTxsxNxD)
 
   to_logits = ("btnrd,bsnd->btnrs", "btnrd,btsnd->btnrs")
   logits = jnp.concatenate([product(to_logits, q, one.key) for one in sources], axis=-1)

@@ -11,6 +11,7 @@ from dga_jax.model.attention_kinds.baseline_settings import BaselineSettings
 from dga_jax.model.attention_kinds.token_selection import mark_highest, PromptEvictionAttention
 from pallas_kernels.gather import take_positions
 from pallas_kernels.masks import masked_softmax
+from pallas_kernels.products import einsum_float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +72,8 @@ class SnapKVAttention(PromptEvictionAttention):
     # A position before the prompt gives no query.
     is_query_BxW = position_BxW >= 0
     q_BxWxHxD = take_positions(q_BxLxHxD, jnp.where(is_query_BxW, position_BxW, L))
-    logits_BxNxRxWxL = D**-0.5 * jnp.einsum(
-      "bwnrd,blnd->bnrwl",
-      q_BxWxHxD.reshape(B, window, N, H // N, D),
-      k_BxLxNxD,
-      preferred_element_type=jnp.float32,
+    logits_BxNxRxWxL = D**-0.5 * einsum_float32(
+      "bwnrd,blnd->bnrwl", q_BxWxHxD.reshape(B, window, N, H // N, D), k_BxLxNxD
     )
     i_L = jnp.arange(L)
     visible_BxWxL = (i_L[None, None] <= position_BxW[..., None]) & is_query_BxW[..., None]

@@ -18,6 +18,7 @@ from dga_jax.attention.dense import dense_attention
 from dga_jax.attention.segments import Documents
 from dga_jax.model.attention_kinds.base import AttentionKind
 from pallas_kernels.masks import masked_softmax
+from pallas_kernels.products import einsum_float32
 
 
 @jax.tree_util.register_dataclass
@@ -172,9 +173,7 @@ class TokenSelectionAttention(AttentionKind):
     q_BxNxRxD = q_BxHxD.reshape(B, N, H // N, D)
     selected_BxNxrxM = self.select(q_BxNxRxD, key[layer], position_B, index, layer)
     is_past_BxM = jnp.arange(key.shape[-2])[None] <= position_B[:, None]
-    logits_BxNxRxM = D**-0.5 * jnp.einsum(
-      "bnrd,bnmd->bnrm", q_BxNxRxD, key[layer], preferred_element_type=jnp.float32
-    )
+    logits_BxNxRxM = D**-0.5 * einsum_float32("bnrd,bnmd->bnrm", q_BxNxRxD, key[layer])
     weights = masked_softmax(logits_BxNxRxM, selected_BxNxrxM & is_past_BxM[:, None, None])
     o_BxNxRxD = jnp.einsum("bnrm,bnmd->bnrd", weights.astype(value.dtype), value[layer])
     return o_BxNxRxD.reshape(B, H, D), SelectionCache(
