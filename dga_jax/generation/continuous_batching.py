@@ -23,7 +23,8 @@ class Generation:
     failed: for every request, whether it ended because its logits were not finite; `tokens` then
       has the tokens before that.
     prefill_seconds: until the first tokens of the first slots, without compilation.
-    step_seconds: mean time of a decoding step after that, with the prefill of later requests.
+    step_seconds: mean time of a decoding step after that, with the prefill of later requests. NaN
+      if all requests end before; then `prefill_seconds` includes their few decoding steps.
     seconds: of the whole run, without compilation.
     cache_bytes: bytes of the cache's keys and values, all layers and slots.
     dense_cache_bytes: bytes of a dense cache for as many tokens.
@@ -42,9 +43,13 @@ class Generation:
   def summary(self) -> str:
     """One line: times, throughput and cache size."""
     rate = sum(map(len, self.tokens)) / self.seconds if self.seconds else float("nan")
+    if math.isnan(self.step_seconds):
+      times = f"prefill and decoding {self.seconds * 1e3:.1f} ms"
+    else:
+      prefill, step = self.prefill_seconds * 1e3, self.step_seconds * 1e3
+      times = f"prefill {prefill:.1f} ms, then {step:.2f} ms a token"
     return (
-      f"prefill {self.prefill_seconds * 1e3:.1f} ms, then {self.step_seconds * 1e3:.2f} ms a token"
-      f" ({rate:.1f} tokens/s in all); cache {_si(self.cache_bytes)}, dense would be"
+      f"{times} ({rate:.1f} tokens/s in all); cache {_si(self.cache_bytes)}, dense would be"
       f" {_si(self.dense_cache_bytes)} ({self.dense_cache_bytes / self.cache_bytes:.1f} times)"
     )
 
@@ -155,23 +160,27 @@ class ContinuousBatching:
     for request in self._requests:
       engine.submit(request)
     begin, prefill_seconds = time.perf_counter(), 0.0
+    steps = 0
     while engine.busy:
       step = engine.step()
-      if not prefill_seconds:  # The first step reads prompts and returns their first tokens.
+      steps += 1
+      if steps == 1:  # It reads prompts and returns their first tokens.
         prefill_seconds = time.perf_counter() - begin
       for emitted in step:
         tokens[emitted.request] += emitted.tokens
         failed[emitted.request] = emitted.finish == "not_finite"
       yield step
     seconds = time.perf_counter() - begin
-    decode_steps = max(1, engine.chunks * self._decode_chunk)
+    step_seconds = float("nan")
+    if steps > 1:
+      step_seconds = (seconds - prefill_seconds) / max(1, engine.chunks * self._decode_chunk)
     engine.reset()
     config = engine.config
     self.result = Generation(
       tokens=tokens,
       failed=failed,
       prefill_seconds=prefill_seconds,
-      step_seconds=(seconds - prefill_seconds) / decode_steps,
+      step_seconds=step_seconds,
       seconds=seconds,
       cache_bytes=engine.programs.state_bytes,
       dense_cache_bytes=self._slots * dense_bytes(config, self._length),

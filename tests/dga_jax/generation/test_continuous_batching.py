@@ -143,10 +143,13 @@ def test_a_stop_token_ends_a_sequence(model, prompts):
   for tokens, until in zip(free.tokens, stopped.tokens, strict=True):
     assert until == (tokens[: tokens.index(end)] if end in tokens else tokens)
   assert 0 < free.cache_bytes < free.dense_cache_bytes
+  assert " ms, then " in free.summary()
   dense = generate(
     with_attention(model, attention="dense"), prompts, max_new_tokens=2, sampling=GREEDY
   )
   assert dense.cache_bytes == dense.dense_cache_bytes
+  # All requests end in the first step, so no time of a later step was measured.
+  assert dense.summary().startswith("prefill and decoding ")
 
 
 def test_steps_runs_the_requests_again(model, prompts):
