@@ -118,6 +118,7 @@ def _run(signals: StopSignals) -> None:
     cast(DtypeName, _DTYPE.value),
     _BUDGETS.value,
     signals,
+    out,
   )
   origin = Path(_WORKDIR.value).name if _WORKDIR.value else "SmolLM2-135M-Instruct Q4_1"
   every = [job for name in _SELECTED.value for job in PARTS[name].make_jobs(inputs)]

@@ -9,10 +9,10 @@ layers and in each layer alone. Where decoding is not the same function as prefi
 are decoded one by one.
 
 Each result is appended to OUT/quality.jsonl as soon as it is measured. The same command continues
-an interrupted run, and --minutes limits the time of a run. Most of the time is compilation:
---workers=4 compiles four jobs at once, and the device memory that the jobs need adds up. --jobs is
-a regular expression on job names; --list prints the names. The tables and plots in OUT contain all
-results of the file.
+an interrupted run; other weights than those of OUT/model.jsonl are refused. --minutes limits the
+time of a run. Most of the time is compilation: --workers=4 compiles four jobs at once, and the
+device memory that the jobs need adds up. --jobs is a regular expression on job names; --list prints
+the names. The tables and plots in OUT contain all results of the file.
 """
 
 import functools
@@ -26,6 +26,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import _quality_variants as variants
+from benchmarks._results_model import require_model
 from benchmarks.timing import environment
 from dga_jax.checkpoint import list_steps, load_model
 from dga_jax.config import RETROFIT
@@ -81,6 +82,7 @@ def main(argv: Sequence[str]) -> None:
     if _LIST.value:
       print("\n".join(f"{'done ' if job.key in results else '     '}{job.key}" for job in chosen))
       return
+    require_model(out, model)
     print(environment())
     origin = f"{_WORKDIR.value}, step {list_steps(_WORKDIR.value)[-1]}"
     missing = jobs.run_jobs(

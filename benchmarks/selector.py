@@ -54,6 +54,7 @@ from jax import Array
 from jaxtyping import Int
 
 from benchmarks._ratios import ratio_of_means
+from benchmarks._results_model import require_model
 from benchmarks._selector_forms import (
   collect,
   fit_listwise,
@@ -142,8 +143,10 @@ def main(argv: Sequence[str]) -> None:
   """Measures what is missing in OUT and prints the table."""
   del argv
   choices = [_parse(name) for name in _CHOICES.value]
-  results = Results(Path(_OUT.value))
+  out = Path(_OUT.value)
+  results = Results(out)
   base, _, tokenizer = load_model(_WORKDIR.value)
+  require_model(out.parent, base, f"{out.stem}.model")
   base = _dense_in_dtype(base)
   print(environment())
   print("| tokens, blocks, w | choice | perplexity over dense | share of the gap |")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from benchmarks._results_model import require_model
 from benchmarks.paper_parts.pretraining import Pretraining
 from dga_jax import smollm2_demo
 from dga_jax.checkpoint import load_model
@@ -55,6 +56,8 @@ class Inputs:
     budgets: JSON files of calibrated budgets of the model.
     signals: stop a run of continued pretraining after a step that is saved; None where nothing
       handles signals.
+    out: folder of the results, which are of these models alone; None for a model that nobody
+      compares with a recorded one.
   """
 
   def __init__(
@@ -67,11 +70,12 @@ class Inputs:
     dtype: DtypeName = "float32",
     budgets: Sequence[str] = (),
     signals: StopSignals | None = None,
+    out: Path | None = None,
   ) -> None:
     self._workdir, self._documents, self._max_documents = workdir, documents, max_documents
     self.pretraining, self.ablation = pretraining, ablation or Ablation()
     self._dtype, self.budgets = dtype, tuple(budgets)
-    self.signals = signals
+    self.signals, self._out = signals, out
     self._trained: tuple[str, Family] | None = None
 
   @functools.cached_property
@@ -96,7 +100,7 @@ class Inputs:
     """
     if self._trained is None or self._trained[0] != workdir:
       self._trained = None  # Frees the memory of the model before.
-      model, _, tokenizer = load_model(workdir)
+      model, tokenizer = self._load(workdir, f"{Path(workdir).name}.model")
       self._trained = (workdir, self._dense_family(model, tokenizer))
     return self._trained[1]
 
@@ -143,7 +147,12 @@ class Inputs:
 
   @functools.cached_property
   def _loaded(self) -> tuple[Decoder, Tokenizer]:
-    model, _, tokenizer = load_model(self.workdir)
+    return self._load(self.workdir, "model")
+
+  def _load(self, workdir: str, record: str) -> tuple[Decoder, Tokenizer]:
+    model, _, tokenizer = load_model(workdir)
+    if self._out is not None:
+      require_model(self._out, model, record)
     return model, tokenizer
 
 
