@@ -270,7 +270,10 @@ def test_an_interrupted_command_prints_no_traceback() -> None:
 
 def test_an_interrupt_that_python_ignores_is_repeated() -> None:
   done = run(
-    "import time\nfrom dga_jax import command_line\n\nclass Ignoring:\n  def __del__(self):\n"
+    "import signal, time\nfrom dga_jax import command_line\n\n"
+    # A shell starts programs in the background with SIGINT ignored.
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n\n"
+    "class Ignoring:\n  def __del__(self):\n"
     "    raise KeyboardInterrupt\n\ndef main():\n  Ignoring()\n  time.sleep(60)\n\n"
     "command_line.run(main)"
   )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from dga_jax.evaluation import plots, report
-from train.plots import plot_run
+from train import plots as train_plots
 
 ORIGIN = "runs/model, step 4"
 LEVELS = {"dense": 2.5, "DGA, a quarter": 2.55, "random, a quarter": 4.6}
@@ -65,11 +65,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
   """The figures by the names of the files that they are saved to."""
   figures: dict[str, Figure] = {}
 
-  def keep(figure: Figure, path: Path, **_: Any) -> None:
+  def keep(figure: Figure, path: Path) -> None:
     figure.draw_without_rendering()
     figures[path.name] = figure
 
-  monkeypatch.setattr(Figure, "savefig", keep)
+  for module in (plots, train_plots):
+    monkeypatch.setattr(module, "save_figure", keep)
   return figures
 
 
@@ -204,7 +205,7 @@ def test_the_titles_of_a_run(drawn: dict[str, Figure], tmp_path: Path) -> None:
   records.append({"step": 3, "eval_loss": 2.0, "eval_loss_by_position": {"0": 2.5, "16": 1.5}})
   lines: Callable[[Mapping[str, Any]], str] = json.dumps
   (tmp_path / "metrics.jsonl").write_text("".join(f"{lines(record)}\n" for record in records))
-  plot_run(tmp_path, title="mine · dga · 32 tokens")
+  train_plots.plot_run(tmp_path, title="mine · dga · 32 tokens")
   assert drawn["loss.png"].axes[0].get_title() == "Loss · mine · dga · 32 tokens"
   positions = drawn["loss_by_position.png"].axes[0].get_title()
   assert positions == "Held-out loss by position · mine · dga · 32 tokens"
