@@ -121,16 +121,12 @@ class TokenRows(NamedTuple):
   @classmethod
   def empty(cls, shape: Sequence[int], dtype: DTypeLike) -> "TokenRows":
     """Rows of zeros in the dtype of a cache; the shape includes D."""
-
-    def zeros() -> Array:
-      return jnp.zeros(shape, dtype)
-
-    def scale() -> Array | None:
-      # `pack_rows` of zeros has the scale 1.
-      is_packed = jnp.dtype(dtype).itemsize == 1
-      return jnp.ones(shape[:-1], jnp.float32) if is_packed else None
-
-    return cls(zeros(), zeros(), scale(), scale())
+    rows = cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    if jnp.dtype(dtype).itemsize > 1:
+      return rows
+    # `pack_rows` of zeros has the scale 1.
+    one, other = (jnp.ones(shape[:-1], jnp.float32) for _ in range(2))
+    return rows._replace(key_scale=one, value_scale=other)
 
   @classmethod
   def pack(

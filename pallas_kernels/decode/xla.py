@@ -34,8 +34,8 @@ def decode_attention_xla(
     logits_BxNxRxS += bias_BxS[:, None, None]
   visible_BxS = visible_entries(mask, C, W)
   weights = masked_softmax(logits_BxNxRxS, visible_BxS[:, None, None]).astype(query_BxHxD.dtype)
-  out_BxNxRxD = _weighted_sum(weights[..., :C], cache.compact_value[layer])
-  out_BxNxRxD += _weighted_sum(weights[..., C:], cache.raw_value[layer])
+  out_BxNxRxD = einsum_float32("bnrs,bnsd->bnrd", weights[..., :C], cache.compact_value[layer])
+  out_BxNxRxD += einsum_float32("bnrs,bnsd->bnrd", weights[..., C:], cache.raw_value[layer])
   return out_BxNxRxD.reshape(B, H, D).astype(query_BxHxD.dtype)
 
 
@@ -49,7 +49,3 @@ def visible_entries(mask: CacheMask, compact: int, raw: int) -> Bool[Array, "B S
     ],
     axis=1,
   )
-
-
-def _weighted_sum(weights_BxNxRxS: Array, value_BxNxSxD: Array) -> Float[Array, "B N R D"]:
-  return einsum_float32("bnrs,bnsd->bnrd", weights_BxNxRxS, value_BxNxSxD)

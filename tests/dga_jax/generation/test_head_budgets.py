@@ -7,27 +7,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dga_jax import DGAConfig, HeadBudgets, SinkWindow
-from dga_jax.generation import ContinuousBatching, Engine, Request, Sampling
+from dga_jax import HeadBudgets, SinkWindow
+from dga_jax.generation import ContinuousBatching, Engine, Request
 from dga_jax.generation.live_bytes import live_bytes
-from dga_jax.model import apply_budgets, Decoder, ModelConfig
+from dga_jax.model import apply_budgets, Decoder
 from dga_jax.model.attention_kinds.sliding_window import SlidingWindowConfig
+from tests.dga_jax.generation.small_model import CONFIG, GREEDY
 
-GREEDY = Sampling(temperature=0.0)
-BLOCKS = DGAConfig(selection="streaming", group_size=5, sink_tokens=2, local_window=1)
+BLOCKS = CONFIG.dga
 BUDGETS = HeadBudgets(("full", BLOCKS, SinkWindow(6, sinks=2)), ((1, 0), (1, 2)))
-
-
-CONFIG = ModelConfig(
-  vocab_size=61,
-  num_layers=2,
-  embed_dim=32,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_dim=48,
-  dtype="float32",
-)
 
 
 @pytest.fixture(scope="module")
